@@ -1,0 +1,90 @@
+# `make help` lists the targets. Variables:
+#   PROFILE=mini        a file in profiles/
+#   PY=python           use this Python, of an environment that is already there, instead of .venv
+#   PYTHON=python3.11   the Python that .venv is made with
+#   PIP_OPTIONS=...     further options for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
+#                       (a torch without CUDA, which is much smaller)
+
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PROFILE ?= mini
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
+PY = .venv/bin/python
+ENV := $(if $(filter command,$(firstword $(origin PY))),,.venv/.complete)
+
+NAMES := $(sort $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb)))
+STAMPS := build/$(PROFILE)/stamps
+FOLDERS := notebooks $(patsubst %/,%,$(sort $(dir $(wildcard writesae/*.py writesae/*/*.py))))
+SOURCES := $(wildcard notebooks/*.ipynb writesae/*.py writesae/*/*.py)
+RECIPES := $(wildcard models/*/recipe.yaml)
+
+.PHONY: help env all figures test test-unit test-notebooks test-reference lint hosts lab clean always $(NAMES)
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s%s\n", $$1, $$2}' Makefile
+	@echo "  and one for each notebook: $(NAMES)"
+	@echo "PROFILE=name chooses one of: $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)) (now $(PROFILE))"
+
+env: $(ENV)  ## create the environment in .venv
+
+.venv/.complete: pyproject.toml requirements.lock
+	@$(or $(PYTHON),false) -c '$(FITS)' || { \
+	    echo "This project needs Python 3.11 or 3.12: name one with 'make env PYTHON=/path/to/python3.11'." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install $(PIP_OPTIONS) -c requirements.lock -e '.[dev]'
+	@touch $@
+
+all: $(addprefix $(STAMPS)/,$(NAMES))  ## run whatever is not up to date: results, figures, notebooks with their outputs
+
+figures: all  ## draw missing or stale figures again (the same runs as all; stored results are read, not computed again)
+
+$(NAMES): %: $(STAMPS)/%
+
+# The stamp bears the time at which the run began: a source that is edited during the run is newer than it.
+$(addprefix $(STAMPS)/,$(NAMES)): $(STAMPS)/%: requirements.lock | $(ENV)
+	@mkdir -p $(STAMPS) && touch $@.started
+	@$(PY) -m writesae.run_notebook $* --profile $(PROFILE)
+	@mv $@.started $@
+
+test: test-unit test-notebooks test-reference  ## unit tests, every notebook from nothing, results against the reference
+
+test-unit: $(ENV)  ## only the unit tests
+	$(PY) -m pytest tests
+
+test-notebooks: $(ENV)  ## only the notebooks, run from nothing into build/test and compared with their kept outputs
+	rm -rf build/test
+	WRITESAE_OUTPUT=build/test $(PY) -m pytest -p no:xdist -x -v --nbval --nbval-current-env \
+	    --nbval-cell-timeout 3600 $(NAMES:%=notebooks/%.ipynb)
+
+test-reference: $(ENV)  ## only the comparison of build/test with results/mini
+	$(PY) -m pytest -o addopts=--import-mode=importlib tests/reference
+
+lint: $(ENV)  ## check style and format with ruff
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+hosts: $(ENV)  ## train the embedded hosts again, each from its recipe (hours; resumable)
+	for recipe in $(RECIPES); do $(PY) -m writesae.host_training $$(dirname $$recipe) || exit 1; done
+
+lab: $(ENV)  ## open JupyterLab in the environment
+	$(PY) -m jupyterlab notebooks
+
+clean:  ## remove build/ (intermediate files, stamps); results and figures stay
+	rm -rf build
+
+# What needs the notebooks' dependencies: everything but the goals named here.
+ifneq ($(filter-out help env test test-% lint hosts lab clean,$(or $(MAKECMDGOALS),help)),)
+ifeq ($(wildcard profiles/$(PROFILE).yaml),)
+$(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
+endif
+
+build/deps.mk: $(SOURCES) $(FOLDERS)
+	@mkdir -p build
+	@$(or $(PYTHON),python3) -I writesae/dependencies.py > $@
+
+include build/deps.mk
+endif

@@ -1,0 +1,24 @@
+"""The results of the notebook run (build/test) against the committed ones; `make test-reference` runs this."""
+
+from pathlib import Path
+
+import pytest
+
+from writesae.reference import check, read_tolerances
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COMMITTED = REPOSITORY / "results" / "mini"
+FRESH = REPOSITORY / "build" / "test" / "results" / "mini"
+TOLERANCES = read_tolerances(Path(__file__).with_name("tolerances.yaml"))
+TABLES = {tolerance.file for tolerance in TOLERANCES}
+
+
+@pytest.mark.parametrize("tolerance", TOLERANCES, ids=lambda t: f"{t.file}:{t.metric}")
+def test_metric_is_within_its_tolerance(tolerance):
+    problems = check(COMMITTED, FRESH, tolerance)
+    assert not problems, "\n".join(problems)
+
+
+def test_every_committed_summary_has_a_tolerance():
+    summaries = {path.name for path in COMMITTED.glob("*_summary.csv")}
+    assert summaries <= TABLES, f"no tolerance for {', '.join(sorted(summaries - TABLES))}"

@@ -1,0 +1,127 @@
+"""The closure of imports on a package made for the test."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from writesae import dependencies
+
+MODULES = {
+    "__init__.py": "",
+    "base.py": "x = 1\n",
+    "middle.py": "from writesae.base import x\n",
+    "late.py": "def f():\n    from writesae import middle\n    return middle\n",
+    "alone.py": "import json\n",
+    "hosts/__init__.py": "",
+    "hosts/one.py": "from . import shared\n",
+    "hosts/two.py": "from ..alone import *\n",
+    "hosts/shared.py": "",
+    "plain.py": "import writesae.hosts.shared as s\n",
+    "dynamic.py": 'import importlib\ndef f(n):\n    return importlib.import_module(f"writesae.hosts.{n}")\n',
+    "table.py": 'FAMILIES = {"one": "writesae.hosts.one"}\n',
+}
+
+
+def _notebook(*cells, **said):
+    code = [{"cell_type": "code", "source": cell, "metadata": {}, "outputs": []} for cell in cells]
+    return json.dumps({"cells": code, "metadata": {"writesae": said}, "nbformat": 4, "nbformat_minor": 5})
+
+
+@pytest.fixture
+def root(tmp_path):
+    for name, source in MODULES.items():
+        path = tmp_path / "writesae" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    (tmp_path / "notebooks").mkdir()
+    return tmp_path
+
+
+def _files(module, root):
+    return {path.relative_to(root / "writesae").as_posix() for path in dependencies.closure(module, root)}
+
+
+def test_closure_follows_imports_of_every_form(root):
+    assert _files("writesae.late", root) == {"__init__.py", "late.py", "middle.py", "base.py"}
+    assert _files("writesae.alone", root) == {"__init__.py", "alone.py"}
+    assert _files("writesae.hosts.one", root) == {"__init__.py", "hosts/__init__.py", "hosts/one.py", "hosts/shared.py"}
+    assert "alone.py" in _files("writesae.hosts.two", root)
+    assert _files("writesae.plain", root) == {"__init__.py", "plain.py", "hosts/__init__.py", "hosts/shared.py"}
+
+
+def test_closure_follows_modules_named_in_strings(root):
+    assert "hosts/one.py" in _files("writesae.table", root)
+    assert "hosts/two.py" not in _files("writesae.table", root)
+    assert {"hosts/one.py", "hosts/two.py", "alone.py"} <= _files("writesae.dynamic", root)
+    files = dependencies.closure("writesae.dynamic", root)
+    assert len(files) == len(set(files))
+
+
+def test_closure_survives_a_circle(root):
+    (root / "writesae" / "base.py").write_text("def f():\n    import writesae.middle\n")
+    assert _files("writesae.base", root) == _files("writesae.middle", root)
+
+
+@pytest.mark.parametrize("changed", ["base.py", "middle.py", "alone.py", "hosts/shared.py"])
+def test_a_changed_module_changes_the_hash_of_exactly_its_dependents(root, changed):
+    names = ["writesae." + name[:-3].replace("/", ".") for name in MODULES if "__init__" not in name]
+    before = {name: dependencies.code_hash([name], root) for name in names}
+    (root / "writesae" / changed).write_text(MODULES[changed] + "y = 2\n")
+    after = {name: dependencies.code_hash([name], root) for name in names}
+    dependents = {name for name in names if changed in _files(name, root)}
+    assert {name for name in names if before[name] != after[name]} == dependents
+    assert len(dependents) < len(names)
+
+
+def test_comments_docstrings_and_layout_do_not_count(root):
+    before = dependencies.code_hash(["writesae.middle"], root)
+    (root / "writesae" / "base.py").write_text('"""Said better."""\n\n# why\nx = (\n    1\n)\n')
+    changed = dependencies.code_hash(["writesae.middle"], root)
+    (root / "writesae" / "base.py").write_text('"""Said best."""\nx = 1\n')
+    assert changed == dependencies.code_hash(["writesae.middle"], root)
+    (root / "writesae" / "base.py").write_text("# why\nx = ( 1 )\n")
+    assert before == dependencies.code_hash(["writesae.middle"], root)
+
+
+def test_rules_hold_modules_needs_files_and_outputs(root):
+    (root / "models").mkdir()
+    (root / "models" / "w.json").write_text("{}")
+    (root / "notebooks" / "00_a.ipynb").write_text(_notebook("%matplotlib inline\nfrom writesae import middle"))
+    said = {"needs": ["00_a"], "files": ["models/*.json"], "makes": ["results/{profile}/b.csv"]}
+    (root / "notebooks" / "01_b.ipynb").write_text(_notebook("x = 1", "!ls", "%%bash\nls -l", **said))
+    rules = dependencies.make_rules(root).splitlines()
+    stamps = "build/$(PROFILE)/stamps"
+    modules = "writesae/__init__.py writesae/base.py writesae/middle.py"
+    assert f"{stamps}/00_a: notebooks/00_a.ipynb {modules} profiles/$(PROFILE).yaml" in rules
+    assert f"{stamps}/01_b: notebooks/01_b.ipynb models/w.json profiles/$(PROFILE).yaml {stamps}/00_a" in rules
+    assert f"{stamps}/01_b: $(if $(wildcard results/$(PROFILE)/b.csv),,always)" in rules
+    assert "writesae/base.py:" in rules
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "not a readable notebook"),
+        (_notebook("x ="), "cell 0 is not valid Python"),
+        (_notebook("", needs=["99_z"]), "needs the notebook 99_z"),
+        (_notebook("", files=["models/*.json"]), "there is no such file"),
+    ],
+)
+def test_a_notebook_that_cannot_be_read_is_one_sentence(root, content, sentence):
+    (root / "notebooks" / "00_a.ipynb").write_text(content)
+    with pytest.raises(ValueError, match=sentence):
+        dependencies.make_rules(root)
+
+
+def test_a_module_that_is_missing_or_broken_is_one_sentence(root):
+    with pytest.raises(ValueError, match="no module writesae.nothing"):
+        dependencies.closure("writesae.nothing", root)
+    (root / "writesae" / "base.py").write_text("x = = 1\n")
+    with pytest.raises(ValueError, match=r"base.py is not valid Python: line 1"):
+        dependencies.closure("writesae.late", root)
+
+
+def test_the_file_needs_only_python_3_9():
+    ast.parse(Path(dependencies.__file__).read_text(), feature_version=(3, 9))

@@ -1,0 +1,112 @@
+"""The comparison with reference results, on toy tables; the tolerances of the suite are read too."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from writesae.artifacts import write_table
+from writesae.reference import Tolerance, check, compare, read_tolerances
+
+TABLE = pd.DataFrame({"host": ["a", "a", "b"], "eps": [0.1, 0.3, 0.1], "rate": [0.5, 0.8, 0.0], "status": list("xyz")})
+PROVENANCE = {"profile": "mini", "config": "0", "host": "toy", "seed": 0, "seconds": 0}
+
+
+def _tolerance(**more):
+    return Tolerance(**{"file": "t.csv", "keys": ["host", "eps"], "metric": "rate", "reason": "test", **more})
+
+
+def _with(row, column, value):
+    changed = TABLE.copy()
+    changed[column] = changed[column].astype(object)
+    changed.loc[row, column] = value
+    return changed
+
+
+def test_equal_tables_in_another_order_agree():
+    assert compare(TABLE, TABLE.iloc[::-1], _tolerance(absolute=0)) == []
+    assert compare(TABLE, TABLE, _tolerance(metric="status", equal=True)) == []
+
+
+@pytest.mark.parametrize(("limit", "value", "fine"), [(0.05, 0.849, True), (0.05, 0.751, True), (0.05, 0.851, False)])
+def test_absolute(limit, value, fine):
+    problems = compare(TABLE, _with(1, "rate", value), _tolerance(absolute=limit))
+    assert (problems == []) is fine
+    if not fine:
+        assert problems == ["t.csv [host=a, eps=0.3] rate is 0.851, in the reference 0.8 (allowed: absolute 0.05)"]
+
+
+def test_relative_is_of_the_reference():
+    assert compare(TABLE, _with(1, "rate", 0.87), _tolerance(relative=0.1)) == []
+    assert len(compare(TABLE, _with(1, "rate", 0.89), _tolerance(relative=0.1))) == 1
+    assert len(compare(TABLE, _with(2, "rate", 1e-9), _tolerance(relative=0.1))) == 1
+
+
+def test_status_must_be_equal():
+    assert len(compare(TABLE, _with(0, "status", "y"), _tolerance(metric="status", equal=True))) == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, "text", None])
+def test_a_value_that_is_no_number_fails(value):
+    assert len(compare(TABLE, _with(1, "rate", value), _tolerance(absolute=10))) == 1
+    assert len(compare(_with(1, "rate", value), TABLE, _tolerance(absolute=10))) == 1
+
+
+def test_missing_agrees_with_missing_only():
+    missing = TABLE.assign(rate=[np.nan, 0.8, 0.0])
+    assert compare(missing, missing, _tolerance(absolute=0)) == []
+    assert len(compare(missing, TABLE, _tolerance(absolute=0))) == 1
+
+
+def test_missing_keys_match():
+    missing = TABLE.assign(eps=[np.nan, 0.3, 0.1])
+    assert compare(missing, missing.copy(), _tolerance(absolute=0)) == []
+
+
+def test_rows_must_be_the_same_on_both_sides():
+    assert compare(TABLE, TABLE.iloc[:2], _tolerance(absolute=1)) == ["t.csv [host=b, eps=0.1] is missing"]
+    assert compare(TABLE.iloc[:2], TABLE, _tolerance(absolute=1)) == ["t.csv [host=b, eps=0.1] is not in the reference"]
+
+
+def test_columns_rows_and_unique_keys_are_needed():
+    assert "no column rate" in compare(TABLE, TABLE.drop(columns="rate"), _tolerance(absolute=1))[0]
+    assert "no rows" in compare(TABLE.iloc[:0], TABLE.iloc[:0], _tolerance(absolute=1))[0]
+    assert "do not name one row" in compare(TABLE, TABLE, _tolerance(absolute=1, keys=["host"]))[0]
+
+
+def test_files_are_checked_before_they_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
+    for folder in ("old", "new"):
+        write_table(TABLE, tmp_path / folder / "t.csv", PROVENANCE)
+    assert check(tmp_path / "old", tmp_path / "new", _tolerance(absolute=0)) == []
+    with open(tmp_path / "new" / "t.csv", "a") as file:
+        file.write("c,1,1,w\n")
+    assert "damaged" in check(tmp_path / "old", tmp_path / "new", _tolerance(absolute=0))[0]
+    (tmp_path / "new" / "t.csv").unlink()
+    assert "missing" in check(tmp_path / "old", tmp_path / "new", _tolerance(absolute=0))[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "- {file: t.csv, keys: [a], metric: m, reason: r}",
+        "- {file: t.csv, keys: [a], metric: m, reason: r, absolute: 1, relative: 1}",
+        "- {file: t.csv, keys: [], metric: m, reason: r, absolute: 1}",
+        "- {file: t.csv, keys: [a], metric: m, absolute: 1}",
+        "- {file: t.csv, keys: [a], metric: m, reason: r, absolut: 1}",
+    ],
+)
+def test_a_list_that_says_too_little_is_refused(tmp_path, text):
+    path = tmp_path / "tolerances.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="tolerances.yaml"):
+        read_tolerances(path)
+
+
+def test_the_suites_own_tolerances_cover_the_contract():
+    found = read_tolerances(Path(__file__).parent / "reference" / "tolerances.yaml")
+    summaries = ("logit_shift", "replacement", "population", "install")
+    tables = {"hosts.csv", "cells.csv", "saes.csv", "scorecard.csv"} | {f"{name}_summary.csv" for name in summaries}
+    assert tables <= {tolerance.file for tolerance in found}

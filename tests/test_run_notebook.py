@@ -1,0 +1,109 @@
+"""A tiny notebook is run as Make runs it: what is published, what is not, and what a failure leaves."""
+
+import fcntl
+import os
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from writesae import run_notebook
+from writesae.artifacts import Paths
+
+PRINTS = "import sys\nprint(profile)\nprint('progress', file=sys.stderr)\nprint('done')"
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    monkeypatch.delenv("WRITESAE_OUTPUT", raising=False)
+    monkeypatch.setattr("writesae.artifacts.ROOT", tmp_path)
+    (tmp_path / "profiles").mkdir()
+    for profile in ("mini", "paper"):
+        (tmp_path / "profiles" / f"{profile}.yaml").touch()
+    (tmp_path / "notebooks").mkdir()
+    return tmp_path / "notebooks"
+
+
+def _notebook(folder, *sources):
+    parameters = new_code_cell("profile = 'mini'", metadata={"tags": ["parameters"]})
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    content = new_notebook(
+        cells=[new_markdown_cell("# Title"), parameters, *map(new_code_cell, sources)], metadata=kernel
+    )
+    path = folder / "00_toy.ipynb"
+    path.write_text(nbformat.writes(content) + "\n")
+    os.utime(path, (1_000_000_000,) * 2)
+    return path
+
+
+def test_outputs_are_published_and_nothing_else_changes(notebooks):
+    path = _notebook(notebooks, PRINTS, "1 + 1")
+    source = nbformat.read(path, as_version=4)
+    run_notebook.run("00_toy", "mini", notebooks)
+    first = path.read_bytes()
+    published = nbformat.reads(first.decode(), as_version=4)
+    assert [cell.get("execution_count") for cell in published.cells] == [None, 1, 2, 3]
+    assert [(o.name, o.text) for o in published.cells[2].outputs] == [("stdout", "mini\ndone\n")]
+    assert published.cells[3].outputs[0].data["text/plain"] == "2"
+    assert published.cells[3].outputs[0].execution_count == 3
+    for cell in published.cells[1:]:
+        cell.update(execution_count=None, outputs=[])
+    assert published == source
+    assert path.stat().st_mtime == 1_000_000_000
+    run_notebook.run("00_toy", "mini", notebooks)
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize(("profile", "variable"), [("paper", None), ("mini", "elsewhere")])
+def test_other_profiles_and_test_runs_do_not_publish(notebooks, monkeypatch, profile, variable):
+    if variable:
+        monkeypatch.setenv("WRITESAE_OUTPUT", variable)
+    path = _notebook(notebooks, "print(profile)")
+    before = path.read_bytes()
+    executed = run_notebook.run("00_toy", profile, notebooks)
+    assert path.read_bytes() == before
+    assert executed == Paths(profile).build / "notebooks" / "00_toy.ipynb"
+    assert nbformat.read(executed, as_version=4).cells[-1].outputs[0].text == f"{profile}\n"
+
+
+def test_a_failure_is_one_sentence_and_leaves_the_notebook(notebooks, monkeypatch, capsys):
+    path = _notebook(notebooks, "print('before')", "raise ValueError('Layer 3 is not recurrent.')")
+    before = path.read_bytes()
+    real = run_notebook.run
+    monkeypatch.setattr(run_notebook, "run", lambda name, profile: real(name, profile, notebooks))
+    assert run_notebook.main(["00_toy"]) == 1
+    assert path.read_bytes() == before
+    assert "00_toy failed: ValueError: Layer 3 is not recurrent." in capsys.readouterr().err.splitlines()
+
+
+def test_an_edit_during_the_run_is_kept(notebooks):
+    path = _notebook(notebooks)
+    with pytest.raises(run_notebook.RunError, match="was edited while it ran"):
+        run_notebook.publish(path, b"as it was", path)
+
+
+def test_a_second_run_is_refused_while_the_first_is_at_work(notebooks):
+    _notebook(notebooks)
+    lock = Paths("mini").build / "lock"
+    lock.parent.mkdir(parents=True)
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(run_notebook.RunError, match="Another run"):
+            run_notebook.run("00_toy", "mini", notebooks)
+
+
+def test_unknown_names_are_one_sentence(notebooks):
+    with pytest.raises(run_notebook.RunError, match="no notebook 99_x"):
+        run_notebook.run("99_x", "mini", notebooks)
+    _notebook(notebooks)
+    with pytest.raises(run_notebook.RunError, match="no profile huge"):
+        run_notebook.run("00_toy", "huge", notebooks)
+
+
+def test_other_cells_are_refused_and_widgets_dropped():
+    source = new_notebook(cells=[new_code_cell("x")])
+    bar = new_output("display_data", data={run_notebook.WIDGET: {}, "text/plain": "0%"})
+    ran = new_notebook(cells=[new_code_cell("x", id=source.cells[0].id, outputs=[bar], execution_count=7)])
+    assert run_notebook.with_outputs(source, ran).cells[0].outputs == []
+    with pytest.raises(ValueError, match="does not have the cells"):
+        run_notebook.with_outputs(source, new_notebook(cells=[new_code_cell("y")]))

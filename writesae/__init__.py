@@ -1,0 +1,1 @@
+"""Sparse autoencoders for the writes of recurrent language models: a replication suite."""
