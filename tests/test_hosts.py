@@ -1,0 +1,142 @@
+"""The Gated DeltaNet adapter against the library's own model, its decoding, and a step loop in fp64."""
+
+import json
+
+import pytest
+import torch
+from helpers import assert_close
+
+from writesae.hosts import load_host
+from writesae.hosts.families import build, slow_decays
+from writesae.recurrence import step_states
+
+LIBRARY = 5e-6  # the library works in fp32 inside its recurrence, whatever the model's type
+
+
+def library_logits(host, tokens, **more):
+    with torch.no_grad():
+        return host.model(input_ids=tokens, use_cache=False, **more).logits
+
+
+def test_logits_are_the_librarys(host, run, tokens):
+    assert_close(host.logits(run.final), library_logits(host, tokens).float(), "logits", LIBRARY)
+
+
+def test_outputs_and_last_state_are_the_step_loops(host, run):
+    for layer, head in host.cells:
+        factors = host.factors(run, layer, head)
+        states = step_states(factors)
+        read = (states.mT @ factors.query[..., None])[..., 0]
+        assert_close(run.records[layer].outputs[:, :, head], read, f"output of {layer}.{head}", 1e-12)
+        assert_close(run.records[layer].end[:, head], states[:, -1], f"state of {layer}.{head}", 1e-12)
+
+
+def test_effective_write_is_the_states_whole_change(host, run):
+    factors = host.factors(run, 1, 3)
+    states = step_states(factors)
+    change = states[:, 1:] - factors.log_decay.exp()[:, 1:, :, None] * states[:, :-1]
+    assert_close(factors.key[:, 1:, :, None] * factors.effective[:, 1:, None], change, "effective write", 1e-12)
+
+
+def test_factors_follow_the_librarys_gates(host, run):
+    """beta and the decay recomputed with the library's formula, straight from the layer's input."""
+    layer, head = 1, 2
+    mixer, block = host.blocks[layer].linear_attn, host.blocks[layer]
+    normed = block.input_layernorm(run.records[layer].hidden)
+    log_decay = -mixer.A_log.exp() * torch.nn.functional.softplus(mixer.in_proj_a(normed) + mixer.dt_bias)
+    factors = host.factors(run, layer, head)
+    assert_close(factors.log_decay[..., 0], log_decay[..., head], "log decay", 1e-12)
+    assert_close(factors.key.norm(dim=-1), torch.ones_like(factors.key[..., 0]), "key norms", 1e-3)
+
+
+def test_library_state_is_ours(host, tokens):
+    """The recurrent state in the library's own cache after a prefix: same orientation, same numbers."""
+    with torch.no_grad():
+        cache = host.model(input_ids=tokens, use_cache=True).past_key_values
+    state = host.run(tokens).records[1].end
+    assert_close(state.float(), cache.layers[1].recurrent_states[0].float(), "cached state", LIBRARY)
+
+
+@pytest.mark.parametrize("start", [0, 1, 2, 40, 83])
+def test_branch_without_a_change_is_the_native_run(host, run, start):
+    rows, steps = torch.tensor([0, 1, 2, 1]), 7
+    starts = torch.tensor([start, max(start - 1, 0), start, 0])
+    final, _ = host.branch(run, 0, 1, rows, starts, torch.zeros(4, steps, host.d_v, dtype=torch.float64))
+    native = torch.stack([run.final[r, s : s + steps] for r, s in zip(rows, starts, strict=True)])
+    assert_close(final, native, "final hidden states", 1e-12)
+
+
+def test_branch_isolates_rows(host, run):
+    rows, starts = torch.tensor([0, 0, 2]), torch.tensor([30, 30, 50])
+    change = torch.zeros(3, 5, host.d_v, dtype=torch.float64)
+    change[1] = 1.0
+    final, _ = host.branch(run, 1, 0, rows, starts, change)
+    assert_close(final[0], run.final[0, 30:35], "row beside an edited one", 1e-12)
+    assert_close(final[2], run.final[2, 50:55], "row of another window", 1e-12)
+    assert (final[1] - run.final[0, 30:35]).norm() > 1e-3
+
+
+def test_branch_refuses_to_leave_the_window(host, run):
+    with pytest.raises(ValueError, match="leaves its window of 90 tokens"):
+        host.branch(run, 1, 0, torch.tensor([0]), torch.tensor([88]), torch.zeros(1, 3, host.d_v, dtype=torch.float64))
+
+
+def test_greedy_decoding_is_the_librarys(host, tokens):
+    prompt = tokens[:, :50]
+    with torch.no_grad():
+        wanted = host.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=8,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+        )[:, 50:]
+    run, rows = host.run(prompt), torch.arange(3)
+    pasts = [host.past_at(record, rows, torch.full((3,), 50)) for record in run.records]
+    assert torch.equal(host.decode(pasts, host.logits(run.final[:, -1]).argmax(-1), 50, 7), wanted)
+
+
+@pytest.mark.parametrize(
+    ("layer", "head", "says"), [(2, 0, "Layer 2 of small is not recurrent"), (1, 4, "has no head 4")]
+)
+def test_wrong_cells_are_refused(host, run, layer, head, says):
+    with pytest.raises(ValueError, match=says):
+        host.factors(run, layer, head)
+
+
+def test_slow_decays_have_memory():
+    torch.manual_seed(0)
+    a_log, dt_bias = slow_decays(4000)
+    alpha = torch.exp(-a_log.exp() * torch.nn.functional.softplus(dt_bias))
+    half_life = torch.log(torch.tensor(0.5)) / alpha.log()
+    low, middle, high = half_life.quantile(torch.tensor([0.05, 0.5, 0.95]))
+    assert 0.3 < low < 3 < middle < 30 < high < 700
+
+
+def test_load_host_reads_what_was_saved(host, tokens, tmp_path):
+    """A round trip through files in the library's format, with fp32 arithmetic."""
+    from transformers import PreTrainedTokenizerFast
+
+    from writesae import corpus
+
+    host.model.save_pretrained(tmp_path)
+    trained = corpus.train_tokenizer(["some words and more words"] * 3, 280)
+    PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=corpus.END_OF_TEXT).save_pretrained(tmp_path)
+    loaded = load_host(tmp_path)
+    assert loaded.recurrent_layers == (0, 1, 3, 4)
+    assert (loaded.d_k, loaded.d_v, loaded.heads) == (12, 20, 4)
+    assert_close(loaded.logits(loaded.run(tokens).final), library_logits(host, tokens).float(), "loaded logits", 2e-5)
+
+
+def test_load_host_refuses_other_things(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        load_host(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(dict(model_type="gpt2", architectures=["GPT2LMHeadModel"])))
+    with pytest.raises(ValueError, match="no host family has that class"):
+        load_host(tmp_path)
+
+
+def test_unknown_family_is_refused():
+    with pytest.raises(ValueError, match="no host family 'lstm'"):
+        build("lstm", {})
