@@ -1,0 +1,235 @@
+"""A cell's history: the factors from which every state follows, and what can be computed without forming states.
+
+Sec. 2 of the paper writes the recurrence of one head as a gate product and a rank-1 write. In code's names,
+
+    X_t = exp(log_decay_t) X_{t-1} + key_t value_t^T      (target "state", X_0 = 0 before every window)
+    X_t = key_t value_t^T                                 (target "write")
+
+A quantity that is linear in X_t then obeys a scalar recurrence, p_t = exp(log_decay_t) p_{t-1} + x_t. Within a chunk of
+L tokens that is a product with the lower-triangular D_ts = exp(log_decay_{s+1} + ... + log_decay_t); from one chunk to
+the next a single row is carried. Decays are summed in fp64: differences of long sums lose too many digits in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64
+GROUP = 64  # windows, or picked places, that are worked on at once
+
+
+class Chunks(NamedTuple):
+    """A history cut into C chunks of L tokens, the last one padded with zeros."""
+
+    key: Tensor  # [N, C, L, d_k]
+    value: Tensor  # [N, C, L, d_v]
+    decay: Tensor  # [N, C, L, L]: from token s to token t of the same chunk, 0 where s > t
+    carry: Tensor  # [N, C, L]: from the last token of the chunk before to token t
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """N windows of T tokens of one cell, each from a zero state; floating point, fp32 in a harvest.
+
+    key [N, T, d_k]; value [N, T, d_v]; log_decay [N, T] (target "state") or None (target "write").
+    Raises ValueError on shapes that do not belong together and on values that are not finite.
+    """
+
+    key: Tensor
+    value: Tensor
+    log_decay: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(x.shape) for x in self._tensors()]
+        fits = self.key.dim() == 3 and self.value.dim() == 3 and all(s[:2] == shapes[0][:2] for s in shapes)
+        if not fits or 0 in shapes[0] + shapes[1] or len(shapes) == 3 and len(shapes[2]) != 2:
+            raise ValueError(
+                f"A history needs key [N, T, d_k], value [N, T, d_v] and log_decay [N, T] or None; got {shapes}."
+            )
+        self._refuse_not_finite()
+
+    def _tensors(self) -> list[Tensor]:
+        return [x for x in (self.key, self.value, self.log_decay) if x is not None]
+
+    def _refuse_not_finite(self) -> None:
+        if all(torch.isfinite(x.sum()) for x in self._tensors()):  # a sum is quick, and not finite if a term is not
+            return
+        bad = [~torch.isfinite(x.reshape(*self.shape, -1)) for x in self._tensors()]
+        per_token = sum(b.sum(-1) for b in bad)
+        if not per_token.any():
+            return
+        window, position = per_token.nonzero()[0].tolist()
+        names = [n for n, b in zip(("key", "value", "log_decay"), bad) if b[window, position].any()]
+        count = int(per_token.sum())
+        what = f"{count} values that are" if count > 1 else "1 value that is"
+        raise ValueError(
+            f"The harvest holds {what} not finite, the first at window {window}, position {position}: "
+            f"in {' and '.join(names)}."
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, T): windows, and tokens in each."""
+        return self.key.shape[0], self.key.shape[1]
+
+    @property
+    def d_k(self) -> int:
+        return self.key.shape[2]
+
+    @property
+    def d_v(self) -> int:
+        return self.value.shape[2]
+
+    @property
+    def target(self) -> str:
+        return "write" if self.log_decay is None else "state"
+
+    def __len__(self) -> int:
+        return self.key.shape[0]
+
+    def __getitem__(self, index: Tensor | slice | list[int] | int) -> History:
+        """The windows at `index` (one window stays a history, with N = 1)."""
+        if isinstance(index, int):
+            index = [index]
+        return History(*(None if x is None else x[index] for x in (self.key, self.value, self.log_decay)))
+
+    def groups(self, windows: int = GROUP) -> Iterator[History]:
+        """The history in parts of at most `windows` windows, in order."""
+        for start in range(0, len(self), windows):
+            yield self[start : start + windows]
+
+    def double(self) -> History:
+        """The same history in fp64."""
+        return History(*(None if x is None else x.double() for x in (self.key, self.value, self.log_decay)))
+
+    def walk(self) -> Iterator[Tensor]:
+        """X_0, X_1, ... one token at a time, each [N, d_k, d_v]: the recurrence as it is written above."""
+        state = torch.zeros_like(self.key[:, 0, :, None] * self.value[:, 0, None, :])
+        for t in range(self.key.shape[1]):
+            write = self.key[:, t, :, None] * self.value[:, t, None, :]
+            state = write if self.log_decay is None else self.log_decay[:, t, None, None].exp() * state + write
+            yield state
+
+    def steps(self) -> Tensor:
+        """All X_t, [N, T, d_k, d_v], by the plain loop. Slow and large: the oracle, and the dense path of batches."""
+        return torch.stack(list(self.walk()), dim=1)
+
+    @cached_property
+    def chunks(self) -> Chunks:
+        """The padded chunks and their decays (target "state" only)."""
+        windows, tokens = self.shape
+        count = -(-tokens // CHUNK)
+        pad = count * CHUNK - tokens
+        key, value = (F.pad(x, (0, 0, 0, pad)).view(windows, count, CHUNK, -1) for x in (self.key, self.value))
+        total = F.pad(self.log_decay, (0, pad)).double().view(windows, count, CHUNK).cumsum(-1)
+        between = total[..., :, None] - total[..., None, :]
+        future = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=key.device).triu(1)
+        decay = between.to(key.dtype).masked_fill(future, -torch.inf).exp()
+        return Chunks(key, value, decay, total.exp().to(key.dtype))
+
+    def read(self, left: Tensor, right: Tensor) -> Tensor:
+        """left_i^T X_t right_i for all i and t: left [n, d_k], right [n, d_v] -> [N, T, n]; differentiable in both."""
+        if self.log_decay is None:
+            return (self.key @ left.T) * (self.value @ right.T)
+        chunks = self.chunks
+        out = _Scan.apply((chunks.key @ left.T) * (chunks.value @ right.T), chunks.decay, chunks.carry)
+        return out.flatten(1, 2)[:, : self.key.shape[1]]
+
+    def inner(self, matrix: Tensor) -> Tensor:
+        """<X_t, matrix> for matrix [d_k, d_v] -> [N, T] in the history's dtype; computed in fp64."""
+        return torch.cat([part.double()._inner(matrix.double()) for part in self.groups()]).to(self.key.dtype)
+
+    def _inner(self, matrix: Tensor) -> Tensor:
+        write = ((self.key @ matrix) * self.value).sum(-1)
+        return write if self.log_decay is None else _scan(self.log_decay, write)
+
+    def energy(self, centre: Tensor | None = None) -> Tensor:
+        """||X_t - centre||_F^2 (centre [d_k, d_v], default zero) -> [N, T] in the history's dtype.
+
+        Computed in fp64 from the Gram matrices of keys and values within a chunk and one carried state a window.
+        """
+        centre = torch.zeros(self.d_k, self.d_v, device=self.key.device) if centre is None else centre
+        centre = centre.double()
+        parts = []
+        for part in (group.double() for group in self.groups()):
+            parts.append(part._energy() - 2 * part._inner(centre) + centre.square().sum())
+        return torch.cat(parts).clamp_min(0).to(self.key.dtype)
+
+    def _energy(self) -> Tensor:
+        if self.log_decay is None:
+            return self.key.square().sum(-1) * self.value.square().sum(-1)
+        state = self.key.new_zeros(len(self), self.d_k, self.d_v)
+        out = []
+        for key, value, decay, carry in zip(*(x.unbind(1) for x in self.chunks)):
+            gram = (key @ key.transpose(1, 2)) * (value @ value.transpose(1, 2))
+            cross = (decay @ ((key @ state) * value).sum(-1, keepdim=True)).squeeze(-1)
+            own = ((decay @ gram) * decay).sum(-1)
+            out.append(own + 2 * carry * cross + carry.square() * state.square().sum((1, 2))[:, None])
+            state = carry[:, -1, None, None] * state + (key * decay[:, -1, :, None]).transpose(1, 2) @ value
+        return torch.cat(out, dim=1)[:, : self.key.shape[1]]
+
+    def mean(self) -> Tensor:
+        """The mean of X_t over all windows and positions, [d_k, d_v] in the history's dtype; computed in fp64."""
+        total = sum(part.double()._sum() for part in self.groups())
+        return (total / (self.shape[0] * self.shape[1])).to(self.key.dtype)
+
+    def _sum(self) -> Tensor:
+        """A write at s counts 1 + alpha_{s+1} + alpha_{s+1} alpha_{s+2} + ... times: a scan from the window's end."""
+        weight = torch.ones_like(self.key[..., 0])
+        if self.log_decay is not None:
+            weight = _scan(self.log_decay.roll(-1, dims=1).flip(1), weight).flip(1)
+        return torch.einsum("nt,ntk,ntv->kv", weight, self.key, self.value)
+
+    def matrices(self, window: Tensor, position: Tensor) -> Tensor:
+        """X at chosen places, rebuilt from the factors: window [M], position [M] (int64) -> [M, d_k, d_v]."""
+        picks = zip(window.split(GROUP), position.split(GROUP))
+        parts = [self._matrices(w, p) for w, p in picks]
+        return torch.cat(parts) if parts else self.key.new_zeros(0, self.d_k, self.d_v)
+
+    def _matrices(self, window: Tensor, position: Tensor) -> Tensor:
+        if self.log_decay is None:
+            return self.key[window, position, :, None] * self.value[window, position, None, :]
+        total = self.log_decay[window].double().cumsum(1)
+        since = total.gather(1, position[:, None]) - total
+        later = torch.arange(total.shape[1], device=total.device) > position[:, None]
+        weight = since.masked_fill(later, -torch.inf).exp().to(self.key.dtype)
+        return (self.key[window] * weight[..., None]).transpose(1, 2) @ self.value[window]
+
+
+def _scan(log_decay: Tensor, x: Tensor) -> Tensor:
+    """p_t = exp(log_decay_t) p_{t-1} + x_t along the second axis of [N, T], by a plain loop."""
+    out = x.clone()
+    decay = log_decay.exp()
+    for t in range(1, x.shape[1]):
+        out[:, t].addcmul_(decay[:, t], out[:, t - 1])
+    return out
+
+
+class _Scan(torch.autograd.Function):
+    """p_t = alpha_t p_{t-1} + x_t for x [N, C, L, n]: D x within each chunk, then the carried row, in place."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, decay: Tensor, carry: Tensor) -> Tensor:
+        ctx.save_for_backward(decay, carry)
+        out = decay @ x
+        for c in range(1, out.shape[1]):
+            out[:, c].addcmul_(carry[:, c, :, None], out[:, c - 1, -1:])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        """The transpose: D^T grad, and what later chunks send back through the carried row."""
+        decay, carry = ctx.saved_tensors
+        out = decay.transpose(-1, -2) @ grad
+        carried = (carry[:, :, None] @ grad).squeeze(2)  # [N, C, n]: grad of the carried row, from chunk c itself
+        for c in range(out.shape[1] - 1, 0, -1):
+            out[:, c - 1].addcmul_(decay[:, c - 1, -1, :, None], carried[:, c, None])
+            carried[:, c - 1].addcmul_(carry[:, c - 1, -1:], carried[:, c])
+        return out, None, None

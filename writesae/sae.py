@@ -1,0 +1,316 @@
+"""Sparse autoencoders of matrices: an encoder and a decoder put together, and their checkpoints.
+
+Table 10 of the paper lists the variants; here each is an encoder and a decoder: FlatSAE is dense + flat, MatrixSAE
+dense + rank1, BilinearSAE bilinear + rank1, BilinearSAE (flat decoder) bilinear + flat.
+Data are centred and divided by one number first, x = (X - mean) / scale, so that the mean of ||x||_F^2 is 1:
+
+    p_i = enc_key_i^T x enc_value_i + bias_i        c = ReLU(TopK_k(p))        xhat = sum_i c_i dec_key_i dec_value_i^T
+
+What leaves this module is in raw units: a coefficient is c_i * scale, so that coefficient * unit atom adds to a state.
+Table 10 has no encoder bias; ours starts at zero and is learnt.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from writesae.artifacts import write_atomically
+from writesae.history import History
+
+FORMAT_VERSION = 1
+GROUP_ELEMENTS = 2**24  # numbers held at once when a whole history is encoded
+
+
+class TopK(NamedTuple):
+    """The k largest pre-activations of a token after ReLU, largest first."""
+
+    indices: Tensor  # [..., k] int64
+    coefficients: Tensor  # [..., k], 0 where the pre-activation was not positive
+
+
+class _Factors(nn.Module):
+    """n rank-1 matrices key_i value_i^T."""
+
+    def __init__(self, n_atoms: int, d_k: int, d_v: int) -> None:
+        super().__init__()
+        self.key = nn.Parameter(F.normalize(torch.randn(n_atoms, d_k), dim=-1))
+        self.value = nn.Parameter(F.normalize(torch.randn(n_atoms, d_v), dim=-1))
+
+    def weight(self) -> Tensor:
+        """The matrices themselves, [n, d_k, d_v]."""
+        return self.key[:, :, None] * self.value[:, None, :]
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Unit key and value factors (Table 10)."""
+        for factor in (self.key, self.value):
+            factor.copy_(F.normalize(factor, dim=-1))
+
+    @torch.no_grad()
+    def assign(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
+        """Make the atoms `rows` [r] the matrices key value^T: key [r, d_k], value [r, d_v]."""
+        self.key[rows], self.value[rows] = key.to(self.key), value.to(self.value)
+
+
+class _Matrices(nn.Module):
+    """n matrices without structure."""
+
+    def __init__(self, n_atoms: int, d_k: int, d_v: int) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(F.normalize(torch.randn(n_atoms, d_k * d_v), dim=-1).view(n_atoms, d_k, d_v))
+
+    def weight(self) -> Tensor:
+        """The matrices themselves, [n, d_k, d_v]."""
+        return self.matrix
+
+    @torch.no_grad()
+    def assign(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
+        """Make the matrices `rows` [r] equal key value^T: key [r, d_k], value [r, d_v]."""
+        self.matrix[rows] = (key[:, :, None] * value[:, None, :]).to(self.matrix)
+
+
+class _Encoder:
+    """What encoders add to their matrices: the bias, and the pre-activations of matrices."""
+
+    def dense(self, x: Tensor) -> Tensor:
+        """<weight_i, x> + bias_i for x [..., d_k, d_v] -> [..., n]."""
+        return F.linear(x.flatten(-2), self.weight().flatten(1), self.bias)
+
+    @torch.no_grad()
+    def clear_bias(self, rows: Tensor) -> None:
+        self.bias[rows] = 0
+
+
+class BilinearEncoder(_Encoder, _Factors):
+    """The paper's matched filter: key [n, d_k], value [n, d_v], bias [n]."""
+
+    def __init__(self, n_atoms: int, d_k: int, d_v: int) -> None:
+        super().__init__(n_atoms, d_k, d_v)
+        self.bias = nn.Parameter(torch.zeros(n_atoms))
+
+
+class DenseEncoder(_Encoder, _Matrices):
+    """A linear map of vec(x): matrix [n, d_k, d_v], bias [n]. Table 10 puts no norm on it."""
+
+    def __init__(self, n_atoms: int, d_k: int, d_v: int) -> None:
+        super().__init__(n_atoms, d_k, d_v)
+        self.bias = nn.Parameter(torch.zeros(n_atoms))
+
+    def normalise(self) -> None:
+        """Nothing: a dense encoder is free."""
+
+
+class RankOneDecoder(_Factors):
+    """Atoms key_i value_i^T: key [n, d_k], value [n, d_v]."""
+
+    def dense(self, indices: Tensor, coefficients: Tensor) -> Tensor:
+        """sum_j coefficients_j atom_indices_j for [..., k] -> [..., d_k, d_v]."""
+        key, value = F.embedding(indices, self.key), F.embedding(indices, self.value)
+        return (key * coefficients[..., None]).transpose(-1, -2) @ value
+
+
+class FlatDecoder(_Matrices):
+    """Atoms without structure: matrix [n, d_k, d_v]."""
+
+    def dense(self, indices: Tensor, coefficients: Tensor) -> Tensor:
+        """sum_j coefficients_j atom_indices_j for [..., k] -> [..., d_k, d_v]."""
+        weight = self.weight()
+        spread = coefficients.new_zeros(*indices.shape[:-1], len(weight)).scatter(-1, indices, coefficients)
+        return (spread @ weight.flatten(1)).unflatten(-1, weight.shape[1:])
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Atoms of unit Frobenius norm (Table 10)."""
+        self.matrix.div_(self.matrix.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None])
+
+
+ENCODERS = {"bilinear": BilinearEncoder, "dense": DenseEncoder}
+DECODERS = {"rank1": RankOneDecoder, "flat": FlatDecoder}
+
+
+class SAE(nn.Module):
+    """A TopK sparse autoencoder of [d_k, d_v] matrices; buffers mean [d_k, d_v] and scale (a scalar), fp32.
+
+    Raises ValueError on an unknown part and on k outside 1..n_atoms.
+    """
+
+    def __init__(
+        self, n_atoms: int, k: int, d_k: int, d_v: int, *, encoder: str = "bilinear", decoder: str = "rank1"
+    ) -> None:
+        super().__init__()
+        if encoder not in ENCODERS or decoder not in DECODERS:
+            raise ValueError(f"No SAE {encoder} + {decoder}: encoders {list(ENCODERS)}, decoders {list(DECODERS)}.")
+        if not 1 <= k <= n_atoms:
+            raise ValueError(f"k must lie between 1 and n_atoms = {n_atoms}, not {k}.")
+        self.k, self.n_atoms, self.d_k, self.d_v = k, n_atoms, d_k, d_v
+        self.encoder = ENCODERS[encoder](n_atoms, d_k, d_v)
+        self.decoder = DECODERS[decoder](n_atoms, d_k, d_v)
+        self.register_buffer("mean", torch.zeros(d_k, d_v))
+        self.register_buffer("scale", torch.ones(()))
+
+    @property
+    def factored(self) -> bool:
+        """Whether encoding, decoding and training need no states."""
+        return isinstance(self.encoder, BilinearEncoder) and isinstance(self.decoder, RankOneDecoder)
+
+    def normalise(self) -> None:
+        """The norm constraints of Table 10, on both parts."""
+        self.encoder.normalise()
+        self.decoder.normalise()
+
+    def standardise(self, matrices: Tensor) -> Tensor:
+        """x = (X - mean) / scale, [..., d_k, d_v]."""
+        return (matrices - self.mean) / self.scale
+
+    def overlaps(self, part: _Factors, history: History, bias: Tensor | float = 0.0) -> Tensor:
+        """<key_i value_i^T, x_t> + bias_i for the factors of either part, without states: [N, T, n], differentiable."""
+        key = part.key / self.scale
+        return history.read(key, part.value) + (bias - ((key @ self.mean) * part.value).sum(-1))
+
+    def select(self, pre: Tensor, ordered: bool = True) -> TopK:
+        """TopK then ReLU of pre-activations [..., n], in scaled units; gradients reach the chosen ones only."""
+        indices = pre.detach().topk(self.k, dim=-1, sorted=ordered).indices
+        return TopK(indices, pre.gather(-1, indices).relu())
+
+    @torch.no_grad()
+    def encode(self, matrices: Tensor) -> TopK:
+        """Matrices [..., d_k, d_v] -> indices and raw coefficients [..., k]. Raises ValueError on another shape."""
+        if matrices.shape[-2:] != (self.d_k, self.d_v):
+            raise ValueError(f"This SAE takes matrices [..., {self.d_k}, {self.d_v}], not {tuple(matrices.shape)}.")
+        return self._raw(self.encoder.dense(self.standardise(matrices)))
+
+    @torch.no_grad()
+    def encode_history(self, history: History) -> TopK:
+        """Every X_t of a history -> indices and raw coefficients [N, T, k]; a bilinear encoder forms no state."""
+        if (history.d_k, history.d_v) != (self.d_k, self.d_v):
+            raise ValueError(f"This SAE takes {self.d_k} x {self.d_v} matrices, not {history.d_k} x {history.d_v}.")
+        parts = [self._encode_group(group) for group in history.groups(self.group_size(history))]
+        return TopK(*(torch.cat(x) for x in zip(*parts)))
+
+    def _encode_group(self, history: History) -> TopK:
+        if isinstance(self.encoder, BilinearEncoder):
+            return self._raw(self.overlaps(self.encoder, history, self.encoder.bias))
+        return self.encode(history.steps())
+
+    def group_size(self, history: History) -> int:
+        """How many windows to work on at once so that about GROUP_ELEMENTS numbers are held."""
+        per_token = self.n_atoms if isinstance(self.encoder, BilinearEncoder) else self.n_atoms + self.d_k * self.d_v
+        return max(1, GROUP_ELEMENTS // (per_token * history.shape[1]))
+
+    def _raw(self, pre: Tensor) -> TopK:
+        indices, coefficients = self.select(pre)
+        return TopK(indices, coefficients * self.scale)
+
+    @torch.no_grad()
+    def decode(self, indices: Tensor, coefficients: Tensor) -> Tensor:
+        """Indices and raw coefficients [..., k] -> reconstructed X [..., d_k, d_v], the mean included."""
+        return self.mean + self.decoder.dense(indices, coefficients)
+
+    @torch.no_grad()
+    def atoms(self) -> tuple[Tensor, Tensor]:
+        """Unit key [n, d_k] and unit value [n, d_v] of every atom.
+
+        For a flat decoder these are the top singular pair of each atom: the paper's baseline "flat SAE + SVD".
+        """
+        if isinstance(self.decoder, RankOneDecoder):
+            return F.normalize(self.decoder.key, dim=-1), F.normalize(self.decoder.value, dim=-1)
+        left, _, right = torch.linalg.svd(self.decoder.weight(), full_matrices=False)
+        return left[:, :, 0], right[:, 0, :]
+
+
+class SAEConfig(BaseModel):
+    """What a checkpoint is of. `write`: which write the values stand for, added or effective (write minus erase)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: str
+    layer: int
+    head: int
+    target: Literal["state", "write"]
+    write: Literal["added", "effective"]
+    encoder: Literal["bilinear", "dense"]
+    decoder: Literal["rank1", "flat"]
+    n_atoms: PositiveInt
+    k: PositiveInt
+    d_k: PositiveInt
+    d_v: PositiveInt
+    seed: int
+    orientation: Literal["key_value"] = "key_value"
+    format_version: int = FORMAT_VERSION
+
+
+def save(sae: SAE, config: SAEConfig, stem: Path | str) -> None:
+    """Write `stem`.safetensors and then `stem`.json (the config, and the sha256 of the former), each atomically.
+
+    Raises ValueError when config and SAE disagree.
+    """
+    for name in ("n_atoms", "k", "d_k", "d_v"):
+        if getattr(config, name) != getattr(sae, name):
+            raise ValueError(f"The config says {name} = {getattr(config, name)}, the SAE has {getattr(sae, name)}.")
+    parts = type(sae.encoder), type(sae.decoder)
+    if parts != (ENCODERS[config.encoder], DECODERS[config.decoder]):
+        names = " + ".join(part.__name__ for part in parts)
+        raise ValueError(f"The config says {config.encoder} + {config.decoder}, the SAE is {names}.")
+    weights, description = _paths(stem)
+    tensors = {name: x.detach().cpu().contiguous() for name, x in sae.state_dict().items()}
+    write_atomically(weights, lambda path: save_file(tensors, path))
+    content = config.model_dump() | {"sha256": _sha256(weights)}
+    write_atomically(description, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def load(stem: Path | str, expect: dict[str, Any] | None = None) -> tuple[SAE, SAEConfig]:
+    """Read what `save` wrote at `stem`. `expect` names fields of SAEConfig and the values they must have.
+
+    Raises FileNotFoundError for a missing file, and ValueError for another format version, a damaged file, and a
+    checkpoint of something else than `expect`.
+    """
+    weights, description = _paths(stem)
+    try:
+        content = json.loads(description.read_text())
+        version, checksum = content.get("format_version"), content.pop("sha256", None)
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{description} is damaged: it is not a JSON object ({error}).") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{description} has format version {version}, this code reads {FORMAT_VERSION}.")
+    try:
+        config = SAEConfig(**content)
+    except ValidationError as error:
+        raise ValueError(f"{description} does not describe an SAE: {error}") from error
+    _refuse_other(config, expect or {}, description)
+    if _sha256(weights) != checksum:
+        raise ValueError(f"{weights} is damaged or was cut short: its sha256 is not the one in {description.name}.")
+    sae = SAE(config.n_atoms, config.k, config.d_k, config.d_v, encoder=config.encoder, decoder=config.decoder)
+    try:
+        sae.load_state_dict(load_file(weights))
+    except RuntimeError as error:
+        raise ValueError(f"{weights} does not hold the tensors that {description.name} describes: {error}") from error
+    return sae.requires_grad_(False), config
+
+
+def _refuse_other(config: SAEConfig, expect: dict[str, Any], path: Path) -> None:
+    unknown = expect.keys() - SAEConfig.model_fields.keys()
+    if unknown:
+        raise ValueError(f"A checkpoint has no field {', '.join(sorted(unknown))}.")
+    wrong = [name for name, value in expect.items() if getattr(config, name) != value]
+    if wrong:
+        has = ", ".join(f"{name} {getattr(config, name)}" for name in wrong)
+        wanted = ", ".join(f"{name} {expect[name]}" for name in wrong)
+        raise ValueError(f"{path} is an SAE of {has}, but {wanted} was asked for.")
+
+
+def _paths(stem: Path | str) -> tuple[Path, Path]:
+    return Path(f"{stem}.safetensors"), Path(f"{stem}.json")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,425 @@
+"""Training sparse autoencoders of a cell's history by the paper's recipe (its App. D), without forming states.
+
+For a bilinear encoder and a rank-1 decoder the squared error of a token needs no d_k x d_v matrix. With
+x = (X - mean) / scale, atoms v_i w_i^T, coefficients c and G_ij = (v_i . v_j)(w_i . w_j),
+
+    ||x - sum_i c_i v_i w_i^T||^2 = ||x||^2 - 2 sum_i c_i <v_i w_i^T, x> + c^T G c.
+
+Its mean over tokens is the fraction of variance unexplained (FVU), because the mean of ||x||^2 is 1. The dead-atom loss
+follows Gao et al. 2024 (Scaling and evaluating sparse autoencoders, App. A.2): what is left, e = x - xhat, is
+reconstructed by atoms that have long been silent. Every other pair of parts takes the dense path: the
+same losses, on states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from writesae.artifacts import write_atomically
+from writesae.history import History
+from writesae.sae import SAE, RankOneDecoder
+
+CHECKPOINT_SECONDS = 60.0
+RESAMPLE_UNTIL = 0.8  # of all steps
+RESAMPLE_BATCHES = 4  # batches from whose worst tokens silent atoms are restarted
+POWER_ITERATIONS = 20
+INIT_NOISE = 0.2  # norm of the noise on the unit factors of the tokens that atoms start from
+CURVE_POINTS = 200
+
+
+class TrainingSettings(BaseModel):
+    """What a training run depends on, beside its data. The defaults are the paper's (Sec. 3, App. D, Table 10)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    n_atoms: PositiveInt
+    k: PositiveInt
+    encoder: Literal["bilinear", "dense"] = "bilinear"
+    decoder: Literal["rank1", "flat"] = "rank1"
+    tokens: PositiveInt = Field(description="training tokens seen in all, rounded up to whole batches")
+    batch_windows: PositiveInt
+    lr: PositiveFloat = Field(3e-4, description="peak learning rate of Adam")
+    final_lr: NonNegativeFloat = Field(3e-5, description="where the cosine ends")
+    warmup: int = Field(50, ge=0, description="steps of linear warm-up")
+    aux_weight: NonNegativeFloat = Field(1e-2, description="weight of the dead-atom loss")
+    k_aux: PositiveInt = Field(256, description="silent atoms that reconstruct the residual of a token")
+    dead_after: PositiveInt = Field(100, description="steps without firing after which an atom counts as silent")
+    resample_every: PositiveInt = 250
+    renormalise_every: PositiveInt = 100
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainingSettings:
+        if self.k > self.n_atoms:
+            raise ValueError(f"k = {self.k} exceeds n_atoms = {self.n_atoms}")
+        if self.final_lr > self.lr:
+            raise ValueError(f"final_lr = {self.final_lr} exceeds lr = {self.lr}")
+        return self
+
+    def steps(self, window_tokens: int) -> int:
+        """Steps of batch_windows windows of `window_tokens` tokens."""
+        return -(-self.tokens // (self.batch_windows * window_tokens))
+
+
+class Loss(NamedTuple):
+    """One batch: total (with gradient), and detached parts. Coefficients are in scaled units."""
+
+    total: Tensor  # scalar
+    fvu: Tensor  # scalar
+    squared: Tensor  # [N, T], ||x - xhat||^2
+    indices: Tensor  # [N, T, k]
+    coefficients: Tensor  # [N, T, k]
+
+
+@dataclass
+class TrainingRecord:
+    """How a run went. A curve is a list of (last step, mean over the steps since the point before)."""
+
+    seconds: float
+    tokens: int
+    steps: int
+    loss: list[tuple[int, float]]
+    fvu: list[tuple[int, float]]
+    validation_fvu: float | None = None  # None: no validation data were given
+    alive: int | None = None  # atoms that fire (are in some top k with a positive coefficient) on the validation data
+    dead: int | None = None
+
+
+def factored_loss(
+    sae: SAE, history: History, energy: Tensor, dead: Tensor | None = None, aux_weight: float = 1e-2, k_aux: int = 256
+) -> Loss:
+    """The loss of a bilinear + rank-1 SAE on every token, without states.
+
+    energy [N, T] is history.energy(sae.mean), in raw units; dead [D] int64 are the silent atoms (None or empty: no
+    dead-atom loss).
+    """
+    encoder, decoder = sae.encoder, sae.decoder
+    pre = sae.overlaps(encoder, history, encoder.bias)
+    indices, coefficients = sae.select(pre, ordered=False)
+    overlaps = sae.overlaps(decoder, history)
+    cross = (coefficients * overlaps.gather(-1, indices)).sum(-1)
+    gram = _active_gram(decoder, indices)
+    squared = energy / sae.scale**2 - 2 * cross + ((gram * coefficients[..., None, :]).sum(-1) * coefficients).sum(-1)
+    fvu = total = squared.mean()
+    if dead is not None and len(dead) and aux_weight > 0:
+        firing = top_positive(pre.index_select(-1, dead), k_aux)
+        left = overlaps.index_select(-1, dead) - _explained(sae, indices, coefficients, dead)
+        total = fvu + aux_weight * _dead_loss(sae, squared.detach(), left, firing, dead)
+    return Loss(total, fvu.detach(), squared.detach(), indices, coefficients.detach())
+
+
+def _active_gram(decoder: RankOneDecoder, indices: Tensor) -> Tensor:
+    """G among the active atoms of every token, [N, T, k, k]: looked up in the table of all pairs if that is small."""
+    atoms, k = len(decoder.key), indices.shape[-1]
+    if atoms * atoms <= 2 * indices.numel() * k:
+        table = (decoder.key @ decoder.key.T) * (decoder.value @ decoder.value.T)
+        pairs = indices[..., :, None] * atoms + indices[..., None, :]
+        return table.flatten().index_select(0, pairs.flatten()).view(pairs.shape)
+    key, value = F.embedding(indices, decoder.key), F.embedding(indices, decoder.value)
+    return (key @ key.transpose(-1, -2)) * (value @ value.transpose(-1, -2))
+
+
+def _explained(sae: SAE, indices: Tensor, coefficients: Tensor, dead: Tensor) -> Tensor:
+    """<xhat, atom_j> for the silent atoms j, [N, T, D]; xhat is held constant."""
+    key, value = sae.decoder.key, sae.decoder.value
+    gram = (key.detach() @ key[dead].T) * (value.detach() @ value[dead].T)
+    spread = coefficients.new_zeros(*indices.shape[:-1], sae.n_atoms).scatter(-1, indices, coefficients.detach())
+    return spread @ gram
+
+
+def _dead_loss(sae: SAE, squared: Tensor, left: Tensor, firing: Tensor, dead: Tensor) -> Tensor:
+    """mean ||e - sum_j firing_j atom_j||^2, from ||e||^2 = squared and <e, atom_j> = left."""
+    key, value = sae.decoder.key[dead], sae.decoder.value[dead]
+    gram = (key @ key.T) * (value @ value.T)
+    return (squared - 2 * (firing * left).sum(-1) + ((firing @ gram) * firing).sum(-1)).mean()
+
+
+def dense_loss(
+    sae: SAE, matrices: Tensor, dead: Tensor | None = None, aux_weight: float = 1e-2, k_aux: int = 256
+) -> Loss:
+    """The same loss for any SAE, on matrices [N, T, d_k, d_v]: the oracle of `factored_loss`, and the dense path."""
+    x = sae.standardise(matrices)
+    pre = sae.encoder.dense(x)
+    indices, coefficients = sae.select(pre, ordered=False)
+    error = x - sae.decoder.dense(indices, coefficients)
+    squared = error.square().sum((-1, -2))
+    fvu = total = squared.mean()
+    if dead is not None and len(dead) and aux_weight > 0:
+        firing = top_positive(pre.index_select(-1, dead), k_aux)
+        again = (firing @ sae.decoder.weight()[dead].flatten(1)).view_as(x)
+        total = fvu + aux_weight * (error.detach() - again).square().sum((-1, -2)).mean()
+    return Loss(total, fvu.detach(), squared.detach(), indices, coefficients.detach())
+
+
+def top_positive(pre: Tensor, k: int) -> Tensor:
+    """ReLU of the k largest of [..., n], zero elsewhere; all of them where n <= k."""
+    if pre.shape[-1] <= k:
+        return pre.relu()
+    indices = pre.detach().topk(k, dim=-1, sorted=False).indices
+    return torch.zeros_like(pre).scatter(-1, indices, pre.gather(-1, indices).relu())
+
+
+def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine from lr to final_lr; `step` counts from 0."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    done = (step - settings.warmup) / max(1, steps - 1 - settings.warmup)
+    return settings.final_lr + (settings.lr - settings.final_lr) * (1 + math.cos(math.pi * done)) / 2
+
+
+def batch_of(settings: TrainingSettings, windows: int, step: int) -> Tensor:
+    """The windows of a step, [batch_windows]: a seeded shuffle an epoch; a function of (seed, step) alone."""
+    per_epoch = windows // settings.batch_windows
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(windows, generator=_generator(settings.seed, "epoch", epoch))
+    return order[place * settings.batch_windows : (place + 1) * settings.batch_windows]
+
+
+def _generator(seed: int, purpose: str, number: int = 0) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {purpose} {number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def train(
+    history: History,
+    settings: TrainingSettings,
+    *,
+    progress: bool = True,
+    checkpoint: Path | str | None = None,
+    validation: History | None = None,
+) -> tuple[SAE, TrainingRecord]:
+    """Train an SAE on every X_t of `history`; the same seed and thread count give the same result, bit for bit.
+
+    `checkpoint` is a file that is written now and then and at the end: a run that was killed goes on from there when it
+    is started again, to the result it would have had. Remove it once the SAE is saved.
+    Raises ValueError on fewer windows than a batch, data that never vary, and a checkpoint of another run;
+    FloatingPointError when the loss is not finite.
+    """
+    if len(history) < settings.batch_windows:
+        raise ValueError(f"A batch takes {settings.batch_windows} windows, the history has {len(history)}.")
+    run = _Run.start(history, settings)
+    identity = f"{settings.model_dump_json()} {_fingerprint(history)}" if checkpoint else ""
+    if checkpoint and Path(checkpoint).exists():
+        run.restore(Path(checkpoint), identity)
+    began, saved = time.monotonic() - run.seconds, time.monotonic()
+    bar = tqdm(total=run.steps, initial=run.step, disable=not progress, desc="SAE", unit="step", mininterval=1.0)
+    while run.step < run.steps:
+        run.advance()
+        bar.update()
+        last = run.step == run.steps
+        if checkpoint and (last or time.monotonic() - saved >= CHECKPOINT_SECONDS):
+            run.seconds = time.monotonic() - began
+            run.save(Path(checkpoint), identity)
+            saved = time.monotonic()
+    bar.close()
+    run.seconds = time.monotonic() - began
+    run.sae.requires_grad_(False)
+    record = run.record()
+    if validation is not None:
+        record.validation_fvu, record.alive = evaluate(run.sae, validation)
+        record.dead = settings.n_atoms - record.alive
+    return run.sae, record
+
+
+@torch.no_grad()
+def evaluate(sae: SAE, history: History) -> tuple[float, int]:
+    """(FVU, atoms that fire) on every token of a history; the variance is taken about the SAE's own mean."""
+    error, variance, fired = 0.0, 0.0, torch.zeros(sae.n_atoms, dtype=torch.bool)
+    for group in history.groups(sae.group_size(history)):
+        energy = group.energy(sae.mean)
+        loss = _loss(sae, group, energy)
+        error += loss.squared.double().sum().item() * sae.scale.item() ** 2
+        variance += energy.double().sum().item()
+        fired[loss.indices[loss.coefficients > 0].cpu()] = True
+    return error / variance, int(fired.sum())
+
+
+def _loss(sae: SAE, history: History, energy: Tensor, dead: Tensor | None = None, **weights: float) -> Loss:
+    if sae.factored:
+        return factored_loss(sae, history, energy, dead, **weights)
+    return dense_loss(sae, history.steps(), dead, **weights)
+
+
+@dataclass
+class _Run:
+    """A training run between two steps."""
+
+    settings: TrainingSettings
+    history: History
+    energy: Tensor  # [N, T], ||X_t - mean||^2
+    sae: SAE
+    optimiser: torch.optim.Adam
+    steps: int
+    silent: Tensor  # [n] steps since each atom last fired
+    losses: Tensor  # [steps, 2]: loss, FVU
+    step: int = 0
+    seconds: float = field(default=0.0)
+
+    @classmethod
+    def start(cls, history: History, settings: TrainingSettings) -> _Run:
+        sae = SAE(
+            settings.n_atoms, settings.k, history.d_k, history.d_v, encoder=settings.encoder, decoder=settings.decoder
+        ).to(history.key)
+        sae.mean.copy_(history.mean())
+        energy = history.energy(sae.mean)
+        sae.scale.copy_(energy.double().mean().sqrt())
+        if not sae.scale > 0:
+            raise ValueError("The matrices of this history are all the same: there is nothing to train on.")
+        initialise(sae, history, settings.seed)
+        optimiser = torch.optim.Adam(sae.parameters(), lr=settings.lr, fused=True)
+        steps = settings.steps(history.shape[1])
+        silent = torch.zeros(settings.n_atoms, dtype=torch.int64, device=history.key.device)
+        return cls(settings, history, energy, sae, optimiser, steps, silent, torch.zeros(steps, 2))
+
+    def advance(self) -> None:
+        """One step: gradient, Adam, and on their days normalisation and resampling."""
+        settings = self.settings
+        windows = batch_of(settings, len(self.history), self.step)
+        dead = (self.silent >= settings.dead_after).nonzero().squeeze(-1)
+        batch, energy = self.history[windows], self.energy[windows]
+        loss = _loss(self.sae, batch, energy, dead, aux_weight=settings.aux_weight, k_aux=settings.k_aux)
+        if not torch.isfinite(loss.total):
+            raise FloatingPointError(f"The loss is {loss.total.item()} at step {self.step}: lower lr = {settings.lr}.")
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.total.backward()
+        self.optimiser.param_groups[0]["lr"] = learning_rate(settings, self.step, self.steps)
+        self.optimiser.step()
+        self.losses[self.step, 0], self.losses[self.step, 1] = loss.total.detach(), loss.fvu
+        self.silent += 1
+        self.silent[loss.indices[loss.coefficients > 0]] = 0
+        self.step += 1
+        if self.step % settings.renormalise_every == 0 or self.step == self.steps:
+            self.sae.normalise()
+        if self.step % settings.resample_every == 0 and self.step <= RESAMPLE_UNTIL * self.steps:
+            self.resample((self.silent >= settings.dead_after).nonzero().squeeze(-1))
+
+    @torch.no_grad()
+    def resample(self, dead: Tensor) -> None:
+        """Restart atoms [D] as top singular pairs of residuals, drawn with probability proportional to their energy."""
+        if not len(dead):
+            return
+        generator = _generator(self.settings.seed, "resample", self.step)
+        count = min(len(self.history), RESAMPLE_BATCHES * self.settings.batch_windows)
+        windows = torch.randperm(len(self.history), generator=generator)[:count]
+        residuals = _worst_residuals(self.sae, self.history[windows], self.energy[windows], len(dead), generator)
+        dead = dead[: len(residuals)]
+        key, value = top_singular_pair(residuals)
+        for part in (self.sae.encoder, self.sae.decoder):
+            part.assign(dead, key, value)
+        self.sae.encoder.clear_bias(dead)
+        for state in self.optimiser.state.values():
+            state["exp_avg"][dead] = 0
+            state["exp_avg_sq"][dead] = 0
+        self.silent[dead] = 0
+
+    def record(self) -> TrainingRecord:
+        loss, fvu = (_curve(column) for column in self.losses.unbind(1))
+        windows = self.steps * self.settings.batch_windows
+        return TrainingRecord(self.seconds, windows * self.history.shape[1], self.steps, loss, fvu)
+
+    def _named_moments(self) -> Iterator[tuple[str, torch.nn.Parameter, str]]:
+        for name, parameter in self.sae.named_parameters():
+            for moment in ("exp_avg", "exp_avg_sq", "step"):
+                yield f"adam.{name}.{moment}", parameter, moment
+
+    def save(self, path: Path, identity: str) -> None:
+        """Everything the next step depends on, as safetensors; `identity` names settings and data."""
+        tensors = {f"sae.{name}": x for name, x in self.sae.state_dict().items()}
+        tensors |= {name: self.optimiser.state[p][moment] for name, p, moment in self._named_moments()}
+        tensors |= {"silent": self.silent, "losses": self.losses}
+        metadata = {"identity": identity, "step": str(self.step), "seconds": str(self.seconds)}
+        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
+
+    def restore(self, path: Path, identity: str) -> None:
+        """Go on from what `save` wrote; ValueError when it belongs to other settings or data."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it to start again.") from error
+        if metadata.get("identity") != identity:
+            raise ValueError(f"{path} is the checkpoint of a run with other settings or other data; remove it.")
+        prefix = "sae."
+        self.sae.load_state_dict({n[len(prefix) :]: x for n, x in tensors.items() if n.startswith(prefix)})
+        for name, parameter, moment in self._named_moments():
+            self.optimiser.state[parameter][moment] = tensors[name].to(parameter.device)
+        self.silent.copy_(tensors["silent"])
+        self.losses.copy_(tensors["losses"])
+        self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
+
+
+@torch.no_grad()
+def initialise(sae: SAE, history: History, seed: int) -> None:
+    """Start atom i at the unit factors of a random token's write plus noise; the encoder starts as the decoder.
+
+    Atoms then point where the data lie, so few are dead from the start; the noise keeps repeated tokens apart.
+    """
+    generator = _generator(seed, "initialise")
+    windows, tokens = history.shape
+    window = torch.randint(windows, (sae.n_atoms,), generator=generator)
+    position = torch.randint(tokens, (sae.n_atoms,), generator=generator)
+    factors = []
+    for x in (history.key, history.value):
+        chosen = F.normalize(x[window, position], dim=-1)
+        noise = torch.randn(chosen.shape, generator=generator).to(chosen) * INIT_NOISE / chosen.shape[-1] ** 0.5
+        factors.append(F.normalize(chosen + noise, dim=-1))
+    rows = torch.arange(sae.n_atoms, device=history.key.device)
+    for part in (sae.encoder, sae.decoder):
+        part.assign(rows, *factors)
+    sae.encoder.clear_bias(rows)
+
+
+def _worst_residuals(sae: SAE, history: History, energy: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """x - xhat of at most `count` different tokens, drawn in proportion to ||x - xhat||^2: [count, d_k, d_v]."""
+    size, start, losses = sae.group_size(history), 0, []
+    for group in history.groups(size):
+        losses.append(_loss(sae, group, energy[start : start + size]))
+        start += size
+    odds = torch.cat([loss.squared for loss in losses]).flatten().double().clamp_min(0).cpu()
+    count = min(count, int((odds > 0).sum()))
+    tokens = torch.multinomial(odds, count, generator=generator).to(history.key.device)
+    indices, coefficients = (torch.cat(x).flatten(0, 1)[tokens] for x in zip(*(loss[3:] for loss in losses)))
+    x = sae.standardise(history.matrices(tokens // history.shape[1], tokens % history.shape[1]))
+    return x - sae.decoder.dense(indices, coefficients)
+
+
+def top_singular_pair(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit left [r, d_k] and right [r, d_v] singular vectors of the largest singular value, by power iteration.
+
+    It starts from each matrix's longest row; after POWER_ITERATIONS a nearly equal second pair may still be mixed in.
+    """
+    longest = matrices.norm(dim=2).argmax(1)
+    right = F.normalize(matrices[torch.arange(len(matrices), device=matrices.device), longest], dim=-1)
+    for _ in range(POWER_ITERATIONS):
+        left = F.normalize((matrices @ right[..., None]).squeeze(-1), dim=-1)
+        right = F.normalize((left[:, None] @ matrices).squeeze(1), dim=-1)
+    return left, right
+
+
+def _curve(values: Tensor) -> list[tuple[int, float]]:
+    size = max(1, -(-len(values) // CURVE_POINTS))
+    return [(min((i + 1) * size, len(values)), part.mean().item()) for i, part in enumerate(values.split(size))]
+
+
+def _fingerprint(history: History) -> str:
+    digest = hashlib.sha256(str((history.shape, history.target, history.key.dtype)).encode())
+    for x in (history.key, history.value, history.log_decay):
+        if x is not None:
+            digest.update(x.detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
