@@ -1,0 +1,112 @@
+"""Profiles refuse what is wrong; the corpus is split by hash and described without its text; the scorecard's rules."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from writesae import corpus, scorecard
+from writesae.profiles import load_profile
+
+
+def test_mini_keeps_the_papers_counts():
+    mini = load_profile("mini")
+    assert sum(mini.replacement.firings.values()) == 4851
+    assert mini.population.atoms == 87
+    install = mini.install
+    targets = install.targets_per_class * len(install.rank_classes)
+    assert install.prompts * len(install.distances) * targets * len(install.magnitudes) == 3600
+    assert mini.logit_shift.atoms * len(mini.logit_shift.eps) == 200
+    assert mini.logit_shift.prompts == 500
+
+
+def test_unknown_profile_and_wrong_field_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no profile 'minni': choose one of mini"):
+        load_profile("minni")
+    text = (corpus.Path(__file__).parents[1] / "profiles" / "mini.yaml").read_text()
+    (tmp_path / "odd.yaml").write_text(text.replace("prompts: 500", "prompts: many"))
+    with pytest.raises(ValueError, match=r"Profile odd: logit_shift\.prompts"):
+        load_profile("odd", tmp_path)
+    (tmp_path / "odd.yaml").write_text(text + "\nsurprise: 1\n")
+    with pytest.raises(ValueError, match="Profile odd: surprise"):
+        load_profile("odd", tmp_path)
+
+
+def test_docstrings_of_a_file(tmp_path):
+    path = tmp_path / "module.py"
+    nested = 'class A:\n    def f(self):\n        if 1:\n            def g():\n                "deep"\n'
+    path.write_text('"""Of the module."""\n' + nested + 'add_newdoc("x", "y", """of y""")\n"not one"\n')
+    assert {text for _, text in corpus._docstrings(path)} == {"Of the module.", "deep", "x", "y", "of y"}
+    path.write_text("def broken(:\n")
+    assert list(corpus._docstrings(path)) == []
+
+
+def test_splits_are_disjoint_and_follow_from_the_text_alone():
+    assert sorted(b for buckets in corpus.SPLITS.values() for b in buckets) == list(range(100))
+    one = corpus.Passage("text", "here:1", "0000004f" + "0" * 56)
+    assert one.split == "sae"  # 0x4f = 79
+    assert dataclasses.replace(one, source="there:9").split == "sae"
+    with pytest.raises(ValueError, match="no split 'test'"):
+        corpus.texts("test")
+
+
+def test_manifest_names_the_package_that_differs():
+    mine = corpus.Manifest("3.11.1", dict(numpy="2.0", scipy="1.0"), {}, 10, "a")
+    theirs = corpus.Manifest("3.11.1", dict(numpy="2.1", scipy="1.0"), {}, 12, "b")
+    assert mine.differences(dataclasses.replace(theirs, sha256="a")) == []
+    assert mine.differences(theirs) == ["numpy is 2.0 here and 2.1 in the reference"]
+    changed = dataclasses.replace(mine, sha256="c")
+    assert "some package files were changed" in mine.differences(changed)[0]
+
+
+def test_tokenizer_round_trips_bytes():
+    tokenizer = corpus.train_tokenizer(["def f(x): return x + 1\n" * 20, "naïve café ∑"], 320)
+    text = "f(1234) → café\t∑\n"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert tokenizer.token_to_id(corpus.END_OF_TEXT) == 0
+
+
+RULE = scorecard.Rule("above one half", "x", 0.5, "above", lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "claimed", "status"),
+    [
+        (0.6, 0.8, "above", "same direction"),
+        (0.2, 0.4, "above", "opposite"),
+        (0.4, 0.6, "above", "no effect"),
+        (0.2, 0.4, "below", "same direction"),
+        (0.6, 0.8, "below", "opposite"),
+        (0.4, 0.6, "equal", "same direction"),
+        (0.6, 0.8, "equal", "opposite"),
+    ],
+)
+def test_status_by_interval(low, high, claimed, status):
+    rule = dataclasses.replace(RULE, claimed=claimed)
+    assert scorecard.status(scorecard.Answer((low + high) / 2, low, high, 10), rule) == status
+
+
+def test_every_rule_is_a_claim_and_every_claim_is_listed_once_a_host():
+    claims = pd.read_csv(scorecard.ROOT / "paper" / "claims.csv")
+    assert set(scorecard.RULES) <= set(claims.id)
+    assert claims.id.is_unique
+    assert {rule.claimed for rule in scorecard.RULES.values()} <= {"above", "below", "equal"}
+
+
+def test_a_missing_row_is_an_error_not_a_number():
+    table = pd.DataFrame(dict(host=["a"], value=[1.0]))
+    with pytest.raises(KeyError, match="0 rows"):
+        scorecard._row(table, host="b")
+
+
+def test_failure_gap_by_hand():
+    generator = np.random.default_rng(0)
+    kl_delete = np.sort(generator.exponential(size=400))
+    fail = np.r_[np.ones(50), np.zeros(50), np.zeros(200), np.ones(10), np.zeros(90)].astype(bool)
+    table = pd.DataFrame(
+        dict(host="h", kl_delete=kl_delete, kl_atom=np.where(fail, kl_delete + 1, kl_delete / 2), **scorecard.PAPERS)
+    )
+    answer = scorecard.failure_gap({"replacement": table}, "h")
+    assert answer.value == pytest.approx(0.5 - 0.1)
+    assert answer.low < 0.4 < answer.high

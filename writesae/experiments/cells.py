@@ -1,0 +1,77 @@
+"""What the cells of a host are like: memory, spectrum, rank of their writes; and which cells a profile's rule picks."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import torch
+
+from writesae.harvest import Windows
+from writesae.hosts import Host
+from writesae.profiles import HostSection
+from writesae.recurrence import step_states
+
+RANK_TOLERANCE = 1e-5  # singular values below this share of the largest count as rounding
+
+
+def numerical_rank(matrices: torch.Tensor) -> int:
+    """The largest number of singular values above RANK_TOLERANCE of the largest, over [M, d_k, d_v] matrices."""
+    values = torch.linalg.svdvals(matrices)
+    return int((values > RANK_TOLERANCE * values[:, :1]).sum(1).max())
+
+
+@torch.no_grad()
+def survey_cells(host: Host, windows: Windows, first_position: int) -> pd.DataFrame:
+    """One row a cell: median half-life in tokens (ln 2 / -log alpha over all tokens), the median over positions of
+    sigma1/sigma2 of its states, and the rank of its added and effective writes, measured on states from a step loop
+    in fp64 (differences of states, not the factors multiplied out)."""
+    run, rows = host.run(windows.tokens), []
+    for layer, head in host.cells:
+        f = host.factors(run, layer, head)
+        half_life = (math.log(2) / -f.log_decay.float()).median()
+        few = type(f)(**{name: None if x is None else x[:4].double() for name, x in vars(f).items()})
+        states = step_states(few)[:, first_position - 1 :: 8]
+        sigma = torch.linalg.svdvals(states.flatten(0, 1))
+        added, effective = write_ranks(few)
+        rows.append(
+            dict(
+                host=host.name,
+                layer=layer,
+                head=head,
+                half_life_median=float(half_life),
+                sigma1_over_sigma2=float((sigma[:, 0] / sigma[:, 1]).median()),
+                added_write_rank=added,
+                effective_write_rank=effective,
+                n_tokens=windows.tokens.numel(),
+            )
+        )
+    return pd.DataFrame(rows)
+
+
+def write_ranks(factors) -> tuple[int, int]:
+    """Ranks of S_t - A_t S_{t-1} (added) and S_t - diag(decay_t) S_{t-1} (effective), from the states of the first window."""
+    one = factors.at(slice(0, 1))
+    states = step_states(one)[0]
+    before, now = states[:-1], one.at(0, slice(1, None))
+    decayed = now.log_decay.exp()[:, :, None] * before
+    moved = decayed
+    if now.erase is not None:
+        moved = decayed - now.erase[:, :, None] * (now.probe[:, None] @ before)
+    return numerical_rank(states[1:] - moved), numerical_rank(states[1:] - decayed)
+
+
+def choose_cells(survey: pd.DataFrame, section: HostSection) -> pd.DataFrame:
+    """The cell of each place: in the rule's layer, the head whose sigma1/sigma2 is nearest (in ratio) to the rule's.
+
+    Raises ValueError where the rule names a layer that has no cell.
+    """
+    chosen = []
+    for place, rule in section.cells.items():
+        layer = survey[survey.layer == rule.layer]
+        if layer.empty:
+            known = ", ".join(map(str, sorted(survey.layer.unique())))
+            raise ValueError(f"The {place} cell's layer {rule.layer} is not recurrent: choose one of {known}.")
+        distance = (layer.sigma1_over_sigma2 / rule.sigma_ratio).map(math.log).abs()
+        chosen.append(layer.loc[[distance.idxmin()]].assign(place=place, rule_sigma_ratio=rule.sigma_ratio))
+    return pd.concat(chosen, ignore_index=True)

@@ -1,0 +1,100 @@
+"""Notebook 00: the hosts, their loss on held-out text, and what each of their cells is like."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from writesae import corpus
+from writesae.experiments.cells import choose_cells, survey_cells
+from writesae.hosts import Host
+from writesae.statistics import cluster_bootstrap
+from writesae.suite import Suite
+
+SURVEY_WINDOWS = 64
+
+
+def check_corpus(suite: Suite, host: str) -> list[str]:
+    """How the installed text differs from the text this host was trained on, in sentences; empty where it does not."""
+    path = Path(suite.host_path(host)) / "corpus.json"
+    return corpus.check_manifest(path) if path.is_file() else []
+
+
+@torch.no_grad()
+def window_losses(host: Host, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean next-token loss in nats of each window [N, T]."""
+    run = host.run(tokens)
+    logits = host.logits(run.final[:, :-1]).transpose(1, 2)
+    return F.cross_entropy(logits, run.tokens[:, 1:], reduction="none").mean(1)
+
+
+def heldout_losses(suite: Suite) -> pd.DataFrame:
+    """One line a held-out window: its mean loss in nats a token."""
+    tables = []
+    for name in suite.profile.hosts:
+        windows, host = suite.windows(name, "heldout"), suite.host(name)
+        size = suite.profile.data.batch_windows
+
+        def compute(start, name=name, windows=windows, host=host, size=size):
+            part = windows[slice(start, start + size)]
+            losses = window_losses(host, part.tokens).double().numpy()
+            return pd.DataFrame(
+                dict(host=name, window=range(start, start + len(part)), passage=part.passage, loss=losses)
+            )
+
+        groups = list(range(0, len(windows), size))
+        tables.append(suite.staged("heldout_loss", name, groups, compute, [__name__], dict(data=suite.profile.data)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def describe(suite: Suite, losses: pd.DataFrame) -> pd.DataFrame:
+    """results hosts.csv: one line a host, its held-out loss with an interval over passages."""
+    rows = []
+    for name, section in suite.profile.hosts.items():
+        host, mine = suite.host(name), losses[losses.host == name]
+        low, high = cluster_bootstrap(mine.loss.to_numpy(), mine.passage.to_numpy(), seed=suite.profile.seed)
+        record = Path(suite.host_path(name)) / "training.json"
+        trained = json.loads(record.read_text()) if record.is_file() else {}
+        rows.append(
+            dict(
+                host=name,
+                family=host.family,
+                path=section.path,
+                parameters=sum(p.numel() for p in host.model.parameters()),
+                heldout_loss=mine.loss.mean(),
+                ci_low=low,
+                ci_high=high,
+                n_windows=len(mine),
+                context=suite.profile.data.window,
+                layers=host.layers,
+                recurrent_layers=len(host.recurrent_layers),
+                heads=host.heads,
+                d_k=host.d_k,
+                d_v=host.d_v,
+                training_tokens=trained.get("tokens", 0),
+            )
+        )
+    return suite.write("hosts", pd.DataFrame(rows))
+
+
+def survey(suite: Suite) -> pd.DataFrame:
+    """results all_cells.csv: every cell's half-life, spectrum and write ranks, on SAE-split text."""
+    tables = []
+    for name in suite.profile.hosts:
+
+        def compute(_, name=name):
+            part = suite.windows(name, "sae")[slice(0, SURVEY_WINDOWS)]
+            return survey_cells(suite.host(name), part, suite.profile.data.first_position).assign(host=name)
+
+        tables.append(suite.staged("all_cells", name, [0], compute, [__name__], dict(data=suite.profile.data)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def choose(suite: Suite, cells: pd.DataFrame) -> pd.DataFrame:
+    """results cells.csv: the cells that the profile's rule picks for the headline."""
+    chosen = [choose_cells(cells[cells.host == name], section) for name, section in suite.profile.hosts.items()]
+    return suite.write("cells", pd.concat(chosen, ignore_index=True))

@@ -1,0 +1,199 @@
+"""The closed-form logit shift (the paper's Sec. 2, App. A): predicted and measured shifts of the top-1 token's logit.
+
+Per prompt a position t0 is drawn; eps native write norms of each atom are added to the state at t0, and the logit of
+the native top-1 token is read `horizon` tokens later. Four predictors, three of which fit nothing; `paper_fitted` has
+one scalar for every (prompt, atom), fitted over the eps, as the paper's App. A says.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+
+from writesae.edit import head_change, make_edit
+from writesae.experiments.firings import draw_atoms
+from writesae.experiments.replacement import firings_of, heldout_subjects
+from writesae.harvest import Windows
+from writesae.hosts import Host
+from writesae.logit_shift import cache_gamma, direct_path, logit_gradient, reads
+from writesae.profiles import LogitShift
+from writesae.statistics import cluster_bootstrap, r2
+from writesae.suite import Suite
+
+GROUP = 20  # prompts run together
+PREDICTORS = ("paper", "paper_fitted", "transport", "exact")
+
+
+def draw_positions(count: int, first: int, last: int, seed: int) -> torch.Tensor:
+    """[count] positions, first <= t0 < last, that follow from the seed alone."""
+    return torch.tensor(np.random.default_rng(seed).integers(first, last, count))
+
+
+def measure_shifts(
+    host: Host,
+    windows: Windows,
+    t0: torch.Tensor,
+    cell: tuple[int, int],
+    key: torch.Tensor,
+    value: torch.Tensor,
+    settings: LogitShift,
+    write: str,
+    batch_rows: int = 512,
+) -> pd.DataFrame:
+    """One line a (prompt, atom, eps): the measured shift and what paper, transport and exact predict for it.
+
+    key [n, d_k], value [n, d_v]: unit atoms. windows [B, T] are run together; t0: [B].
+    """
+    run, rows, steps = host.run(windows.tokens), torch.arange(len(windows)), settings.horizon
+    factors = host.factors(run, *cell)
+    native_norm = factors.key[rows, t0].norm(dim=-1) * factors.write(write)[rows, t0].norm(dim=-1)
+    with torch.no_grad():
+        native = host.logits(run.final[rows, t0 + steps])
+        token = native.argmax(-1)
+        by_decay, by_transport = reads(factors, rows, t0, steps, key)
+        direct = direct_path(host, *cell, value, token)
+    gradient, _ = logit_gradient(host, run, *cell, rows, t0 + 1, steps, token)
+    influence = cache_gamma(factors, rows, t0, gradient)
+    unit = dict(
+        paper=by_decay * direct,
+        transport=by_transport * direct,
+        exact=torch.einsum("nk,rkv,nv->rn", key, influence, value),
+    )
+    eps = torch.tensor(settings.eps, dtype=native_norm.dtype)
+    amount = native_norm[:, None, None] * eps  # [B, 1, eps]
+    measured = _measured(host, run, factors, cell, rows, t0, steps, key, value, amount, token, native, batch_rows)
+    prompt, atom, which = torch.meshgrid(rows, torch.arange(len(key)), torch.arange(len(eps)), indexing="ij")
+    frame = pd.DataFrame(
+        dict(
+            row=prompt.flatten().numpy(),
+            atom=atom.flatten().numpy(),
+            eps=np.array(settings.eps)[which.flatten().numpy()],
+        )
+    )
+    frame["measured"] = measured.flatten().double().numpy()
+    for name, prediction in unit.items():
+        frame[name] = (prediction[:, :, None] * amount).flatten().double().numpy()
+    return frame
+
+
+@torch.no_grad()
+def _measured(host, run, factors, cell, rows, t0, steps, key, value, amount, token, native, batch_rows) -> torch.Tensor:
+    """Shifts [B, n, eps] from real edited runs. The change of the head is worked out once an atom and scaled by eps:
+    exact, because the cell's own recurrence is linear in the edit."""
+    n, count = len(key), amount.shape[-1]
+    at = rows.repeat_interleave(n), t0.repeat_interleave(n)
+    edit = make_edit(*at, key.repeat(len(rows), 1)[:, None], value.repeat(len(rows), 1)[:, None], scope="cache")
+    change = head_change(factors, edit, steps + 1)[0][:, 1:]
+    change = (change[:, None] * amount.expand(-1, n, -1).reshape(-1, count)[:, :, None, None]).flatten(0, 1)
+    branch_rows, starts = (x.repeat_interleave(count) for x in (at[0], at[1] + 1))
+    shifts = []
+    for piece in torch.arange(len(change)).split(batch_rows):
+        final, _ = host.branch(run, *cell, branch_rows[piece], starts[piece], change[piece])
+        chosen = token[branch_rows[piece]][:, None]
+        shifts.append((host.logits(final[:, -1]) - native[branch_rows[piece]]).gather(-1, chosen)[:, 0])
+    return torch.cat(shifts).view(len(rows), n, count)
+
+
+def fit_paper_scalar(shifts: pd.DataFrame) -> pd.Series:
+    """The paper's formula times one scalar for each (host, prompt, atom), by least squares over its eps."""
+    groups = [shifts[name] for name in ("host", "prompt", "atom")]
+    product = (shifts.paper * shifts.measured).groupby(groups).transform("sum")
+    square = (shifts.paper**2).groupby(groups).transform("sum")
+    return (product / square.clip(lower=np.finfo(float).tiny)) * shifts.paper
+
+
+def score(shifts: pd.DataFrame) -> pd.DataFrame:
+    """R2 of every predictor for each (atom, eps) over its prompts: one line an (atom, eps, predictor)."""
+    rows = []
+    for (atom, eps), group in shifts.groupby(["atom", "eps"]):
+        for name in PREDICTORS:
+            rows.append(dict(atom=atom, eps=eps, predictor=name, n=len(group), r2=r2(group.measured, group[name])))
+    return pd.DataFrame(rows)
+
+
+def summarise(scores: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
+    """One line a (predictor, eps): quartiles of R2 over atoms, the bootstrap interval of its median, the pooled R2."""
+    prompts, atoms = shifts.prompt.nunique(), shifts.atom.nunique()
+    rows = []
+    for (name, eps), group in scores.groupby(["predictor", "eps"], sort=False):
+        these = shifts[shifts.eps == eps]
+        low, high = cluster_bootstrap(group.r2.to_numpy(), group.atom.to_numpy(), statistic=np.median, seed=0)
+        rows.append(
+            dict(
+                predictor=name,
+                fitted_parameters=prompts * atoms if name == "paper_fitted" else 0,
+                eps=eps,
+                n_fits=len(group),
+                n_prompts=prompts,
+                r2_median=group.r2.median(),
+                r2_p25=group.r2.quantile(0.25),
+                r2_p75=group.r2.quantile(0.75),
+                ci_low=low,
+                ci_high=high,
+                r2_pooled=r2(these.measured, these[name]),
+                sign_agreement=float((np.sign(these.measured) == np.sign(these[name])).mean()),
+            )
+        )
+    return pd.DataFrame(rows)
+
+
+# The stage of notebook 04.
+
+
+def run(suite: Suite) -> pd.DataFrame:
+    """Every (prompt, atom, eps) of the profile's cell, with the fitted predictor; results logit_shift_points.csv."""
+    tables, profile, settings = [], suite.profile, suite.profile.logit_shift
+    for name in suite.profile.hosts:
+        host, cell = suite.host(name), suite.cell(name, settings.place)
+        windows = suite.windows(name, "heldout")
+        if len(windows) < settings.prompts:
+            raise ValueError(f"{settings.prompts} prompts are asked for and there are {len(windows)} held-out windows.")
+        windows = windows[slice(0, settings.prompts)]
+        subject = next(
+            s
+            for s in heldout_subjects(suite, name, [cell], "main", windows[slice(0, 128)])
+            if s.target == settings.target
+        )
+        atoms = draw_atoms(firings_of(suite, subject, windows[slice(0, 128)]), settings.atoms, 1, profile.seed)
+        key, value = (x[torch.from_numpy(atoms)] for x in subject.sae.atoms())
+        last = windows.tokens.shape[1] - settings.horizon
+        t0 = draw_positions(settings.prompts, profile.data.first_position, last, profile.seed)
+
+        def compute(
+            start,
+            size=GROUP,
+            host=host,
+            cell=cell,
+            windows=windows,
+            t0=t0,
+            key=key,
+            value=value,
+            atoms=atoms,
+            name=name,
+        ):
+            picked = slice(start, start + size)
+            part = measure_shifts(host, windows[picked], t0[picked], cell, key, value, settings, profile.saes.write)
+            part.insert(0, "prompt", part.pop("row") + start)
+            return part.assign(host=name, layer=cell[0], head=cell[1], atom=atoms[part.atom.to_numpy()])
+
+        inputs = dict(
+            settings=settings, data=profile.data, saes=suite.sae_files(name), cell=cell, write=profile.saes.write
+        )
+        groups = list(range(0, settings.prompts, GROUP))
+        tables.append(suite.staged("logit_shift_points", name, groups, compute, [__name__], inputs))
+    points = pd.concat(tables, ignore_index=True)
+    return points.assign(paper_fitted=fit_paper_scalar(points))
+
+
+def tables(suite: Suite, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """results logit_shift.csv and logit_shift_summary.csv from the points."""
+    scores, summaries = [], []
+    for (name, layer, head), part in points.groupby(["host", "layer", "head"]):
+        scored = score(part)
+        scores.append(scored.assign(host=name, layer=layer, head=head))
+        summaries.append(summarise(scored, part).assign(host=name))
+    return (
+        suite.write("logit_shift", pd.concat(scores, ignore_index=True)),
+        suite.write("logit_shift_summary", pd.concat(summaries, ignore_index=True)),
+    )

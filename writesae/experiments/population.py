@@ -1,0 +1,124 @@
+"""Atoms as a population (the paper's Sec. 3.2 and App. F.2): classes by cosine, and the win rate of each atom."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from sklearn.mixture import GaussianMixture
+
+from writesae.experiments.firings import draw_atoms
+from writesae.experiments.replacement import Subject, firings_of, heldout_subjects, run_firings
+from writesae.harvest import harvest, history
+from writesae.statistics import cluster_bootstrap
+from writesae.suite import Suite
+
+
+def classify(cosines: pd.Series, seed: int) -> pd.Series:
+    """register or bundle for each alive atom, by a two-component Gaussian mixture on its median cosine to the native
+    write (the paper's Sec. 3.1); register is the component with the higher mean."""
+    values = cosines.to_numpy()[:, None]
+    mixture = GaussianMixture(2, random_state=seed, n_init=5).fit(values)
+    register = int(np.argmax(mixture.means_[:, 0]))
+    return pd.Series(
+        np.where(mixture.predict(values) == register, "register", "bundle"), index=cosines.index, name="class"
+    )
+
+
+def per_atom(firings: pd.DataFrame, classes: pd.Series) -> pd.DataFrame:
+    """One line an (atom, amplitude): firings, median cosine, class, win rate of atom over delete and over random."""
+    marked = firings.assign(win=firings.kl_atom < firings.kl_delete, win_random=firings.kl_atom < firings.kl_random)
+    keys = ["host", "layer", "head", "target", "atom", "amplitude"]
+    table = marked.groupby(keys, as_index=False).agg(
+        cosine=("cosine", "median"),
+        firings=("win", "size"),
+        win_rate=("win", "mean"),
+        win_rate_over_random=("win_random", "mean"),
+        kl_atom=("kl_atom", "median"),
+        kl_delete=("kl_delete", "median"),
+    )
+    return table.assign(**{"class": table.atom.map(classes)})
+
+
+def summarise(atoms: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """One line a (host, target, amplitude, class or all): mean over atoms of the win rate, with its bootstrap interval."""
+    rows = []
+    for (host, target, amplitude), group in atoms.groupby(["host", "target", "amplitude"]):
+        for name, part in [("all", group), *group.groupby("class")]:
+            if len(part) < 2:
+                continue
+            low, high = cluster_bootstrap(part.win_rate.to_numpy(), part.atom.to_numpy(), seed=seed)
+            rows.append(
+                {
+                    "host": host,
+                    "target": target,
+                    "amplitude": amplitude,
+                    "class": name,
+                    "n_atoms": len(part),
+                    "n_firings": int(part.firings.sum()),
+                    "mean_win_rate": part.win_rate.mean(),
+                    "ci_low": low,
+                    "ci_high": high,
+                    "median_win_rate": part.win_rate.median(),
+                    "lowest": part.win_rate.min(),
+                    "highest": part.win_rate.max(),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+# The stage of notebook 07.
+
+
+def alive_atoms(suite: Suite, host: str, subject: Subject, firings: pd.DataFrame, writes) -> pd.DataFrame:
+    """One line an alive atom: its firings on the held-out windows, its median cosine to the native write, its class.
+
+    writes: the History of native writes over the same windows.
+    """
+    window, position = (torch.tensor(firings[name].to_numpy()) for name in ("window", "position"))
+    atom = torch.tensor(firings.atom.to_numpy())
+    key, value = subject.sae.atoms()
+    left = (F.normalize(writes.key[window, position], dim=-1) * key[atom]).sum(-1)
+    right = (F.normalize(writes.value[window, position], dim=-1) * value[atom]).sum(-1)
+    table = firings.assign(cosine=(left * right).numpy()).groupby("atom", as_index=False)
+    table = table.agg(cosine=("cosine", "median"), firings=("cosine", "size"), passages=("passage", "nunique"))
+    table["class"] = classify(table.cosine, suite.profile.seed).to_numpy()
+    return table.assign(host=host, layer=subject.layer, head=subject.head, target=subject.target)
+
+
+def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """results alive_atoms.csv (every alive atom of the cell) and the firings of the drawn ones, population_firings.csv."""
+    settings, profile, alive, tables = suite.profile.population, suite.profile, [], []
+    for name in suite.profile.hosts:
+        cell, windows = suite.cell(name, settings.place), suite.windows(name, "heldout")
+        found = harvest_once(suite, name, cell, windows)
+        drawn = []
+        for subject in heldout_subjects(suite, name, [cell], "main", windows):
+            firings = firings_of(suite, subject, windows)
+            alive.append(alive_atoms(suite, name, subject, firings, found))
+            atoms = draw_atoms(firings, settings.atoms, settings.fewest_firings, profile.seed)
+            shuffled = firings[firings.atom.isin(atoms)].sample(frac=1.0, random_state=profile.seed)
+            kept = shuffled[shuffled.groupby("atom").cumcount() < settings.most_firings]
+            drawn.append((subject, kept.sort_values(["window", "position"]).reset_index(drop=True)))
+        inputs = dict(settings=settings, data=profile.data, saes=suite.sae_files(name), cell=cell)
+        options = dict(conditions=("delete", "atom", "random", "mean_write"), scopes=("write",))
+        options["batch_rows"] = profile.replacement.batch_rows
+        tables.append(run_firings(suite, name, "population_firings", windows, drawn, inputs, **options))
+    return suite.write("alive_atoms", pd.concat(alive, ignore_index=True)), pd.concat(tables, ignore_index=True)
+
+
+def harvest_once(suite: Suite, name: str, cell: tuple[int, int], windows):
+    """The native writes of a cell over windows."""
+    factors = harvest(suite.host(name), windows.tokens, [cell], suite.profile.data.batch_windows, progress=False)
+    return history(factors[cell], "write", suite.profile.saes.write)
+
+
+def tables(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """results population.csv and population_summary.csv."""
+    atoms = pd.concat(
+        per_atom(part, alive[(alive.host == host) & (alive.target == target)].set_index("atom")["class"])
+        for (host, target), part in firings.groupby(["host", "target"])
+    )
+    atoms = suite.write("population", atoms.reset_index(drop=True))
+    return atoms, suite.write("population_summary", summarise(atoms, suite.profile.seed))

@@ -1,0 +1,363 @@
+"""The replacement test (the paper's Sec. 3.2, Table 2): take a native write out, put something in, compare the output.
+
+Per firing, amplitude and read scope, the KL(native, patched) in nats of the next token's distribution, and of each
+condition also the loss on the token after it:
+
+| condition       | put in the write's place                                                   |
+|-----------------|----------------------------------------------------------------------------|
+| delete          | nothing                                                                    |
+| atom            | the firing's atom                                                          |
+| random          | another alive atom                                                         |
+| reconstruction  | the SAE's whole reconstruction (all k active atoms; with the mean for write-trained SAEs) |
+| mean_write      | the cell's mean write                                                      |
+| resampled       | the native write of another position                                       |
+| native_rescaled | the native write itself, at the atom's norm                                |
+
+amplitude "coefficient": the atom and its controls have the atom's own coefficient as their norm (the reconstruction
+its own); "matched_norm": all have the Frobenius norm of the native write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from writesae.edit import SCOPES, head_change, kl, make_edit
+from writesae.experiments.firings import Encoded, all_firings, draw_in_rounds, encode
+from writesae.harvest import Windows, harvest, history
+from writesae.hosts import Host, Run
+from writesae.recurrence import Factors
+from writesae.sae import SAE
+from writesae.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, wilson
+from writesae.suite import Suite
+
+AMPLITUDES = ("coefficient", "matched_norm")
+CONDITIONS = ("delete", "atom", "random", "reconstruction", "mean_write", "resampled", "native_rescaled")
+STEPS = 2  # the writing token and the next one
+
+
+@dataclass
+class Subject:
+    """A cell with its SAE and all that the conditions draw on. mean_write: [d_k, d_v]; pool: factors of other writes
+    (key [P, d_k], value [P, d_v]); alive: [A] atoms that a random one may be."""
+
+    layer: int
+    head: int
+    target: str
+    write: str
+    sae: SAE
+    encoded: Encoded
+    mean_write: torch.Tensor
+    pool: tuple[torch.Tensor, torch.Tensor]
+    alive: torch.Tensor
+
+
+def rank_one(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Terms (left [n, 1, d_k], right [n, 1, d_v]) of unit Frobenius norm."""
+    return F.normalize(key, dim=-1)[:, None], F.normalize(value, dim=-1)[:, None]
+
+
+def full_rank(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Terms (left [n, d_k, d_k], right [n, d_k, d_v]) of any matrices [n, d_k, d_v]."""
+    return torch.eye(matrices.shape[1], dtype=matrices.dtype).expand(len(matrices), -1, -1), matrices
+
+
+def replacements(subject: Subject, firings: pd.DataFrame, factors: Factors, rows: torch.Tensor, seed: int) -> dict:
+    """What each condition puts in: name -> (left, right) of unit norm, or the reconstruction in its own norm.
+
+    `rows`: the firing's window within the run of `factors`. Random draws follow from seed and the firing alone.
+    """
+    position, atom = torch.tensor(firings.position.to_numpy()), torch.tensor(firings.atom.to_numpy())
+    window = torch.tensor(firings.window.to_numpy())
+    key, value = subject.sae.atoms()
+    others = torch.stack(
+        [random_choices(seed, w, p, 2) for w, p in zip(window.tolist(), position.tolist(), strict=True)]
+    )
+    candidates = subject.alive
+    other = candidates[(others[:, 0] * len(candidates)).long()]
+    neighbour = candidates[(torch.searchsorted(candidates, atom) + 1) % len(candidates)]
+    other = torch.where(other == atom, neighbour, other)
+    drawn = (others[:, 1] * len(subject.pool[0])).long()
+    mean = subject.mean_write.expand(len(firings), -1, -1)
+    return {
+        "atom": rank_one(key[atom], value[atom]),
+        "random": rank_one(key[other], value[other]),
+        "reconstruction": full_rank(reconstruction(subject, window, position)),
+        "mean_write": full_rank(mean / subject.mean_write.norm()),
+        "resampled": rank_one(subject.pool[0][drawn], subject.pool[1][drawn]),
+        "native_rescaled": rank_one(factors.key[rows, position], factors.write(subject.write)[rows, position]),
+    }
+
+
+def random_choices(seed: int, window: int, position: int, count: int) -> torch.Tensor:
+    """`count` uniform numbers that follow from (seed, window, position)."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + window) * 4_099 + position)
+    return torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def reconstruction(subject: Subject, window: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """[n, d_k, d_v]: all active atoms at their coefficients; for a write-trained SAE its mean write as well."""
+    found = subject.encoded
+    decoded = subject.sae.decode(found.indices[window, position], found.coefficients[window, position])
+    return decoded if subject.target == "write" else decoded - subject.sae.mean
+
+
+def terms(put_in: dict, conditions, scales: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The conditions of one rank side by side: left, right [n, conditions, r, d], scaled to their norms."""
+    left = torch.stack([put_in[name][0] for name in conditions], 1)
+    right = torch.stack([put_in[name][1] * scales[name][:, None, None] for name in conditions], 1)
+    return left, right
+
+
+def changes(factors: Factors, rows, position, take_out, left, right, scope) -> torch.Tensor:
+    """The head's change [n * conditions, STEPS, d_v] where each condition stands in the native write's place."""
+    n, count = left.shape[:2]
+    left = torch.cat([take_out[0][:, None].expand(-1, count, -1, -1), left], 2).flatten(0, 1)
+    right = torch.cat([take_out[1][:, None].expand(-1, count, -1, -1), right], 2).flatten(0, 1)
+    edit = make_edit(rows.repeat_interleave(count), position.repeat_interleave(count), left, right, scope)
+    return head_change(factors, edit, STEPS)[0].view(n, count, STEPS, -1)
+
+
+@torch.no_grad()
+def replace(
+    host: Host,
+    run: Run,
+    subject: Subject,
+    firings: pd.DataFrame,
+    seed: int,
+    conditions: tuple[str, ...] = CONDITIONS,
+    scopes: tuple[str, ...] = SCOPES,
+    batch_rows: int = 512,
+) -> pd.DataFrame:
+    """Run every condition on the firings, whose column `row` says their window within `run`: one line a firing,
+    amplitude and scope, ordered by scope, amplitude, firing. Losses are read on the token that the next one predicts."""
+    at_once = max(1, batch_rows // (len(scopes) * len(AMPLITUDES) * len(conditions)))
+    pieces = [
+        _replace(host, run, subject, firings.iloc[i : i + at_once], seed, conditions, scopes)
+        for i in range(0, len(firings), at_once)
+    ]
+    where = dict(host=host.name, layer=subject.layer, head=subject.head, target=subject.target, write=subject.write)
+    return pd.concat(pieces, ignore_index=True).assign(**where)
+
+
+def _replace(host, run, subject, firings, seed, conditions, scopes) -> pd.DataFrame:
+    factors = host.factors(run, subject.layer, subject.head)
+    rows, position = torch.tensor(firings.row.to_numpy()), torch.tensor(firings.position.to_numpy())
+    key, write = factors.key[rows, position], factors.write(subject.write)[rows, position]
+    put_in = replacements(subject, firings, factors, rows, seed)
+    norms = dict(
+        coefficient=torch.tensor(firings.coefficient.to_numpy(), dtype=torch.float32),
+        matched_norm=key.norm(dim=-1) * write.norm(dim=-1),
+    )
+    own = put_in["reconstruction"][1].flatten(1).norm(dim=1)
+    groups = [
+        [name for name in conditions if name in members]
+        for members in (("atom", "random", "resampled", "native_rescaled"), ("reconstruction", "mean_write"))
+    ]
+    take_out = key[:, None], -write[:, None]
+    nothing = key.new_zeros(len(rows), 1, 1, host.d_k), key.new_zeros(len(rows), 1, 1, host.d_v)
+    labels, found = [], []
+    for scope in scopes:
+        labels.append((scope, "", "delete"))
+        found.append(changes(factors, rows, position, take_out, *nothing, scope))
+        for amplitude in AMPLITUDES:
+            scales = dict.fromkeys(conditions, norms[amplitude])
+            scales["reconstruction"] = norms[amplitude] / own if amplitude == "matched_norm" else torch.ones_like(own)
+            for group in filter(None, groups):
+                labels += [(scope, amplitude, name) for name in group]
+                found.append(changes(factors, rows, position, take_out, *terms(put_in, group, scales), scope))
+    change = torch.cat(found, 1)
+
+    repeat = change.shape[1]
+    hidden, _ = host.branch(
+        run,
+        subject.layer,
+        subject.head,
+        rows.repeat_interleave(repeat),
+        position.repeat_interleave(repeat),
+        change.flatten(0, 1),
+    )
+    patched = host.logits(hidden[:, -1]).unflatten(0, (len(rows), repeat))
+    native, following = host.logits(run.final[rows, position + 1]), run.tokens[rows, position + 2]
+    divergence = kl(native[:, None], patched)
+    loss = F.cross_entropy(patched.flatten(0, 1), following.repeat_interleave(repeat), reduction="none").view(
+        len(rows), -1
+    )
+
+    key_a, value_a = (x[:, 0] for x in put_in["atom"])
+    cosine = (key_a * F.normalize(key, dim=-1)).sum(-1) * (value_a * F.normalize(write, dim=-1)).sum(-1)
+    shared = firings.drop(columns="row").assign(
+        native_norm=norms["matched_norm"].numpy(),
+        cosine=cosine.numpy(),
+        nll_native=F.cross_entropy(native, following, reduction="none").numpy(),
+    )
+    tables = []
+    for scope in scopes:
+        for amplitude in AMPLITUDES:
+            table = shared.assign(amplitude=amplitude, read=scope)
+            for column, label in enumerate(labels):
+                if label[0] == scope and label[1] in ("", amplitude):
+                    table[f"kl_{label[2]}"] = divergence[:, column].numpy()
+                    table[f"nll_{label[2]}"] = loss[:, column].numpy()
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+# The stages of notebooks 05 and 07, over a suite's cells.
+
+
+def heldout_subjects(suite: Suite, host_name: str, cells, role: str, windows: Windows) -> list[Subject]:
+    """A Subject for each (cell, target), its SAE's firings encoded on the windows."""
+    host, profile = suite.host(host_name), suite.profile
+    found = harvest(host, windows.tokens, list(cells), profile.data.batch_windows)
+    subjects = []
+    for layer, head in cells:
+        factors = found[layer, head]
+        writes = history(factors, "write", profile.saes.write)
+        pool = torch.arange(0, writes.key.shape[0] * writes.key.shape[1], 7)
+        key, value = writes.key.flatten(0, 1)[pool], writes.value.flatten(0, 1)[pool]
+        for target in profile.saes.targets:
+            sae = suite.sae(host_name, layer, head, target, role)
+            encoded = encode(sae, history(factors, target, profile.saes.write))
+            subject = Subject(
+                layer, head, target, profile.saes.write, sae, encoded, writes.mean(), (key, value), encoded.alive()
+            )
+            subjects.append(subject)
+    return subjects
+
+
+def firings_of(suite: Suite, subject: Subject, windows: Windows) -> pd.DataFrame:
+    """All of a subject's firings that leave room for the tokens that the test reads."""
+    first, last = suite.profile.data.first_position, windows.tokens.shape[1] - STEPS
+    return all_firings(subject.encoded, windows.passage, first, last)
+
+
+def run_firings(suite: Suite, host_name: str, name: str, windows: Windows, drawn: list, inputs: dict, **options):
+    """Replace every drawn firing, window group by window group; the table results NAME.csv.
+
+    drawn: (subject, firings) pairs, made before any outcome is seen.
+    """
+    host, size = suite.host(host_name), suite.profile.data.batch_windows
+
+    def compute(start: int) -> pd.DataFrame:
+        run, tables = host.run(windows[slice(start, start + size)].tokens), []
+        for subject, firings in drawn:
+            here = firings[(firings.window >= start) & (firings.window < start + size)]
+            if len(here):
+                here = here.assign(row=here.window - start)
+                tables.append(replace(host, run, subject, here, suite.profile.seed, **options))
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"host": []})
+
+    groups = list(range(0, len(windows), size))
+    return suite.staged(name, host_name, groups, compute, [__name__], inputs)
+
+
+def headline(suite: Suite) -> pd.DataFrame:
+    """results replacement.csv: the profile's count of firings in its early, middle and late cell, per target."""
+    tables, settings = [], suite.profile.replacement
+    for name in suite.profile.hosts:
+        windows = suite.windows(name, "heldout")
+        cells = {suite.cell(name, place): count for place, count in settings.firings.items()}
+        subjects = heldout_subjects(suite, name, cells, "main", windows)
+        drawn = []
+        for subject in subjects:
+            count = cells[subject.layer, subject.head]
+            drawn.append((subject, draw_in_rounds(firings_of(suite, subject, windows), count, suite.profile.seed)))
+        inputs = dict(settings=settings, data=suite.profile.data, saes=suite.sae_files(name), cells=list(cells))
+        tables.append(run_firings(suite, name, "replacement", windows, drawn, inputs, batch_rows=settings.batch_rows))
+    return pd.concat(tables, ignore_index=True)
+
+
+def survey(suite: Suite) -> pd.DataFrame:
+    """results replacement_by_cell.csv: a smaller test in every cell of the host, for the dependence on memory."""
+    tables, settings = [], suite.profile.replacement
+    for name in suite.profile.hosts:
+        windows = suite.windows(name, "heldout")[slice(0, settings.survey_windows)]
+        cells = suite.host(name).cells
+        subjects = heldout_subjects(suite, name, cells, "survey", windows)
+        drawn = [
+            (s, draw_in_rounds(firings_of(suite, s, windows), settings.survey_firings, suite.profile.seed))
+            for s in subjects
+        ]
+        inputs = dict(settings=settings, data=suite.profile.data, saes=suite.sae_files(name, "survey"))
+        options = dict(conditions=("delete", "atom", "random", "mean_write"), scopes=("write",))
+        tables.append(
+            run_firings(
+                suite, name, "replacement_by_cell", windows, drawn, inputs, batch_rows=settings.batch_rows, **options
+            )
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+CONTROLS = tuple(name for name in CONDITIONS if name not in ("delete", "atom"))
+
+
+def summarise(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """One line a (host, cells or all pooled, target, amplitude, read scope): the win rate of the atom over deletion with
+    its Wilson interval and the bootstrap intervals by atom and by passage, median KLs, the strict chain, the wins of
+    every control, and the loss recovered by atom and reconstruction."""
+    named = firings.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
+    rows = []
+    for keys, group in named.groupby(["host", "target", "amplitude", "read"], sort=False):
+        for cells, part in [("pooled", group), *group.groupby("place", sort=False)]:
+            rows.append(
+                dict(zip(["host", "target", "amplitude", "read"], keys, strict=True), cells=cells)
+                | _summary(part, resamples, seed)
+            )
+    return pd.DataFrame(rows)
+
+
+def _summary(part: pd.DataFrame, resamples: int, seed: int) -> dict:
+    win = (part.kl_atom < part.kl_delete).to_numpy()
+    low, high = wilson(int(win.sum()), len(win))
+    atom = part.layer.astype(str) + "." + part["head"].astype(str) + "." + part.atom.astype(str)
+    by_atom = cluster_bootstrap(win, atom, resamples=resamples, seed=seed)
+    by_passage = cluster_bootstrap(win, part.passage, resamples=resamples, seed=seed)
+    row = dict(
+        write=part.write.iloc[0],
+        kl_direction="native_patched",
+        n=len(part),
+        win_rate=win.mean(),
+        ci_low=low,
+        ci_high=high,
+        boot_low=by_atom.low,
+        boot_high=by_atom.high,
+        passage_low=by_passage.low,
+        passage_high=by_passage.high,
+        n_atoms=atom.nunique(),
+        n_passages=part.passage.nunique(),
+        strict_chain=((part.kl_atom < part.kl_delete) & (part.kl_delete < part.kl_random)).mean(),
+        median_ratio_delete_over_atom=(part.kl_delete / part.kl_atom).median(),
+        median_ratio_random_over_atom=(part.kl_random / part.kl_atom).median(),
+        wilcoxon_p=paired_wilcoxon(part.kl_atom, part.kl_delete).p,
+        cliffs_delta=cliffs_delta(part.kl_delete, part.kl_atom),
+        median_cosine=part.cosine.median(),
+    )
+    for name in CONDITIONS:
+        row[f"kl_{name}"] = part[f"kl_{name}"].median()
+    for name in CONTROLS:
+        row[f"win_{name}"] = (part[f"kl_{name}"] < part.kl_delete).mean()
+        row[f"atom_beats_{name}"] = (part.kl_atom < part[f"kl_{name}"]).mean()
+    lost = part.nll_delete.mean() - part.nll_native.mean()
+    row["loss_lost_by_deletion"] = lost
+    for name in ("atom", "reconstruction"):
+        row[f"kl_recovered_{name}"] = 1 - part[f"kl_{name}"].mean() / part.kl_delete.mean()
+    return row
+
+
+def by_cell(firings: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """One line a (host, cell, target, amplitude): win rates with Wilson intervals beside the cell's memory."""
+    rows = []
+    keys = ["host", "layer", "head", "target", "amplitude"]
+    for values, part in firings.groupby(keys, sort=False):
+        row = dict(zip(keys, values, strict=True), n=len(part))
+        for name in ("atom", "random", "mean_write"):
+            wins = int((part[f"kl_{name}"] < part.kl_delete).sum())
+            row[f"win_{name}"] = wins / len(part)
+            row[f"ci_low_{name}"], row[f"ci_high_{name}"] = wilson(wins, len(part))
+        rows.append(row)
+    memory = cells[["host", "layer", "head", "half_life_median", "sigma1_over_sigma2"]]
+    return pd.DataFrame(rows).merge(memory, on=["host", "layer", "head"])

@@ -1,0 +1,147 @@
+"""Notebooks 01 and 02: the harvest of the headline's cells, and an SAE for every cell and target.
+
+A task is one cell (or, in the survey, one layer): it writes its SAEs and its line of the table atomically and is
+skipped when they are there, so that killed or lost tasks are simply run again. Tasks run one to a core, each with one
+thread, so that results do not depend on how many run at once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pandas as pd
+import torch
+from joblib import Parallel, delayed
+from tqdm import tqdm
+
+from writesae import artifacts, sae
+from writesae.harvest import harvest, history
+from writesae.profiles import load_profile
+from writesae.suite import Suite
+from writesae.train import TrainingSettings, train
+
+VALIDATION_WINDOWS = 96
+
+
+def harvest_path(suite: Suite, host: str, layer: int, head: int):
+    return suite.paths.build / "harvest" / f"{host}-L{layer}-H{head}.safetensors"
+
+
+def harvest_cells(suite: Suite) -> pd.DataFrame:
+    """Factors of the headline's cells over the SAE windows, one file a cell; results harvest.csv."""
+    data, rows = suite.profile.data, []
+    for name in suite.profile.hosts:
+        cells = [suite.cell(name, place) for place in suite.profile.hosts[name].cells]
+        paths = [harvest_path(suite, name, *cell) for cell in cells]
+        expected = artifacts.fingerprint(
+            modules=["writesae.harvest"], host=suite.host_fingerprint(name), data=data, cells=cells
+        )
+        if not artifacts.up_to_date(paths, expected):
+            windows, start = suite.windows(name, "sae"), time.monotonic()
+            found = harvest(suite.host(name), windows.tokens, cells, data.batch_windows)
+            seconds = time.monotonic() - start
+            for cell, path in zip(cells, paths, strict=True):
+                history(found[cell], "state"), history(found[cell], "write")  # refuses values that are not finite
+                artifacts.save_tensors(path, found[cell], {"fingerprint": expected, "seconds": seconds})
+        for cell, path in zip(cells, paths, strict=True):
+            found, metadata = artifacts.load_tensors(path)
+            tokens, d_k, d_v = found["log_decay"].numel(), found["key"].shape[-1], found["added"].shape[-1]
+            rows.append(
+                dict(
+                    host=name,
+                    layer=cell[0],
+                    head=cell[1],
+                    tokens=tokens,
+                    numbers_per_token=d_k + d_v + 1,
+                    numbers_per_state=d_k * d_v,
+                    median_write_norm=float(found["added"].norm(dim=-1).median()),
+                    median_effective_norm=float(found["effective"].norm(dim=-1).median()),
+                    tokens_per_second=tokens / metadata["seconds"],
+                )
+            )
+    return suite.write("harvest", pd.DataFrame(rows))
+
+
+def train_saes(suite: Suite) -> pd.DataFrame:
+    """Every SAE of the profile; results saes.csv, a line an SAE."""
+    tasks = []
+    for name in suite.profile.hosts:
+        host = suite.host(name)
+        tasks += [(name, "main", *suite.cell(name, place)) for place in suite.profile.hosts[name].cells]
+        tasks += [(name, "survey", layer, None) for layer in reversed(host.recurrent_layers)]
+    run = delayed(_task)
+    arguments = [run(suite.profile.name, *task, _expected(suite, *task)) for task in tasks]
+    workers = Parallel(n_jobs=min(len(os.sched_getaffinity(0)), len(tasks)), return_as="generator_unordered")
+    for _ in tqdm(workers(arguments), total=len(tasks), desc="SAE tasks"):
+        pass
+    tables = [artifacts.read_table(_record(suite, *task)) for task in tasks]
+    return suite.write("saes", pd.concat(tables, ignore_index=True))
+
+
+def _expected(suite: Suite, host: str, role: str, layer: int, head: int | None) -> str:
+    profile = suite.profile
+    inputs = dict(data=profile.data, write=profile.saes.write, targets=profile.saes.targets, seed=profile.seed)
+    settings = getattr(profile.saes, role)
+    return artifacts.fingerprint(
+        modules=[__name__], host=suite.host_fingerprint(host), layer=layer, head=head, settings=settings, **inputs
+    )
+
+
+def _record(suite: Suite, host: str, role: str, layer: int, head: int | None):
+    return suite.paths.build / "saes" / f"{host}-{role}-L{layer}{'' if head is None else f'-H{head}'}.csv"
+
+
+def _task(profile_name: str, host: str, role: str, layer: int, head: int | None, expected: str) -> None:
+    """Train a cell's SAEs (all heads of the layer where head is None) on every target, and write their lines."""
+    torch.set_num_threads(1)
+    suite = Suite(load_profile(profile_name))
+    record = _record(suite, host, role, layer, head)
+    if artifacts.up_to_date(record, expected):
+        return
+    began, lines, profile = time.monotonic(), [], suite.profile
+    settings = getattr(profile.saes, role).model_copy(update=dict(seed=profile.seed))
+    heads = range(suite.host(host).heads) if head is None else [head]
+    cells = [(layer, h) for h in heads]
+    checking = suite.windows(host, "heldout")[slice(0, VALIDATION_WINDOWS)].tokens
+    validation = harvest(suite.host(host), checking, cells, profile.data.batch_windows, progress=False)
+    if role == "main":
+        training = {(layer, head): artifacts.load_tensors(harvest_path(suite, host, layer, head))[0]}
+    else:
+        tokens = suite.windows(host, "sae")[slice(0, profile.data.survey_windows)].tokens
+        training = harvest(suite.host(host), tokens, cells, profile.data.batch_windows, progress=False)
+    for cell in cells:
+        for target in profile.saes.targets:
+            lines.append(
+                _train_one(suite, host, role, cell, target, settings, training[cell], validation[cell], expected)
+            )
+    made = dict(seconds=time.monotonic() - began, fingerprint=expected)
+    artifacts.write_table(pd.DataFrame(lines), record, suite.provenance(host, **made))
+
+
+def _train_one(suite, host, role, cell, target, settings: TrainingSettings, factors, checking, expected: str) -> dict:
+    stem = suite.sae_stem(host, *cell, target, role)
+    write, checkpoint = suite.profile.saes.write, stem.with_name(stem.name + f"-{expected[:8]}.checkpoint")
+    data, validation = (history(x, target, write) for x in (factors, checking))
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    trained, record = train(data, settings, progress=False, checkpoint=checkpoint, validation=validation)
+    shape = dict(encoder=settings.encoder, decoder=settings.decoder, n_atoms=settings.n_atoms, k=settings.k)
+    place = dict(host=host, layer=cell[0], head=cell[1])
+    config = sae.SAEConfig(**place, target=target, write=write, **shape, d_k=data.d_k, d_v=data.d_v, seed=settings.seed)
+    sae.save(trained, config, stem)
+    checkpoint.unlink(missing_ok=True)
+    return place | dict(
+        role=role,
+        variant=f"{settings.encoder}+{settings.decoder}",
+        target=target,
+        seed=settings.seed,
+        n_atoms=settings.n_atoms,
+        k=settings.k,
+        tokens=record.tokens,
+        fvu=record.validation_fvu,
+        n_validation=validation.key.shape[0] * validation.key.shape[1],
+        alive=record.alive,
+        dead=record.dead,
+        final_training_fvu=record.fvu[-1][1],
+        seconds=record.seconds,
+    )

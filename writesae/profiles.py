@@ -1,0 +1,113 @@
+"""Profiles: every number that an experiment uses, validated, in profiles/NAME.yaml; the YAML says what each is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from writesae.artifacts import ROOT
+from writesae.train import TrainingSettings
+
+Target = Literal["state", "write"]
+Definition = Literal["added", "effective"]
+Place = Literal["early", "middle", "late"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class CellRule(Section):
+    layer: int
+    sigma_ratio: float = Field(gt=0)
+
+
+class HostSection(Section):
+    path: str
+    revision: str | None = None
+    cells: dict[Place, CellRule]
+
+
+class Data(Section):
+    window: int = Field(ge=8)
+    sae_windows: PositiveInt
+    heldout_windows: PositiveInt
+    survey_windows: PositiveInt
+    first_position: int = Field(ge=1)
+    batch_windows: PositiveInt
+
+
+class Saes(Section):
+    write: Definition
+    targets: list[Target]
+    main: TrainingSettings
+    survey: TrainingSettings
+
+
+class LogitShift(Section):
+    place: Place
+    target: Target
+    atoms: PositiveInt
+    eps: list[float]
+    prompts: PositiveInt
+    horizon: PositiveInt
+
+
+class Replacement(Section):
+    firings: dict[Place, PositiveInt]
+    survey_firings: PositiveInt
+    survey_windows: PositiveInt
+    batch_rows: PositiveInt
+    bootstrap: PositiveInt
+
+
+class Population(Section):
+    place: Place
+    atoms: PositiveInt
+    fewest_firings: PositiveInt
+    most_firings: PositiveInt
+
+
+class Install(Section):
+    place: Place
+    prompts: PositiveInt
+    prompt_tokens: PositiveInt
+    distances: list[PositiveInt]
+    rank_classes: dict[str, tuple[int, int]]
+    targets_per_class: PositiveInt
+    magnitudes: list[float]
+    writes: PositiveInt
+    new_tokens: PositiveInt
+    doses: list[float]
+    bisections: int = Field(ge=0)
+
+
+class Profile(Section):
+    name: str
+    seed: int
+    hosts: dict[str, HostSection]
+    data: Data
+    saes: Saes
+    logit_shift: LogitShift
+    replacement: Replacement
+    population: Population
+    install: Install
+
+
+def load_profile(name: str, folder: Path | None = None) -> Profile:
+    """profiles/NAME.yaml. Raises ValueError, in one sentence, for an unknown name or a field that is wrong."""
+    folder = folder or ROOT / "profiles"
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        raise ValueError(
+            f"There is no profile {name!r}: choose one of {known}, or write {path.name} in {folder.name}/."
+        )
+    try:
+        return Profile(name=name, **yaml.safe_load(path.read_text()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"Profile {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None

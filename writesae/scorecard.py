@@ -1,0 +1,332 @@
+"""The scorecard: each claim of paper/claims.csv against our numbers, by a criterion that stands here before any run.
+
+A result on an embedded host never replicates a number of another model. It can go in the *same direction* as the
+paper's claim, the *opposite* one, or have *no effect* (an interval that does not exclude the point of indifference).
+Claims that nothing here has run yet are listed as *not run*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from writesae.artifacts import ROOT
+from writesae.statistics import cluster_bootstrap, pearson, wilson
+
+STATUSES = ("same direction", "opposite", "no effect", "not run")
+COLUMNS = [
+    "id",
+    "experiment",
+    "paper_value",
+    "host",
+    "value",
+    "ci_low",
+    "ci_high",
+    "n",
+    "status",
+    "criterion",
+    "notebook",
+    "note",
+]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Our number for a claim, with its interval and count."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a claim is answered. measure(tables, host) gives the Answer; the claim's direction is that of `claimed`
+    ("above" or "below") against `indifference`; "equal" means the claim is that there is no difference."""
+
+    criterion: str
+    notebook: str
+    indifference: float
+    claimed: str
+    measure: Callable[[dict[str, pd.DataFrame], str], Answer]
+
+
+def status(answer: Answer, rule: Rule) -> str:
+    """One of STATUSES for an answer whose interval lies above, below, or across the point of indifference."""
+    above, below = answer.low > rule.indifference, answer.high < rule.indifference
+    if rule.claimed == "equal":
+        return "opposite" if above or below else "same direction"
+    if not (above or below):
+        return "no effect"
+    return "same direction" if above == (rule.claimed == "above") else "opposite"
+
+
+# What is measured.
+
+
+def _row(table: pd.DataFrame, **where) -> pd.Series:
+    """The only row with these values. Raises KeyError where there is none or more than one."""
+    found = table.loc[np.logical_and.reduce([table[name] == value for name, value in where.items()])]
+    if len(found) != 1:
+        raise KeyError(f"{len(found)} rows have {where}.")
+    return found.iloc[0]
+
+
+PAPERS = dict(target="state", amplitude="coefficient", read="write")  # the paper's own choices
+
+
+def win_rate(cells: str) -> Callable:
+    def measure(tables, host) -> Answer:
+        row = _row(tables["replacement_summary"], host=host, cells=cells, **PAPERS)
+        return Answer(row.win_rate, min(row.boot_low, row.passage_low), max(row.boot_high, row.passage_high), row.n)
+
+    return measure
+
+
+def _papers_firings(tables, host) -> pd.DataFrame:
+    table = tables["replacement"]
+    where = [table[name] == value for name, value in PAPERS.items()]
+    return table.loc[np.logical_and.reduce([table.host == host, *where])]
+
+
+def per_firing(values: Callable[[pd.DataFrame], pd.Series], statistic=np.mean) -> Callable:
+    """A statistic over the paper's-choice firings, with the wider of the bootstraps by atom and by passage."""
+
+    def measure(tables, host) -> Answer:
+        part = _papers_firings(tables, host)
+        found = values(part).to_numpy(dtype=float)
+        atom = part.layer.astype(str) + "." + part["head"].astype(str) + "." + part.atom.astype(str)
+        by = [cluster_bootstrap(found, c, statistic=statistic, resamples=500) for c in (atom, part.passage)]
+        return Answer(float(statistic(found)), min(b.low for b in by), max(b.high for b in by), len(part))
+
+    return measure
+
+
+def ratio_of_medians(other: str) -> Callable:
+    """log ratio of the median KL of a condition over the atom's, resampled by passage."""
+
+    def measure(tables, host) -> Answer:
+        part = _papers_firings(tables, host)
+        atom, control = part.kl_atom.to_numpy(), part[f"kl_{other}"].to_numpy()
+        codes = np.unique(part.passage, return_inverse=True)[1]
+        groups = [np.flatnonzero(codes == c) for c in range(codes.max() + 1)]
+        generator = np.random.default_rng(0)
+        ratios = []
+        for _ in range(500):
+            drawn = np.concatenate([groups[c] for c in generator.integers(0, len(groups), len(groups))])
+            ratios.append(np.median(control[drawn]) / np.median(atom[drawn]))
+        return Answer(float(np.median(control) / np.median(atom)), *np.quantile(ratios, [0.025, 0.975]), len(part))
+
+    return measure
+
+
+def failure_gap(tables, host) -> Answer:
+    """Failure rate in the lowest quartile of KL(delete) less that in the highest."""
+    part = _papers_firings(tables, host)
+    quartile = pd.qcut(part.kl_delete, 4, labels=False)
+    fail = part.kl_atom >= part.kl_delete
+    low, high = fail[quartile == 0], fail[quartile == 3]
+    reach = 1.96 * np.sqrt(low.var() / len(low) + high.var() / len(high))
+    gap = low.mean() - high.mean()
+    return Answer(gap, gap - reach, gap + reach, len(low) + len(high))
+
+
+def population(name: str) -> Callable:
+    def measure(tables, host) -> Answer:
+        where = {"host": host, "target": "state", "amplitude": "coefficient", "class": name}
+        row = _row(tables["population_summary"], **where)
+        return Answer(row.mean_win_rate, row.ci_low, row.ci_high, row.n_atoms)
+
+    return measure
+
+
+def _papers_atoms(tables, host) -> pd.DataFrame:
+    table = tables["population"]
+    return table[(table.host == host) & (table.target == "state") & (table.amplitude == "coefficient")]
+
+
+def class_difference(tables, host) -> Answer:
+    """Mean win rate of registers less that of bundles."""
+    part = _papers_atoms(tables, host)
+    a, b = (part[part["class"] == name].win_rate for name in ("register", "bundle"))
+    reach = 1.96 * np.sqrt(a.var() / len(a) + b.var() / len(b))
+    return Answer(a.mean() - b.mean(), a.mean() - b.mean() - reach, a.mean() - b.mean() + reach, len(part))
+
+
+def cosine_correlation(tables, host) -> Answer:
+    part = _papers_atoms(tables, host)
+    found = pearson(part.cosine, part.win_rate)
+    return Answer(found.value, found.low, found.high, found.n)
+
+
+def logit_r2(predictor: str) -> Callable:
+    def measure(tables, host) -> Answer:
+        table = tables["logit_shift"]
+        part = table[(table.host == host) & (table.predictor == predictor)]
+        low, high = cluster_bootstrap(part.r2.to_numpy(), part.atom.to_numpy(), statistic=np.median, resamples=500)
+        return Answer(part.r2.median(), low, high, len(part))
+
+    return measure
+
+
+def sign_agreement(tables, host) -> Answer:
+    table = tables["logit_shift_summary"]
+    part = table[(table.host == host) & (table.predictor == "paper")]
+    n = int(part.n_fits.iloc[0] * part.n_prompts.iloc[0])
+    wins = round(part.sign_agreement.mean() * n)
+    return Answer(wins / n, *wilson(wins, n), n)
+
+
+def installed(target_class: str, magnitude: float = 3.0) -> Callable:
+    """Inclusion under the paper's direction less native inclusion, paired over trials, resampled by prompt."""
+
+    def measure(tables, host) -> Answer:
+        part = _trials(tables, host, target_class, magnitude)
+        change = (part.included_edited - part.included_native).to_numpy(dtype=float)
+        low, high = cluster_bootstrap(change, part.prompt.to_numpy(), resamples=1000)
+        return Answer(change.mean(), low, high, len(part))
+
+    return measure
+
+
+def _trials(tables, host, target_class: str, magnitude: float) -> pd.DataFrame:
+    table = tables["install"]
+    where = (table.host == host) & (table.direction == "paper") & (table.magnitude == magnitude)
+    return table[where & ((table.target_class == target_class) | (target_class == "all"))]
+
+
+def lift(tables, host) -> Answer:
+    part = _trials(tables, host, "all", 3.0)
+    low, high = cluster_bootstrap(part.first_step_lift, part.prompt, statistic=np.median, resamples=500)
+    return Answer(part.first_step_lift.median(), low, high, len(part))
+
+
+def saturation(tables, host) -> Answer:
+    """Inclusion at the middle magnitude less that at the largest, with the paper's direction."""
+    large, middle = (_trials(tables, host, "all", m).sort_values(["prompt", "position", "target"]) for m in (6.0, 3.0))
+    change = middle.included_edited.to_numpy(dtype=float) - large.included_edited.to_numpy(dtype=float)
+    low, high = cluster_bootstrap(change, middle.prompt.to_numpy(), resamples=1000)
+    return Answer(change.mean(), low, high, len(change))
+
+
+def sigma_falls(tables, host) -> Answer:
+    """log of the ratio of sigma1/sigma2, all heads of the early cell's layer over all heads of the late one's."""
+    cells, layers = tables["all_cells"].query("host == @host"), tables["cells"].set_index("place").layer
+    early, late = (np.log(cells[cells.layer == layers[place]].sigma1_over_sigma2) for place in ("early", "late"))
+    gap, error = early.mean() - late.mean(), np.sqrt(early.var() / len(early) + late.var() / len(late))
+    return Answer(gap, gap - 1.96 * error, gap + 1.96 * error, len(early) + len(late))
+
+
+HALF = "interval of the win rate (wider of the bootstraps by atom and by passage) above 0.5"
+RULES: dict[str, Rule] = {
+    "R1": Rule(HALF, "05_replacement", 0.5, "above", win_rate("pooled")),
+    "R2": Rule(HALF, "05_replacement", 0.5, "above", win_rate("early")),
+    "R3": Rule(HALF, "05_replacement", 0.5, "above", win_rate("middle")),
+    "R4": Rule(HALF, "05_replacement", 0.5, "above", win_rate("late")),
+    "R5": Rule(
+        "ratio of median KLs, deletion over atom, above 1", "05_replacement", 1, "above", ratio_of_medians("delete")
+    ),
+    "R6": Rule(
+        "ratio of median KLs, random over atom, above 1", "05_replacement", 1, "above", ratio_of_medians("random")
+    ),
+    "R7": Rule(
+        "share with atom < deletion < random above 1/6, what three unordered numbers give",
+        "05_replacement",
+        1 / 6,
+        "above",
+        per_firing(lambda p: (p.kl_atom < p.kl_delete) & (p.kl_delete < p.kl_random)),
+    ),
+    "R8": Rule(
+        "median over firings of KL(delete) / KL(atom) above 1",
+        "05_replacement",
+        1,
+        "above",
+        per_firing(lambda p: p.kl_delete / p.kl_atom, np.median),
+    ),
+    "R9": Rule(
+        "median over firings of KL(random) / KL(atom) above 1",
+        "05_replacement",
+        1,
+        "above",
+        per_firing(lambda p: p.kl_random / p.kl_atom, np.median),
+    ),
+    "R10": Rule(
+        "failure rate in the lowest quartile of KL(delete) above that in the highest",
+        "05_replacement",
+        0,
+        "above",
+        failure_gap,
+    ),
+    "P1": Rule("interval of the mean win rate over atoms above 0.5", "07_population", 0.5, "above", population("all")),
+    "P2": Rule("the same over register atoms", "07_population", 0.5, "above", population("register")),
+    "P3": Rule("the same over bundle atoms", "07_population", 0.5, "above", population("bundle")),
+    "P4": Rule(
+        "mean win rates of the classes do not differ (95% interval of the difference holds 0)",
+        "07_population",
+        0,
+        "equal",
+        class_difference,
+    ),
+    "P5": Rule(
+        "no correlation of cosine and win rate (95% interval holds 0)", "07_population", 0, "equal", cosine_correlation
+    ),
+    "C1": Rule(
+        "median R2 over (atom, eps), with the paper's fitted scalar, above 0.9",
+        "04_logit_shift",
+        0.9,
+        "above",
+        logit_r2("paper_fitted"),
+    ),
+    "C3": Rule(
+        "sign of the shift is that of the paper's formula in more than half",
+        "04_logit_shift",
+        0.5,
+        "above",
+        sign_agreement,
+    ),
+    "I2": Rule(
+        "inclusion rises for targets of native rank 101-1000 at 3x", "10_install", 0, "above", installed("middle")
+    ),
+    "I4": Rule("inclusion rises over all targets at 3x", "10_install", 0, "above", installed("all")),
+    "I5": Rule("inclusion at 3x exceeds that at 6x", "10_install", 0, "above", saturation),
+    "I6": Rule(
+        "inclusion of targets of native rank above 1000 does not rise at 3x", "10_install", 0, "equal", installed("far")
+    ),
+    "D1": Rule(
+        "mean log sigma1/sigma2 of heads falls from the early to the late layer", "00_hosts", 0, "above", sigma_falls
+    ),
+}
+TABLES = (
+    "replacement",
+    "replacement_summary",
+    "population",
+    "population_summary",
+    "logit_shift",
+    "logit_shift_summary",
+    "install",
+    "cells",
+    "all_cells",
+)
+
+
+def scorecard(read_table: Callable[[str], pd.DataFrame], hosts: list[str], claims: Path | None = None) -> pd.DataFrame:
+    """One line a (claim, host); claims without a rule here once, as not run. read_table(name) gives a result table."""
+    tables = {name: read_table(name) for name in TABLES}
+    rows = []
+    for claim in pd.read_csv(claims or ROOT / "paper" / "claims.csv").itertuples():
+        base = dict(id=claim.id, experiment=claim.experiment, paper_value=claim.value, note=claim.metric)
+        rule = RULES.get(claim.id)
+        if rule is None:
+            rows.append(base | dict(host=claim.host, status="not run", criterion="", notebook=""))
+            continue
+        for host in hosts:
+            answer = rule.measure(tables, host)
+            numbers = dict(value=answer.value, ci_low=answer.low, ci_high=answer.high, n=int(answer.n))
+            said = dict(status=status(answer, rule), criterion=rule.criterion, notebook=rule.notebook)
+            rows.append(base | dict(host=host) | numbers | said)
+    return pd.DataFrame(rows)[COLUMNS]

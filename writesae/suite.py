@@ -1,0 +1,123 @@
+"""What the notebooks share: a profile's hosts, windows, cells, harvests and SAEs, each made once and kept under build/.
+
+Data flows one way: corpus -> host -> windows -> cells -> harvest -> SAEs -> firings -> experiments -> tables.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from writesae import artifacts
+from writesae import sae as sae_module
+from writesae.harvest import Windows, split_windows
+from writesae.hosts import Host, load_host
+from writesae.profiles import CellRule, HostSection, Profile, load_profile
+
+__all__ = ["CellRule", "HostSection", "Suite", "open_suite"]
+
+HARVEST_MODULES = ("writesae.harvest", "writesae.hosts.gated_deltanet")
+
+
+class Suite:
+    """A profile with its folders. `suite.table(name)` reads a result, `suite.staged(...)` makes one."""
+
+    def __init__(self, profile: Profile):
+        self.profile, self.paths = profile, artifacts.Paths(profile.name)
+
+    def host(self, name: str) -> Host:
+        return _host(str(self.host_path(name)))
+
+    def host_path(self, name: str) -> str | Path:
+        """The folder of an embedded host, else the hub id that the profile names."""
+        local = artifacts.ROOT / self.profile.hosts[name].path
+        return local if local.exists() else self.profile.hosts[name].path
+
+    def host_fingerprint(self, name: str) -> dict:
+        """What identifies a host in a fingerprint: its weights and tokenizer, or its hub id and revision."""
+        folder = Path(self.host_path(name))
+        files = [folder / "model.safetensors", folder / "config.json", folder / "tokenizer.json"]
+        return {"files": files} if folder.exists() else self.profile.hosts[name].model_dump()
+
+    # Tables
+
+    def provenance(self, host: str, **more) -> dict:
+        return (
+            dict(
+                profile=self.profile.name,
+                config=artifacts.fingerprint(profile=self.profile),
+                host=host,
+                seed=self.profile.seed,
+            )
+            | more
+        )
+
+    def staged(self, name: str, host: str, groups, compute, modules: Iterable[str], inputs: dict) -> pd.DataFrame:
+        """The table results/<profile>/NAME.csv: read where nothing it depends on has changed, else computed group by
+        group, resumably. `modules` and `inputs` are what it depends on."""
+        expected = artifacts.fingerprint(modules=sorted(modules), host=self.host_fingerprint(host), **inputs)
+        path = self.paths.results / f"{name}.csv"
+        return artifacts.staged_table(path, expected, groups, compute, self.paths.partial, self.provenance(host))
+
+    def write(self, name: str, frame: pd.DataFrame, host: str = "all", seconds: float = 0.0) -> pd.DataFrame:
+        """Write a table that is worked out from other tables, and read it back as everybody will see it."""
+        path = self.paths.results / f"{name}.csv"
+        artifacts.write_table(frame, path, self.provenance(host, seconds=seconds))
+        return artifacts.read_table(path)
+
+    def table(self, name: str) -> pd.DataFrame:
+        """results/<profile>/NAME.csv. Raises ArtifactError where it is missing or damaged."""
+        return artifacts.read_table(self.paths.results / f"{name}.csv")
+
+    # Windows, cells, SAEs
+
+    def windows(self, host: str, split: str) -> Windows:
+        """The windows of a split ("sae", "heldout"), cut once and kept."""
+        data = self.profile.data
+        count = data.sae_windows if split == "sae" else data.heldout_windows
+        path = self.paths.build / "windows" / f"{host}-{split}.safetensors"
+        inputs = dict(host=self.host_fingerprint(host), split=split, window=data.window, count=count)
+        expected = artifacts.fingerprint(modules=["writesae.harvest"], **inputs)
+        if not artifacts.up_to_date(path, expected):
+            made = split_windows(self.host(host), split, data.window, count)
+            tensors = dict(tokens=made.tokens, passage=made.passage)
+            artifacts.save_tensors(path, tensors, {"fingerprint": expected})
+        tensors, _ = artifacts.load_tensors(path)
+        return Windows(**tensors)
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """The cells of the headline: host, place, layer, head (results/<profile>/cells.csv)."""
+        return self.table("cells")
+
+    def cell(self, host: str, place: str) -> tuple[int, int]:
+        row = self.cells[(self.cells.host == host) & (self.cells.place == place)].iloc[0]
+        return int(row.layer), int(row["head"])
+
+    def sae_stem(self, host: str, layer: int, head: int, target: str, role: str) -> Path:
+        return self.paths.build / "saes" / f"{host}-L{layer}-H{head}-{target}-{role}"
+
+    def sae(self, host: str, layer: int, head: int, target: str, role: str = "main"):
+        """The trained SAE of a cell; refused where it is of another host, cell, target or write definition."""
+        expect = dict(host=host, layer=layer, head=head, target=target, write=self.profile.saes.write)
+        return sae_module.load(self.sae_stem(host, layer, head, target, role), expect)[0]
+
+    def sae_files(self, host: str, role: str = "main") -> list[Path]:
+        """The weights of all SAEs of a role, for fingerprints."""
+        return sorted((self.paths.build / "saes").glob(f"{host}-*-{role}.safetensors"))
+
+
+@lru_cache(maxsize=2)
+def _host(path: str) -> Host:
+    return load_host(path)
+
+
+def open_suite(profile: str = "mini") -> Suite:
+    """The suite of a profile, with as many threads as there are cores. ValueError for an unknown profile."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    return Suite(load_profile(profile))
