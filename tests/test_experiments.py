@@ -26,8 +26,8 @@ def subject(request, factors):
     settings = TrainingSettings(n_atoms=24, k=4, tokens=90 * 60, batch_windows=3, lr=3e-3, final_lr=3e-4, seed=1)
     sae, _ = train(data, settings, progress=False)
     encoded, writes = firings.encode(sae, data), history(factors, "write")
-    pool = writes.key.flatten(0, 1), writes.value.flatten(0, 1)
-    return replacement.Subject(*CELL, request.param, "added", sae, encoded, writes.mean(), pool, encoded.alive())
+    cell = (*CELL, request.param, "added")
+    return replacement.Subject(*cell, sae, encoded, writes, writes.mean(), encoded.alive())
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,9 @@ def test_summary_counts_wins(single, tokens, subject):
 def test_measured_shifts_are_edited_runs(single, tokens):
     torch.manual_seed(0)
     key, value = (torch.nn.functional.normalize(torch.randn(3, d), dim=-1) for d in (single.d_k, single.d_v))
-    settings = LogitShift(place="middle", target="state", atoms=3, eps=[0.5, 2.0], prompts=3, horizon=4)
+    settings = LogitShift(
+        place="middle", target="state", atoms=3, eps=[0.5, 2.0], prompts=3, prompt_tokens=90, horizon=4
+    )
     t0, windows = torch.tensor([10, 30, 50]), cut(tokens)
     table = logit_shift.measure_shifts(single, windows, t0, CELL, key, value, settings, "added", batch_rows=5)
     run = single.run(tokens)

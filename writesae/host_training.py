@@ -138,7 +138,7 @@ def accumulate(model, tokens: torch.Tensor, at_once: int) -> float:
 @torch.no_grad()
 def heldout_loss(model, tokens: torch.Tensor, context: int, windows: int = 192) -> float:
     """Mean loss over the first `windows` whole windows of a token stream."""
-    rows = tokens[: windows * context].view(-1, context)
+    rows = tokens[: min(windows, len(tokens) // context) * context].view(-1, context)
     model.eval()
     losses = [loss_of(model, chunk).item() for chunk in rows.split(16)]
     model.train()

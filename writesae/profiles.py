@@ -35,6 +35,7 @@ class Data(Section):
     window: int = Field(ge=8)
     sae_windows: PositiveInt
     heldout_windows: PositiveInt
+    firing_windows: PositiveInt
     survey_windows: PositiveInt
     first_position: int = Field(ge=1)
     batch_windows: PositiveInt
@@ -53,6 +54,7 @@ class LogitShift(Section):
     atoms: PositiveInt
     eps: list[float]
     prompts: PositiveInt
+    prompt_tokens: PositiveInt
     horizon: PositiveInt
 
 

@@ -53,7 +53,7 @@ class Rule:
     notebook: str
     indifference: float
     claimed: str
-    measure: Callable[[dict[str, pd.DataFrame], str], Answer]
+    measure: Callable[[dict[str, pd.DataFrame], str], Answer | None]
 
 
 def status(answer: Answer, rule: Rule) -> str:
@@ -137,9 +137,12 @@ def failure_gap(tables, host) -> Answer:
 
 
 def population(name: str) -> Callable:
-    def measure(tables, host) -> Answer:
+    def measure(tables, host) -> Answer | None:
+        table = tables["population_summary"]
         where = {"host": host, "target": "state", "amplitude": "coefficient", "class": name}
-        row = _row(tables["population_summary"], **where)
+        if name not in set(table["class"]):
+            return None  # no two atoms of the class were drawn
+        row = _row(table, **where)
         return Answer(row.mean_win_rate, row.ci_low, row.ci_high, row.n_atoms)
 
     return measure
@@ -326,6 +329,10 @@ def scorecard(read_table: Callable[[str], pd.DataFrame], hosts: list[str], claim
             continue
         for host in hosts:
             answer = rule.measure(tables, host)
+            if answer is None:
+                said = dict(status="not run", criterion=rule.criterion, notebook=rule.notebook)
+                rows.append(base | dict(host=host) | said)
+                continue
             numbers = dict(value=answer.value, ci_low=answer.low, ci_high=answer.high, n=int(answer.n))
             said = dict(status=status(answer, rule), criterion=rule.criterion, notebook=rule.notebook)
             rows.append(base | dict(host=host) | numbers | said)

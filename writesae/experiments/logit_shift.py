@@ -22,6 +22,7 @@ from writesae.statistics import cluster_bootstrap, r2
 from writesae.suite import Suite
 
 GROUP = 20  # prompts run together
+ATOM_WINDOWS = 64  # held-out windows on which an atom must fire to be drawn
 PREDICTORS = ("paper", "paper_fitted", "transport", "exact")
 
 
@@ -149,13 +150,11 @@ def run(suite: Suite) -> pd.DataFrame:
         windows = suite.windows(name, "heldout")
         if len(windows) < settings.prompts:
             raise ValueError(f"{settings.prompts} prompts are asked for and there are {len(windows)} held-out windows.")
-        windows = windows[slice(0, settings.prompts)]
-        subject = next(
-            s
-            for s in heldout_subjects(suite, name, [cell], "main", windows[slice(0, 128)])
-            if s.target == settings.target
-        )
-        atoms = draw_atoms(firings_of(suite, subject, windows[slice(0, 128)]), settings.atoms, 1, profile.seed)
+        some = windows[slice(0, ATOM_WINDOWS)]
+        subjects = {s.target: s for s in heldout_subjects(suite, name, [cell], "main", some)}
+        subject = subjects[settings.target]
+        atoms = draw_atoms(firings_of(suite, subject, some), settings.atoms, 1, profile.seed)
+        windows = Windows(windows.tokens[:, : settings.prompt_tokens], windows.passage)[slice(0, settings.prompts)]
         key, value = (x[torch.from_numpy(atoms)] for x in subject.sae.atoms())
         last = windows.tokens.shape[1] - settings.horizon
         t0 = draw_positions(settings.prompts, profile.data.first_position, last, profile.seed)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from sklearn.mixture import GaussianMixture
 
 from writesae.experiments.firings import draw_atoms
-from writesae.experiments.replacement import Subject, firings_of, heldout_subjects, run_firings
-from writesae.harvest import harvest, history
+from writesae.experiments.replacement import Subject, firing_windows, firings_of, heldout_subjects, run_firings
 from writesae.statistics import cluster_bootstrap
 from writesae.suite import Suite
 
@@ -47,7 +46,7 @@ def summarise(atoms: pd.DataFrame, seed: int) -> pd.DataFrame:
     for (host, target, amplitude), group in atoms.groupby(["host", "target", "amplitude"]):
         for name, part in [("all", group), *group.groupby("class")]:
             if len(part) < 2:
-                continue
+                continue  # no interval
             low, high = cluster_bootstrap(part.win_rate.to_numpy(), part.atom.to_numpy(), seed=seed)
             rows.append(
                 {
@@ -71,11 +70,9 @@ def summarise(atoms: pd.DataFrame, seed: int) -> pd.DataFrame:
 # The stage of notebook 07.
 
 
-def alive_atoms(suite: Suite, host: str, subject: Subject, firings: pd.DataFrame, writes) -> pd.DataFrame:
-    """One line an alive atom: its firings on the held-out windows, its median cosine to the native write, its class.
-
-    writes: the History of native writes over the same windows.
-    """
+def alive_atoms(suite: Suite, host: str, subject: Subject, firings: pd.DataFrame) -> pd.DataFrame:
+    """One line an alive atom: its firings on the held-out windows, its median cosine to the native write, its class."""
+    writes = subject.writes
     window, position = (torch.tensor(firings[name].to_numpy()) for name in ("window", "position"))
     atom = torch.tensor(firings.atom.to_numpy())
     key, value = subject.sae.atoms()
@@ -91,12 +88,11 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
     """results alive_atoms.csv (every alive atom of the cell) and the firings of the drawn ones, population_firings.csv."""
     settings, profile, alive, tables = suite.profile.population, suite.profile, [], []
     for name in suite.profile.hosts:
-        cell, windows = suite.cell(name, settings.place), suite.windows(name, "heldout")
-        found = harvest_once(suite, name, cell, windows)
+        cell, windows = suite.cell(name, settings.place), firing_windows(suite, name)
         drawn = []
         for subject in heldout_subjects(suite, name, [cell], "main", windows):
             firings = firings_of(suite, subject, windows)
-            alive.append(alive_atoms(suite, name, subject, firings, found))
+            alive.append(alive_atoms(suite, name, subject, firings))
             atoms = draw_atoms(firings, settings.atoms, settings.fewest_firings, profile.seed)
             shuffled = firings[firings.atom.isin(atoms)].sample(frac=1.0, random_state=profile.seed)
             kept = shuffled[shuffled.groupby("atom").cumcount() < settings.most_firings]
@@ -106,12 +102,6 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
         options["batch_rows"] = profile.replacement.batch_rows
         tables.append(run_firings(suite, name, "population_firings", windows, drawn, inputs, **options))
     return suite.write("alive_atoms", pd.concat(alive, ignore_index=True)), pd.concat(tables, ignore_index=True)
-
-
-def harvest_once(suite: Suite, name: str, cell: tuple[int, int], windows):
-    """The native writes of a cell over windows."""
-    factors = harvest(suite.host(name), windows.tokens, [cell], suite.profile.data.batch_windows, progress=False)
-    return history(factors[cell], "write", suite.profile.saes.write)
 
 
 def tables(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

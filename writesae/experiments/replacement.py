@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from writesae.edit import SCOPES, head_change, kl, make_edit
 from writesae.experiments.firings import Encoded, all_firings, draw_in_rounds, encode
 from writesae.harvest import Windows, harvest, history
+from writesae.history import History
 from writesae.hosts import Host, Run
 from writesae.recurrence import Factors
 from writesae.sae import SAE
@@ -41,8 +42,8 @@ STEPS = 2  # the writing token and the next one
 
 @dataclass
 class Subject:
-    """A cell with its SAE and all that the conditions draw on. mean_write: [d_k, d_v]; pool: factors of other writes
-    (key [P, d_k], value [P, d_v]); alive: [A] atoms that a random one may be."""
+    """A cell with its SAE and all that the conditions draw on: the native writes of the windows, their mean
+    [d_k, d_v], and the alive atoms [A], of which a random one is drawn."""
 
     layer: int
     head: int
@@ -50,8 +51,8 @@ class Subject:
     write: str
     sae: SAE
     encoded: Encoded
+    writes: History
     mean_write: torch.Tensor
-    pool: tuple[torch.Tensor, torch.Tensor]
     alive: torch.Tensor
 
 
@@ -80,14 +81,15 @@ def replacements(subject: Subject, firings: pd.DataFrame, factors: Factors, rows
     other = candidates[(others[:, 0] * len(candidates)).long()]
     neighbour = candidates[(torch.searchsorted(candidates, atom) + 1) % len(candidates)]
     other = torch.where(other == atom, neighbour, other)
-    drawn = (others[:, 1] * len(subject.pool[0])).long()
+    pool = [x.flatten(0, 1) for x in (subject.writes.key, subject.writes.value)]
+    drawn = (others[:, 1] * len(pool[0])).long()
     mean = subject.mean_write.expand(len(firings), -1, -1)
     return {
         "atom": rank_one(key[atom], value[atom]),
         "random": rank_one(key[other], value[other]),
         "reconstruction": full_rank(reconstruction(subject, window, position)),
         "mean_write": full_rank(mean / subject.mean_write.norm()),
-        "resampled": rank_one(subject.pool[0][drawn], subject.pool[1][drawn]),
+        "resampled": rank_one(pool[0][drawn], pool[1][drawn]),
         "native_rescaled": rank_one(factors.key[rows, position], factors.write(subject.write)[rows, position]),
     }
 
@@ -217,15 +219,11 @@ def heldout_subjects(suite: Suite, host_name: str, cells, role: str, windows: Wi
     for layer, head in cells:
         factors = found[layer, head]
         writes = history(factors, "write", profile.saes.write)
-        pool = torch.arange(0, writes.key.shape[0] * writes.key.shape[1], 7)
-        key, value = writes.key.flatten(0, 1)[pool], writes.value.flatten(0, 1)[pool]
         for target in profile.saes.targets:
             sae = suite.sae(host_name, layer, head, target, role)
             encoded = encode(sae, history(factors, target, profile.saes.write))
-            subject = Subject(
-                layer, head, target, profile.saes.write, sae, encoded, writes.mean(), (key, value), encoded.alive()
-            )
-            subjects.append(subject)
+            found_at = layer, head, target, profile.saes.write
+            subjects.append(Subject(*found_at, sae, encoded, writes, writes.mean(), encoded.alive()))
     return subjects
 
 
@@ -255,11 +253,16 @@ def run_firings(suite: Suite, host_name: str, name: str, windows: Windows, drawn
     return suite.staged(name, host_name, groups, compute, [__name__], inputs)
 
 
+def firing_windows(suite: Suite, host_name: str) -> Windows:
+    """The held-out windows in which firings are looked for."""
+    return suite.windows(host_name, "heldout")[slice(0, suite.profile.data.firing_windows)]
+
+
 def headline(suite: Suite) -> pd.DataFrame:
     """results replacement.csv: the profile's count of firings in its early, middle and late cell, per target."""
     tables, settings = [], suite.profile.replacement
     for name in suite.profile.hosts:
-        windows = suite.windows(name, "heldout")
+        windows = firing_windows(suite, name)
         cells = {suite.cell(name, place): count for place, count in settings.firings.items()}
         subjects = heldout_subjects(suite, name, cells, "main", windows)
         drawn = []

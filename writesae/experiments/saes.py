@@ -21,7 +21,7 @@ from writesae.profiles import load_profile
 from writesae.suite import Suite
 from writesae.train import TrainingSettings, train
 
-VALIDATION_WINDOWS = 96
+VALIDATION_WINDOWS = 64
 
 
 def harvest_path(suite: Suite, host: str, layer: int, head: int):

@@ -1,0 +1,109 @@
+"""Training a host: the optimiser's step, the schedule, and that a killed training goes on to the same weights."""
+
+import pytest
+import torch
+import yaml
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from writesae import corpus, host_training
+from writesae.hosts import load_host
+
+RECIPE = dict(
+    family="gated_deltanet",
+    seed=0,
+    vocabulary=512,
+    context=32,
+    architecture=dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+        tie_word_embeddings=True,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    batch=4,
+    at_once=2,
+    steps=6,
+    warmup=2,
+    decay_from=4,
+    matrix_lr=0.02,
+    other_lr=0.003,
+    weight_decay=0.0,
+    evaluate_every=2,
+)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    words = [f"the value of parameter {i} is {i * i} and its name is x{i % 7}\n" * 8 for i in range(40)]
+    monkeypatch.setattr(corpus, "texts", lambda split: words if split == "host" else words[::3])
+    monkeypatch.setattr(corpus, "write_manifest", lambda path: path.write_text("{}"))
+    made = tmp_path / "host"
+    made.mkdir()
+    (made / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return made
+
+
+def test_a_killed_training_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch):
+    loss = host_training.train(folder, tmp_path / "whole")
+    whole = load_file(folder / "model.safetensors")
+    at = host_training.batch_at
+
+    def killed(tokens, recipe, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return at(tokens, recipe, step)
+
+    monkeypatch.setattr(host_training, "batch_at", killed)
+    with pytest.raises(KeyboardInterrupt):
+        host_training.train(folder, tmp_path / "again")
+    monkeypatch.setattr(host_training, "batch_at", at)
+    assert host_training.train(folder, tmp_path / "again") == loss
+    again = load_file(folder / "model.safetensors")
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert load_host(folder).vocabulary == 512
+
+
+def test_pieces_of_a_batch_give_the_gradient_of_the_whole(folder):
+    from writesae.hosts.families import build
+
+    torch.manual_seed(0)
+    model = build("gated_deltanet", RECIPE["architecture"] | dict(vocab_size=512))
+    tokens = torch.randint(512, (5, 32))
+    gradients = []
+    for at_once in (5, 2):
+        model.zero_grad()
+        host_training.accumulate(model, tokens, at_once)
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 96), (2, 96, 40)])
+def test_orthogonal_keeps_directions_and_levels_singular_values(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+    inside = u.mT @ host_training.Muon.orthogonal(matrices) @ vh.mT
+    levelled = inside.diagonal(dim1=1, dim2=2)
+    assert ((levelled > 0.6) & (levelled < 1.3)).all()
+    assert (s.max() / s.min()) > 2
+    assert (inside - torch.diag_embed(levelled)).abs().max() < 1e-3
+
+
+def test_the_rate_warms_up_and_falls_to_zero():
+    recipe = host_training.Recipe(**RECIPE)
+    rates = [recipe.learning_rate(step) for step in range(6)]
+    assert rates == pytest.approx([0.5, 1, 1, 1, 1, 0.5])
+
+
+def test_a_recipe_with_an_unknown_field_is_refused():
+    with pytest.raises(ValidationError, match="speed"):
+        host_training.Recipe(**RECIPE, speed=3)
