@@ -18,6 +18,7 @@ from writesae.artifacts import ROOT
 from writesae.statistics import cluster_bootstrap, pearson, wilson
 
 STATUSES = ("same direction", "opposite", "no effect", "not run")
+FEWEST_ATOMS = 5  # of a class, below which no interval over its atoms means anything: such a claim counts as not run
 COLUMNS = [
     "id",
     "experiment",
@@ -141,8 +142,10 @@ def population(name: str) -> Callable:
         table = tables["population_summary"]
         where = {"host": host, "target": "state", "amplitude": "coefficient", "class": name}
         if name not in set(table["class"]):
-            return None  # no two atoms of the class were drawn
+            return None
         row = _row(table, **where)
+        if row.n_atoms < FEWEST_ATOMS:
+            return None
         return Answer(row.mean_win_rate, row.ci_low, row.ci_high, row.n_atoms)
 
     return measure
@@ -153,10 +156,12 @@ def _papers_atoms(tables, host) -> pd.DataFrame:
     return table[(table.host == host) & (table.target == "state") & (table.amplitude == "coefficient")]
 
 
-def class_difference(tables, host) -> Answer:
+def class_difference(tables, host) -> Answer | None:
     """Mean win rate of registers less that of bundles."""
     part = _papers_atoms(tables, host)
     a, b = (part[part["class"] == name].win_rate for name in ("register", "bundle"))
+    if min(len(a), len(b)) < FEWEST_ATOMS:
+        return None
     reach = 1.96 * np.sqrt(a.var() / len(a) + b.var() / len(b))
     return Answer(a.mean() - b.mean(), a.mean() - b.mean() - reach, a.mean() - b.mean() + reach, len(part))
 
