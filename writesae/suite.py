@@ -17,11 +17,9 @@ from writesae import artifacts
 from writesae import sae as sae_module
 from writesae.harvest import Windows, split_windows
 from writesae.hosts import Host, load_host
-from writesae.profiles import CellRule, HostSection, Profile, load_profile
+from writesae.profiles import Profile, load_profile
 
-__all__ = ["CellRule", "HostSection", "Suite", "open_suite"]
-
-HARVEST_MODULES = ("writesae.harvest", "writesae.hosts.gated_deltanet")
+__all__ = ["Suite", "open_suite"]
 
 
 class Suite:

@@ -47,6 +47,11 @@ class Setting:
     gradient: torch.Tensor
     norms: torch.Tensor
 
+    def table(self, direction: str, **columns) -> pd.DataFrame:
+        """A line a trial: what it is, and these columns."""
+        what = dict(prompt=self.prompt.numpy(), position=self.start, target=self.target.numpy())
+        return pd.DataFrame(what | dict(target_class=self.label, direction=direction) | columns)
+
 
 def ranks(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """The rank of tokens [R] in logits [R, V]; 1 is the top."""
@@ -141,20 +146,14 @@ def trials(
             tokens, logits = (torch.cat(x) for x in zip(*made, strict=True))
             log_p = F.log_softmax(logits, -1).gather(-1, trial.target[:, None])[:, 0]
             rows.append(
-                pd.DataFrame(
-                    dict(
-                        prompt=trial.prompt.numpy(),
-                        position=trial.start,
-                        target=trial.target.numpy(),
-                        target_class=trial.label,
-                        direction=name,
-                        magnitude=magnitude,
-                        native_rank=trial.native_rank.numpy(),
-                        edited_rank=ranks(logits, trial.target).numpy(),
-                        included_native=(native[trial.prompt] == trial.target[:, None]).any(1).int().numpy(),
-                        included_edited=(tokens == trial.target[:, None]).any(1).int().numpy(),
-                        first_step_lift=(log_p - native_log_p).numpy(),
-                    )
+                trial.table(
+                    name,
+                    magnitude=magnitude,
+                    native_rank=trial.native_rank.numpy(),
+                    edited_rank=ranks(logits, trial.target).numpy(),
+                    included_native=(native[trial.prompt] == trial.target[:, None]).any(1).int().numpy(),
+                    included_edited=(tokens == trial.target[:, None]).any(1).int().numpy(),
+                    first_step_lift=(log_p - native_log_p).numpy(),
                 )
             )
     return pd.concat(rows, ignore_index=True)
@@ -181,19 +180,7 @@ def doses(host: Host, cell, trial: Setting, settings: Install, batch_rows: int =
             middle = (low[found] + high[found]) / 2
             won = succeeds(found, middle)
             high[found[won]], low[found[~won]] = middle[won], middle[~won]
-        rows.append(
-            pd.DataFrame(
-                dict(
-                    prompt=trial.prompt.numpy(),
-                    position=trial.start,
-                    target=trial.target.numpy(),
-                    target_class=trial.label,
-                    direction=name,
-                    native_rank=trial.native_rank.numpy(),
-                    dose=high.double().numpy(),
-                )
-            )
-        )
+        rows.append(trial.table(name, native_rank=trial.native_rank.numpy(), dose=high.double().numpy()))
     return pd.concat(rows, ignore_index=True)
 
 

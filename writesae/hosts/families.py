@@ -1,7 +1,7 @@
 """The families of hosts, and nothing else in the package knows more than their names.
 
 `build(family, architecture)` makes a new model with the decays that its authors train (design: a host must have
-memory); `adapter(model)` finds the adapter by the model's class.
+memory); `module(family)` is where its adapter stands.
 """
 
 from __future__ import annotations
