@@ -1,4 +1,4 @@
-"""A small Gated DeltaNet hybrid with random weights, d_k != d_v and grouped value heads, in fp64."""
+"""A small host of every family with random weights, d_k != d_v and shared key heads where the family has them, in fp64."""
 
 import os
 
@@ -7,37 +7,79 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 
-from writesae.hosts import without_triton
+from writesae.hosts import families, without_triton
 
 without_triton()
 
-ARCHITECTURE = dict(
-    vocab_size=300,
-    hidden_size=48,
-    intermediate_size=64,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    linear_num_key_heads=2,
-    linear_num_value_heads=4,
-    linear_key_head_dim=12,
-    linear_value_head_dim=20,
-    tie_word_embeddings=True,
-    layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
+SMALL = dict(
+    gated_deltanet=dict(
+        vocab_size=300,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=12,
+        linear_value_head_dim=20,
+        tie_word_embeddings=True,
+        layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
+    ),
+    mamba2=dict(
+        vocab_size=300,
+        hidden_size=40,
+        expand=2,
+        num_heads=4,
+        head_dim=20,
+        state_size=12,
+        n_groups=2,
+        num_hidden_layers=5,
+        chunk_size=32,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=None,
+    ),
+    rwkv7=dict(
+        vocab_size=300,
+        hidden_size=48,
+        head_dim=12,
+        value_dim=80,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        decay_low_rank_dim=8,
+        a_low_rank_dim=8,
+        v_low_rank_dim=6,
+        gate_low_rank_dim=10,
+        tie_word_embeddings=True,
+    ),
 )
 
 
-@pytest.fixture(scope="session")
-def host():
-    from writesae.hosts.gated_deltanet import GatedDeltaNet, build
-
+def small(family):
     torch.manual_seed(0)
-    model = build(ARCHITECTURE).double()
+    model = families.build(family, SMALL[family]).double()
     for p in model.parameters():
         if p.ndim > 1:
             p.data.mul_(3)  # larger random weights, so that the layers above are not nearly linear
-    return GatedDeltaNet(model, None, "small")
+            if not p.any():
+                p.data.normal_(std=0.3)  # RWKV-7's layers start as the identity
+        else:
+            p.data.add_(0.1 * torch.randn_like(p))  # vectors start as constants, which could hide a mistake
+    return families.module(family).ADAPTER(model, None, "small")
+
+
+@pytest.fixture(scope="session", params=list(families.FAMILIES))
+def host(request):
+    """A test that takes it runs once a family; tests of one family alone take the fixture of its name."""
+    return small(request.param)
+
+
+@pytest.fixture(scope="session")
+def gated_deltanet():
+    return small("gated_deltanet")
 
 
 @pytest.fixture(scope="session")

@@ -54,12 +54,14 @@ def model_with_edit(host, tokens, position, delta, scope):
 
 @pytest.mark.parametrize("scope", ["write", "cache"])
 @pytest.mark.parametrize("position", [0, 37, 88])
-def test_an_edit_is_the_librarys_run_with_the_state_changed(host, run, tokens, scope, position):
+def test_an_edit_is_the_librarys_run_with_the_state_changed(gated_deltanet, tokens, scope, position):
+    host = gated_deltanet
     torch.manual_seed(position)
     left = torch.randn(1, 2, host.d_k, dtype=torch.float64)
     right = torch.randn(1, 2, host.d_v, dtype=torch.float64)
     steps = min(12, tokens.shape[1] - position)
     edit = make_edit(torch.tensor([1]), torch.tensor([position]), left, right, scope)
+    run = host.run(tokens)
     ours = host.logits(edited_hidden(host, run, LAYER, HEAD, edit, steps))[0]
     theirs = model_with_edit(host, tokens[1:2], position, left[0].T @ right[0], scope)[0, position : position + steps]
     native = host.logits(run.final[1, position : position + steps])
@@ -96,7 +98,9 @@ def test_head_change_is_the_perturbed_step_loop(host, run):
     assert_close(moved.mT @ right, state - native[:, 29], "perturbation of the state", 1e-10)
 
 
-def test_the_effective_write_taken_out_leaves_the_decayed_state(host, run):
+def test_the_effective_write_taken_out_leaves_the_decayed_state(gated_deltanet, tokens):
+    host = gated_deltanet
+    run = host.run(tokens)
     factors = host.factors(run, LAYER, HEAD)
     at, rows = torch.tensor([50]), torch.tensor([2])
     edit = make_edit(rows, at, factors.key[rows, at][:, None], -factors.write("effective")[rows, at][:, None])
@@ -131,8 +135,8 @@ def test_generation_goes_on_from_the_edited_state(host, tokens, position):
     predicted = host.logits(final).argmax(-1)[:, 59 - position : -1]
     assert torch.equal(predicted, made)
     assert_close(host.logits(final)[:, 59 - position], first, "logits of the first new token", 1e-6)
-    native, _ = generate(host, run, LAYER, HEAD, make_edit(rows, at, left, 0 * right), 6)
-    assert not torch.equal(made, native)
+    _, native = generate(host, run, LAYER, HEAD, make_edit(rows, at, left, 0 * right), 6)
+    assert (first - native).norm() > 1e-2
 
 
 def test_generation_refuses_rows_of_different_starts(host, run):

@@ -5,7 +5,9 @@ import torch
 from helpers import assert_close
 
 from writesae import history as history_module
-from writesae.history import History
+from writesae.history import History, VectorHistory
+from writesae.recurrence import Factors, step_states, taken_by_erase
+from writesae.train import TrainingSettings, train
 
 TOKENS = 150  # two chunks of 64 and a part of one
 
@@ -100,3 +102,56 @@ def test_shapes_that_do_not_fit_are_refused():
     ]:
         with pytest.raises(ValueError, match="key \\[N, T, d_k\\]"):
             History(history.key, value, log_decay)
+
+
+# Vector decays
+
+
+def vector_history(strength: float = 0.3) -> tuple[Factors, VectorHistory]:
+    """A history from a real recurrence with erase, so that `taken` is what the erase takes out of the state."""
+    generator = torch.Generator().manual_seed(4)
+    query, key, erase, probe = (torch.randn(3, TOKENS, 5, generator=generator).double() / 3 for _ in range(4))
+    added = torch.randn(3, TOKENS, 7, generator=generator).double()
+    log_decay = -strength * torch.rand(3, TOKENS, 5, generator=generator).double()
+    factors = Factors(query, key, added, log_decay, None, erase, probe)
+    return factors, VectorHistory(key, added, log_decay, erase, taken_by_erase(factors))
+
+
+@pytest.mark.parametrize("strength", [0.3, 8.0])  # the second is too fast for chunks: the plain loop takes over
+def test_vector_decays_rebuild_the_step_loops_states(strength):
+    factors, history = vector_history(strength)
+    states = step_states(factors)
+    assert_close(history.steps(), states, "all states", 1e-12)
+    assert_close(torch.stack(list(history.walk()), 1), states, "states of the loop", 1e-12)
+
+
+def test_vector_decays_answer_what_a_history_answers():
+    factors, history = vector_history()
+    states, centre = step_states(factors), torch.randn(5, 7).double()
+    left, right = torch.randn(11, 5).double(), torch.randn(11, 7).double()
+    assert not history.factored and history.target == "state"
+    assert_close(history.read(left, right), torch.einsum("nk,btkv,nv->btn", left, states, right), "read", 1e-12)
+    assert_close(history.energy(centre), (states - centre).square().sum((-1, -2)), "energy", 1e-12)
+    assert_close(history.mean(), states.mean((0, 1)), "mean", 1e-12)
+    assert_close(history.inner(centre), (states * centre).sum((-1, -2)), "inner", 1e-12)
+    window, position = torch.tensor([2, 0, 2]), torch.tensor([149, 0, 64])
+    assert_close(history.matrices(window, position), states[window, position], "matrices", 1e-12)
+    assert_close(history[1:].steps(), states[1:], "two of the windows", 1e-12)
+
+
+def test_vector_decays_of_wrong_shape_are_refused():
+    _, history = vector_history()
+    with pytest.raises(ValueError, match="vector decays needs key, log_decay, erase"):
+        VectorHistory(history.key, history.value, history.log_decay[..., 0], history.erase, history.taken)
+
+
+def test_an_sae_of_vector_decays_trains_on_the_states_themselves():
+    """The factored trainer is not for these; training on the rebuilt states is the dense loss, to the last step."""
+    factors, history = vector_history()
+    settings = TrainingSettings(n_atoms=12, k=3, tokens=TOKENS * 6, batch_windows=1, lr=3e-3, final_lr=3e-4)
+    sae, record = train(history, settings, progress=False, validation=history)
+    states = step_states(factors)
+    error = (states - sae.decode(*sae.encode(states))).square().sum()
+    wanted = error / (states - sae.mean).square().sum()
+    assert_close(torch.tensor(record.validation_fvu), wanted, "held-out FVU", 1e-7)
+    assert_close(sae.encode_history(history).coefficients, sae.encode(states).coefficients, "coefficients", 1e-9)

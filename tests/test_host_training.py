@@ -35,6 +35,7 @@ RECIPE = dict(
     decay_from=4,
     matrix_lr=0.02,
     other_lr=0.003,
+    decay_lr=0.0001,
     weight_decay=0.0,
     evaluate_every=2,
 )
@@ -78,12 +79,28 @@ def test_pieces_of_a_batch_give_the_gradient_of_the_whole(folder):
     torch.manual_seed(0)
     model = build("gated_deltanet", RECIPE["architecture"] | dict(vocab_size=512))
     tokens = torch.randint(512, (5, 32))
-    gradients = []
-    for at_once in (5, 2):
+    gradients, losses = [], []
+    for at_once, through in ((5, "library"), (2, "library"), (2, "adapter")):
         model.zero_grad()
-        host_training.accumulate(model, tokens, at_once)
+        loss_of = host_training.loss_function(model, host_training.Recipe(**RECIPE, through=through))
+        losses.append(host_training.accumulate(loss_of, tokens, at_once))
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    for other in gradients[1:]:
+        assert (gradients[0] - other).norm() < 1e-4 * gradients[0].norm()
+
+
+def test_what_sets_the_decays_learns_slowly(folder):
+    from writesae.hosts.families import build
+
+    model = build("gated_deltanet", RECIPE["architecture"] | dict(vocab_size=512))
+    matrices, adam = host_training.optimizers(model, host_training.Recipe(**RECIPE))
+    rate = {id(p): group["lr"] for group in adam.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if any(part in name for part in ("A_log", "dt_bias", "in_proj_a")):
+            assert rate[id(p)] == 0.0001
+    every = sum(len(group["params"]) for optimizer in (matrices, adam) for group in optimizer.param_groups)
+    assert every == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 96), (2, 96, 40)])

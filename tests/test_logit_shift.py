@@ -32,8 +32,8 @@ def measured(host, run, key, value, token, size, scope):
             scope,
         )
         final = edited_hidden(host, run, LAYER, HEAD, edit, STEPS + 1)[:, -1]
-        hidden = host.model.lm_head(host.model.model.norm(final))  # fp64, where host.logits gives fp32
-        shifts.append(hidden.gather(-1, token.repeat_interleave(n)[:, None])[:, 0].view(len(ROWS), n))
+        logits = host.unembed(final)  # fp64, where host.logits gives fp32
+        shifts.append(logits.gather(-1, token.repeat_interleave(n)[:, None])[:, 0].view(len(ROWS), n))
     return (shifts[0] - shifts[1]) / (2 * size)
 
 
@@ -74,12 +74,13 @@ def test_transport_reads_are_perturbed_step_loops(host, run):
             zero = step_states(later, torch.zeros_like(start))[0, -1]
             moved = (step_states(later, start)[0, -1] - zero)[:, 0]
             assert_close(by_transport[i, j], moved @ factors.query[row, t0 + STEPS], "exact read", 1e-10)
-        alpha = later.log_decay.sum().exp()
-        assert_close(by_decay[i], alpha * key @ factors.query[row, t0 + STEPS], "read by decay", 1e-10)
+        alpha = later.log_decay.sum((0, 1)).exp()
+        assert_close(by_decay[i], (alpha * key) @ factors.query[row, t0 + STEPS], "read by decay", 1e-10)
 
 
-def test_direct_path_is_out_proj_and_lm_head(host):
+def test_direct_path_is_out_proj_and_lm_head(gated_deltanet):
     """Through the library's own modules: a value in one head's slot of out_proj, then lm_head."""
+    host = gated_deltanet
     _, value = atoms(host)
     token = torch.tensor([5, 6])
     slots = torch.zeros(len(value), host.heads * host.d_v, dtype=torch.float64)

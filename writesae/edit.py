@@ -87,9 +87,11 @@ def generate(host: Host, run: Run, layer: int, head: int, edit: Edit, count: int
         raise ValueError("Rows that generate together must start at one position: group them by position first.")
     steps = length - int(starts[0])
     change, moved = head_change(host.factors(run, layer, head), edit, steps)
-    final, pasts_above = host.branch(run, layer, head, edit.rows, starts, change, keep=True)
+    final, pasts_from_layer = host.branch(run, layer, head, edit.rows, starts, change, keep=True)
     end = torch.full_like(starts, length)
-    pasts = [host.past_at(run.records[below], edit.rows, end) for below in range(layer + 1)] + pasts_above
-    pasts[layer].state[:, head] += moved.transpose(1, 2) @ edit.right
+    pasts = [host.past_at(run.records[below], edit.rows, end) for below in range(layer)] + pasts_from_layer
+    here = pasts[layer]
+    here.own_state = here.state
+    here.own_state[:, head] += moved.transpose(1, 2) @ edit.right
     first = host.logits(final[:, -1])
     return host.decode(pasts, first.argmax(-1), length, count - 1), first

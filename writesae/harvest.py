@@ -12,8 +12,9 @@ import torch
 from tqdm import tqdm
 
 from writesae import corpus
-from writesae.history import History
+from writesae.history import History, VectorHistory
 from writesae.hosts import Host
+from writesae.recurrence import taken_by_erase
 
 Cell = tuple[int, int]
 
@@ -61,7 +62,8 @@ def split_windows(host: Host, split: str, length: int, limit: int) -> Windows:
 
 @torch.no_grad()
 def harvest(host: Host, tokens: torch.Tensor, cells: list[Cell], batch: int, progress: bool = True) -> dict[Cell, dict]:
-    """Factors of the cells over tokens [N, T]: per cell key [N, T, d_k], effective, added [N, T, d_v], log_decay [N, T].
+    """Factors of the cells over tokens [N, T]: per cell key [N, T, d_k], added, effective [N, T, d_v], log_decay [N, T];
+    where decays are vectors, key, log_decay, erase [N, T, d_k], added and taken [N, T, d_v] (VectorHistory).
 
     Only the layers up to the last cell are run. Raises ValueError for a cell the host does not have, and, through
     History, where a value is not finite.
@@ -74,7 +76,11 @@ def harvest(host: Host, tokens: torch.Tensor, cells: list[Cell], batch: int, pro
         run = host.run(rows, upto=upto)
         for cell in cells:
             f = host.factors(run, *cell)
-            part = dict(key=f.key, effective=f.effective, added=f.added, log_decay=f.log_decay[..., 0])
+            part = dict(key=f.key, added=f.added)
+            if host.scalar_decay:
+                part |= dict(effective=f.effective, log_decay=f.log_decay[..., 0])
+            else:
+                part |= dict(log_decay=f.log_decay, erase=f.erase, taken=taken_by_erase(f))
             parts[cell].append({name: x.float().cpu() for name, x in part.items()})
     return {
         cell: {name: torch.cat([part.pop(name) for part in found]) for name in list(found[0])}
@@ -84,6 +90,8 @@ def harvest(host: Host, tokens: torch.Tensor, cells: list[Cell], batch: int, pro
 
 def history(factors: dict, target: str, write: str = "added") -> History:
     """A cell's harvest as what an SAE trains on: target "state" (the state itself) or "write" (the native write)."""
+    if target == "state" and "taken" in factors:
+        return VectorHistory(factors["key"], factors["added"], factors["log_decay"], factors["erase"], factors["taken"])
     if target == "state":
         return History(factors["key"], factors["effective"], factors["log_decay"])
     if target == "write":

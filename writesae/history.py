@@ -12,16 +12,17 @@ the next a single row is carried. Decays are summed in fp64: differences of long
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64
+STATE_CHUNK = 32
 GROUP = 64  # windows, or picked places, that are worked on at once
 
 
@@ -46,8 +47,10 @@ class History:
     value: Tensor
     log_decay: Tensor | None = None
 
+    factored: ClassVar[bool] = True  # inner products with rank-1 matrices need no X_t
+
     def __post_init__(self) -> None:
-        shapes = [tuple(x.shape) for x in self._tensors()]
+        shapes = [tuple(x.shape) for x in self.tensors().values()]
         fits = self.key.dim() == 3 and self.value.dim() == 3 and all(s[:2] == shapes[0][:2] for s in shapes)
         if not fits or 0 in shapes[0] + shapes[1] or len(shapes) == 3 and len(shapes[2]) != 2:
             raise ValueError(
@@ -55,18 +58,23 @@ class History:
             )
         self._refuse_not_finite()
 
-    def _tensors(self) -> list[Tensor]:
-        return [x for x in (self.key, self.value, self.log_decay) if x is not None]
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by the names of their fields."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> History:
+        return replace(self, **{name: change(x) for name, x in self.tensors().items()})
 
     def _refuse_not_finite(self) -> None:
-        if all(torch.isfinite(x.sum()) for x in self._tensors()):  # a sum is quick, and not finite if a term is not
+        found = self.tensors()
+        if all(torch.isfinite(x.sum()) for x in found.values()):  # a sum is quick, and not finite if a term is not
             return
-        bad = [~torch.isfinite(x.reshape(*self.shape, -1)) for x in self._tensors()]
+        bad = [~torch.isfinite(x.reshape(*self.shape, -1)) for x in found.values()]
         per_token = sum(b.sum(-1) for b in bad)
         if not per_token.any():
             return
         window, position = per_token.nonzero()[0].tolist()
-        names = [n for n, b in zip(("key", "value", "log_decay"), bad) if b[window, position].any()]
+        names = [n for n, b in zip(found, bad) if b[window, position].any()]
         count = int(per_token.sum())
         what = f"{count} values that are" if count > 1 else "1 value that is"
         raise ValueError(
@@ -98,7 +106,7 @@ class History:
         """The windows at `index` (one window stays a history, with N = 1)."""
         if isinstance(index, int):
             index = [index]
-        return History(*(None if x is None else x[index] for x in (self.key, self.value, self.log_decay)))
+        return self._map(lambda x: x[index])
 
     def groups(self, windows: int = GROUP) -> Iterator[History]:
         """The history in parts of at most `windows` windows, in order."""
@@ -107,7 +115,7 @@ class History:
 
     def double(self) -> History:
         """The same history in fp64."""
-        return History(*(None if x is None else x.double() for x in (self.key, self.value, self.log_decay)))
+        return self._map(Tensor.double)
 
     def walk(self) -> Iterator[Tensor]:
         """X_0, X_1, ... one token at a time, each [N, d_k, d_v]: the recurrence as it is written above."""
@@ -201,6 +209,82 @@ class History:
         later = torch.arange(total.shape[1], device=total.device) > position[:, None]
         weight = since.masked_fill(later, -torch.inf).exp().to(self.key.dtype)
         return (self.key[window] * weight[..., None]).transpose(1, 2) @ self.value[window]
+
+
+@dataclass(frozen=True, eq=False)
+class VectorHistory(History):
+    """States whose decay is a vector, d_k numbers a token, as in RWKV-7 and GLA:
+
+        X_t = diag(exp(log_decay_t)) X_{t-1} + key_t value_t^T - erase_t taken_t^T
+
+    log_decay, erase [N, T, d_k]; taken [N, T, d_v], what the erase found in X_{t-1}. No scalar recurrence gives
+    left^T X_t right then, so states are rebuilt from these, a few windows at a time, and never kept.
+    """
+
+    erase: Tensor | None = None
+    taken: Tensor | None = None
+
+    factored: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        shapes = {name: tuple(x.shape) for name, x in self.tensors().items()}
+        key, value = shapes["key"], shapes["value"]
+        wanted = dict(key=key, value=(*key[:2], *value[2:]), log_decay=key, erase=key, taken=value)
+        if len(shapes) != 5 or len(key) != 3 or len(value) != 3 or 0 in key + value or shapes != wanted:
+            raise ValueError(
+                "A history with vector decays needs key, log_decay, erase [N, T, d_k] and value, taken [N, T, d_v]; "
+                f"got {shapes}."
+            )
+        self._refuse_not_finite()
+
+    @property
+    def target(self) -> str:
+        return "state"
+
+    def groups(self, windows: int = 8) -> Iterator[History]:
+        return super().groups(min(windows, 8))
+
+    def walk(self) -> Iterator[Tensor]:
+        state = torch.zeros_like(self.key[:, 0, :, None] * self.value[:, 0, None, :])
+        for t in range(self.key.shape[1]):
+            write = (
+                self.key[:, t, :, None] * self.value[:, t, None] - self.erase[:, t, :, None] * self.taken[:, t, None]
+            )
+            state = self.log_decay[:, t, :, None].exp() * state + write
+            yield state
+
+    def steps(self) -> Tensor:
+        """All X_t, [N, T, d_k, d_v], by chunks: with W_t the product of decays so far, X_t / W_t is a plain sum."""
+        state, found = None, []
+        for key, value, log_decay, erase, taken in zip(*(x.split(STATE_CHUNK, 1) for x in self.tensors().values())):
+            total = log_decay.cumsum(1)
+            if total.min() < -60:  # 1 / W would leave fp32
+                return super().steps()
+            grow = torch.exp(-total)
+            summed = torch.cat([key * grow, -erase * grow], -1).unflatten(-1, (2, -1)).mT @ torch.stack(
+                [value, taken], -2
+            )
+            summed = summed.cumsum(1) if state is None else summed.cumsum(1) + state[:, None]
+            found.append(summed * total.exp()[..., None])
+            state = found[-1][:, -1]
+        return torch.cat(found, 1)
+
+    def read(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.steps().flatten(-2) @ (left[:, :, None] * right[:, None]).flatten(1).T
+
+    def _inner(self, matrix: Tensor) -> Tensor:
+        return self.steps().flatten(-2) @ matrix.flatten()
+
+    def _energy(self) -> Tensor:
+        return self.steps().square().sum((-1, -2))
+
+    def _sum(self) -> Tensor:
+        return self.steps().sum((0, 1))
+
+    def _matrices(self, window: Tensor, position: Tensor) -> Tensor:
+        unique, which = window.unique(return_inverse=True)
+        states = self[unique].steps()
+        return states[which, position]
 
 
 def _scan(log_decay: Tensor, x: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ import math
 import os
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -38,11 +40,13 @@ class Recipe(BaseModel):
     architecture: dict
     batch: int = Field(ge=1)
     at_once: int = Field(ge=1)
+    through: Literal["library", "adapter"] = "library"
     steps: int = Field(ge=1)
     warmup: int = Field(ge=0)
     decay_from: int = Field(ge=0)
     matrix_lr: float
     other_lr: float
+    decay_lr: float
     weight_decay: float
     compile: bool = False
     evaluate_every: int = Field(ge=1)
@@ -89,14 +93,23 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers whose sides are both 32 or more; AdamW for all else."""
-    matrices, others = [], []
+    """Muon for the matrices inside the layers whose sides are both 32 or more; AdamW for all else.
+
+    What sets a head's decay learns at a rate of its own: at the rate of the other vectors, heads that start with a
+    half-life of tens of tokens end below one.
+    """
+    matrices, decays, others = [], [], []
     for name, p in model.named_parameters():
-        inner = ".layers." in name and p.ndim == 2 and min(p.shape) >= 32
-        (matrices if inner else others).append(p)
+        if any(part in families.module(recipe.family).DECAY_PARAMETERS for part in name.split(".")):
+            decays.append(p)
+        elif ".layers." in name and p.ndim == 2 and min(p.shape) >= 32:
+            matrices.append(p)
+        else:
+            others.append(p)
+    slow = dict(params=decays, lr=recipe.decay_lr)
     made = [
         Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(others, lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.AdamW([dict(params=others), slow], lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     for optimizer in made:
         for group in optimizer.param_groups:
@@ -120,28 +133,31 @@ def batch_at(tokens: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
     return torch.stack([tokens[s : s + recipe.context] for s in starts])
 
 
-def loss_of(model, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean next-token loss in nats over [batch, context] tokens."""
-    return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+def loss_function(model, recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Mean next-token loss in nats over [batch, context] tokens: through the model's own forward, or, where that is slow
+    on a CPU, through our adapter, which is tested against it."""
+    if recipe.through == "library":
+        return lambda tokens: model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    host = families.module(recipe.family).ADAPTER(model, None, recipe.family)
+    model.train().requires_grad_(True)  # an adapter freezes its model
+    return host.loss
 
 
-def accumulate(model, tokens: torch.Tensor, at_once: int) -> float:
+def accumulate(loss_of, tokens: torch.Tensor, at_once: int) -> float:
     """Add the gradient of the mean loss over [batch, context] tokens, `at_once` windows at a time; the loss."""
     pieces, total = tokens.split(at_once), 0.0
     for piece in pieces:
-        loss = loss_of(model, piece) * (len(piece) / len(tokens))
+        loss = loss_of(piece) * (len(piece) / len(tokens))
         loss.backward()
         total += loss.item()
     return total
 
 
 @torch.no_grad()
-def heldout_loss(model, tokens: torch.Tensor, context: int, windows: int = 192) -> float:
+def heldout_loss(loss_of, tokens: torch.Tensor, context: int, windows: int = 192) -> float:
     """Mean loss over the first `windows` whole windows of a token stream."""
     rows = tokens[: min(windows, len(tokens) // context) * context].view(-1, context)
-    model.eval()
-    losses = [loss_of(model, chunk).item() for chunk in rows.split(16)]
-    model.train()
+    losses = [loss_of(chunk).item() for chunk in rows.split(16)]
     return sum(losses) / len(losses)
 
 
@@ -194,12 +210,13 @@ def train(folder: Path, build: Path) -> float:
         for optimizer, state in zip(made, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         start, history, seconds = saved["step"], saved["history"], saved["seconds"]
-    run = torch.compile(model) if recipe.compile else model
+    loss_of = loss_function(model, recipe)
+    compiled = torch.compile(loss_of) if recipe.compile else loss_of
 
     began, running = time.monotonic() - seconds, math.nan
     bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=folder.name, mininterval=10)
     for step in bar:
-        loss = accumulate(run, batch_at(training_tokens, recipe, step), recipe.at_once)
+        loss = accumulate(compiled, batch_at(training_tokens, recipe, step), recipe.at_once)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in made:
             for group in optimizer.param_groups:
@@ -214,7 +231,7 @@ def train(folder: Path, build: Path) -> float:
         bar.set_postfix(loss=f"{running:.3f}", refresh=False)
         done = step + 1
         if done % recipe.evaluate_every == 0 or done == recipe.steps:
-            heldout = heldout_loss(model, heldout_tokens, recipe.context)
+            heldout = heldout_loss(loss_of, heldout_tokens, recipe.context)
             history.append(
                 dict(
                     step=done,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from writesae.artifacts import ROOT
 from writesae.train import TrainingSettings
@@ -29,6 +29,7 @@ class HostSection(Section):
     path: str
     revision: str | None = None
     cells: dict[Place, CellRule]
+    overrides: dict[Literal["replacement", "logit_shift", "population", "install"], dict] = {}
 
 
 class Data(Section):
@@ -46,6 +47,7 @@ class Saes(Section):
     targets: list[Target]
     main: TrainingSettings
     survey: TrainingSettings
+    flat: TrainingSettings
 
 
 class LogitShift(Section):
@@ -60,7 +62,8 @@ class LogitShift(Section):
 
 class Replacement(Section):
     firings: dict[Place, PositiveInt]
-    survey_firings: PositiveInt
+    atoms: PositiveInt | None = None
+    survey_firings: int = Field(ge=0)
     survey_windows: PositiveInt
     batch_rows: PositiveInt
     bootstrap: PositiveInt
@@ -97,6 +100,18 @@ class Profile(Section):
     replacement: Replacement
     population: Population
     install: Install
+
+    @model_validator(mode="after")
+    def _overrides_fit(self) -> Profile:
+        for host in self.hosts:
+            for name in self.hosts[host].overrides:
+                self.section(name, host)
+        return self
+
+    def section(self, name: str, host: str) -> Section:
+        """The settings of an experiment for a host: the profile's, with what the host's own `overrides` put in place."""
+        own = getattr(self, name)
+        return type(own)(**own.model_dump() | self.hosts[host].overrides.get(name, {}))
 
 
 def load_profile(name: str, folder: Path | None = None) -> Profile:

@@ -203,7 +203,8 @@ class SAE(nn.Module):
 
     def group_size(self, history: History) -> int:
         """How many windows to work on at once so that about GROUP_ELEMENTS numbers are held."""
-        per_token = self.n_atoms if isinstance(self.encoder, BilinearEncoder) else self.n_atoms + self.d_k * self.d_v
+        factored = isinstance(self.encoder, BilinearEncoder) and history.factored
+        per_token = self.n_atoms if factored else self.n_atoms + self.d_k * self.d_v
         return max(1, GROUP_ELEMENTS // (per_token * history.shape[1]))
 
     def _raw(self, pre: Tensor) -> TopK:

@@ -47,14 +47,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a claim is answered. measure(tables, host) gives the Answer; the claim's direction is that of `claimed`
-    ("above" or "below") against `indifference`; "equal" means the claim is that there is no difference."""
+    """How a claim is answered. measure(tables, host) gives the Answer, or None where the host was not asked; the claim's
+    direction is that of `claimed` ("above" or "below") against `indifference`; "equal" means the claim is that there is
+    no difference. A claim about one architecture names its `family` and is asked of hosts of that family only."""
 
     criterion: str
     notebook: str
     indifference: float
     claimed: str
     measure: Callable[[dict[str, pd.DataFrame], str], Answer | None]
+    family: str = ""
 
 
 def status(answer: Answer, rule: Rule) -> str:
@@ -82,8 +84,11 @@ PAPERS = dict(target="state", amplitude="coefficient", read="write")  # the pape
 
 
 def win_rate(cells: str) -> Callable:
-    def measure(tables, host) -> Answer:
-        row = _row(tables["replacement_summary"], host=host, cells=cells, **PAPERS)
+    def measure(tables, host) -> Answer | None:
+        table = tables["replacement_summary"]
+        if not ((table.host == host) & (table.cells == cells)).any():
+            return None
+        row = _row(table, host=host, cells=cells, **PAPERS)
         return Answer(row.win_rate, min(row.boot_low, row.passage_low), max(row.boot_high, row.passage_high), row.n)
 
     return measure
@@ -141,7 +146,7 @@ def population(name: str) -> Callable:
     def measure(tables, host) -> Answer | None:
         table = tables["population_summary"]
         where = {"host": host, "target": "state", "amplitude": "coefficient", "class": name}
-        if name not in set(table["class"]):
+        if name not in set(table[table.host == host]["class"]):
             return None
         row = _row(table, **where)
         if row.n_atoms < FEWEST_ATOMS:
@@ -222,15 +227,41 @@ def saturation(tables, host) -> Answer:
     return Answer(change.mean(), low, high, len(change))
 
 
-def sigma_falls(tables, host) -> Answer:
+def sigma_falls(tables, host) -> Answer | None:
     """log of the ratio of sigma1/sigma2, all heads of the early cell's layer over all heads of the late one's."""
-    cells, layers = tables["all_cells"].query("host == @host"), tables["cells"].set_index("place").layer
+    cells, chosen = (table[table.host == host] for table in (tables["all_cells"], tables["cells"]))
+    layers = chosen.set_index("place").layer
+    if not {"early", "late"} <= set(layers.index):
+        return None
     early, late = (np.log(cells[cells.layer == layers[place]].sigma1_over_sigma2) for place in ("early", "late"))
     gap, error = early.mean() - late.mean(), np.sqrt(early.var() / len(early) + late.var() / len(late))
     return Answer(gap, gap - 1.96 * error, gap + 1.96 * error, len(early) + len(late))
 
 
+def register_cosine(tables, host) -> Answer | None:
+    """Median over register atoms of their median cosine to the native write."""
+    table = tables["alive_atoms"]
+    part = table[(table.host == host) & (table.target == "state") & (table["class"] == "register")]
+    if len(part) < FEWEST_ATOMS:
+        return None
+    low, high = cluster_bootstrap(part.cosine.to_numpy(), part.atom.to_numpy(), statistic=np.median, resamples=1000)
+    return Answer(part.cosine.median(), low, high, len(part))
+
+
+def against_flat(tables, host) -> Answer:
+    """Win rate of the atom less that of the flat SAE's top singular pair at matched norm, middle cell, in points."""
+    cell = _row(tables["cells"], host=host, place="middle")
+    table = tables["replacement"]
+    where = dict(host=host, layer=cell.layer, head=cell["head"]) | PAPERS | dict(amplitude="matched_norm")
+    part = table.loc[np.logical_and.reduce([table[name] == value for name, value in where.items()])]
+    gap = 100.0 * ((part.kl_atom < part.kl_delete).astype(float) - (part.kl_flat_svd < part.kl_delete))
+    by = [cluster_bootstrap(gap.to_numpy(), c, resamples=1000) for c in (part.atom, part.passage)]
+    return Answer(gap.mean(), min(b.low for b in by), max(b.high for b in by), len(part))
+
+
 HALF = "interval of the win rate (wider of the bootstraps by atom and by passage) above 0.5"
+REGISTER = "median cosine of register atoms to the native write above 0 (interval over atoms)"
+FLAT = "win rate less that of a flat SAE's top singular pair, middle cell, matched norm"
 RULES: dict[str, Rule] = {
     "R1": Rule(HALF, "05_replacement", 0.5, "above", win_rate("pooled")),
     "R2": Rule(HALF, "05_replacement", 0.5, "above", win_rate("early")),
@@ -305,6 +336,31 @@ RULES: dict[str, Rule] = {
     "I6": Rule(
         "inclusion of targets of native rank above 1000 does not rise at 3x", "10_install", 0, "equal", installed("far")
     ),
+    "I7": Rule(
+        "inclusion over all targets does not rise at 3x", "10_install", 0, "equal", installed("all"), family="mamba2"
+    ),
+    "C4": Rule(
+        "median R2 over (atom, eps) of the paper's formula, nothing fitted, below 0.5",
+        "04_logit_shift",
+        0.5,
+        "below",
+        logit_r2("paper"),
+        family="mamba2",
+    ),
+    "X1": Rule(HALF, "05_replacement", 0.5, "above", win_rate("pooled"), family="mamba2"),
+    "X2": Rule(REGISTER, "07_population", 0, "above", register_cosine, family="gated_deltanet"),
+    "X3": Rule(REGISTER, "07_population", 0, "above", register_cosine, family="rwkv7"),
+    "X4": Rule(REGISTER, "07_population", 0, "above", register_cosine, family="mamba2"),
+    "X11": Rule(
+        f"{FLAT}: no difference (95% interval holds 0)",
+        "05_replacement",
+        0,
+        "equal",
+        against_flat,
+        family="gated_deltanet",
+    ),
+    "X12": Rule(f"{FLAT}: below 0", "05_replacement", 0, "below", against_flat, family="rwkv7"),
+    "X13": Rule(f"{FLAT}: above 0", "05_replacement", 0, "above", against_flat, family="mamba2"),
     "D1": Rule(
         "mean log sigma1/sigma2 of heads falls from the early to the late layer", "00_hosts", 0, "above", sigma_falls
     ),
@@ -317,22 +373,25 @@ TABLES = (
     "logit_shift",
     "logit_shift_summary",
     "install",
+    "hosts",
     "cells",
     "all_cells",
+    "alive_atoms",
 )
 
 
 def scorecard(read_table: Callable[[str], pd.DataFrame], hosts: list[str], claims: Path | None = None) -> pd.DataFrame:
     """One line a (claim, host); claims without a rule here once, as not run. read_table(name) gives a result table."""
     tables = {name: read_table(name) for name in TABLES}
-    rows = []
+    families, rows = tables["hosts"].set_index("host").family, []
     for claim in pd.read_csv(claims or ROOT / "paper" / "claims.csv").itertuples():
         base = dict(id=claim.id, experiment=claim.experiment, paper_value=claim.value, note=claim.metric)
         rule = RULES.get(claim.id)
-        if rule is None:
+        asked = [host for host in hosts if rule and rule.family in ("", families[host])]
+        if not asked:
             rows.append(base | dict(host=claim.host, status="not run", criterion="", notebook=""))
             continue
-        for host in hosts:
+        for host in asked:
             answer = rule.measure(tables, host)
             if answer is None:
                 said = dict(status="not run", criterion=rule.criterion, notebook=rule.notebook)

@@ -28,6 +28,11 @@ class Suite:
     def __init__(self, profile: Profile):
         self.profile, self.paths = profile, artifacts.Paths(profile.name)
 
+    @property
+    def main(self) -> str:
+        """The name of the main host, the profile's first: the one that the paper's headline is asked of."""
+        return next(iter(self.profile.hosts))
+
     def host(self, name: str) -> Host:
         return _host(str(self.host_path(name)))
 
@@ -56,11 +61,20 @@ class Suite:
         )
 
     def staged(self, name: str, host: str, groups, compute, modules: Iterable[str], inputs: dict) -> pd.DataFrame:
-        """The table results/<profile>/NAME.csv: read where nothing it depends on has changed, else computed group by
-        group, resumably. `modules` and `inputs` are what it depends on."""
+        """A host's part of a table, kept in build/: read where nothing it depends on has changed, else computed group
+        by group, resumably. `modules` and `inputs` are what it depends on; `gather` puts the hosts' parts together."""
         expected = artifacts.fingerprint(modules=sorted(modules), host=self.host_fingerprint(host), **inputs)
-        path = self.paths.results / f"{name}.csv"
+        path = self._part(name, host)
         return artifacts.staged_table(path, expected, groups, compute, self.paths.partial, self.provenance(host))
+
+    def _part(self, name: str, host: str) -> Path:
+        return self.paths.build / "tables" / f"{name}-{host}.csv"
+
+    def gather(self, name: str, parts: list[pd.DataFrame]) -> pd.DataFrame:
+        """results/<profile>/NAME.csv from the staged parts of the hosts, with the seconds that they took."""
+        whole = pd.concat(parts, ignore_index=True)
+        seconds = sum(artifacts.read_sidecar(self._part(name, host))["seconds"] for host in whole.host.unique())
+        return self.write(name, whole, seconds=round(seconds, 3))
 
     def write(self, name: str, frame: pd.DataFrame, host: str = "all", seconds: float = 0.0) -> pd.DataFrame:
         """Write a table that is worked out from other tables, and read it back as everybody will see it."""

@@ -249,7 +249,7 @@ def evaluate(sae: SAE, history: History) -> tuple[float, int]:
 
 
 def _loss(sae: SAE, history: History, energy: Tensor, dead: Tensor | None = None, **weights: float) -> Loss:
-    if sae.factored:
+    if sae.factored and history.factored:
         return factored_loss(sae, history, energy, dead, **weights)
     return dense_loss(sae, history.steps(), dead, **weights)
 
@@ -419,7 +419,6 @@ def _curve(values: Tensor) -> list[tuple[int, float]]:
 
 def _fingerprint(history: History) -> str:
     digest = hashlib.sha256(str((history.shape, history.target, history.key.dtype)).encode())
-    for x in (history.key, history.value, history.log_decay):
-        if x is not None:
-            digest.update(x.detach().cpu().contiguous().numpy())
+    for x in history.tensors().values():
+        digest.update(x.detach().cpu().contiguous().numpy())
     return digest.hexdigest()

@@ -48,7 +48,7 @@ def heldout_losses(suite: Suite) -> pd.DataFrame:
 
         groups = list(range(0, len(windows), size))
         tables.append(suite.staged("heldout_loss", name, groups, compute, [__name__], dict(data=suite.profile.data)))
-    return pd.concat(tables, ignore_index=True)
+    return suite.gather("heldout_loss", tables)
 
 
 def describe(suite: Suite, losses: pd.DataFrame) -> pd.DataFrame:
@@ -91,7 +91,7 @@ def survey(suite: Suite) -> pd.DataFrame:
             return survey_cells(suite.host(name), part, suite.profile.data.first_position).assign(host=name)
 
         tables.append(suite.staged("all_cells", name, [0], compute, [__name__], dict(data=suite.profile.data)))
-    return pd.concat(tables, ignore_index=True)
+    return suite.gather("all_cells", tables)
 
 
 def choose(suite: Suite, cells: pd.DataFrame) -> pd.DataFrame:

@@ -214,15 +214,15 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
     """results install.csv (a line a trial) and install_dose.csv (a line a prompt, position, target and direction)."""
-    made = []
-    for name in suite.profile.hosts:
-        made.append((_stage(suite, name, "install", trials), _stage(suite, name, "install_dose", doses)))
-    return tuple(pd.concat(parts, ignore_index=True) for parts in zip(*made, strict=True))
+    return tuple(
+        suite.gather(table, [_stage(suite, name, table, work) for name in suite.profile.hosts])
+        for table, work in (("install", trials), ("install_dose", doses))
+    )
 
 
 def _stage(suite: Suite, name: str, table: str, work) -> pd.DataFrame:
     """One of the two tables, a group of trials for each distance from the end of the prompt."""
-    profile, settings = suite.profile, suite.profile.install
+    profile, settings = suite.profile, suite.profile.section("install", name)
     host, cell = suite.host(name), suite.cell(name, settings.place)
     windows = suite.windows(name, "heldout")
     first = np.unique(windows.passage.numpy(), return_index=True)[1]  # a prompt a passage

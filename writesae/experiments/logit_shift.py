@@ -143,9 +143,10 @@ def summarise(scores: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
 
 
 def run(suite: Suite) -> pd.DataFrame:
-    """Every (prompt, atom, eps) of the profile's cell, with the fitted predictor; results logit_shift_points.csv."""
-    tables, profile, settings = [], suite.profile, suite.profile.logit_shift
+    """Every (prompt, atom, eps) of each host's cell, with the fitted predictor (8 MB a host: kept in build/ only)."""
+    tables, profile = [], suite.profile
     for name in suite.profile.hosts:
+        settings = profile.section("logit_shift", name)
         host, cell = suite.host(name), suite.cell(name, settings.place)
         windows = suite.windows(name, "heldout")
         if len(windows) < settings.prompts:
@@ -170,6 +171,7 @@ def run(suite: Suite) -> pd.DataFrame:
             value=value,
             atoms=atoms,
             name=name,
+            settings=settings,
         ):
             picked = slice(start, start + size)
             part = measure_shifts(host, windows[picked], t0[picked], cell, key, value, settings, profile.saes.write)

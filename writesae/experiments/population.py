@@ -86,8 +86,9 @@ def alive_atoms(suite: Suite, host: str, subject: Subject, firings: pd.DataFrame
 
 def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
     """results alive_atoms.csv (every alive atom of the cell) and the firings of the drawn ones, population_firings.csv."""
-    settings, profile, alive, tables = suite.profile.population, suite.profile, [], []
+    profile, alive, tables = suite.profile, [], []
     for name in suite.profile.hosts:
+        settings = profile.section("population", name)
         cell, windows = suite.cell(name, settings.place), firing_windows(suite, name)
         drawn = []
         for subject in heldout_subjects(suite, name, [cell], "main", windows):
@@ -101,7 +102,7 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
         options = dict(conditions=("delete", "atom", "random", "mean_write"), scopes=("write",))
         options["batch_rows"] = profile.replacement.batch_rows
         tables.append(run_firings(suite, name, "population_firings", windows, drawn, inputs, **options))
-    return suite.write("alive_atoms", pd.concat(alive, ignore_index=True)), pd.concat(tables, ignore_index=True)
+    return suite.write("alive_atoms", pd.concat(alive, ignore_index=True)), suite.gather("population_firings", tables)
 
 
 def tables(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

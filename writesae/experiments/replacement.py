@@ -12,9 +12,10 @@ condition also the loss on the token after it:
 | mean_write      | the cell's mean write                                                      |
 | resampled       | the native write of another position                                       |
 | native_rescaled | the native write itself, at the atom's norm                                |
+| flat_svd        | the top singular pair of a flat SAE's reconstruction of the state (App. F.4; not with target "write") |
 
 amplitude "coefficient": the atom and its controls have the atom's own coefficient as their norm (the reconstruction
-its own); "matched_norm": all have the Frobenius norm of the native write.
+its own); "matched_norm": all have the Frobenius norm of the native write. flat_svd takes the same norms as the atom.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from writesae.edit import SCOPES, head_change, kl, make_edit
-from writesae.experiments.firings import Encoded, all_firings, draw_in_rounds, encode
+from writesae.experiments.firings import Encoded, all_firings, draw_atoms, draw_in_rounds, encode
 from writesae.harvest import Windows, harvest, history
 from writesae.history import History
 from writesae.hosts import Host, Run
@@ -34,16 +35,17 @@ from writesae.recurrence import Factors
 from writesae.sae import SAE
 from writesae.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, wilson
 from writesae.suite import Suite
+from writesae.train import top_singular_pair
 
 AMPLITUDES = ("coefficient", "matched_norm")
-CONDITIONS = ("delete", "atom", "random", "reconstruction", "mean_write", "resampled", "native_rescaled")
+CONDITIONS = ("delete", "atom", "random", "reconstruction", "mean_write", "resampled", "native_rescaled", "flat_svd")
 STEPS = 2  # the writing token and the next one
 
 
 @dataclass
 class Subject:
     """A cell with its SAE and all that the conditions draw on: the native writes of the windows, their mean
-    [d_k, d_v], and the alive atoms [A], of which a random one is drawn."""
+    [d_k, d_v], the alive atoms [A], of which a random one is drawn, and a flat SAE with the states it is to see."""
 
     layer: int
     head: int
@@ -54,6 +56,8 @@ class Subject:
     writes: History
     mean_write: torch.Tensor
     alive: torch.Tensor
+    flat: SAE | None = None
+    states: History | None = None
 
 
 def rank_one(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +88,7 @@ def replacements(subject: Subject, firings: pd.DataFrame, factors: Factors, rows
     pool = [x.flatten(0, 1) for x in (subject.writes.key, subject.writes.value)]
     drawn = (others[:, 1] * len(pool[0])).long()
     mean = subject.mean_write.expand(len(firings), -1, -1)
-    return {
+    put_in = {
         "atom": rank_one(key[atom], value[atom]),
         "random": rank_one(key[other], value[other]),
         "reconstruction": full_rank(reconstruction(subject, window, position)),
@@ -92,6 +96,10 @@ def replacements(subject: Subject, firings: pd.DataFrame, factors: Factors, rows
         "resampled": rank_one(pool[0][drawn], pool[1][drawn]),
         "native_rescaled": rank_one(factors.key[rows, position], factors.write(subject.write)[rows, position]),
     }
+    if subject.flat is not None:
+        seen = subject.flat.encode(subject.states.matrices(window, position))
+        put_in["flat_svd"] = rank_one(*top_singular_pair(subject.flat.decode(*seen)))
+    return put_in
 
 
 def random_choices(seed: int, window: int, position: int, count: int) -> torch.Tensor:
@@ -136,6 +144,8 @@ def replace(
 ) -> pd.DataFrame:
     """Run every condition on the firings, whose column `row` says their window within `run`: one line a firing,
     amplitude and scope, ordered by scope, amplitude, firing. Losses are read on the token that the next one predicts."""
+    if subject.flat is None:
+        conditions = tuple(name for name in conditions if name != "flat_svd")
     at_once = max(1, batch_rows // (len(scopes) * len(AMPLITUDES) * len(conditions)))
     pieces = [
         _replace(host, run, subject, firings.iloc[i : i + at_once], seed, conditions, scopes)
@@ -157,7 +167,10 @@ def _replace(host, run, subject, firings, seed, conditions, scopes) -> pd.DataFr
     own = put_in["reconstruction"][1].flatten(1).norm(dim=1)
     groups = [
         [name for name in conditions if name in members]
-        for members in (("atom", "random", "resampled", "native_rescaled"), ("reconstruction", "mean_write"))
+        for members in (
+            ("atom", "random", "resampled", "native_rescaled", "flat_svd"),
+            ("reconstruction", "mean_write"),
+        )
     ]
     take_out = key[:, None], -write[:, None]
     nothing = key.new_zeros(len(rows), 1, 1, host.d_k), key.new_zeros(len(rows), 1, 1, host.d_v)
@@ -223,7 +236,11 @@ def heldout_subjects(suite: Suite, host_name: str, cells, role: str, windows: Wi
             sae = suite.sae(host_name, layer, head, target, role)
             encoded = encode(sae, history(factors, target, profile.saes.write))
             found_at = layer, head, target, profile.saes.write
-            subjects.append(Subject(*found_at, sae, encoded, writes, writes.mean(), encoded.alive()))
+            subject = Subject(*found_at, sae, encoded, writes, writes.mean(), encoded.alive())
+            if role == "main" and target == "state":
+                subject.flat = suite.sae(host_name, layer, head, target, "flat")
+                subject.states = history(factors, target)
+            subjects.append(subject)
     return subjects
 
 
@@ -259,25 +276,32 @@ def firing_windows(suite: Suite, host_name: str) -> Windows:
 
 
 def headline(suite: Suite) -> pd.DataFrame:
-    """results replacement.csv: the profile's count of firings in its early, middle and late cell, per target."""
-    tables, settings = [], suite.profile.replacement
+    """results replacement.csv: the profile's count of firings in each host's cells, per target."""
+    tables = []
     for name in suite.profile.hosts:
-        windows = firing_windows(suite, name)
+        settings, windows = suite.profile.section("replacement", name), firing_windows(suite, name)
         cells = {suite.cell(name, place): count for place, count in settings.firings.items()}
         subjects = heldout_subjects(suite, name, cells, "main", windows)
         drawn = []
         for subject in subjects:
-            count = cells[subject.layer, subject.head]
-            drawn.append((subject, draw_in_rounds(firings_of(suite, subject, windows), count, suite.profile.seed)))
-        inputs = dict(settings=settings, data=suite.profile.data, saes=suite.sae_files(name), cells=list(cells))
+            count, firings = cells[subject.layer, subject.head], firings_of(suite, subject, windows)
+            if settings.atoms:
+                atoms = draw_atoms(firings, settings.atoms, -(-count // settings.atoms), suite.profile.seed)
+                firings = firings[firings.atom.isin(atoms)]
+            drawn.append((subject, draw_in_rounds(firings, count, suite.profile.seed)))
+        saes = suite.sae_files(name) + suite.sae_files(name, "flat")
+        inputs = dict(settings=settings, data=suite.profile.data, saes=saes, cells=list(cells))
         tables.append(run_firings(suite, name, "replacement", windows, drawn, inputs, batch_rows=settings.batch_rows))
-    return pd.concat(tables, ignore_index=True)
+    return suite.gather("replacement", tables)
 
 
 def survey(suite: Suite) -> pd.DataFrame:
     """results replacement_by_cell.csv: a smaller test in every cell of the host, for the dependence on memory."""
-    tables, settings = [], suite.profile.replacement
+    tables = []
     for name in suite.profile.hosts:
+        settings = suite.profile.section("replacement", name)
+        if not settings.survey_firings:
+            continue
         windows = suite.windows(name, "heldout")[slice(0, settings.survey_windows)]
         cells = suite.host(name).cells
         subjects = heldout_subjects(suite, name, cells, "survey", windows)
@@ -292,7 +316,7 @@ def survey(suite: Suite) -> pd.DataFrame:
                 suite, name, "replacement_by_cell", windows, drawn, inputs, batch_rows=settings.batch_rows, **options
             )
         )
-    return pd.concat(tables, ignore_index=True)
+    return suite.gather("replacement_by_cell", tables)
 
 
 CONTROLS = tuple(name for name in CONDITIONS if name not in ("delete", "atom"))
@@ -339,9 +363,10 @@ def _summary(part: pd.DataFrame, resamples: int, seed: int) -> dict:
         cliffs_delta=cliffs_delta(part.kl_delete, part.kl_atom),
         median_cosine=part.cosine.median(),
     )
-    for name in CONDITIONS:
+    there = [name for name in CONDITIONS if f"kl_{name}" in part and part[f"kl_{name}"].notna().all()]
+    for name in there:
         row[f"kl_{name}"] = part[f"kl_{name}"].median()
-    for name in CONTROLS:
+    for name in (name for name in there if name in CONTROLS):
         row[f"win_{name}"] = (part[f"kl_{name}"] < part.kl_delete).mean()
         row[f"atom_beats_{name}"] = (part.kl_atom < part[f"kl_{name}"]).mean()
     lost = part.nll_delete.mean() - part.nll_native.mean()

@@ -46,21 +46,26 @@ def harvest_cells(suite: Suite) -> pd.DataFrame:
                 artifacts.save_tensors(path, found[cell], {"fingerprint": expected, "seconds": seconds})
         for cell, path in zip(cells, paths, strict=True):
             found, metadata = artifacts.load_tensors(path)
-            tokens, d_k, d_v = found["log_decay"].numel(), found["key"].shape[-1], found["added"].shape[-1]
+            data = history(found, "state")
+            tokens = data.shape[0] * data.shape[1]
             rows.append(
                 dict(
                     host=name,
                     layer=cell[0],
                     head=cell[1],
                     tokens=tokens,
-                    numbers_per_token=d_k + d_v + 1,
-                    numbers_per_state=d_k * d_v,
+                    numbers_per_token=sum(x.numel() for x in data.tensors().values()) // tokens,
+                    numbers_per_state=data.d_k * data.d_v,
                     median_write_norm=float(found["added"].norm(dim=-1).median()),
-                    median_effective_norm=float(found["effective"].norm(dim=-1).median()),
+                    median_effective_norm=_median_norm(found.get("effective")),
                     tokens_per_second=tokens / metadata["seconds"],
                 )
             )
     return suite.write("harvest", pd.DataFrame(rows))
+
+
+def _median_norm(value: torch.Tensor | None) -> float:
+    return float("nan") if value is None else float(value.norm(dim=-1).median())
 
 
 def train_saes(suite: Suite) -> pd.DataFrame:
@@ -69,7 +74,9 @@ def train_saes(suite: Suite) -> pd.DataFrame:
     for name in suite.profile.hosts:
         host = suite.host(name)
         tasks += [(name, "main", *suite.cell(name, place)) for place in suite.profile.hosts[name].cells]
-        tasks += [(name, "survey", layer, None) for layer in reversed(host.recurrent_layers)]
+        tasks += [(name, "flat", *suite.cell(name, place)) for place in suite.profile.hosts[name].cells]
+        if suite.profile.section("replacement", name).survey_firings:
+            tasks += [(name, "survey", layer, None) for layer in reversed(host.recurrent_layers)]
     run = delayed(_task)
     arguments = [run(suite.profile.name, *task, _expected(suite, *task)) for task in tasks]
     workers = Parallel(n_jobs=min(len(os.sched_getaffinity(0)), len(tasks)), return_as="generator_unordered")
@@ -105,13 +112,13 @@ def _task(profile_name: str, host: str, role: str, layer: int, head: int | None,
     cells = [(layer, h) for h in heads]
     checking = suite.windows(host, "heldout")[slice(0, VALIDATION_WINDOWS)].tokens
     validation = harvest(suite.host(host), checking, cells, profile.data.batch_windows, progress=False)
-    if role == "main":
+    if role != "survey":
         training = {(layer, head): artifacts.load_tensors(harvest_path(suite, host, layer, head))[0]}
     else:
         tokens = suite.windows(host, "sae")[slice(0, profile.data.survey_windows)].tokens
         training = harvest(suite.host(host), tokens, cells, profile.data.batch_windows, progress=False)
     for cell in cells:
-        for target in profile.saes.targets:
+        for target in profile.saes.targets if role != "flat" else ["state"]:
             lines.append(
                 _train_one(suite, host, role, cell, target, settings, training[cell], validation[cell], expected)
             )

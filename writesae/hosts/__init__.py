@@ -26,17 +26,23 @@ def without_triton() -> None:
 def load_host(name_or_path: str | Path, device: str | None = None, dtype: torch.dtype = torch.float32) -> Host:
     """The adapter around a model and its tokenizer, from a folder or a hub id.
 
-    Raises FileNotFoundError for a folder without config.json, ValueError where no family has the model's class, and
-    ValueError where weights are missing (the tied-embedding trap of multimodal checkpoints included).
+    Raises FileNotFoundError for a folder without config.json, ValueError for a bare .pth file, where no family has the
+    model's class, and where weights are missing (the tied-embedding trap of multimodal checkpoints included).
     """
     without_triton()
     import transformers
 
     folder = Path(name_or_path)
+    if folder.suffix == ".pth":
+        raise ValueError(
+            f"{folder} is one file of weights: save writesae.hosts.rwkv7_model.from_pth of it to a folder with "
+            "save_pretrained, and put its tokenizer into the same folder."
+        )
     if folder.exists() and not (folder / "config.json").is_file():
         raise FileNotFoundError(
             f"{folder} holds no config.json: give a model folder, or train the embedded hosts with `make hosts`."
         )
+    classes = {family: module(family).MODEL_CLASSES for family in FAMILIES}  # first: this registers RWKV-7's
     config = transformers.AutoConfig.from_pretrained(name_or_path)
     text = config.get_text_config()
     text.tie_word_embeddings = config.tie_word_embeddings
@@ -44,7 +50,7 @@ def load_host(name_or_path: str | Path, device: str | None = None, dtype: torch.
     model_class = auto.get(type(text), None) or auto.get(type(config), None)
     class_name = getattr(model_class, "__name__", type(config).__name__)
     for family in FAMILIES:
-        if class_name in module(family).MODEL_CLASSES:
+        if class_name in classes[family]:
             break
     else:
         raise ValueError(

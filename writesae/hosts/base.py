@@ -9,10 +9,11 @@ every earlier position, taken from the native run.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 
 from writesae.recurrence import Factors, states_before
 
@@ -21,10 +22,10 @@ from writesae.recurrence import Factors, states_before
 class Record:
     """What one layer did in a native run over [B, T] tokens; enough to start again anywhere in it.
 
-    hidden: [B, T, D] the layer's input; outputs: [B, T, heads, d] what `finish` takes. A recurrent layer has query,
-    key [B, T, H_k, d_k], added, effective [B, T, H, d_v], beta, log_decay [B, T, H] and end, the last state
-    [B, H, d_k, d_v]; an attention layer has keys, values [B, H_kv, T, d]. windows: inputs of short convolutions
-    (name -> ([B, T, C], how many positions back they reach)).
+    hidden: [B, T, D] the layer's input; outputs: [B, T, heads, d] and whatever `finish` takes beside them (beside,
+    each [B, T, ...]). A recurrent layer has the family's own factors, each [B, T, ...], and end, the last state
+    [B, H, d_k, d_v]; an attention layer has keys, values [B, H_kv, T, d]. windows: inputs of short convolutions and
+    token shifts (name -> ([B, T, C], how many positions back they reach)), of `mix` and of `finish`.
     """
 
     hidden: torch.Tensor
@@ -34,18 +35,84 @@ class Record:
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
     windows: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    beside: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Groups:
+    """R rows of which many share one of U things (`which` [R]): work on them side by side instead of copying the thing."""
+
+    def __init__(self, which: torch.Tensor, count: int):
+        same = which[:, None] == torch.arange(count, device=which.device)
+        place = same.cumsum(0).gather(1, which[:, None])[:, 0] - 1
+        self.which, self.count, self.place, self.most = which, count, place, int(place.max()) + 1
+
+    def read(self, x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+        """x[r] @ shared[which[r]] for x [R, H, L, d] and shared [U, H, d, e] -> [R, H, L, e]."""
+        rows, heads, length, width = x.shape
+        side = x.new_zeros(self.count, self.most, *x.shape[1:]).index_put((self.which, self.place), x)
+        made = side.transpose(1, 2).reshape(self.count, heads, self.most * length, width) @ shared
+        return made.view(self.count, heads, self.most, length, -1)[self.which, :, self.place]
+
+
+@dataclass
+class Prefix:
+    """Keys and values before each of R rows: those of U distinct prefixes, [U, H_kv, L, d] with `seen` [U, L], which
+    the rows share, and those that each row has added since, own_keys and own_values [R, H_kv, M, d]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    seen: torch.Tensor
+    groups: Groups
+    own_keys: torch.Tensor | None = None
+    own_values: torch.Tensor | None = None
+
+    def with_own(self, keys: torch.Tensor, values: torch.Tensor) -> Prefix:
+        """The same with further keys and values [R, H_kv, T, d] of the rows themselves."""
+        if self.own_keys is not None:
+            keys, values = torch.cat([self.own_keys, keys], 2), torch.cat([self.own_values, values], 2)
+        return replace(self, own_keys=keys, own_values=values)
+
+
+def attend(query: torch.Tensor, prefix: Prefix, scale: float) -> torch.Tensor:
+    """Causal attention [R, H, T, d] of queries [R, H, T, d] to shared prefixes and to the rows' own keys, whose last T
+    are those of the queries. No prefix is copied row by row."""
+    steps, own, groups = query.shape[2], prefix.own_keys.shape[2], prefix.groups
+    stacked = (
+        (query * scale).unflatten(1, (prefix.keys.shape[1], -1)).flatten(2, 3)
+    )  # [R, H_kv, heads of a group * T, d]
+    unseen = ~prefix.seen[groups.which][:, None, None]
+    to_prefix = groups.read(stacked, prefix.keys.mT).masked_fill(unseen, -torch.inf)
+    later = torch.ones(steps, own, dtype=torch.bool, device=query.device).triu(own - steps + 1)
+    to_own = (stacked @ prefix.own_keys.mT).unflatten(2, (-1, steps)).masked_fill(later, -torch.inf).flatten(2, 3)
+    weight = torch.cat([to_prefix, to_own], -1).softmax(-1)
+    on_prefix, on_own = weight.split([to_prefix.shape[-1], own], -1)
+    read = groups.read(on_prefix, prefix.values) + on_own @ prefix.own_values
+    return read.unflatten(2, (-1, steps)).flatten(1, 2)
+
+
+@dataclass
+class SharedState:
+    """States [U, H, d_k, d_v] before each of R rows, which rows share."""
+
+    states: torch.Tensor
+    groups: Groups
 
 
 @dataclass
 class Past:
-    """What a layer needs of the tokens before, row by row: state [R, H, d_k, d_v], or keys and values [R, H_kv, L, d]
-    with `seen` [R, L], and the last inputs [R, reach, C] of short convolutions."""
+    """What a layer needs of the tokens before, row by row: a state, or a Prefix, and the last inputs [R, reach, C] of
+    short convolutions and token shifts. `last`: no tokens come after these, so that no end state is asked for."""
 
-    state: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    seen: torch.Tensor | None = None
+    own_state: torch.Tensor | None = None
+    shared: SharedState | None = None
+    prefix: Prefix | None = None
     windows: dict[str, torch.Tensor] = field(default_factory=dict)
+    last: bool = False
+
+    @property
+    def state(self) -> torch.Tensor:
+        """[R, H, d_k, d_v]: the rows' own, or each row's copy of the one it shares."""
+        return self.shared.states[self.shared.groups.which] if self.own_state is None else self.own_state
 
 
 @dataclass
@@ -83,12 +150,12 @@ class Host(ABC):
         """A layer up to its heads' outputs. hidden: [B, T, D], positions: [B, T] places in the sequence."""
 
     @abstractmethod
-    def finish(self, layer: int, hidden: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        """From the heads' outputs [B, T, heads, d] to the next layer's input [B, T, D]."""
+    def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
+        """From a record's hidden, outputs and beside to the next layer's input [B, T, D]; may add windows to the record."""
 
     @abstractmethod
-    def logits(self, final: torch.Tensor) -> torch.Tensor:
-        """From the last hidden states [..., D] to logits [..., vocabulary], fp32."""
+    def unembed(self, final: torch.Tensor) -> torch.Tensor:
+        """From the last hidden states [..., D] to logits [..., vocabulary], in the model's own precision."""
 
     @abstractmethod
     def cell_factors(self, record: Record, head: int) -> Factors:
@@ -103,6 +170,10 @@ class Host(ABC):
         """W_U: [vocabulary, D]."""
 
     # What all share.
+
+    def logits(self, final: torch.Tensor) -> torch.Tensor:
+        """From the last hidden states [..., D] to logits [..., vocabulary], fp32."""
+        return self.unembed(final).float()
 
     @property
     def device(self) -> torch.device:
@@ -133,8 +204,16 @@ class Host(ABC):
         for layer in range(self.layers if upto is None else upto):
             record = self.mix(layer, hidden, None, positions)
             records.append(record)
-            hidden = self.finish(layer, hidden, record.outputs)
+            hidden = self.finish(layer, record, None)
         return Run(tokens, records, hidden)
+
+    def loss(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mean next-token loss in nats over [B, T] tokens, differentiable in the model's parameters."""
+        hidden, positions = self.embed(tokens), self._positions(tokens)
+        for layer in range(self.layers):
+            hidden = self.finish(layer, self.mix(layer, hidden, None, positions), None)
+        logits = self.logits(hidden[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     def factors(self, run: Run, layer: int, head: int) -> Factors:
         """The factors of a cell over the run's tokens. Raises ValueError where it is not a recurrent cell."""
@@ -145,23 +224,38 @@ class Host(ABC):
         """What a recorded layer knew before position starts[r] of window rows[r]; equal rows are worked out once."""
         length = record.hidden.shape[1] + 1
         places, which = torch.unique(rows * length + starts, return_inverse=True)
-        rows, starts, past = places // length, places % length, Past()
+        past, groups = Past(windows=self.windows_at(record, rows, starts)), Groups(which, len(places))
+        rows, starts = places // length, places % length
         if record.keys is not None:
             longest = int(starts.max())
-            past.keys, past.values = record.keys[rows, :, :longest][which], record.values[rows, :, :longest][which]
-            past.seen = (torch.arange(longest, device=starts.device) < starts[:, None])[which]
+            seen = torch.arange(longest, device=starts.device) < starts[:, None]
+            past.prefix = Prefix(record.keys[rows, :, :longest], record.values[rows, :, :longest], seen, groups)
         else:
-            past.state = self.state_at(record, rows, starts)[which]
-        for name, (inputs, reach) in record.windows.items():
-            places = starts[:, None] + torch.arange(-reach, 0, device=starts.device)
-            past.windows[name] = (inputs[rows[:, None], places.clamp(min=0)] * (places >= 0)[..., None])[which]
+            past.shared = SharedState(self.state_at(record, rows, starts), groups)
         return past
 
+    def windows_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The inputs [R, reach, C] just before position starts[r] of window rows[r], zeros before the first token."""
+        found = {}
+        for name, (inputs, reach) in record.windows.items():
+            places = starts[:, None] + torch.arange(-reach, 0, device=starts.device)
+            found[name] = inputs[rows[:, None], places.clamp(min=0)] * (places >= 0)[..., None]
+        return found
+
     def state_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """The states [R, H, d_k, d_v] before starts[r] of window rows[r], rebuilt from the factors."""
+        """The states [R, H, d_k, d_v] before starts[r] of window rows[r], rebuilt from the factors (scalar decays)."""
         f, longest = record.factors, max(1, int(starts.max()))
         key = self.expand_heads(f["key"][rows, :longest])
         return states_before(key, f["effective"][rows, :longest], f["log_decay"][rows, :longest], starts)
+
+    @staticmethod
+    def carried(past: Past | None) -> dict:
+        """What the chunked recurrences take of a past: the state, how rows share it, and whether an end is wanted."""
+        if past is None:
+            return {}
+        if past.last and past.shared is not None:
+            return dict(state=past.shared.states, groups=past.shared.groups, end=False)
+        return dict(state=past.state, end=not past.last)
 
     def expand_heads(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H_k, d] to [..., H, d]: each key head serves the consecutive value heads of its group."""
@@ -179,8 +273,9 @@ class Host(ABC):
     ) -> tuple[torch.Tensor, list[Past]]:
         """An edited run of the layers from `layer` on: final hidden states [R, steps, D] from starts[r] of window rows[r].
 
-        change: [R, steps, d_v], added to the head's output. Differentiable in `change`. With `keep`, also what each
-        layer above needs to go on after the last step. Raises ValueError where a row would leave its window.
+        change: [R, steps, d_v], added to the head's output. Differentiable in `change`. With `keep`, also what the layer
+        itself (its state as if unedited) and each layer above needs to go on after the last step. Raises ValueError
+        where a row would leave its window.
         """
         steps = change.shape[1]
         if int(starts.max()) + steps > run.tokens.shape[1]:
@@ -195,13 +290,21 @@ class Host(ABC):
         outputs = torch.cat(
             [outputs[:, :, :head], (outputs[:, :, head] + change)[:, :, None], outputs[:, :, head + 1 :]], 2
         )
-        hidden, pasts = self.finish(layer, record.hidden[index], outputs), []
+        past = Past(windows=self.windows_at(record, rows, starts))
+        beside = {name: x[index] for name, x in record.beside.items()}
+        now = Record(record.hidden[index], outputs, beside=beside)
+        hidden, pasts = self.finish(layer, now, past), []
+        if keep:
+            native = self.past_at(record, rows, starts + steps)
+            native.windows |= extend(past, now).windows
+            pasts.append(native)
         for above in range(layer + 1, self.layers):
             past = self.past_at(run.records[above], rows, starts)
+            past.last = not keep
             now = self.mix(above, hidden, past, positions)
+            hidden = self.finish(above, now, past)
             if keep:
                 pasts.append(extend(past, now))
-            hidden = self.finish(above, hidden, now.outputs)
         return hidden, pasts
 
     @torch.no_grad()
@@ -213,20 +316,17 @@ class Host(ABC):
             positions = torch.full((len(token), 1), position + step, device=token.device)
             for layer in range(self.layers):
                 record = self.mix(layer, hidden, pasts[layer], positions)
+                hidden = self.finish(layer, record, pasts[layer])
                 pasts[layer] = extend(pasts[layer], record)
-                hidden = self.finish(layer, hidden, record.outputs)
             chosen.append(self.logits(hidden[:, -1]).argmax(-1))
         return torch.stack(chosen, 1)
 
 
 def extend(past: Past, record: Record) -> Past:
     """What the layer needs after the tokens of `record`, which themselves came after `past`."""
-    longer = Past(state=record.end)
+    longer = Past(own_state=record.end)
     if record.keys is not None:
-        longer.keys = torch.cat([past.keys, record.keys], 2)
-        longer.values = torch.cat([past.values, record.values], 2)
-        new = past.seen.new_ones(len(past.seen), record.keys.shape[2])
-        longer.seen = torch.cat([past.seen, new], 1)
+        longer.prefix = past.prefix.with_own(record.keys, record.values)
     for name, (inputs, reach) in record.windows.items():
         longer.windows[name] = torch.cat([past.windows[name], inputs], 1)[:, -reach:]
     return longer

@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from writesae.hosts.base import Host, Past, Record
+from writesae.hosts.base import Host, Past, Record, attend
 from writesae.hosts.families import slow_decays
 from writesae.recurrence import Factors, gated_delta_chunks
 
 MODEL_CLASSES = ("Qwen3_5ForCausalLM",)
+DECAY_PARAMETERS = ("A_log", "dt_bias", "in_proj_a")
 
 
 def build(architecture: dict) -> torch.nn.Module:
@@ -54,8 +55,8 @@ class GatedDeltaNet(Host):
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model.model.embed_tokens(tokens)
 
-    def logits(self, final: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(self.model.model.norm(final)).float()
+    def unembed(self, final: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(self.model.model.norm(final))
 
     def output_projection(self, layer: int, head: int) -> torch.Tensor:
         self.check_cell(layer, head)
@@ -89,7 +90,7 @@ class GatedDeltaNet(Host):
             value.transpose(1, 2),
             beta.transpose(1, 2),
             log_decay.transpose(1, 2),
-            state=None if past is None else past.state,
+            **self.carried(past),
         )
         factors = dict(
             query=query,
@@ -110,14 +111,12 @@ class GatedDeltaNet(Host):
         query, keys = (
             self._rotate(x.transpose(1, 2), positions) for x in (attention.q_norm(query), attention.k_norm(key))
         )
-        new = torch.ones(positions.shape[1], positions.shape[1], dtype=torch.bool, device=query.device).tril()
-        all_keys, all_values, mask = keys, values, new[None, None]
-        if past is not None:
-            all_keys, all_values = torch.cat([past.keys, keys], 2), torch.cat([past.values, values], 2)
-            mask = torch.cat([past.seen[:, None].expand(-1, len(new), -1), new.expand(len(keys), -1, -1)], 2)[:, None]
-        out = F.scaled_dot_product_attention(
-            query, all_keys, all_values, attn_mask=mask, scale=attention.scaling, enable_gqa=True
-        )
+        if past is None:
+            out = F.scaled_dot_product_attention(
+                query, keys, values, is_causal=True, scale=attention.scaling, enable_gqa=True
+            )
+        else:
+            out = attend(query, past.prefix.with_own(keys, values), attention.scaling)
         out = out.transpose(1, 2) * gate.sigmoid()
         return Record(hidden, out, keys=keys, values=values)
 
@@ -129,8 +128,8 @@ class GatedDeltaNet(Host):
         first, second = turned.chunk(2, -1)
         return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, kept], -1)
 
-    def finish(self, layer: int, hidden: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        block = self.blocks[layer]
+    def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
+        block, hidden, outputs = self.blocks[layer], record.hidden, record.outputs
         if layer in self.recurrent_layers:
             mixer = block.linear_attn
             gate = mixer.in_proj_z(block.input_layernorm(hidden)).unflatten(-1, (-1, self.d_v))
