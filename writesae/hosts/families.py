@@ -11,7 +11,11 @@ import math
 
 import torch
 
-FAMILIES = {"gated_deltanet": "writesae.hosts.gated_deltanet"}
+FAMILIES = {
+    "gated_deltanet": "writesae.hosts.gated_deltanet",
+    "mamba2": "writesae.hosts.mamba2",
+    "rwkv7": "writesae.hosts.rwkv7",
+}
 
 
 def module(family: str):

@@ -1,0 +1,116 @@
+"""RWKV-7 hosts (Peng et al. 2025): checkpoints in flash-linear-attention's format, and the authors' own .pth files.
+
+A state decays by one factor a channel and is erased along a direction of its own, so that the effective write has
+rank 2; the added write k~ v^T is the rank-1 one. The erase reads the state before its decay. Two things pass the state
+by: the bonus and the gate, which a record keeps beside its outputs, and layer 0's values, which all later layers take;
+they travel behind the hidden state. tests/test_rwkv7.py holds this against a step loop in fp64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from writesae.hosts.base import Host, Past, Record
+from writesae.hosts.rwkv7_model import (
+    CHUNK,
+    RWKV7Config,
+    RWKV7ForCausalLM,
+    embed,
+    feed_forward,
+    project,
+    read_out,
+    recur,
+)
+from writesae.recurrence import Factors
+
+MODEL_CLASSES = ("RWKV7ForCausalLM",)
+DECAY_PARAMETERS = ("w_lora",)
+
+
+def build(architecture: dict) -> torch.nn.Module:
+    """An RWKV-7 model with its authors' initial values. `architecture`: fields of RWKV7Config."""
+    return RWKV7ForCausalLM(RWKV7Config(**architecture))
+
+
+def register() -> None:
+    """Tell transformers' Auto classes of RWKV-7. Where flash-linear-attention and CUDA are present it is that package's
+    class, which importing it registers anyhow; else the plain one. Their submodules have the same names, and the adapter
+    runs from either's; with fused norms theirs needs a GPU, and no test here covers that."""
+    with contextlib.suppress(ImportError):
+        if torch.cuda.is_available():
+            import fla.models.rwkv7  # noqa: F401
+
+            return
+    AutoConfig.register(RWKV7Config.model_type, RWKV7Config, exist_ok=True)
+    AutoModelForCausalLM.register(RWKV7Config, RWKV7ForCausalLM, exist_ok=True)
+
+
+register()
+
+
+class RWKV7(Host):
+    family = "rwkv7"
+    scalar_decay = False
+
+    def __init__(self, model: torch.nn.Module, tokenizer, name: str):
+        super().__init__(model, tokenizer, name)
+        config = model.config
+        self.blocks, self.width = model.model.layers, config.hidden_size
+        self.layers, self.vocabulary = config.num_hidden_layers, config.vocab_size
+        self.recurrent_layers = tuple(range(self.layers))
+        self.heads, self.d_k, self.d_v = config.num_heads, config.head_dim, config.value_dim[0] // config.num_heads
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return embed(self.model.model, tokens)
+
+    def unembed(self, final: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(self.model.model.norm(final))
+
+    def output_projection(self, layer: int, head: int) -> torch.Tensor:
+        self.check_cell(layer, head)
+        weight = self.blocks[layer].attn.o_proj.weight
+        return weight[:, head * self.d_v : (head + 1) * self.d_v].float()
+
+    def unembedding(self) -> torch.Tensor:
+        return self.model.lm_head.weight.float()
+
+    def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
+        """hidden: [B, T, D], behind which every layer but the first finds layer 0's values, [B, T, H d_v]."""
+        block = self.blocks[layer]
+        x, v_first = hidden[..., : self.width], hidden[..., self.width :] if layer else None
+        normed = block.attn_norm(x)
+        factors, beside, v_first = project(block.attn, normed, past and past.windows["attn"], v_first)
+        outputs, end, before = recur(factors, **self.carried(past))
+        factors["before"] = before  # [B, H, chunks, d_k, d_v]: the states before each chunk
+        hidden = torch.cat([x, v_first], -1)
+        return Record(hidden, outputs, factors, end, windows={"attn": (normed, 1)}, beside=beside)
+
+    def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
+        """The next layer's input, layer 0's values behind it; after the last layer they are dropped."""
+        block = self.blocks[layer]
+        x, v_first = record.hidden[..., : self.width], record.hidden[..., self.width :]
+        x = x + read_out(block.attn, record.outputs, **record.beside)
+        normed = block.ffn_norm(x)
+        record.windows["ffn"] = (normed, 1)
+        x = x + feed_forward(block.ffn, normed, past and past.windows["ffn"])
+        return x if layer == self.layers - 1 else torch.cat([x, v_first], -1)
+
+    def state_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """The states before starts[r] of window rows[r]: from the last recorded one on, over at most one chunk."""
+        factors = dict(record.factors)
+        before = factors.pop("before")
+        chunk = (starts // CHUNK).clamp(max=before.shape[2] - 1)
+        places = chunk[:, None] * CHUNK + torch.arange(CHUNK, device=starts.device)
+        index = rows[:, None], places.clamp(max=record.outputs.shape[1] - 1)
+        past = (places < starts[:, None])[..., None, None]  # a token with no key, decay or erase leaves the state
+        factors = {name: x[index] * past for name, x in factors.items()}
+        return recur(factors, state=before[rows, :, chunk])[1]
+
+    def cell_factors(self, record: Record, head: int) -> Factors:
+        return Factors(**{name: x[:, :, head] for name, x in record.factors.items() if name != "before"})
+
+
+ADAPTER = RWKV7
