@@ -13,7 +13,7 @@ from helpers import assert_close
 from writesae.edit import edited_hidden, generate, head_change, make_edit
 from writesae.hosts.base import Groups, Past, extend
 from writesae.hosts.families import build
-from writesae.hosts.mamba2 import Mamba2
+from writesae.hosts.mamba2 import Mamba2, before_training
 from writesae.logit_shift import cache_gamma, direct_path, gamma, logit_gradient, reads
 from writesae.recurrence import Factors, decayed_chunks, step_states
 
@@ -401,3 +401,17 @@ def test_a_new_model_has_slow_decays():
         step, rate = F.softplus(block.mixer.dt_bias), block.mixer.A_log.exp()
         assert (step > 9e-4).all() and (step < 0.11).all() and step.max() > 10 * step.min()
         assert (rate > 1).all() and (rate < 16).all() and rate.frac().min() > 1e-6
+
+
+def test_the_steps_of_a_training_host_learn_slowly():
+    """A twentieth of the gradient reaches the rows of in_proj that set dt; all others are as they were."""
+    gradients = []
+    for prepare in (lambda model: None, before_training):
+        torch.manual_seed(0)
+        model = build("mamba2", SMALL["mamba2"])
+        prepare(model)
+        model(input_ids=torch.arange(40).view(1, 40), labels=torch.arange(40).view(1, 40)).loss.backward()
+        gradients.append(torch.stack([block.mixer.in_proj.weight.grad for block in model.backbone.layers]))
+    plain, slow = (g.split([g.shape[1] - 4, 4], 1) for g in gradients)
+    assert_close(slow[0], plain[0], "gradient of the other rows", 1e-5)
+    assert_close(20 * slow[1], plain[1], "gradient of the rows of dt", 1e-5)

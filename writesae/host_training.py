@@ -211,6 +211,7 @@ def train(folder: Path, build: Path) -> float:
             optimizer.load_state_dict(state)
         start, history, seconds = saved["step"], saved["history"], saved["seconds"]
     loss_of = loss_function(model, recipe)
+    getattr(families.module(recipe.family), "before_training", lambda model: None)(model)
     compiled = torch.compile(loss_of) if recipe.compile else loss_of
 
     began, running = time.monotonic() - seconds, math.nan

@@ -1,7 +1,7 @@
 """Notebooks 01 and 02: the harvest of the headline's cells, and an SAE for every cell and target.
 
-A task is one cell (or, in the survey, one layer): it writes its SAEs and its line of the table atomically and is
-skipped when they are there, so that killed or lost tasks are simply run again. Tasks run one to a core, each with one
+A task is one cell (or, in the survey, some layers): it writes its SAEs and its lines of the table atomically and skips
+what is there, so that killed or lost tasks are simply run again. Tasks run one to a core, each with one
 thread, so that results do not depend on how many run at once.
 """
 
@@ -70,20 +70,26 @@ def _median_norm(value: torch.Tensor | None) -> float:
 
 def train_saes(suite: Suite) -> pd.DataFrame:
     """Every SAE of the profile; results saes.csv, a line an SAE."""
-    tasks = []
+    tasks, jobs = [], len(os.sched_getaffinity(0))
     for name in suite.profile.hosts:
-        host = suite.host(name)
-        tasks += [(name, "main", *suite.cell(name, place)) for place in suite.profile.hosts[name].cells]
-        tasks += [(name, "flat", *suite.cell(name, place)) for place in suite.profile.hosts[name].cells]
+        cells = [suite.cell(name, place) for place in suite.profile.hosts[name].cells]
+        tasks += [(name, role, [layer], head) for role in ("main", "flat") for layer, head in cells]
         if suite.profile.section("replacement", name).survey_firings:
-            tasks += [(name, "survey", layer, None) for layer in reversed(host.recurrent_layers)]
+            layers = suite.host(name).recurrent_layers
+            tasks = [(name, "survey", layers[i::jobs], None) for i in range(min(jobs, len(layers)))] + tasks
     run = delayed(_task)
-    arguments = [run(suite.profile.name, *task, _expected(suite, *task)) for task in tasks]
-    workers = Parallel(n_jobs=min(len(os.sched_getaffinity(0)), len(tasks)), return_as="generator_unordered")
+    arguments = [run(suite.profile.name, *task, [_expected(suite, *one) for one in _singly(task)]) for task in tasks]
+    workers = Parallel(n_jobs=min(jobs, len(tasks)), return_as="generator_unordered")
     for _ in tqdm(workers(arguments), total=len(tasks), desc="SAE tasks"):
         pass
-    tables = [artifacts.read_table(_record(suite, *task)) for task in tasks]
-    return suite.write("saes", pd.concat(tables, ignore_index=True))
+    records = sorted({_record(suite, *one) for task in tasks for one in _singly(task)})
+    return suite.write("saes", pd.concat([artifacts.read_table(path) for path in records], ignore_index=True))
+
+
+def _singly(task: tuple) -> list[tuple]:
+    """The (host, role, layer, head) of a task, which may have several layers: each has its own record."""
+    host, role, layers, head = task
+    return [(host, role, layer, head) for layer in layers]
 
 
 def _expected(suite: Suite, host: str, role: str, layer: int, head: int | None) -> str:
@@ -99,31 +105,39 @@ def _record(suite: Suite, host: str, role: str, layer: int, head: int | None):
     return suite.paths.build / "saes" / f"{host}-{role}-L{layer}{'' if head is None else f'-H{head}'}.csv"
 
 
-def _task(profile_name: str, host: str, role: str, layer: int, head: int | None, expected: str) -> None:
-    """Train a cell's SAEs (all heads of the layer where head is None) on every target, and write their lines."""
+def _task(profile_name: str, host: str, role: str, layers: list[int], head: int | None, expected: list[str]) -> None:
+    """Train the SAEs of a head (all heads where it is None) of each layer on every target, and write their lines; the
+    layers are harvested in one pass."""
     torch.set_num_threads(1)
-    suite = Suite(load_profile(profile_name))
-    record = _record(suite, host, role, layer, head)
-    if artifacts.up_to_date(record, expected):
+    suite, began = Suite(load_profile(profile_name)), time.monotonic()
+    missing = {
+        layer: want
+        for layer, want in zip(layers, expected, strict=True)
+        if not artifacts.up_to_date(_record(suite, host, role, layer, head), want)
+    }
+    if not missing:
         return
-    began, lines, profile = time.monotonic(), [], suite.profile
+    profile = suite.profile
     settings = getattr(profile.saes, role).model_copy(update=dict(seed=profile.seed))
     heads = range(suite.host(host).heads) if head is None else [head]
-    cells = [(layer, h) for h in heads]
+    cells = [(layer, h) for layer in missing for h in heads]
     checking = suite.windows(host, "heldout")[slice(0, VALIDATION_WINDOWS)].tokens
     validation = harvest(suite.host(host), checking, cells, profile.data.batch_windows, progress=False)
     if role != "survey":
-        training = {(layer, head): artifacts.load_tensors(harvest_path(suite, host, layer, head))[0]}
+        training = {cell: artifacts.load_tensors(harvest_path(suite, host, *cell))[0] for cell in cells}
     else:
         tokens = suite.windows(host, "sae")[slice(0, profile.data.survey_windows)].tokens
         training = harvest(suite.host(host), tokens, cells, profile.data.batch_windows, progress=False)
-    for cell in cells:
-        for target in profile.saes.targets if role != "flat" else ["state"]:
-            lines.append(
-                _train_one(suite, host, role, cell, target, settings, training[cell], validation[cell], expected)
-            )
-    made = dict(seconds=time.monotonic() - began, fingerprint=expected)
-    artifacts.write_table(pd.DataFrame(lines), record, suite.provenance(host, **made))
+    for layer, want in missing.items():
+        lines = [
+            _train_one(suite, host, role, cell, target, settings, training[cell], validation[cell], want)
+            for cell in cells
+            if cell[0] == layer
+            for target in (profile.saes.targets if role != "flat" else ["state"])
+        ]
+        made = dict(seconds=time.monotonic() - began, fingerprint=want)
+        record = _record(suite, host, role, layer, head)
+        artifacts.write_table(pd.DataFrame(lines), record, suite.provenance(host, **made))
 
 
 def _train_one(suite, host, role, cell, target, settings: TrainingSettings, factors, checking, expected: str) -> dict:
