@@ -69,14 +69,18 @@ def test_an_edit_is_the_librarys_run_with_the_state_changed(gated_deltanet, toke
     assert (ours[1:] - native[1:]).norm() > 1e-3
 
 
-def test_own_write_put_back_changes_nothing(host, run):
+@pytest.mark.parametrize("amount", [1.0, 0.5])
+def test_own_write_put_back_changes_nothing(host, run, amount):
     factors = host.factors(run, LAYER, HEAD)
     rows, position = torch.tensor([0, 1, 2]), torch.tensor([10, 40, 85])
     key, write = factors.key[rows, position][:, None], factors.write("added")[rows, position][:, None]
-    edit = make_edit(rows, position, torch.cat([key, key], 1), torch.cat([-write, write], 1))
+    edit = make_edit(rows, position, torch.cat([key, key], 1), torch.cat([-write, amount * write], 1))
     final = edited_hidden(host, run, LAYER, HEAD, edit, 5)
     native = torch.stack([run.final[r, p : p + 5] for r, p in zip(rows, position, strict=True)])
-    assert_close(final, native, "own write put back", 1e-10)
+    if amount == 1.0:
+        assert_close(final, native, "own write put back", 1e-10)
+    else:
+        assert (final - native).norm() > 1e-4 * native.norm()
 
 
 def test_head_change_is_the_perturbed_step_loop(host, run):

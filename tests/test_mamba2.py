@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from conftest import SMALL
 from helpers import assert_close
 
-from writesae.edit import edited_hidden, generate, head_change, make_edit
+from writesae.edit import edited_hidden, head_change, make_edit
 from writesae.hosts.base import Groups, Past, extend
 from writesae.hosts.families import build
 from writesae.hosts.mamba2 import Mamba2, before_training
-from writesae.logit_shift import cache_gamma, direct_path, gamma, logit_gradient, reads
+from writesae.logit_shift import direct_path
 from writesae.recurrence import Factors, decayed_chunks, step_states
 
 LIBRARY = 5e-6  # the library works in fp32 inside its scan and norms, whatever the model's type
@@ -132,18 +132,6 @@ def test_logits_with_the_configs_other_settings(fields, tokens):
     assert (ours - small().logits(small().run(tokens).final)).norm() > 1e-2 * ours.norm()
 
 
-def test_outputs_and_last_state_are_the_step_loops(host, run):
-    assert host.cells == [(layer, head) for layer in range(5) for head in range(4)]
-    for layer, head in host.cells:
-        factors, record = host.factors(run, layer, head), run.records[layer]
-        states = step_states(factors)
-        read = (states.mT @ factors.query[..., None])[..., 0]
-        assert_close(
-            record.outputs[:, :, head] - record.factors["skip"][:, :, head], read, f"output of {layer}.{head}", 1e-12
-        )
-        assert_close(record.end[:, head], states[:, -1], f"state of {layer}.{head}", 1e-12)
-
-
 def test_nothing_is_erased(host, run):
     factors = host.factors(run, LAYER, HEAD)
     states = step_states(factors)
@@ -200,33 +188,6 @@ def test_greedy_decoding_is_the_librarys(host, tokens):
     pasts = [host.past_at(record, rows, torch.full((3,), 50)) for record in run.records]
     assert torch.equal(host.decode(pasts, host.logits(run.final[:, -1]).argmax(-1), 50, 7), wanted)
     assert len(wanted.unique()) > 3
-
-
-@pytest.mark.parametrize("start", [0, 1, 2, 40, 83])
-def test_branch_without_a_change_is_the_native_run(host, run, start):
-    rows, steps = torch.tensor([0, 1, 2, 1]), 7
-    starts = torch.tensor([start, max(start - 1, 0), start, 0])
-    final, _ = host.branch(run, 0, 1, rows, starts, torch.zeros(4, steps, host.d_v, dtype=torch.float64))
-    native = torch.stack([run.final[r, s : s + steps] for r, s in zip(rows, starts, strict=True)])
-    assert_close(final, native, "final hidden states", 1e-10)
-
-
-def test_branch_isolates_rows(host, run):
-    rows, starts = torch.tensor([0, 0, 2]), torch.tensor([30, 30, 50])
-    change = torch.zeros(3, 5, host.d_v, dtype=torch.float64)
-    change[1] = 1.0
-    final, _ = host.branch(run, LAYER, 0, rows, starts, change)
-    assert_close(final[0], run.final[0, 30:35], "row beside an edited one", 1e-10)
-    assert_close(final[2], run.final[2, 50:55], "row of another window", 1e-10)
-    assert (final[1] - run.final[0, 30:35]).norm() > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("layer", "head", "says"), [(5, 0, "Layer 5 of small is not recurrent"), (1, 4, "has no head 4")]
-)
-def test_wrong_cells_are_refused(host, run, layer, head, says):
-    with pytest.raises(ValueError, match=says):
-        host.factors(run, layer, head)
 
 
 def test_output_projection_and_unembedding_are_the_librarys(host):
@@ -289,20 +250,6 @@ def test_an_edit_is_the_librarys_run_with_the_state_changed(host, run, tokens, s
     assert (ours[1:] - native[1:]).norm() > 1e-3
 
 
-@pytest.mark.parametrize("amount", [1.0, 0.5])
-def test_own_write_put_back_changes_nothing(host, run, amount):
-    factors = host.factors(run, LAYER, HEAD)
-    rows, position = torch.tensor([0, 1, 2]), torch.tensor([10, 40, 85])
-    key, write = factors.key[rows, position][:, None], factors.write("added")[rows, position][:, None]
-    edit = make_edit(rows, position, torch.cat([key, key], 1), torch.cat([-write, amount * write], 1))
-    final = edited_hidden(host, run, LAYER, HEAD, edit, 5)
-    native = torch.stack([run.final[r, p : p + 5] for r, p in zip(rows, position, strict=True)])
-    if amount == 1.0:
-        assert_close(final, native, "own write put back", 1e-10)
-    else:
-        assert (final - native).norm() > 1e-4 * native.norm()
-
-
 def test_the_write_taken_out_leaves_the_decayed_state(host, run):
     factors, at, rows = host.factors(run, LAYER, HEAD), torch.tensor([50]), torch.tensor([2])
     edit = make_edit(rows, at, factors.key[rows, at][:, None], -factors.write("effective")[rows, at][:, None])
@@ -312,56 +259,7 @@ def test_the_write_taken_out_leaves_the_decayed_state(host, run):
     assert_close(change[0, 0], without.T @ factors.query[2, 50], "output change", 1e-10)
 
 
-@pytest.mark.parametrize("position", [59, 50])
-def test_generation_goes_on_from_the_edited_state(host, tokens, position):
-    """Against the whole edited run over prompt and continuation, token by token; position 59 is the prompt's last."""
-    run = host.run(tokens[:, :60])
-    left, right = torch.randn(3, 1, host.d_k).double(), 50 * torch.randn(3, 1, host.d_v).double()
-    rows, at = torch.arange(3), torch.full((3,), position)
-    made, first = generate(host, run, LAYER, HEAD, make_edit(rows, at, left, right), 6)
-    longer = torch.cat([tokens[:, :60], made], 1)
-    final = edited_hidden(host, host.run(longer), LAYER, HEAD, make_edit(rows, at, left, right), 66 - position)
-    assert torch.equal(host.logits(final).argmax(-1)[:, 59 - position : -1], made)
-    assert_close(host.logits(final)[:, 59 - position], first, "logits of the first new token", 1e-6)
-    native, _ = generate(host, run, LAYER, HEAD, make_edit(rows, at, left, 0 * right), 6)
-    assert not torch.equal(made, native)
-
-
 # The closed form.
-
-
-def test_transitions_are_perturbed_step_loops(host, run):
-    factors, row, t0, steps = host.factors(run, LAYER, HEAD), 1, 30, 6
-    x, w = torch.randn(1, 1, host.d_k).double(), torch.randn(1, 1, host.d_v).double()
-    one, before = factors.at(slice(row, row + 1)), step_states(factors)[row, t0][None]
-    later = one.at(slice(None), slice(t0 + 1, t0 + 1 + steps))
-    change = step_states(later, before + x.mT @ w) - step_states(later, before)
-    moved = x
-    for step in range(steps):
-        moved = later.at(slice(None), step).transition(moved)
-        assert_close(moved.mT @ w, change[:, step], f"perturbation after {step + 1} tokens", 1e-10)
-    by_decay, exact = reads(factors, torch.tensor([row]), torch.tensor([t0]), steps, x[0])
-    assert_close(exact, moved[0] @ one.query[:, t0 + steps].T, "exact read", 1e-10)
-    assert_close(by_decay, exact, "read by decay alone, which is exact here", 1e-10)
-
-
-@pytest.mark.parametrize("scope", ["write", "cache"])
-def test_gamma_is_the_derivative_of_edited_runs(host, run, scope):
-    rows, t0, steps, size, token = torch.arange(3), torch.tensor([20, 50, 70]), 6, 1e-5, torch.tensor([7, 100, 250])
-    torch.manual_seed(3)
-    x, w = torch.randn(3, 1, host.d_k).double(), torch.randn(3, 1, host.d_v).double()
-    factors, late = host.factors(run, LAYER, HEAD), int(scope == "cache")
-    gradient, logits = logit_gradient(host, run, LAYER, HEAD, rows, t0 + late, steps + 1 - late, token)
-    influence = cache_gamma(factors, rows, t0, gradient) if late else gamma(factors, rows, t0, gradient)[:, 0]
-    assert_close(logits, host.logits(run.final[rows, t0 + steps]), "native logits", 1e-6)
-    shifted = []
-    for sign in (size, -size):
-        edit = make_edit(rows, t0, x, sign * w, scope)
-        final = edited_hidden(host, run, LAYER, HEAD, edit, steps + 1)[:, -1]
-        shifted.append(host.unembed(final).gather(1, token[:, None])[:, 0])
-    measured = (shifted[0] - shifted[1]) / (2 * size)
-    assert_close((x @ influence.double() @ w.mT)[:, 0, 0], measured, f"shift, scope {scope}", 1e-6)
-    assert (measured.abs() > 1e-4).all()
 
 
 # Precision, training, and making a model.

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from conftest import SMALL
 from helpers import assert_close
 
-from writesae.edit import edited_hidden, generate, make_edit
+from writesae.edit import edited_hidden, make_edit
 from writesae.hosts import load_host
 from writesae.hosts.base import Groups, Past, extend
 from writesae.hosts.families import build
 from writesae.hosts.rwkv7 import RWKV7
 from writesae.hosts.rwkv7_model import CHUNK, RWKV7Config, from_pth, release_name
-from writesae.logit_shift import cache_gamma, direct_path, gamma, logit_gradient, reads
+from writesae.logit_shift import direct_path
 from writesae.recurrence import Factors, diagonal_delta_chunks, step_states
 
 LAYER, HEAD = 1, 2
@@ -239,21 +239,6 @@ def test_a_cache_is_refused(host, tokens):
 # The adapter.
 
 
-def test_logits_are_the_models(host, run, tokens):
-    with torch.no_grad():
-        assert_close(host.logits(run.final), host.model(input_ids=tokens).logits.float(), "logits", 1e-6)
-
-
-def test_outputs_and_last_state_are_the_step_loops(host, run):
-    assert host.cells == [(layer, head) for layer in range(5) for head in range(4)]
-    for layer, head in host.cells:
-        factors, record = host.factors(run, layer, head), run.records[layer]
-        states = step_states(factors)
-        read = (states.mT @ factors.query[..., None])[..., 0]
-        assert_close(record.outputs[:, :, head], read, f"output of {layer}.{head}", 1e-12)
-        assert_close(record.end[:, head], states[:, -1], f"state of {layer}.{head}", 1e-12)
-
-
 @pytest.mark.parametrize("length", [90, 64, 5])
 def test_states_before_any_position(host, tokens, length):
     run = host.run(tokens[:, :length])
@@ -301,26 +286,6 @@ def test_branch_without_a_change_is_the_native_run(host, run, start, layer):
     assert_close(final, native, "final hidden states", 1e-10)
 
 
-def test_branch_isolates_rows(host, run):
-    rows, starts = torch.tensor([0, 0, 2]), torch.tensor([30, 30, 50])
-    change = torch.zeros(3, 5, host.d_v, dtype=torch.float64)
-    change[1, :, 0] = 1.0  # not in all channels alike: GroupNorm would take that out again
-    final, _ = host.branch(run, LAYER, 0, rows, starts, change)
-    assert_close(final[0], run.final[0, 30:35], "row beside an edited one", 1e-10)
-    assert_close(final[2], run.final[2, 50:55], "row of another window", 1e-10)
-    assert (final[1] - run.final[0, 30:35]).norm() > 1e-3
-
-
-def test_greedy_decoding_is_the_models(host, tokens):
-    run, rows = host.run(tokens[:, :50]), torch.arange(3)
-    pasts = [host.past_at(record, rows, torch.full((3,), 50)) for record in run.records]
-    made = host.decode(pasts, host.logits(run.final[:, -1]).argmax(-1), 50, 7)
-    with torch.no_grad():
-        whole = host.model(input_ids=torch.cat([tokens[:, :50], made], 1)).logits.argmax(-1)
-    assert torch.equal(whole[:, 49:-1], made)
-    assert len(made.unique()) > 3
-
-
 def test_output_projection_and_unembedding_are_the_models(host):
     value, token = torch.randn(5, host.d_v).double(), torch.tensor([5, 6])
     slots = torch.zeros(5, host.heads * host.d_v, dtype=torch.float64)
@@ -354,77 +319,7 @@ def test_an_edit_is_the_step_loop_with_the_state_changed(host, run, tokens, scop
     assert (ours[1:] - native[1:]).norm() > 1e-3
 
 
-@pytest.mark.parametrize("amount", [1.0, 0.5])
-def test_own_write_put_back_changes_nothing(host, run, amount):
-    factors = host.factors(run, LAYER, HEAD)
-    rows, position = torch.tensor([0, 1, 2]), torch.tensor([10, 40, 85])
-    key, write = factors.key[rows, position][:, None], factors.write("added")[rows, position][:, None]
-    edit = make_edit(rows, position, torch.cat([key, key], 1), torch.cat([-write, amount * write], 1))
-    final = edited_hidden(host, run, LAYER, HEAD, edit, 5)
-    native = torch.stack([run.final[r, p : p + 5] for r, p in zip(rows, position, strict=True)])
-    if amount == 1.0:
-        assert_close(final, native, "own write put back", 1e-10)
-    else:
-        assert (final - native).norm() > 1e-4 * native.norm()
-
-
-@pytest.mark.parametrize("position", [59, 50])
-def test_generation_goes_on_from_the_edited_state(host, tokens, position):
-    """Against the whole edited run over prompt and continuation, token by token; position 59 is the prompt's last."""
-    torch.manual_seed(4)
-    run, rows, at = host.run(tokens[:, :60]), torch.arange(3).repeat(8), torch.full((24,), position)
-    left, right = torch.randn(24, 1, host.d_k).double(), 50 * torch.randn(24, 1, host.d_v).double()
-    made, first = generate(host, run, LAYER, HEAD, make_edit(rows, at, left, right), 6)
-    longer, rows_of_longer = torch.cat([tokens[rows, :60], made], 1), torch.arange(24)
-    edit = make_edit(rows_of_longer, at, left, right)
-    final = edited_hidden(host, host.run(longer), LAYER, HEAD, edit, 66 - position)
-    assert torch.equal(host.logits(final).argmax(-1)[:, 59 - position : -1], made)
-    assert_close(host.logits(final)[:, 59 - position], first, "logits of the first new token", 1e-6)
-    native, _ = generate(host, run, LAYER, HEAD, make_edit(rows, at, left, 0 * right), 6)
-    same_first = made[:, 0] == native[:, 0]
-    assert (made != native)[same_first].any()  # the edited state tells later than in the first token
-
-
 # The closed form.
-
-
-def test_transitions_are_perturbed_step_loops(host, run):
-    factors, row, t0, steps = host.factors(run, LAYER, HEAD), 1, 30, 6
-    x, w = torch.randn(1, 1, host.d_k).double(), torch.randn(1, 1, host.d_v).double()
-    one, before = factors.at(slice(row, row + 1)), step_states(factors)[row, t0][None]
-    later = one.at(slice(None), slice(t0 + 1, t0 + 1 + steps))
-    change = step_states(later, before + x.mT @ w) - step_states(later, before)
-    moved = x
-    for step in range(steps):
-        now = later.at(slice(None), step)
-        y = torch.randn(1, host.d_k, host.d_v).double()
-        assert_close(moved @ now.transition_transposed(y), now.transition(moved) @ y, "transpose", 1e-12)
-        moved = now.transition(moved)
-        assert_close(moved.mT @ w, change[:, step], f"perturbation after {step + 1} tokens", 1e-10)
-    by_decay, exact = reads(factors, torch.tensor([row]), torch.tensor([t0]), steps, x[0])
-    assert_close(exact, moved[0] @ one.query[:, t0 + steps].T, "exact read", 1e-10)
-    decayed = x[0, 0] * later.log_decay.sum(1).exp()[0]
-    assert_close(by_decay[0, 0], decayed @ one.query[0, t0 + steps], "read by decay alone", 1e-10)
-
-
-@pytest.mark.parametrize("scope", ["write", "cache"])
-def test_gamma_is_the_derivative_of_edited_runs(host, run, scope):
-    rows, t0, steps, size, token = torch.arange(3), torch.tensor([20, 50, 70]), 6, 1e-5, torch.tensor([7, 100, 250])
-    torch.manual_seed(3)
-    x, w = torch.randn(3, 1, host.d_k).double(), torch.randn(3, 1, host.d_v).double()
-    factors, late = host.factors(run, LAYER, HEAD), int(scope == "cache")
-    gradient, logits = logit_gradient(host, run, LAYER, HEAD, rows, t0 + late, steps + 1 - late, token)
-    influence = cache_gamma(factors, rows, t0, gradient) if late else gamma(factors, rows, t0, gradient)[:, 0]
-    assert_close(logits, host.logits(run.final[rows, t0 + steps]), "native logits", 1e-6)
-    shifted = []
-    for sign in (size, -size):
-        edit = make_edit(rows, t0, x, sign * w, scope)
-        final = edited_hidden(host, run, LAYER, HEAD, edit, steps + 1)[:, -1]
-        logits = host.model.lm_head(host.model.model.norm(final))  # fp64, where host.logits gives fp32
-        shifted.append(logits.gather(1, token[:, None])[:, 0])
-    measured = (shifted[0] - shifted[1]) / (2 * size)
-    assert_close((x @ influence.double() @ w.mT)[:, 0, 0], measured, f"shift, scope {scope}", 1e-6)
-    assert (measured.abs() > 1e-4).all()
 
 
 # Precision and files.
