@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import numpy as np
 import pandas as pd
@@ -196,6 +198,18 @@ def test_an_interrupted_stage_goes_on_and_gives_the_same_rows(output):
     pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
     direct = pd.concat(map(_group, [5, 6, 7]), ignore_index=True)
     pd.testing.assert_frame_equal(resumed, direct, check_dtype=False, check_exact=True)
+
+
+def test_workers_compute_at_once_and_keep_the_order(output):
+    both = threading.Barrier(2, timeout=30)
+
+    def compute(number):
+        both.wait()  # passes only where two groups are under way
+        time.sleep(0.1 * (number == 1))  # the first is done last
+        return _group(number)
+
+    found = artifacts.resumable("s", "ab" * 32, [1, 2, 3, 4], compute, output, workers=2)
+    pd.testing.assert_frame_equal(found, artifacts.resumable("one", "ab" * 32, [1, 2, 3, 4], _group, output))
 
 
 def test_groups_of_other_inputs_or_other_groups_are_not_taken(output):

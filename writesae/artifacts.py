@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from joblib import Parallel, delayed
 from pandas.api.types import is_any_real_numeric_dtype as is_number
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -328,12 +329,14 @@ def resumable(
     groups: Sequence[Hashable],
     compute: Callable[[Any], pd.DataFrame],
     folder: Path,
+    workers: int = 1,
 ) -> pd.DataFrame:
-    """The rows of all groups in order, one `compute(group)` after another, each stored as soon as it is done.
+    """The rows of all groups in order, from `compute(group)`, each stored as soon as it is done.
 
     Killed at any moment and called again with the same fingerprint `expected`, it computes only what is not stored.
-    `compute` must depend on its group alone (a random generator is seeded by the group). `frame.attrs["seconds"]` is
-    the time of all groups. The stored groups stay until `clear_partials`; those of other fingerprints are removed.
+    `compute` must depend on its group alone (a random generator is seeded by the group), for `workers` threads call it
+    at once. `frame.attrs["seconds"]` is the time of all groups added up. The stored groups stay until
+    `clear_partials`; those of other fingerprints are removed.
 
     Raises ValueError where there are no groups.
     """
@@ -341,8 +344,8 @@ def resumable(
         raise ValueError(f"The stage {name} has nothing to compute: no groups were given.")
     clear_partials(name, folder, keep=expected)
     place = _partial_folder(name, expected, folder)
-    frames, seconds = [], 0.0
-    for number, group in enumerate(tqdm(groups, desc=name)):
+
+    def finish(number: int, group: Hashable) -> tuple[Path, float]:
         path = place / f"group-{number:05d}.csv"
         record = _finished(path, repr(group))
         if record is None:
@@ -350,10 +353,13 @@ def resumable(
             frame = compute(group)
             _write_csv(frame, path, {"group": repr(group), "seconds": time.monotonic() - start}, None)
             record = read_sidecar(path)
-        frames.append(read_table(path))
-        seconds += record["seconds"]
-    whole = pd.concat(frames, ignore_index=True)
-    whole.attrs["seconds"] = seconds
+        return path, record["seconds"]
+
+    tasks = (delayed(finish)(number, group) for number, group in enumerate(groups))
+    finished = Parallel(workers, backend="threading", return_as="generator", pre_dispatch=workers)(tasks)
+    paths, seconds = zip(*tqdm(finished, desc=name, total=len(groups)), strict=True)
+    whole = pd.concat(map(read_table, paths), ignore_index=True)
+    whole.attrs["seconds"] = sum(seconds)
     return whole
 
 
@@ -364,15 +370,17 @@ def staged_table(
     compute: Callable[[Any], pd.DataFrame],
     folder: Path,
     provenance: Mapping[str, Any],
+    workers: int = 1,
 ) -> pd.DataFrame:
     """The table at `path`: read where it is up to date, else computed group by group (resumable) and written.
 
-    `provenance` as for `write_table`, without seconds and fingerprint. The rows are always those of the file, with its
-    six digits, so that a second run goes on from the same numbers. Raises ValueError as `resumable`, `write_table` do.
+    `workers` as for `resumable`; `provenance` as for `write_table`, without seconds and fingerprint. The rows are always
+    those of the file, with its six digits, so that a second run goes on from the same numbers. Raises ValueError as
+    `resumable`, `write_table` do.
     """
     name = Path(path).stem
     if not up_to_date(path, expected):
-        frame = resumable(name, expected, groups, compute, folder)
+        frame = resumable(name, expected, groups, compute, folder, workers)
         write_table(frame, path, {**provenance, "seconds": round(frame.attrs["seconds"], 3), "fingerprint": expected})
     clear_partials(name, folder)
     return read_table(path)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from writesae import corpus
 from writesae.artifacts import write_atomically
 from writesae.hosts import families
+from writesae.memory import keep_freed_memory
 
 
 class Recipe(BaseModel):
@@ -265,6 +266,7 @@ def train(folder: Path, build: Path) -> float:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, help="models/NAME with a recipe.yaml")
     for folder in parser.parse_args().folders:

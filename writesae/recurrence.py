@@ -146,7 +146,8 @@ def gated_delta_chunks(
         writes.append(u)
         if end or c < chunks - 1:
             state, groups = state if groups is None else state[groups.which], None
-            state = whole[..., c, :, :] * state + to_end[..., c, :, :].transpose(-1, -2) @ u
+            state = whole[..., c, :, :] * state
+            state.flatten(0, -3).baddbmm_(to_end[..., c, :, :].mT.flatten(0, -3), u.flatten(0, -3))
     return torch.cat(outputs, -2)[..., :length, :], torch.cat(writes, -2)[..., :length, :], state if end else None
 
 

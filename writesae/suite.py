@@ -6,7 +6,8 @@ Data flows one way: corpus -> host -> windows -> cells -> harvest -> SAEs -> fir
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -17,9 +18,12 @@ from writesae import artifacts
 from writesae import sae as sae_module
 from writesae.harvest import Windows, split_windows
 from writesae.hosts import Host, load_host
+from writesae.memory import keep_freed_memory
 from writesae.profiles import Profile, load_profile
 
 __all__ = ["Suite", "open_suite"]
+
+MOST_WORKERS = 4  # each holds a group's activations
 
 
 class Suite:
@@ -64,8 +68,9 @@ class Suite:
         """A host's part of a table, kept in build/: read where nothing it depends on has changed, else computed group
         by group, resumably. `modules` and `inputs` are what it depends on; `gather` puts the hosts' parts together."""
         expected = artifacts.fingerprint(modules=sorted(modules), host=self.host_fingerprint(host), **inputs)
-        path = self._part(name, host)
-        return artifacts.staged_table(path, expected, groups, compute, self.paths.partial, self.provenance(host))
+        path, provenance = self._part(name, host), self.provenance(host)
+        with _divided_threads() as workers:
+            return artifacts.staged_table(path, expected, groups, compute, self.paths.partial, provenance, workers)
 
     def _part(self, name: str, host: str) -> Path:
         return self.paths.build / "tables" / f"{name}-{host}.csv"
@@ -124,6 +129,19 @@ class Suite:
         return sorted((self.paths.build / "saes").glob(f"{host}-*-{role}.safetensors"))
 
 
+@contextmanager
+def _divided_threads() -> Iterator[int]:
+    """How many groups of a stage run at once: on a CPU several, each with its share of torch's threads, for most of the
+    operations are too small to keep more than one busy."""
+    threads = torch.get_num_threads()
+    workers = 1 if torch.cuda.is_available() else min(threads, MOST_WORKERS)
+    torch.set_num_threads(threads // workers)
+    try:
+        yield workers
+    finally:
+        torch.set_num_threads(threads)
+
+
 @lru_cache(maxsize=2)
 def _host(path: str) -> Host:
     return load_host(path)
@@ -131,5 +149,6 @@ def _host(path: str) -> Host:
 
 def open_suite(profile: str = "mini") -> Suite:
     """The suite of a profile, with as many threads as there are cores. ValueError for an unknown profile."""
+    keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     return Suite(load_profile(profile))

@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from writesae import artifacts, sae
 from writesae.harvest import harvest, history
-from writesae.profiles import load_profile
-from writesae.suite import Suite
+from writesae.suite import Suite, open_suite
 from writesae.train import TrainingSettings, train
 
 VALIDATION_WINDOWS = 64
@@ -46,16 +45,16 @@ def harvest_cells(suite: Suite) -> pd.DataFrame:
                 artifacts.save_tensors(path, found[cell], {"fingerprint": expected, "seconds": seconds})
         for cell, path in zip(cells, paths, strict=True):
             found, metadata = artifacts.load_tensors(path)
-            data = history(found, "state")
-            tokens = data.shape[0] * data.shape[1]
+            cell_history = history(found, "state")
+            tokens = cell_history.shape[0] * cell_history.shape[1]
             rows.append(
                 dict(
                     host=name,
                     layer=cell[0],
                     head=cell[1],
                     tokens=tokens,
-                    numbers_per_token=sum(x.numel() for x in data.tensors().values()) // tokens,
-                    numbers_per_state=data.d_k * data.d_v,
+                    numbers_per_token=sum(x.numel() for x in cell_history.tensors().values()) // tokens,
+                    numbers_per_state=cell_history.d_k * cell_history.d_v,
                     median_write_norm=float(found["added"].norm(dim=-1).median()),
                     median_effective_norm=_median_norm(found.get("effective")),
                     tokens_per_second=tokens / metadata["seconds"],
@@ -95,7 +94,7 @@ def _singly(task: tuple) -> list[tuple]:
 def _expected(suite: Suite, host: str, role: str, layer: int, head: int | None) -> str:
     profile = suite.profile
     inputs = dict(data=profile.data, write=profile.saes.write, targets=profile.saes.targets, seed=profile.seed)
-    settings = getattr(profile.saes, role)
+    settings = getattr(profile.section("saes", host), role)
     return artifacts.fingerprint(
         modules=[__name__], host=suite.host_fingerprint(host), layer=layer, head=head, settings=settings, **inputs
     )
@@ -108,8 +107,8 @@ def _record(suite: Suite, host: str, role: str, layer: int, head: int | None):
 def _task(profile_name: str, host: str, role: str, layers: list[int], head: int | None, expected: list[str]) -> None:
     """Train the SAEs of a head (all heads where it is None) of each layer on every target, and write their lines; the
     layers are harvested in one pass."""
+    suite, began = open_suite(profile_name), time.monotonic()
     torch.set_num_threads(1)
-    suite, began = Suite(load_profile(profile_name)), time.monotonic()
     missing = {
         layer: want
         for layer, want in zip(layers, expected, strict=True)
@@ -118,7 +117,7 @@ def _task(profile_name: str, host: str, role: str, layers: list[int], head: int 
     if not missing:
         return
     profile = suite.profile
-    settings = getattr(profile.saes, role).model_copy(update=dict(seed=profile.seed))
+    settings = getattr(profile.section("saes", host), role).model_copy(update=dict(seed=profile.seed))
     heads = range(suite.host(host).heads) if head is None else [head]
     cells = [(layer, h) for layer in missing for h in heads]
     checking = suite.windows(host, "heldout")[slice(0, VALIDATION_WINDOWS)].tokens
@@ -130,7 +129,7 @@ def _task(profile_name: str, host: str, role: str, layers: list[int], head: int 
         training = harvest(suite.host(host), tokens, cells, profile.data.batch_windows, progress=False)
     for layer, want in missing.items():
         lines = [
-            _train_one(suite, host, role, cell, target, settings, training[cell], validation[cell], want)
+            train_one(suite, host, role, cell, target, settings, training[cell], validation[cell], want)
             for cell in cells
             if cell[0] == layer
             for target in (profile.saes.targets if role != "flat" else ["state"])
@@ -140,7 +139,8 @@ def _task(profile_name: str, host: str, role: str, layers: list[int], head: int 
         artifacts.write_table(pd.DataFrame(lines), record, suite.provenance(host, **made))
 
 
-def _train_one(suite, host, role, cell, target, settings: TrainingSettings, factors, checking, expected: str) -> dict:
+def train_one(suite, host, role, cell, target, settings: TrainingSettings, factors, checking, expected: str) -> dict:
+    """Train an SAE of a cell on its harvested factors, resumably, and save it; its line of saes.csv."""
     stem = suite.sae_stem(host, *cell, target, role)
     write, checkpoint = suite.profile.saes.write, stem.with_name(stem.name + f"-{expected[:8]}.checkpoint")
     data, validation = (history(x, target, write) for x in (factors, checking))
