@@ -287,7 +287,7 @@ def test_trials_say_what_was_generated(single, trial):
 
 
 def test_write_ranks_and_half_lives(host, tokens):
-    table = cells.survey_cells(host, cut(tokens), first_position=8)
+    table = cells.survey_cells(host, host.run(tokens), first_position=8)
     assert (table.added_write_rank == 1).all()
     assert (table.effective_write_rank == 1).all()
     run = host.run(tokens)

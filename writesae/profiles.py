@@ -14,6 +14,9 @@ from writesae.train import TrainingSettings
 Target = Literal["state", "write"]
 Definition = Literal["added", "effective"]
 Place = Literal["early", "middle", "late"]
+Overridable = Literal[
+    "saes", "replacement", "logit_shift", "population", "atoms", "install", "cache_edits", "multiverse"
+]
 
 
 class Section(BaseModel):
@@ -29,7 +32,7 @@ class HostSection(Section):
     path: str
     revision: str | None = None
     cells: dict[Place, CellRule]
-    overrides: dict[Literal["replacement", "logit_shift", "population", "install"], dict] = {}
+    overrides: dict[Overridable, dict] = {}
 
 
 class Data(Section):
@@ -76,6 +79,71 @@ class Population(Section):
     most_firings: PositiveInt
 
 
+class Atoms(Section):
+    place: Place
+    training: Literal["main", "survey"]
+    ks: list[PositiveInt]
+    seeds: list[int]
+    taus: list[float]
+    exemplars: dict[Literal["register", "bundle"], PositiveInt]
+    fewest_passages: PositiveInt
+    contexts: PositiveInt
+
+
+class Erase(Section):
+    atoms: PositiveInt
+    positions: PositiveInt
+    windows: PositiveInt
+    doses: list[float]
+
+
+class SingleWrite(Section):
+    prompts: PositiveInt
+    positions: PositiveInt
+    prompt_tokens: PositiveInt
+    horizon: PositiveInt
+    magnitude: float
+
+
+class Newlines(Section):
+    atoms: PositiveInt
+    doses: list[float]
+    prompts: PositiveInt
+    prompt_tokens: PositiveInt
+    new_tokens: PositiveInt
+    temperature: float = Field(ge=0)
+
+
+class Readers(Section):
+    exemplars: PositiveInt
+    fewest_passages: PositiveInt
+    contexts: PositiveInt
+    steps: PositiveInt
+    random_writes: PositiveInt
+
+
+class CacheEdits(Section):
+    place: Place
+    target: Target
+    selection_windows: PositiveInt
+    erase: Erase
+    single: SingleWrite
+    newlines: Newlines
+    readers: Readers
+    passages: PositiveInt
+
+
+class Multiverse(Section):
+    windows: PositiveInt
+    firings: PositiveInt
+    atoms: PositiveInt
+    horizon: PositiveInt
+    batch_rows: PositiveInt
+    head_firings: int = Field(ge=0)
+    bootstrap: PositiveInt
+    permutations: PositiveInt
+
+
 class Install(Section):
     place: Place
     prompts: PositiveInt
@@ -99,7 +167,10 @@ class Profile(Section):
     logit_shift: LogitShift
     replacement: Replacement
     population: Population
+    atoms: Atoms
     install: Install
+    cache_edits: CacheEdits
+    multiverse: Multiverse
 
     @model_validator(mode="after")
     def _overrides_fit(self) -> Profile:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from statsmodels.stats.proportion import confint_proportions_2indep
 
 from writesae.artifacts import ROOT
 from writesae.statistics import cluster_bootstrap, pearson, wilson
 
 STATUSES = ("same direction", "opposite", "no effect", "not run")
+DIRECTION = {"same direction": 1, "opposite": -1, "no effect": 0}
 FEWEST_ATOMS = 5  # of a class, below which no interval over its atoms means anything: such a claim counts as not run
 COLUMNS = [
     "id",
@@ -29,6 +31,7 @@ COLUMNS = [
     "ci_high",
     "n",
     "status",
+    "direction",
     "criterion",
     "notebook",
     "note",
@@ -146,11 +149,10 @@ def population(name: str) -> Callable:
     def measure(tables, host) -> Answer | None:
         table = tables["population_summary"]
         where = {"host": host, "target": "state", "amplitude": "coefficient", "class": name}
-        if name not in set(table[table.host == host]["class"]):
+        found = table.loc[np.logical_and.reduce([table[column] == value for column, value in where.items()])]
+        if found.empty or found.iloc[0].n_atoms < FEWEST_ATOMS:
             return None
         row = _row(table, **where)
-        if row.n_atoms < FEWEST_ATOMS:
-            return None
         return Answer(row.mean_win_rate, row.ci_low, row.ci_high, row.n_atoms)
 
     return measure
@@ -259,6 +261,94 @@ def against_flat(tables, host) -> Answer:
     return Answer(gap.mean(), min(b.low for b in by), max(b.high for b in by), len(part))
 
 
+OWN = dict(place="middle", target="state", role="main")  # the cell and the SAE that the paper's claims are asked of
+
+
+def class_share(of: str, among: str) -> Callable:
+    def measure(tables, host) -> Answer:
+        row = _row(tables["atom_partition"], host=host, **OWN)
+        return Answer(row[of] / row[among], *wilson(int(row[of]), int(row[among])), row[among])
+
+    return measure
+
+
+def second_component(tables, host) -> Answer:
+    row = _row(tables["atom_mixtures"], host=host, components=2, **OWN)
+    return Answer(row.delta_bic, row.ci_low, row.ci_high, row.n)
+
+
+def seed_overlap(tables, host) -> Answer | None:
+    table = tables["atom_match_shares"]
+    if host not in set(table.host):
+        return None
+    row = _row(table, host=host, target="state", **{"class": "all"})
+    return Answer(row["share"], row.ci_low, row.ci_high, row.n)
+
+
+def _own_atoms(tables, host):
+    table = tables["atoms"]
+    return table.loc[np.logical_and.reduce([table[name] == value for name, value in (OWN | dict(host=host)).items()])]
+
+
+def busiest_register(tables, host) -> Answer | None:
+    """Share of the held-out tokens at which the most-firing register fires."""
+    part = _own_atoms(tables, host)
+    part = part[part["class"] == "register"]
+    if part.empty:
+        return None
+    row = part.loc[part.firings.idxmax()]
+    scanned = round(row.firings / row.rate)
+    return Answer(row.rate, *wilson(int(row.firings), scanned), scanned)
+
+
+def threshold_ratio(tables, host) -> Answer:
+    """Registers at a threshold of 0.02 over those at 0.10, resampled by atom."""
+    cosines = _own_atoms(tables, host).cosine.to_numpy()
+
+    def ratio(x):
+        return (x >= 0.02).sum() / max(1, (x >= 0.10).sum())
+
+    low, high = cluster_bootstrap(cosines, np.arange(len(cosines)), statistic=ratio, resamples=1000)
+    return Answer(ratio(cosines), low, high, len(cosines))
+
+
+def alive_by_k(tables, host) -> Answer | None:
+    """Share of alive atoms at the largest k of the sweep less that at the smallest."""
+    table = tables["atom_partition"]
+    part = table[(table.host == host) & (table.target == "state") & (table.role != "main")].sort_values("k")
+    if part.k.nunique() < 2:
+        return None
+    seeds = part.groupby("k").seed.apply(set)
+    part = part[part.seed == min(set.intersection(*seeds))]  # the one seed that every k was trained with
+    few, many = part.iloc[0], part.iloc[-1]
+    counts = int(many.alive), int(many.n_atoms), int(few.alive), int(few.n_atoms)
+    low, high = confint_proportions_2indep(*counts, method="newcomb")
+    return Answer(many.alive / many.n_atoms - few.alive / few.n_atoms, low, high, counts[1] + counts[3])
+
+
+def class_axis(axis: str) -> Callable:
+    """Cliff's delta of registers against bundles on an axis of the paper's Table 17, over the drawn atoms."""
+
+    def measure(tables, host) -> Answer | None:
+        row = _row(tables["population_axes"], host=host, target="state", amplitude="coefficient", axis=axis)
+        if min(row.n_register, row.n_bundle) < FEWEST_ATOMS:
+            return None
+        return Answer(row.cliffs_delta, row.ci_low, row.ci_high, row.n_register + row.n_bundle)
+
+    return measure
+
+
+def lowest_bin(tables, host) -> Answer | None:
+    """The lowest win rate of the cosine bins that have enough atoms."""
+    table = tables["population_by_cosine"]
+    part = table[(table.host == host) & (table.target == "state") & (table.amplitude == "coefficient")]
+    part = part[part.n_atoms >= FEWEST_ATOMS]
+    if part.empty:
+        return None
+    row = part.loc[part.win_rate.idxmin()]
+    return Answer(row.win_rate, row.ci_low, row.ci_high, row.n_firings)
+
+
 HALF = "interval of the win rate (wider of the bootstraps by atom and by passage) above 0.5"
 REGISTER = "median cosine of register atoms to the native write above 0 (interval over atoms)"
 FLAT = "win rate less that of a flat SAE's top singular pair, middle cell, matched norm"
@@ -361,6 +451,37 @@ RULES: dict[str, Rule] = {
     ),
     "X12": Rule(f"{FLAT}: below 0", "05_replacement", 0, "below", against_flat, family="rwkv7"),
     "X13": Rule(f"{FLAT}: above 0", "05_replacement", 0, "above", against_flat, family="mamba2"),
+    "A1": Rule(
+        "share of alive atoms among all below 1/2 (Wilson)", "03_atoms", 0.5, "below", class_share("alive", "n_atoms")
+    ),
+    "A2": Rule(
+        "registers among alive atoms above 1/2 (Wilson)", "03_atoms", 0.5, "above", class_share("registers", "alive")
+    ),
+    "A3": Rule(
+        "bundles among alive atoms below 1/2 (Wilson)", "03_atoms", 0.5, "below", class_share("bundles", "alive")
+    ),
+    "A4": Rule(
+        "delta BIC of two components against one below 0 (atoms resampled)", "03_atoms", 0, "below", second_component
+    ),
+    "A5": Rule(
+        "alive atoms with |cosine| > 0.9 in another seed: below 1 in 10", "03_atoms", 0.1, "below", seed_overlap
+    ),
+    "A6": Rule(
+        "the most-firing register fires at over 1% of tokens (Wilson)", "03_atoms", 0.01, "above", busiest_register
+    ),
+    "A7": Rule(
+        "registers at tau 0.02 over those at 0.10 below 2 (atoms resampled)", "03_atoms", 2, "below", threshold_ratio
+    ),
+    "A8": Rule("more alive atoms at the largest k than at the smallest (Newcombe)", "03_atoms", 0, "above", alive_by_k),
+    "P6": Rule(
+        "lowest win rate of the cosine bins (5 atoms or more) above 0.5", "07_population", 0.5, "above", lowest_bin
+    ),
+    "P7": Rule(
+        "deletion disrupts the top token of registers more", "07_population", 0, "above", class_axis("flip_delete")
+    ),
+    "P8": Rule("the atom disrupts it alike in both classes", "07_population", 0, "equal", class_axis("flip_atom")),
+    "P9": Rule("median delta KL alike in both classes", "07_population", 0, "equal", class_axis("delta_kl")),
+    "P10": Rule("registers fire more often", "07_population", 0, "above", class_axis("firings_per_10k")),
     "D1": Rule(
         "mean log sigma1/sigma2 of heads falls from the early to the late layer", "00_hosts", 0, "above", sigma_falls
     ),
@@ -377,6 +498,12 @@ TABLES = (
     "cells",
     "all_cells",
     "alive_atoms",
+    "atoms",
+    "atom_partition",
+    "atom_mixtures",
+    "atom_match_shares",
+    "population_axes",
+    "population_by_cosine",
 )
 
 
@@ -400,4 +527,5 @@ def scorecard(read_table: Callable[[str], pd.DataFrame], hosts: list[str], claim
             numbers = dict(value=answer.value, ci_low=answer.low, ci_high=answer.high, n=int(answer.n))
             said = dict(status=status(answer, rule), criterion=rule.criterion, notebook=rule.notebook)
             rows.append(base | dict(host=host) | numbers | said)
-    return pd.DataFrame(rows)[COLUMNS]
+    table = pd.DataFrame(rows)
+    return table.assign(direction=table.status.map(DIRECTION))[COLUMNS]

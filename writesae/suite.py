@@ -6,6 +6,7 @@ Data flows one way: corpus -> host -> windows -> cells -> harvest -> SAEs -> fir
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, lru_cache
@@ -24,6 +25,7 @@ from writesae.profiles import Profile, load_profile
 __all__ = ["Suite", "open_suite"]
 
 MOST_WORKERS = 4  # each holds a group's activations
+LOADING = threading.Lock()  # transformers loads one model at a time
 
 
 class Suite:
@@ -38,7 +40,8 @@ class Suite:
         return next(iter(self.profile.hosts))
 
     def host(self, name: str) -> Host:
-        return _host(str(self.host_path(name)))
+        with LOADING:
+            return _host(str(self.host_path(name)))
 
     def host_path(self, name: str) -> str | Path:
         """The folder of an embedded host, else the hub id that the profile names."""
@@ -142,7 +145,7 @@ def _divided_threads() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _host(path: str) -> Host:
     return load_host(path)
 

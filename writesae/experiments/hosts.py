@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -85,12 +86,14 @@ def survey(suite: Suite) -> pd.DataFrame:
     """results all_cells.csv: every cell's half-life, spectrum and write ranks, on SAE-split text."""
     tables = []
     for name in suite.profile.hosts:
+        host = suite.host(name)
+        native_run = cache(lambda host=host, name=name: host.run(suite.windows(name, "sae").tokens[:SURVEY_WINDOWS]))
 
-        def compute(_, name=name):
-            part = suite.windows(name, "sae")[slice(0, SURVEY_WINDOWS)]
-            return survey_cells(suite.host(name), part, suite.profile.data.first_position).assign(host=name)
+        def compute(layer, name=name, host=host, native_run=native_run):
+            return survey_cells(host, native_run(), suite.profile.data.first_position, [layer]).assign(host=name)
 
-        tables.append(suite.staged("all_cells", name, [0], compute, [__name__], dict(data=suite.profile.data)))
+        groups, inputs = list(host.recurrent_layers), dict(data=suite.profile.data)
+        tables.append(suite.staged("all_cells", name, groups, compute, [__name__], inputs))
     return suite.gather("all_cells", tables)
 
 

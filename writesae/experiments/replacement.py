@@ -1,7 +1,7 @@
 """The replacement test (the paper's Sec. 3.2, Table 2): take a native write out, put something in, compare the output.
 
 Per firing, amplitude and read scope, the KL(native, patched) in nats of the next token's distribution, and of each
-condition also the loss on the token after it:
+condition also the loss on the token after it; of the native run, deletion and atom also the most likely token:
 
 | condition       | put in the write's place                                                   |
 |-----------------|----------------------------------------------------------------------------|
@@ -202,11 +202,14 @@ def _replace(host, run, subject, firings, seed, conditions, scopes) -> pd.DataFr
         len(rows), -1
     )
 
+    top = patched.argmax(-1)
+
     key_a, value_a = (x[:, 0] for x in put_in["atom"])
     cosine = (key_a * F.normalize(key, dim=-1)).sum(-1) * (value_a * F.normalize(write, dim=-1)).sum(-1)
     shared = firings.drop(columns="row").assign(
         native_norm=norms["matched_norm"].numpy(),
         cosine=cosine.numpy(),
+        top1_native=native.argmax(-1).numpy(),
         nll_native=F.cross_entropy(native, following, reduction="none").numpy(),
     )
     tables = []
@@ -217,6 +220,8 @@ def _replace(host, run, subject, firings, seed, conditions, scopes) -> pd.DataFr
                 if label[0] == scope and label[1] in ("", amplitude):
                     table[f"kl_{label[2]}"] = divergence[:, column].numpy()
                     table[f"nll_{label[2]}"] = loss[:, column].numpy()
+                    if label[2] in ("delete", "atom"):
+                        table[f"top1_{label[2]}"] = top[:, column].numpy()
             tables.append(table)
     return pd.concat(tables, ignore_index=True)
 

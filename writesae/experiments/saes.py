@@ -76,8 +76,10 @@ def train_saes(suite: Suite) -> pd.DataFrame:
         if suite.profile.section("replacement", name).survey_firings:
             layers = suite.host(name).recurrent_layers
             tasks = [(name, "survey", layers[i::jobs], None) for i in range(min(jobs, len(layers)))] + tasks
-    run = delayed(_task)
-    arguments = [run(suite.profile.name, *task, [_expected(suite, *one) for one in _singly(task)]) for task in tasks]
+    run = delayed(train_task)
+    arguments = [
+        run(suite.profile.name, *task, [fingerprint_of(suite, *one) for one in _singly(task)]) for task in tasks
+    ]
     workers = Parallel(n_jobs=min(jobs, len(tasks)), return_as="generator_unordered")
     for _ in tqdm(workers(arguments), total=len(tasks), desc="SAE tasks"):
         pass
@@ -91,7 +93,8 @@ def _singly(task: tuple) -> list[tuple]:
     return [(host, role, layer, head) for layer in layers]
 
 
-def _expected(suite: Suite, host: str, role: str, layer: int, head: int | None) -> str:
+def fingerprint_of(suite: Suite, host: str, role: str, layer: int, head: int | None) -> str:
+    """What the SAEs of a task's layer depend on."""
     profile = suite.profile
     inputs = dict(data=profile.data, write=profile.saes.write, targets=profile.saes.targets, seed=profile.seed)
     settings = getattr(profile.section("saes", host), role)
@@ -104,7 +107,9 @@ def _record(suite: Suite, host: str, role: str, layer: int, head: int | None):
     return suite.paths.build / "saes" / f"{host}-{role}-L{layer}{'' if head is None else f'-H{head}'}.csv"
 
 
-def _task(profile_name: str, host: str, role: str, layers: list[int], head: int | None, expected: list[str]) -> None:
+def train_task(
+    profile_name: str, host: str, role: str, layers: list[int], head: int | None, expected: list[str]
+) -> None:
     """Train the SAEs of a head (all heads where it is None) of each layer on every target, and write their lines; the
     layers are harvested in one pass."""
     suite, began = open_suite(profile_name), time.monotonic()
