@@ -1,0 +1,590 @@
+"""The multiverse of the replacement test, every head of a layer, every seed, and where the atom fails.
+
+**Multiverse.** The paper (Sec. 2, 3.2, App. F.1, J) leaves these choices open, or says two things about them. A universe
+is one level of each; the first level is this repository's default.
+
+| choice       | levels                                                                                                |
+|--------------|-------------------------------------------------------------------------------------------------------|
+| target       | what the SAE is trained on: state, write                                                               |
+| write        | the native write: added (beta k v^T), effective (the state's whole change, S_t - alpha_t S_{t-1})      |
+| pooling      | rounds: one firing of every alive atom, then a second; most_firing: the atoms that fire most (Fig. 14) |
+| amplitude    | coefficient: the atom's own; matched_norm: the native write's. Every control has the atom's norm       |
+| reading      | who reads the edit (edit.SCOPES), and the KL at the writing position, the next token, the mean of H    |
+| kl_direction | KL(native, patched), KL(patched, native)                                                               |
+| control      | what the atom has to beat: delete, another alive atom, a fresh rank-1 matrix, the mean write, another write |
+
+Where only later tokens read the edit, the KL at the writing position is exactly 0: no universe. Effective writes are not
+of rank 1 on RWKV-7 and are the added ones on Mamba-2, so that this choice is open on Gated DeltaNet only.
+
+**Heads** (App. F.1, Table 12), **seeds** and **failures** (Fig. 14) use the runs of `replacement`.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from contextlib import contextmanager
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import statsmodels.api as sm
+import torch
+import torch.nn.functional as F
+from joblib import Parallel, delayed
+
+from writesae import artifacts
+from writesae.edit import SCOPES, head_change, make_edit
+from writesae.experiments import atoms, saes
+from writesae.experiments.firings import all_firings, draw_in_rounds, encode
+from writesae.experiments.replacement import (
+    AMPLITUDES,
+    Subject,
+    firings_of,
+    heldout_subjects,
+    rank_one,
+    replacements,
+    run_firings,
+)
+from writesae.harvest import harvest, history
+from writesae.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, permutation_test, wilson
+from writesae.suite import Suite
+
+HORIZONS = ("next", "writing", "mean")
+DIRECTIONS = ("native_patched", "patched_native")
+CONTROLS = ("delete", "random", "fresh", "mean_write", "resampled")
+CHOICES = dict(
+    target=("state", "write"),
+    write=("added", "effective"),
+    pooling=("rounds", "most_firing"),
+    amplitude=AMPLITUDES,
+    reading=tuple(f"{s}, {h}" for s, h in product(SCOPES, HORIZONS) if (s, h) != ("cache", "writing")),
+    kl_direction=DIRECTIONS,
+    control=CONTROLS,
+)
+DRAWN = ("target", "write", "pooling")  # what decides which firings there are
+DEFAULT = {choice: levels[0] for choice, levels in CHOICES.items()}
+PAPER = DEFAULT | dict(pooling="most_firing", kl_direction="patched_native")  # Sec. 2 and 3.2 to the letter
+MOST = 300  # firings of one atom at most where the most-firing atoms are pooled, as in the paper
+PUT_IN = ("atom", *CONTROLS[1:])
+ROWS = len(SCOPES) * (1 + len(AMPLITUDES) * len(PUT_IN))  # edited runs of one firing
+FIRING = ["layer", "head", "atom", "passage", "window", "position"]
+SMALLEST = 1e-12  # nats; below this a divergence is rounding
+
+
+# Measuring: one branch of horizon + 1 tokens a firing and edit serves all universes of that firing.
+
+
+def both_ways(native: torch.Tensor, patched: torch.Tensor) -> torch.Tensor:
+    """KL(native, patched) and KL(patched, native) in nats, in fp64, of logits [..., V]: [2, ...]."""
+    p, q = F.log_softmax(native.double(), -1), F.log_softmax(patched.double(), -1)
+    gap = p - q
+    return torch.stack([(p.exp() * gap).sum(-1), -(q.exp() * gap).sum(-1)])
+
+
+def fresh(seed: int, firings: pd.DataFrame, d_k: int, d_v: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random rank-1 terms of unit norm, [n, 1, d_k] and [n, 1, d_v], that follow from the seed and the firing alone."""
+    drawn = []
+    for window, position in zip(firings.window.tolist(), firings.position.tolist(), strict=True):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + window) * 4_099 + position)
+        drawn.append(torch.randn(d_k + d_v, generator=generator, dtype=torch.float64).float())
+    return rank_one(*torch.stack(drawn).split([d_k, d_v], -1))
+
+
+@torch.no_grad()
+def measure(host, run, subject: Subject, firings: pd.DataFrame, seed: int, horizon: int, batch_rows: int = 512):
+    """One line a (firing, read scope, amplitude); columns CONDITION.HORIZON.DIRECTION hold divergences in nats.
+
+    `firings` have a column `row`, their window within `run`, and `horizon` further tokens after their position.
+    """
+    at_once = max(1, batch_rows // ROWS)
+    parts = [firings.iloc[i : i + at_once] for i in range(0, len(firings), at_once)]
+    table = pd.concat([_measure(host, run, subject, part, seed, horizon) for part in parts], ignore_index=True)
+    where = dict(host=host.name, layer=subject.layer, head=subject.head, target=subject.target, write=subject.write)
+    return table.assign(**where)
+
+
+def _measure(host, run, subject, firings, seed, horizon) -> pd.DataFrame:
+    factors = host.factors(run, subject.layer, subject.head)
+    rows, position = torch.tensor(firings.row.to_numpy()), torch.tensor(firings.position.to_numpy())
+    change, labels = _changes(factors, rows, position, subject, firings, seed, horizon + 1)
+    repeat = change.shape[1] * change.shape[2]
+    at = rows.repeat_interleave(repeat), position.repeat_interleave(repeat)
+    hidden, _ = host.branch(run, subject.layer, subject.head, *at, change.flatten(0, 2))
+    hidden = hidden.unflatten(0, change.shape[:3])
+    steps = []  # of [2 directions, n, scopes, conditions]
+    for step in range(horizon + 1):
+        native = host.logits(run.final[rows, position + step])[:, None, None]
+        untouched = (change[..., : step + 1, :] == 0).flatten(-2).all(-1)  # then the run is the native one
+        steps.append(both_ways(native, host.logits(hidden[..., step, :])).masked_fill(untouched, 0.0))
+    steps = torch.stack(steps)
+    found = dict(writing=steps[0], next=steps[1], mean=steps[1:].mean(0))
+    tables = []
+    for (s, scope), amplitude in product(enumerate(SCOPES), AMPLITUDES):
+        columns = {
+            f"{name}.{horizon}.{direction}": found[horizon][d, :, s, c].numpy()
+            for c, (of, name) in enumerate(labels)
+            for horizon, (d, direction) in product(HORIZONS, enumerate(DIRECTIONS))
+            if of in ("", amplitude)
+        }
+        tables.append(firings.drop(columns="row").assign(read=scope, amplitude=amplitude, **columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _changes(factors, rows, position, subject, firings, seed, steps) -> tuple[torch.Tensor, list]:
+    """The head's change under every edit, [n, scopes, conditions, steps, d_v], and the (amplitude, name) of each condition.
+
+    A change is linear in what is put in: each is worked out once, at unit norm, and then scaled.
+    """
+    put_in = replacements(subject, firings, factors, rows, seed)
+    put_in["fresh"] = fresh(seed, firings, factors.key.shape[-1], factors.added.shape[-1])
+    key, write = factors.key[rows, position], factors.write(subject.write)[rows, position]
+    put_in["native"] = key[:, None], write[:, None]
+    unit = {
+        name: head_change(factors, make_edit(rows, position, *put_in[name]), steps)[0] for name in (*PUT_IN, "native")
+    }
+    norms = dict(coefficient=torch.tensor(firings.coefficient.to_numpy(), dtype=write.dtype))
+    norms["matched_norm"] = key.norm(dim=-1) * write.norm(dim=-1)
+    labels, found = [("", "delete")], [-unit["native"]]
+    for amplitude, name in product(AMPLITUDES, PUT_IN):
+        labels.append((amplitude, name))
+        found.append(norms[amplitude][:, None, None] * unit[name] - unit["native"])
+    found = torch.stack(found, 1)
+    by_scope = torch.stack([found] * len(SCOPES), 1)
+    by_scope[:, SCOPES.index("cache"), :, 0] = 0
+    return by_scope, labels
+
+
+# The stage: which firings, of which SAEs.
+
+
+def definitions(factors: dict) -> tuple[str, ...]:
+    """The write definitions of a harvest that are of rank 1 and differ from one another, its first one first."""
+    if "effective" not in factors or torch.equal(factors["added"], factors["effective"]):
+        return ("added",)
+    return ("added", "effective")
+
+
+def most_firing(firings: pd.DataFrame, atoms: int, count: int, seed: int) -> pd.DataFrame:
+    """`count` firings of the `atoms` atoms that fire most, at most MOST of each. ValueError where there are fewer."""
+    most = firings.atom.value_counts().index[:atoms]
+    shuffled = firings[firings.atom.isin(most)].sample(frac=1.0, random_state=seed)
+    return draw_in_rounds(shuffled.groupby("atom").head(MOST), count, seed)
+
+
+def _under(suite: Suite, write: str) -> Suite:
+    """The same suite with another definition of the native write."""
+    other = copy.copy(suite)
+    changed = suite.profile.saes.model_copy(update=dict(write=write))
+    other.profile = suite.profile.model_copy(update=dict(saes=changed))
+    return other
+
+
+def _sae(suite: Suite, name: str, cell, target: str, write: str):
+    """States do not depend on the definition of a write; SAEs of the other definition's writes have the role `other`."""
+    if target == "state" or write == suite.profile.saes.write:
+        return suite.sae(name, *cell, target)
+    return _under(suite, write).sae(name, *cell, target, "other")
+
+
+@contextmanager
+def one_thread():
+    """SAEs are trained by one thread each, so that they do not depend on how many are trained at once."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def train_other(suite: Suite, name: str) -> pd.DataFrame:
+    """A write-trained SAE of each cell for the definition that notebook 02 has not used; empty where there is none."""
+    tasks = []
+    for cell in (suite.cell(name, place) for place in suite.profile.hosts[name].cells):
+        path = saes.harvest_path(suite, name, *cell)
+        for write in definitions(artifacts.load_tensors(path)[0]):
+            if write != suite.profile.saes.write and "write" in suite.profile.saes.targets:
+                tasks.append((cell, write))
+    if not tasks:
+        return pd.DataFrame()
+    workers = Parallel(n_jobs=min(len(os.sched_getaffinity(0)), len(tasks)))
+    return pd.concat(workers(delayed(_train_cell)(suite, name, *task) for task in tasks), ignore_index=True)
+
+
+def _train_cell(suite: Suite, name: str, cell, write: str) -> pd.DataFrame:
+    """One SAE, trained as its sisters of notebook 02 are; skipped where it is there."""
+    profile, path = suite.profile, saes.harvest_path(suite, name, *cell)
+    settings = profile.section("saes", name).main.model_copy(update=dict(seed=profile.seed))
+    expected = artifacts.fingerprint(
+        modules=[saes.__name__],
+        host=suite.host_fingerprint(name),
+        data=profile.data,
+        settings=settings,
+        cell=cell,
+        write=write,
+    )
+    stem = suite.sae_stem(name, *cell, "write", "other")
+    record = stem.with_suffix(".csv")
+    if not artifacts.up_to_date(record, expected):
+        began = time.monotonic()
+        checking = suite.windows(name, "heldout")[slice(0, saes.VALIDATION_WINDOWS)].tokens
+        with one_thread():
+            validation = harvest(suite.host(name), checking, [cell], profile.data.batch_windows, progress=False)[cell]
+            training, under = artifacts.load_tensors(path)[0], _under(suite, write)
+            line = saes.train_one(under, name, "other", cell, "write", settings, training, validation, expected)
+        made = dict(seconds=time.monotonic() - began, fingerprint=expected)
+        artifacts.write_table(pd.DataFrame([line | dict(write=write)]), record, suite.provenance(name, **made))
+    return artifacts.read_table(record)
+
+
+def draws(suite: Suite, name: str, settings) -> list[tuple[Subject, str, str, pd.DataFrame]]:
+    """(subject, place, pooling, firings) for every cell, target and definition of a host, before any outcome is seen.
+
+    settings.firings are shared equally among the host's cells.
+    """
+    profile, windows = suite.profile, suite.windows(name, "heldout")[slice(0, settings.windows)]
+    places = {suite.cell(name, place): place for place in profile.hosts[name].cells}
+    found = harvest(suite.host(name), windows.tokens, list(places), profile.data.batch_windows, progress=False)
+    count, last, drawn = settings.firings // len(places), windows.tokens.shape[1] - settings.horizon, []
+    for cell, target in product(places, profile.saes.targets):
+        for write in definitions(found[cell]):
+            sae, writes = _sae(suite, name, cell, target, write), history(found[cell], "write", write)
+            encoded = encode(sae, history(found[cell], target, write))
+            subject = Subject(*cell, target, write, sae, encoded, writes, writes.mean(), encoded.alive())
+            every = all_firings(encoded, windows.passage, profile.data.first_position, last)
+            pools = dict(
+                rounds=draw_in_rounds(every, count, profile.seed),
+                most_firing=most_firing(every, settings.atoms, count, profile.seed),
+            )
+            drawn += [(subject, places[cell], pooling, pools[pooling]) for pooling in CHOICES["pooling"]]
+    return drawn
+
+
+def firings_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
+    """A host's firings under every condition (`measure`), with `place` and `pooling`: build/.../multiverse_firings."""
+    host, size, drawn = suite.host(name), suite.profile.data.batch_windows, draws(suite, name, settings)
+    windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
+
+    def compute(start: int) -> pd.DataFrame:
+        run, tables = host.run(windows[slice(start, start + size)].tokens), []
+        for subject, place, pooling, firings in drawn:
+            here = firings[(firings.window >= start) & (firings.window < start + size)]
+            if len(here):
+                here = here.assign(row=here.window - start, place=place, pooling=pooling)
+                options = suite.profile.seed, settings.horizon, settings.batch_rows
+                tables.append(measure(host, run, subject, here, *options).assign(host=name))
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"host": []})
+
+    weights = suite.sae_files(name) + suite.sae_files(name, "other")
+    inputs = dict(settings=settings, data=suite.profile.data, saes=weights, seed=suite.profile.seed)
+    return suite.staged("multiverse_firings", name, list(range(0, len(windows), size)), compute, [__name__], inputs)
+
+
+def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """results multiverse.csv (a line a universe) and multiverse_effects.csv (a line a level of a choice), all hosts.
+
+    The firings themselves stay in build/: they are as large as everything else together.
+    """
+    lines, effect = [], []
+    for name in suite.profile.hosts:
+        settings = suite.profile.section("multiverse", name)
+        train_other(suite, name)
+        won = gains(firings_of_host(suite, name, settings))
+        lines.append(universes(won, settings.bootstrap, suite.profile.seed))
+        effect.append(effects(won, lines[-1], settings.bootstrap, suite.profile.seed))
+    tables = pd.concat(lines, ignore_index=True), pd.concat(effect, ignore_index=True)
+    return suite.write("multiverse", tables[0]), suite.write("multiverse_effects", tables[1])
+
+
+# From firings to universes.
+
+
+def gains(firings: pd.DataFrame) -> pd.DataFrame:
+    """One line a (firing, universe): the choices and `gain`, the control's divergence less the atom's, in nats."""
+    kept, parts = ["host", "place", *FIRING, *DRAWN, "amplitude"], []
+    for reading, direction, control in product(CHOICES["reading"], DIRECTIONS, CONTROLS):
+        scope, horizon = reading.split(", ")
+        part = firings[firings.read == scope]
+        gain = part[f"{control}.{horizon}.{direction}"] - part[f"atom.{horizon}.{direction}"]
+        parts.append(part[kept].assign(reading=reading, kl_direction=direction, control=control, gain=gain))
+    return pd.concat(parts, ignore_index=True)
+
+
+def bootstrap_columns(values: np.ndarray, clusters, resamples: int, seed: int) -> np.ndarray:
+    """statistics.cluster_bootstrap of the mean of every column of `values` [n, m], all from the same draws: [2, m]."""
+    _, codes = np.unique(np.asarray(clusters), return_inverse=True)
+    count = int(codes.max()) + 1
+    if count < 2:
+        raise ValueError("A cluster bootstrap needs at least two clusters.")
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    sums = np.zeros((count, values.shape[1]))
+    np.add.at(sums, codes, values)
+    return np.quantile((draws @ sums) / (draws @ np.bincount(codes))[:, None], [0.025, 0.975], axis=0)
+
+
+def atom_names(frame: pd.DataFrame) -> pd.Series:
+    """Atoms of different cells are different atoms: layer.head.atom."""
+    return frame.layer.astype(str) + "." + frame["head"].astype(str) + "." + frame.atom.astype(str)
+
+
+def universes(won: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """One line a universe, pooled over the host's cells: the share of firings with a positive gain, with Wilson's
+    interval and the bootstraps by atom and by passage, and the median gain."""
+    tables, rest = [], [choice for choice in CHOICES if choice not in DRAWN]
+    for values, part in won.groupby(["host", *DRAWN], sort=False):
+        wide = part.pivot(index=FIRING, columns=rest, values="gain")
+        firing, win = wide.index.to_frame(index=False), (wide > 0).to_numpy(dtype=float)
+        wins, n = win.sum(0).astype(int).tolist(), len(win)
+        low, high = np.array([wilson(count, n) for count in wins]).T
+        by_atom = bootstrap_columns(win, atom_names(firing), resamples, seed)
+        by_passage = bootstrap_columns(win, firing.passage, resamples, seed)
+        table = wide.columns.to_frame(index=False).assign(
+            **dict(zip(["host", *DRAWN], values, strict=True)), n=n, win_rate=win.mean(0), ci_low=low, ci_high=high
+        )
+        table[["boot_low", "boot_high", "passage_low", "passage_high"]] = np.r_[by_atom, by_passage].T
+        table["median_gain"] = wide.median().to_numpy()
+        tables.append(table.assign(n_atoms=atom_names(firing).nunique(), n_passages=firing.passage.nunique()))
+    whole = pd.concat(tables, ignore_index=True)
+    return whole[["host", *CHOICES, *(name for name in whole if name not in ("host", *CHOICES))]]
+
+
+def is_(universe: dict, table: pd.DataFrame) -> pd.Series:
+    """Which lines of a table of universes are this one (one a host)."""
+    return np.logical_and.reduce([table[choice] == level for choice, level in universe.items()])
+
+
+def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """Which choices matter: one line a (host, choice, level), for choices that are open on the host.
+
+    mean_win_rate: over the universes with that level (bootstrap by atom). difference: to the default level, from one
+    least-squares fit of win on all choices, with errors clustered by atom (ci) and by passage. share: of the variance
+    of win rates over universes, what the choice explains alone. decides: the share of settings of all other choices in
+    which this one alone moves the win rate across one half.
+    """
+    rows = []
+    for host, part in won.groupby("host", sort=False):
+        of_host, win = lines[lines.host == host], (part.gain > 0).to_numpy(dtype=float)
+        levels = {c: [x for x in known if (of_host[c] == x).any()] for c, known in CHOICES.items()}
+        levels = {choice: found for choice, found in levels.items() if len(found) > 1}
+        sae = part.target + part.write.where(part.target == "write", "")  # one SAE of states serves both definitions
+        atoms, passages = (np.unique(x, return_inverse=True)[1] for x in (atom_names(part) + sae, part.passage))
+        fitted = _fit(win, part, levels, (atoms, passages))
+        for choice, found in levels.items():
+            means = of_host.groupby(choice).win_rate
+            share = means.mean().var(ddof=0) / of_host.win_rate.var(ddof=0)
+            others = [other for other in CHOICES if other != choice]
+            above = of_host.pivot(index=others, columns=choice, values="win_rate") > 0.5
+            decides = (above.any(axis=1) & ~above.all(axis=1)).mean()
+            for level in found:
+                here = (part[choice] == level).to_numpy()
+                low, high = cluster_bootstrap(win[here], atoms[here], resamples=resamples, seed=seed)
+                row = dict(host=host, choice=choice, level=level, universes=int(means.size()[level]))
+                row |= dict(mean_win_rate=means.mean()[level], mean_low=low, mean_high=high)
+                row |= dict(lowest=means.min()[level], highest=means.max()[level])
+                rows.append(row | fitted[choice, level] | dict(share=share, decides=decides))
+    return pd.DataFrame(rows)
+
+
+def _fit(win: np.ndarray, part: pd.DataFrame, levels: dict, clusterings) -> dict:
+    """(choice, level) -> difference to the choice's first level, with the interval of each clustering."""
+    names = [(choice, level) for choice, found in levels.items() for level in found[1:]]
+    design = sm.add_constant(np.stack([(part[c] == x).to_numpy(dtype=float) for c, x in names], 1))
+    model, ends = sm.OLS(win, design), []
+    for groups in clusterings:
+        result = model.fit(cov_type="cluster", cov_kwds=dict(groups=groups))
+        ends.append(result.conf_int()[1:])
+    columns = ["difference", "ci_low", "ci_high", "passage_low", "passage_high"]
+    found = {(choice, levels_[0]): dict.fromkeys(columns, 0.0) for choice, levels_ in levels.items()}
+    values = np.c_[result.params[1:], *ends]
+    return found | {name: dict(zip(columns, row, strict=True)) for name, row in zip(names, values, strict=True)}
+
+
+# Every head of the middle cell's layer.
+
+
+def heads(suite: Suite) -> pd.DataFrame:
+    """results replacement_heads.csv: the firings of every head, on hosts whose settings ask for them (App. F.1)."""
+    tables = []
+    for name in suite.profile.hosts:
+        settings = suite.profile.section("multiverse", name)
+        if settings.head_firings:
+            tables.append(heads_of_host(suite, name, settings))
+    return suite.gather("replacement_heads", tables)
+
+
+def heads_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
+    """settings.head_firings of every head (all it has, where it has fewer), from SAEs trained as the survey's are."""
+    layer, _ = suite.cell(name, "middle")
+    with one_thread():  # skipped where notebook 02 has trained them
+        expected = saes.fingerprint_of(suite, name, "survey", layer, None)
+        saes.train_task(suite.profile.name, name, "survey", [layer], None, [expected])
+    windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
+    cells = [(layer, head) for head in range(suite.host(name).heads)]
+    drawn = []
+    for subject in heldout_subjects(suite, name, cells, "survey", windows):
+        every = firings_of(suite, subject, windows)
+        drawn.append((subject, draw_in_rounds(every, min(settings.head_firings, len(every)), suite.profile.seed)))
+    stems = [suite.sae_stem(name, s.layer, s.head, s.target, "survey") for s, _ in drawn]
+    weights = [stem.with_suffix(".safetensors") for stem in stems]
+    inputs = dict(settings=settings, data=suite.profile.data, saes=weights)
+    options = dict(conditions=("delete", "atom", "random", "mean_write"), scopes=("write",))
+    return run_firings(
+        suite, name, "replacement_heads", windows, drawn, inputs, batch_rows=settings.batch_rows, **options
+    )
+
+
+# Every seed of the middle cell's SAE.
+
+
+def seeds(suite: Suite) -> pd.DataFrame:
+    """results replacement_seeds.csv: as many firings for the SAEs of every seed that notebook 03 has trained."""
+    tables = []
+    for name in suite.profile.hosts:
+        if atoms.seed_variants(suite, name):
+            tables.append(seeds_of_host(suite, name, suite.profile.section("multiverse", name)))
+    return suite.gather("replacement_seeds", tables)
+
+
+def seeds_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
+    """settings.firings of every seed and target in the cell of notebook 03, with the column `seed`."""
+    windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
+    cell, drawn, weights = suite.cell(name, suite.profile.section("atoms", name).place), [], []
+    for variant in atoms.seed_variants(suite, name):
+        role = atoms.variant_name(variant)
+        weights += suite.sae_files(name, role)
+        for subject in heldout_subjects(suite, name, [cell], role, windows):
+            firings = draw_in_rounds(firings_of(suite, subject, windows), settings.firings, suite.profile.seed)
+            drawn.append((subject, firings.assign(seed=variant.seed)))
+    inputs = dict(settings=settings, data=suite.profile.data, saes=weights)
+    options = dict(conditions=("delete", "atom", "random", "mean_write"), scopes=("write",))
+    return run_firings(
+        suite, name, "replacement_seeds", windows, drawn, inputs, batch_rows=settings.batch_rows, **options
+    )
+
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """One line a (host, target, amplitude) of `per` by seed: mean, sd and range of the seeds' win rates."""
+    rows = []
+    for values, part in table.groupby(GROUP, sort=False):
+        rate = part.win_rate
+        row = dict(seeds=len(part), n=int(part.n.sum()), mean_win_rate=rate.mean(), sd=rate.std())
+        rows.append(dict(zip(GROUP, values, strict=True)) | row | dict(lowest=rate.min(), highest=rate.max()))
+    return pd.DataFrame(rows)
+
+
+GROUP = ["host", "target", "amplitude"]
+HEAD = ["layer", "head"]
+
+
+def per(by: list[str], firings: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """One line a (host, target, amplitude, values of `by`), as Table 12 for heads: n, the atom's win rate over deletion
+    with its intervals (bootstraps by atom and by passage), median KLs. A head without firings has none."""
+    rows = []
+    for values, part in firings.groupby([*GROUP, *by], sort=False):
+        row = dict(zip([*GROUP, *by], values, strict=True))
+        row |= _rate(part.kl_atom < part.kl_delete, part, "win_rate", resamples, seed)
+        rows.append(row | {f"kl_{name}": part[f"kl_{name}"].median() for name in ("atom", "delete", "random")})
+    return pd.DataFrame(rows)
+
+
+def _rate(happened: pd.Series, part: pd.DataFrame, name: str, resamples: int, seed: int) -> dict:
+    """A share of firings: n, the rate, Wilson's interval, and the bootstraps by atom and by passage (none from one cluster)."""
+    low, high = wilson(int(happened.sum()), len(part))
+    row = {"n": len(part), name: happened.mean(), "ci_low": low, "ci_high": high}
+    for kind, clusters in (("boot", atom_names(part)), ("passage", part.passage)):
+        ends = np.nan, np.nan
+        if clusters.nunique() > 1:
+            ends = cluster_bootstrap(happened.to_numpy(dtype=float), clusters, resamples=resamples, seed=seed)
+        row |= {f"{kind}_low": ends[0], f"{kind}_high": ends[1]}
+    return row
+
+
+def over_heads(table: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
+    """One line a (host, target, amplitude), as the text of App. F.1: mean and sd of the heads' win rates, their range, the
+    bootstrap over heads, how many heads have an interval above or below one half, and how many sd the middle cell's
+    own head lies from the mean."""
+    middle, rows = places[places.place == "middle"].set_index("host")["head"], []
+    for values, part in table.groupby(GROUP, sort=False):
+        mean, sd = part.win_rate.mean(), part.win_rate.std()
+        low, high = cluster_bootstrap(part.win_rate, part["head"])
+        own = part[part["head"] == middle[values[0]]].win_rate
+        rows.append(
+            dict(zip(GROUP, values, strict=True))
+            | dict(heads=len(part), n=int(part.n.sum()), mean_win_rate=mean, ci_low=low, ci_high=high, sd=sd)
+            | dict(lowest=part.win_rate.min(), highest=part.win_rate.max())
+            | dict(above_half=int((part.ci_low > 0.5).sum()), below_half=int((part.ci_high < 0.5).sum()))
+            | dict(own_head_in_sd=(own.item() - mean) / sd if len(own) else np.nan)
+        )
+    return pd.DataFrame(rows)
+
+
+# Failures (Fig. 14) and the tests of the headline, on the firings of replacement.csv.
+
+
+def log_ratio(firings: pd.DataFrame) -> pd.Series:
+    """log KL(atom) - log KL(delete): positive where the atom fails."""
+    return np.log(firings.kl_atom.clip(lower=SMALLEST)) - np.log(firings.kl_delete.clip(lower=SMALLEST))
+
+
+def quartiles(effect: pd.Series) -> pd.Series:
+    """Q1 (small) to Q4 (large) by rank; equal values go by their order."""
+    names = ["Q1", "Q2", "Q3", "Q4"]
+    return pd.qcut(effect.rank(method="first"), 4, labels=names).astype(str)
+
+
+def failures(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """One line a (host, target, amplitude, by, level): how often deletion beats the atom, by place, by quartile of
+    KL(delete) over all cells as in Fig. 14, and by quartile within each cell, so that a layer whose effects are small
+    does not stand for small effects."""
+    named, rows = firings.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"]), []
+    named["place"] = pd.Categorical(named.place, list(dict.fromkeys(places.place)))
+    for values, part in named.groupby(GROUP, sort=False):
+        within = part.groupby("place", observed=True).kl_delete.transform(quartiles)
+        for by, level in (
+            ("all", pd.Series("all", index=part.index)),
+            ("place", part.place),
+            ("quartile", quartiles(part.kl_delete)),
+            ("quartile within cell", within),
+        ):
+            for name, group in part.groupby(level, observed=True):
+                failed = group.kl_atom >= group.kl_delete
+                row = dict(zip(GROUP, values, strict=True), by=by, level=name)
+                rows.append(row | _rate(failed, group, "failure_rate", resamples, seed))
+    return pd.DataFrame(rows)
+
+
+def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -> pd.DataFrame:
+    """One line a (host, target, amplitude), the tests that the paper names in Sec. 3.2 and App. G, on atom against delete.
+
+    wilcoxon_p: signed ranks of paired KLs; permutation_p: mean log ratio, exchanging atom and deletion within firings
+    (taken as independent), and permutation_by_atom_p, within whole atoms; Cliff's delta of KL(delete) over KL(atom) with
+    its bootstrap by passage; the failure rate of the lowest quartile of KL(delete) less that of the highest, with the
+    same bootstrap and a permutation of the quartiles' labels.
+    """
+    rows = []
+    for values, part in firings.groupby(GROUP, sort=False):
+        atom, delete, ratio = part.kl_atom.to_numpy(), part.kl_delete.to_numpy(), log_ratio(part)
+        by_atom = ratio.groupby(atom_names(part)).mean().to_numpy()
+        failed, quarter = (atom >= delete).astype(float), quartiles(part.kl_delete).to_numpy()
+
+        def delta(picked, atom=atom, delete=delete):
+            return cliffs_delta(delete[picked.astype(int)], atom[picked.astype(int)])
+
+        def gap(picked, failed=failed, quarter=quarter):
+            picked = picked.astype(int)
+            return failed[picked][quarter[picked] == "Q1"].mean() - failed[picked][quarter[picked] == "Q4"].mean()
+
+        every, options = np.arange(len(part)), dict(resamples=permutations, seed=seed)
+        row = dict(zip(GROUP, values, strict=True), n=len(part), n_atoms=len(by_atom))
+        row["wilcoxon_p"] = paired_wilcoxon(atom, delete).p
+        row["mean_log_ratio"] = ratio.mean()
+        row["permutation_p"] = permutation_test(ratio, np.zeros(len(ratio)), paired=True, **options).p
+        row["permutation_by_atom_p"] = permutation_test(by_atom, np.zeros(len(by_atom)), paired=True, **options).p
+        for name, statistic in (("cliffs_delta", delta), ("q1_minus_q4", gap)):
+            low, high = cluster_bootstrap(every, part.passage, statistic=statistic, resamples=resamples, seed=seed)
+            row |= {name: statistic(every), f"{name}_low": low, f"{name}_high": high}
+        outer = [failed[quarter == name] for name in ("Q1", "Q4")]
+        rows.append(row | dict(q1_minus_q4_p=permutation_test(*outer, **options).p))
+    return pd.DataFrame(rows)
