@@ -57,8 +57,9 @@ test-unit: $(ENV)  ## only the unit tests
 
 test-notebooks: $(ENV)  ## only the notebooks, run from nothing into build/test and compared with their kept outputs
 	rm -rf build/test
+	names="$$($(PY) -I writesae/dependencies.py --order)" && \
 	WRITESAE_OUTPUT=build/test $(PY) -m pytest -p no:xdist -x -v --nbval --nbval-current-env \
-	    --nbval-cell-timeout 3600 $(NAMES:%=notebooks/%.ipynb)
+	    --nbval-cell-timeout 3600 $$(printf 'notebooks/%s.ipynb ' $$names)
 
 test-reference: $(ENV)  ## only the comparison of build/test with results/mini
 	$(PY) -m pytest -o addopts=--import-mode=importlib tests/reference

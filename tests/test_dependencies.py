@@ -115,6 +115,16 @@ def test_a_notebook_that_cannot_be_read_is_one_sentence(root, content, sentence)
         dependencies.make_rules(root)
 
 
+def test_notebooks_come_after_those_that_they_need(root):
+    needs = {"00_a": [], "08_b": ["10_d"], "09_c": [], "10_d": ["00_a"], "12_e": ["08_b", "09_c"]}
+    for name, needed in needs.items():
+        (root / "notebooks" / f"{name}.ipynb").write_text(_notebook("", needs=needed))
+    assert dependencies.order(root) == ["00_a", "09_c", "10_d", "08_b", "12_e"]
+    (root / "notebooks" / "10_d.ipynb").write_text(_notebook("", needs=["12_e"]))
+    with pytest.raises(ValueError, match="08_b, 10_d, 12_e need one another in a circle"):
+        dependencies.order(root)
+
+
 def test_a_module_that_is_missing_or_broken_is_one_sentence(root):
     with pytest.raises(ValueError, match="no module writesae.nothing"):
         dependencies.closure("writesae.nothing", root)

@@ -197,10 +197,22 @@ def make_rules(root: Path = ROOT) -> str:
     return "\n".join([*rules, gone])
 
 
+def order(root: Path = ROOT) -> list[str]:
+    """The names of the notebooks, each after those that it needs. Raises ValueError as `notebooks` does, and for a circle."""
+    waiting, done = notebooks(root), []
+    while waiting:
+        ready = next((name for name, notebook in waiting.items() if set(notebook.needs) <= set(done)), None)
+        if ready is None:
+            raise ValueError(f"The notebooks {', '.join(waiting)} need one another in a circle.")
+        done.append(ready)
+        del waiting[ready]
+    return done
+
+
 def main() -> int:
-    """Print the rules; one sentence and 2 where a notebook or module cannot be read."""
+    """Print the rules, or with --order the notebooks in order; one sentence and 2 where something cannot be read."""
     try:
-        print(make_rules(), end="")
+        print(" ".join(order()) if "--order" in sys.argv else make_rules(), end="")
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
