@@ -16,6 +16,7 @@ A notebook says the rest in its own metadata, under `writesae`:
 from __future__ import annotations
 
 import ast
+import graphlib
 import hashlib
 import json
 import sys
@@ -199,14 +200,13 @@ def make_rules(root: Path = ROOT) -> str:
 
 def order(root: Path = ROOT) -> list[str]:
     """The names of the notebooks, each after those that it needs. Raises ValueError as `notebooks` does, and for a circle."""
-    waiting, done = notebooks(root), []
-    while waiting:
-        ready = next((name for name, notebook in waiting.items() if set(notebook.needs) <= set(done)), None)
-        if ready is None:
-            raise ValueError(f"The notebooks {', '.join(waiting)} need one another in a circle.")
-        done.append(ready)
-        del waiting[ready]
-    return done
+    needs = {name: notebook.needs for name, notebook in notebooks(root).items()}
+    try:
+        return list(graphlib.TopologicalSorter(needs).static_order())
+    except graphlib.CycleError as error:
+        raise ValueError(
+            f"The notebooks {', '.join(sorted(set(error.args[1])))} need one another in a circle."
+        ) from None
 
 
 def main() -> int:

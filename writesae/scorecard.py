@@ -16,6 +16,7 @@ import pandas as pd
 from statsmodels.stats.proportion import confint_proportions_2indep
 
 from writesae.artifacts import ROOT
+from writesae.experiments.firings import atom_names
 from writesae.statistics import cluster_bootstrap, pearson, wilson
 
 STATUSES = ("same direction", "opposite", "no effect", "not run")
@@ -75,9 +76,14 @@ def status(answer: Answer, rule: Rule) -> str:
 # What is measured.
 
 
+def _rows(table: pd.DataFrame, **where) -> pd.DataFrame:
+    """The rows with these values."""
+    return table.loc[np.logical_and.reduce([table[name] == value for name, value in where.items()])]
+
+
 def _row(table: pd.DataFrame, **where) -> pd.Series:
     """The only row with these values. Raises KeyError where there is none or more than one."""
-    found = table.loc[np.logical_and.reduce([table[name] == value for name, value in where.items()])]
+    found = _rows(table, **where)
     if len(found) != 1:
         raise KeyError(f"{len(found)} rows have {where}.")
     return found.iloc[0]
@@ -98,9 +104,7 @@ def win_rate(cells: str) -> Callable:
 
 
 def _papers_firings(tables, host) -> pd.DataFrame:
-    table = tables["replacement"]
-    where = [table[name] == value for name, value in PAPERS.items()]
-    return table.loc[np.logical_and.reduce([table.host == host, *where])]
+    return _rows(tables["replacement"], host=host, **PAPERS)
 
 
 def per_firing(values: Callable[[pd.DataFrame], pd.Series], statistic=np.mean) -> Callable:
@@ -109,8 +113,7 @@ def per_firing(values: Callable[[pd.DataFrame], pd.Series], statistic=np.mean) -
     def measure(tables, host) -> Answer:
         part = _papers_firings(tables, host)
         found = values(part).to_numpy(dtype=float)
-        atom = part.layer.astype(str) + "." + part["head"].astype(str) + "." + part.atom.astype(str)
-        by = [cluster_bootstrap(found, c, statistic=statistic, resamples=500) for c in (atom, part.passage)]
+        by = [cluster_bootstrap(found, c, statistic=statistic, resamples=500) for c in (atom_names(part), part.passage)]
         return Answer(float(statistic(found)), min(b.low for b in by), max(b.high for b in by), len(part))
 
     return measure
@@ -147,12 +150,11 @@ def failure_gap(tables, host) -> Answer:
 
 def population(name: str) -> Callable:
     def measure(tables, host) -> Answer | None:
-        table = tables["population_summary"]
         where = {"host": host, "target": "state", "amplitude": "coefficient", "class": name}
-        found = table.loc[np.logical_and.reduce([table[column] == value for column, value in where.items()])]
+        found = _rows(tables["population_summary"], **where)
         if found.empty or found.iloc[0].n_atoms < FEWEST_ATOMS:
             return None
-        row = _row(table, **where)
+        row = found.iloc[0]
         return Answer(row.mean_win_rate, row.ci_low, row.ci_high, row.n_atoms)
 
     return measure
@@ -253,9 +255,8 @@ def register_cosine(tables, host) -> Answer | None:
 def against_flat(tables, host) -> Answer:
     """Win rate of the atom less that of the flat SAE's top singular pair at matched norm, middle cell, in points."""
     cell = _row(tables["cells"], host=host, place="middle")
-    table = tables["replacement"]
     where = dict(host=host, layer=cell.layer, head=cell["head"]) | PAPERS | dict(amplitude="matched_norm")
-    part = table.loc[np.logical_and.reduce([table[name] == value for name, value in where.items()])]
+    part = _rows(tables["replacement"], **where)
     gap = 100.0 * ((part.kl_atom < part.kl_delete).astype(float) - (part.kl_flat_svd < part.kl_delete))
     by = [cluster_bootstrap(gap.to_numpy(), c, resamples=1000) for c in (part.atom, part.passage)]
     return Answer(gap.mean(), min(b.low for b in by), max(b.high for b in by), len(part))
@@ -286,8 +287,7 @@ def seed_overlap(tables, host) -> Answer | None:
 
 
 def _own_atoms(tables, host):
-    table = tables["atoms"]
-    return table.loc[np.logical_and.reduce([table[name] == value for name, value in (OWN | dict(host=host)).items()])]
+    return _rows(tables["atoms"], host=host, **OWN)
 
 
 def busiest_register(tables, host) -> Answer | None:

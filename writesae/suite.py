@@ -22,7 +22,7 @@ from writesae.hosts import Host, load_host
 from writesae.memory import keep_freed_memory
 from writesae.profiles import Profile, load_profile
 
-__all__ = ["Suite", "open_suite"]
+__all__ = ["Suite", "open_suite", "threads"]
 
 MOST_WORKERS = 4  # each holds a group's activations
 LOADING = threading.Lock()  # transformers loads one model at a time
@@ -71,8 +71,10 @@ class Suite:
         """A host's part of a table, kept in build/: read where nothing it depends on has changed, else computed group
         by group, resumably. `modules` and `inputs` are what it depends on; `gather` puts the hosts' parts together."""
         expected = artifacts.fingerprint(modules=sorted(modules), host=self.host_fingerprint(host), **inputs)
-        path, provenance = self._part(name, host), self.provenance(host)
-        with _divided_threads() as workers:
+        path, provenance, available = self._part(name, host), self.provenance(host), torch.get_num_threads()
+        # on a CPU several groups at once, each with its share: most operations are too small to keep more than one busy
+        workers = 1 if torch.cuda.is_available() else min(available, MOST_WORKERS)
+        with threads(available // workers):
             return artifacts.staged_table(path, expected, groups, compute, self.paths.partial, provenance, workers)
 
     def _part(self, name: str, host: str) -> Path:
@@ -133,16 +135,14 @@ class Suite:
 
 
 @contextmanager
-def _divided_threads() -> Iterator[int]:
-    """How many groups of a stage run at once: on a CPU several, each with its share of torch's threads, for most of the
-    operations are too small to keep more than one busy."""
-    threads = torch.get_num_threads()
-    workers = 1 if torch.cuda.is_available() else min(threads, MOST_WORKERS)
-    torch.set_num_threads(threads // workers)
+def threads(count: int) -> Iterator[None]:
+    """torch with `count` threads; as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        yield workers
+        yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 @lru_cache(maxsize=4)

@@ -31,10 +31,9 @@ from tqdm import tqdm
 
 from writesae import artifacts
 from writesae.experiments import saes
-from writesae.experiments.firings import encode
 from writesae.experiments.population import alive_atoms
-from writesae.experiments.replacement import STEPS, Subject, firing_windows, firings_of
-from writesae.harvest import Windows, harvest, history
+from writesae.experiments.replacement import STEPS, Subject, firing_windows, firings_of, make_subject
+from writesae.harvest import Windows, harvest
 from writesae.sae import SAE
 from writesae.statistics import (
     Interval,
@@ -383,9 +382,9 @@ class Scan:
     def firings(self, layer: int, head: int, target: str, role: str) -> tuple[Subject, pd.DataFrame]:
         """A cell with its SAE of that role, and all of its firings."""
         factors, write = self.factors[layer, head], self.suite.profile.saes.write
-        sae, writes = self.suite.sae(self.host, layer, head, target, role), history(factors, "write", write)
-        encoded = encode(sae, history(factors, target, write))
-        subject = Subject(layer, head, target, write, sae, encoded, writes, writes.mean(), encoded.alive())
+        subject = make_subject(
+            (layer, head), target, write, self.suite.sae(self.host, layer, head, target, role), factors
+        )
         return subject, firings_of(self.suite, subject, self.windows)
 
     def alive(self, group: tuple) -> pd.DataFrame:

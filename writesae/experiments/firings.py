@@ -77,3 +77,8 @@ def draw_atoms(firings: pd.DataFrame, count: int, fewest: int, seed: int) -> np.
             "ask for fewer atoms, or raise data.heldout_windows in the profile."
         )
     return np.sort(np.random.default_rng(seed).choice(able, count, replace=False))
+
+
+def atom_names(frame: pd.DataFrame) -> pd.Series:
+    """Atoms of different cells are different atoms: layer.head.atom."""
+    return frame.layer.astype(str) + "." + frame["head"].astype(str) + "." + frame.atom.astype(str)

@@ -24,7 +24,6 @@ from __future__ import annotations
 import copy
 import os
 import time
-from contextlib import contextmanager
 from itertools import product
 
 import numpy as np
@@ -37,19 +36,20 @@ from joblib import Parallel, delayed
 from writesae import artifacts
 from writesae.edit import SCOPES, head_change, make_edit
 from writesae.experiments import atoms, saes
-from writesae.experiments.firings import all_firings, draw_in_rounds, encode
+from writesae.experiments.firings import all_firings, atom_names, draw_in_rounds
 from writesae.experiments.replacement import (
     AMPLITUDES,
     Subject,
     firings_of,
     heldout_subjects,
+    make_subject,
     rank_one,
     replacements,
     run_firings,
 )
-from writesae.harvest import harvest, history
+from writesae.harvest import harvest
 from writesae.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, permutation_test, wilson
-from writesae.suite import Suite
+from writesae.suite import Suite, threads
 
 HORIZONS = ("next", "writing", "mean")
 DIRECTIONS = ("native_patched", "patched_native")
@@ -188,17 +188,6 @@ def _sae(suite: Suite, name: str, cell, target: str, write: str):
     return _under(suite, write).sae(name, *cell, target, "other")
 
 
-@contextmanager
-def one_thread():
-    """SAEs are trained by one thread each, so that they do not depend on how many are trained at once."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def train_other(suite: Suite, name: str) -> pd.DataFrame:
     """A write-trained SAE of each cell for the definition that notebook 02 has not used; empty where there is none."""
     tasks = []
@@ -230,7 +219,7 @@ def _train_cell(suite: Suite, name: str, cell, write: str) -> pd.DataFrame:
     if not artifacts.up_to_date(record, expected):
         began = time.monotonic()
         checking = suite.windows(name, "heldout")[slice(0, saes.VALIDATION_WINDOWS)].tokens
-        with one_thread():
+        with threads(1):
             validation = harvest(suite.host(name), checking, [cell], profile.data.batch_windows, progress=False)[cell]
             training, under = artifacts.load_tensors(path)[0], _under(suite, write)
             line = saes.train_one(under, name, "other", cell, "write", settings, training, validation, expected)
@@ -239,8 +228,9 @@ def _train_cell(suite: Suite, name: str, cell, write: str) -> pd.DataFrame:
     return artifacts.read_table(record)
 
 
-def draws(suite: Suite, name: str, settings) -> list[tuple[Subject, str, str, pd.DataFrame]]:
-    """(subject, place, pooling, firings) for every cell, target and definition of a host, before any outcome is seen.
+def draws(suite: Suite, name: str, settings) -> list[tuple[Subject, pd.DataFrame]]:
+    """(subject, firings with place and pooling) for every cell, target and definition of a host, before any outcome is
+    seen.
 
     settings.firings are shared equally among the host's cells.
     """
@@ -250,36 +240,27 @@ def draws(suite: Suite, name: str, settings) -> list[tuple[Subject, str, str, pd
     count, last, drawn = settings.firings // len(places), windows.tokens.shape[1] - settings.horizon, []
     for cell, target in product(places, profile.saes.targets):
         for write in definitions(found[cell]):
-            sae, writes = _sae(suite, name, cell, target, write), history(found[cell], "write", write)
-            encoded = encode(sae, history(found[cell], target, write))
-            subject = Subject(*cell, target, write, sae, encoded, writes, writes.mean(), encoded.alive())
-            every = all_firings(encoded, windows.passage, profile.data.first_position, last)
+            subject = make_subject(cell, target, write, _sae(suite, name, cell, target, write), found[cell])
+            every = all_firings(subject.encoded, windows.passage, profile.data.first_position, last)
             pools = dict(
                 rounds=draw_in_rounds(every, count, profile.seed),
                 most_firing=most_firing(every, settings.atoms, count, profile.seed),
             )
-            drawn += [(subject, places[cell], pooling, pools[pooling]) for pooling in CHOICES["pooling"]]
+            drawn += [
+                (subject, pools[pooling].assign(place=places[cell], pooling=pooling)) for pooling in CHOICES["pooling"]
+            ]
     return drawn
 
 
 def firings_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
     """A host's firings under every condition (`measure`), with `place` and `pooling`: build/.../multiverse_firings."""
-    host, size, drawn = suite.host(name), suite.profile.data.batch_windows, draws(suite, name, settings)
     windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
-
-    def compute(start: int) -> pd.DataFrame:
-        run, tables = host.run(windows[slice(start, start + size)].tokens), []
-        for subject, place, pooling, firings in drawn:
-            here = firings[(firings.window >= start) & (firings.window < start + size)]
-            if len(here):
-                here = here.assign(row=here.window - start, place=place, pooling=pooling)
-                options = suite.profile.seed, settings.horizon, settings.batch_rows
-                tables.append(measure(host, run, subject, here, *options).assign(host=name))
-        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"host": []})
-
     weights = suite.sae_files(name) + suite.sae_files(name, "other")
     inputs = dict(settings=settings, data=suite.profile.data, saes=weights, seed=suite.profile.seed)
-    return suite.staged("multiverse_firings", name, list(range(0, len(windows), size)), compute, [__name__], inputs)
+    options = dict(horizon=settings.horizon, batch_rows=settings.batch_rows)
+    how = dict(measure=measure, modules=(__name__,))
+    drawn = draws(suite, name, settings)
+    return run_firings(suite, name, "multiverse_firings", windows, drawn, inputs, **how, **options)
 
 
 def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -322,11 +303,6 @@ def bootstrap_columns(values: np.ndarray, clusters, resamples: int, seed: int) -
     sums = np.zeros((count, values.shape[1]))
     np.add.at(sums, codes, values)
     return np.quantile((draws @ sums) / (draws @ np.bincount(codes))[:, None], [0.025, 0.975], axis=0)
-
-
-def atom_names(frame: pd.DataFrame) -> pd.Series:
-    """Atoms of different cells are different atoms: layer.head.atom."""
-    return frame.layer.astype(str) + "." + frame["head"].astype(str) + "." + frame.atom.astype(str)
 
 
 def universes(won: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
@@ -417,7 +393,7 @@ def heads(suite: Suite) -> pd.DataFrame:
 def heads_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
     """settings.head_firings of every head (all it has, where it has fewer), from SAEs trained as the survey's are."""
     layer, _ = suite.cell(name, "middle")
-    with one_thread():  # skipped where notebook 02 has trained them
+    with threads(1):  # skipped where notebook 02 has trained them
         expected = saes.fingerprint_of(suite, name, "survey", layer, None)
         saes.train_task(suite.profile.name, name, "survey", [layer], None, [expected])
     windows = suite.windows(name, "heldout")[slice(0, settings.windows)]

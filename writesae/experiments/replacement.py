@@ -20,6 +20,7 @@ its own); "matched_norm": all have the Frobenius norm of the native write. flat_
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -27,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from writesae.edit import SCOPES, head_change, kl, make_edit
-from writesae.experiments.firings import Encoded, all_firings, draw_atoms, draw_in_rounds, encode
+from writesae.experiments.firings import Encoded, all_firings, atom_names, draw_atoms, draw_in_rounds, encode
 from writesae.harvest import Windows, harvest, history
 from writesae.history import History
 from writesae.hosts import Host, Run
@@ -229,6 +230,12 @@ def _replace(host, run, subject, firings, seed, conditions, scopes) -> pd.DataFr
 # The stages of notebooks 05 and 07, over a suite's cells.
 
 
+def make_subject(cell: tuple[int, int], target: str, write: str, sae: SAE, factors: dict) -> Subject:
+    """The Subject of a cell from its harvested factors, its firings encoded."""
+    writes, encoded = history(factors, "write", write), encode(sae, history(factors, target, write))
+    return Subject(*cell, target, write, sae, encoded, writes, writes.mean(), encoded.alive())
+
+
 def heldout_subjects(suite: Suite, host_name: str, cells, role: str, windows: Windows) -> list[Subject]:
     """A Subject for each (cell, target), its SAE's firings encoded on the windows."""
     host, profile = suite.host(host_name), suite.profile
@@ -236,12 +243,9 @@ def heldout_subjects(suite: Suite, host_name: str, cells, role: str, windows: Wi
     subjects = []
     for layer, head in cells:
         factors = found[layer, head]
-        writes = history(factors, "write", profile.saes.write)
         for target in profile.saes.targets:
             sae = suite.sae(host_name, layer, head, target, role)
-            encoded = encode(sae, history(factors, target, profile.saes.write))
-            found_at = layer, head, target, profile.saes.write
-            subject = Subject(*found_at, sae, encoded, writes, writes.mean(), encoded.alive())
+            subject = make_subject((layer, head), target, profile.saes.write, sae, factors)
             if role == "main" and target == "state":
                 subject.flat = suite.sae(host_name, layer, head, target, "flat")
                 subject.states = history(factors, target)
@@ -255,10 +259,20 @@ def firings_of(suite: Suite, subject: Subject, windows: Windows) -> pd.DataFrame
     return all_firings(subject.encoded, windows.passage, first, last)
 
 
-def run_firings(suite: Suite, host_name: str, name: str, windows: Windows, drawn: list, inputs: dict, **options):
-    """Replace every drawn firing, window group by window group; the table results NAME.csv.
+def run_firings(
+    suite: Suite,
+    host_name: str,
+    name: str,
+    windows: Windows,
+    drawn: list,
+    inputs: dict,
+    measure: Callable[..., pd.DataFrame] = replace,
+    modules: tuple[str, ...] = (__name__,),
+    **options,
+) -> pd.DataFrame:
+    """`measure` every drawn firing, window group by window group; the host's part of the table NAME.
 
-    drawn: (subject, firings) pairs, made before any outcome is seen.
+    drawn: (subject, firings) pairs, made before any outcome is seen; modules: those that decide what `measure` gives.
     """
     host, size = suite.host(host_name), suite.profile.data.batch_windows
 
@@ -268,11 +282,11 @@ def run_firings(suite: Suite, host_name: str, name: str, windows: Windows, drawn
             here = firings[(firings.window >= start) & (firings.window < start + size)]
             if len(here):
                 here = here.assign(row=here.window - start)
-                tables.append(replace(host, run, subject, here, suite.profile.seed, **options))
+                tables.append(measure(host, run, subject, here, suite.profile.seed, **options))
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"host": []})
 
     groups = list(range(0, len(windows), size))
-    return suite.staged(name, host_name, groups, compute, [__name__], inputs)
+    return suite.staged(name, host_name, groups, compute, modules, inputs)
 
 
 def firing_windows(suite: Suite, host_name: str) -> Windows:
@@ -345,7 +359,7 @@ def summarise(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed:
 def _summary(part: pd.DataFrame, resamples: int, seed: int) -> dict:
     win = (part.kl_atom < part.kl_delete).to_numpy()
     low, high = wilson(int(win.sum()), len(win))
-    atom = part.layer.astype(str) + "." + part["head"].astype(str) + "." + part.atom.astype(str)
+    atom = atom_names(part)
     by_atom = cluster_bootstrap(win, atom, resamples=resamples, seed=seed)
     by_passage = cluster_bootstrap(win, part.passage, resamples=resamples, seed=seed)
     row = dict(
