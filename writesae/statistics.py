@@ -93,8 +93,8 @@ def cluster_bootstrap(
 ) -> Interval:
     """The percentile interval of a statistic when whole clusters are drawn with replacement.
 
-    `values` [n], `clusters` [n] labels of any kind. Means go by cluster sums, without a loop. Raises ValueError for
-    fewer than two clusters as well.
+    `values` [n], `clusters` [n] labels of any kind. Means go by cluster sums, without a loop. From one cluster nothing is
+    known: both ends are nan.
     """
     values = _vector(values)
     labels = np.asarray(clusters)
@@ -103,7 +103,7 @@ def cluster_bootstrap(
     _, codes = np.unique(labels, return_inverse=True)
     count = int(codes.max()) + 1
     if count < 2:
-        raise ValueError("A cluster bootstrap needs at least two clusters.")
+        return Interval(np.nan, np.nan)
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
     mean = statistic is np.mean
     found = _resampled_means(values, codes, draws) if mean else _resampled(statistic, values, codes, draws)

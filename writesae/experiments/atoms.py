@@ -51,17 +51,16 @@ CLASSES = ("register", "bundle")
 MATCH = 0.9  # an atom is found again in another seed where its best |cosine| exceeds this
 SAE_KEYS = ["host", "place", "layer", "head", "target", "role", "k", "seed", "n_atoms"]
 ATOM_KEYS = ["host", "layer", "head", "target", "atom"]
-UNKNOWN = Interval(float("nan"), float("nan"))
 
 
 # Classes: how many atoms there are of each, and how much better two Gaussians fit their cosines than one
 
 
 def median(values: pd.Series, seed: int = 0) -> tuple[float, float, float]:
-    """(median, low, high), resampled one by one; no interval below two values."""
-    few = len(values) < 2
-    interval = UNKNOWN if few else cluster_bootstrap(values, np.arange(len(values)), np.median, seed=seed)
-    return float(values.median()), *interval
+    """(median, low, high), resampled one by one; the interval of fewer than two values is unknown."""
+    if not len(values):
+        return np.nan, np.nan, np.nan
+    return float(values.median()), *cluster_bootstrap(values, np.arange(len(values)), np.median, seed=seed)
 
 
 def bimodality(values: Sequence[float]) -> float:
@@ -153,7 +152,7 @@ def match_shares(found: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     rows = []
     for name, part in [("all", found), *found.groupby("class")]:
         atom = part.seed.astype(str) + "." + part.atom.astype(str)
-        low, high = cluster_bootstrap(part.best > MATCH, atom, seed=seed) if atom.nunique() > 1 else UNKNOWN
+        low, high = cluster_bootstrap(part.best > MATCH, atom, seed=seed)
         share = dict(share=(part.best > MATCH).mean(), ci_low=low, ci_high=high)
         share |= dict(chance=(part.chance > MATCH).mean(), median_best=part.best.median())
         rows.append({"class": name, **share, "n_atoms": atom.nunique(), "n": len(part)})
@@ -268,8 +267,7 @@ def by_cosine(
     told["cosine_bin"] = pd.cut(told.atom_cosine, [-np.inf, *edges, np.inf], right=False, labels=names)
     rows, keys = [], ["host", "layer", "head", "target", "amplitude", "cosine_bin"]
     for values, part in told.groupby(keys, observed=True):
-        few = part.atom.nunique() < 2
-        low, high = UNKNOWN if few else cluster_bootstrap(part.win, part.atom, seed=seed)
+        low, high = cluster_bootstrap(part.win, part.atom, seed=seed)
         rate = dict(win_rate=part.win.mean(), ci_low=low, ci_high=high)
         counts = dict(n_atoms=part.atom.nunique(), n_firings=len(part))
         rows.append(dict(zip(keys, values, strict=True)) | rate | counts)

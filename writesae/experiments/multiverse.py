@@ -466,13 +466,11 @@ def per(by: list[str], firings: pd.DataFrame, resamples: int, seed: int) -> pd.D
 
 
 def _rate(happened: pd.Series, part: pd.DataFrame, name: str, resamples: int, seed: int) -> dict:
-    """A share of firings: n, the rate, Wilson's interval, and the bootstraps by atom and by passage (none from one cluster)."""
+    """A share of firings: n, the rate, Wilson's interval, and the bootstraps by atom and by passage."""
     low, high = wilson(int(happened.sum()), len(part))
     row = {"n": len(part), name: happened.mean(), "ci_low": low, "ci_high": high}
     for kind, clusters in (("boot", atom_names(part)), ("passage", part.passage)):
-        ends = np.nan, np.nan
-        if clusters.nunique() > 1:
-            ends = cluster_bootstrap(happened.to_numpy(dtype=float), clusters, resamples=resamples, seed=seed)
+        ends = cluster_bootstrap(happened.to_numpy(dtype=float), clusters, resamples=resamples, seed=seed)
         row |= {f"{kind}_low": ends[0], f"{kind}_high": ends[1]}
     return row
 
