@@ -73,7 +73,7 @@ class Suite:
         expected = artifacts.fingerprint(modules=sorted(modules), host=self.host_fingerprint(host), **inputs)
         path, provenance, available = self._part(name, host), self.provenance(host), torch.get_num_threads()
         # on a CPU several groups at once, each with its share: most operations are too small to keep more than one busy
-        workers = 1 if torch.cuda.is_available() else min(available, MOST_WORKERS)
+        workers = 1 if torch.cuda.is_available() else min(available, MOST_WORKERS, len(groups))
         with threads(available // workers):
             return artifacts.staged_table(path, expected, groups, compute, self.paths.partial, provenance, workers)
 

@@ -427,10 +427,13 @@ def seeds_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
     """settings.firings of every seed and target in the cell of notebook 03, with the column `seed`."""
     windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
     cell, drawn, weights = suite.cell(name, suite.profile.section("atoms", name).place), [], []
+    factors = harvest(suite.host(name), windows.tokens, [cell], suite.profile.data.batch_windows)[cell]
     for variant in atoms.seed_variants(suite, name):
         role = atoms.variant_name(variant)
         weights += suite.sae_files(name, role)
-        for subject in heldout_subjects(suite, name, [cell], role, windows):
+        for target in suite.profile.saes.targets:
+            sae = suite.sae(name, *cell, target, role)
+            subject = make_subject(cell, target, suite.profile.saes.write, sae, factors)
             firings = draw_in_rounds(firings_of(suite, subject, windows), settings.firings, suite.profile.seed)
             drawn.append((subject, firings.assign(seed=variant.seed)))
     inputs = dict(settings=settings, data=suite.profile.data, saes=weights)

@@ -14,6 +14,7 @@ everything is measured on held-out text. All edits are exact (`writesae.edit`).
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -61,15 +62,23 @@ class Found:
     firings: pd.DataFrame
 
 
+FINDING = threading.RLock()  # groups that run at once share what one of them has found
+
+
 @lru_cache(maxsize=2)
 def _harvest(suite: Suite, name: str, cell: tuple[int, int], split: str, count: int) -> tuple[Windows, dict]:
     windows = suite.windows(name, split)[slice(0, count)]
     return windows, harvest(suite.host(name), windows.tokens, [cell], suite.profile.data.batch_windows)[cell]
 
 
-@lru_cache(maxsize=4)
 def find(suite: Suite, name: str, cell: tuple[int, int], split: str, count: int, target: str) -> Found:
     """The firings of a cell's SAE in the first `count` windows of a split, kept for the next who asks."""
+    with FINDING:
+        return _find(suite, name, cell, split, count, target)
+
+
+@lru_cache(maxsize=4)
+def _find(suite: Suite, name: str, cell: tuple[int, int], split: str, count: int, target: str) -> Found:
     windows, factors = _harvest(suite, name, cell, split, count)
     sae, data = suite.sae(name, *cell, target), suite.profile.data
     encoded = encode(sae, history(factors, target, suite.profile.saes.write))
@@ -110,7 +119,8 @@ class Stages:
         return find(self.suite, self.name, self.cell, "sae", self.settings.selection_windows, target)
 
     def heldout(self, target: str) -> Found:
-        return find(self.suite, self.name, self.cell, "heldout", self.profile.data.firing_windows, target)
+        """The held-out text on which everything but generation is measured."""
+        return find(self.suite, self.name, self.cell, "heldout", self.settings.windows, target)
 
     def alive(self, target: str) -> pd.DataFrame:
         """The cell's lines of alive_atoms.csv (notebook 07), which has the classes. ValueError where there are none."""
@@ -137,10 +147,9 @@ class Stages:
     def erased(self) -> tuple[np.ndarray, pd.DataFrame]:
         """The atoms of experiment 1 and their places: atoms that fire often enough in held-out text, and in the SAE's."""
         settings, own = self.settings.erase, self.heldout(self.settings.target)
-        firings = own.firings[own.firings.window < settings.windows]
-        able = firings[firings.atom.isin(self.selection(self.settings.target).firings.atom)]
+        able = own.firings[own.firings.atom.isin(self.selection(self.settings.target).firings.atom)]
         atoms = draw_atoms(able, settings.atoms, settings.positions, self.seed)
-        return atoms, draw_places(firings, own.encoded, atoms, settings.positions, self.seed)
+        return atoms, draw_places(own.firings, own.encoded, atoms, settings.positions, self.seed)
 
     def preferred(self) -> pd.DataFrame:
         """cache_preferred: each atom's preferred token, found on firings in the SAE's text (other), and, as in the paper, on
@@ -168,16 +177,17 @@ class Stages:
         tokens, size = self.preferred(), self.profile.data.batch_windows
         preferred = {s: dict(zip(p.atom, p.token, strict=True)) for s, p in tokens.groupby("token_from")}
 
-        def compute(target: str) -> pd.DataFrame:
-            own, (_, drawn), doses = self.heldout(target), self.erased, self.settings.erase.doses
-            alive, tables = own.encoded.alive(), []
-            for start, here in in_batches(drawn, size):
-                site = self.site(own.windows.tokens[start : start + size])
-                tables.append(erase(site, own.sae, here, preferred, alive, doses, self.seed + start))
-            return pd.concat(tables, ignore_index=True).assign(target=target)
+        def compute(start: int) -> pd.DataFrame:
+            own, (_, drawn), doses = self.heldout(self.settings.target), self.erased, self.settings.erase.doses
+            here = drawn[(drawn.window >= start) & (drawn.window < start + size)]
+            if here.empty:
+                return pd.DataFrame()
+            site, here = self.site(own.windows.tokens[start : start + size]), here.assign(row=here.window - start)
+            found = erase(site, own.sae, here, preferred, own.encoded.alive(), doses, self.seed + start)
+            return found.assign(target=self.settings.target)
 
         said = tokens[["token_from", "atom", "token"]].values.tolist()
-        return self.staged("cache_erase", [self.settings.target], compute, preferred=said)
+        return self.staged("cache_erase", range(0, self.settings.windows, size), compute, preferred=said)
 
     def single(self) -> pd.DataFrame:
         """single_write (experiment 2); targets as in notebook 10, by their native rank where they are read."""
