@@ -165,7 +165,7 @@ def test_measured_shifts_are_edited_runs(single, tokens):
     torch.manual_seed(0)
     key, value = (torch.nn.functional.normalize(torch.randn(3, d), dim=-1) for d in (single.d_k, single.d_v))
     settings = LogitShift(
-        place="middle", target="state", atoms=3, eps=[0.5, 2.0], prompts=3, prompt_tokens=90, horizon=4
+        place="middle", target="state", atoms=3, eps=[0.02, 2.0], prompts=3, prompt_tokens=90, horizon=4, ranks=[1, 3]
     )
     t0, windows = torch.tensor([10, 30, 50]), cut(tokens)
     table = logit_shift.measure_shifts(single, windows, t0, CELL, key, value, settings, "added", batch_rows=5)
@@ -175,9 +175,12 @@ def test_measured_shifts_are_edited_runs(single, tokens):
         r, t = torch.tensor([row.row]), t0[[row.row]]
         norm = f.added[r, t].norm() * f.key[r, t].norm()
         edit = make_edit(r, t, key[row.atom][None, None], row.eps * norm * value[row.atom][None, None], "cache")
-        token = single.logits(run.final[r, t + 4]).argmax(-1)
+        token = single.logits(run.final[r, t + 4])[0].argsort(descending=True)[row.rank - 1]
         shift = single.logits(edited_hidden(single, run, *CELL, edit, 5)[:, -1]) - single.logits(run.final[r, t + 4])
         assert row.measured == pytest.approx(shift[0, token].item(), rel=1e-3, abs=2e-6)
+    small = table[table.eps == 0.02]
+    assert set(small["rank"]) == {1, 3}
+    np.testing.assert_allclose(small.exact, small.measured, rtol=0.05, atol=2e-5)  # of each token its own gradient
 
 
 def cut(tokens):
@@ -188,7 +191,7 @@ def cut(tokens):
 
 def test_the_fitted_scalar_is_least_squares_and_only_tests_linearity():
     eps = np.array([0.1, 0.3, 1.0, 3.0])
-    frame = pd.DataFrame(dict(host="h", prompt=0, atom=0, eps=eps, paper=-0.01 * eps, measured=5 * eps))
+    frame = pd.DataFrame(dict(host="h", prompt=0, atom=0, rank=1, eps=eps, paper=-0.01 * eps, measured=5 * eps))
     np.testing.assert_allclose(logit_shift.fit_paper_scalar(frame), frame.measured)  # a wrong formula fits perfectly
     frame["measured"] = eps**2
     slope = np.linalg.lstsq(frame.paper.to_numpy()[:, None], frame.measured.to_numpy(), rcond=None)[0][0]

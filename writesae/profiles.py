@@ -14,6 +14,7 @@ from writesae.train import TrainingSettings
 Target = Literal["state", "write"]
 Definition = Literal["added", "effective"]
 Place = Literal["early", "middle", "late"]
+Scope = Literal["write", "cache"]
 Overridable = Literal[
     "saes", "replacement", "logit_shift", "population", "atoms", "install", "cache_edits", "multiverse"
 ]
@@ -61,10 +62,12 @@ class LogitShift(Section):
     prompts: PositiveInt
     prompt_tokens: PositiveInt
     horizon: PositiveInt
+    ranks: list[PositiveInt]  # of the tokens whose logits are read, 1 the native top one
 
 
 class Replacement(Section):
     firings: dict[Place, PositiveInt]
+    scopes: list[Scope]
     atoms: PositiveInt | None = None
     survey_firings: int = Field(ge=0)
     survey_windows: PositiveInt
@@ -93,7 +96,6 @@ class Atoms(Section):
 class Erase(Section):
     atoms: PositiveInt
     positions: PositiveInt
-    windows: PositiveInt
     doses: list[float]
 
 
@@ -126,6 +128,7 @@ class CacheEdits(Section):
     place: Place
     target: Target
     selection_windows: PositiveInt
+    windows: PositiveInt
     erase: Erase
     single: SingleWrite
     newlines: Newlines

@@ -1,8 +1,8 @@
-"""The closed-form logit shift (the paper's Sec. 2, App. A): predicted and measured shifts of the top-1 token's logit.
+"""The closed-form logit shift (the paper's Sec. 2, App. A): predicted and measured shifts of a token's logit.
 
-Per prompt a position t0 is drawn; eps native write norms of each atom are added to the state at t0, and the logit of
-the native top-1 token is read `horizon` tokens later. Four predictors, three of which fit nothing; `paper_fitted` has
-one scalar for every (prompt, atom), fitted over the eps, as the paper's App. A says.
+Per prompt a position t0 is drawn; eps native write norms of each atom are added to the state at t0, and the logits of
+the native top-1 token and of some further ranks are read `horizon` tokens later. Four predictors, three of which fit
+nothing; `paper_fitted` has one scalar for every (prompt, atom, token), fitted over the eps, as the paper's App. A says.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def measure_shifts(
     write: str,
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """One line a (prompt, atom, eps): the measured shift and what paper, transport and exact predict for it.
+    """One line a (prompt, atom, eps, native rank of the token): the measured shift and what paper, transport and exact
+    predict for it.
 
     key [n, d_k], value [n, d_v]: unit atoms. windows [B, T] are run together; t0: [B].
     """
@@ -51,37 +52,37 @@ def measure_shifts(
     native_norm = factors.key[rows, t0].norm(dim=-1) * factors.write(write)[rows, t0].norm(dim=-1)
     with torch.no_grad():
         native = host.logits(run.final[rows, t0 + steps])
-        token = native.argmax(-1)
+        ranked = native.topk(max(settings.ranks)).indices[:, torch.tensor(settings.ranks) - 1]  # [B, ranks]
         by_decay, by_transport = reads(factors, rows, t0, steps, key)
+    unit = dict(paper=[], transport=[], exact=[])  # of each rank [B, n]
+    for token in ranked.unbind(1):
         direct = direct_path(host, *cell, value, token)
-    gradient, _ = logit_gradient(host, run, *cell, rows, t0 + 1, steps, token)
-    influence = cache_gamma(factors, rows, t0, gradient)
-    unit = dict(
-        paper=by_decay * direct,
-        transport=by_transport * direct,
-        exact=torch.einsum("nk,rkv,nv->rn", key, influence, value),
-    )
+        gradient, _ = logit_gradient(host, run, *cell, rows, t0 + 1, steps, token)
+        influence = cache_gamma(factors, rows, t0, gradient)
+        unit["paper"].append(by_decay * direct)
+        unit["transport"].append(by_transport * direct)
+        unit["exact"].append(torch.einsum("nk,rkv,nv->rn", key, influence, value))
     eps = torch.tensor(settings.eps, dtype=native_norm.dtype)
     amount = native_norm[:, None, None] * eps  # [B, 1, eps]
-    measured = _measured(host, run, factors, cell, rows, t0, steps, key, value, amount, token, native, batch_rows)
-    prompt, atom, which = torch.meshgrid(rows, torch.arange(len(key)), torch.arange(len(eps)), indexing="ij")
+    measured = _measured(host, run, factors, cell, rows, t0, steps, key, value, amount, ranked, native, batch_rows)
+    axes = rows, torch.arange(len(key)), torch.arange(len(eps)), torch.arange(len(settings.ranks))
+    prompt, atom, which, rank = (x.flatten().numpy() for x in torch.meshgrid(*axes, indexing="ij"))
     frame = pd.DataFrame(
-        dict(
-            row=prompt.flatten().numpy(),
-            atom=atom.flatten().numpy(),
-            eps=np.array(settings.eps)[which.flatten().numpy()],
-        )
+        dict(row=prompt, atom=atom, eps=np.array(settings.eps)[which], rank=np.array(settings.ranks)[rank])
     )
     frame["measured"] = measured.flatten().double().numpy()
-    for name, prediction in unit.items():
-        frame[name] = (prediction[:, :, None] * amount).flatten().double().numpy()
+    for name, predictions in unit.items():
+        prediction = torch.stack(predictions, -1)[:, :, None] * amount[..., None]
+        frame[name] = prediction.flatten().double().numpy()
     return frame
 
 
 @torch.no_grad()
-def _measured(host, run, factors, cell, rows, t0, steps, key, value, amount, token, native, batch_rows) -> torch.Tensor:
-    """Shifts [B, n, eps] from real edited runs. The change of the head is worked out once an atom and scaled by eps:
-    exact, because the cell's own recurrence is linear in the edit."""
+def _measured(
+    host, run, factors, cell, rows, t0, steps, key, value, amount, tokens, native, batch_rows
+) -> torch.Tensor:
+    """Shifts [B, n, eps, ranks] of tokens [B, ranks] from real edited runs. The change of the head is worked out once an atom and
+    scaled by eps: exact, because the cell's own recurrence is linear in the edit."""
     n, count = len(key), amount.shape[-1]
     at = rows.repeat_interleave(n), t0.repeat_interleave(n)
     edit = make_edit(*at, key.repeat(len(rows), 1)[:, None], value.repeat(len(rows), 1)[:, None], scope="cache")
@@ -91,14 +92,14 @@ def _measured(host, run, factors, cell, rows, t0, steps, key, value, amount, tok
     shifts = []
     for piece in torch.arange(len(change)).split(batch_rows):
         final, _ = host.branch(run, *cell, branch_rows[piece], starts[piece], change[piece])
-        chosen = token[branch_rows[piece]][:, None]
-        shifts.append((host.logits(final[:, -1]) - native[branch_rows[piece]]).gather(-1, chosen)[:, 0])
-    return torch.cat(shifts).view(len(rows), n, count)
+        shift = host.logits(final[:, -1]) - native[branch_rows[piece]]
+        shifts.append(shift.gather(-1, tokens[branch_rows[piece]]))
+    return torch.cat(shifts).view(len(rows), n, count, -1)
 
 
 def fit_paper_scalar(shifts: pd.DataFrame) -> pd.Series:
-    """The paper's formula times one scalar for each (host, prompt, atom), by least squares over its eps."""
-    groups = [shifts[name] for name in ("host", "prompt", "atom")]
+    """The paper's formula times one scalar for each (host, prompt, atom, token), by least squares over its eps."""
+    groups = [shifts[name] for name in ("host", "prompt", "atom", "rank")]
     product = (shifts.paper * shifts.measured).groupby(groups).transform("sum")
     square = (shifts.paper**2).groupby(groups).transform("sum")
     return (product / square.clip(lower=np.finfo(float).tiny)) * shifts.paper
@@ -139,11 +140,23 @@ def summarise(scores: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def by_rank(points: pd.DataFrame) -> pd.DataFrame:
+    """One line a (host, predictor, native rank of the token): the median over (atom, eps) of R2 over prompts, with its
+    bootstrap interval by atom, as the paper's App. A gives for the tokens after the first."""
+    rows = []
+    for (host, rank), part in points.groupby(["host", "rank"]):
+        for name, group in score(part).groupby("predictor", sort=False):
+            low, high = cluster_bootstrap(group.r2.to_numpy(), group.atom.to_numpy(), statistic=np.median, seed=0)
+            row = dict(host=host, predictor=name, rank=rank, n=len(group), n_prompts=part.prompt.nunique())
+            rows.append(row | dict(r2_median=group.r2.median(), ci_low=low, ci_high=high))
+    return pd.DataFrame(rows)
+
+
 # The stage of notebook 04.
 
 
 def run(suite: Suite) -> pd.DataFrame:
-    """Every (prompt, atom, eps) of each host's cell, with the fitted predictor (8 MB a host: kept in build/ only)."""
+    """Every (prompt, atom, eps, rank) of each host's cell, with the fitted predictor (tens of MB: kept in build/ only)."""
     tables, profile = [], suite.profile
     for name in suite.profile.hosts:
         settings = profile.section("logit_shift", name)
@@ -187,14 +200,15 @@ def run(suite: Suite) -> pd.DataFrame:
     return points.assign(paper_fitted=fit_paper_scalar(points))
 
 
-def tables(suite: Suite, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """results logit_shift.csv and logit_shift_summary.csv from the points."""
+def tables(suite: Suite, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """results logit_shift.csv and logit_shift_summary.csv, of the top-1 token, and logit_shift_ranks.csv."""
     scores, summaries = [], []
-    for (name, layer, head), part in points.groupby(["host", "layer", "head"]):
+    for (name, layer, head), part in points[points["rank"] == 1].groupby(["host", "layer", "head"]):
         scored = score(part)
         scores.append(scored.assign(host=name, layer=layer, head=head))
         summaries.append(summarise(scored, part).assign(host=name))
     return (
         suite.write("logit_shift", pd.concat(scores, ignore_index=True)),
         suite.write("logit_shift_summary", pd.concat(summaries, ignore_index=True)),
+        suite.write("logit_shift_ranks", by_rank(points)),
     )

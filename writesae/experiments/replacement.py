@@ -310,7 +310,8 @@ def headline(suite: Suite) -> pd.DataFrame:
             drawn.append((subject, draw_in_rounds(firings, count, suite.profile.seed)))
         saes = suite.sae_files(name) + suite.sae_files(name, "flat")
         inputs = dict(settings=settings, data=suite.profile.data, saes=saes, cells=list(cells))
-        tables.append(run_firings(suite, name, "replacement", windows, drawn, inputs, batch_rows=settings.batch_rows))
+        options = dict(scopes=settings.scopes, batch_rows=settings.batch_rows)
+        tables.append(run_firings(suite, name, "replacement", windows, drawn, inputs, **options))
     return suite.gather("replacement", tables)
 
 
