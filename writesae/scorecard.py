@@ -349,6 +349,28 @@ def lowest_bin(tables, host) -> Answer | None:
     return Answer(row.win_rate, row.ci_low, row.ci_high, row.n_firings)
 
 
+def summary(table: str, value: str, low: str, high: str, **where) -> Callable:
+    """The number of one line of a summary table, with the interval that stands beside it; None where there is no line."""
+
+    def measure(tables, host) -> Answer | None:
+        found = _rows(tables[table], host=host, **where)
+        if found.empty:
+            return None
+        row = found.squeeze()
+        return Answer(row[value], row[low], row[high], row.n)
+
+    return measure
+
+
+def native_inclusion(tables, host) -> Answer:
+    """Share of targets of native rank 101 to 1,000 that come without an edit, resampled by prompt."""
+    part = _trials(tables, host, "middle", 3.0)
+    included = part.included_native.to_numpy(dtype=float)
+    return Answer(included.mean(), *cluster_bootstrap(included, part.prompt.to_numpy(), resamples=1000), len(part))
+
+
+CHANGE = ("median_change", "ci_low", "ci_high")
+EVERY = dict(target="state", token_from="other", atom="all")
 HALF = "interval of the win rate (wider of the bootstraps by atom and by passage) above 0.5"
 REGISTER = "median cosine of register atoms to the native write above 0 (interval over atoms)"
 FLAT = "win rate less that of a flat SAE's top singular pair, middle cell, matched norm"
@@ -411,6 +433,13 @@ RULES: dict[str, Rule] = {
         "above",
         logit_r2("paper_fitted"),
     ),
+    "C2": Rule(
+        "the same at the token of rank 5",
+        "04_logit_shift",
+        0.9,
+        "above",
+        summary("logit_shift_ranks", "r2_median", "ci_low", "ci_high", predictor="paper_fitted", rank=5),
+    ),
     "C3": Rule(
         "sign of the shift is that of the paper's formula in more than half",
         "04_logit_shift",
@@ -420,6 +449,13 @@ RULES: dict[str, Rule] = {
     ),
     "I2": Rule(
         "inclusion rises for targets of native rank 101-1000 at 3x", "10_install", 0, "above", installed("middle")
+    ),
+    "I3": Rule(
+        "more than 1 in 100 targets ranked 101 to 1,000 come without an edit (interval by prompt)",
+        "10_install",
+        0.01,
+        "above",
+        native_inclusion,
     ),
     "I4": Rule("inclusion rises over all targets at 3x", "10_install", 0, "above", installed("all")),
     "I5": Rule("inclusion at 3x exceeds that at 6x", "10_install", 0, "above", saturation),
@@ -485,6 +521,62 @@ RULES: dict[str, Rule] = {
     "D1": Rule(
         "mean log sigma1/sigma2 of heads falls from the early to the late layer", "00_hosts", 0, "above", sigma_falls
     ),
+    "R11": Rule(
+        "deletion at all register firings of a passage costs less than 0.05 bits per token (interval over passages)",
+        "09_cache_edits",
+        0.05,
+        "below",
+        summary("register_erase_summary", "rise", "rise_low", "rise_high", target="state", condition="delete"),
+    ),
+    "R12": Rule(
+        "matched-norm random writes in their place cost more bits per token than deletion",
+        "09_cache_edits",
+        0,
+        "above",
+        summary("register_erase_summary", "excess", "excess_low", "excess_high", target="state", condition="random"),
+    ),
+    "H1": Rule(
+        "mean over the layer's heads of the win rate above 0.5 (bootstrap over heads)",
+        "11_multiverse",
+        0.5,
+        "above",
+        summary("heads_summary", "mean_win_rate", "ci_low", "ci_high", target="state", amplitude="coefficient"),
+    ),
+    "E1": Rule(
+        "median change of log p of the atoms' preferred tokens, found in other text, below 0 under deletion",
+        "09_cache_edits",
+        0,
+        "below",
+        summary("cache_erase_summary", *CHANGE, **EVERY, **{"where": "firing", "condition": "delete", "dose": 1.0}),
+    ),
+    "E2": Rule(
+        "no median change of the same when the atoms are added elsewhere at 4x",
+        "09_cache_edits",
+        0,
+        "equal",
+        summary("cache_erase_summary", *CHANGE, **EVERY, **{"where": "elsewhere", "condition": "add", "dose": 4.0}),
+    ),
+    "I1": Rule(
+        "the target's logit moves in the direction that the paper's formula says in more than half",
+        "09_cache_edits",
+        0.5,
+        "above",
+        summary("single_write_summary", "sign_agreement", "ci_low", "ci_high", direction="paper", predictor="paper"),
+    ),
+    "N1": Rule(
+        "more than 1 newline per 400 tokens at baseline (interval over prompts)",
+        "09_cache_edits",
+        1,
+        "above",
+        summary("newlines_summary", "newlines", "newlines_low", "newlines_high", role="baseline"),
+    ),
+    "N2": Rule(
+        "fewer newlines at 5x than at baseline, same prompts (interval over prompts)",
+        "09_cache_edits",
+        0,
+        "below",
+        summary("newlines_summary", "change", "change_low", "change_high", mode="offset", role="boundary", dose=5.0),
+    ),
 }
 TABLES = (
     "replacement",
@@ -493,6 +585,7 @@ TABLES = (
     "population_summary",
     "logit_shift",
     "logit_shift_summary",
+    "logit_shift_ranks",
     "install",
     "hosts",
     "cells",
@@ -504,6 +597,11 @@ TABLES = (
     "atom_match_shares",
     "population_axes",
     "population_by_cosine",
+    "cache_erase_summary",
+    "single_write_summary",
+    "newlines_summary",
+    "register_erase_summary",
+    "heads_summary",
 )
 
 
