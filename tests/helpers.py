@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 
@@ -12,3 +14,66 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str, tolera
     size = expected.norm().item()
     miss = (actual - expected).norm().item() / (size if size > 0 else 1.0)
     assert miss <= tolerance, f"{name}: relative error {miss:.2e} exceeds {tolerance:.0e} (expected norm {size:.3g})"
+
+
+class FakeHub:
+    """huggingface_hub's HTTP client answered from `repositories` (id -> file name -> bytes), with no network.
+
+    It has the revision main alone. `answers` (a part of a URL's path -> a response's keyword arguments, or an exception)
+    come first. requests: (method, path) of all that was asked; created, commits: bodies of the calls that write.
+    """
+
+    SHA = "a" * 40
+
+    def __init__(self, monkeypatch, cache, repositories, answers=None):
+        from huggingface_hub import constants
+        from huggingface_hub.utils import _http
+
+        self.repositories, self.answers = repositories, answers or {}
+        self.requests, self.created, self.commits = [], [], []
+        self.httpx = getattr(_http, "httpx2", None) or _http.httpx
+        client = self.httpx.Client(transport=self.httpx.MockTransport(self.answer), follow_redirects=True)
+        monkeypatch.setattr(_http, "_GLOBAL_CLIENT", client)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+
+    def answer(self, request):
+        path = request.url.path
+        self.requests.append((request.method, path))
+        for part, given in self.answers.items():
+            if part in path:
+                if isinstance(given, Exception):
+                    raise given
+                return self.httpx.Response(request=request, **given)
+        return self.httpx.Response(request=request, **self.respond(request, path))
+
+    def respond(self, request, path):
+        if path == "/api/repos/create":
+            self.created.append(json.loads(request.content))
+            return dict(status_code=200, json=dict(url="https://huggingface.co/someone/sae", name="someone/sae"))
+        if path == "/api/validate-yaml":
+            return dict(status_code=200, json=dict(warnings=[], errors=[]))
+        if "/preupload/" in path:
+            asked = json.loads(request.content)["files"]
+            files = [dict(path=x["path"], uploadMode="regular", shouldIgnore=False) for x in asked]
+            return dict(status_code=200, json=dict(files=files))
+        if "/commit/" in path:
+            self.commits.append(request.content)
+            return dict(
+                status_code=200, json=dict(commitUrl="https://huggingface.co/someone/sae/commit/b", commitOid="b")
+            )
+        name = "/".join(path.removeprefix("/api/models").strip("/").split("/")[:2])
+        if name not in self.repositories:
+            return dict(status_code=404, headers={"X-Error-Code": "RepoNotFound"})
+        rest, files = path.split(name, 1)[1].strip("/").split("/"), self.repositories[name]
+        if len(rest) > 1 and rest[1] not in ("main", self.SHA):
+            return dict(status_code=404, headers={"X-Error-Code": "RevisionNotFound"})
+        if rest[0] == "tree":
+            return dict(status_code=200, json=[dict(type="file", path=f, size=len(b), oid=f) for f, b in files.items()])
+        if rest[0] == "resolve":
+            content = files[rest[2]]
+            headers = {"ETag": f'"{rest[2]}"', "X-Repo-Commit": self.SHA, "Content-Length": str(len(content))}
+            return dict(status_code=200, headers=headers, content=b"" if request.method == "HEAD" else content)
+        siblings = [dict(rfilename=f) for f in files]
+        return dict(status_code=200, json=dict(id=name, sha=self.SHA, siblings=siblings, tags=[], private=False))

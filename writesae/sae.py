@@ -249,11 +249,13 @@ class SAEConfig(BaseModel):
     format_version: int = FORMAT_VERSION
 
 
-def save(sae: SAE, config: SAEConfig, stem: Path | str) -> None:
-    """Write `stem`.safetensors and then `stem`.json (the config, and the sha256 of the former), each atomically.
+def arguments(config: SAEConfig) -> dict[str, Any]:
+    """The arguments of SAE for what `config` describes."""
+    return config.model_dump(include={"n_atoms", "k", "d_k", "d_v", "encoder", "decoder"})
 
-    Raises ValueError when config and SAE disagree.
-    """
+
+def check_config(config: SAEConfig, sae: SAE) -> None:
+    """Raise ValueError when config and SAE disagree."""
     for name in ("n_atoms", "k", "d_k", "d_v"):
         if getattr(config, name) != getattr(sae, name):
             raise ValueError(f"The config says {name} = {getattr(config, name)}, the SAE has {getattr(sae, name)}.")
@@ -261,6 +263,14 @@ def save(sae: SAE, config: SAEConfig, stem: Path | str) -> None:
     if parts != (ENCODERS[config.encoder], DECODERS[config.decoder]):
         names = " + ".join(part.__name__ for part in parts)
         raise ValueError(f"The config says {config.encoder} + {config.decoder}, the SAE is {names}.")
+
+
+def save(sae: SAE, config: SAEConfig, stem: Path | str) -> None:
+    """Write `stem`.safetensors and then `stem`.json (the config, and the sha256 of the former), each atomically.
+
+    Raises ValueError when config and SAE disagree.
+    """
+    check_config(config, sae)
     weights, description = _paths(stem)
     tensors = {name: x.detach().cpu().contiguous() for name, x in sae.state_dict().items()}
     write_atomically(weights, lambda path: save_file(tensors, path))
@@ -277,19 +287,14 @@ def load(stem: Path | str, expect: dict[str, Any] | None = None) -> tuple[SAE, S
     weights, description = _paths(stem)
     try:
         content = json.loads(description.read_text())
-        version, checksum = content.get("format_version"), content.pop("sha256", None)
-    except (json.JSONDecodeError, AttributeError) as error:
+        checksum = content.pop("sha256", None)
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
         raise ValueError(f"{description} is damaged: it is not a JSON object ({error}).") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{description} has format version {version}, this code reads {FORMAT_VERSION}.")
-    try:
-        config = SAEConfig(**content)
-    except ValidationError as error:
-        raise ValueError(f"{description} does not describe an SAE: {error}") from error
-    _refuse_other(config, expect or {}, description)
+    config = read_config(content, description)
+    refuse_other(config, expect or {}, description)
     if _sha256(weights) != checksum:
         raise ValueError(f"{weights} is damaged or was cut short: its sha256 is not the one in {description.name}.")
-    sae = SAE(config.n_atoms, config.k, config.d_k, config.d_v, encoder=config.encoder, decoder=config.decoder)
+    sae = SAE(**arguments(config))
     try:
         sae.load_state_dict(load_file(weights))
     except RuntimeError as error:
@@ -297,7 +302,19 @@ def load(stem: Path | str, expect: dict[str, Any] | None = None) -> tuple[SAE, S
     return sae.requires_grad_(False), config
 
 
-def _refuse_other(config: SAEConfig, expect: dict[str, Any], path: Path) -> None:
+def read_config(content: dict[str, Any], path: Path) -> SAEConfig:
+    """The config that stands in the file `path`. Raises ValueError for another format version or other fields."""
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}.")
+    try:
+        return SAEConfig(**content)
+    except ValidationError as error:
+        raise ValueError(f"{path} does not describe an SAE: {error}") from error
+
+
+def refuse_other(config: SAEConfig, expect: dict[str, Any], path: Path) -> None:
+    """Raise ValueError where fields of the config are not the expected ones, or there is no such field."""
     unknown = expect.keys() - SAEConfig.model_fields.keys()
     if unknown:
         raise ValueError(f"A checkpoint has no field {', '.join(sorted(unknown))}.")
