@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,16 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str, tolera
     size = expected.norm().item()
     miss = (actual - expected).norm().item() / (size if size > 0 else 1.0)
     assert miss <= tolerance, f"{name}: relative error {miss:.2e} exceeds {tolerance:.0e} (expected norm {size:.3g})"
+
+
+class Malicious:
+    """Its pickle makes a file when it is executed."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
 
 
 class FakeHub:
@@ -29,10 +40,11 @@ class FakeHub:
         from huggingface_hub import constants
         from huggingface_hub.utils import _http
 
-        self.repositories, self.answers = repositories, answers or {}
+        self.root, self.repositories, self.answers = Path(cache).parent, repositories, answers or {}
         self.requests, self.created, self.commits = [], [], []
         self.httpx = getattr(_http, "httpx2", None) or _http.httpx
-        client = self.httpx.Client(transport=self.httpx.MockTransport(self.answer), follow_redirects=True)
+        transport, hooks = self.httpx.MockTransport(self.answer), {"request": [_http.hf_request_event_hook]}
+        client = self.httpx.Client(transport=transport, event_hooks=hooks, follow_redirects=True)
         monkeypatch.setattr(_http, "_GLOBAL_CLIENT", client)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

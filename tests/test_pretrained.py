@@ -138,6 +138,19 @@ def test_an_sae_of_the_hub_is_downloaded_and_then_in_the_cache(folder, monkeypat
     assert fetched == ["config.json", "model.safetensors"]
 
 
+def test_an_sae_that_is_nowhere_is_said_to_be_missing(monkeypatch, tmp_path):
+    hub = FakeHub(monkeypatch, tmp_path / "cache", {"someone/other": {"config.json": b"{}"}})
+    with pytest.raises(FileNotFoundError, match="no folder someone/sae, and no model of that name"):
+        PretrainedSAE.from_pretrained("someone/sae", cache_dir=tmp_path / "cache")
+    with pytest.raises(FileNotFoundError, match=r"someone/other holds no model\.safetensors"):
+        PretrainedSAE.from_pretrained("someone/other", cache_dir=tmp_path / "cache")
+    hub.answers["/"] = hub.httpx.ConnectError("no network")
+    with pytest.raises(
+        ConnectionError, match=r"cannot be reached: its config\.json, model\.safetensors would be downloaded"
+    ):
+        PretrainedSAE.from_pretrained("someone/sae", cache_dir=tmp_path / "cache")
+
+
 def test_an_sae_is_pushed_to_the_hub(monkeypatch, tmp_path):
     hub = FakeHub(monkeypatch, tmp_path / "cache", {})
     PretrainedSAE.of(sae_of(), config_of()).push_to_hub("someone/sae", token="hf_x")

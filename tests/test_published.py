@@ -6,7 +6,7 @@ import zipfile
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import Malicious, assert_close
 
 from writesae.pretrained import PretrainedSAE
 from writesae.published import KINDS, read_published
@@ -145,16 +145,6 @@ def test_other_tensors_are_refused(change, says, tmp_path):
 def test_other_configs_are_refused(change, given, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         read_published(written(tmp_path / "best.pt", config=config_of(**change)), "host", **given)
-
-
-class Malicious:
-    """Its pickle makes a file when it is executed."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
 
 
 def test_a_pickle_with_code_is_not_executed(tmp_path):

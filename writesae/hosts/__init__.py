@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError
 
+from writesae.hosts import mamba2_release
 from writesae.hosts.base import Host, Past, Record, Run
 from writesae.hosts.families import FAMILIES, module
+from writesae.hub import fetch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["Host", "Past", "Record", "Run", "load_host", "without_triton"]
 
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
+PICKLED_FILES = (*TOKENIZER_FILES, "pytorch_model*.bin")
 KERNEL_PACKAGES = ("fla", "mamba_ssm", "causal_conv1d")
 
 
@@ -23,48 +34,133 @@ def without_triton() -> None:
             sys.modules.setdefault(name, None)
 
 
-def load_host(name_or_path: str | Path, device: str | None = None, dtype: torch.dtype = torch.float32) -> Host:
-    """The adapter around a model and its tokenizer, from a folder or a hub id.
+def load_host(
+    name_or_path: str | Path,
+    device: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    revision: str | None = None,
+    tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+) -> Host:
+    """The adapter around a model and its tokenizer, from a folder or a hub id (at a `revision`).
 
-    Raises FileNotFoundError for a folder without config.json, ValueError for a bare .pth file, where no family has the
-    model's class, and where weights are missing (the tied-embedding trap of multimodal checkpoints included).
+    A folder is one of save_pretrained, or a Mamba-2 in its authors' own format. `tokenizer`: a tokenizer or its folder or
+    hub id, where the model's does not hold one.
+
+    Raises FileNotFoundError for a folder without config.json, weights or tokenizer; ValueError for a bare .pth file, where
+    no family has the model's class, where weights are missing (the tied-embedding trap of multimodal checkpoints
+    included), unexpected, misshapen or damaged, and where the tokenizer is another model's; for hub ids also what
+    `writesae.hub.fetch` raises.
     """
     without_triton()
-    import transformers
-
-    folder = Path(name_or_path)
-    if folder.suffix == ".pth":
+    if Path(name_or_path).suffix == ".pth":
         raise ValueError(
-            f"{folder} is one file of weights: save writesae.hosts.rwkv7_model.from_pth of it to a folder with "
+            f"{name_or_path} is one file of weights: save writesae.hosts.rwkv7_model.from_pth of it to a folder with "
             "save_pretrained, and put its tokenizer into the same folder."
         )
-    if folder.exists() and not (folder / "config.json").is_file():
+    folder = fetch(name_or_path, MODEL_FILES, revision)
+    if not any(folder.glob("*.safetensors")):  # older models have pickles alone
+        folder = fetch(name_or_path, PICKLED_FILES, revision)
+    settings = _settings(folder, name_or_path)
+    if mamba2_release.is_release(settings):
+        family, model = "mamba2", mamba2_release.from_release(folder, dtype)
+    else:
+        family, model = _model(folder, name_or_path, dtype)
+    tokenizer = _tokenizer(folder, name_or_path, tokenizer)
+    _check_tokenizer(tokenizer, model.config.vocab_size, name_or_path)
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return module(family).ADAPTER(model.to(chosen), tokenizer, host_name(Path(name_or_path)))
+
+
+def _settings(folder: Path, name: str | Path) -> dict:
+    path = folder / "config.json"
+    if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no config.json: give a model folder, or train the embedded hosts with `make hosts`."
+            f"{name} holds no config.json: give a model folder, or train the embedded hosts with `make hosts`."
         )
+    try:
+        return dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: it is not a JSON object ({error}).") from error
+
+
+def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, torch.nn.Module]:
+    """The family and the model of a folder in the library's format, every weight of it from the file."""
+    import transformers
+
     classes = {family: module(family).MODEL_CLASSES for family in FAMILIES}  # first: this registers RWKV-7's
-    config = transformers.AutoConfig.from_pretrained(name_or_path)
+    known = "; ".join(f"{', '.join(names)} ({family})" for family, names in classes.items())
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError) as error:
+        raise ValueError(
+            f"{name} is no model that transformers knows, and no host family has that class: {known}."
+        ) from error
     text = config.get_text_config()
-    text.tie_word_embeddings = config.tie_word_embeddings
     auto = transformers.AutoModelForCausalLM._model_mapping
     model_class = auto.get(type(text), None) or auto.get(type(config), None)
     class_name = getattr(model_class, "__name__", type(config).__name__)
-    for family in FAMILIES:
-        if class_name in classes[family]:
-            break
+    family = next((family for family in FAMILIES if class_name in classes[family]), None)
+    if family is None:
+        raise ValueError(f"{name} is a {class_name}, and no host family has that class: {known} are there.")
+    text.tie_word_embeddings |= config.tie_word_embeddings  # multimodal configs may say it at the top alone
+    try:
+        model, info = model_class.from_pretrained(
+            folder, config=text, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"The weights of {name} are damaged, or a pickle with code in it: {error}") from error
+    except OSError as error:
+        raise FileNotFoundError(f"{name} holds no weights, or not all of them: {error}") from error
+    _check_weights(model, info, name)
+    return family, model
+
+
+def _check_weights(model: torch.nn.Module, info: dict, name: str | Path) -> None:
+    """Raise ValueError unless the checkpoint has the model's weights, all of them and no others."""
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    missing = sorted(key for key in info["missing_keys"] if not (tied and key == "lm_head.weight"))
+    sizes = sorted(info["mismatched_keys"])
+    unexpected = sorted(info["unexpected_keys"])
+    if sizes:
+        key, has, wanted = sizes[0]
+        says = f"has {len(sizes)} weights of another size than its config says, first {key}: {list(has)}, not {list(wanted)}"
+    elif missing:
+        says = f"lacks {len(missing)} weights, first {missing[0]}"
+    elif unexpected:
+        says = f"has {len(unexpected)} weights that its class does not take, first {unexpected[0]}"
     else:
-        raise ValueError(
-            f"{name_or_path} is a {class_name}, and no host family has that class: {', '.join(FAMILIES)} are there."
+        return
+    raise ValueError(f"{name} {says}: it is damaged or of another model.")
+
+
+def _tokenizer(folder: Path, name: str | Path, given: str | Path | PreTrainedTokenizerBase | None):
+    import transformers
+
+    if given is not None and not isinstance(given, (str, Path)):
+        return given
+    place = folder if given is None else fetch(given, TOKENIZER_FILES)
+    if not any(path.match(p) for path in place.iterdir() for p in ("tokenizer*", "vocab*", "*.model")):
+        raise FileNotFoundError(
+            f"{given or name} holds no tokenizer: put its files there, or pass tokenizer= (the models that Mamba-2's authors "
+            f"released take {mamba2_release.TOKENIZER!r})."
         )
-    model, info = model_class.from_pretrained(name_or_path, config=text, dtype=dtype, output_loading_info=True)
-    missing = [key for key in info["missing_keys"] if not (text.tie_word_embeddings and key == "lm_head.weight")]
-    if missing:
+    try:
+        return transformers.AutoTokenizer.from_pretrained(place)
+    except (ValueError, OSError) as error:
         raise ValueError(
-            f"{name_or_path} lacks {len(missing)} weights, first {sorted(missing)[0]}: it is damaged or of another model."
+            f"The tokenizer of {given or name} cannot be read; pass another, tokenizer=: {error}"
+        ) from error
+
+
+def _check_tokenizer(tokenizer, vocabulary: int, name: str | Path) -> None:
+    """Raise ValueError for one that makes ids which the model does not have, or not half of those that it has: models
+    pad their vocabulary, but not to the double."""
+    count = 1 + max(tokenizer.get_vocab().values(), default=-1)
+    if not vocabulary / 2 <= count <= vocabulary:
+        raise ValueError(
+            f"The tokenizer has {count} ids, and {name} a vocabulary of {vocabulary}: it is another model's."
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return module(family).ADAPTER(model.to(chosen), tokenizer, host_name(folder))
 
 
 def host_name(folder: Path) -> str:
