@@ -32,6 +32,7 @@ class CellRule(Section):
 class HostSection(Section):
     path: str
     revision: str | None = None
+    tokenizer: str | None = None  # a folder or hub id, where the model's own holds none
     cells: dict[Place, CellRule]
     overrides: dict[Overridable, dict] = {}
 

@@ -40,8 +40,9 @@ class Suite:
         return next(iter(self.profile.hosts))
 
     def host(self, name: str) -> Host:
+        path, section = self.host_path(name), self.profile.hosts[name]
         with LOADING:
-            return _host(str(self.host_path(name)))
+            return _host(str(path), None if Path(path).exists() else section.revision, section.tokenizer)
 
     def host_path(self, name: str) -> str | Path:
         """The folder of an embedded host, else the hub id that the profile names."""
@@ -146,8 +147,8 @@ def threads(count: int) -> Iterator[None]:
 
 
 @lru_cache(maxsize=4)
-def _host(path: str) -> Host:
-    return load_host(path)
+def _host(path: str, revision: str | None, tokenizer: str | None) -> Host:
+    return load_host(path, revision=revision, tokenizer=tokenizer)
 
 
 def open_suite(profile: str = "mini") -> Suite:
