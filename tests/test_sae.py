@@ -1,5 +1,6 @@
 """writesae.sae: encoding and decoding against matrices, and checkpoints that refuse what they should."""
 
+import copy
 import json
 
 import pytest
@@ -10,7 +11,9 @@ from writesae import sae as sae_module
 from writesae.history import History
 from writesae.sae import SAE, SAEConfig, load, save
 
-PARTS = [("bilinear", "rank1"), ("bilinear", "flat"), ("dense", "rank1"), ("dense", "flat")]
+PARTS = [("bilinear", "rank1"), ("bilinear", "flat"), ("dense", "rank1"), ("dense", "flat"), ("tied", "rank1")]
+KINDS = [dict(encoder=a, decoder=b) for a, b in PARTS] + [dict(rank=2), dict(rank=3)]
+KINDS += [dict(activation=name) for name in ("batch_topk", "jumprelu", "gated")]
 N, K, D_K, D_V = 12, 3, 5, 7
 
 
@@ -20,9 +23,9 @@ def history_of(target: str) -> History:
     return History(torch.randn(3, 70, D_K).double(), torch.randn(3, 70, D_V).double(), log_decay)
 
 
-def sae_of(encoder: str = "bilinear", decoder: str = "rank1") -> SAE:
+def sae_of(**kind) -> SAE:
     torch.manual_seed(2)
-    sae = SAE(N, K, D_K, D_V, encoder=encoder, decoder=decoder)
+    sae = SAE(N, K, D_K, D_V, **kind)
     sae.mean.normal_()
     sae.scale.fill_(2.5)
     sae.encoder.bias.data.normal_(std=0.1)
@@ -35,20 +38,21 @@ def config_of(**changes) -> SAEConfig:
 
 
 @pytest.mark.parametrize("target", ["state", "write"])
-@pytest.mark.parametrize("parts", PARTS)
-def test_a_history_is_encoded_as_its_matrices_are(parts, target, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_history_is_encoded_as_its_matrices_are(kind, target, monkeypatch):
     monkeypatch.setattr(sae_module, "GROUP_ELEMENTS", 1)  # one window at a time
-    history, sae = history_of(target), sae_of(*parts).double()
+    history, sae = history_of(target), sae_of(**kind).double()
     got, wanted = sae.encode_history(history), sae.encode(history.steps())
-    assert torch.equal(got.indices, wanted.indices)
+    active = wanted.coefficients > 0
+    assert active.any() and torch.equal(got.indices[active], wanted.indices[active])
     assert_close(got.coefficients, wanted.coefficients, "coefficients", 1e-12)
     assert (got.coefficients[..., :-1] >= got.coefficients[..., 1:]).all(), "the largest coefficient comes first"
-    assert sae.factored == (parts == ("bilinear", "rank1"))
+    assert sae.factored == (sae.rank == 1 and sae.kind["encoder"] != "dense" and sae.kind["decoder"] == "rank1")
 
 
-@pytest.mark.parametrize("parts", PARTS)
-def test_encoding_and_decoding_by_their_definition(parts):
-    sae, x = sae_of(*parts).double(), torch.randn(D_K, D_V, dtype=torch.float64)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "activation" not in kind])
+def test_encoding_and_decoding_by_their_definition(kind):
+    sae, x = sae_of(**kind).double(), torch.randn(D_K, D_V, dtype=torch.float64)
     pre = [((x - sae.mean) / sae.scale * w).sum() + b for w, b in zip(sae.encoder.weight(), sae.encoder.bias)]
     top = torch.stack(pre).topk(K)
     indices, coefficients = sae.encode(x)
@@ -68,16 +72,18 @@ def test_coefficients_are_in_the_units_of_the_data():
     assert_close(coefficients[0], 40, "coefficient of an atom written 40 times", 1e-5)
 
 
-@pytest.mark.parametrize("parts", PARTS)
-def test_norms(parts):
-    sae = sae_of(*parts)
+@pytest.mark.parametrize("kind", [dict(encoder=a, decoder=b) for a, b in PARTS] + [dict(rank=2)])
+def test_norms(kind):
+    sae = sae_of(**kind)
     for parameter in sae.parameters():
         parameter.data.mul_(3)
     before = sae.encoder.weight().detach().clone()
     sae.normalise()
     assert_close(sae.decoder.weight().flatten(1).norm(dim=1), torch.ones(N), "norms of the atoms", 1e-6)
-    if parts[0] == "dense":
+    if sae.kind["encoder"] == "dense":
         assert torch.equal(sae.encoder.weight(), before), "a dense encoder is free"
+    elif sae.rank > 1:
+        assert_close(sae.encoder.weight().flatten(1).norm(dim=1), torch.ones(N), "norms of the filters", 1e-6)
     else:
         assert_close(sae.encoder.key.norm(dim=1), torch.ones(N), "encoder keys", 1e-6)
         assert_close(sae.encoder.value.norm(dim=1), torch.ones(N), "encoder values", 1e-6)
@@ -86,14 +92,38 @@ def test_norms(parts):
     assert_close(value.norm(dim=1), torch.ones(N), "unit values", 1e-6)
 
 
-def test_atoms_of_a_flat_decoder_are_the_nearest_rank_one():
-    sae = sae_of("dense", "flat").double()
+@pytest.mark.parametrize("kind", [dict(encoder="dense", decoder="flat"), dict(rank=2)])
+def test_atoms_of_another_decoder_are_the_nearest_rank_one(kind):
+    sae = sae_of(**kind).double()
     key, value = sae.atoms()
     reached = torch.einsum("nk,nkv,nv->n", key, sae.decoder.weight(), value)
     assert_close(reached, torch.linalg.matrix_norm(sae.decoder.weight(), 2), "top singular values", 1e-12)
 
 
-@pytest.mark.parametrize("arguments", [dict(encoder="bilinear?"), dict(decoder="rank2"), dict(k=0), dict(k=N + 1)])
+def test_atoms_of_rank_r_are_sums_of_r_outer_products():
+    sae = sae_of(rank=2)
+    expected = sum(sae.decoder.key[:, r, :, None] * sae.decoder.value[:, r, None] for r in range(2))
+    assert_close(sae.decoder.weight(), expected, "atoms", 1e-6)
+    assert torch.linalg.matrix_rank(sae.decoder.weight()).tolist() == [2] * N
+    assert torch.linalg.matrix_rank(sae.encoder.weight()).tolist() == [2] * N
+
+
+def test_a_tied_encoder_is_the_decoder_and_has_only_a_bias_of_its_own():
+    sae = sae_of(encoder="tied")
+    assert {name for name, _ in sae.named_parameters()} == {"encoder.bias", "decoder.key", "decoder.value"}
+    sae.decoder.key.data.normal_()
+    assert torch.equal(sae.encoder.weight(), sae.decoder.weight())
+    again = copy.deepcopy(sae)
+    again.decoder.key.data.normal_()
+    assert torch.equal(again.encoder.weight(), again.decoder.weight())
+    assert not torch.equal(again.decoder.key, sae.decoder.key)
+
+
+IMPOSSIBLE = [dict(encoder="bilinear?"), dict(decoder="rank2"), dict(activation="relu"), dict(k=0), dict(k=N + 1)]
+IMPOSSIBLE += [dict(encoder="tied", decoder="flat"), dict(rank=0), dict(rank=2, encoder="dense")]
+
+
+@pytest.mark.parametrize("arguments", IMPOSSIBLE)
 def test_impossible_saes_are_refused(arguments):
     with pytest.raises(ValueError, match="No SAE|k must lie"):
         SAE(N, arguments.pop("k", K), D_K, D_V, **arguments)
@@ -107,15 +137,28 @@ def test_matrices_of_another_shape_are_refused():
         sae_of().encode_history(swapped)
 
 
-@pytest.mark.parametrize(("encoder", "decoder"), PARTS)
-def test_save_and_load(encoder, decoder, tmp_path):
-    sae, config = sae_of(encoder, decoder), config_of(encoder=encoder, decoder=decoder)
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load(kind, tmp_path):
+    sae, config = sae_of(**kind), config_of(**kind)
     save(sae, config, tmp_path / "cell.1")
     again, read = load(tmp_path / "cell.1", expect=dict(host="toy", layer=3, head=1, target="state", d_k=D_K))
     assert read == config
     for name, x in sae.state_dict().items():
         assert torch.equal(again.state_dict()[name], x), name
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cell.1.json", "cell.1.safetensors"]
+    x = torch.randn(4, D_K, D_V)
+    for a, b in zip(again.encode(x), sae.encode(x)):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_from_before_activations_and_ranks_is_read(tmp_path):
+    sae = sae_of()
+    save(sae, config_of(), tmp_path / "sae")
+    content = json.loads((tmp_path / "sae.json").read_text())
+    del content["activation"], content["rank"]
+    (tmp_path / "sae.json").write_text(json.dumps(content))
+    again, config = load(tmp_path / "sae")
+    assert (config.activation, config.rank) == ("topk", 1) and torch.equal(again.decoder.key, sae.decoder.key)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +198,7 @@ def test_damaged_or_older_descriptions_are_refused(tmp_path):
     for bad, message in [
         (good | {"format_version": 0}, "format version 0, this code reads 1"),
         (good | {"k": 0}, "does not describe an SAE"),
+        (good | {"rank": 2, "encoder": "dense"}, "does not describe an SAE"),
         (good | {"d_k": D_K + 1}, "does not hold the tensors"),
         ([good], "not a JSON object"),
     ]:
@@ -170,7 +214,11 @@ def test_damaged_or_older_descriptions_are_refused(tmp_path):
 
 
 def test_a_config_of_another_sae_is_not_saved(tmp_path):
-    wrong = [(dict(k=4), "k = 4, the SAE has 3"), (dict(decoder="flat"), "bilinear \\+ flat, the SAE is")]
+    wrong = [(dict(k=4), "k = 4, the SAE has 3"), (dict(decoder="flat"), "decoder = flat, the SAE has rank1")]
+    wrong += [
+        (dict(activation="gated"), "activation = gated, the SAE has topk"),
+        (dict(rank=2), "rank = 2, the SAE has 1"),
+    ]
     for change, message in wrong:
         with pytest.raises(ValueError, match=message):
             save(sae_of(), config_of(**change), tmp_path / "sae")

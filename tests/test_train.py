@@ -1,5 +1,7 @@
 """writesae.train: the factored loss against the dense one, and what training promises."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,27 +40,37 @@ def planted() -> tuple[History, torch.Tensor, torch.Tensor]:
     return History(key[which], value[which] * size, torch.full((16, 64), -2.0)), key, value
 
 
+FACTORED = [dict(), dict(encoder="tied"), dict(activation="batch_topk"), dict(activation="jumprelu")]
+FACTORED += [dict(activation="gated"), dict(encoder="tied", activation="gated")]
+
+
+@pytest.mark.parametrize("kind", FACTORED)
 @pytest.mark.parametrize("k_aux", [2, 256])
 @pytest.mark.parametrize("looked_up", [False, True])
 @pytest.mark.parametrize("target", ["state", "write"])
-def test_factored_loss_and_gradients_are_those_of_the_dense_step(target, looked_up, k_aux):
+def test_factored_loss_and_gradients_are_those_of_the_dense_step(target, looked_up, k_aux, kind):
     torch.manual_seed(5)
     atoms, k = (12, 3) if looked_up else (150, 2)
     history = history_of(target, windows=3, dtype=torch.float64)
-    sae = SAE(atoms, k, D_K, D_V).double()
+    sae = SAE(atoms, k, D_K, D_V, **kind).double()
     assert (atoms * atoms <= 2 * 3 * 70 * k * k) == looked_up, "the case that this test is meant for"
     sae.mean.copy_(history.mean())
     sae.scale.fill_(3.0)
     sae.encoder.bias.data.normal_(std=0.1)
+    for parameter in sae.activation.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
     dead = torch.tensor([0, 3, 4, 11])
+    other, start = copy.deepcopy(sae), copy.deepcopy(sae)  # some rules adapt to every batch that they see
     got = factored_loss(sae, history, history.energy(sae.mean), dead, aux_weight=0.7, k_aux=k_aux)
-    wanted = dense_loss(sae, history.steps(), dead, aux_weight=0.7, k_aux=k_aux)
-    assert abs(wanted.total - wanted.fvu) > 1e-3, "the dead-atom loss takes part"
+    wanted = dense_loss(other, history.steps(), dead, aux_weight=0.7, k_aux=k_aux)
+    without = dense_loss(copy.deepcopy(start), history.steps(), aux_weight=0.7, k_aux=k_aux)
+    assert abs(wanted.total - without.total) > 1e-3, "the dead-atom loss takes part"
     for name in ("total", "fvu", "squared"):
         assert_close(getattr(got, name), getattr(wanted, name), name, 1e-11)
     assert torch.equal(got.indices.sort().values, wanted.indices.sort().values)
-    names, parameters = zip(*sae.named_parameters())
-    gradients = [torch.autograd.grad(loss.total, parameters) for loss in (got, wanted)]
+    assert (got.coefficients > 0).any()
+    names = [name for name, _ in sae.named_parameters()]
+    gradients = [torch.autograd.grad(loss.total, list(x.parameters())) for loss, x in ((got, sae), (wanted, other))]
     for name, a, b in zip(names, *gradients):
         assert_close(a, b, f"gradient of {name}", 1e-10)
 
@@ -75,6 +87,26 @@ def test_the_dense_loss_is_what_its_name_says():
     assert_close(loss.total, expected, "loss with silent atoms", 1e-12)
 
 
+@pytest.mark.parametrize("activation", ["batch_topk", "jumprelu", "gated"])
+def test_what_a_sparsity_rule_adds_to_the_loss(activation):
+    """By a loop over tokens and atoms, with the atoms held fixed where they must be."""
+    torch.manual_seed(6)
+    sae, states = SAE(6, 2, D_K, D_V, activation=activation).double(), torch.randn(3, 4, D_K, D_V).double()
+    sae.requires_grad_(False)
+    loss, pre = dense_loss(sae, states), sae.encoder.dense(states)
+    expected = loss.fvu + sae.activation.penalty(pre)
+    if activation == "gated":
+        for x, p in zip(states.flatten(0, 1), pre.flatten(0, 1)):
+            alone = sum(max(c.item(), 0) * atom for c, atom in zip(p, sae.decoder.weight()))
+            expected = expected + (x - alone).square().sum() / 12
+    assert_close(loss.total, expected, "total", 1e-12)
+    assert (loss.total > loss.fvu) == (activation != "batch_topk")
+    sae.requires_grad_(True)
+    sae.activation.coefficients = lambda pre, bias: torch.zeros_like(pre)  # the gate's own task remains
+    by_atoms = torch.autograd.grad(dense_loss(sae, states).total, sae.decoder.key, allow_unused=True)[0]
+    assert by_atoms is None or not by_atoms.any(), "the gate does not move the atoms"
+
+
 @pytest.mark.parametrize("dead", [None, torch.tensor([], dtype=torch.int64)])
 def test_without_silent_atoms_there_is_no_dead_atom_loss(dead):
     history, sae = history_of(), SAE(6, 2, D_K, D_V)
@@ -82,10 +114,14 @@ def test_without_silent_atoms_there_is_no_dead_atom_loss(dead):
         assert loss.total.item() == loss.fvu.item()
 
 
-@pytest.mark.parametrize("parts", [("bilinear", "rank1"), ("dense", "flat"), ("dense", "rank1"), ("bilinear", "flat")])
-def test_training_lowers_the_fvu_and_keeps_the_norms(parts):
+KINDS = [dict(), dict(encoder="dense", decoder="flat"), dict(encoder="dense"), dict(decoder="flat")]
+KINDS += [dict(encoder="tied"), dict(rank=2), *(dict(activation=x) for x in ("batch_topk", "jumprelu", "gated"))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_lowers_the_fvu_and_keeps_the_norms(kind):
     history, validation = history_of()[:6], history_of()[6:]
-    settings = settings_of(encoder=parts[0], decoder=parts[1], tokens=100 * 140)
+    settings = settings_of(**kind, tokens=100 * 140)
     sae, record = train(history, settings, progress=False, validation=validation)
     assert (record.steps, record.tokens) == (100, 100 * 140) and record.seconds > 0
     assert record.fvu[0][0] == 1 and record.fvu[-1][0] == 100
@@ -99,7 +135,9 @@ def test_training_lowers_the_fvu_and_keeps_the_norms(parts):
     assert_close(sae.mean, history.steps().mean((0, 1)), "mean", 1e-5)
     assert_close(sae.scale**2, (history.steps() - sae.mean).square().sum((2, 3)).mean(), "scale squared", 1e-5)
     assert_close(sae.decoder.weight().flatten(1).norm(dim=1), torch.ones(16), "norms of the atoms", 1e-6)
-    if parts[0] == "bilinear":
+    if "activation" in kind:
+        assert 1.5 < (coefficients > 0).sum(-1).double().mean() < 4.5, "about k = 3 atoms a token"
+    if settings.encoder == "bilinear" and settings.rank == 1:
         assert_close(sae.encoder.key.norm(dim=1), torch.ones(16), "norms of the encoder's keys", 1e-6)
         assert_close(sae.encoder.value.norm(dim=1), torch.ones(16), "norms of the encoder's values", 1e-6)
 
@@ -119,9 +157,10 @@ def test_planted_atoms_are_found(monkeypatch):
     assert record.validation_fvu < 0.05
 
 
+@pytest.mark.parametrize("kind", [dict(), *KINDS[4:]])
 @pytest.mark.parametrize("stop", [1, 21])
-def test_a_killed_run_goes_on_to_the_same_result(stop, tmp_path, monkeypatch):
-    history, settings = history_of(), settings_of(n_atoms=40, k=1, dead_after=2, aux_weight=0.5)
+def test_a_killed_run_goes_on_to_the_same_result(stop, kind, tmp_path, monkeypatch):
+    history, settings = history_of(), settings_of(**kind, n_atoms=40, k=1, dead_after=2, aux_weight=0.5)
     wanted, record = train(history, settings, progress=False)
     real = train_module.learning_rate
 
@@ -213,7 +252,28 @@ def test_learning_rate_warms_up_and_falls_to_its_end():
     assert rates[-1] == pytest.approx(1e-3) and all(a > b for a, b in zip(rates[5:], rates[6:]))
 
 
+def test_resampled_atoms_of_rank_r_are_the_r_top_pairs_of_residuals():
+    matrices = torch.randn(5, D_K, D_V, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    key, value = train_module.top_singular_pairs(matrices, 2)
+    left, size, right = torch.linalg.svd(matrices, full_matrices=False)
+    best = sum(size[:, r, None, None] * left[:, :, r, None] * right[:, r, None] for r in range(2))
+    expected = best / best.flatten(1).norm(dim=1)[:, None, None]
+    assert_close(key.transpose(1, 2) @ value, expected, "nearest matrices of rank 2, of unit norm", 1e-12)
+    run = train_module._Run.start(history_of(), settings_of(rank=2))
+    run.advance()
+    run.resample(torch.tensor([2, 9]))
+    assert_close(run.sae.decoder.weight()[[2, 9]].flatten(1).norm(dim=1), torch.ones(2), "norms", 1e-5)
+    assert torch.equal(run.sae.encoder.key[[2, 9]], run.sae.decoder.key[[2, 9]])
+
+
+def test_variants_are_named():
+    named = [dict(), dict(decoder="flat"), dict(encoder="tied", activation="gated"), dict(rank=2)]
+    wanted = ["bilinear+rank1", "bilinear+flat", "tied+rank1+gated", "bilinear+rank2"]
+    assert [settings_of(**kind).variant for kind in named] == wanted
+
+
 IMPOSSIBLE = [dict(k=17), dict(lr=1e-4), dict(tokens=0), dict(momentum=0.9), dict(decoder="rank2")]
+IMPOSSIBLE += [dict(encoder="tied", decoder="flat"), dict(rank=2, decoder="flat"), dict(activation="relu")]
 
 
 @pytest.mark.parametrize("change", IMPOSSIBLE)

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from writesae.artifacts import ROOT
+from writesae.sae import check_parts
 from writesae.train import TrainingSettings
 
 Target = Literal["state", "write"]
@@ -16,7 +17,7 @@ Definition = Literal["added", "effective"]
 Place = Literal["early", "middle", "late"]
 Scope = Literal["write", "cache"]
 Overridable = Literal[
-    "saes", "replacement", "logit_shift", "population", "atoms", "install", "cache_edits", "multiverse"
+    "saes", "replacement", "logit_shift", "population", "atoms", "install", "cache_edits", "multiverse", "ablations"
 ]
 
 
@@ -148,6 +149,40 @@ class Multiverse(Section):
     permutations: PositiveInt
 
 
+class Variant(Section):
+    encoder: str = "bilinear"
+    decoder: str = "rank1"
+    activation: str = "topk"
+    rank: PositiveInt = 1
+    targets: list[Target] = ["state"]
+    places: list[Place] = ["middle"]
+
+    @model_validator(mode="after")
+    def _exists(self) -> Variant:
+        check_parts(**self.parts())
+        return self
+
+    def parts(self) -> dict:
+        """What it changes in the settings of the training."""
+        return dict(encoder=self.encoder, decoder=self.decoder, activation=self.activation, rank=self.rank)
+
+
+class Selectivity(Section):
+    windows: PositiveInt
+    firings: PositiveInt
+    tops: list[PositiveInt]
+
+
+class Ablations(Section):
+    firings: int = Field(ge=0)
+    training: TrainingSettings
+    training_windows: int = Field(gt=8)
+    variants: list[Variant]
+    windows: PositiveInt
+    selectivity: Selectivity
+    bootstrap: PositiveInt
+
+
 class Install(Section):
     place: Place
     prompts: PositiveInt
@@ -175,6 +210,7 @@ class Profile(Section):
     install: Install
     cache_edits: CacheEdits
     multiverse: Multiverse
+    ablations: Ablations
 
     @model_validator(mode="after")
     def _overrides_fit(self) -> Profile:

@@ -1,10 +1,13 @@
 """Sparse autoencoders of matrices: an encoder and a decoder put together, and their checkpoints.
 
 Table 10 of the paper lists the variants; here each is an encoder and a decoder: FlatSAE is dense + flat, MatrixSAE
-dense + rank1, BilinearSAE bilinear + rank1, BilinearSAE (flat decoder) bilinear + flat.
+dense + rank1, BilinearSAE bilinear + rank1, BilinearSAE (tied) tied + rank1, BilinearSAE (flat decoder) bilinear + flat.
 Data are centred and divided by one number first, x = (X - mean) / scale, so that the mean of ||x||_F^2 is 1:
 
     p_i = enc_key_i^T x enc_value_i + bias_i        c = ReLU(TopK_k(p))        xhat = sum_i c_i dec_key_i dec_value_i^T
+
+Other rules than TopK are in writesae.activations. With rank r > 1 (App. F.3) an atom is a sum of r outer products, and
+so is the filter of a bilinear encoder.
 
 What leaves this module is in raw units: a coefficient is c_i * scale, so that coefficient * unit atom adds to a state.
 Table 10 has no encoder bias; ours starts at zero and is learnt.
@@ -15,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,18 +26,12 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from writesae.activations import ACTIVATIONS, Active
 from writesae.artifacts import write_atomically
 from writesae.history import History
 
 FORMAT_VERSION = 1
 GROUP_ELEMENTS = 2**24  # numbers held at once when a whole history is encoded
-
-
-class TopK(NamedTuple):
-    """The k largest pre-activations of a token after ReLU, largest first."""
-
-    indices: Tensor  # [..., k] int64
-    coefficients: Tensor  # [..., k], 0 where the pre-activation was not positive
 
 
 class _Factors(nn.Module):
@@ -61,6 +58,32 @@ class _Factors(nn.Module):
         self.key[rows], self.value[rows] = key.to(self.key), value.to(self.value)
 
 
+class _LowRank(nn.Module):
+    """n matrices sum_r key_ir value_ir^T of a higher rank."""
+
+    def __init__(self, n_atoms: int, d_k: int, d_v: int, rank: int) -> None:
+        super().__init__()
+        self.key = nn.Parameter(torch.randn(n_atoms, rank, d_k))
+        self.value = nn.Parameter(torch.randn(n_atoms, rank, d_v))
+        self.normalise()
+
+    def weight(self) -> Tensor:
+        """The matrices themselves, [n, d_k, d_v]."""
+        return self.key.transpose(1, 2) @ self.value
+
+    @torch.no_grad()
+    def normalise(self) -> None:
+        """Matrices of unit Frobenius norm."""
+        size = self.weight().flatten(1).norm(dim=1).clamp_min(1e-12).sqrt()[:, None, None]
+        for factor in (self.key, self.value):
+            factor.div_(size)
+
+    @torch.no_grad()
+    def assign(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
+        """Make the matrices `rows` [m] equal sum_r key_r value_r^T: key [m, rank, d_k], value [m, rank, d_v]."""
+        self.key[rows], self.value[rows] = key.to(self.key), value.to(self.value)
+
+
 class _Matrices(nn.Module):
     """n matrices without structure."""
 
@@ -81,6 +104,8 @@ class _Matrices(nn.Module):
 class _Encoder:
     """What encoders add to their matrices: the bias, and the pre-activations of matrices."""
 
+    factored = False  # whether its filters are key_i value_i^T, so that a history is encoded without its states
+
     def dense(self, x: Tensor) -> Tensor:
         """<weight_i, x> + bias_i for x [..., d_k, d_v] -> [..., n]."""
         return F.linear(x.flatten(-2), self.weight().flatten(1), self.bias)
@@ -93,8 +118,47 @@ class _Encoder:
 class BilinearEncoder(_Encoder, _Factors):
     """The paper's matched filter: key [n, d_k], value [n, d_v], bias [n]."""
 
+    factored = True
+
     def __init__(self, n_atoms: int, d_k: int, d_v: int) -> None:
         super().__init__(n_atoms, d_k, d_v)
+        self.bias = nn.Parameter(torch.zeros(n_atoms))
+
+
+class TiedEncoder(_Encoder, nn.Module):
+    """The decoder's own atoms as matched filters; bias [n]. What changes the atoms changes the filters."""
+
+    factored = True
+
+    def __init__(self, decoder: RankOneDecoder) -> None:
+        super().__init__()
+        object.__setattr__(self, "decoder", decoder)  # not a submodule: the parameters are the decoder's
+        self.bias = nn.Parameter(torch.zeros(len(decoder.key)))
+
+    @property
+    def key(self) -> Tensor:
+        return self.decoder.key
+
+    @property
+    def value(self) -> Tensor:
+        return self.decoder.value
+
+    def weight(self) -> Tensor:
+        """The matrices themselves, [n, d_k, d_v]."""
+        return self.decoder.weight()
+
+    def normalise(self) -> None:
+        """Nothing: the decoder does."""
+
+    def assign(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
+        """Nothing: the decoder does."""
+
+
+class LowRankEncoder(_Encoder, _LowRank):
+    """Matched filters of a higher rank: key [n, rank, d_k], value [n, rank, d_v], bias [n]."""
+
+    def __init__(self, n_atoms: int, d_k: int, d_v: int, rank: int) -> None:
+        super().__init__(n_atoms, d_k, d_v, rank)
         self.bias = nn.Parameter(torch.zeros(n_atoms))
 
 
@@ -118,8 +182,8 @@ class RankOneDecoder(_Factors):
         return (key * coefficients[..., None]).transpose(-1, -2) @ value
 
 
-class FlatDecoder(_Matrices):
-    """Atoms without structure: matrix [n, d_k, d_v]."""
+class _WholeDecoder:
+    """Decoding with the atoms multiplied out."""
 
     def dense(self, indices: Tensor, coefficients: Tensor) -> Tensor:
         """sum_j coefficients_j atom_indices_j for [..., k] -> [..., d_k, d_v]."""
@@ -127,40 +191,78 @@ class FlatDecoder(_Matrices):
         spread = coefficients.new_zeros(*indices.shape[:-1], len(weight)).scatter(-1, indices, coefficients)
         return (spread @ weight.flatten(1)).unflatten(-1, weight.shape[1:])
 
+
+class LowRankDecoder(_WholeDecoder, _LowRank):
+    """Atoms of a higher rank: key [n, rank, d_k], value [n, rank, d_v]."""
+
+
+class FlatDecoder(_WholeDecoder, _Matrices):
+    """Atoms without structure: matrix [n, d_k, d_v]."""
+
     @torch.no_grad()
     def normalise(self) -> None:
         """Atoms of unit Frobenius norm (Table 10)."""
         self.matrix.div_(self.matrix.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None])
 
 
-ENCODERS = {"bilinear": BilinearEncoder, "dense": DenseEncoder}
+ENCODERS = {"bilinear": BilinearEncoder, "dense": DenseEncoder, "tied": TiedEncoder}
 DECODERS = {"rank1": RankOneDecoder, "flat": FlatDecoder}
 
 
-class SAE(nn.Module):
-    """A TopK sparse autoencoder of [d_k, d_v] matrices; buffers mean [d_k, d_v] and scale (a scalar), fp32.
+def check_parts(encoder: str, decoder: str, activation: str, rank: int) -> None:
+    """Raises ValueError, in one sentence, for parts that do not exist or do not fit together."""
+    if encoder not in ENCODERS or decoder not in DECODERS:
+        raise ValueError(f"No SAE {encoder} + {decoder}: encoders {list(ENCODERS)}, decoders {list(DECODERS)}.")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"No SAE with the activation {activation}: choose one of {list(ACTIVATIONS)}.")
+    if encoder == "tied" and decoder != "rank1":
+        raise ValueError(f"No SAE tied + {decoder}: a tied encoder takes the atoms of a rank1 decoder.")
+    if rank < 1 or rank > 1 and (encoder, decoder) != ("bilinear", "rank1"):
+        raise ValueError(f"No SAE {encoder} + {decoder} of rank {rank}: above 1 only bilinear + rank1 has one.")
 
-    Raises ValueError on an unknown part and on k outside 1..n_atoms.
+
+class SAE(nn.Module):
+    """A sparse autoencoder of [d_k, d_v] matrices; buffers mean [d_k, d_v] and scale (a scalar), fp32.
+
+    rank: outer products in an atom and in a filter, for bilinear + rank1 (the decoder's name notwithstanding). k: active
+    atoms of a token; with an activation other than topk, on average. slots: how many atoms an encoded token names.
+    Raises ValueError on an unknown part, on parts that do not fit together, and on k outside 1..n_atoms.
     """
 
     def __init__(
-        self, n_atoms: int, k: int, d_k: int, d_v: int, *, encoder: str = "bilinear", decoder: str = "rank1"
+        self,
+        n_atoms: int,
+        k: int,
+        d_k: int,
+        d_v: int,
+        *,
+        encoder: str = "bilinear",
+        decoder: str = "rank1",
+        activation: str = "topk",
+        rank: int = 1,
     ) -> None:
         super().__init__()
-        if encoder not in ENCODERS or decoder not in DECODERS:
-            raise ValueError(f"No SAE {encoder} + {decoder}: encoders {list(ENCODERS)}, decoders {list(DECODERS)}.")
+        check_parts(encoder, decoder, activation, rank)
         if not 1 <= k <= n_atoms:
             raise ValueError(f"k must lie between 1 and n_atoms = {n_atoms}, not {k}.")
-        self.k, self.n_atoms, self.d_k, self.d_v = k, n_atoms, d_k, d_v
-        self.encoder = ENCODERS[encoder](n_atoms, d_k, d_v)
-        self.decoder = DECODERS[decoder](n_atoms, d_k, d_v)
+        self.k, self.n_atoms, self.d_k, self.d_v, self.rank = k, n_atoms, d_k, d_v, rank
+        self.kind = dict(encoder=encoder, decoder=decoder, activation=activation, rank=rank)
+        if rank > 1:
+            self.encoder, self.decoder = (part(n_atoms, d_k, d_v, rank) for part in (LowRankEncoder, LowRankDecoder))
+        elif encoder == "tied":
+            self.decoder = RankOneDecoder(n_atoms, d_k, d_v)
+            self.encoder = TiedEncoder(self.decoder)
+        else:
+            self.encoder = ENCODERS[encoder](n_atoms, d_k, d_v)
+            self.decoder = DECODERS[decoder](n_atoms, d_k, d_v)
+        self.activation = ACTIVATIONS[activation](n_atoms, k)
         self.register_buffer("mean", torch.zeros(d_k, d_v))
         self.register_buffer("scale", torch.ones(()))
 
     @property
     def factored(self) -> bool:
         """Whether encoding, decoding and training need no states."""
-        return isinstance(self.encoder, BilinearEncoder) and isinstance(self.decoder, RankOneDecoder)
+        return self.encoder.factored and isinstance(self.decoder, RankOneDecoder)
 
     def normalise(self) -> None:
         """The norm constraints of Table 10, on both parts."""
@@ -176,51 +278,50 @@ class SAE(nn.Module):
         key = part.key / self.scale
         return history.read(key, part.value) + (bias - ((key @ self.mean) * part.value).sum(-1))
 
-    def select(self, pre: Tensor, ordered: bool = True) -> TopK:
-        """TopK then ReLU of pre-activations [..., n], in scaled units; gradients reach the chosen ones only."""
-        indices = pre.detach().topk(self.k, dim=-1, sorted=ordered).indices
-        return TopK(indices, pre.gather(-1, indices).relu())
+    def select(self, pre: Tensor, ordered: bool = True) -> Active:
+        """The active atoms of pre-activations [..., n], in scaled units."""
+        return self.activation(pre, self.encoder.bias, ordered)
 
     @torch.no_grad()
-    def encode(self, matrices: Tensor) -> TopK:
-        """Matrices [..., d_k, d_v] -> indices and raw coefficients [..., k]. Raises ValueError on another shape."""
+    def encode(self, matrices: Tensor) -> Active:
+        """Matrices [..., d_k, d_v] -> indices and raw coefficients [..., slots]. Raises ValueError on another shape."""
         if matrices.shape[-2:] != (self.d_k, self.d_v):
             raise ValueError(f"This SAE takes matrices [..., {self.d_k}, {self.d_v}], not {tuple(matrices.shape)}.")
         return self._raw(self.encoder.dense(self.standardise(matrices)))
 
     @torch.no_grad()
-    def encode_history(self, history: History) -> TopK:
-        """Every X_t of a history -> indices and raw coefficients [N, T, k]; a bilinear encoder forms no state."""
+    def encode_history(self, history: History) -> Active:
+        """Every X_t of a history -> indices and raw coefficients [N, T, slots]; a bilinear encoder forms no state."""
         if (history.d_k, history.d_v) != (self.d_k, self.d_v):
             raise ValueError(f"This SAE takes {self.d_k} x {self.d_v} matrices, not {history.d_k} x {history.d_v}.")
         parts = [self._encode_group(group) for group in history.groups(self.group_size(history))]
-        return TopK(*(torch.cat(x) for x in zip(*parts)))
+        return Active(*(torch.cat(x) for x in zip(*parts)))
 
-    def _encode_group(self, history: History) -> TopK:
-        if isinstance(self.encoder, BilinearEncoder):
+    def _encode_group(self, history: History) -> Active:
+        if self.encoder.factored:
             return self._raw(self.overlaps(self.encoder, history, self.encoder.bias))
         return self.encode(history.steps())
 
     def group_size(self, history: History) -> int:
         """How many windows to work on at once so that about GROUP_ELEMENTS numbers are held."""
-        factored = isinstance(self.encoder, BilinearEncoder) and history.factored
+        factored = self.encoder.factored and history.factored
         per_token = self.n_atoms if factored else self.n_atoms + self.d_k * self.d_v
         return max(1, GROUP_ELEMENTS // (per_token * history.shape[1]))
 
-    def _raw(self, pre: Tensor) -> TopK:
+    def _raw(self, pre: Tensor) -> Active:
         indices, coefficients = self.select(pre)
-        return TopK(indices, coefficients * self.scale)
+        return Active(indices, coefficients * self.scale)
 
     @torch.no_grad()
     def decode(self, indices: Tensor, coefficients: Tensor) -> Tensor:
-        """Indices and raw coefficients [..., k] -> reconstructed X [..., d_k, d_v], the mean included."""
+        """Indices and raw coefficients [..., slots] -> reconstructed X [..., d_k, d_v], the mean included."""
         return self.mean + self.decoder.dense(indices, coefficients)
 
     @torch.no_grad()
     def atoms(self) -> tuple[Tensor, Tensor]:
         """Unit key [n, d_k] and unit value [n, d_v] of every atom.
 
-        For a flat decoder these are the top singular pair of each atom: the paper's baseline "flat SAE + SVD".
+        For other decoders these are the top singular pair of each atom: the paper's baseline "flat SAE + SVD".
         """
         if isinstance(self.decoder, RankOneDecoder):
             return F.normalize(self.decoder.key, dim=-1), F.normalize(self.decoder.value, dim=-1)
@@ -238,8 +339,10 @@ class SAEConfig(BaseModel):
     head: int
     target: Literal["state", "write"]
     write: Literal["added", "effective"]
-    encoder: Literal["bilinear", "dense"]
+    encoder: Literal["bilinear", "dense", "tied"]
     decoder: Literal["rank1", "flat"]
+    activation: Literal["topk", "batch_topk", "jumprelu", "gated"] = "topk"
+    rank: PositiveInt = 1
     n_atoms: PositiveInt
     k: PositiveInt
     d_k: PositiveInt
@@ -251,7 +354,7 @@ class SAEConfig(BaseModel):
 
 def arguments(config: SAEConfig) -> dict[str, Any]:
     """The arguments of SAE for what `config` describes."""
-    return config.model_dump(include={"n_atoms", "k", "d_k", "d_v", "encoder", "decoder"})
+    return config.model_dump(include={"n_atoms", "k", "d_k", "d_v", "encoder", "decoder", "activation", "rank"})
 
 
 def check_config(config: SAEConfig, sae: SAE) -> None:
@@ -259,10 +362,9 @@ def check_config(config: SAEConfig, sae: SAE) -> None:
     for name in ("n_atoms", "k", "d_k", "d_v"):
         if getattr(config, name) != getattr(sae, name):
             raise ValueError(f"The config says {name} = {getattr(config, name)}, the SAE has {getattr(sae, name)}.")
-    parts = type(sae.encoder), type(sae.decoder)
-    if parts != (ENCODERS[config.encoder], DECODERS[config.decoder]):
-        names = " + ".join(part.__name__ for part in parts)
-        raise ValueError(f"The config says {config.encoder} + {config.decoder}, the SAE is {names}.")
+    for name, value in sae.kind.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"The config says {name} = {getattr(config, name)}, the SAE has {value}.")
 
 
 def save(sae: SAE, config: SAEConfig, stem: Path | str) -> None:
@@ -294,7 +396,10 @@ def load(stem: Path | str, expect: dict[str, Any] | None = None) -> tuple[SAE, S
     refuse_other(config, expect or {}, description)
     if _sha256(weights) != checksum:
         raise ValueError(f"{weights} is damaged or was cut short: its sha256 is not the one in {description.name}.")
-    sae = SAE(**arguments(config))
+    try:
+        sae = SAE(**arguments(config))
+    except ValueError as error:
+        raise ValueError(f"{description} does not describe an SAE: {error}") from error
     try:
         sae.load_state_dict(load_file(weights))
     except RuntimeError as error:

@@ -1,6 +1,6 @@
 """Training sparse autoencoders of a cell's history by the paper's recipe (its App. D), without forming states.
 
-For a bilinear encoder and a rank-1 decoder the squared error of a token needs no d_k x d_v matrix. With
+For a bilinear or tied encoder and a rank-1 decoder the squared error of a token needs no d_k x d_v matrix. With
 x = (X - mean) / scale, atoms v_i w_i^T, coefficients c and G_ij = (v_i . v_j)(w_i . w_j),
 
     ||x - sum_i c_i v_i w_i^T||^2 = ||x||^2 - 2 sum_i c_i <v_i w_i^T, x> + c^T G c.
@@ -8,7 +8,7 @@ x = (X - mean) / scale, atoms v_i w_i^T, coefficients c and G_ij = (v_i . v_j)(w
 Its mean over tokens is the fraction of variance unexplained (FVU), because the mean of ||x||^2 is 1. The dead-atom loss
 follows Gao et al. 2024 (Scaling and evaluating sparse autoencoders, App. A.2): what is left, e = x - xhat, is
 reconstructed by atoms that have long been silent. Every other pair of parts takes the dense path: the
-same losses, on states.
+same losses, on states. What a sparsity rule adds to the loss is in writesae.activations.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from writesae.artifacts import write_atomically
 from writesae.history import History
-from writesae.sae import SAE, RankOneDecoder
+from writesae.sae import SAE, RankOneDecoder, check_parts
 
 CHECKPOINT_SECONDS = 60.0
 RESAMPLE_UNTIL = 0.8  # of all steps
@@ -39,6 +39,7 @@ RESAMPLE_BATCHES = 4  # batches from whose worst tokens silent atoms are restart
 POWER_ITERATIONS = 20
 INIT_NOISE = 0.2  # norm of the noise on the unit factors of the tokens that atoms start from
 CURVE_POINTS = 200
+START_WINDOWS = 4  # in which sparsity rules with thresholds count active atoms before training
 
 
 class TrainingSettings(BaseModel):
@@ -48,8 +49,10 @@ class TrainingSettings(BaseModel):
 
     n_atoms: PositiveInt
     k: PositiveInt
-    encoder: Literal["bilinear", "dense"] = "bilinear"
+    encoder: Literal["bilinear", "dense", "tied"] = "bilinear"
     decoder: Literal["rank1", "flat"] = "rank1"
+    activation: Literal["topk", "batch_topk", "jumprelu", "gated"] = "topk"
+    rank: PositiveInt = Field(1, description="outer products in an atom and in a filter, for bilinear + rank1")
     tokens: PositiveInt = Field(description="training tokens seen in all, rounded up to whole batches")
     batch_windows: PositiveInt
     lr: PositiveFloat = Field(3e-4, description="peak learning rate of Adam")
@@ -68,7 +71,19 @@ class TrainingSettings(BaseModel):
             raise ValueError(f"k = {self.k} exceeds n_atoms = {self.n_atoms}")
         if self.final_lr > self.lr:
             raise ValueError(f"final_lr = {self.final_lr} exceeds lr = {self.lr}")
+        check_parts(**self.kind)
         return self
+
+    @property
+    def kind(self) -> dict[str, str | int]:
+        """Which SAE: encoder, decoder, activation and rank, as SAE and SAEConfig take them."""
+        return dict(encoder=self.encoder, decoder=self.decoder, activation=self.activation, rank=self.rank)
+
+    @property
+    def variant(self) -> str:
+        """Its name in tables: encoder+decoder, and +activation where it is not topk."""
+        decoder = self.decoder if self.rank == 1 else f"rank{self.rank}"
+        return "+".join([self.encoder, decoder] + [self.activation] * (self.activation != "topk"))
 
     def steps(self, window_tokens: int) -> int:
         """Steps of batch_windows windows of `window_tokens` tokens."""
@@ -81,8 +96,8 @@ class Loss(NamedTuple):
     total: Tensor  # scalar
     fvu: Tensor  # scalar
     squared: Tensor  # [N, T], ||x - xhat||^2
-    indices: Tensor  # [N, T, k]
-    coefficients: Tensor  # [N, T, k]
+    indices: Tensor  # [N, T, slots]
+    coefficients: Tensor  # [N, T, slots]
 
 
 @dataclass
@@ -102,7 +117,7 @@ class TrainingRecord:
 def factored_loss(
     sae: SAE, history: History, energy: Tensor, dead: Tensor | None = None, aux_weight: float = 1e-2, k_aux: int = 256
 ) -> Loss:
-    """The loss of a bilinear + rank-1 SAE on every token, without states.
+    """The loss of a bilinear or tied + rank-1 SAE on every token, without states.
 
     energy [N, T] is history.energy(sae.mean), in raw units; dead [D] int64 are the silent atoms (None or empty: no
     dead-atom loss).
@@ -111,22 +126,41 @@ def factored_loss(
     pre = sae.overlaps(encoder, history, encoder.bias)
     indices, coefficients = sae.select(pre, ordered=False)
     overlaps = sae.overlaps(decoder, history)
-    cross = (coefficients * overlaps.gather(-1, indices)).sum(-1)
-    gram = _active_gram(decoder, indices)
-    squared = energy / sae.scale**2 - 2 * cross + ((gram * coefficients[..., None, :]).sum(-1) * coefficients).sum(-1)
+    scaled = energy / sae.scale**2
+    if sae.activation.every:
+        squared = _squared_error(scaled, overlaps, coefficients, _gram(decoder))
+    else:
+        cross = (coefficients * overlaps.gather(-1, indices)).sum(-1)
+        gram = _active_gram(decoder, indices)
+        squared = scaled - 2 * cross + ((gram * coefficients[..., None, :]).sum(-1) * coefficients).sum(-1)
     fvu = total = squared.mean()
+    if sae.activation.every:
+        total = fvu + sae.activation.penalty(pre)
+        gate = sae.activation.gate(pre)
+        if gate is not None:
+            total = total + _squared_error(scaled, overlaps.detach(), gate, _gram(decoder).detach()).mean()
     if dead is not None and len(dead) and aux_weight > 0:
         firing = top_positive(pre.index_select(-1, dead), k_aux)
         left = overlaps.index_select(-1, dead) - _explained(sae, indices, coefficients, dead)
-        total = fvu + aux_weight * _dead_loss(sae, squared.detach(), left, firing, dead)
+        total = total + aux_weight * _dead_loss(sae, squared.detach(), left, firing, dead)
     return Loss(total, fvu.detach(), squared.detach(), indices, coefficients.detach())
+
+
+def _squared_error(energy: Tensor, overlaps: Tensor, coefficients: Tensor, gram: Tensor) -> Tensor:
+    """||x - sum_i c_i atom_i||^2, [N, T], from energy ||x||^2, overlaps <atom_i, x>, c [N, T, n] and G [n, n]."""
+    return energy - 2 * (coefficients * overlaps).sum(-1) + ((coefficients @ gram) * coefficients).sum(-1)
+
+
+def _gram(decoder: RankOneDecoder) -> Tensor:
+    """G, [n, n]."""
+    return (decoder.key @ decoder.key.T) * (decoder.value @ decoder.value.T)
 
 
 def _active_gram(decoder: RankOneDecoder, indices: Tensor) -> Tensor:
     """G among the active atoms of every token, [N, T, k, k]: looked up in the table of all pairs if that is small."""
     atoms, k = len(decoder.key), indices.shape[-1]
     if atoms * atoms <= 2 * indices.numel() * k:
-        table = (decoder.key @ decoder.key.T) * (decoder.value @ decoder.value.T)
+        table = _gram(decoder)
         pairs = indices[..., :, None] * atoms + indices[..., None, :]
         return table.flatten().index_select(0, pairs.flatten()).view(pairs.shape)
     key, value = F.embedding(indices, decoder.key), F.embedding(indices, decoder.value)
@@ -157,11 +191,16 @@ def dense_loss(
     indices, coefficients = sae.select(pre, ordered=False)
     error = x - sae.decoder.dense(indices, coefficients)
     squared = error.square().sum((-1, -2))
-    fvu = total = squared.mean()
+    fvu = squared.mean()
+    total = fvu + sae.activation.penalty(pre)
+    gate = sae.activation.gate(pre)
+    if gate is not None:
+        again = (gate @ sae.decoder.weight().detach().flatten(1)).view_as(x)
+        total = total + (x - again).square().sum((-1, -2)).mean()
     if dead is not None and len(dead) and aux_weight > 0:
         firing = top_positive(pre.index_select(-1, dead), k_aux)
         again = (firing @ sae.decoder.weight()[dead].flatten(1)).view_as(x)
-        total = fvu + aux_weight * (error.detach() - again).square().sum((-1, -2)).mean()
+        total = total + aux_weight * (error.detach() - again).square().sum((-1, -2)).mean()
     return Loss(total, fvu.detach(), squared.detach(), indices, coefficients.detach())
 
 
@@ -235,16 +274,32 @@ def train(
     return run.sae, record
 
 
+class Tokens(NamedTuple):
+    """An SAE on every token of some windows, in raw units."""
+
+    squared: Tensor  # [N, T] fp64, ||X - Xhat||^2
+    energy: Tensor  # [N, T], ||X - mean||^2, with the SAE's own mean
+    indices: Tensor  # [N, T, slots]
+    coefficients: Tensor  # [N, T, slots], in no order
+
+
 @torch.no_grad()
-def evaluate(sae: SAE, history: History) -> tuple[float, int]:
-    """(FVU, atoms that fire) on every token of a history; the variance is taken about the SAE's own mean."""
-    error, variance, fired = 0.0, 0.0, torch.zeros(sae.n_atoms, dtype=torch.bool)
+def by_group(sae: SAE, history: History) -> Iterator[Tokens]:
+    """The errors and the active atoms of a history, some windows at a time, in order."""
     for group in history.groups(sae.group_size(history)):
         energy = group.energy(sae.mean)
         loss = _loss(sae, group, energy)
-        error += loss.squared.double().sum().item() * sae.scale.item() ** 2
-        variance += energy.double().sum().item()
-        fired[loss.indices[loss.coefficients > 0].cpu()] = True
+        squared = loss.squared.double() * sae.scale.item() ** 2
+        yield Tokens(squared, energy, loss.indices, loss.coefficients * sae.scale)
+
+
+def evaluate(sae: SAE, history: History) -> tuple[float, int]:
+    """(FVU, atoms that fire) on every token of a history; the variance is taken about the SAE's own mean."""
+    error, variance, fired = 0.0, 0.0, torch.zeros(sae.n_atoms, dtype=torch.bool)
+    for tokens in by_group(sae, history):
+        error += tokens.squared.sum().item()
+        variance += tokens.energy.double().sum().item()
+        fired[tokens.indices[tokens.coefficients > 0].cpu()] = True
     return error / variance, int(fired.sum())
 
 
@@ -271,9 +326,7 @@ class _Run:
 
     @classmethod
     def start(cls, history: History, settings: TrainingSettings) -> _Run:
-        sae = SAE(
-            settings.n_atoms, settings.k, history.d_k, history.d_v, encoder=settings.encoder, decoder=settings.decoder
-        ).to(history.key)
+        sae = SAE(settings.n_atoms, settings.k, history.d_k, history.d_v, **settings.kind).to(history.key)
         sae.mean.copy_(history.mean())
         energy = history.energy(sae.mean)
         sae.scale.copy_(energy.double().mean().sqrt())
@@ -317,10 +370,13 @@ class _Run:
         windows = torch.randperm(len(self.history), generator=generator)[:count]
         residuals = _worst_residuals(self.sae, self.history[windows], self.energy[windows], len(dead), generator)
         dead = dead[: len(residuals)]
-        key, value = top_singular_pair(residuals)
+        key, value = (
+            top_singular_pair(residuals) if self.sae.rank == 1 else top_singular_pairs(residuals, self.sae.rank)
+        )
         for part in (self.sae.encoder, self.sae.decoder):
             part.assign(dead, key, value)
         self.sae.encoder.clear_bias(dead)
+        self.sae.activation.restart(dead, self.sae.encoder.bias)
         for state in self.optimiser.state.values():
             state["exp_avg"][dead] = 0
             state["exp_avg_sq"][dead] = 0
@@ -368,21 +424,29 @@ class _Run:
 def initialise(sae: SAE, history: History, seed: int) -> None:
     """Start atom i at the unit factors of a random token's write plus noise; the encoder starts as the decoder.
 
-    Atoms then point where the data lie, so few are dead from the start; the noise keeps repeated tokens apart.
+    Atoms then point where the data lie, so few are dead from the start; the noise keeps repeated tokens apart. An atom
+    of rank r starts as the sum of r tokens' writes. Sparsity rules with thresholds set them on a few windows.
     """
     generator = _generator(seed, "initialise")
     windows, tokens = history.shape
-    window = torch.randint(windows, (sae.n_atoms,), generator=generator)
-    position = torch.randint(tokens, (sae.n_atoms,), generator=generator)
+    window = torch.randint(windows, (sae.n_atoms * sae.rank,), generator=generator)
+    position = torch.randint(tokens, (sae.n_atoms * sae.rank,), generator=generator)
     factors = []
     for x in (history.key, history.value):
         chosen = F.normalize(x[window, position], dim=-1)
         noise = torch.randn(chosen.shape, generator=generator).to(chosen) * INIT_NOISE / chosen.shape[-1] ** 0.5
         factors.append(F.normalize(chosen + noise, dim=-1))
+    if sae.rank > 1:
+        factors = [x.unflatten(0, (sae.n_atoms, sae.rank)) for x in factors]
     rows = torch.arange(sae.n_atoms, device=history.key.device)
     for part in (sae.encoder, sae.decoder):
         part.assign(rows, *factors)
     sae.encoder.clear_bias(rows)
+    if sae.rank > 1:
+        sae.normalise()
+    if sae.activation.every:
+        few = history[torch.randperm(windows, generator=generator)[:START_WINDOWS]]
+        sae.activation.start(sae.encoder.dense(sae.standardise(few.steps())), sae.encoder.bias)
 
 
 def _worst_residuals(sae: SAE, history: History, energy: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -410,6 +474,14 @@ def top_singular_pair(matrices: Tensor) -> tuple[Tensor, Tensor]:
         left = F.normalize((matrices @ right[..., None]).squeeze(-1), dim=-1)
         right = F.normalize((left[:, None] @ matrices).squeeze(1), dim=-1)
     return left, right
+
+
+def top_singular_pairs(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`rank` leading singular pairs of [m, d_k, d_v], each times the root of its share of their energy: key
+    [m, rank, d_k], value [m, rank, d_v] with sum_r key_r value_r^T of unit Frobenius norm."""
+    left, size, right = torch.linalg.svd(matrices, full_matrices=False)
+    weight = F.normalize(size[:, :rank], dim=-1).sqrt()[..., None]
+    return left[:, :, :rank].transpose(1, 2) * weight, right[:, :rank] * weight
 
 
 def _curve(values: Tensor) -> list[tuple[int, float]]:

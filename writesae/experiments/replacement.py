@@ -13,6 +13,7 @@ condition also the loss on the token after it; of the native run, deletion and a
 | resampled       | the native write of another position                                       |
 | native_rescaled | the native write itself, at the atom's norm                                |
 | flat_svd        | the top singular pair of a flat SAE's reconstruction of the state (App. F.4; not with target "write") |
+| whole_atom      | the firing's atom as it is, where it is not rank 1: its "atom" is the top singular pair (only on request) |
 
 amplitude "coefficient": the atom and its controls have the atom's own coefficient as their norm (the reconstruction
 its own); "matched_norm": all have the Frobenius norm of the native write. flat_svd takes the same norms as the atom.
@@ -33,7 +34,7 @@ from writesae.harvest import Windows, harvest, history
 from writesae.history import History
 from writesae.hosts import Host, Run
 from writesae.recurrence import Factors
-from writesae.sae import SAE
+from writesae.sae import SAE, RankOneDecoder
 from writesae.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, wilson
 from writesae.suite import Suite
 from writesae.train import top_singular_pair
@@ -100,6 +101,9 @@ def replacements(subject: Subject, firings: pd.DataFrame, factors: Factors, rows
     if subject.flat is not None:
         seen = subject.flat.encode(subject.states.matrices(window, position))
         put_in["flat_svd"] = rank_one(*top_singular_pair(subject.flat.decode(*seen)))
+    if not isinstance(subject.sae.decoder, RankOneDecoder):
+        whole = subject.sae.decoder.weight()[atom].detach()
+        put_in["whole_atom"] = full_rank(whole / whole.flatten(1).norm(dim=1)[:, None, None])
     return put_in
 
 
@@ -147,6 +151,8 @@ def replace(
     amplitude and scope, ordered by scope, amplitude, firing. Losses are read on the token that the next one predicts."""
     if subject.flat is None:
         conditions = tuple(name for name in conditions if name != "flat_svd")
+    if isinstance(subject.sae.decoder, RankOneDecoder):
+        conditions = tuple(name for name in conditions if name != "whole_atom")
     at_once = max(1, batch_rows // (len(scopes) * len(AMPLITUDES) * len(conditions)))
     pieces = [
         _replace(host, run, subject, firings.iloc[i : i + at_once], seed, conditions, scopes)
@@ -170,7 +176,7 @@ def _replace(host, run, subject, firings, seed, conditions, scopes) -> pd.DataFr
         [name for name in conditions if name in members]
         for members in (
             ("atom", "random", "resampled", "native_rescaled", "flat_svd"),
-            ("reconstruction", "mean_write"),
+            ("reconstruction", "mean_write", "whole_atom"),
         )
     ]
     take_out = key[:, None], -write[:, None]

@@ -151,14 +151,14 @@ def train_one(suite, host, role, cell, target, settings: TrainingSettings, facto
     data, validation = (history(x, target, write) for x in (factors, checking))
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     trained, record = train(data, settings, progress=False, checkpoint=checkpoint, validation=validation)
-    shape = dict(encoder=settings.encoder, decoder=settings.decoder, n_atoms=settings.n_atoms, k=settings.k)
+    shape = settings.kind | dict(n_atoms=settings.n_atoms, k=settings.k)
     place = dict(host=host, layer=cell[0], head=cell[1])
     config = sae.SAEConfig(**place, target=target, write=write, **shape, d_k=data.d_k, d_v=data.d_v, seed=settings.seed)
     sae.save(trained, config, stem)
     checkpoint.unlink(missing_ok=True)
     return place | dict(
         role=role,
-        variant=f"{settings.encoder}+{settings.decoder}",
+        variant=settings.variant,
         target=target,
         seed=settings.seed,
         n_atoms=settings.n_atoms,
