@@ -86,9 +86,13 @@ def role(variant: str) -> str:
 
 
 def asked(suite: Suite) -> dict[str, Ablations]:
-    """The hosts that the profile asks, with their settings. Raises ValueError where it asks none."""
+    """The hosts that the profile asks, with their settings. Raises ValueError where it asks none, or a cell that is not there."""
     sections = {name: suite.profile.section("ablations", name) for name in suite.profile.hosts}
     found = {name: own for name, own in sections.items() if own.firings}
+    for name, own in found.items():
+        lacking = {place for one in own.variants for place in one.places} - set(suite.profile.hosts[name].cells)
+        if lacking:
+            raise ValueError(f"ablations.variants asks for {', '.join(sorted(lacking))}, and {name} has no such cell.")
     if not found:
         raise ValueError("ablations.firings is 0 for every host of this profile: give it a number for one of them.")
     return found
@@ -234,6 +238,18 @@ def resampled(statistic: Callable[[np.ndarray], float], clusters, resamples: int
     return cluster_bootstrap(rows, clusters, lambda drawn: statistic(drawn.astype(int)), resamples, seed)
 
 
+def difference(a: pd.Series, b: pd.Series, clusters: tuple, resamples: int, seed: int) -> Interval:
+    """The bootstrap interval of mean(a) - mean(b), whole clusters of each drawn on their own."""
+    generator, means = np.random.default_rng(seed), []
+    for values, labels in zip((a, b), clusters, strict=True):
+        _, codes = np.unique(labels, return_inverse=True)
+        count = codes.max() + 1
+        draws = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
+        means.append((draws @ np.bincount(codes, weights=values)) / (draws @ np.bincount(codes)))
+    low, high = np.quantile(means[0] - means[1], [0.025, 0.975])
+    return Interval(float(low), float(high))
+
+
 def fvu(windows: pd.DataFrame) -> Callable[[np.ndarray], float]:
     """The fraction of variance unexplained, of row numbers of a table of windows."""
     squared, energy = windows.squared.to_numpy(), windows.energy.to_numpy()
@@ -271,8 +287,7 @@ def wins(firings: pd.DataFrame, resamples: int, seed: int) -> dict:
     """Share of firings at which the atom beats deletion, and where there is one the whole atom of a higher rank."""
     win = firings.kl_atom < firings.kl_delete
     low, high = wilson(int(win.sum()), len(win))
-    several = firings.atom.nunique() > 1
-    boot = cluster_bootstrap(win, firings.atom, resamples=resamples, seed=seed) if several else atoms.UNKNOWN
+    boot = cluster_bootstrap(win, firings.atom, resamples=resamples, seed=seed)
     found = dict(win_rate=win.mean(), ci_low=low, ci_high=high, boot_low=boot.low, boot_high=boot.high)
     found |= dict(win_random=(firings.kl_random < firings.kl_delete).mean())
     if "kl_whole_atom" in firings and firings.kl_whole_atom.notna().all():
@@ -308,7 +323,7 @@ def contrasts(windows: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed
             tried = [_of(firings, where | dict(variant=name)) for name in (variant, REFERENCE)]
             for amplitude in AMPLITUDES:
                 pair = [x[x.amplitude == amplitude] for x in tried]
-                if all(x.atom.nunique() > 1 for x in pair):
+                if all(len(x) for x in pair):
                     rows.append(line | _win_contrast(*pair, amplitude, resamples, seed))
     return pd.DataFrame(rows)
 
@@ -321,17 +336,11 @@ def _dead_contrast(a: pd.Series, b: pd.Series) -> dict:
 
 
 def _win_contrast(a: pd.DataFrame, b: pd.DataFrame, amplitude: str, resamples: int, seed: int) -> dict:
-    both = pd.concat([a, b], ignore_index=True)
-    win, ours = (both.kl_atom < both.kl_delete).to_numpy(), np.arange(len(both)) < len(a)
-
-    def difference(rows: np.ndarray) -> float:
-        return win[rows[ours[rows]]].mean() - win[rows[~ours[rows]]].mean()
-
-    atom = np.where(ours, "a", "b").astype(object) + both.atom.astype(str)
-    by = [resampled(difference, clusters, resamples, seed) for clusters in (both.passage, atom)]
-    value, quantity = difference(np.arange(len(both))), f"win_rate_{amplitude}"
+    wins = [x.kl_atom < x.kl_delete for x in (a, b)]
+    by = [difference(*wins, (a[name], b[name]), resamples, seed) for name in ("passage", "atom")]
     interval = dict(ci_low=min(x.low for x in by), ci_high=max(x.high for x in by))
-    return dict(quantity=quantity, value=value, **interval, n=len(both))
+    value = wins[0].mean() - wins[1].mean()
+    return dict(quantity=f"win_rate_{amplitude}", value=value, **interval, n=len(a) + len(b))
 
 
 def tables(suite: Suite, windows, classes, firings) -> tuple[pd.DataFrame, pd.DataFrame]:
