@@ -131,8 +131,7 @@ def factored_loss(
         squared = _squared_error(scaled, overlaps, coefficients, _gram(decoder))
     else:
         cross = (coefficients * overlaps.gather(-1, indices)).sum(-1)
-        gram = _active_gram(decoder, indices)
-        squared = scaled - 2 * cross + ((gram * coefficients[..., None, :]).sum(-1) * coefficients).sum(-1)
+        squared = scaled - 2 * cross + _quadratic(decoder, indices, coefficients)
     fvu = total = squared.mean()
     if sae.activation.every:
         total = fvu + sae.activation.penalty(pre)
@@ -156,23 +155,46 @@ def _gram(decoder: RankOneDecoder) -> Tensor:
     return (decoder.key @ decoder.key.T) * (decoder.value @ decoder.value.T)
 
 
-def _active_gram(decoder: RankOneDecoder, indices: Tensor) -> Tensor:
-    """G among the active atoms of every token, [N, T, k, k]: looked up in the table of all pairs if that is small."""
+def _quadratic(decoder: RankOneDecoder, indices: Tensor, coefficients: Tensor) -> Tensor:
+    """c^T G c of every token's active atoms, [N, T]; G is looked up in the table of all pairs if that is small."""
     atoms, k = len(decoder.key), indices.shape[-1]
     if atoms * atoms <= 2 * indices.numel() * k:
         table = _gram(decoder)
         pairs = indices[..., :, None] * atoms + indices[..., None, :]
-        return table.flatten().index_select(0, pairs.flatten()).view(pairs.shape)
-    key, value = F.embedding(indices, decoder.key), F.embedding(indices, decoder.value)
-    return (key @ key.transpose(-1, -2)) * (value @ value.transpose(-1, -2))
+        gram = table.flatten().index_select(0, pairs.flatten()).view(pairs.shape)
+        return ((gram * coefficients[..., None, :]).sum(-1) * coefficients).sum(-1)
+    key, value = (F.embedding(indices.flatten(0, -2), factor) for factor in (decoder.key, decoder.value))
+    return _Quadratic.apply(coefficients.flatten(0, -2), key, value).view(indices.shape[:-1])
+
+
+class _Quadratic(torch.autograd.Function):
+    """c^T ((K K^T) * (V V^T)) c for c [B, k], K [B, k, d_k], V [B, k, d_v] -> [B].
+
+    The products are symmetric, so one matrix product gives each gradient where autograd needs two and a sum.
+    """
+
+    @staticmethod
+    def forward(ctx, c: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        of_keys, of_values = key @ key.mT, value @ value.mT
+        product = ((of_keys * of_values) @ c[..., None]).squeeze(-1)
+        ctx.save_for_backward(c, key, value, of_keys, of_values, product)
+        return (product * c).sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        c, key, value, of_keys, of_values, product = ctx.saved_tensors
+        grad = 2 * grad[..., None]
+        outer = (grad * c)[..., :, None] * c[..., None, :]
+        return grad * product, (outer * of_values) @ key, (outer * of_keys) @ value
 
 
 def _explained(sae: SAE, indices: Tensor, coefficients: Tensor, dead: Tensor) -> Tensor:
-    """<xhat, atom_j> for the silent atoms j, [N, T, D]; xhat is held constant."""
+    """<xhat, atom_j> for the silent atoms j, [N, T, D]: k rows of G a token; xhat is held constant."""
     key, value = sae.decoder.key, sae.decoder.value
     gram = (key.detach() @ key[dead].T) * (value.detach() @ value[dead].T)
-    spread = coefficients.new_zeros(*indices.shape[:-1], sae.n_atoms).scatter(-1, indices, coefficients.detach())
-    return spread @ gram
+    weights = coefficients.detach().flatten(0, -2)
+    summed = F.embedding_bag(indices.flatten(0, -2), gram, per_sample_weights=weights, mode="sum")
+    return summed.view(*indices.shape[:-1], len(dead))
 
 
 def _dead_loss(sae: SAE, squared: Tensor, left: Tensor, firing: Tensor, dead: Tensor) -> Tensor:
