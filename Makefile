@@ -22,7 +22,7 @@ FOLDERS := notebooks $(patsubst %/,%,$(sort $(dir $(wildcard writesae/*.py write
 SOURCES := $(wildcard notebooks/*.ipynb writesae/*.py writesae/*/*.py)
 RECIPES := $(wildcard models/*/recipe.yaml)
 
-.PHONY: help env all figures test test-unit test-notebooks test-reference lint hosts lab clean always $(NAMES)
+.PHONY: help env all figures test test-unit test-notebooks test-reference lint bench hosts lab clean always $(NAMES)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s%s\n", $$1, $$2}' Makefile
@@ -68,6 +68,9 @@ lint: $(ENV)  ## check style and format with ruff
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
+bench: $(ENV)  ## measure speed, memory and storage (a quarter of an hour; BENCH=--quick only sees that it runs)
+	$(PY) benchmarks/run.py $(BENCH)
+
 hosts: $(ENV)  ## train the embedded hosts again, each from its recipe (hours; resumable)
 	for recipe in $(RECIPES); do $(PY) -m writesae.host_training $$(dirname $$recipe) || exit 1; done
 
@@ -78,7 +81,7 @@ clean:  ## remove build/ (intermediate files, stamps); results and figures stay
 	rm -rf build
 
 # What needs the notebooks' dependencies: everything but the goals named here.
-ifneq ($(filter-out help env test test-% lint hosts lab clean,$(or $(MAKECMDGOALS),help)),)
+ifneq ($(filter-out help env test test-% lint bench hosts lab clean,$(or $(MAKECMDGOALS),help)),)
 ifeq ($(wildcard profiles/$(PROFILE).yaml),)
 $(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif

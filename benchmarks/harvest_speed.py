@@ -1,0 +1,69 @@
+"""Harvest against the plain forward of the same model, every embedded host: `python benchmarks/harvest_speed.py`.
+
+Both take the same windows of random tokens in the same batches. The harvest keeps the factors of all heads of a layer;
+the last recurrent layer needs nearly the whole model, the middle one half of it. The forward is the library's own, with
+logits, on a CPU with its reference operators; `without head` is its body alone, nearer to what a harvest has to do.
+RWKV-7 is not in the library: its forward is that of writesae.hosts.rwkv7_model, which has no body of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+from common import Case, Comparison, main
+
+from writesae.artifacts import ROOT
+from writesae.harvest import harvest
+from writesae.hosts import Host, load_host
+
+FOLDERS = ("gated_deltanet", "mamba2", "rwkv7")
+load = lru_cache(load_host)
+
+
+def windows(host: Host, count: int, length: int) -> torch.Tensor:
+    """Random tokens [count, length] of the host's vocabulary."""
+    return torch.randint(host.vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
+
+
+def harvesting(folder: str, place: str, count: int, length: int, batch: int) -> Callable[[], None]:
+    """The harvest of all heads of the last or the middle recurrent layer."""
+    host = load(ROOT / "models" / folder)
+    layers = host.recurrent_layers
+    layer = layers[-1] if place == "last" else layers[len(layers) // 2]
+    cells, tokens = [(layer, head) for head in range(host.heads)], windows(host, count, length)
+    return lambda: harvest(host, tokens, cells, batch, progress=False) and None
+
+
+def forward(folder: str, head: bool, count: int, length: int, batch: int) -> Callable[[], None]:
+    """The library's forward of the same windows."""
+    host = load(ROOT / "models" / folder)
+    model, tokens = host.model if head else host.model.base_model, windows(host, count, length)
+
+    @torch.no_grad()
+    def run() -> None:
+        for rows in tokens.split(batch):
+            model(input_ids=rows.to(host.device), use_cache=False)
+
+    return run
+
+
+def comparisons(quick: bool) -> list[Comparison]:
+    size = dict(count=2, length=32, batch=2) if quick else dict(count=32, length=256, batch=16)
+    amount, found = size["count"] * size["length"], []
+    for folder in FOLDERS:
+        makes = {
+            "harvest, last layer": partial(harvesting, folder, "last", **size),
+            "harvest, middle layer": partial(harvesting, folder, "middle", **size),
+            "forward": partial(forward, folder, True, **size),
+        }
+        if folder != "rwkv7":
+            makes["forward without head"] = partial(forward, folder, False, **size)
+        cases = [Case(name, make, amount) for name, make in makes.items()]
+        found.append(Comparison(dict(unit="token", host=folder, **size), cases))
+    return found
+
+
+if __name__ == "__main__":
+    main("harvest_speed", comparisons)

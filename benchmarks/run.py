@@ -1,0 +1,13 @@
+"""All benchmarks, each in a process of its own, and the figure: `make bench`, or `python benchmarks/run.py --quick`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ORDER = ("storage", "training_step", "harvest_speed", "replacement", "closed_form", "figure")
+
+for name in ORDER:
+    print(f"== {name}", flush=True)
+    subprocess.run([sys.executable, Path(__file__).with_name(f"{name}.py"), *sys.argv[1:]], check=True)

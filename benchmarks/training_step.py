@@ -1,0 +1,132 @@
+"""The factored training step against steps on stored states: `python benchmarks/training_step.py`.
+
+All do a whole step on the same tokens: pre-activations, top-k, reconstruction, dead-atom loss, gradient, Adam.
+
+- factored: writesae.train, a step as `train` takes it;
+- plain: the paper's recipe (Sec. 2, App. D, Table 10) written down: bilinear encoder by einsum over states, decoder over
+  all atoms;
+- dense: `dense_loss`, the project's own path for states, which is better than the recipe (the encoder is one matrix
+  product, the decoder sees active atoms only).
+
+States wait in memory: reading them from disk, which the paper's pipeline also does, is left out. Steps on states go
+through them in parts of 256, the paper's batch, whose gradients are added up: all at once takes longer, and more memory.
+The learning rate is so small that nothing moves, and every call of every case must give the same loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from common import Case, Comparison, device, main
+from torch import Tensor
+
+from writesae.history import History
+from writesae.train import TrainingSettings, _Run, dense_loss
+
+SIZES = dict(sides=(64, 128, 256), n_atoms=2048, k=32, windows=4, tokens=256, silent=300)
+QUICK = dict(sides=(8, 16, 32), n_atoms=64, k=4, windows=2, tokens=64, silent=12)
+AUX_WEIGHT, K_AUX, PART = 1e-2, 256, 256
+TOLERANCE = 1e-4
+
+
+def plain_loss(x: Tensor, parameters: list[Tensor], k: int, dead: Tensor) -> Tensor:
+    """The paper's loss on centred and scaled states x [B, d_k, d_v]. parameters: encoder key, value, bias; decoder key, value."""
+    enc_key, enc_value, bias, dec_key, dec_value = parameters
+    pre = torch.einsum("nk,bkv,nv->bn", enc_key, x, enc_value) + bias
+    error = x - torch.einsum("bn,nk,nv->bkv", top(pre, k), dec_key, dec_value)
+    again = torch.einsum("bn,nk,nv->bkv", top(pre[:, dead], min(K_AUX, len(dead))), dec_key[dead], dec_value[dead])
+    dead_loss = (error.detach() - again).square().sum((1, 2)).mean()
+    return error.square().sum((1, 2)).mean() + AUX_WEIGHT * dead_loss
+
+
+def top(pre: Tensor, k: int) -> Tensor:
+    """ReLU of the k largest of [B, n], zero elsewhere."""
+    values, indices = pre.topk(k, dim=-1)
+    return torch.zeros_like(pre).scatter(-1, indices, values.relu())
+
+
+def new_run(side: int, n_atoms: int, k: int, windows: int, tokens: int, silent: int) -> _Run:
+    """A training run on a random history in which the first `silent` atoms count as dead."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(windows, tokens, side, generator=generator) for _ in range(2))
+    log_decay = -0.1 * torch.rand(windows, tokens, generator=generator)
+    history = History(*(x.to(device()) for x in (F.normalize(key, dim=-1), value, log_decay)))
+    settings = TrainingSettings(
+        n_atoms=n_atoms, k=k, tokens=100 * windows * tokens, batch_windows=windows, lr=1e-12, final_lr=0.0
+    )
+    return _Run.start(history, settings)
+
+
+def factored(silent: int, **sizes: int) -> Callable[[], float]:
+    """A step of the trainer."""
+    run = new_run(silent=silent, **sizes)
+
+    def step() -> float:
+        run.step = 0
+        run.silent.zero_()
+        run.silent[:silent] = run.settings.dead_after
+        run.advance()
+        return run.losses[0, 0].item()
+
+    return step
+
+
+def on_states(kind: str, k: int, silent: int, **sizes: int) -> Callable[[], float]:
+    """A step of kind "plain" or "dense" from the same parameters."""
+    run = new_run(k=k, silent=silent, **sizes)
+    sae, dead = run.sae, torch.arange(silent, device=device())
+    states = run.history.steps().flatten(0, 1)
+    if kind == "plain":
+        states.sub_(sae.mean).div_(sae.scale)
+    parameters = [sae.encoder.key, sae.encoder.value, sae.encoder.bias, sae.decoder.key, sae.decoder.value]
+    optimiser = torch.optim.Adam(parameters, lr=1e-12)
+
+    def loss_of(part: Tensor) -> Tensor:
+        if kind == "plain":
+            return plain_loss(part, parameters, k, dead)
+        return dense_loss(sae, part[None], dead, AUX_WEIGHT, K_AUX).total
+
+    def step() -> float:
+        optimiser.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in states.split(PART):
+            loss = loss_of(part) * (len(part) / len(states))
+            loss.backward()
+            total += loss.item()
+        optimiser.step()
+        return total
+
+    return step
+
+
+def same_losses(results: dict[str, float]) -> dict[str, float]:
+    """The largest relative difference between losses of one side. Raises AssertionError where it exceeds TOLERANCE."""
+    largest = 0.0
+    for name, loss in results.items():
+        kind, _, side = name.partition(" ")
+        if kind in ("plain", "dense"):
+            wanted = results[f"factored {side}"]
+            largest = max(largest, abs(loss - wanted) / abs(wanted))
+    assert largest < TOLERANCE, f"the losses differ by {largest:.1e}: the cases do not do the same work"
+    return dict(difference=largest)
+
+
+def comparisons(quick: bool) -> list[Comparison]:
+    sizes = QUICK if quick else SIZES
+    sides, rest = sizes["sides"], {name: size for name, size in sizes.items() if name != "sides"}
+    amount, cases = rest["windows"] * rest["tokens"], []
+    for side in sides:
+        labels = dict(side=side)
+        make = partial(factored, side=side, **rest)
+        cases.append(Case(f"factored {side}", make, amount, f"factored {sides[0]}", labels | dict(method="factored")))
+        for kind in ("plain", "dense"):
+            make = partial(on_states, kind, side=side, **rest)
+            cases.append(Case(f"{kind} {side}", make, amount, f"factored {side}", labels | dict(method=kind)))
+    return [Comparison(dict(unit="token", **rest), cases, same_losses, rounds=3, count_products=True)]
+
+
+if __name__ == "__main__":
+    main("training_step", comparisons)

@@ -1,0 +1,90 @@
+"""What benchmarks/ compares is the same work: plain and fast ways give the same numbers, on small random hosts."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small
+from helpers import assert_close
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import closed_form
+import common
+import replacement
+import training_step
+
+from writesae.train import factored_loss
+
+SIZES = dict(side=6, n_atoms=24, k=3, windows=3, tokens=70, silent=7)
+
+
+def test_the_plain_loss_and_its_gradients_are_the_factored_ones():
+    run = training_step.new_run(**SIZES)
+    sae, dead = run.sae.double(), torch.arange(7, device=training_step.device())
+    with torch.no_grad():
+        sae.encoder.bias.normal_(std=0.1)
+    history = run.history.double()
+    parameters = [sae.encoder.key, sae.encoder.value, sae.encoder.bias, sae.decoder.key, sae.decoder.value]
+    ours = factored_loss(sae, history, history.energy(sae.mean), dead)
+    plain = training_step.plain_loss(sae.standardise(history.steps()).flatten(0, 1), parameters, 3, dead)
+    assert ours.total - ours.fvu > 1e-4, "the dead-atom loss takes part"
+    assert_close(plain, ours.total, "loss", 1e-10)
+    gradients = [torch.autograd.grad(loss, parameters) for loss in (plain, ours.total)]
+    for got, wanted in zip(*gradients):
+        assert_close(got, wanted, "gradient", 1e-9)
+
+
+@pytest.mark.parametrize("kind", ["plain", "dense"])
+def test_steps_on_states_in_parts_have_the_loss_of_the_trainers_step(kind, monkeypatch):
+    monkeypatch.setattr(training_step, "PART", 64)
+    step, ours = training_step.on_states(kind, **SIZES), training_step.factored(**SIZES)
+    wanted = ours()
+    for got in (step(), step(), ours()):
+        assert got == pytest.approx(wanted, rel=1e-5), "and nothing moves"
+
+
+def test_different_losses_are_refused():
+    with pytest.raises(AssertionError, match="do not do the same work"):
+        training_step.same_losses({"factored 8": 1.0, "plain 8": 1.001})
+
+
+@pytest.mark.parametrize("depth", ["early", "late"])
+def test_plain_replacements_have_the_kls_of_the_batched_ones(gated_deltanet, depth):
+    *where, left, right = replacement.problem(gated_deltanet, depth, windows=2, length=48, firings=5, conditions=3)
+    wanted = replacement.plain(gated_deltanet, *where, left.mT @ right)
+    assert wanted.median() > 1e-5 and not torch.allclose(wanted[:, 0], wanted[:, 1], rtol=1e-2)
+    assert_close(replacement.batched(gated_deltanet, *where, left, right), wanted, "KLs", 1e-4)
+
+
+def test_the_three_ways_to_an_atoms_logit_shift_agree():
+    host = small("gated_deltanet")
+    given = closed_form.problem(host, length=32, atoms=6)
+    predicted, measured, batched = (run(host, *given) for run in closed_form.WAYS.values())
+    assert_close(batched, measured, "edited runs", 1e-3)
+    assert closed_form.r_squared(predicted, measured) > 0.95
+    assert closed_form.r_squared(predicted.flip(0), measured) < 0.9
+
+
+def test_cases_take_turns_and_ratios_are_per_unit_of_work():
+    calls, clock = [], iter(range(1000))
+    cases = [
+        common.Case(name, lambda name=name: lambda: calls.append(name), amount) for name, amount in (("a", 1), ("b", 2))
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common.time, "perf_counter", lambda: 10.0 * next(clock))  # every call takes 10 seconds
+        table = common.measure(common.Comparison(dict(unit="token"), cases, rounds=3)).set_index("case")
+    assert calls == ["a", "b"] * 4, "a round that does not count, then three"
+    assert table.seconds.tolist() == [10, 10] and table.rate.tolist() == [0.1, 0.2]
+    assert table.loc["b", ["ratio", "low", "high"]].tolist() == [0.5, 0.5, 0.5] and (table.against == "a").all()
+
+
+def test_gflop_are_those_of_the_products():
+    a = torch.randn(30, 40)
+    comparison = common.Comparison({}, [common.Case("one", lambda: lambda: a @ a.T, 1)], rounds=1, count_products=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "PEAK_SIDE", 64)
+        table = common.measure(comparison).set_index("case")
+    assert table.gflop["one"] == pytest.approx(2 * 30 * 30 * 40 / 1e9)
+    assert table.of_peak["matrix product"] == 1
