@@ -22,7 +22,7 @@ FOLDERS := notebooks $(patsubst %/,%,$(sort $(dir $(wildcard writesae/*.py write
 SOURCES := $(wildcard notebooks/*.ipynb writesae/*.py writesae/*/*.py)
 RECIPES := $(wildcard models/*/recipe.yaml)
 
-.PHONY: help env all figures test test-unit test-notebooks test-reference lint bench hosts lab clean always $(NAMES)
+.PHONY: help env all figures test test-unit test-notebooks test-reference lint bench hosts browser lab clean always $(NAMES)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s%s\n", $$1, $$2}' Makefile
@@ -74,6 +74,9 @@ bench: $(ENV)  ## measure speed, memory and storage (a quarter of an hour; BENCH
 hosts: $(ENV)  ## train the embedded hosts again, each from its recipe (hours; resumable)
 	for recipe in $(RECIPES); do $(PY) -m writesae.host_training $$(dirname $$recipe) || exit 1; done
 
+browser: $(ENV)  ## write figures/PROFILE/atoms.html, every atom on one page, from the results that are there
+	$(PY) -m writesae.browser --profile $(PROFILE)
+
 lab: $(ENV)  ## open JupyterLab in the environment
 	$(PY) -m jupyterlab notebooks
 
@@ -81,7 +84,7 @@ clean:  ## remove build/ (intermediate files, stamps); results and figures stay
 	rm -rf build
 
 # What needs the notebooks' dependencies: everything but the goals named here.
-ifneq ($(filter-out help env test test-% lint bench hosts lab clean,$(or $(MAKECMDGOALS),help)),)
+ifneq ($(filter-out help env test test-% lint bench hosts browser lab clean,$(or $(MAKECMDGOALS),help)),)
 ifeq ($(wildcard profiles/$(PROFILE).yaml),)
 $(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif

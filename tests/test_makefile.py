@@ -166,7 +166,7 @@ def test_a_damaged_notebook_is_one_sentence_and_no_rules(clone):
 
 def test_help_lists_every_target_and_is_the_default(clone):
     text = _make(clone).stdout
-    for name in ("env", "all", "figures", "test", "lint", "hosts", "lab", "clean", "02_train"):
+    for name in ("env", "all", "figures", "test", "lint", "hosts", "browser", "lab", "clean", "02_train"):
         assert name in text
     assert not (clone / "build").exists()
 
