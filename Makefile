@@ -4,6 +4,8 @@
 #   PYTHON=python3.11   the Python that .venv is made with
 #   PIP_OPTIONS=...     further options for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
 #                       (a torch without CUDA, which is much smaller)
+#   GRID=cells          for `make sweep`: a file in profiles/sweeps/
+#   DASK=tcp://...      for `make sweep`: the address of a Dask scheduler, in place of processes of this machine
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -22,7 +24,7 @@ FOLDERS := notebooks $(patsubst %/,%,$(sort $(dir $(wildcard writesae/*.py write
 SOURCES := $(wildcard notebooks/*.ipynb writesae/*.py writesae/*/*.py)
 RECIPES := $(wildcard models/*/recipe.yaml)
 
-.PHONY: help env all figures test test-unit test-notebooks test-reference lint bench hosts browser lab clean always $(NAMES)
+.PHONY: help env all figures test test-unit test-notebooks test-reference lint bench hosts browser sweep lab clean always $(NAMES)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s%s\n", $$1, $$2}' Makefile
@@ -77,6 +79,11 @@ hosts: $(ENV)  ## train the embedded hosts again, each from its recipe (hours; r
 browser: $(ENV)  ## write figures/PROFILE/atoms.html, every atom on one page, from the results that are there
 	$(PY) -m writesae.browser --profile $(PROFILE)
 
+GRID ?= cells
+
+sweep: $(ENV)  ## train and test the SAEs of a grid (GRID=name), on a Dask cluster where DASK=address is given (resumable)
+	$(PY) -m writesae.sweep --profile $(PROFILE) --grid profiles/sweeps/$(GRID).yaml $(if $(DASK),--dask $(DASK))
+
 lab: $(ENV)  ## open JupyterLab in the environment
 	$(PY) -m jupyterlab notebooks
 
@@ -84,7 +91,7 @@ clean:  ## remove build/ (intermediate files, stamps); results and figures stay
 	rm -rf build
 
 # What needs the notebooks' dependencies: everything but the goals named here.
-ifneq ($(filter-out help env test test-% lint bench hosts browser lab clean,$(or $(MAKECMDGOALS),help)),)
+ifneq ($(filter-out help env test test-% lint bench hosts browser sweep lab clean,$(or $(MAKECMDGOALS),help)),)
 ifeq ($(wildcard profiles/$(PROFILE).yaml),)
 $(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif

@@ -108,6 +108,13 @@ def test_a_dry_run_names_what_would_run_and_runs_nothing(done):
     assert not (done / "ran").exists()
 
 
+def test_a_sweep_goes_to_this_machine_or_to_a_cluster(clone):
+    here = "python -m writesae.sweep --profile mini --grid profiles/sweeps/cells.yaml"
+    assert _make(clone, "-n", "sweep", "PY=python").stdout.strip() == here
+    there = _make(clone, "-n", "sweep", "PY=python", "PROFILE=big", "GRID=paper", "DASK=tcp://head:8786").stdout.strip()
+    assert there == "python -m writesae.sweep --profile big --grid profiles/sweeps/paper.yaml --dask tcp://head:8786"
+
+
 def test_a_missing_result_is_made_again(done):
     (done / "results" / "mini" / "02_train.csv").unlink()
     assert _ran(done, "figures") == ["02_train"]
@@ -166,7 +173,20 @@ def test_a_damaged_notebook_is_one_sentence_and_no_rules(clone):
 
 def test_help_lists_every_target_and_is_the_default(clone):
     text = _make(clone).stdout
-    for name in ("env", "all", "figures", "test", "lint", "hosts", "browser", "lab", "clean", "02_train"):
+    for name in (
+        "env",
+        "all",
+        "figures",
+        "test",
+        "lint",
+        "bench",
+        "hosts",
+        "browser",
+        "sweep",
+        "lab",
+        "clean",
+        "02_train",
+    ):
         assert name in text
     assert not (clone / "build").exists()
 

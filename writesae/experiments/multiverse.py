@@ -294,11 +294,12 @@ def gains(firings: pd.DataFrame) -> pd.DataFrame:
 
 
 def bootstrap_columns(values: np.ndarray, clusters, resamples: int, seed: int) -> np.ndarray:
-    """statistics.cluster_bootstrap of the mean of every column of `values` [n, m], all from the same draws: [2, m]."""
+    """statistics.cluster_bootstrap of the mean of every column of `values` [n, m], all from the same draws: [2, m]; nan from
+    one cluster."""
     _, codes = np.unique(np.asarray(clusters), return_inverse=True)
     count = int(codes.max()) + 1
     if count < 2:
-        raise ValueError("A cluster bootstrap needs at least two clusters.")
+        return np.full((2, values.shape[1]), np.nan)
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
     sums = np.zeros((count, values.shape[1]))
     np.add.at(sums, codes, values)

@@ -1,0 +1,462 @@
+"""Sweeps: a grid of SAEs, host x layer x head x variant x seed, each trained and evaluated as a task of its own.
+
+    python -m writesae.sweep --profile mini --grid profiles/sweeps/cells.yaml [--dask tcp://scheduler:8786]
+
+A grid is a file in profiles/sweeps/; its fields are those of `Grid`. Two stages of tasks: the harvest of one layer, and
+the training and evaluation of one SAE. Tasks run in processes of this machine or, where the address of a Dask scheduler
+is given, on its workers. Each has one thread, writes what it makes atomically into build/<profile>/sweeps/<grid>, and
+skips what is there: a task that is lost with its worker is run again by another one, and a sweep that was interrupted
+goes on where it stopped. All workers must see the same folder, hold the same code, and run one task at a time
+(`dask worker ADDRESS --nthreads 1`). The result is one table, results/<profile>/sweep-<grid>.csv, a line an SAE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import pandas as pd
+import torch
+import yaml
+from joblib import Parallel, delayed, parallel_config
+from joblib.externals.loky.process_executor import TerminatedWorkerError
+from pydantic import Field, NonNegativeInt, ValidationError, field_validator
+from tqdm import tqdm
+
+from writesae import artifacts
+from writesae.experiments.cells import survey_cells
+from writesae.experiments.firings import draw_in_rounds
+from writesae.experiments.hosts import SURVEY_WINDOWS
+from writesae.experiments.replacement import AMPLITUDES, firings_of, make_subject, replace
+from writesae.experiments.saes import VALIDATION_WINDOWS, train_one
+from writesae.harvest import Windows, harvest
+from writesae.memory import keep_freed_memory
+from writesae.profiles import Profile, Section, Target, load_profile
+from writesae.sae import SAE
+from writesae.statistics import wilson
+from writesae.suite import Suite, threads
+from writesae.train import TrainingSettings
+
+CONDITIONS = ("delete", "atom", "random", "mean_write")
+WORKERS_WITHIN = 600  # seconds in which the first Dask worker must have come
+
+
+class SweepError(RuntimeError):
+    """A sweep that cannot begin, or did not complete; the message says why in a sentence."""
+
+
+class Variant(Section):
+    """One kind of SAE: the profile's settings for a role, with `settings` put in their place."""
+
+    role: Literal["main", "survey", "flat"]
+    target: Target
+    settings: dict = {}
+
+
+class Grid(Section):
+    """What is swept over. `firings` of each SAE go into the replacement test (0: none); `keep`: the SAEs stay in build/."""
+
+    name: str
+    hosts: Literal["all", "main"] | list[str]
+    layers: Literal["all", "headline"] | list[NonNegativeInt]
+    heads: Literal["all"] | list[NonNegativeInt]
+    variants: dict[str, Variant] = Field(min_length=1)
+    seeds: list[int] = Field(min_length=1)
+    firings: NonNegativeInt = 0
+    keep: bool = True
+
+    @field_validator("variants")
+    @classmethod
+    def _names_fit_into_files(cls, variants: dict[str, Variant]) -> dict[str, Variant]:
+        for name in variants:
+            if not name.isidentifier():
+                raise ValueError(f"a variant's name is made of letters, digits and underscores, not {name!r}")
+        return variants
+
+    @field_validator("hosts", "layers", "heads", "seeds")
+    @classmethod
+    def _each_once(cls, values: str | list) -> str | list:
+        if isinstance(values, list) and (not values or len(set(values)) < len(values)):
+            raise ValueError(f"a list names at least one value, and each once, not {values}")
+        return values
+
+
+def load_grid(path: Path | str) -> Grid:
+    """The grid in a YAML file, named after it. Raises ValueError, in one sentence, for a file that is not one."""
+    path = Path(path)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in (artifacts.ROOT / "profiles" / "sweeps").glob("*.yaml")))
+        raise ValueError(f"There is no grid {path}: profiles/sweeps/ has {known}.")
+    try:
+        return Grid(name=path.stem, **yaml.safe_load(path.read_text()))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"Grid {path.name}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+    except (TypeError, yaml.YAMLError):
+        raise ValueError(f"Grid {path.name} is not a YAML mapping of fields to values.") from None
+
+
+@cache
+def _code() -> str:
+    """The fingerprint of the code that this process runs: of its files when it was first asked for."""
+    return artifacts.fingerprint(modules=["writesae.sweep"])
+
+
+class Point(NamedTuple):
+    """One SAE of a grid."""
+
+    host: str
+    layer: int
+    head: int
+    variant: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.host}-L{self.layer}-H{self.head}-{self.variant}-s{self.seed}"
+
+
+class Sweep:
+    """A grid over a profile: its points, where their files are, and what those depend on."""
+
+    def __init__(self, profile: Profile, grid: Grid):
+        self.suite, self.grid, self._origins = Suite(profile), grid, {}
+
+    @property
+    def folder(self) -> Path:
+        return self.suite.paths.build / "sweeps" / self.grid.name
+
+    def record(self, point: Point) -> Path:
+        """The one-line table of an SAE."""
+        return self.folder / "saes" / f"{point}.csv"
+
+    def harvested(self, host: str, layer: int, head: int) -> Path:
+        """The factors of a cell, of training and held-out windows, with the tokens of the latter."""
+        return self.folder / "harvest" / f"{host}-L{layer}-H{head}.safetensors"
+
+    def memory(self, host: str, layer: int) -> Path:
+        """Half-life and spectrum of the cells of a layer."""
+        return self.folder / "memory" / f"{host}-L{layer}.csv"
+
+    def points(self) -> list[Point]:
+        """All SAEs of the grid. Raises ValueError for a host, cell or setting that the profile's hosts do not have."""
+        grid, profile = self.grid, self.suite.profile
+        named = {"all": list(profile.hosts), "main": [self.suite.main]}
+        hosts = grid.hosts if isinstance(grid.hosts, list) else named[grid.hosts]
+        for name in hosts:
+            if name not in profile.hosts:
+                known = ", ".join(profile.hosts)
+                raise ValueError(f"Profile {profile.name} has no host {name!r}: choose among {known}.")
+        found = [
+            Point(host, layer, head, variant, seed)
+            for host in hosts
+            for layer, head in self._cells(host)
+            for variant in grid.variants
+            for seed in grid.seeds
+        ]
+        for point in found:
+            self.settings(point)
+        return found
+
+    def _cells(self, host: str) -> list[tuple[int, int]]:
+        model, grid = self.suite.host(host), self.grid
+        rules = self.suite.profile.hosts[host].cells.values()
+        named = {"all": model.recurrent_layers, "headline": sorted({rule.layer for rule in rules})}
+        layers = grid.layers if isinstance(grid.layers, list) else named[grid.layers]
+        heads = grid.heads if isinstance(grid.heads, list) else range(model.heads)
+        cells = [(layer, head) for layer in layers for head in heads]
+        for cell in cells:
+            model.check_cell(*cell)
+        return cells
+
+    def settings(self, point: Point) -> TrainingSettings:
+        """How an SAE is trained. Raises ValueError, in one sentence, for settings that do not go together."""
+        variant = self.grid.variants[point.variant]
+        base = getattr(self.suite.profile.section("saes", point.host), variant.role).model_dump()
+        try:
+            return TrainingSettings(**base | variant.settings | dict(seed=point.seed))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join([point.variant, *map(str, first["loc"])])
+            raise ValueError(f"Grid {self.grid.name}: variants.{where}: {first['msg']}.") from None
+
+    def training_windows(self, variant: str) -> int:
+        """As many of the SAE split as the variant's role has in the profile."""
+        data = self.suite.profile.data
+        return data.survey_windows if self.grid.variants[variant].role == "survey" else data.sae_windows
+
+    def heldout_windows(self, host: str) -> int:
+        """Windows that are held out for the FVU and for the replacement test."""
+        return max(VALIDATION_WINDOWS, self.suite.profile.section("replacement", host).survey_windows)
+
+    def origin(self, host: str) -> str:
+        """A hash of code, package versions and host, which all workers must share."""
+        if host not in self._origins:
+            self._origins[host] = artifacts.fingerprint(code=_code(), host=self.suite.host_fingerprint(host))
+        return self._origins[host]
+
+    def expected(self, point: Point) -> str:
+        """The fingerprint of an SAE's record."""
+        profile = self.suite.profile
+        return artifacts.fingerprint(
+            origin=self.origin(point.host),
+            point=point,
+            variant=self.grid.variants[point.variant],
+            settings=self.settings(point),
+            data=profile.data,
+            write=profile.saes.write,
+            seed=profile.seed,
+            firings=self.grid.firings,
+            replacement=profile.section("replacement", point.host),
+        )
+
+    def expected_harvest(self, host: str, layer: int) -> str:
+        """The fingerprint of the harvest of a layer."""
+        counts = max(map(self.training_windows, self.grid.variants)), self.heldout_windows(host)
+        data = self.suite.profile.data
+        return artifacts.fingerprint(origin=self.origin(host), layer=layer, counts=counts, data=data)
+
+
+@lru_cache(maxsize=1)
+def _sweep(profile: str, grid: str) -> Sweep:
+    """The sweep in a worker, from JSON; hosts that one task has loaded serve the next."""
+    keep_freed_memory()
+    return Sweep(Profile.model_validate_json(profile), Grid.model_validate_json(grid))
+
+
+class Task(NamedTuple):
+    """What is sent to a worker: a profile and a grid as JSON, what is to be done (`point` None: harvest the layer), and
+    the fingerprint of that."""
+
+    profile: str
+    grid: str
+    origin: str
+    expected: str
+    host: str
+    layer: int
+    point: Point | None = None
+
+
+def run_task(task: Task) -> str | None:
+    """Do a task, unless it is done; a sentence where it cannot be done, so that the others go on.
+
+    Raises SweepError where this process has other code, packages or hosts than the one that sent the task.
+    """
+    sweep = _sweep(task.profile, task.grid)
+    if sweep.origin(task.host) != task.origin:
+        raise SweepError(
+            f"The worker on {socket.gethostname()} has other code, package versions or weights of {task.host} than the "
+            "process that started the sweep: give all of them the same, and start the workers again."
+        )
+    try:
+        with threads(1):
+            if task.point is None:
+                harvest_layer(sweep, task.host, task.layer, task.expected)
+            else:
+                train_point(sweep, task.point, task.expected)
+    except (ValueError, FloatingPointError) as error:
+        return f"{task.point or f'{task.host}-L{task.layer}'}: {error}"
+    return None
+
+
+def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> None:
+    """The factors of the grid's cells of a layer in one pass, a file a cell, and what all cells of the layer are like."""
+    suite, data = sweep.suite, sweep.suite.profile.data
+    cells = [cell for cell in sweep._cells(host) if cell[0] == layer]
+    files, memory = {cell: sweep.harvested(host, *cell) for cell in cells}, sweep.memory(host, layer)
+    if artifacts.up_to_date([*files.values(), memory], expected):
+        return
+    began, model, windows = time.monotonic(), suite.host(host), suite.windows(host, "sae")
+    training = windows[slice(0, max(map(sweep.training_windows, sweep.grid.variants)))]
+    heldout = suite.windows(host, "heldout")[slice(0, sweep.heldout_windows(host))]
+    found = {
+        split: harvest(model, part.tokens, cells, data.batch_windows, progress=False)
+        for split, part in (("sae", training), ("heldout", heldout))
+    }
+    for cell, path in files.items():
+        tensors = {f"{split}.{name}": x for split in found for name, x in found[split][cell].items()}
+        tensors |= dict(tokens=heldout.tokens, passage=heldout.passage)
+        artifacts.save_tensors(path, tensors, {"fingerprint": expected})
+    run = model.run(windows.tokens[:SURVEY_WINDOWS], upto=layer + 1)
+    table = survey_cells(model, run, data.first_position, [layer]).assign(host=host)
+    made = dict(seconds=time.monotonic() - began, fingerprint=expected)
+    artifacts.write_table(table, memory, suite.provenance(host, **made))
+
+
+def train_point(sweep: Sweep, point: Point, expected: str) -> None:
+    """Train an SAE on the harvest of its cell, evaluate it, and write its line."""
+    suite, record = sweep.suite, sweep.record(point)
+    if artifacts.up_to_date(record, expected):
+        return
+    began, cell = time.monotonic(), (point.layer, point.head)
+    variant, role = sweep.grid.variants[point.variant], f"sweep-{sweep.grid.name}-{point.variant}-s{point.seed}"
+    tensors, _ = artifacts.load_tensors(sweep.harvested(point.host, *cell))
+    training = _part(tensors, "sae", sweep.training_windows(point.variant))
+    checking = _part(tensors, "heldout", VALIDATION_WINDOWS)
+    settings = sweep.settings(point)
+    line = train_one(suite, point.host, role, cell, variant.target, settings, training, checking, expected)
+    line = dict(name=point.variant) | line | dict(role=variant.role)
+    if sweep.grid.firings:
+        count = suite.profile.section("replacement", point.host).survey_windows
+        windows = Windows(tensors["tokens"][:count], tensors["passage"][:count])
+        sae = suite.sae(point.host, *cell, variant.target, role)
+        line |= replacement_scores(sweep, point, sae, _part(tensors, "heldout", count), windows)
+    made = dict(seconds=time.monotonic() - began, fingerprint=expected)
+    artifacts.write_table(pd.DataFrame([line]), record, suite.provenance(point.host, **made))
+    if not sweep.grid.keep:
+        stem = suite.sae_stem(point.host, *cell, variant.target, role)
+        for suffix in (".json", ".safetensors"):
+            stem.with_name(stem.name + suffix).unlink(missing_ok=True)
+
+
+def _part(tensors: dict[str, torch.Tensor], split: str, windows: int) -> dict[str, torch.Tensor]:
+    """The factors of the first windows of a split."""
+    start = f"{split}."
+    return {name.removeprefix(start): x[:windows] for name, x in tensors.items() if name.startswith(start)}
+
+
+def replacement_scores(sweep: Sweep, point: Point, sae: SAE, factors: dict, windows: Windows) -> dict:
+    """The replacement test of an SAE on held-out windows and their factors, at the next token: `firings`, the number that
+    was tested (less than the grid's where there are fewer), and at both amplitudes the share in which the atom, with its
+    Wilson interval, another atom and the mean write beat deletion; empty where no atom fires."""
+    suite, target = sweep.suite, sweep.grid.variants[point.variant].target
+    host, profile = suite.host(point.host), suite.profile
+    subject = make_subject((point.layer, point.head), target, profile.saes.write, sae, factors)
+    every = firings_of(suite, subject, windows)
+    drawn = draw_in_rounds(every, min(sweep.grid.firings, len(every)), profile.seed)
+    size, rows, tables = profile.data.batch_windows, profile.section("replacement", point.host).batch_rows, []
+    for start in range(0, len(windows), size):
+        here = drawn[(drawn.window >= start) & (drawn.window < start + size)]
+        if len(here):
+            run = host.run(windows[slice(start, start + size)].tokens)
+            here = here.assign(row=here.window - start)
+            tables.append(replace(host, run, subject, here, profile.seed, CONDITIONS, ("write",), rows))
+    scores = dict(firings=len(drawn))
+    for amplitude in AMPLITUDES if tables else ():
+        table = pd.concat(tables)
+        table = table[table.amplitude == amplitude]
+        wins = {name: int((table[f"kl_{name}"] < table.kl_delete).sum()) for name in CONDITIONS[1:]}
+        scores |= {f"win_{name}_{amplitude}": count / len(table) for name, count in wins.items()}
+        low, high = wilson(wins["atom"], len(table))
+        scores |= {f"ci_low_atom_{amplitude}": low, f"ci_high_atom_{amplitude}": high}
+    return scores
+
+
+# What runs in the process that starts a sweep
+
+
+def run_sweep(profile: Profile, grid: Grid, dask: str | None = None, jobs: int | None = None) -> pd.DataFrame:
+    """Run what is not up to date, and write results/<profile>/sweep-<grid>.csv, a line an SAE in the grid's order, with
+    the half-life and sigma1/sigma2 of its cell. `dask`: the address of a scheduler; else `jobs` processes of this
+    machine (None: one a core).
+
+    Raises ValueError for a grid that does not fit the profile, SweepError where tasks failed or workers are missing.
+    """
+    sweep = Sweep(profile, grid)
+    expected, suite = {point: sweep.expected(point) for point in sweep.points()}, sweep.suite
+    artifacts.workspace()  # made here, so that no two workers make it
+    waiting = [point for point in expected if not artifacts.up_to_date(sweep.record(point), expected[point])]
+    unknown = [point for point in expected if not sweep.memory(point.host, point.layer).is_file()]
+    layers = list(dict.fromkeys((point.host, point.layer) for point in waiting + unknown))
+    for host in dict.fromkeys(host for host, _ in layers):
+        suite.windows(host, "sae"), suite.windows(host, "heldout")
+
+    plain = profile.model_dump_json(), grid.model_dump_json()
+    harvests = [Task(*plain, sweep.origin(host), sweep.expected_harvest(host, n), host, n) for host, n in layers]
+    tasks = [Task(*plain, sweep.origin(p.host), expected[p], p.host, p.layer, p) for p in waiting]
+    print(f"{grid.name} ({profile.name}): {len(expected)} SAEs, {len(expected) - len(tasks)} of them up to date")
+    if harvests:
+        with workers(dask, jobs):
+            _run_all(harvests, "layers harvested", dask)
+            _run_all(tasks, "SAEs", dask)
+    frame = _table(sweep, expected)
+    shutil.rmtree(sweep.folder / "harvest", ignore_errors=True)
+    return frame
+
+
+@contextmanager
+def workers(dask: str | None, jobs: int | None) -> Iterator[None]:
+    """joblib with processes of this machine, or with the workers of a Dask cluster. SweepError where it cannot be had."""
+    if dask is None:
+        with parallel_config("loky", n_jobs=jobs or len(os.sched_getaffinity(0))):
+            yield
+        return
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise SweepError("A sweep on a Dask cluster needs the extra `sweep`: pip install -e '.[sweep]'.") from error
+    try:
+        client = Client(dask, timeout=30)
+    except (OSError, ValueError) as error:
+        raise SweepError(f"No Dask scheduler answers at {dask}: start one, and give its address.") from error
+    with client, parallel_config("dask", wait_for_workers_timeout=WORKERS_WITHIN):
+        yield
+
+
+def _run_all(tasks: list[Task], what: str, dask: str | None) -> None:
+    """Run tasks with the workers that are there. SweepError where some fail, once all others are done."""
+    pool = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all" if dask else "2*n_jobs")
+    try:
+        results = tqdm(pool(delayed(run_task)(task) for task in tasks), total=len(tasks), desc=what)
+        failed = sorted(filter(None, results))
+    except (TerminatedWorkerError, TimeoutError) as error:
+        raise SweepError(f"A sweep's workers are gone ({_first_line(error)}); what is done is kept.") from error
+    except Exception as error:
+        if type(error).__name__ != "KilledWorker":  # of distributed, which may not be there
+            raise
+        raise SweepError(f"A task took several workers down with it: {_first_line(error)}") from error
+    if failed:
+        raise SweepError(f"{len(failed)} of {len(tasks)} tasks failed, the others are done. {failed[0]}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _table(sweep: Sweep, expected: dict[Point, str]) -> pd.DataFrame:
+    """All records as one table. SweepError where one is not in this folder, because workers wrote somewhere else."""
+    paths = {sweep.record(point): wanted for point, wanted in expected.items()}
+    lost = [path for path, wanted in paths.items() if not artifacts.up_to_date(path, wanted)]
+    if lost:
+        raise SweepError(f"{lost[0]} was written in another folder: workers must share {sweep.folder}.")
+    lines = pd.concat([artifacts.read_table(path) for path in paths], ignore_index=True)
+    places = dict.fromkeys((point.host, point.layer) for point in expected)
+    memory = pd.concat([artifacts.read_table(sweep.memory(*place)) for place in places], ignore_index=True)
+    keys = ["host", "layer", "head"]
+    whole = lines.merge(memory[[*keys, "half_life_median", "sigma1_over_sigma2"]], on=keys, how="left")
+    seconds = sum(artifacts.read_sidecar(path)["seconds"] for path in paths)
+    return sweep.suite.write(f"sweep-{sweep.grid.name}", whole, seconds=round(seconds, 3))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0, or 1 with one sentence on stderr, or 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", default="mini", help="a file in profiles/ (default: %(default)s)")
+    parser.add_argument("--grid", required=True, help="profiles/sweeps/NAME.yaml")
+    parser.add_argument("--dask", metavar="ADDRESS", help="of a Dask scheduler (default: processes of this machine)")
+    parser.add_argument("--jobs", type=int, help="processes of this machine (default: one a core)")
+    given = parser.parse_args(arguments)
+    try:
+        frame = run_sweep(load_profile(given.profile), load_grid(given.grid), given.dask, given.jobs)
+    except (SweepError, ValueError) as error:
+        print(f"The sweep failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("The sweep was interrupted: the next run goes on from what is stored.", file=sys.stderr)
+        return 130
+    print(f"{len(frame)} SAEs in results/{given.profile}/sweep-{Path(given.grid).stem}.csv")
+    return 0
+
+
+if __name__ == "__main__":
+    from writesae.sweep import main  # so that workers find the tasks by their module's name
+
+    sys.exit(main())
