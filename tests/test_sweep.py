@@ -31,7 +31,7 @@ GRID = dict(
     name="small",
     hosts="all",
     layers=[0, 3],
-    heads=[0, 3],
+    heads=[3],
     variants=dict(
         state=dict(role="survey", target="state"),
         write=dict(role="main", target="write", settings=dict(k=3)),
@@ -103,7 +103,7 @@ def without_seconds(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def test_every_line_is_that_of_a_plain_run(output, profile, folder, serial):
-    assert len(serial) == 2 * 2 * 2 * 2  # layers, heads, variants, seeds
+    assert len(serial) == 2 * 1 * 2 * 2  # layers, heads, variants, seeds
     assert not serial[["host", "layer", "head", "name", "seed"]].duplicated().any()
     row = serial.query("layer == 3 and head == 3 and name == 'write' and seed == 1").iloc[0]
 
@@ -136,7 +136,7 @@ def test_every_line_is_that_of_a_plain_run(output, profile, folder, serial):
 
 def test_a_cluster_that_loses_a_worker_gives_the_serial_table(output, profile, serial):
     distributed = pytest.importorskip("distributed", reason="the extra `sweep` (Dask) is not installed")
-    options = dict(n_workers=0, processes=False, dashboard_address=None, protocol="tcp")
+    options = dict(n_workers=0, processes=False, dashboard_address=":0", protocol="tcp")
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
         address = cluster.scheduler_address
         command = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny"]
@@ -149,7 +149,7 @@ def test_a_cluster_that_loses_a_worker_gives_the_serial_table(output, profile, s
 
         def kill():
             """Kill a worker that has a task in hand, once some of the records are there."""
-            while len(records(output)) < 3:
+            while len(records(output)) < 2:
                 time.sleep(0.01)
             busy = next(name for name, keys in client.processing().items() if keys)
             started[client.scheduler_info()["workers"][busy]["name"]].kill()
@@ -161,7 +161,7 @@ def test_a_cluster_that_loses_a_worker_gives_the_serial_table(output, profile, s
         try:
             table = run_sweep(profile, Grid(**GRID), dask=address)
             killer.join(timeout=10)
-            assert struck and struck[0] < 12, "the worker was killed well before the end"
+            assert struck and struck[0] < 7, "the worker was killed well before the end"
             assert sorted(worker.poll() is None for worker in started) == [False, True], "the other one did the rest"
         finally:
             for worker in started:
@@ -199,11 +199,18 @@ def test_saes_stay_only_where_they_are_asked_for(output, profile):
     assert suite.sae("tiny", 0, 0, "write", "sweep-kept-write-s1").k == 3
 
 
+def test_long_inputs_are_trained_on_from_disk(output, profile, serial, monkeypatch):
+    monkeypatch.setattr(sweep, "IN_MEMORY", 0)
+    table = run_sweep(profile, Grid(**GRID | dict(layers=[0])), jobs=1)
+    wanted = serial[serial.layer == 0].reset_index(drop=True)
+    pd.testing.assert_frame_equal(without_seconds(table), without_seconds(wanted), check_exact=True)
+
+
 def test_a_point_that_fails_stops_no_other(output, profile):
     wild = dict(role="survey", target="state", settings=dict(lr=1e30))
     grid = Grid(**GRID | dict(layers=[0], heads=[0], seeds=[0], variants=GRID["variants"] | dict(wild=wild)))
     with pytest.raises(SweepError, match=r"1 of 3 tasks failed, the others are done. tiny-L0-H0-wild-s0: The loss is"):
-        run_sweep(profile, grid, jobs=1)
+        run_sweep(profile, grid, jobs=2)
     assert [path.stem for path in records(output)] == ["tiny-L0-H0-state-s0", "tiny-L0-H0-write-s0"]
     assert not (output / "results/smoke/sweep-small.csv").exists()
 
@@ -253,7 +260,7 @@ def test_a_file_that_is_no_grid_is_one_sentence(tmp_path, text, message):
 def test_what_is_missing_is_one_sentence(output, profile, monkeypatch, capsys):
     assert sweep.main(["--profile", "smoke", "--grid", "profiles/sweeps/none.yaml"]) == 1
     assert capsys.readouterr().err.strip() == (
-        "The sweep failed: There is no grid profiles/sweeps/none.yaml: profiles/sweeps/ has cells, paper."
+        "The sweep failed: There is no grid profiles/sweeps/none.yaml: profiles/sweeps/ has cells, paper, seeds."
     )
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(SweepError, match="needs the extra `sweep`"):
@@ -265,5 +272,5 @@ def test_the_grids_of_the_repository_fit_its_profiles():
     cells = sweep.Sweep(profile, load_grid(grids / "cells.yaml")).points()
     assert len(cells) == 2 * (6 * 4 + 8 * 8 + 8 * 4)  # targets, layers x heads of the three hosts
     paper = sweep.Sweep(profile, load_grid(grids / "paper.yaml")).points()
-    assert len(paper) == 4 * 3 * 3 * 4  # variants, seeds, layers, heads
+    assert len(paper) == 5 * 3 * 3 * 4  # variants, seeds, layers, heads
     assert {point.layer for point in paper} == {1, 4, 6}

@@ -6,6 +6,7 @@ extraction keeps states of 16,384.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,20 +40,26 @@ def cut_windows(tokenizer, texts: list[str], length: int, limit: int | None = No
     Texts shorter than a window are passed over. Raises ValueError where fewer than `limit` windows come out, or none.
     """
     tokens, passage = [], []
-    first = tokenizer.eos_token_id
-    for number, text in enumerate(texts):
-        ids = [first, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-        for start in range(0, len(ids) - length + 1, length):
-            tokens.append(ids[start : start + length])
-            passage.append(number)
-        if limit and len(tokens) >= limit:
+    for number, window in each_window(tokenizer, texts, length):
+        if limit and len(tokens) == limit:
             break
+        tokens.append(window)
+        passage.append(number)
     if not tokens or (limit and len(tokens) < limit):
         raise ValueError(
             f"{len(texts)} passages give {len(tokens)} windows of {length} tokens where {limit or 'at least one'} "
             f"{'are' if limit else 'is'} asked for: passages shorter than the window give none; lower the window or the number."
         )
-    return Windows(torch.tensor(tokens[:limit]), torch.tensor(passage[:limit]))
+    return Windows(torch.tensor(tokens), torch.tensor(passage))
+
+
+def each_window(tokenizer, texts: Iterable[str], length: int) -> Iterator[tuple[int, list[int]]]:
+    """(number of the text, `length` token ids) of every whole window, one at a time, as `cut_windows` says; the texts may
+    be a stream."""
+    for number, text in enumerate(texts):
+        ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        for start in range(0, len(ids) - length + 1, length):
+            yield number, ids[start : start + length]
 
 
 def split_windows(host: Host, split: str, length: int, limit: int) -> Windows:

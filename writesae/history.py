@@ -12,6 +12,7 @@ the next a single row is carried. Decays are summed in fp64: differences of long
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -24,6 +25,7 @@ from torch import Tensor
 CHUNK = 64
 STATE_CHUNK = 32
 GROUP = 64  # windows, or picked places, that are worked on at once
+VECTOR_GROUP = 8  # windows, where their states are rebuilt
 
 
 class Chunks(NamedTuple):
@@ -112,6 +114,17 @@ class History:
         """The history in parts of at most `windows` windows, in order."""
         for start in range(0, len(self), windows):
             yield self[start : start + windows]
+
+    def factors_at(self, window: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Key [M, d_k] and value [M, d_v] of chosen places: window [M], position [M] (int64)."""
+        return self.key[window, position], self.value[window, position]
+
+    def fingerprint(self) -> str:
+        """A hash of all values, which says whether two runs had the same data."""
+        digest = hashlib.sha256(str((self.shape, self.target, self.key.dtype)).encode())
+        for x in self.tensors().values():
+            digest.update(x.detach().cpu().contiguous().numpy())
+        return digest.hexdigest()
 
     def double(self) -> History:
         """The same history in fp64."""
@@ -241,8 +254,8 @@ class VectorHistory(History):
     def target(self) -> str:
         return "state"
 
-    def groups(self, windows: int = 8) -> Iterator[History]:
-        return super().groups(min(windows, 8))
+    def groups(self, windows: int = VECTOR_GROUP) -> Iterator[History]:
+        return super().groups(min(windows, VECTOR_GROUP))
 
     def walk(self) -> Iterator[Tensor]:
         state = torch.zeros_like(self.key[:, 0, :, None] * self.value[:, 0, None, :])

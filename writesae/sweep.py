@@ -5,8 +5,8 @@
 A grid is a file in profiles/sweeps/; its fields are those of `Grid`. Two stages of tasks: the harvest of one layer, and
 the training and evaluation of one SAE. Tasks run in processes of this machine or, where the address of a Dask scheduler
 is given, on its workers. Each has one thread, writes what it makes atomically into build/<profile>/sweeps/<grid>, and
-skips what is there: a task that is lost with its worker is run again by another one, and a sweep that was interrupted
-goes on where it stopped. All workers must see the same folder, hold the same code, and run one task at a time
+skips what is there: on a cluster, a task that is lost with its worker is run again by another one, and a sweep that was
+interrupted goes on where it stopped. All workers must see the same folder, hold the same code, and run one task at a time
 (`dask worker ADDRESS --nthreads 1`). The result is one table, results/<profile>/sweep-<grid>.csv, a line an SAE.
 """
 
@@ -37,16 +37,18 @@ from writesae.experiments.cells import survey_cells
 from writesae.experiments.firings import draw_in_rounds
 from writesae.experiments.hosts import SURVEY_WINDOWS
 from writesae.experiments.replacement import AMPLITUDES, firings_of, make_subject, replace
-from writesae.experiments.saes import VALIDATION_WINDOWS, train_one
-from writesae.harvest import Windows, harvest
+from writesae.experiments.saes import VALIDATION_WINDOWS, train_on
+from writesae.harvest import Windows, harvest, history
 from writesae.memory import keep_freed_memory
 from writesae.profiles import Profile, Section, Target, load_profile
 from writesae.sae import SAE
+from writesae.shards import ShardedHistory, harvest_shards
 from writesae.statistics import wilson
 from writesae.suite import Suite, threads
 from writesae.train import TrainingSettings
 
 CONDITIONS = ("delete", "atom", "random", "mean_write")
+IN_MEMORY = 2**28  # numbers of a cell's training data up to which they are read once and kept, 1 GiB in fp32
 WORKERS_WITHIN = 600  # seconds in which the first Dask worker must have come
 
 
@@ -138,9 +140,13 @@ class Sweep:
         """The one-line table of an SAE."""
         return self.folder / "saes" / f"{point}.csv"
 
-    def harvested(self, host: str, layer: int, head: int) -> Path:
-        """The factors of a cell, of training and held-out windows, with the tokens of the latter."""
-        return self.folder / "harvest" / f"{host}-L{layer}-H{head}.safetensors"
+    def harvest(self, host: str) -> Path:
+        """The folder of a host's shards: the factors of its cells over the training windows."""
+        return self.folder / "harvest" / host
+
+    def heldout(self, host: str, layer: int, head: int) -> Path:
+        """The factors of a cell over the held-out windows, and their tokens."""
+        return self.harvest(host) / f"heldout-L{layer}-H{head}.safetensors"
 
     def memory(self, host: str, layer: int) -> Path:
         """Half-life and spectrum of the cells of a layer."""
@@ -268,22 +274,21 @@ def run_task(task: Task) -> str | None:
 
 
 def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> None:
-    """The factors of the grid's cells of a layer in one pass, a file a cell, and what all cells of the layer are like."""
+    """The factors of the grid's cells of a layer, in shards over the training windows and in one file a cell over the
+    held-out ones, and what all cells of the layer are like."""
     suite, data = sweep.suite, sweep.suite.profile.data
     cells = [cell for cell in sweep._cells(host) if cell[0] == layer]
-    files, memory = {cell: sweep.harvested(host, *cell) for cell in cells}, sweep.memory(host, layer)
+    files, memory = {cell: sweep.heldout(host, *cell) for cell in cells}, sweep.memory(host, layer)
     if artifacts.up_to_date([*files.values(), memory], expected):
         return
     began, model, windows = time.monotonic(), suite.host(host), suite.windows(host, "sae")
-    training = windows[slice(0, max(map(sweep.training_windows, sweep.grid.variants)))]
-    heldout = suite.windows(host, "heldout")[slice(0, sweep.heldout_windows(host))]
-    found = {
-        split: harvest(model, part.tokens, cells, data.batch_windows, progress=False)
-        for split, part in (("sae", training), ("heldout", heldout))
-    }
+    training = windows.tokens[: max(map(sweep.training_windows, sweep.grid.variants))]
+    origin, batch = sweep.origin(host), data.batch_windows
+    harvest_shards(model, training, cells, sweep.harvest(host), origin, batch=batch)
+    checking = suite.windows(host, "heldout")[slice(0, sweep.heldout_windows(host))]
+    found = harvest(model, checking.tokens, cells, batch, progress=False)
     for cell, path in files.items():
-        tensors = {f"{split}.{name}": x for split in found for name, x in found[split][cell].items()}
-        tensors |= dict(tokens=heldout.tokens, passage=heldout.passage)
+        tensors = found[cell] | dict(tokens=checking.tokens, passage=checking.passage)
         artifacts.save_tensors(path, tensors, {"fingerprint": expected})
     run = model.run(windows.tokens[:SURVEY_WINDOWS], upto=layer + 1)
     table = survey_cells(model, run, data.first_position, [layer]).assign(host=host)
@@ -298,17 +303,19 @@ def train_point(sweep: Sweep, point: Point, expected: str) -> None:
         return
     began, cell = time.monotonic(), (point.layer, point.head)
     variant, role = sweep.grid.variants[point.variant], f"sweep-{sweep.grid.name}-{point.variant}-s{point.seed}"
-    tensors, _ = artifacts.load_tensors(sweep.harvested(point.host, *cell))
-    training = _part(tensors, "sae", sweep.training_windows(point.variant))
-    checking = _part(tensors, "heldout", VALIDATION_WINDOWS)
-    settings = sweep.settings(point)
-    line = train_one(suite, point.host, role, cell, variant.target, settings, training, checking, expected)
+    place, write = (point.host, role, cell, variant.target), suite.profile.saes.write
+    shards = sweep.harvest(point.host), cell, variant.target, write, sweep.training_windows(point.variant)
+    training = ShardedHistory(*shards)
+    if training.numbers <= IN_MEMORY:
+        training = training[:]
+    heldout, _ = artifacts.load_tensors(sweep.heldout(point.host, *cell))
+    validation = history(_first(heldout, VALIDATION_WINDOWS), variant.target, write)
+    line = train_on(suite, *place, sweep.settings(point), training, validation, expected)
     line = dict(name=point.variant) | line | dict(role=variant.role)
     if sweep.grid.firings:
         count = suite.profile.section("replacement", point.host).survey_windows
-        windows = Windows(tensors["tokens"][:count], tensors["passage"][:count])
         sae = suite.sae(point.host, *cell, variant.target, role)
-        line |= replacement_scores(sweep, point, sae, _part(tensors, "heldout", count), windows)
+        line |= replacement_scores(sweep, point, sae, _first(heldout, count))
     made = dict(seconds=time.monotonic() - began, fingerprint=expected)
     artifacts.write_table(pd.DataFrame([line]), record, suite.provenance(point.host, **made))
     if not sweep.grid.keep:
@@ -317,19 +324,19 @@ def train_point(sweep: Sweep, point: Point, expected: str) -> None:
             stem.with_name(stem.name + suffix).unlink(missing_ok=True)
 
 
-def _part(tensors: dict[str, torch.Tensor], split: str, windows: int) -> dict[str, torch.Tensor]:
-    """The factors of the first windows of a split."""
-    start = f"{split}."
-    return {name.removeprefix(start): x[:windows] for name, x in tensors.items() if name.startswith(start)}
+def _first(tensors: dict[str, torch.Tensor], windows: int) -> dict[str, torch.Tensor]:
+    """The first windows of all tensors."""
+    return {name: x[:windows] for name, x in tensors.items()}
 
 
-def replacement_scores(sweep: Sweep, point: Point, sae: SAE, factors: dict, windows: Windows) -> dict:
-    """The replacement test of an SAE on held-out windows and their factors, at the next token: `firings`, the number that
-    was tested (less than the grid's where there are fewer), and at both amplitudes the share in which the atom, with its
-    Wilson interval, another atom and the mean write beat deletion; empty where no atom fires."""
+def replacement_scores(sweep: Sweep, point: Point, sae: SAE, heldout: dict[str, torch.Tensor]) -> dict:
+    """The replacement test of an SAE on held-out windows (tokens, passage, factors of the cell), at the next token:
+    `firings`, the number that was tested (less than the grid's where there are fewer), and at both amplitudes the share
+    in which the atom, with its Wilson interval, another atom and the mean write beat deletion; no share without firings."""
     suite, target = sweep.suite, sweep.grid.variants[point.variant].target
     host, profile = suite.host(point.host), suite.profile
-    subject = make_subject((point.layer, point.head), target, profile.saes.write, sae, factors)
+    windows = Windows(heldout["tokens"], heldout["passage"])
+    subject = make_subject((point.layer, point.head), target, profile.saes.write, sae, heldout)
     every = firings_of(suite, subject, windows)
     drawn = draw_in_rounds(every, min(sweep.grid.firings, len(every)), profile.seed)
     size, rows, tables = profile.data.batch_windows, profile.section("replacement", point.host).batch_rows, []

@@ -263,7 +263,8 @@ def train(
     checkpoint: Path | str | None = None,
     validation: History | None = None,
 ) -> tuple[SAE, TrainingRecord]:
-    """Train an SAE on every X_t of `history`; the same seed and thread count give the same result, bit for bit.
+    """Train an SAE on every X_t of `history`; the same seed and thread count give the same result, bit for bit. A
+    writesae.shards.ShardedHistory, which stays on disk, does as well.
 
     `checkpoint` is a file that is written now and then and at the end: a run that was killed goes on from there when it
     is started again, to the result it would have had. Remove it once the SAE is saved.
@@ -273,7 +274,7 @@ def train(
     if len(history) < settings.batch_windows:
         raise ValueError(f"A batch takes {settings.batch_windows} windows, the history has {len(history)}.")
     run = _Run.start(history, settings)
-    identity = f"{settings.model_dump_json()} {_fingerprint(history)}" if checkpoint else ""
+    identity = f"{settings.model_dump_json()} {history.fingerprint()}" if checkpoint else ""
     if checkpoint and Path(checkpoint).exists():
         run.restore(Path(checkpoint), identity)
     began, saved = time.monotonic() - run.seconds, time.monotonic()
@@ -454,8 +455,8 @@ def initialise(sae: SAE, history: History, seed: int) -> None:
     window = torch.randint(windows, (sae.n_atoms * sae.rank,), generator=generator)
     position = torch.randint(tokens, (sae.n_atoms * sae.rank,), generator=generator)
     factors = []
-    for x in (history.key, history.value):
-        chosen = F.normalize(x[window, position], dim=-1)
+    for x in history.factors_at(window, position):
+        chosen = F.normalize(x, dim=-1)
         noise = torch.randn(chosen.shape, generator=generator).to(chosen) * INIT_NOISE / chosen.shape[-1] ** 0.5
         factors.append(F.normalize(chosen + noise, dim=-1))
     if sae.rank > 1:
@@ -509,10 +510,3 @@ def top_singular_pairs(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _curve(values: Tensor) -> list[tuple[int, float]]:
     size = max(1, -(-len(values) // CURVE_POINTS))
     return [(min((i + 1) * size, len(values)), part.mean().item()) for i, part in enumerate(values.split(size))]
-
-
-def _fingerprint(history: History) -> str:
-    digest = hashlib.sha256(str((history.shape, history.target, history.key.dtype)).encode())
-    for x in history.tensors().values():
-        digest.update(x.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()

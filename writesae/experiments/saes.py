@@ -146,9 +146,14 @@ def train_task(
 
 def train_one(suite, host, role, cell, target, settings: TrainingSettings, factors, checking, expected: str) -> dict:
     """Train an SAE of a cell on its harvested factors, resumably, and save it; its line of saes.csv."""
+    data, validation = (history(x, target, suite.profile.saes.write) for x in (factors, checking))
+    return train_on(suite, host, role, cell, target, settings, data, validation, expected)
+
+
+def train_on(suite, host, role, cell, target, settings: TrainingSettings, data, validation, expected: str) -> dict:
+    """The same on histories of the cell, in memory or in shards."""
     stem = suite.sae_stem(host, *cell, target, role)
     write, checkpoint = suite.profile.saes.write, stem.with_name(stem.name + f"-{expected[:8]}.checkpoint")
-    data, validation = (history(x, target, write) for x in (factors, checking))
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     trained, record = train(data, settings, progress=False, checkpoint=checkpoint, validation=validation)
     shape = settings.kind | dict(n_atoms=settings.n_atoms, k=settings.k)

@@ -1,0 +1,208 @@
+"""Harvests that do not fit into memory: a cell's factors in shards on disk, and training from there.
+
+`harvest_shards` runs the host over a stream of windows and stores so many windows a file; killed and started again it
+goes on at the first shard that is not there. A `ShardedHistory` gives training the windows it asks for, each read when
+it is needed. Batches are drawn by a seeded shuffle of all windows of all shards, the one of a history in memory, so
+training gives the same SAE either way, and goes on from the same checkpoints.
+
+    harvest_shards(host, (tokens for _, tokens in each_window(host.tokenizer, texts, 1024)), [(9, 4)], folder, origin="0.8B")
+    sae, record = train(ShardedHistory(folder, (9, 4), "state"), settings, checkpoint="run.safetensors")
+
+In memory are one shard of all cells during the harvest; a batch and one number a token, ||X_t - mean||^2, in training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from writesae import artifacts
+from writesae.harvest import Cell, harvest, history
+from writesae.history import GROUP, VECTOR_GROUP, History
+from writesae.hosts import Host
+
+FORMAT_VERSION = 1
+SHARD_WINDOWS = 256
+
+
+def cell_folder(folder: Path | str, cell: Cell) -> Path:
+    """Where a cell's shards are: one safetensors file each, and shards.json, which is there once all of them are."""
+    return Path(folder) / f"L{cell[0]}-H{cell[1]}"
+
+
+def harvest_shards(
+    host: Host,
+    windows: Iterable[Iterable[int]],
+    cells: list[Cell],
+    folder: Path | str,
+    origin: Any,
+    shard_windows: int = SHARD_WINDOWS,
+    batch: int = 16,
+) -> int:
+    """Harvest the cells over windows of T token ids, which may be a stream, in one pass; the number of shards.
+
+    `origin` is what identifies the host's weights (plain values; a Path counts by the content of its file). Shards that
+    are there, from the same tokens, origin and code, are not computed again; all others are replaced. Raises ValueError
+    for no windows, windows of several lengths, a cell that the host does not have and values that are not finite.
+    """
+    base = artifacts.fingerprint(modules=["writesae.harvest"], origin=origin)
+    places = {cell: cell_folder(folder, cell) for cell in cells}
+    for place in places.values():
+        (place / "shards.json").unlink(missing_ok=True)
+    count = 0
+    for count, tokens in enumerate(_stacked(windows, shard_windows), 1):
+        paths = {cell: _shard(places[cell], count - 1) for cell in cells}
+        expected = artifacts.fingerprint(base=base, tokens=hashlib.sha256(tokens.numpy()).hexdigest())
+        if not artifacts.up_to_date(paths.values(), expected):
+            _store(host, tokens, paths, batch, expected)
+    if not count:
+        raise ValueError("There is nothing to harvest: the stream holds no window.")
+    for place in places.values():
+        _close(place, count)
+    return count
+
+
+def _shard(place: Path, number: int) -> Path:
+    return place / f"{number:05d}.safetensors"
+
+
+def _stacked(windows: Iterable[Iterable[int]], count: int) -> Iterator[Tensor]:
+    """[count, T] int64, the last one shorter. ValueError where windows have several lengths."""
+    stream, length = iter(windows), None
+    while part := [torch.as_tensor(window) for window in islice(stream, count)]:
+        length = length or len(part[0])
+        if any(len(window) != length for window in part):
+            raise ValueError(f"All windows must have the same length: the first has {length} tokens, another has not.")
+        yield torch.stack(part)
+
+
+def _store(host: Host, tokens: Tensor, paths: dict[Cell, Path], batch: int, expected: str) -> None:
+    found = harvest(host, tokens, list(paths), batch, progress=False)
+    for cell, path in paths.items():
+        try:
+            history(found[cell], "state"), history(found[cell], "write")  # refuses values that are not finite
+        except ValueError as error:
+            raise ValueError(f"Cell {cell}, shard {path.stem}: {error}") from error
+        artifacts.save_tensors(path, found.pop(cell), {"fingerprint": expected})
+
+
+def _close(place: Path, count: int) -> None:
+    """Write shards.json over the first `count` shards, and remove those of a longer harvest before."""
+    for path in sorted(place.glob("*.safetensors"))[count:]:
+        path.unlink()
+        artifacts.sidecar(path).unlink(missing_ok=True)
+    shards = []
+    for path in (_shard(place, number) for number in range(count)):
+        with safe_open(path, framework="pt") as file:
+            shape = file.get_slice("key").get_shape()
+        shards.append(dict(windows=shape[0], length=shape[1], sha256=artifacts.read_sidecar(path)["sha256"]))
+    text = json.dumps(dict(format_version=FORMAT_VERSION, shards=shards), indent=1) + "\n"
+    artifacts.write_atomically(place / "shards.json", lambda partial: partial.write_text(text))
+
+
+class ShardedHistory:
+    """What an SAE of a cell trains on, like a History, but on disk: windows are read when they are indexed.
+
+    target and write as for `writesae.harvest.history`; `limit`: only the first windows. Offers what training and
+    evaluation ask of a History. Raises ArtifactError where shards are missing, damaged or not all there, ValueError for
+    an unknown target, a write that was not harvested, and fewer windows than `limit`.
+    """
+
+    def __init__(self, folder: Path | str, cell: Cell, target: str, write: str = "added", limit: int | None = None):
+        self.place, self.target, self.write = cell_folder(folder, cell), target, write
+        shards = self._manifest()
+        whole = sum(shard["windows"] for shard in shards)
+        if (limit or 0) > whole:
+            raise ValueError(f"{limit} windows are asked for and {self.place} has {whole}.")
+        self.windows, self.length, self.per_shard = limit or whole, shards[0]["length"], shards[0]["windows"]
+        self._identity = str((self.windows, target, write, [shard["sha256"] for shard in shards]))
+        with safe_open(_shard(self.place, 0), framework="pt") as file:
+            names = set(file.keys())
+        self.names = {"write": ["key", write], "state": ["key", "effective", "log_decay"]}.get(target, ["key"])
+        if target == "state" and "taken" in names:
+            self.names = ["key", "added", "log_decay", "erase", "taken"]
+        if lacking := set(self.names) - names:
+            raise ValueError(f"{self.place} holds no {', '.join(sorted(lacking))}: choose write = added.")
+        first = self[0]
+        self.factored, self.d_k, self.d_v = first.factored, first.d_k, first.d_v
+        self._per_window = sum(x.numel() for x in first.tensors().values())
+        self.key = first.key[:0]  # no window, but dtype and device
+
+    def _manifest(self) -> list[dict]:
+        """The shards, each compared with its checksum."""
+        path = self.place / "shards.json"
+        try:
+            content = json.loads(path.read_text())
+            version, shards = content["format_version"], content["shards"]
+        except OSError as error:
+            raise artifacts.ArtifactError(f"{path} is missing: no harvest of this cell was completed there.") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise artifacts.ArtifactError(f"{path} is damaged.") from error
+        if version != FORMAT_VERSION:
+            raise artifacts.ArtifactError(f"{path} has format version {version}, and this code reads {FORMAT_VERSION}.")
+        for number, shard in enumerate(shards):
+            if artifacts.read_sidecar(_shard(self.place, number))["sha256"] != shard["sha256"]:
+                raise artifacts.ArtifactError(f"{_shard(self.place, number)} is of another harvest than shards.json.")
+        return shards
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, T): windows, and tokens in each."""
+        return self.windows, self.length
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers all windows hold."""
+        return self.windows * self._per_window
+
+    def __len__(self) -> int:
+        return self.windows
+
+    def __getitem__(self, index: Tensor | slice | list[int] | int) -> History:
+        """The windows at `index`, in memory (one window stays a history, with N = 1)."""
+        index = [index] if isinstance(index, int) else index
+        chosen = torch.arange(self.windows)[index]
+        read = {name: [None] * len(chosen) for name in self.names}
+        for rows, places, file in self._files(chosen):
+            for name in self.names:
+                part = file.get_slice(name)
+                for row, place in zip(rows, places):
+                    read[name][place] = part[row : row + 1]
+        return history({name: torch.cat(parts) for name, parts in read.items()}, self.target, self.write)
+
+    def _files(self, window: Tensor) -> Iterator[tuple[list[int], list[int], safe_open]]:
+        """For each shard that has some of the windows: their rows in it, their places among `window`, and the file."""
+        shard, row = window // self.per_shard, window % self.per_shard
+        for number in shard.unique().tolist():
+            places = (shard == number).nonzero().squeeze(-1)
+            with safe_open(_shard(self.place, number), framework="pt") as file:
+                yield row[places].tolist(), places.tolist(), file
+
+    def factors_at(self, window: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Key [M, d_k] and value [M, d_v] of chosen places: window [M], position [M] (int64)."""
+        key, value = (self.key.new_empty(len(window), d) for d in (self.d_k, self.d_v))
+        for rows, places, file in self._files(window):
+            for name, out in zip(self.names[:2], (key, value)):
+                part = file.get_slice(name)
+                for row, place in zip(rows, places):
+                    at = int(position[place])
+                    out[place] = part[row : row + 1, at : at + 1].flatten()
+        return key, value
+
+    def groups(self, windows: int = GROUP) -> Iterator[History]:
+        """The history in parts of at most `windows` windows, in order, one of them in memory at a time."""
+        return History.groups(self, windows if self.factored else min(windows, VECTOR_GROUP))
+
+    def fingerprint(self) -> str:
+        """A hash of all values, by the checksums of the shards."""
+        return hashlib.sha256(self._identity.encode()).hexdigest()
+
+    mean, energy = History.mean, History.energy  # by groups, as they are
