@@ -362,6 +362,29 @@ def summary(table: str, value: str, low: str, high: str, **where) -> Callable:
     return measure
 
 
+def contrast(variant: str, quantity: str, place: str = "middle") -> Callable:
+    """A variant of the state-trained SAE against the bilinear one of rank 1."""
+    return summary(
+        "ablation_contrasts",
+        "value",
+        "ci_low",
+        "ci_high",
+        target="state",
+        variant=variant,
+        quantity=quantity,
+        place=place,
+    )
+
+
+def jumprelu_registers(tables, host) -> Answer | None:
+    """Median cosine of the registers of the JumpReLU SAE."""
+    found = _rows(tables["ablations"], host=host, target="state", place="middle", variant="bilinear+rank1+jumprelu")
+    if found.empty or not found.registers.iloc[0] >= FEWEST_ATOMS:
+        return None
+    row = found.iloc[0]
+    return Answer(row.register_cosine, row.register_low, row.register_high, row.registers)
+
+
 def native_inclusion(tables, host) -> Answer:
     """Share of targets of native rank 101 to 1,000 that come without an edit, resampled by prompt."""
     part = _trials(tables, host, "middle", 3.0)
@@ -518,6 +541,59 @@ RULES: dict[str, Rule] = {
     "P8": Rule("the atom disrupts it alike in both classes", "07_population", 0, "equal", class_axis("flip_atom")),
     "P9": Rule("median delta KL alike in both classes", "07_population", 0, "equal", class_axis("delta_kl")),
     "P10": Rule("registers fire more often", "07_population", 0, "above", class_axis("firings_per_10k")),
+    "B1": Rule(
+        "a larger share of dead atoms in the flat SAE than in the bilinear one (Newcombe)",
+        "11_ablations",
+        0,
+        "above",
+        contrast("dense+flat", "dead_fraction"),
+    ),
+    "B2": Rule(
+        "FVU of the flat SAE over that of the bilinear one below 1 (passages resampled), middle",
+        "11_ablations",
+        1,
+        "below",
+        contrast("dense+flat", "fvu_ratio"),
+    ),
+    "B3": Rule("the same, early", "11_ablations", 1, "below", contrast("dense+flat", "fvu_ratio", "early")),
+    "B4": Rule("the same, late", "11_ablations", 1, "below", contrast("dense+flat", "fvu_ratio", "late")),
+    "B5": Rule(
+        "median cosine of the JumpReLU SAE's registers to the native write above 0 (interval over atoms)",
+        "11_ablations",
+        0,
+        "above",
+        jumprelu_registers,
+    ),
+    "B6": Rule(
+        "FVU of the gated SAE over that of TopK above 1 (passages resampled)",
+        "11_ablations",
+        1,
+        "above",
+        contrast("bilinear+rank1+gated", "fvu_ratio"),
+    ),
+    "B7": Rule(
+        "atoms of rank 2 beat deletion no more and no less often than those of rank 1",
+        "11_ablations",
+        0,
+        "equal",
+        contrast("bilinear+rank2", "win_rate_coefficient"),
+    ),
+    "S1": Rule(
+        "1 - overlap of the 32 tokens that the atom and a random rank-1 write of its norm move most above 0.9",
+        "11_ablations",
+        0.9,
+        "above",
+        summary(
+            "selectivity_overlap",
+            "selectivity",
+            "ci_low",
+            "ci_high",
+            target="state",
+            cells="pooled",
+            control="random",
+            top=32,
+        ),
+    ),
     "D1": Rule(
         "mean log sigma1/sigma2 of heads falls from the early to the late layer", "00_hosts", 0, "above", sigma_falls
     ),
@@ -602,6 +678,9 @@ TABLES = (
     "newlines_summary",
     "register_erase_summary",
     "heads_summary",
+    "ablations",
+    "ablation_contrasts",
+    "selectivity_overlap",
 )
 
 
