@@ -158,6 +158,26 @@ def test_summary_counts_wins(single, tokens, subject):
     assert row.ci_low < row.win_rate < row.ci_high or row.win_rate in (0, 1)
 
 
+def test_the_trend_over_cells_is_of_ranks():
+    """Four cells of one host: the longer the half-life the lower the win rate, and sigma1/sigma2 has no order."""
+    wins, half_lives, ratios = [4, 3, 2, 0], [0.5, 2.0, 8.0, 300.0], [3.0, 1.5, 2.0, 1.2]
+    firings = pd.DataFrame(
+        dict(host="h", layer=0, head=head, target="state", amplitude="coefficient", kl_delete=1.0, kl_random=2.0)
+        | dict(kl_mean_write=2.0, kl_atom=0.5 if number < wins[head] else 3.0)
+        for head in range(4)
+        for number in range(4)
+    )
+    memory = pd.DataFrame(
+        dict(host="h", layer=0, head=range(4), half_life_median=half_lives, sigma1_over_sigma2=ratios)
+    )
+    cells = replacement.by_cell(firings, memory)
+    assert cells.win_atom.tolist() == [1.0, 0.75, 0.5, 0.0]
+    row = replacement.trend(cells).iloc[0]
+    assert (row.n_cells, row.n, row.win_lowest, row.win_highest) == (4, 16, 0.0, 1.0)
+    assert row.rho_half_life_median == -1
+    assert row.rho_sigma1_over_sigma2 == pytest.approx(1 - 6 * 2 / (4 * 15))  # ranks of the ratios: 4, 2, 3, 1
+
+
 # Logit shift
 
 

@@ -16,7 +16,7 @@ from writesae.hosts import Host
 from writesae.statistics import cluster_bootstrap
 from writesae.suite import Suite
 
-SURVEY_WINDOWS = 64
+SURVEY_WINDOWS = 32
 
 
 def check_corpus(suite: Suite, host: str) -> list[str]:

@@ -35,7 +35,7 @@ from writesae.history import History
 from writesae.hosts import Host, Run
 from writesae.recurrence import Factors
 from writesae.sae import SAE, RankOneDecoder
-from writesae.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, wilson
+from writesae.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, spearman, wilson
 from writesae.suite import Suite
 from writesae.train import top_singular_pair
 
@@ -415,3 +415,17 @@ def by_cell(firings: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
         rows.append(row)
     memory = cells[["host", "layer", "head", "half_life_median", "sigma1_over_sigma2"]]
     return pd.DataFrame(rows).merge(memory, on=["host", "layer", "head"])
+
+
+def trend(cells: pd.DataFrame) -> pd.DataFrame:
+    """One line a (host, target, amplitude): Spearman's rho, over the host's cells, of the atom's win rate with the cell's
+    half-life and with sigma1/sigma2 of its states. cells: the table of `by_cell`."""
+    rows = []
+    for values, part in cells.groupby(["host", "target", "amplitude"], sort=False):
+        row = dict(zip(["host", "target", "amplitude"], values, strict=True), n_cells=len(part), n=int(part.n.sum()))
+        row |= dict(win_lowest=part.win_atom.min(), win_median=part.win_atom.median(), win_highest=part.win_atom.max())
+        for name in ("half_life_median", "sigma1_over_sigma2"):
+            found = spearman(part.win_atom, part[name])
+            row |= {f"rho_{name}": found.value, f"rho_{name}_low": found.low, f"rho_{name}_high": found.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
