@@ -7,6 +7,9 @@ from pathlib import Path
 
 import torch
 
+from writesae.harvest import Windows
+from writesae.suite import Suite
+
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str, tolerance: float) -> None:
     """Fail unless ||actual - expected|| <= tolerance * ||expected|| (Frobenius); the message names the tensor."""
@@ -89,3 +92,20 @@ class FakeHub:
             return dict(status_code=200, headers=headers, content=b"" if request.method == "HEAD" else content)
         siblings = [dict(rfilename=f) for f in files]
         return dict(status_code=200, json=dict(id=name, sha=self.SHA, siblings=siblings, tags=[], private=False))
+
+
+class SmallSuite(Suite):
+    """A profile's suite with one small host and windows of these tokens in place of the profile's; two a passage."""
+
+    def __init__(self, profile, host, tokens: torch.Tensor):
+        super().__init__(profile)
+        self.small, self.split = host, Windows(tokens, torch.arange(len(tokens)) // 2)
+
+    def host(self, name):
+        return self.small
+
+    def host_fingerprint(self, name):
+        return {"name": name}
+
+    def windows(self, host, split):
+        return self.split

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import assert_close
+from helpers import SmallSuite, assert_close
 
 from writesae import artifacts, statistics
 from writesae.edit import edited_hidden, kl, make_edit
 from writesae.experiments import ablations, saes
 from writesae.experiments.ablations import REFERENCE
-from writesae.harvest import Windows, harvest, history
+from writesae.harvest import harvest, history
 from writesae.profiles import Ablations, load_profile
 from writesae.suite import Suite
 
@@ -118,25 +118,15 @@ def test_contrasts_are_against_the_reference():
 # A small suite
 
 
-class SmallSuite(Suite):
+class OneCell(SmallSuite):
     """The mini profile with one small host, its windows and its cell in their places."""
 
     def __init__(self, host, tokens):
         mini = load_profile("mini")
         hosts = {"small": mini.hosts["gated_deltanet"].model_copy(update=dict(cells={PLACE: None}))}
         data = mini.data.model_copy(update=dict(first_position=5, batch_windows=4, firing_windows=WINDOWS))
-        super().__init__(mini.model_copy(update=dict(hosts=hosts, data=data, ablations=own_of())))
-        self.small, self.split = host, Windows(tokens, torch.arange(len(tokens)) // 2)
+        super().__init__(mini.model_copy(update=dict(hosts=hosts, data=data, ablations=own_of())), host, tokens)
         self.__dict__["cells"] = pd.DataFrame([dict(host="small", place=PLACE, layer=CELL[0], head=CELL[1])])
-
-    def host(self, name):
-        return self.small
-
-    def host_fingerprint(self, name):
-        return {"name": name}
-
-    def windows(self, host, split):
-        return self.split
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +136,7 @@ def suite(gated_deltanet, tmp_path_factory):
     tokens = torch.randint(1, 300, (20, TOKENS), generator=torch.Generator().manual_seed(4))
     patch = pytest.MonkeyPatch()
     patch.setenv("WRITESAE_OUTPUT", str(tmp_path_factory.mktemp("ablations")))
-    made = SmallSuite(single, tokens)
+    made = OneCell(single, tokens)
     factors = harvest(single, tokens, [CELL], 4, progress=False)[CELL]
     artifacts.save_tensors(saes.harvest_path(made, "small", *CELL), factors, dict(fingerprint="harvest", seconds=1.0))
     found = ablations.variants(made.profile.ablations, made.profile.seed)

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import SmallSuite
 from sklearn.mixture import GaussianMixture
 
 from writesae import artifacts, statistics
@@ -16,7 +17,6 @@ from writesae.experiments import atoms, population, saes
 from writesae.harvest import Windows, harvest, history
 from writesae.profiles import CellRule, Data, HostSection, Saes
 from writesae.sae import SAE
-from writesae.suite import Suite
 from writesae.train import TrainingSettings
 
 RNG = np.random.default_rng(11)
@@ -291,7 +291,7 @@ class Profile:
         return {"atoms": self.own, "saes": self.saes}[name]
 
 
-class SmallSuite(Suite):
+class OneCell(SmallSuite):
     """A suite of one small host, with windows, a cell and SAEs of its own."""
 
     def __init__(self, host, tokens):
@@ -299,18 +299,8 @@ class SmallSuite(Suite):
         data = dict(window=50, sae_windows=8, heldout_windows=8, firing_windows=8, survey_windows=4)
         settings = dict(write="added", targets=["state", "write"], main=SETTINGS, survey=SETTINGS, flat=SETTINGS)
         whole = Data(**data, first_position=5, batch_windows=4)
-        super().__init__(Profile("small", 42, hosts, whole, Saes(**settings), Own()))
-        self.small, self.split = host, Windows(tokens, torch.arange(len(tokens)) // 2)
+        super().__init__(Profile("small", 42, hosts, whole, Saes(**settings), Own()), host, tokens)
         self.__dict__["cells"] = pd.DataFrame([dict(host="small", place="middle", layer=CELL[0], head=CELL[1])])
-
-    def host(self, name):
-        return self.small
-
-    def host_fingerprint(self, name):
-        return {"name": name}
-
-    def windows(self, host, split):
-        return self.split
 
 
 @pytest.fixture(scope="module")
@@ -320,7 +310,7 @@ def suite(host, tmp_path_factory):
     tokens = torch.randint(1, 300, (8, 50), generator=torch.Generator().manual_seed(4))
     patch = pytest.MonkeyPatch()
     patch.setenv("WRITESAE_OUTPUT", str(tmp_path_factory.mktemp("atoms")))
-    made = SmallSuite(single, tokens)
+    made = OneCell(single, tokens)
     factors = harvest(single, tokens, [CELL], 4, progress=False)[CELL]
     artifacts.save_tensors(saes.harvest_path(made, "small", *CELL), factors, dict(fingerprint="harvest", seconds=1.0))
     for target in ("state", "write"):

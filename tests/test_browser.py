@@ -11,15 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import SmallSuite
 
 from writesae import artifacts, browser, dependencies
 from writesae.experiments import atoms
 from writesae.experiments.replacement import CONDITIONS
-from writesae.harvest import Windows
 from writesae.profiles import CellRule, Data, HostSection
 from writesae.sae import SAE, SAEConfig, save
 from writesae.statistics import wilson
-from writesae.suite import Suite
 
 CELL, N_ATOMS = (1, 2), 24
 HOSTILE = "</script><img src=x onerror=\"document.title='run'\">"
@@ -52,7 +51,7 @@ class Profile:
         return self.own
 
 
-class SmallSuite(Suite):
+class OneCell(SmallSuite):
     """A suite of one small host, with windows, a cell and untrained SAEs of its own."""
 
     def __init__(self, host, tokens):
@@ -65,18 +64,10 @@ class SmallSuite(Suite):
                 data=Data(**data, first_position=5, batch_windows=4),
                 saes=plain(write="added", targets=["state", "write"]),
                 own=plain(target="state"),
-            )
+            ),
+            host,
+            tokens,
         )
-        self.small, self.split = host, Windows(tokens, torch.arange(len(tokens)) // 2)
-
-    def host(self, name):
-        return self.small
-
-    def host_fingerprint(self, name):
-        return {"name": name}
-
-    def windows(self, host, split):
-        return self.split
 
 
 def replacement_table(firings, read=("write", "cache")):
@@ -105,7 +96,7 @@ def suite(gated_deltanet, tmp_path_factory):
     patch.setenv("WRITESAE_OUTPUT", str(tmp_path_factory.mktemp("browser")))
     single = type(gated_deltanet)(copy.deepcopy(gated_deltanet.model).float(), Words(), "small")
     tokens = torch.randint(0, 12, (8, 50), generator=torch.Generator().manual_seed(4))
-    made = SmallSuite(single, tokens)
+    made = OneCell(single, tokens)
     where = dict(host="small", layer=CELL[0], head=CELL[1])
     made.write("cells", pd.DataFrame([where | dict(place="middle", half_life_median=9.5, sigma1_over_sigma2=2.0)]))
     for target, role in itertools.product(("state", "write"), ("main", "survey")):
