@@ -55,7 +55,7 @@ $(addprefix $(STAMPS)/,$(NAMES)): $(STAMPS)/%: requirements.lock | $(ENV)
 test: test-unit test-notebooks test-reference  ## unit tests, every notebook from nothing, results against the reference
 
 test-unit: $(ENV)  ## only the unit tests
-	$(PY) -m pytest tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests
 
 test-notebooks: $(ENV)  ## only the notebooks, run from nothing into build/test and compared with their kept outputs
 	rm -rf build/test

@@ -309,8 +309,12 @@ SUMMARIES = dict(
 
 def run(suite: Suite) -> dict[str, pd.DataFrame]:
     """The tables of all hosts, results NAME.csv for every name in STAGES."""
-    hosts = [Stages(suite, name, suite.profile.section("cache_edits", name)) for name in suite.profile.hosts]
-    return {table: suite.gather(table, [stage(host) for host in hosts]) for table, stage in STAGES.items()}
+    parts = {table: [] for table in STAGES}
+    for name in suite.profile.hosts:  # host by host, for the stages of one share its harvests
+        host = Stages(suite, name, suite.profile.section("cache_edits", name))
+        for table, stage in STAGES.items():
+            parts[table].append(stage(host))
+    return {table: suite.gather(table, part) for table, part in parts.items()}
 
 
 def tables(suite: Suite, made: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
