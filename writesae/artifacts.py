@@ -23,17 +23,18 @@ import time
 import uuid
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-import torch
 from joblib import Parallel, delayed
 from pandas.api.types import is_any_real_numeric_dtype as is_number
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from writesae import dependencies
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT_VERSION = 1
@@ -117,6 +118,8 @@ def git_commit() -> str:
 
 def environment() -> dict[str, Any]:
     """What a result depends on beside its inputs: commit, versions, device, kernel path (fla or torch), time."""
+    import torch  # here and below: two seconds that Make and run_notebook need not wait
+
     cuda = torch.cuda.is_available()
     return {
         "commit": git_commit(),
@@ -284,6 +287,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     Where `metadata` has a `fingerprint`, the stage can be skipped next time. Raises TypeError for metadata that is not
     plain.
     """
+    from safetensors.torch import save_file
+
     json.dumps(metadata, default=_plain, allow_nan=False)  # a mistake shows before anything is written
     own = {name: _own(tensor) for name, tensor in tensors.items()}
     write_atomically(path, lambda partial: save_file(own, partial))
@@ -295,6 +300,8 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
     Raises ArtifactError where the file is missing, damaged, truncated, or of another format version.
     """
+    from safetensors.torch import load_file
+
     record = read_sidecar(path)
     return load_file(path), record["metadata"]
 
