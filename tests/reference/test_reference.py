@@ -11,6 +11,7 @@ COMMITTED = REPOSITORY / "results" / "mini"
 FRESH = REPOSITORY / "build" / "test" / "results" / "mini"
 TOLERANCES = read_tolerances(Path(__file__).with_name("tolerances.yaml"))
 TABLES = {tolerance.file for tolerance in TOLERANCES}
+OF_ATOMS = {"cache_erase_summary.csv", "readers_summary.csv"}  # lines by atom: another machine's training has others
 
 
 @pytest.mark.parametrize("tolerance", TOLERANCES, ids=lambda t: f"{t.file}:{t.metric}")
@@ -20,5 +21,5 @@ def test_metric_is_within_its_tolerance(tolerance):
 
 
 def test_every_committed_summary_has_a_tolerance():
-    summaries = {path.name for path in COMMITTED.glob("*_summary.csv")}
+    summaries = {path.name for path in COMMITTED.glob("*_summary.csv")} - OF_ATOMS
     assert summaries <= TABLES, f"no tolerance for {', '.join(sorted(summaries - TABLES))}"
