@@ -22,6 +22,7 @@ import argparse
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -136,12 +137,19 @@ def _spread(values: pd.Series, *names: str) -> dict[str, float]:
     return dict(zip(names, (values.median(), values.min(), values.max()), strict=True))
 
 
+def _largest() -> float:
+    """The largest resident size of this process in MiB. On Linux ru_maxrss starts at what the parent had."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def _peak_of(case: Case | None) -> dict[str, float]:
     """What a fresh process reports: its largest resident size in MiB after one run of the case."""
     if case is not None:
         case.prepare()()
-    unit = 1024 if sys.platform == "linux" else 2**20
-    found = dict(peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
+    found = dict(peak_mib=_largest())
     if torch.cuda.is_available():
         found["device_mib"] = torch.cuda.max_memory_allocated() / 2**20
     return found
