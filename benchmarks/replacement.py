@@ -2,7 +2,7 @@
 
 A firing is a window, a position and some conditions: the native write is taken out and a rank-1 matrix, or nothing, or
 another one is put in. Three conditions are the paper's; sixteen is about what notebook 05 asks of each firing (eight, at two
-amplitudes). Eight firings to a window is what the profile `mini` has.
+amplitudes). Twelve firings to a window is what one SAE of the middle cell has in the profile `mini`.
 
 The plain way runs the library's whole model: the prefix once a firing, and for each condition, and once for none, a deep
 copy of the cache, the writing token, the edit of the cached state, and the next token. The batched way is the project's;
@@ -118,8 +118,8 @@ def apart(got: Tensor, wanted: Tensor) -> float:
 
 
 def comparisons(quick: bool) -> list[Comparison]:
-    three = dict(windows=4, length=256, firings=32, conditions=3)
-    asked = [("early", three), ("late", three), ("late", three | dict(windows=2, firings=16, conditions=16))]
+    three = dict(windows=4, length=256, firings=48, conditions=3)
+    asked = [("early", three), ("late", three), ("late", three | dict(windows=2, firings=24, conditions=16))]
     if quick:
         asked = [("late", dict(windows=2, length=64, firings=4, conditions=3))]
     found = []

@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import assert_close
+from sklearn.mixture import GaussianMixture
 
 from writesae.edit import edited_hidden, kl, make_edit
 from writesae.experiments import cells, firings, install, logit_shift, population, replacement
@@ -227,6 +228,16 @@ def test_register_is_the_component_of_higher_cosine():
     classes = population.classify(values, seed=0)
     assert (classes[:40] == "bundle").all()
     assert (classes[40:] == "register").all()
+
+
+def test_the_low_tail_of_a_wide_upper_component_is_not_register():
+    generator = np.random.default_rng(0)
+    values = np.r_[generator.normal(0.5, 0.02, 200), generator.normal(0.6, 0.2, 100), -0.3]
+    component = GaussianMixture(2, random_state=0, n_init=5).fit_predict(values[:, None])
+    assert component[-1] == component[values.argmax()] != component[0]  # what the mixture alone says
+    classes = population.classify(pd.Series(values), seed=0)
+    assert classes.iloc[-1] == "bundle"
+    assert classes[values.argmax()] == "register"
 
 
 INSTALL = Install(

@@ -209,7 +209,7 @@ def test_long_inputs_are_trained_on_from_disk(output, profile, serial, monkeypat
 def test_a_point_that_fails_stops_no_other(output, profile):
     wild = dict(role="survey", target="state", settings=dict(lr=1e30))
     grid = Grid(**GRID | dict(layers=[0], heads=[0], seeds=[0], variants=GRID["variants"] | dict(wild=wild)))
-    with pytest.raises(SweepError, match=r"1 of 3 tasks failed, the others are done. tiny-L0-H0-wild-s0: The loss is"):
+    with pytest.raises(SweepError, match=r"1 SAEs failed, the others are done. tiny-L0-H0-wild-s0: The loss is"):
         run_sweep(profile, grid, jobs=2)
     assert [path.stem for path in records(output)] == ["tiny-L0-H0-state-s0", "tiny-L0-H0-write-s0"]
     assert not (output / "results/smoke/sweep-small.csv").exists()

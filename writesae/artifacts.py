@@ -272,6 +272,11 @@ def read_table(path: Path) -> pd.DataFrame:
     return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
 
 
+def rows_with(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    """The rows in which the columns have these values."""
+    return table[np.logical_and.reduce([table[name] == value for name, value in values.items()])]
+
+
 # Tensors
 
 

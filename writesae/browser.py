@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from writesae.artifacts import ArtifactError, read_sidecar, write_atomically
+from writesae.artifacts import ArtifactError, read_sidecar, rows_with, write_atomically
 from writesae.experiments import promoted
 from writesae.experiments.atoms import ATOM_KEYS, Scan, frequent_tokens, top_contexts
 from writesae.experiments.replacement import AMPLITUDES, CONDITIONS, CONTROLS
@@ -73,8 +73,7 @@ def plain(values, digits: int = 4) -> list:
 
 def of_cell(table: pd.DataFrame, where: dict) -> pd.DataFrame:
     """The rows of a table in which the columns have these values; columns that the table lacks do not count."""
-    same = [table[name] == value for name, value in where.items() if name in table]
-    return table[np.logical_and.reduce(same)]
+    return rows_with(table, **{name: value for name, value in where.items() if name in table})
 
 
 def intervals(wins: Sequence[int], counts: Sequence[int]) -> dict[str, list]:

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from writesae.artifacts import ROOT
+from writesae.artifacts import ROOT, rows_with
 from writesae.experiments.firings import atom_names
 from writesae.statistics import cluster_bootstrap, pearson, wilson
 
@@ -76,14 +76,9 @@ def status(answer: Answer, rule: Rule) -> str:
 # What is measured.
 
 
-def _rows(table: pd.DataFrame, **where) -> pd.DataFrame:
-    """The rows with these values."""
-    return table.loc[np.logical_and.reduce([table[name] == value for name, value in where.items()])]
-
-
 def _row(table: pd.DataFrame, **where) -> pd.Series:
     """The only row with these values. Raises KeyError where there is none or more than one."""
-    found = _rows(table, **where)
+    found = rows_with(table, **where)
     if len(found) != 1:
         raise KeyError(f"{len(found)} rows have {where}.")
     return found.iloc[0]
@@ -104,7 +99,7 @@ def win_rate(cells: str) -> Callable:
 
 
 def _papers_firings(tables, host) -> pd.DataFrame:
-    return _rows(tables["replacement"], host=host, **PAPERS)
+    return rows_with(tables["replacement"], host=host, **PAPERS)
 
 
 def per_firing(values: Callable[[pd.DataFrame], pd.Series], statistic=np.mean) -> Callable:
@@ -151,7 +146,7 @@ def failure_gap(tables, host) -> Answer:
 def population(name: str) -> Callable:
     def measure(tables, host) -> Answer | None:
         where = {"host": host, "target": "state", "amplitude": "coefficient", "class": name}
-        found = _rows(tables["population_summary"], **where)
+        found = rows_with(tables["population_summary"], **where)
         if found.empty or found.iloc[0].n_atoms < FEWEST_ATOMS:
             return None
         row = found.iloc[0]
@@ -256,7 +251,7 @@ def against_flat(tables, host) -> Answer:
     """Win rate of the atom less that of the flat SAE's top singular pair at matched norm, middle cell, in points."""
     cell = _row(tables["cells"], host=host, place="middle")
     where = dict(host=host, layer=cell.layer, head=cell["head"]) | PAPERS | dict(amplitude="matched_norm")
-    part = _rows(tables["replacement"], **where)
+    part = rows_with(tables["replacement"], **where)
     gap = 100.0 * ((part.kl_atom < part.kl_delete).astype(float) - (part.kl_flat_svd < part.kl_delete))
     by = [cluster_bootstrap(gap.to_numpy(), c, resamples=1000) for c in (part.atom, part.passage)]
     return Answer(gap.mean(), min(b.low for b in by), max(b.high for b in by), len(part))
@@ -287,7 +282,7 @@ def seed_overlap(tables, host) -> Answer | None:
 
 
 def _own_atoms(tables, host):
-    return _rows(tables["atoms"], host=host, **OWN)
+    return rows_with(tables["atoms"], host=host, **OWN)
 
 
 def busiest_register(tables, host) -> Answer | None:
@@ -353,7 +348,7 @@ def summary(table: str, value: str, low: str, high: str, **where) -> Callable:
     """The number of one line of a summary table, with the interval that stands beside it; None where there is no line."""
 
     def measure(tables, host) -> Answer | None:
-        found = _rows(tables[table], host=host, **where)
+        found = rows_with(tables[table], host=host, **where)
         if found.empty:
             return None
         row = found.squeeze()
@@ -378,7 +373,7 @@ def contrast(variant: str, quantity: str, place: str = "middle") -> Callable:
 
 def jumprelu_registers(tables, host) -> Answer | None:
     """Median cosine of the registers of the JumpReLU SAE."""
-    found = _rows(tables["ablations"], host=host, target="state", place="middle", variant="bilinear+rank1+jumprelu")
+    found = rows_with(tables["ablations"], host=host, target="state", place="middle", variant="bilinear+rank1+jumprelu")
     if found.empty or not found.registers.iloc[0] >= FEWEST_ATOMS:
         return None
     row = found.iloc[0]

@@ -3,11 +3,12 @@
     python -m writesae.sweep --profile mini --grid profiles/sweeps/cells.yaml [--dask tcp://scheduler:8786]
 
 A grid is a file in profiles/sweeps/; its fields are those of `Grid`. Two stages of tasks: the harvest of one layer, and
-the training and evaluation of one SAE. Tasks run in processes of this machine or, where the address of a Dask scheduler
-is given, on its workers. Each has one thread, writes what it makes atomically into build/<profile>/sweeps/<grid>, and
-skips what is there: on a cluster, a task that is lost with its worker is run again by another one, and a sweep that was
-interrupted goes on where it stopped. All workers must see the same folder, hold the same code, and run one task at a time
-(`dask worker ADDRESS --nthreads 1`). The result is one table, results/<profile>/sweep-<grid>.csv, a line an SAE.
+the training and evaluation of a few SAEs of a layer, whose replacement tests share one run of the host. Tasks run in
+processes of this machine or, where the address of a Dask scheduler is given, on its workers. Each has one thread, writes
+what it makes atomically into build/<profile>/sweeps/<grid>, and skips what is there: on a cluster, a task that is lost
+with its worker is run again by another one, and a sweep that was interrupted goes on where it stopped. All workers must
+see the same folder, hold the same code, and run one task at a time (`dask worker ADDRESS --nthreads 1`). The result is one
+table, results/<profile>/sweep-<grid>.csv, a line an SAE.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -36,12 +38,11 @@ from writesae import artifacts
 from writesae.experiments.cells import survey_cells
 from writesae.experiments.firings import draw_in_rounds
 from writesae.experiments.hosts import SURVEY_WINDOWS
-from writesae.experiments.replacement import AMPLITUDES, firings_of, make_subject, replace
+from writesae.experiments.replacement import AMPLITUDES, Subject, firings_of, make_subject, measure_group
 from writesae.experiments.saes import VALIDATION_WINDOWS, train_on
 from writesae.harvest import Windows, harvest, history
 from writesae.memory import keep_freed_memory
 from writesae.profiles import Profile, Section, Target, load_profile
-from writesae.sae import SAE
 from writesae.shards import ShardedHistory, harvest_shards
 from writesae.statistics import wilson
 from writesae.suite import Suite, threads
@@ -49,6 +50,7 @@ from writesae.train import TrainingSettings
 
 CONDITIONS = ("delete", "atom", "random", "mean_write")
 IN_MEMORY = 2**28  # numbers of a cell's training data up to which they are read once and kept, 1 GiB in fp32
+TOGETHER = 8  # SAEs of a layer in one task, at most
 WORKERS_WITHIN = 600  # seconds in which the first Dask worker must have come
 
 
@@ -239,8 +241,8 @@ def _sweep(profile: str, grid: str) -> Sweep:
 
 
 class Task(NamedTuple):
-    """What is sent to a worker: a profile and a grid as JSON, what is to be done (`point` None: harvest the layer), and
-    the fingerprint of that."""
+    """What is sent to a worker: a profile and a grid as JSON, and what is to be done with its fingerprint: the harvest of
+    a layer, or where there are `points` (each with its own) those."""
 
     profile: str
     grid: str
@@ -248,11 +250,11 @@ class Task(NamedTuple):
     expected: str
     host: str
     layer: int
-    point: Point | None = None
+    points: tuple[tuple[Point, str], ...] = ()
 
 
-def run_task(task: Task) -> str | None:
-    """Do a task, unless it is done; a sentence where it cannot be done, so that the others go on.
+def run_task(task: Task) -> list[str]:
+    """Do a task, unless it is done; a sentence for each SAE, or harvest, that cannot be done, so that the others go on.
 
     Raises SweepError where this process has other code, packages or hosts than the one that sent the task.
     """
@@ -264,13 +266,12 @@ def run_task(task: Task) -> str | None:
         )
     try:
         with threads(1):
-            if task.point is None:
-                harvest_layer(sweep, task.host, task.layer, task.expected)
-            else:
-                train_point(sweep, task.point, task.expected)
+            if task.points:
+                return train_points(sweep, dict(task.points))
+            harvest_layer(sweep, task.host, task.layer, task.expected)
     except (ValueError, FloatingPointError) as error:
-        return f"{task.point or f'{task.host}-L{task.layer}'}: {error}"
-    return None
+        return [f"{task.host}-L{task.layer}: {error}"]
+    return []
 
 
 def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> None:
@@ -296,32 +297,53 @@ def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> None:
     artifacts.write_table(table, memory, suite.provenance(host, **made))
 
 
-def train_point(sweep: Sweep, point: Point, expected: str) -> None:
-    """Train an SAE on the harvest of its cell, evaluate it, and write its line."""
-    suite, record = sweep.suite, sweep.record(point)
-    if artifacts.up_to_date(record, expected):
-        return
-    began, cell = time.monotonic(), (point.layer, point.head)
-    variant, role = sweep.grid.variants[point.variant], f"sweep-{sweep.grid.name}-{point.variant}-s{point.seed}"
-    place, write = (point.host, role, cell, variant.target), suite.profile.saes.write
-    shards = sweep.harvest(point.host), cell, variant.target, write, sweep.training_windows(point.variant)
+def train_points(sweep: Sweep, expected: dict[Point, str]) -> list[str]:
+    """Train SAEs of one layer, evaluate them, and write the line of each; sentences on those that failed."""
+    suite, lines, tests, failed = sweep.suite, {}, {}, []
+    for point, wanted in expected.items():
+        if artifacts.up_to_date(sweep.record(point), wanted):
+            continue
+        began = time.monotonic()
+        try:
+            line = train_point(sweep, point, wanted)
+            if sweep.grid.firings:
+                tests[point] = draw_test(sweep, point)
+        except (ValueError, FloatingPointError) as error:
+            failed.append(f"{point}: {error}")
+            continue
+        lines[point] = line, time.monotonic() - began
+    began, scores = time.monotonic(), replacement_scores(sweep, tests)
+    shared = (time.monotonic() - began) / max(1, len(lines))
+    for point, (line, seconds) in lines.items():
+        whole = pd.DataFrame([line | scores.get(point, {})])
+        made = dict(seconds=seconds + shared, fingerprint=expected[point])
+        artifacts.write_table(whole, sweep.record(point), suite.provenance(point.host, **made))
+        if not sweep.grid.keep:
+            stem = suite.sae_stem(*_place(sweep, point))
+            for suffix in (".json", ".safetensors"):
+                stem.with_name(stem.name + suffix).unlink(missing_ok=True)
+    return failed
+
+
+def _place(sweep: Sweep, point: Point) -> tuple[str, int, int, str, str]:
+    """(host, layer, head, target, role) of a point's SAE in the suite."""
+    role = f"sweep-{sweep.grid.name}-{point.variant}-s{point.seed}"
+    return point.host, point.layer, point.head, sweep.grid.variants[point.variant].target, role
+
+
+def train_point(sweep: Sweep, point: Point, expected: str) -> dict:
+    """Train an SAE on the harvest of its cell and keep it in build/; its line."""
+    suite, (host, *cell, target, role) = sweep.suite, _place(sweep, point)
+    write = suite.profile.saes.write
+    shards = sweep.harvest(host), tuple(cell), target, write, sweep.training_windows(point.variant)
     training = ShardedHistory(*shards)
     if training.numbers <= IN_MEMORY:
         training = training[:]
-    heldout, _ = artifacts.load_tensors(sweep.heldout(point.host, *cell))
-    validation = history(_first(heldout, VALIDATION_WINDOWS), variant.target, write)
-    line = train_on(suite, *place, sweep.settings(point), training, validation, expected)
-    line = dict(name=point.variant) | line | dict(role=variant.role)
-    if sweep.grid.firings:
-        count = suite.profile.section("replacement", point.host).survey_windows
-        sae = suite.sae(point.host, *cell, variant.target, role)
-        line |= replacement_scores(sweep, point, sae, _first(heldout, count))
-    made = dict(seconds=time.monotonic() - began, fingerprint=expected)
-    artifacts.write_table(pd.DataFrame([line]), record, suite.provenance(point.host, **made))
-    if not sweep.grid.keep:
-        stem = suite.sae_stem(point.host, *cell, variant.target, role)
-        for suffix in (".json", ".safetensors"):
-            stem.with_name(stem.name + suffix).unlink(missing_ok=True)
+    heldout, _ = artifacts.load_tensors(sweep.heldout(host, *cell))
+    validation = history(_first(heldout, VALIDATION_WINDOWS), target, write)
+    settings = sweep.settings(point)
+    line = train_on(suite, host, role, tuple(cell), target, settings, training, validation, expected)
+    return dict(name=point.variant) | line | dict(role=sweep.grid.variants[point.variant].role)
 
 
 def _first(tensors: dict[str, torch.Tensor], windows: int) -> dict[str, torch.Tensor]:
@@ -329,30 +351,42 @@ def _first(tensors: dict[str, torch.Tensor], windows: int) -> dict[str, torch.Te
     return {name: x[:windows] for name, x in tensors.items()}
 
 
-def replacement_scores(sweep: Sweep, point: Point, sae: SAE, heldout: dict[str, torch.Tensor]) -> dict:
-    """The replacement test of an SAE on held-out windows (tokens, passage, factors of the cell), at the next token:
-    `firings`, the number that was tested (less than the grid's where there are fewer), and at both amplitudes the share
-    in which the atom, with its Wilson interval, another atom and the mean write beat deletion; no share without firings."""
-    suite, target = sweep.suite, sweep.grid.variants[point.variant].target
-    host, profile = suite.host(point.host), suite.profile
-    windows = Windows(heldout["tokens"], heldout["passage"])
-    subject = make_subject((point.layer, point.head), target, profile.saes.write, sae, heldout)
+def draw_test(sweep: Sweep, point: Point) -> tuple[Windows, Subject, pd.DataFrame]:
+    """The held-out windows of the replacement test, the SAE's Subject on them, and the firings that are drawn: the grid's
+    number, or all where there are fewer."""
+    suite, (host, *cell, target, role) = sweep.suite, _place(sweep, point)
+    profile, count = suite.profile, suite.profile.section("replacement", host).survey_windows
+    heldout = _first(artifacts.load_tensors(sweep.heldout(host, *cell))[0], count)
+    windows, sae = Windows(heldout["tokens"], heldout["passage"]), suite.sae(host, *cell, target, role)
+    subject = make_subject(tuple(cell), target, profile.saes.write, sae, heldout)
     every = firings_of(suite, subject, windows)
-    drawn = draw_in_rounds(every, min(sweep.grid.firings, len(every)), profile.seed)
-    size, rows, tables = profile.data.batch_windows, profile.section("replacement", point.host).batch_rows, []
-    for start in range(0, len(windows), size):
-        here = drawn[(drawn.window >= start) & (drawn.window < start + size)]
-        if len(here):
-            run = host.run(windows[slice(start, start + size)].tokens)
-            here = here.assign(row=here.window - start)
-            tables.append(replace(host, run, subject, here, profile.seed, CONDITIONS, ("write",), rows))
-    scores = dict(firings=len(drawn))
-    for amplitude in AMPLITUDES if tables else ():
-        table = pd.concat(tables)
-        table = table[table.amplitude == amplitude]
-        wins = {name: int((table[f"kl_{name}"] < table.kl_delete).sum()) for name in CONDITIONS[1:]}
-        scores |= {f"win_{name}_{amplitude}": count / len(table) for name, count in wins.items()}
-        low, high = wilson(wins["atom"], len(table))
+    return windows, subject, draw_in_rounds(every, min(sweep.grid.firings, len(every)), profile.seed)
+
+
+def replacement_scores(sweep: Sweep, tests: dict[Point, tuple]) -> dict[Point, dict]:
+    """The replacement tests of SAEs of one layer (as `draw_test` gives them), at the next token: `firings`, the number
+    that was tested, and at both amplitudes the share in which the atom, with its Wilson interval, another atom and the mean
+    write beat deletion; no share without firings."""
+    if not tests:
+        return {}
+    first = next(iter(tests))
+    host, profile = sweep.suite.host(first.host), sweep.suite.profile
+    windows, size = tests[first][0], profile.data.batch_windows
+    drawn = [(subject, firings.assign(point=str(point))) for point, (_, subject, firings) in tests.items()]
+    options = dict(conditions=CONDITIONS, scopes=("write",))
+    options["batch_rows"] = profile.section("replacement", first.host).batch_rows
+    groups = range(0, len(windows), size)
+    found = pd.concat([measure_group(host, windows, drawn, start, size, profile.seed, **options) for start in groups])
+    return {point: _shares(found[found.point == str(point)]) for point in tests} if len(found) else {}
+
+
+def _shares(table: pd.DataFrame) -> dict:
+    """The columns that `replacement_scores` tells of one SAE."""
+    scores = dict(firings=len(table) // len(AMPLITUDES))
+    for amplitude, part in table.groupby("amplitude", sort=False):
+        wins = {name: int((part[f"kl_{name}"] < part.kl_delete).sum()) for name in CONDITIONS[1:]}
+        scores |= {f"win_{name}_{amplitude}": count / len(part) for name, count in wins.items()}
+        low, high = wilson(wins["atom"], len(part))
         scores |= {f"ci_low_atom_{amplitude}": low, f"ci_high_atom_{amplitude}": high}
     return scores
 
@@ -378,11 +412,15 @@ def run_sweep(profile: Profile, grid: Grid, dask: str | None = None, jobs: int |
 
     plain = profile.model_dump_json(), grid.model_dump_json()
     harvests = [Task(*plain, sweep.origin(host), sweep.expected_harvest(host, n), host, n) for host, n in layers]
-    tasks = [Task(*plain, sweep.origin(p.host), expected[p], p.host, p.layer, p) for p in waiting]
-    print(f"{grid.name} ({profile.name}): {len(expected)} SAEs, {len(expected) - len(tasks)} of them up to date")
+    tasks = []
+    for (host, layer), here in groupby([(p, expected[p]) for p in waiting], lambda each: each[0][:2]):
+        here = tuple(here)
+        parts = [here[i : i + TOGETHER] for i in range(0, len(here), TOGETHER)]
+        tasks += [Task(*plain, sweep.origin(host), "", host, layer, part) for part in parts]
+    print(f"{grid.name} ({profile.name}): {len(expected)} SAEs, {len(expected) - len(waiting)} of them up to date")
     if harvests:
         with workers(dask, jobs):
-            _run_all(harvests, "layers harvested", dask)
+            _run_all(harvests, "harvests", dask)
             _run_all(tasks, "SAEs", dask)
     frame = _table(sweep, expected)
     shutil.rmtree(sweep.folder / "harvest", ignore_errors=True)
@@ -413,7 +451,7 @@ def _run_all(tasks: list[Task], what: str, dask: str | None) -> None:
     pool = Parallel(return_as="generator_unordered", batch_size=1, pre_dispatch="all" if dask else "2*n_jobs")
     try:
         results = tqdm(pool(delayed(run_task)(task) for task in tasks), total=len(tasks), desc=what)
-        failed = sorted(filter(None, results))
+        failed = sorted(sentence for sentences in results for sentence in sentences)
     except (TerminatedWorkerError, TimeoutError) as error:
         raise SweepError(f"A sweep's workers are gone ({_first_line(error)}); what is done is kept.") from error
     except Exception as error:
@@ -421,7 +459,7 @@ def _run_all(tasks: list[Task], what: str, dask: str | None) -> None:
             raise
         raise SweepError(f"A task took several workers down with it: {_first_line(error)}") from error
     if failed:
-        raise SweepError(f"{len(failed)} of {len(tasks)} tasks failed, the others are done. {failed[0]}")
+        raise SweepError(f"{len(failed)} {what} failed, the others are done. {failed[0]}")
 
 
 def _first_line(error: Exception) -> str:

@@ -129,15 +129,14 @@ def factored_loss(
     scaled = energy / sae.scale**2
     if sae.activation.every:
         squared = _squared_error(scaled, overlaps, coefficients, _gram(decoder))
+        fvu = squared.mean()
+        total, gate = fvu + sae.activation.penalty(pre), sae.activation.gate(pre)
+        if gate is not None:
+            total = total + _squared_error(scaled, overlaps.detach(), gate, _gram(decoder).detach()).mean()
     else:
         cross = (coefficients * overlaps.gather(-1, indices)).sum(-1)
         squared = scaled - 2 * cross + _quadratic(decoder, indices, coefficients)
-    fvu = total = squared.mean()
-    if sae.activation.every:
-        total = fvu + sae.activation.penalty(pre)
-        gate = sae.activation.gate(pre)
-        if gate is not None:
-            total = total + _squared_error(scaled, overlaps.detach(), gate, _gram(decoder).detach()).mean()
+        fvu = total = squared.mean()
     if dead is not None and len(dead) and aux_weight > 0:
         firing = top_positive(pre.index_select(-1, dead), k_aux)
         left = overlaps.index_select(-1, dead) - _explained(sae, indices, coefficients, dead)

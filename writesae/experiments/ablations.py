@@ -32,6 +32,7 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 from tqdm import tqdm
 
 from writesae import artifacts
+from writesae.artifacts import rows_with
 from writesae.edit import kl
 from writesae.experiments import atoms, saes
 from writesae.experiments.firings import Encoded, atom_names, draw_in_rounds
@@ -269,18 +270,14 @@ def summarise(windows: pd.DataFrame, classes: pd.DataFrame, firings: pd.DataFram
         row |= dict(n_tokens=count, n_passages=part.passage.nunique(), l0=part.active.sum() / count)
         low, high = wilson(int(first.dead), int(first.n_atoms))
         row |= dict(dead=first.dead, dead_fraction=first.dead / first.n_atoms, dead_low=low, dead_high=high)
-        own = _of(classes, where)
+        own = rows_with(classes, **where)
         if len(own):
             row |= atoms.partition(own, seed)
-        for amplitude, tried in _of(firings, where).groupby("amplitude", sort=False):
+        for amplitude, tried in rows_with(firings, **where).groupby("amplitude", sort=False):
             row |= {f"{name}_{amplitude}": x for name, x in wins(tried, resamples, seed).items()}
             row |= dict(n_firings=len(tried), n_firing_atoms=tried.atom.nunique())
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def _of(table: pd.DataFrame, where: dict) -> pd.DataFrame:
-    return table[np.logical_and.reduce([table[name] == value for name, value in where.items()])]
 
 
 def wins(firings: pd.DataFrame, resamples: int, seed: int) -> dict:
@@ -320,7 +317,7 @@ def contrasts(windows: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed
             ratio = dict(quantity="fvu_ratio", value=a(every) / b(every), ci_low=low, ci_high=high)
             rows.append(line | ratio | dict(n=int(part.tokens.sum())))
             rows.append(line | _dead_contrast(part.iloc[0], base.iloc[0]))
-            tried = [_of(firings, where | dict(variant=name)) for name in (variant, REFERENCE)]
+            tried = [rows_with(firings, **where, variant=name) for name in (variant, REFERENCE)]
             for amplitude in AMPLITUDES:
                 pair = [x[x.amplitude == amplitude] for x in tried]
                 if all(len(x) for x in pair):

@@ -4,8 +4,9 @@ An atom fires where its coefficient is the largest of all. Over the held-out win
 
 | class    | which                                                                                          |
 |----------|------------------------------------------------------------------------------------------------|
-| register | alive, and of the upper of two Gaussian components in the median cosine to the native write    |
-| bundle   | alive, and of the lower one                                                                    |
+| register | alive, of the upper of two Gaussian components in the median cosine to the native write, and   |
+|          | above the lower one's mean                                                                     |
+| bundle   | alive, and not a register                                                                      |
 | null     | never fires                                                                                    |
 
 Beside the profile's own SAEs stand *variants* of one cell: other k at the profile's seed, other seeds at their own k.

@@ -16,13 +16,13 @@ from writesae.suite import Suite
 
 def classify(cosines: pd.Series, seed: int) -> pd.Series:
     """register or bundle for each alive atom, by a two-component Gaussian mixture on its median cosine to the native
-    write (the paper's Sec. 3.1); register is the component with the higher mean."""
+    write (the paper's Sec. 3.1): registers are of the component with the higher mean, and lie above the lower mean (the
+    far low tail is of the wider component, whichever that is)."""
     values = cosines.to_numpy()[:, None]
     mixture = GaussianMixture(2, random_state=seed, n_init=5).fit(values)
-    register = int(np.argmax(mixture.means_[:, 0]))
-    return pd.Series(
-        np.where(mixture.predict(values) == register, "register", "bundle"), index=cosines.index, name="class"
-    )
+    upper = mixture.predict(values) == int(np.argmax(mixture.means_[:, 0]))
+    register = upper & (values[:, 0] > mixture.means_.min())
+    return pd.Series(np.where(register, "register", "bundle"), index=cosines.index, name="class")
 
 
 def per_atom(firings: pd.DataFrame, classes: pd.Series) -> pd.DataFrame:

@@ -265,6 +265,26 @@ def firings_of(suite: Suite, subject: Subject, windows: Windows) -> pd.DataFrame
     return all_firings(subject.encoded, windows.passage, first, last)
 
 
+def measure_group(
+    host: Host,
+    windows: Windows,
+    drawn: list[tuple[Subject, pd.DataFrame]],
+    start: int,
+    size: int,
+    seed: int,
+    measure: Callable[..., pd.DataFrame] = replace,
+    **options,
+) -> pd.DataFrame:
+    """`measure` those of the drawn firings that are in `size` windows from `start` on; one native run serves them all."""
+    tables, run = [], None
+    for subject, firings in drawn:
+        here = firings[(firings.window >= start) & (firings.window < start + size)]
+        if len(here):
+            run = run or host.run(windows[slice(start, start + size)].tokens)
+            tables.append(measure(host, run, subject, here.assign(row=here.window - start), seed, **options))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"host": []})
+
+
 def run_firings(
     suite: Suite,
     host_name: str,
@@ -283,13 +303,7 @@ def run_firings(
     host, size = suite.host(host_name), suite.profile.data.batch_windows
 
     def compute(start: int) -> pd.DataFrame:
-        run, tables = host.run(windows[slice(start, start + size)].tokens), []
-        for subject, firings in drawn:
-            here = firings[(firings.window >= start) & (firings.window < start + size)]
-            if len(here):
-                here = here.assign(row=here.window - start)
-                tables.append(measure(host, run, subject, here, suite.profile.seed, **options))
-        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"host": []})
+        return measure_group(host, windows, drawn, start, size, suite.profile.seed, measure, **options)
 
     groups = list(range(0, len(windows), size))
     return suite.staged(name, host_name, groups, compute, modules, inputs)
