@@ -1,0 +1,72 @@
+"""What the paper's sizes cost, from the rates that the other benchmarks measured: `python benchmarks/plan.py`.
+
+The plan: TOKENS tokens harvested once and passed once through the training of every cell, LAYERS layers of HEADS heads of
+128 x 128, 2,048 atoms, on a model of PARAMETERS parameters of which the harvest runs DEPTH. Two ways: this project's
+(factors in shards, factored training) and the paper's (states on disk, its training step). A line a way and machine:
+
+    disk_gb          what waits on disk, in fp32, for all cells and for those of one layer at a time
+    harvest_hours    2 operations a parameter and token, at the share of the matrix-product rate that the embedded Gated
+                     DeltaNet's harvest was measured at
+    training_hours   all cells, one after the other, at the measured rate of the step at 128 x 128
+    memory_gib       peak of a training step, as measured (both ways read their data from disk)
+
+The first machine is the one of the measurements. The second is estimated, no card was measured: the same shares of its
+matrix-product peak in TF32, which is the data sheet's.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pandas as pd
+from common import save, start
+
+from writesae import artifacts
+from writesae.hosts import load_host
+
+TOKENS, LAYERS, HEADS = 5_000_000, 3, 16
+PARAMETERS, DEPTH = 752.4e6, 18 / 24  # Qwen3.5-0.8B's text model, up to its layer 17
+CARD, CARD_GFLOPS = "H100 SXM, TF32 (estimated)", 494.7e3  # NVIDIA's data sheet, dense
+
+
+def rate(table: pd.DataFrame, **where) -> float:
+    """Units of work a second of the one row with these values."""
+    return float(artifacts.rows_with(table, **where).rate.item())
+
+
+def plan(training: pd.DataFrame, harvests: pd.DataFrame, storage: pd.DataFrame, parameters: float) -> pd.DataFrame:
+    """The lines, from the tables training_step, harvest_speed and storage; `parameters` of the embedded host."""
+    cells = LAYERS * HEADS
+    product = training[training.case == "matrix product"].iloc[0]
+    peak = product.gflop / product.seconds  # GFLOP/s of this machine
+    harvest = rate(harvests, host="gated_deltanet", case="harvest, last layer")
+    share = harvest * 2 * parameters / 1e9 / peak
+    rows = []
+    for way in ("factored", "plain"):
+        step = artifacts.rows_with(training, method=way, side=128).iloc[0]
+        stored = artifacts.rows_with(storage, host="gated_deltanet_128", kept="both").iloc[0]
+        size = stored.bytes if way == "factored" else stored.state_bytes
+        for machine, speed in ((product.device, peak), (CARD, CARD_GFLOPS)):
+            row = dict(way=way, machine=machine, measured=machine != CARD, tokens=TOKENS, cells=cells)
+            row |= dict(disk_gb=TOKENS * cells * size / 1e9, disk_gb_a_layer=TOKENS * HEADS * size / 1e9)
+            row |= dict(harvest_hours=TOKENS * DEPTH * 2 * PARAMETERS / 1e9 / (share * speed) / 3600)
+            row |= dict(training_hours=TOKENS * cells / step.rate * (peak / speed) / 3600)
+            rows.append(row | dict(memory_gib=step.peak_mib / 1024, harvest_of_peak=share))
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    quick, began, paths = start().quick, time.monotonic(), artifacts.Paths("bench")
+    folder = paths.build if quick else paths.results
+    tables = [artifacts.read_table(folder / f"{name}.csv") for name in ("training_step", "harvest_speed", "storage")]
+    host = load_host(artifacts.ROOT / "models" / "gated_deltanet")
+    count = sum(x.numel() for x in host.model.parameters())
+    if quick:  # the sides of a quick run stand in for 128
+        tables[0] = tables[0].assign(side=tables[0].side.replace(32, 128))
+    table = plan(*tables, count)
+    print(table.to_string(index=False))
+    save("plan", table, quick, time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    main()
