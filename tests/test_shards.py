@@ -206,6 +206,7 @@ from writesae.train import TrainingSettings, train
 class Host:
     scalar_decay = True
     def check_cell(self, layer, head): pass
+    def check_tokens(self, tokens): pass
     def run(self, rows, upto=None): return rows
     def factors(self, rows, layer, head):
         key, added, effective = (torch.randn(*rows.shape, 64) for _ in range(3))

@@ -195,8 +195,15 @@ def _write_sidecar(path: Path, fields: Mapping[str, Any]) -> None:
         "workspace": workspace(),
         **fields,
     }
-    text = json.dumps(record, indent=2, default=_plain, allow_nan=False) + "\n"
+    record = json.loads(json.dumps(record, default=_plain, allow_nan=False))
+    text = json.dumps(record | {"seal": _seal(record)}, indent=2) + "\n"
     write_atomically(sidecar(path), lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    """sha256 of what a sidecar says, so that a change of the sidecar itself shows as well."""
+    text = json.dumps({name: value for name, value in record.items() if name != "seal"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
@@ -218,6 +225,8 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} has format version {version}, and this code reads {FORMAT_VERSION}.")
     if checksum != file_hash(path):
         raise ArtifactError(f"{path} is damaged or was changed by hand: its checksum is not the recorded one.")
+    if record.get("seal", _seal(record)) != _seal(record):  # files written before there were seals have none
+        raise ArtifactError(f"{sidecar(path)} is damaged or was changed by hand: it is not what was written.")
     return record
 
 
@@ -265,9 +274,11 @@ def write_table(frame: pd.DataFrame, path: Path, provenance: Mapping[str, Any]) 
 def read_table(path: Path) -> pd.DataFrame:
     """Read a table back; only an empty field is a missing value, so that a token `null` stays text.
 
-    Raises ArtifactError where it is missing, damaged, or of another format version.
+    Raises ArtifactError where it is missing, damaged, no table, or of another format version.
     """
     record = read_sidecar(path)
+    if "text_columns" not in record:
+        raise ArtifactError(f"{path} is no table: write_table writes those.")
     text = dict.fromkeys(record["text_columns"], str)
     return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
 
@@ -303,11 +314,13 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, metadata) as they were saved.
 
-    Raises ArtifactError where the file is missing, damaged, truncated, or of another format version.
+    Raises ArtifactError where the file is missing, damaged, truncated, no file of tensors, or of another format version.
     """
     from safetensors.torch import load_file
 
     record = read_sidecar(path)
+    if "metadata" not in record:
+        raise ArtifactError(f"{path} holds no tensors: save_tensors writes those.")
     return load_file(path), record["metadata"]
 
 

@@ -33,12 +33,24 @@ class Windows:
     def __getitem__(self, index) -> Windows:
         return Windows(self.tokens[index], self.passage[index])
 
+    def beginnings(self, length: int) -> Windows:
+        """The first `length` tokens of each window, as prompts. Raises ValueError where the windows are shorter."""
+        if not 1 <= length <= self.tokens.shape[1]:
+            raise ValueError(
+                f"Prompts of {length} tokens are asked for, and windows have {self.tokens.shape[1]}: shorten prompt_tokens, or "
+                "raise data.window in the profile."
+            )
+        return Windows(self.tokens[:, :length], self.passage)
+
 
 def cut_windows(tokenizer, texts: list[str], length: int, limit: int | None = None) -> Windows:
     """Whole windows of `length` tokens cut from each text on its own; a text's first window begins with end-of-text.
 
-    Texts shorter than a window are passed over. Raises ValueError where fewer than `limit` windows come out, or none.
+    Texts shorter than a window are passed over. Raises ValueError where fewer than `limit` windows come out, or none, and
+    as `each_window` does.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"At least one window must be asked for, not {limit}.")
     tokens, passage = [], []
     for number, window in each_window(tokenizer, texts, length):
         if limit and len(tokens) == limit:
@@ -55,7 +67,13 @@ def cut_windows(tokenizer, texts: list[str], length: int, limit: int | None = No
 
 def each_window(tokenizer, texts: Iterable[str], length: int) -> Iterator[tuple[int, list[int]]]:
     """(number of the text, `length` token ids) of every whole window, one at a time, as `cut_windows` says; the texts may
-    be a stream."""
+    be a stream. Raises ValueError for a length below 1, one text in place of several, and a tokenizer without end-of-text."""
+    if length < 1:
+        raise ValueError(f"A window takes at least one token, not {length}.")
+    if isinstance(texts, str):
+        raise ValueError("Windows are cut from a list of texts, and this is one text: put it into a list.")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no end-of-text token, with which windows begin: set its eos_token.")
     for number, text in enumerate(texts):
         ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
         for start in range(0, len(ids) - length + 1, length):
@@ -72,9 +90,14 @@ def harvest(host: Host, tokens: torch.Tensor, cells: list[Cell], batch: int, pro
     """Factors of the cells over tokens [N, T]: per cell key [N, T, d_k], added, effective [N, T, d_v], log_decay [N, T];
     where decays are vectors, key, log_decay, erase [N, T, d_k], added and taken [N, T, d_v] (VectorHistory).
 
-    Only the layers up to the last cell are run. Raises ValueError for a cell the host does not have, and, through
-    History, where a value is not finite.
+    Only the layers up to the last cell are run. Raises ValueError for no cell or one that the host does not have, a batch
+    below 1 and tokens that Host.run refuses, and, through History, where a value is not finite.
     """
+    if not cells:
+        raise ValueError(f"A harvest needs at least one cell: {host.name} has them in layers {host.recurrent_layers}.")
+    if batch < 1:
+        raise ValueError(f"A batch takes at least one window, not {batch}.")
+    host.check_tokens(tokens)
     for layer, head in cells:
         host.check_cell(layer, head)
     upto = max(layer for layer, _ in cells) + 1
@@ -96,11 +119,17 @@ def harvest(host: Host, tokens: torch.Tensor, cells: list[Cell], batch: int, pro
 
 
 def history(factors: dict, target: str, write: str = "added") -> History:
-    """A cell's harvest as what an SAE trains on: target "state" (the state itself) or "write" (the native write)."""
+    """A cell's harvest as what an SAE trains on: target "state" (the state itself) or "write" (the native write).
+
+    Raises ValueError for another target, and for a write that was not harvested (where decays are vectors, the effective).
+    """
     if target == "state" and "taken" in factors:
         return VectorHistory(factors["key"], factors["added"], factors["log_decay"], factors["erase"], factors["taken"])
     if target == "state":
         return History(factors["key"], factors["effective"], factors["log_decay"])
     if target == "write":
+        if write not in ("added", "effective") or write not in factors:
+            known = [name for name in ("added", "effective") if name in factors]
+            raise ValueError(f"This harvest has no rank-1 write {write!r}: choose {' or '.join(known)}.")
         return History(factors["key"], factors[write], None)
     raise ValueError(f"There is no training target {target!r}: choose state or write.")

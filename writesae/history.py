@@ -42,7 +42,7 @@ class History:
     """N windows of T tokens of one cell, each from a zero state; floating point, fp32 in a harvest.
 
     key [N, T, d_k]; value [N, T, d_v]; log_decay [N, T] (target "state") or None (target "write").
-    Raises ValueError on shapes that do not belong together and on values that are not finite.
+    Raises ValueError on shapes that do not belong together, several dtypes, and values that are not finite.
     """
 
     key: Tensor
@@ -58,7 +58,7 @@ class History:
             raise ValueError(
                 f"A history needs key [N, T, d_k], value [N, T, d_v] and log_decay [N, T] or None; got {shapes}."
             )
-        self._refuse_not_finite()
+        self._check_values()
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by the names of their fields."""
@@ -67,8 +67,12 @@ class History:
     def _map(self, change: Callable[[Tensor], Tensor]) -> History:
         return replace(self, **{name: change(x) for name, x in self.tensors().items()})
 
-    def _refuse_not_finite(self) -> None:
+    def _check_values(self) -> None:
         found = self.tensors()
+        types = {name: x.dtype for name, x in found.items()}
+        if len(set(types.values())) > 1 or not self.key.is_floating_point():
+            said = ", ".join(f"{name} in {dtype}" for name, dtype in types.items())
+            raise ValueError(f"A history needs all its tensors in one floating-point type; got {said}.")
         if all(torch.isfinite(x.sum()) for x in found.values()):  # a sum is quick, and not finite if a term is not
             return
         bad = [~torch.isfinite(x.reshape(*self.shape, -1)) for x in found.values()]
@@ -248,7 +252,7 @@ class VectorHistory(History):
                 "A history with vector decays needs key, log_decay, erase [N, T, d_k] and value, taken [N, T, d_v]; "
                 f"got {shapes}."
             )
-        self._refuse_not_finite()
+        self._check_values()
 
     @property
     def target(self) -> str:

@@ -12,6 +12,7 @@ import csv
 import json
 import math
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typing import Literal
 import numpy as np
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tqdm import tqdm
 
 from writesae import corpus
@@ -187,9 +188,25 @@ def export(model, tokenizer, recipe: Recipe, record: dict, history: list[dict], 
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file. Raises ValueError, in one sentence, where there is none or a field is wrong."""
+    try:
+        return Recipe(**yaml.safe_load(path.read_text()))
+    except OSError as error:
+        raise ValueError(f"{path} is missing: a host is trained from a folder with a recipe.yaml.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+    except (TypeError, UnicodeDecodeError, yaml.YAMLError):
+        raise ValueError(f"{path} is not a YAML mapping of fields to values.") from None
+
+
 def train(folder: Path, build: Path) -> float:
-    """Train (or go on training) the host whose recipe is in `folder`; returns its held-out loss in nats a token."""
-    recipe = Recipe(**yaml.safe_load((folder / "recipe.yaml").read_text()))
+    """Train (or go on training) the host whose recipe is in `folder`; returns its held-out loss in nats a token.
+
+    Raises ValueError as `read_recipe` does, FloatingPointError where the loss is not finite.
+    """
+    recipe = read_recipe(folder / "recipe.yaml")
     build.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     tokenizer_file = build / "tokenizer.json"
@@ -271,4 +288,7 @@ if __name__ == "__main__":
     parser.add_argument("folders", nargs="+", type=Path, help="models/NAME with a recipe.yaml")
     for folder in parser.parse_args().folders:
         build = Path(os.environ.get("WRITESAE_BUILD", "build")) / "hosts" / folder.name
-        print(f"{folder}: held-out loss {train(folder, build):.3f} nats a token")
+        try:
+            print(f"{folder}: held-out loss {train(folder, build):.3f} nats a token")
+        except (ValueError, FloatingPointError) as error:
+            sys.exit(f"{folder} was not trained: {error}")

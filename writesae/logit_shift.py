@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from writesae.hosts.base import Host, Run
+from writesae.hosts.base import Host, Run, check_places
 from writesae.recurrence import Factors
 
 
@@ -29,7 +29,12 @@ def logit_gradient(
     tokens: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient [R, steps, d_v] of each row's logit of tokens[r], at the last of `steps` positions from starts[r] on,
-    with respect to the head's output there; and the native logits [R, vocabulary] at that position."""
+    with respect to the head's output there; and the native logits [R, vocabulary] at that position.
+
+    Raises ValueError for tokens outside the vocabulary or not one a row, and for places as `Host.branch` does."""
+    host.check_tokens(tokens)
+    if tokens.shape != rows.shape:
+        raise ValueError(f"Each row takes the logit of one token: {len(rows)} rows, tokens {list(tokens.shape)}.")
     change = torch.zeros(len(rows), steps, host.d_v, device=host.device, requires_grad=True)
     with torch.enable_grad():
         final, _ = host.branch(run, layer, head, rows, starts, change)
@@ -42,8 +47,10 @@ def gamma(factors: Factors, rows: torch.Tensor, starts: torch.Tensor, gradient: 
     """Gamma [R, steps, d_k, d_v] at every position from starts[r] on: a write x w^T there shifts the logit by x^T Gamma w.
 
     This is read scope "write". For scope "cache" at t0 pass starts = t0 + 1 and use A_{t0+1}^T Gamma (`cache_gamma`).
+    Raises ValueError for places outside the run.
     """
     steps, found = gradient.shape[1], []
+    check_places(rows, torch.stack([starts, starts + steps - 1]), factors.key)
     for step in reversed(range(steps)):
         now = factors.at(rows, starts + step)
         here = now.query[:, :, None] * gradient[:, step, None, :]
@@ -62,7 +69,11 @@ def cache_gamma(factors: Factors, rows: torch.Tensor, t0: torch.Tensor, gradient
 def reads(
     factors: Factors, rows: torch.Tensor, t0: torch.Tensor, steps: int, keys: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How the query at t0 + steps reads a write at t0, for n key sides [n, d_k]: by decay alone, and exactly; both [R, n]."""
+    """How the query at t0 + steps reads a write at t0, for n key sides [n, d_k]: by decay alone, and exactly; both [R, n].
+
+    Raises ValueError where t0 or t0 + steps lies outside the run.
+    """
+    check_places(rows, torch.stack([t0, t0 + steps]), factors.key)
     moved = keys.expand(len(rows), -1, -1)
     decay = torch.zeros_like(factors.log_decay[rows, t0])
     for step in range(1, steps + 1):
@@ -73,5 +84,6 @@ def reads(
 
 
 def direct_path(host: Host, layer: int, head: int, values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """<W_O value, W_U[token]> for n value sides [n, d_v] and R tokens: [R, n]."""
+    """<W_O value, W_U[token]> for n value sides [n, d_v] and R tokens: [R, n]. ValueError for tokens outside the vocabulary."""
+    host.check_tokens(tokens)
     return host.unembedding()[tokens] @ host.output_projection(layer, head) @ values.T

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from writesae.artifacts import write_atomically
 from writesae.hub import fetch
-from writesae.sae import SAE, SAEConfig, arguments, check_config, read_config, refuse_other
+from writesae.sae import SAE, SAEConfig, arguments, check_config, read_config, refuse_not_finite, refuse_other
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 CARD = """---
@@ -97,6 +97,7 @@ class PretrainedSAE(
             raise ValueError(f"{weights} is damaged or was cut short: {error}") from error
         except RuntimeError as error:
             raise ValueError(f"{weights} does not hold the tensors that {CONFIG} describes: {error}") from error
+        refuse_not_finite(made, weights)
         return made.requires_grad_(False).eval()
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from writesae.artifacts import ROOT
 from writesae.sae import check_parts
@@ -22,7 +22,7 @@ Overridable = Literal[
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CellRule(Section):
@@ -196,10 +196,23 @@ class Install(Section):
     doses: list[float]
     bisections: int = Field(ge=0)
 
+    @model_validator(mode="after")
+    def _fits(self) -> Install:
+        for name, (first, last) in self.rank_classes.items():
+            if not 1 <= first <= last:
+                raise ValueError(
+                    f"rank_classes.{name} goes from its first rank, 1 or more, to its last, not {first} to {last}"
+                )
+        if max(self.distances, default=0) > self.prompt_tokens:
+            raise ValueError(
+                f"distances are {max(self.distances)} at most, and a prompt has {self.prompt_tokens} tokens"
+            )
+        return self
+
 
 class Profile(Section):
     name: str
-    seed: int
+    seed: NonNegativeInt
     hosts: dict[str, HostSection]
     data: Data
     saes: Saes
@@ -216,7 +229,10 @@ class Profile(Section):
     def _overrides_fit(self) -> Profile:
         for host in self.hosts:
             for name in self.hosts[host].overrides:
-                self.section(name, host)
+                try:
+                    self.section(name, host)
+                except ValidationError as error:
+                    raise ValueError(f"{host}, overrides, {name}.{_first(error)}") from None
         return self
 
     def section(self, name: str, host: str) -> Section:
@@ -237,5 +253,12 @@ def load_profile(name: str, folder: Path | None = None) -> Profile:
     try:
         return Profile(name=name, **yaml.safe_load(path.read_text()))
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"Profile {name}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+        raise ValueError(f"Profile {name}: {_first(error)}.") from None
+    except (TypeError, UnicodeDecodeError, yaml.YAMLError):
+        raise ValueError(f"Profile {name} is not a YAML mapping of fields to values.") from None
+
+
+def _first(error: ValidationError) -> str:
+    """Where a file first goes wrong, and how."""
+    first = error.errors()[0]
+    return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]))

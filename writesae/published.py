@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from writesae.pretrained import PretrainedSAE
+from writesae.sae import refuse_not_finite
 
 ENCODERS = {"bilinear": ("V_enc", "W_enc", "b_enc"), "dense": ("encoder.weight", "encoder.bias")}
 KINDS = {  # their sae_type: our encoder and decoder, and the names of their tensors
@@ -51,18 +52,22 @@ def read_published(path: Path | str, host: str, *, transposed: bool = False, **g
     }
     theirs |= {d_1: config.get("d_k"), d_2: config.get("d_v")}
     for name, factor in ((d_1, "V_enc"), (d_2, "W_enc"), (d_1, "V_dec"), (d_2, "W_dec"), (d_1, "V"), (d_2, "W")):
-        if theirs[name] is None and factor in state:
+        if theirs[name] is None and factor in state and state[factor].ndim:
             theirs[name] = state[factor].shape[-1]
     fields = {name: _agreed(path, name, theirs[name], given.pop(name, None)) for name in theirs}
     if given:
         raise ValueError(f"{', '.join(given)} is nothing that a published file lacks: {', '.join(fields)} may be.")
-    n = len(state["encoder.weight" if encoder == "dense" else "b_enc"])
+    of_atoms = "encoder.weight" if encoder == "dense" else "b_enc"
+    n = len(state[of_atoms]) if state[of_atoms].ndim else 0
+    if not n:
+        raise ValueError(f"{path} has no atoms: its {of_atoms} is of shape {list(state[of_atoms].shape)}.")
     if config.get("n_features") not in (None, n):
         raise ValueError(f"The config of {path} says n_features = {config['n_features']}, its tensors have {n}.")
     tensors = _tensors(path, state, kind, (n, fields[d_1], fields[d_2]), transposed)
     parts = dict(encoder=encoder, decoder=decoder, n_atoms=n)
     sae = PretrainedSAE(host=host, target="state", write="added", **fields, **parts)
     sae.load_state_dict(tensors | {"scale": torch.ones(())})
+    refuse_not_finite(sae, path)
     return sae.requires_grad_(False).eval()
 
 
@@ -113,7 +118,10 @@ def _agreed(path: Path | str, name: str, theirs: int | None, given: int | None) 
         raise ValueError(f"The config of {path} does not say {name}: pass {name}=.")
     if theirs is not None and given is not None and theirs != given:
         raise ValueError(f"{path} is of {name} {theirs}, but {name} {given} was given.")
-    return int(given if theirs is None else theirs)
+    value = given if theirs is None else theirs
+    if not isinstance(value, int):
+        raise ValueError(f"The {name} of {path} is {value!r}, where a whole number belongs.")
+    return value
 
 
 def _tensors(

@@ -118,6 +118,10 @@ def _last_line(text: str) -> str:
     return text.strip().splitlines()[-1].strip()
 
 
+def _names(folder: Path, suffix: str) -> str:
+    return ", ".join(sorted(path.stem for path in folder.glob(f"*.{suffix}")))
+
+
 def run(name: str, profile: str, folder: Path = ROOT / "notebooks") -> Path:
     """Execute the notebook `name` and publish its outputs; the path of the executed notebook.
 
@@ -126,9 +130,9 @@ def run(name: str, profile: str, folder: Path = ROOT / "notebooks") -> Path:
     """
     path, build = folder / f"{name}.ipynb", Paths(profile).build
     if not path.is_file():
-        raise RunError(f"There is no notebook {name}.")
+        raise RunError(f"There is no notebook {name}: choose one of {_names(folder, 'ipynb')}.")
     if not (folder.parent / "profiles" / f"{profile}.yaml").is_file():
-        raise RunError(f"There is no profile {profile}.")
+        raise RunError(f"There is no profile {profile}: choose one of {_names(folder.parent / 'profiles', 'yaml')}.")
     target = build / "notebooks" / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
     with only_one(build / "lock"):

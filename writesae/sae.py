@@ -226,7 +226,7 @@ class SAE(nn.Module):
 
     rank: outer products in an atom and in a filter, for bilinear + rank1 (the decoder's name notwithstanding). k: active
     atoms of a token; with an activation other than topk, on average. slots: how many atoms an encoded token names.
-    Raises ValueError on an unknown part, on parts that do not fit together, and on k outside 1..n_atoms.
+    Raises ValueError on an unknown part, on parts that do not fit together, and on k outside 1..n_atoms or no sides.
     """
 
     def __init__(
@@ -245,6 +245,8 @@ class SAE(nn.Module):
         check_parts(encoder, decoder, activation, rank)
         if not 1 <= k <= n_atoms:
             raise ValueError(f"k must lie between 1 and n_atoms = {n_atoms}, not {k}.")
+        if min(d_k, d_v) < 1:
+            raise ValueError(f"An SAE's matrices have sides of 1 or more, not {d_k} x {d_v}.")
         self.k, self.n_atoms, self.d_k, self.d_v, self.rank = k, n_atoms, d_k, d_v, rank
         self.kind = dict(encoder=encoder, decoder=decoder, activation=activation, rank=rank)
         if rank > 1:
@@ -284,23 +286,37 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, matrices: Tensor) -> Active:
-        """Matrices [..., d_k, d_v] -> indices and raw coefficients [..., slots]. Raises ValueError on another shape."""
+        """Matrices [..., d_k, d_v] -> indices and raw coefficients [..., slots]. Raises ValueError on another shape, a dtype
+        that the SAE's does not cover, and values that are not finite."""
         if matrices.shape[-2:] != (self.d_k, self.d_v):
             raise ValueError(f"This SAE takes matrices [..., {self.d_k}, {self.d_v}], not {tuple(matrices.shape)}.")
+        self._check_dtype(matrices)
+        if not torch.isfinite(matrices).all():
+            raise ValueError("The matrices hold values that are not finite.")
         return self._raw(self.encoder.dense(self.standardise(matrices)))
 
     @torch.no_grad()
     def encode_history(self, history: History) -> Active:
-        """Every X_t of a history -> indices and raw coefficients [N, T, slots]; a bilinear encoder forms no state."""
-        if (history.d_k, history.d_v) != (self.d_k, self.d_v):
-            raise ValueError(f"This SAE takes {self.d_k} x {self.d_v} matrices, not {history.d_k} x {history.d_v}.")
+        """Every X_t of a history -> indices and raw coefficients [N, T, slots]; a bilinear encoder forms no state. Raises
+        ValueError as `check_history` does."""
+        self.check_history(history)
         parts = [self._encode_group(group) for group in history.groups(self.group_size(history))]
         return Active(*(torch.cat(x) for x in zip(*parts)))
+
+    def check_history(self, history: History) -> None:
+        """Raise ValueError, in one sentence, for a history of other matrices or another dtype than the SAE's."""
+        if (history.d_k, history.d_v) != (self.d_k, self.d_v):
+            raise ValueError(f"This SAE takes {self.d_k} x {self.d_v} matrices, not {history.d_k} x {history.d_v}.")
+        self._check_dtype(history.key)
+
+    def _check_dtype(self, x: Tensor) -> None:
+        if torch.result_type(x, self.mean) != self.mean.dtype:
+            raise ValueError(f"This SAE is in {self.mean.dtype} and the data in {x.dtype}: convert one of them (.to).")
 
     def _encode_group(self, history: History) -> Active:
         if self.encoder.factored:
             return self._raw(self.overlaps(self.encoder, history, self.encoder.bias))
-        return self.encode(history.steps())
+        return self._raw(self.encoder.dense(self.standardise(history.steps())))
 
     def group_size(self, history: History) -> int:
         """How many windows to work on at once so that about GROUP_ELEMENTS numbers are held."""
@@ -314,7 +330,13 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, indices: Tensor, coefficients: Tensor) -> Tensor:
-        """Indices and raw coefficients [..., slots] -> reconstructed X [..., d_k, d_v], the mean included."""
+        """Indices and raw coefficients [..., slots] -> reconstructed X [..., d_k, d_v], the mean included. Raises ValueError
+        for indices that are no atoms or not as many as coefficients."""
+        if indices.shape != coefficients.shape:
+            raise ValueError(f"Each atom takes a coefficient: {list(indices.shape)} and {list(coefficients.shape)}.")
+        outside = indices[(indices < 0) | (indices >= self.n_atoms)]
+        if len(outside):
+            raise ValueError(f"This SAE has no atom {int(outside[0])}: it has 0 to {self.n_atoms - 1}.")
         return self.mean + self.decoder.dense(indices, coefficients)
 
     @torch.no_grad()
@@ -383,14 +405,17 @@ def save(sae: SAE, config: SAEConfig, stem: Path | str) -> None:
 def load(stem: Path | str, expect: dict[str, Any] | None = None) -> tuple[SAE, SAEConfig]:
     """Read what `save` wrote at `stem`. `expect` names fields of SAEConfig and the values they must have.
 
-    Raises FileNotFoundError for a missing file, and ValueError for another format version, a damaged file, and a
-    checkpoint of something else than `expect`.
+    Raises FileNotFoundError for a missing file, and ValueError for another format version, a damaged file, values that
+    are not finite, and a checkpoint of something else than `expect`.
     """
     weights, description = _paths(stem)
+    for path in (description, weights):
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no SAE at {stem}: {path.name} is missing.")
     try:
         content = json.loads(description.read_text())
         checksum = content.pop("sha256", None)
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{description} is damaged: it is not a JSON object ({error}).") from error
     config = read_config(content, description)
     refuse_other(config, expect or {}, description)
@@ -404,6 +429,7 @@ def load(stem: Path | str, expect: dict[str, Any] | None = None) -> tuple[SAE, S
         sae.load_state_dict(load_file(weights))
     except RuntimeError as error:
         raise ValueError(f"{weights} does not hold the tensors that {description.name} describes: {error}") from error
+    refuse_not_finite(sae, weights)
     return sae.requires_grad_(False), config
 
 
@@ -415,7 +441,16 @@ def read_config(content: dict[str, Any], path: Path) -> SAEConfig:
     try:
         return SAEConfig(**content)
     except ValidationError as error:
-        raise ValueError(f"{path} does not describe an SAE: {error}") from error
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{path} does not describe an SAE: {where}: {first['msg']}.") from error
+
+
+def refuse_not_finite(sae: SAE, path: Path) -> None:
+    """Raise ValueError where the SAE, which was read from `path`, holds values that are not finite."""
+    bad = next((name for name, x in sae.state_dict().items() if not torch.isfinite(x).all()), None)
+    if bad is not None:
+        raise ValueError(f"{path} holds values that are not finite, first in {bad}: train that SAE again.")
 
 
 def refuse_other(config: SAEConfig, expect: dict[str, Any], path: Path) -> None:

@@ -680,9 +680,14 @@ TABLES = (
 
 
 def scorecard(read_table: Callable[[str], pd.DataFrame], hosts: list[str], claims: Path | None = None) -> pd.DataFrame:
-    """One line a (claim, host); claims without a rule here once, as not run. read_table(name) gives a result table."""
+    """One line a (claim, host); claims without a rule here once, as not run. read_table(name) gives a result table.
+
+    Raises ValueError for a host that hosts.csv does not have, KeyError where a table has no row or several for a claim.
+    """
     tables = {name: read_table(name) for name in TABLES}
     families, rows = tables["hosts"].set_index("host").family, []
+    if unknown := [host for host in hosts if host not in families]:
+        raise ValueError(f"hosts.csv has no host {unknown[0]!r}: choose one of {', '.join(families.index)}.")
     for claim in pd.read_csv(claims or ROOT / "paper" / "claims.csv").itertuples():
         base = dict(id=claim.id, experiment=claim.experiment, paper_value=claim.value, note=claim.metric)
         rule = RULES.get(claim.id)

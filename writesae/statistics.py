@@ -94,8 +94,10 @@ def cluster_bootstrap(
     """The percentile interval of a statistic when whole clusters are drawn with replacement.
 
     `values` [n], `clusters` [n] labels of any kind. Means go by cluster sums, without a loop. From one cluster nothing is
-    known: both ends are nan.
+    known: both ends are nan. Raises ValueError for labels that are not one a value, and no resamples.
     """
+    if resamples < 1:
+        raise ValueError(f"A bootstrap takes at least one resample, not {resamples}.")
     values = _vector(values)
     labels = np.asarray(clusters)
     if labels.shape != values.shape:
@@ -171,9 +173,11 @@ def spearman(a, b) -> Correlation:
 def gaussian_mixture_bic(values, components: Sequence[int] = (1, 2, 3), seed: int = 0) -> list[Mixture]:
     """A Gaussian mixture for each number of components; the lowest BIC is the one to prefer.
 
-    Raises ValueError where there are fewer values than components as well.
+    Raises ValueError where there are fewer values than components, and for no number of components, as well.
     """
     values = _vector(values)[:, None]
+    if not components or min(components) < 1:
+        raise ValueError(f"A mixture has at least one component, not {list(components)}.")
     if len(values) < max(components):
         raise ValueError(f"{len(values)} values cannot make a mixture of {max(components)} components.")
     return [_mixture(values, count, seed) for count in components]

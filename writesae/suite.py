@@ -45,7 +45,10 @@ class Suite:
             return _host(str(path), None if Path(path).exists() else section.revision, section.tokenizer)
 
     def host_path(self, name: str) -> str | Path:
-        """The folder of an embedded host, else the hub id that the profile names."""
+        """The folder of an embedded host, else the hub id that the profile names. ValueError for a host that is not there."""
+        if name not in self.profile.hosts:
+            known = ", ".join(self.profile.hosts)
+            raise ValueError(f"Profile {self.profile.name} has no host {name!r}: choose one of {known}.")
         local = artifacts.ROOT / self.profile.hosts[name].path
         return local if local.exists() else self.profile.hosts[name].path
 
@@ -119,7 +122,13 @@ class Suite:
         return self.table("cells")
 
     def cell(self, host: str, place: str) -> tuple[int, int]:
-        row = self.cells[(self.cells.host == host) & (self.cells.place == place)].iloc[0]
+        """(layer, head) of a cell of the headline. ValueError where cells.csv has none for the host and place."""
+        found = self.cells[(self.cells.host == host) & (self.cells.place == place)]
+        if found.empty:
+            raise ValueError(
+                f"cells.csv has no {place} cell of {host}: give the profile a rule for it, hosts.{host}.cells."
+            )
+        row = found.iloc[0]
         return int(row.layer), int(row["head"])
 
     def sae_stem(self, host: str, layer: int, head: int, target: str, role: str) -> Path:

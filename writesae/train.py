@@ -45,7 +45,7 @@ START_WINDOWS = 4  # in which sparsity rules with thresholds count active atoms 
 class TrainingSettings(BaseModel):
     """What a training run depends on, beside its data. The defaults are the paper's (Sec. 3, App. D, Table 10)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     n_atoms: PositiveInt
     k: PositiveInt
@@ -267,12 +267,20 @@ def train(
 
     `checkpoint` is a file that is written now and then and at the end: a run that was killed goes on from there when it
     is started again, to the result it would have had. Remove it once the SAE is saved.
-    Raises ValueError on fewer windows than a batch, data that never vary, and a checkpoint of another run;
-    FloatingPointError when the loss is not finite.
+    Raises ValueError on fewer windows than a batch, data that never vary, validation data of another kind, and a checkpoint
+    of another run; FloatingPointError when the loss is not finite.
     """
     if len(history) < settings.batch_windows:
         raise ValueError(f"A batch takes {settings.batch_windows} windows, the history has {len(history)}.")
+    if checkpoint and Path(checkpoint).is_dir():
+        raise ValueError(f"The checkpoint {checkpoint} is a folder: give the path of a file.")
     run = _Run.start(history, settings)
+    if validation is not None:  # before the training, not after it
+        run.sae.check_history(validation)
+        if validation.target != history.target:
+            raise ValueError(
+                f"The SAE is to be of {history.target}s, and the validation data are {validation.target}s."
+            )
     identity = f"{settings.model_dump_json()} {history.fingerprint()}" if checkpoint else ""
     if checkpoint and Path(checkpoint).exists():
         run.restore(Path(checkpoint), identity)
@@ -307,7 +315,8 @@ class Tokens(NamedTuple):
 
 @torch.no_grad()
 def by_group(sae: SAE, history: History) -> Iterator[Tokens]:
-    """The errors and the active atoms of a history, some windows at a time, in order."""
+    """The errors and the active atoms of a history, some windows at a time, in order. ValueError as `SAE.check_history`."""
+    sae.check_history(history)
     for group in history.groups(sae.group_size(history)):
         energy = group.energy(sae.mean)
         loss = _loss(sae, group, energy)

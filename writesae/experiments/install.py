@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 
 from writesae.edit import Edit, generate, head_change
-from writesae.harvest import Windows
 from writesae.hosts import Host, Run
 from writesae.logit_shift import gamma, logit_gradient
 from writesae.profiles import Install
@@ -59,11 +58,19 @@ def ranks(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def draw_targets(logits: torch.Tensor, settings: Install, seed: int) -> tuple[torch.Tensor, np.ndarray]:
-    """Targets [prompts, targets] and their classes [targets]: random tokens whose native rank lies in each class."""
+    """Targets [prompts, targets] and their classes [targets]: random tokens whose native rank lies in each class.
+
+    Raises ValueError where a class has fewer tokens than targets are asked for.
+    """
     order, generator = logits.argsort(-1, descending=True), np.random.default_rng(seed)
     columns, labels = [], []
     for name, (first, last) in settings.rank_classes.items():
         last = min(last, logits.shape[-1])
+        if last - first + 1 < settings.targets_per_class:
+            raise ValueError(
+                f"{settings.targets_per_class} targets are asked for, and the class {name} has {max(0, last - first + 1)} of "
+                f"the {logits.shape[-1]} tokens: lower install.targets_per_class, or widen the class."
+            )
         drawn = np.stack(
             [generator.choice(np.arange(first, last + 1), settings.targets_per_class, False) for _ in logits]
         )
@@ -75,9 +82,22 @@ def draw_targets(logits: torch.Tensor, settings: Install, seed: int) -> tuple[to
 def setting(
     host: Host, run: Run, cell, targets: torch.Tensor, labels: np.ndarray, distance: int, settings: Install, write
 ) -> Setting:
-    """All trials of one distance: every prompt with every target."""
+    """All trials of one distance: every prompt with every target.
+
+    Raises ValueError for targets that are not single tokens, as many for every prompt of the run, and for writes or a
+    distance that do not fit into the prompt.
+    """
+    if targets.dim() != 2 or len(targets) != len(run.tokens):
+        raise ValueError(
+            f"Targets are single tokens, [prompts, targets] with {len(run.tokens)} prompts here; got {list(targets.shape)}."
+        )
+    host.check_tokens(targets)
     length = run.tokens.shape[1]
     start = length - distance
+    if start < 0:
+        raise ValueError(
+            f"A prompt of {length} tokens has no place {distance} tokens before its end: lower the distance."
+        )
     if settings.writes > distance:
         raise ValueError(f"{settings.writes} writes do not fit in the last {distance} tokens: raise install.distances.")
     prompt = torch.arange(len(targets)).repeat_interleave(targets.shape[1])
@@ -226,8 +246,13 @@ def _stage(suite: Suite, name: str, table: str, work) -> pd.DataFrame:
     host, cell = suite.host(name), suite.cell(name, settings.place)
     windows = suite.windows(name, "heldout")
     first = np.unique(windows.passage.numpy(), return_index=True)[1]  # a prompt a passage
+    if len(first) < settings.prompts:
+        raise ValueError(
+            f"{settings.prompts} prompts are asked for and the held-out windows are of {len(first)} passages: "
+            "lower install.prompts, or raise data.heldout_windows in the profile."
+        )
     picked = np.sort(np.random.default_rng(profile.seed).choice(first, settings.prompts, replace=False))
-    prompts = Windows(windows.tokens[picked, : settings.prompt_tokens], windows.passage[picked])
+    prompts = windows[picked].beginnings(settings.prompt_tokens)
 
     def compute(distance: int) -> pd.DataFrame:
         run = host.run(prompts.tokens)

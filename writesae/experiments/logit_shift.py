@@ -27,7 +27,11 @@ PREDICTORS = ("paper", "paper_fitted", "transport", "exact")
 
 
 def draw_positions(count: int, first: int, last: int, seed: int) -> torch.Tensor:
-    """[count] positions, first <= t0 < last, that follow from the seed alone."""
+    """[count] positions, first <= t0 < last, that follow from the seed alone. Raises ValueError where there are none."""
+    if first >= last:
+        raise ValueError(
+            f"There is no position from {first} on and before {last}: raise prompt_tokens, or lower the horizon."
+        )
     return torch.tensor(np.random.default_rng(seed).integers(first, last, count))
 
 
@@ -168,7 +172,7 @@ def run(suite: Suite) -> pd.DataFrame:
         subjects = {s.target: s for s in heldout_subjects(suite, name, [cell], "main", some)}
         subject = subjects[settings.target]
         atoms = draw_atoms(firings_of(suite, subject, some), settings.atoms, 1, profile.seed)
-        windows = Windows(windows.tokens[:, : settings.prompt_tokens], windows.passage)[slice(0, settings.prompts)]
+        windows = windows[slice(0, settings.prompts)].beginnings(settings.prompt_tokens)
         key, value = (x[torch.from_numpy(atoms)] for x in subject.sae.atoms())
         last = windows.tokens.shape[1] - settings.horizon
         t0 = draw_positions(settings.prompts, profile.data.first_position, last, profile.seed)

@@ -49,10 +49,15 @@ def load_host(
 
     Raises FileNotFoundError for a folder without config.json, weights or tokenizer; ValueError for a bare .pth file, where
     no family has the model's class, where weights are missing (the tied-embedding trap of multimodal checkpoints
-    included), unexpected, misshapen or damaged, and where the tokenizer is another model's; for hub ids also what
-    `writesae.hub.fetch` raises.
+    included), unexpected, misshapen, damaged or not finite, where the tokenizer is another model's, and for a device that
+    is not there; for hub ids also what `writesae.hub.fetch` raises.
     """
     without_triton()
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"There is no device {device!r} here: choose cpu, or cuda where there is a GPU.") from error
     if Path(name_or_path).suffix == ".pth":
         raise ValueError(
             f"{name_or_path} is one file of weights: save writesae.hosts.rwkv7_model.from_pth of it to a folder with "
@@ -66,9 +71,11 @@ def load_host(
         family, model = "mamba2", mamba2_release.from_release(folder, dtype)
     else:
         family, model = _model(folder, name_or_path, dtype)
+    bad = next((key for key, x in model.named_parameters() if not torch.isfinite(x).all()), None)
+    if bad is not None:
+        raise ValueError(f"The weights of {name_or_path} are not all finite, first in {bad}: it is damaged.")
     tokenizer = _tokenizer(folder, name_or_path, tokenizer)
     _check_tokenizer(tokenizer, model.config.vocab_size, name_or_path)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return module(family).ADAPTER(model.to(chosen), tokenizer, host_name(Path(name_or_path)))
 
 

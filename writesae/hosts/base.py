@@ -193,12 +193,32 @@ class Host(ABC):
         if not 0 <= head < self.heads:
             raise ValueError(f"{self.name} has no head {head}: its recurrent layers have heads 0 to {self.heads - 1}.")
 
+    def check_tokens(self, tokens: torch.Tensor) -> None:
+        """Raises ValueError, in one sentence, where there are no tokens, or some are no ids of the host's vocabulary."""
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"Tokens are ids, in torch.int64, not in {tokens.dtype}.")
+        if not tokens.numel():
+            raise ValueError(f"There are no tokens: their shape is {list(tokens.shape)}.")
+        outside = tokens[(tokens < 0) | (tokens >= self.vocabulary)]
+        if len(outside):
+            raise ValueError(
+                f"{self.name} has no token {int(outside[0])}: its vocabulary has the ids 0 to {self.vocabulary - 1}."
+            )
+
     def _positions(self, tokens: torch.Tensor) -> torch.Tensor:
         return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
 
     @torch.no_grad()
     def run(self, tokens: torch.Tensor, upto: int | None = None) -> Run:
-        """The native run over tokens [B, T]; with `upto`, only the layers below that one (final is then its input)."""
+        """The native run over tokens [B, T]; with `upto`, only the layers below that one (final is then its input).
+
+        Raises ValueError for tokens of another shape or outside the vocabulary, and for an `upto` outside 0..layers.
+        """
+        self.check_tokens(tokens)
+        if tokens.dim() != 2:
+            raise ValueError(f"A run takes tokens [windows, time], not of shape {list(tokens.shape)}.")
+        if upto is not None and not 0 <= upto <= self.layers:
+            raise ValueError(f"{self.name} has {self.layers} layers: upto lies between 0 and that, and is {upto}.")
         tokens = tokens.to(self.device)
         hidden, records, positions = self.embed(tokens), [], self._positions(tokens)
         for layer in range(self.layers if upto is None else upto):
@@ -216,8 +236,12 @@ class Host(ABC):
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     def factors(self, run: Run, layer: int, head: int) -> Factors:
-        """The factors of a cell over the run's tokens. Raises ValueError where it is not a recurrent cell."""
+        """The factors of a cell over the run's tokens. Raises ValueError where it is not a recurrent cell, or was not run."""
         self.check_cell(layer, head)
+        if layer >= len(run.records):
+            raise ValueError(
+                f"This run ends below layer {len(run.records)}, before layer {layer}: run it further (upto)."
+            )
         return self.cell_factors(run.records[layer], head)
 
     def past_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> Past:
@@ -275,9 +299,18 @@ class Host(ABC):
 
         change: [R, steps, d_v], added to the head's output. Differentiable in `change`. With `keep`, also what the layer
         itself (its state as if unedited) and each layer above needs to go on after the last step. Raises ValueError
-        where a row would leave its window.
+        where there is no row, rows, starts and change do not fit the run, or a row would leave its window.
         """
+        self.check_cell(layer, head)
+        if len(run.records) < self.layers:
+            raise ValueError(f"This run ends below layer {len(run.records)}: an edited run needs all {self.layers}.")
         steps = change.shape[1]
+        if not len(rows) or rows.shape != starts.shape or change.shape != (len(rows), steps, self.d_v):
+            raise ValueError(
+                f"An edited run takes rows [R], starts [R] and change [R, steps, {self.d_v}] with R of 1 or more; got "
+                f"{list(rows.shape)}, {list(starts.shape)} and {list(change.shape)}."
+            )
+        check_places(rows, starts, run.tokens)
         if int(starts.max()) + steps > run.tokens.shape[1]:
             raise ValueError(
                 f"An edited run of {steps} tokens from position {int(starts.max())} leaves its window of "
@@ -320,6 +353,14 @@ class Host(ABC):
                 pasts[layer] = extend(pasts[layer], record)
             chosen.append(self.logits(hidden[:, -1]).argmax(-1))
         return torch.stack(chosen, 1)
+
+
+def check_places(rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Raises ValueError, in one sentence, where rows or positions, any shape, are not those of tokens [B, T, ...]."""
+    for what, given, count in (("window", rows, tokens.shape[0]), ("position", positions, tokens.shape[1])):
+        outside = given[(given < 0) | (given >= count)]
+        if outside.numel():
+            raise ValueError(f"The run has no {what} {int(outside[0])}: it has 0 to {count - 1}.")
 
 
 def extend(past: Past, record: Record) -> Past:

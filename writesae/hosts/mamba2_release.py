@@ -87,7 +87,7 @@ def from_release(folder: str | Path, dtype: torch.dtype = torch.float32):
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} holds no weights: one of {', '.join(WEIGHTS)} belongs there.")
-    found = {name.replace("backbone.embedding.", "backbone.embeddings."): x for name, x in _read(path).items()}
+    found = {name.replace("backbone.embedding.", "backbone.embeddings."): x for name, x in read_weights(path).items()}
     with torch.device("meta"):
         model = Mamba2ForCausalLM(config)
     embedding, head = "backbone.embeddings.weight", "lm_head.weight"
@@ -110,11 +110,15 @@ def from_release(folder: str | Path, dtype: torch.dtype = torch.float32):
     return model.eval()
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, or of a state dict that torch.save wrote.
+
+    Raises ValueError for a damaged file, and for a pickle that holds more than tensors; such a one is not executed.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, and was not loaded, since a pickle can run code: save its state dict alone, "
@@ -122,3 +126,6 @@ def _read(path: Path) -> dict[str, Tensor]:
         ) from error
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is damaged or was cut short: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(x, Tensor) for x in found.values()):
+        raise ValueError(f"{path} holds no state dict, but a {type(found).__name__} of other things.")
+    return found

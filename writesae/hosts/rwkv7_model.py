@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutput
 
+from writesae.hosts.mamba2_release import read_weights
 from writesae.recurrence import diagonal_delta_chunks
 
 CHUNK = 32
@@ -299,14 +300,14 @@ def from_pth(path: str | Path, dtype: torch.dtype = torch.float32) -> RWKV7ForCa
     """A model from one of the authors' releases (RWKV-x070-*.pth); its shapes say the architecture.
 
     For `load_host`, save it to a folder with save_pretrained and put a tokenizer beside it. Raises ValueError naming
-    the first tensor that is missing, unexpected or of another size.
+    the first tensor that is missing, unexpected or of another size, and as `read_weights` does.
     """
 
     class Tensors(dict):
         def __missing__(self, name):
             raise ValueError(f"{path} is no RWKV-7 release: it lacks the tensor {name}.")
 
-    found = Tensors(torch.load(path, map_location="cpu", weights_only=True))
+    found = Tensors(read_weights(Path(path)))
     layers = 1 + max((int(name.split(".")[1]) for name in found if name.startswith("blocks.")), default=0)
     heads, width = found["blocks.0.att.r_k"].shape
     config = RWKV7Config(

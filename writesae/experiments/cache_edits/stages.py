@@ -132,7 +132,7 @@ class Stages:
         return table[here]
 
     def prompts(self, count: int, tokens: int) -> Windows:
-        """The beginnings of `count` held-out passages, drawn at random. ValueError where there are fewer."""
+        """The beginnings of `count` held-out passages, drawn at random. ValueError where there are fewer, or shorter ones."""
         windows = self.suite.windows(self.name, "heldout")
         first = np.unique(windows.passage.numpy(), return_index=True)[1]
         if len(first) < count:
@@ -141,7 +141,7 @@ class Stages:
                 "ask for fewer prompts, or raise data.heldout_windows in the profile."
             )
         picked = np.sort(np.random.default_rng(self.seed).choice(first, count, replace=False))
-        return Windows(windows.tokens[picked, :tokens], windows.passage[picked])
+        return windows[picked].beginnings(tokens)
 
     @cached_property
     def erased(self) -> tuple[np.ndarray, pd.DataFrame]:
