@@ -24,7 +24,7 @@ FOLDERS := notebooks $(patsubst %/,%,$(sort $(dir $(wildcard writesae/*.py write
 SOURCES := $(wildcard notebooks/*.ipynb writesae/*.py writesae/*/*.py)
 RECIPES := $(wildcard models/*/recipe.yaml)
 
-.PHONY: help env all figures test test-unit test-notebooks test-reference lint bench hosts browser sweep lab clean always $(NAMES)
+.PHONY: help env all figures test test-unit test-notebooks test-reference verify lint bench hosts browser sweep lab clean always $(NAMES)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s%s\n", $$1, $$2}' Makefile
@@ -66,6 +66,9 @@ test-notebooks: $(ENV)  ## only the notebooks, run from nothing into build/test 
 test-reference: $(ENV)  ## only the comparison of build/test with results/mini
 	$(PY) -m pytest -o addopts=--import-mode=importlib tests/reference
 
+verify: $(ENV)  ## results/PROFILE (or those of RUN=folder) against the committed ones: a report (EXACT=--exact: bit for bit)
+	$(PY) -m writesae.verify --profile $(PROFILE) $(if $(RUN),--run $(RUN)) $(EXACT)
+
 lint: $(ENV)  ## check style and format with ruff
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -91,7 +94,7 @@ clean:  ## remove build/ (intermediate files, stamps); results and figures stay
 	rm -rf build
 
 # What needs the notebooks' dependencies: everything but the goals named here.
-ifneq ($(filter-out help env test test-% lint bench hosts browser sweep lab clean,$(or $(MAKECMDGOALS),help)),)
+ifneq ($(filter-out help env test test-% verify lint bench hosts browser sweep lab clean,$(or $(MAKECMDGOALS),help)),)
 ifeq ($(wildcard profiles/$(PROFILE).yaml),)
 $(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif
