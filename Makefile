@@ -46,11 +46,12 @@ figures: all  ## draw missing or stale figures again (the same runs as all; stor
 
 $(NAMES): %: $(STAMPS)/%
 
-# The stamp bears the time at which the run began: a source that is edited during the run is newer than it.
+# The stamp bears the time at which the run began: a source that is edited during the run is newer than it. Until then it
+# has the process id of this make (bash's PPID) in its name: another make, which is refused, must not make it younger.
 $(addprefix $(STAMPS)/,$(NAMES)): $(STAMPS)/%: requirements.lock | $(ENV)
-	@mkdir -p $(STAMPS) && touch $@.started
+	@mkdir -p $(STAMPS) && touch $@.$$PPID
 	@$(PY) -m writesae.run_notebook $* --profile $(PROFILE)
-	@mv $@.started $@
+	@mv $@.$$PPID $@
 
 test: test-unit test-notebooks test-reference  ## unit tests, every notebook from nothing, results against the reference
 
@@ -99,9 +100,10 @@ ifeq ($(wildcard profiles/$(PROFILE).yaml),)
 $(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif
 
+# It appears whole or not at all: a kill must leave no part of the rules, which would pass for all of them.
 build/deps.mk: $(SOURCES) $(FOLDERS)
 	@mkdir -p build
-	@$(or $(PYTHON),python3) -I writesae/dependencies.py > $@
+	@$(or $(PYTHON),python3) -I writesae/dependencies.py > $@.$$$$ && mv $@.$$$$ $@ || { rm -f $@.$$$$; exit 2; }
 
 include build/deps.mk
 endif
