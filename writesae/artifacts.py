@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT_VERSION = 1
 REQUIRED = ("profile", "config", "host", "seed", "seconds")
+AGAIN = "remove it and build/*/stamps, and run again"  # make then runs all pages, which read what is whole
 VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas", "scikit-learn")
 PARTIAL = f".partial-{platform.node()}-"  # begins the name of a file that a process of this machine is writing
 DECIDING = ("torch", "transformers", "numpy", "scipy", "scikit-learn")  # versions that a fingerprint depends on
@@ -250,18 +251,14 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         record = json.loads(sidecar(path).read_text(encoding="utf-8"))
         version, checksum = record["format_version"], record["sha256"]
     except OSError as error:
-        raise ArtifactError(
-            f"{sidecar(path)}, which vouches for {path.name}, is missing: remove {path.name} and run again."
-        ) from error
+        raise ArtifactError(f"{sidecar(path)}, which vouches for {path.name}, is missing: {AGAIN}.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{sidecar(path)} is damaged: remove {path.name} and run again.") from error
+        raise ArtifactError(f"{sidecar(path)} is damaged: {AGAIN}.") from error
     if version != FORMAT_VERSION:
-        raise ArtifactError(
-            f"{path} has format version {version}, and this code reads {FORMAT_VERSION}: remove it and run again."
-        )
+        raise ArtifactError(f"{path} has format version {version}, and this code reads {FORMAT_VERSION}: {AGAIN}.")
     if checksum != file_hash(path):
         raise ArtifactError(
-            f"{path} is damaged or was changed by hand (its checksum is not the recorded one): remove it and run again."
+            f"{path} is damaged or was changed by hand (its checksum is not the recorded one): {AGAIN}."
         )
     return record
 
