@@ -97,16 +97,22 @@ class Pair:
 
 @dataclass
 class Comparison:
-    """Two tables by one tolerance: `problems` are sentences on rows and columns that do not match, `pairs` all that do."""
+    """Two tables by one tolerance: why they cannot be compared, rows that only one has, and the values of all others."""
 
     tolerance: Tolerance
     problems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
 
     @property
     def worst(self) -> Pair | None:
         """The pair that takes most of the tolerance, one that is not allowed before any that is."""
         return max(self.pairs, key=lambda pair: (not pair.allowed, pair.used), default=None)
+
+    @property
+    def moved(self) -> list[Pair]:
+        return [pair for pair in self.pairs if not pair.allowed]
 
     def say(self, pair: Pair) -> str:
         """One sentence on a pair."""
@@ -117,7 +123,8 @@ class Comparison:
 
     def sentences(self) -> list[str]:
         """All in which the tables differ by more than is allowed; empty where they do not."""
-        return self.problems + [self.say(pair) for pair in self.pairs if not pair.allowed]
+        rows = [f"{row} is missing" for row in self.missing] + [f"{row} is not in the reference" for row in self.extra]
+        return self.problems + rows + [self.say(pair) for pair in self.moved]
 
 
 def _keyed(frame: pd.DataFrame, tolerance: Tolerance, side: str) -> tuple[dict, list[str]]:
@@ -144,8 +151,8 @@ def measure(reference: pd.DataFrame, fresh: pd.DataFrame, tolerance: Tolerance) 
     if problems or more:
         return Comparison(tolerance, problems + more)
     found = Comparison(tolerance)
-    found.problems += [f"{_describe(tolerance, key)} is missing" for key in expected if key not in actual]
-    found.problems += [f"{_describe(tolerance, key)} is not in the reference" for key in actual if key not in expected]
+    found.missing += [_describe(tolerance, key) for key in expected if key not in actual]
+    found.extra += [_describe(tolerance, key) for key in actual if key not in expected]
     for key in (key for key in expected if key in actual):
         values = expected[key], actual[key]
         try:

@@ -40,7 +40,8 @@ TIMES = ("seconds", "training_seconds", "tokens_per_second")  # columns that say
 FAILURES = ("moved", "damaged", "missing")
 VERDICTS = ("identical", "within tolerance", "no tolerance", "extra", *FAILURES)
 ORIGIN = ("profile", "config", "seed", "device", "kernel", "commit")  # fields of a sidecar, beside the versions
-MOST = 5  # sentences about one table
+MOST = 5  # columns that are named
+DIGITS = 20  # of a commit or a hash
 
 
 class VerifyError(ValueError):
@@ -123,21 +124,19 @@ def _changes(reference: Path, fresh: Path) -> list[str]:
         if len(rows):
             first = f"{right[name][rows[0]]!r}, in the reference {left[name][rows[0]]!r}"
             said.append(f"{name} differs in {len(rows)} of {len(left)} rows, first in row {rows[0] + 1}: {first}")
-    return _first(said, "columns")
-
-
-def _first(sentences: list[str], what: str) -> list[str]:
-    rest = len(sentences) - MOST
-    return sentences[:MOST] + ([f"and {rest} more {what}"] if rest > 0 else [])
+    rest = len(said) - MOST
+    return said[:MOST] + ([f"and {rest} more columns"] if rest > 0 else [])
 
 
 def _judge(name: str, reference: Path, fresh: Path, tolerances: list[Tolerance], exact: bool) -> Table:
     """One table of two folders."""
     paths, about = (reference / name, fresh / name), [tolerance for tolerance in tolerances if tolerance.file == name]
     if not paths[1].is_file():
-        return Table(name, "missing", ["the run has not made it"])
+        return Table(name, "missing")
+    if not paths[0].is_file() and not exact and not about:
+        return Table(name, "extra")
     if not paths[0].is_file():
-        return Table(name, "missing" if about or exact else "extra", ["the reference does not have it"])
+        return Table(name, "missing", ["the reference does not have it"])
     try:
         before, after = (read_table(path) for path in paths)
     except ArtifactError as error:
@@ -149,23 +148,30 @@ def _judge(name: str, reference: Path, fresh: Path, tolerances: list[Tolerance],
     if not about:
         return Table(name, "no tolerance", _changes(*paths))
     found = [measure(before, after, tolerance) for tolerance in about]
-    sentences = [sentence for one in found for sentence in one.sentences()]
-    if sentences:
-        return Table(name, "moved", _first([_without_name(name, x) for x in sentences], "values"))
-    return Table(name, "within tolerance", [_nearest(name, found)])
+    if any(one.sentences() for one in found):
+        return Table(name, "moved", [x.replace(f"{name} ", "") for x in _failures(found)])
+    return Table(name, "within tolerance", [_nearest(found).replace(f"{name} ", "")])
 
 
-def _without_name(name: str, sentence: str) -> str:
-    return sentence.removeprefix(name).lstrip(": ")
+def _failures(found: list[Comparison]) -> list[str]:
+    """Why a table is not within its tolerances: rows that one side lacks, and the worst value of each metric."""
+    said = list(dict.fromkeys(problem for one in found for problem in one.problems))
+    for attribute, what in (("missing", "missing"), ("extra", "not in the reference")):
+        rows = list(dict.fromkeys(row for one in found for row in getattr(one, attribute)))
+        said += [f"{len(rows)} rows are {what}, the first {rows[0]}"] if rows else []
+    for one in sorted((one for one in found if one.moved), key=lambda one: -one.worst.used):
+        said.append(
+            f"{len(one.moved)} of {len(one.pairs)} values of {one.tolerance.metric}; worst: {one.say(one.worst)}"
+        )
+    return said
 
 
-def _nearest(name: str, found: list[Comparison]) -> str:
-    """The value that takes most of its tolerance, of all the metrics of a table that are within theirs."""
-    pairs = [(one.worst.used, one) for one in found if one.worst]
-    used, one = max(pairs, key=lambda pair: pair[0])
-    if not used:
+def _nearest(found: list[Comparison]) -> str:
+    """The value that takes most of its tolerance, of all metrics of a table that is within them."""
+    one = max((one for one in found if one.worst), key=lambda one: one.worst.used)
+    if not one.worst.used:
         return f"no difference in {', '.join(comparison.tolerance.metric for comparison in found)}"
-    return f"worst: {_without_name(name, one.say(one.worst))}, {used:.0%} of it"
+    return f"worst: {one.say(one.worst)}, {one.worst.used:.0%} of it"
 
 
 def _turned(reference: Path, fresh: Path) -> list[str]:
@@ -186,7 +192,7 @@ def _turned(reference: Path, fresh: Path) -> list[str]:
 
 def _origin(path: Path) -> dict[str, Any]:
     record = read_sidecar(path)
-    return {name: record.get(name) for name in ORIGIN} | record.get("versions", {})
+    return {name: str(record.get(name))[:DIGITS] for name in ORIGIN} | record.get("versions", {})
 
 
 def _origins(reference: Path, fresh: Path, names: set[str]) -> list[str]:
