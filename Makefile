@@ -24,7 +24,7 @@ FOLDERS := notebooks $(patsubst %/,%,$(sort $(dir $(wildcard writesae/*.py write
 SOURCES := $(wildcard notebooks/*.ipynb writesae/*.py writesae/*/*.py)
 RECIPES := $(wildcard models/*/recipe.yaml)
 
-.PHONY: help env all figures test test-unit test-notebooks test-reference lint bench hosts browser sweep lab clean always $(NAMES)
+.PHONY: help env all figures test test-unit test-notebooks test-reference verify lint bench hosts browser sweep lab clean always $(NAMES)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s%s\n", $$1, $$2}' Makefile
@@ -46,11 +46,12 @@ figures: all  ## draw missing or stale figures again (the same runs as all; stor
 
 $(NAMES): %: $(STAMPS)/%
 
-# The stamp bears the time at which the run began: a source that is edited during the run is newer than it.
+# The stamp bears the time at which the run began: a source that is edited during the run is newer than it. Until then it
+# has the process id of this make (bash's PPID) in its name: another make, which is refused, must not make it younger.
 $(addprefix $(STAMPS)/,$(NAMES)): $(STAMPS)/%: requirements.lock | $(ENV)
-	@mkdir -p $(STAMPS) && touch $@.started
+	@mkdir -p $(STAMPS) && touch $@.$$PPID
 	@$(PY) -m writesae.run_notebook $* --profile $(PROFILE)
-	@mv $@.started $@
+	@mv $@.$$PPID $@
 
 test: test-unit test-notebooks test-reference  ## unit tests, every notebook from nothing, results against the reference
 
@@ -65,6 +66,9 @@ test-notebooks: $(ENV)  ## only the notebooks, run from nothing into build/test 
 
 test-reference: $(ENV)  ## only the comparison of build/test with results/mini
 	$(PY) -m pytest -o addopts=--import-mode=importlib tests/reference
+
+verify: $(ENV)  ## results/PROFILE (or those of RUN=folder) against the committed ones: a report (EXACT=--exact: bit for bit)
+	$(PY) -m writesae.verify --profile $(PROFILE) $(if $(RUN),--run $(RUN)) $(EXACT)
 
 lint: $(ENV)  ## check style and format with ruff
 	$(PY) -m ruff check .
@@ -91,14 +95,15 @@ clean:  ## remove build/ (intermediate files, stamps); results and figures stay
 	rm -rf build
 
 # What needs the notebooks' dependencies: everything but the goals named here.
-ifneq ($(filter-out help env test test-% lint bench hosts browser sweep lab clean,$(or $(MAKECMDGOALS),help)),)
+ifneq ($(filter-out help env test test-% verify lint bench hosts browser sweep lab clean,$(or $(MAKECMDGOALS),help)),)
 ifeq ($(wildcard profiles/$(PROFILE).yaml),)
 $(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif
 
+# It appears whole or not at all: a kill must leave no part of the rules, which would pass for all of them.
 build/deps.mk: $(SOURCES) $(FOLDERS)
 	@mkdir -p build
-	@$(or $(PYTHON),python3) -I writesae/dependencies.py > $@
+	@$(or $(PYTHON),python3) -I writesae/dependencies.py > $@.$$$$ && mv $@.$$$$ $@ || { rm -f $@.$$$$; exit 2; }
 
 include build/deps.mk
 endif

@@ -133,5 +133,11 @@ def test_a_module_that_is_missing_or_broken_is_one_sentence(root):
         dependencies.closure("writesae.late", root)
 
 
+def test_every_committed_table_is_made_again_where_it_is_missing():
+    made = {name for notebook in dependencies.notebooks().values() for name in notebook.makes}
+    tables = {f"results/{{profile}}/{path.name}" for path in (dependencies.ROOT / "results/mini").glob("[!.]*.csv")}
+    assert tables and tables <= made, f"no notebook says that it makes {', '.join(sorted(tables - made))}"
+
+
 def test_the_file_needs_only_python_3_9():
     ast.parse(Path(dependencies.__file__).read_text(), feature_version=(3, 9))

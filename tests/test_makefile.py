@@ -136,6 +136,28 @@ def test_an_edit_during_the_run_is_not_lost(done):
     assert _ran(done, "all") == ["02_train"]
 
 
+def test_another_make_does_not_make_the_stamp_younger(done):
+    """While 02_train runs, its notebook is edited and another make is started, which is refused."""
+    _write(done / "refuse", "#!/bin/sh\nexit 1\n")
+    (done / "refuse").chmod(0o755)
+    other = "sleep 0.1; touch notebooks/$3.ipynb; sleep 0.1; make PY=./refuse $3"
+    _write(done / "stub", f'#!/bin/sh\necho "$3" >> ran\n{other}\nexit 0\n')
+    _touch(done / "notebooks/02_train.ipynb")
+    assert _ran(done, "all") == ["02_train"]
+    _write(done / "stub", STUB)
+    assert _ran(done, "all") == ["02_train"]
+
+
+def test_a_kill_while_the_rules_are_written_leaves_no_part_of_them(done):
+    """Half of the rules would pass for all of them: nothing would be run again."""
+    _write(done / "half", "#!/bin/sh\necho '# half of'\nkill -9 0\n")
+    (done / "half").chmod(0o755)
+    _touch(done / "writesae" / "harvest.py")
+    command = ["make", "PY=./stub", "PYTHON=./half", "all"]
+    assert subprocess.run(command, cwd=done, env=_environment(), start_new_session=True).returncode == -9
+    assert _ran(done, "all") == ["01_harvest", "02_train", "04_shift"]
+
+
 def test_a_removed_and_a_new_module_are_noticed(done):
     _write(done / "writesae" / "extra.py", "")
     _touch(done / "writesae" / "extra.py")
@@ -183,6 +205,7 @@ def test_help_lists_every_target_and_is_the_default(clone):
         "hosts",
         "browser",
         "sweep",
+        "verify",
         "lab",
         "clean",
         "02_train",

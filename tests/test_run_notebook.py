@@ -1,6 +1,5 @@
 """A tiny notebook is run as Make runs it: what is published, what is not, and what a failure leaves."""
 
-import fcntl
 import os
 
 import nbformat
@@ -80,16 +79,6 @@ def test_an_edit_during_the_run_is_kept(notebooks):
     path = _notebook(notebooks)
     with pytest.raises(run_notebook.RunError, match="was edited while it ran"):
         run_notebook.publish(path, b"as it was", path)
-
-
-def test_a_second_run_is_refused_while_the_first_is_at_work(notebooks):
-    _notebook(notebooks)
-    lock = Paths("mini").build / "lock"
-    lock.parent.mkdir(parents=True)
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(run_notebook.RunError, match="Another run"):
-            run_notebook.run("00_toy", "mini", notebooks)
 
 
 def test_unknown_names_are_one_sentence(notebooks):

@@ -8,6 +8,7 @@ computed them: a fresh clone has the reference results in it and still computes 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -29,6 +30,7 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 from pandas.api.types import is_any_real_numeric_dtype as is_number
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from writesae import dependencies
@@ -39,12 +41,14 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT_VERSION = 1
 REQUIRED = ("profile", "config", "host", "seed", "seconds")
+AGAIN = "remove it and build/*/stamps, and run again"  # make then runs all pages, which read what is whole
 VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas", "scikit-learn")
+PARTIAL = f".partial-{platform.node()}-"  # begins the name of a file that a process of this machine is writing
 DECIDING = ("torch", "transformers", "numpy", "scipy", "scikit-learn")  # versions that a fingerprint depends on
 
 
 class ArtifactError(ValueError):
-    """A stored file is missing, damaged, or of another format version."""
+    """A stored file is missing, damaged, of another format version, or cannot be written."""
 
 
 def output_root() -> Path:
@@ -80,15 +84,42 @@ class Paths:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` on a temporary path beside `path`, then move it there: the file appears whole or not at all."""
+    """Call `write` on a temporary path beside `path`, then move it there: the file appears whole or not at all.
+
+    Raises ArtifactError where it cannot be written (a full disk, a read-only folder); what was there before stays.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{path} could not be written ({getattr(error, 'strerror', None) or error}): nothing that was stored is lost, "
+            "so make room or the folder writable, and run again."
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only folder: there is nothing to remove
+            partial.unlink(missing_ok=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove the unfinished files that killed processes of this machine have left in a folder and below it."""
+    for path in Path(folder).rglob(f"{PARTIAL}*"):
+        process = path.name.removeprefix(PARTIAL).split("-")[0]
+        if process.isdecimal() and not _alive(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 # Provenance
@@ -187,17 +218,26 @@ def sidecar(path: Path) -> Path:
     return Path(path).with_name(Path(path).name + ".json")
 
 
-def _write_sidecar(path: Path, fields: Mapping[str, Any]) -> None:
-    record = {
-        "format_version": FORMAT_VERSION,
-        "sha256": file_hash(path),
-        "fingerprint": None,
-        "workspace": workspace(),
-        **fields,
-    }
-    record = json.loads(json.dumps(record, default=_plain, allow_nan=False))
-    text = json.dumps(record | {"seal": _seal(record)}, indent=2) + "\n"
-    write_atomically(sidecar(path), lambda partial: partial.write_text(text, encoding="utf-8"))
+def _store(path: Path, write: Callable[[Path], None], fields: Mapping[str, Any]) -> None:
+    """Write a file and its sidecar: both are complete before either is moved to its place.
+
+    A process killed between the two moves leaves a sidecar that does not vouch for the file, which `read_sidecar` refuses.
+    """
+
+    def both(partial: Path) -> None:
+        write(partial)
+        record = {
+            "format_version": FORMAT_VERSION,
+            "sha256": file_hash(partial),
+            "fingerprint": None,
+            "workspace": workspace(),
+            **fields,
+        }
+        record = json.loads(json.dumps(record, default=_plain, allow_nan=False))
+        text = json.dumps(record | {"seal": _seal(record)}, indent=2) + "\n"
+        write_atomically(sidecar(path), lambda beside: beside.write_text(text, encoding="utf-8"))
+
+    write_atomically(path, both)
 
 
 def _seal(record: Mapping[str, Any]) -> str:
@@ -218,15 +258,17 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         record = json.loads(sidecar(path).read_text(encoding="utf-8"))
         version, checksum = record["format_version"], record["sha256"]
     except OSError as error:
-        raise ArtifactError(f"{sidecar(path)}, which vouches for {path.name}, is missing.") from error
+        raise ArtifactError(f"{sidecar(path)}, which vouches for {path.name}, is missing: {AGAIN}.") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(f"{sidecar(path)} is damaged.") from error
+        raise ArtifactError(f"{sidecar(path)} is damaged: {AGAIN}.") from error
     if version != FORMAT_VERSION:
-        raise ArtifactError(f"{path} has format version {version}, and this code reads {FORMAT_VERSION}.")
+        raise ArtifactError(f"{path} has format version {version}, and this code reads {FORMAT_VERSION}: {AGAIN}.")
     if checksum != file_hash(path):
-        raise ArtifactError(f"{path} is damaged or was changed by hand: its checksum is not the recorded one.")
+        raise ArtifactError(
+            f"{path} is damaged or was changed by hand (its checksum is not the recorded one): {AGAIN}."
+        )
     if record.get("seal", _seal(record)) != _seal(record):  # files written before there were seals have none
-        raise ArtifactError(f"{sidecar(path)} is damaged or was changed by hand: it is not what was written.")
+        raise ArtifactError(f"{sidecar(path)} is damaged or was changed by hand (it is not what was written): {AGAIN}.")
     return record
 
 
@@ -249,8 +291,7 @@ def _write_csv(frame: pd.DataFrame, path: Path, fields: Mapping[str, Any], float
     text = [name for name in frame if not pd.api.types.is_bool_dtype(frame[name]) and not is_number(frame[name])]
     frame = frame.assign(**{name: frame[name].map(_one_line, na_action="ignore") for name in text})
     write = {"index": False, "lineterminator": "\n", "float_format": float_format}
-    write_atomically(path, lambda partial: frame.to_csv(partial, **write))
-    _write_sidecar(path, {**fields, "text_columns": text, "rows": len(frame)})
+    _store(path, lambda partial: frame.to_csv(partial, **write), {**fields, "text_columns": text, "rows": len(frame)})
 
 
 def _one_line(value: Any) -> str:
@@ -307,8 +348,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
 
     json.dumps(metadata, default=_plain, allow_nan=False)  # a mistake shows before anything is written
     own = {name: _own(tensor) for name, tensor in tensors.items()}
-    write_atomically(path, lambda partial: save_file(own, partial))
-    _write_sidecar(path, {"fingerprint": metadata.get("fingerprint"), "metadata": dict(metadata)})
+    fields = {"fingerprint": metadata.get("fingerprint"), "metadata": dict(metadata)}
+    _store(path, lambda partial: save_file(own, partial), fields)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -11,6 +11,8 @@ Rows are matched on their keys. A file, column or row that only one side has is 
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,17 @@ class Tolerance(BaseModel):
         room = self.absolute if self.relative is None else self.relative * abs(reference)
         return bool(abs(fresh - reference) <= room)
 
+    def used(self, reference: Any, fresh: Any) -> float:
+        """How much of the tolerance the difference takes: 0 where equal, infinity where nothing was to differ."""
+        if pd.isna(reference) and pd.isna(fresh) or reference == fresh:
+            return 0.0
+        try:
+            room = 0 if self.equal else self.absolute if self.relative is None else self.relative * abs(reference)
+            share = float(abs(fresh - reference) / room) if room else math.inf
+        except TypeError:  # text where a number should be
+            return math.inf
+        return math.inf if math.isnan(share) else share
+
     def __str__(self) -> str:
         if self.equal:
             return "equal"
@@ -71,6 +84,49 @@ def read_tolerances(path: Path) -> list[Tolerance]:
     return found
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A row's two values of a metric; `row` names the table and the row, `used` is how much of the tolerance they take."""
+
+    row: str
+    reference: Any
+    fresh: Any
+    allowed: bool
+    used: float
+
+
+@dataclass
+class Comparison:
+    """Two tables by one tolerance: why they cannot be compared, rows that only one has, and the values of all others."""
+
+    tolerance: Tolerance
+    problems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+
+    @property
+    def worst(self) -> Pair | None:
+        """The pair that takes most of the tolerance, one that is not allowed before any that is."""
+        return max(self.pairs, key=lambda pair: (not pair.allowed, pair.used), default=None)
+
+    @property
+    def moved(self) -> list[Pair]:
+        return [pair for pair in self.pairs if not pair.allowed]
+
+    def say(self, pair: Pair) -> str:
+        """One sentence on a pair."""
+        return (
+            f"{pair.row} {self.tolerance.metric} is {pair.fresh}, in the reference {pair.reference} "
+            f"(allowed: {self.tolerance})"
+        )
+
+    def sentences(self) -> list[str]:
+        """All in which the tables differ by more than is allowed; empty where they do not."""
+        rows = [f"{row} is missing" for row in self.missing] + [f"{row} is not in the reference" for row in self.extra]
+        return self.problems + rows + [self.say(pair) for pair in self.moved]
+
+
 def _keyed(frame: pd.DataFrame, tolerance: Tolerance, side: str) -> tuple[dict, list[str]]:
     """({key: value}, problems) of one table."""
     lacking = [name for name in (*tolerance.keys, tolerance.metric) if name not in frame]
@@ -88,25 +144,28 @@ def _describe(tolerance: Tolerance, key: tuple) -> str:
     return f"{tolerance.file} [" + ", ".join(f"{n}={v}" for n, v in zip(tolerance.keys, key, strict=True)) + "]"
 
 
-def compare(reference: pd.DataFrame, fresh: pd.DataFrame, tolerance: Tolerance) -> list[str]:
-    """One sentence for each way in which `fresh` differs from `reference`; empty where it does not."""
+def measure(reference: pd.DataFrame, fresh: pd.DataFrame, tolerance: Tolerance) -> Comparison:
+    """Every row of two tables by one tolerance."""
     expected, problems = _keyed(reference, tolerance, "reference")
     actual, more = _keyed(fresh, tolerance, "fresh")
     if problems or more:
-        return problems + more
-    problems += [f"{_describe(tolerance, key)} is missing" for key in expected if key not in actual]
-    problems += [f"{_describe(tolerance, key)} is not in the reference" for key in actual if key not in expected]
-    for key in expected.keys() & actual.keys():
+        return Comparison(tolerance, problems + more)
+    found = Comparison(tolerance)
+    found.missing += [_describe(tolerance, key) for key in expected if key not in actual]
+    found.extra += [_describe(tolerance, key) for key in actual if key not in expected]
+    for key in (key for key in expected if key in actual):
+        values = expected[key], actual[key]
         try:
-            fine = tolerance.allows(expected[key], actual[key])
+            allowed = tolerance.allows(*values)
         except TypeError:
-            fine = False  # text where a number should be
-        if not fine:
-            problems.append(
-                f"{_describe(tolerance, key)} {tolerance.metric} is {actual[key]}, in the reference {expected[key]} "
-                f"(allowed: {tolerance})"
-            )
-    return problems
+            allowed = False  # text where a number should be
+        found.pairs.append(Pair(_describe(tolerance, key), *values, allowed, tolerance.used(*values)))
+    return found
+
+
+def compare(reference: pd.DataFrame, fresh: pd.DataFrame, tolerance: Tolerance) -> list[str]:
+    """One sentence for each way in which `fresh` differs from `reference`; empty where it does not."""
+    return measure(reference, fresh, tolerance).sentences()
 
 
 def check(reference: Path, fresh: Path, tolerance: Tolerance) -> list[str]:

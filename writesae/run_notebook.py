@@ -3,6 +3,9 @@
 papermill writes the executed notebook to build/PROFILE/notebooks. With the default profile the outputs are then put
 into the notebook of the repository itself, so that they can be read there: only outputs and execution counts change,
 and the file's time stays, so that Make does not take it for edited. Nothing is published where WRITESAE_OUTPUT is set.
+
+One run at a time: a profile's folder is locked by the process and by its kernel, which a kill of the process alone
+leaves behind for a second or two.
 """
 
 from __future__ import annotations
@@ -12,17 +15,22 @@ import copy
 import fcntl
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import nbformat
 import papermill
+from jupyter_client import AsyncKernelManager
 from nbformat import NotebookNode
 
-from writesae.artifacts import ROOT, Paths, write_atomically
+from writesae.artifacts import ROOT, ArtifactError, Paths, clear_leftovers, write_atomically
 
 PUBLISHED = "mini"
+WAIT = 10  # seconds for another run to end; the kernel of a killed run notices within some
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -85,18 +93,57 @@ def publish(path: Path, before: bytes, executed: Path) -> None:
 
 
 @contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Hold the lock file at `path`; it is free again when the process ends in any way. RunError where it is held."""
+def only_one(path: Path) -> Iterator[int]:
+    """Hold the lock file at `path`, in which the process id is; its descriptor, for a child to hold it too.
+
+    It is free again when this process and such children have ended in any way. RunError where others hold it for more
+    than WAIT seconds.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
+    with open(path, "a+", encoding="utf-8") as file:
+        _take(file)
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield file.fileno()
+
+
+def _take(file: TextIO) -> None:
+    deadline = time.monotonic() + WAIT
+    while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunError("Another run with this profile is at work in this folder: wait until it ends.") from error
-        yield
+            if time.monotonic() >= deadline:
+                file.seek(0)
+                raise RunError(
+                    f"Another run with this profile is at work in this folder (process {file.read() or 'unknown'}): "
+                    "wait until it ends, then run again."
+                ) from error
+        time.sleep(0.1)
 
 
-def _execute(path: Path, target: Path, profile: str) -> None:
+def _kernels(lock: int) -> type[AsyncKernelManager]:
+    """Kernels that hold the lock, so that it is not free before they have ended."""
+
+    class Kernels(AsyncKernelManager):
+        def start_kernel(self, **options):
+            return super().start_kernel(**options, pass_fds=(lock,))
+
+    return Kernels
+
+
+def _check_writable(folder: Path) -> None:
+    """RunError where nothing can be written into a folder: better now than after an hour."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunError(f"{folder} cannot be written ({error.strerror}): make it writable, and run again.") from error
+
+
+def _execute(path: Path, target: Path, profile: str, lock: int) -> None:
     try:
         papermill.execute_notebook(
             path,
@@ -107,6 +154,7 @@ def _execute(path: Path, target: Path, profile: str) -> None:
             stdout_file=sys.stdout,
             stderr_file=sys.stderr,
             log_output=True,
+            kernel_manager_class=_kernels(lock),
         )
     except papermill.PapermillExecutionError as error:
         raise RunError(_last_line(f"{error.ename}: {error.evalue}")) from error
@@ -125,19 +173,24 @@ def _names(folder: Path, suffix: str) -> str:
 def run(name: str, profile: str, folder: Path = ROOT / "notebooks") -> Path:
     """Execute the notebook `name` and publish its outputs; the path of the executed notebook.
 
-    Raises RunError, with one sentence, where there is no such notebook or profile, where another run is at work, and
-    where a cell fails; the notebook of the repository is then as it was.
+    Raises RunError, with one sentence, where there is no such notebook or profile, where a folder of results cannot be
+    written, where another run is at work, and where a cell fails; the notebook of the repository is then as it was.
     """
-    path, build = folder / f"{name}.ipynb", Paths(profile).build
+    path, paths = folder / f"{name}.ipynb", Paths(profile)
     if not path.is_file():
         raise RunError(f"There is no notebook {name}: choose one of {_names(folder, 'ipynb')}.")
     if not (folder.parent / "profiles" / f"{profile}.yaml").is_file():
         raise RunError(f"There is no profile {profile}: choose one of {_names(folder.parent / 'profiles', 'yaml')}.")
-    target = build / "notebooks" / path.name
+    written = (paths.build, paths.results, paths.figures)
+    for place in written:
+        _check_writable(place)
+    target = paths.build / "notebooks" / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    with only_one(build / "lock"):
+    with only_one(paths.build / "lock") as lock:
+        for place in (*written, folder):
+            clear_leftovers(place)
         before = path.read_bytes()
-        _execute(path, target, profile)
+        _execute(path, target, profile, lock)
         if profile == PUBLISHED and not os.environ.get("WRITESAE_OUTPUT"):
             publish(path, before, target)
     return target
@@ -152,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{given.name} ({given.profile})", flush=True)
     try:
         run(given.name, given.profile)
-    except RunError as error:
+    except (RunError, ArtifactError, OSError) as error:  # the latter two: its own writes, on a full disk
         print(f"{given.name} failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -1,0 +1,168 @@
+"""Does a run survive kill -9? On demand: `python tests/kill_run.py --kills 20 --pages 00_hosts,01_harvest,02_train_saes`.
+
+Two clones of the last commit in a scratch folder. In one, `make` runs the pages undisturbed. In the other it is killed at
+seeded random moments and started again at once, until it is through: half of the times all processes at once, half of
+them only the process group of make, which leaves the notebook's kernel behind for a moment. After each kill every table
+under results/ must have a sidecar that vouches for it; at the end all must be those of the undisturbed run bit for bit,
+times apart, and no unfinished file may be left. A line a kill goes to tests/records/kill_run.csv.
+
+The scratch folder may be kept: an undisturbed run of the same commit is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import yaml
+
+from writesae.artifacts import ROOT, ArtifactError, read_sidecar, write_table
+from writesae.verify import verify
+
+REFUSED = "Another run with this profile is at work"
+
+
+def clone(folder: Path) -> None:
+    """A clone of the last commit at `folder`, unless it is there."""
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
+    git = ["git", "-C", folder]
+    if folder.exists():
+        there = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+        if there == commit:
+            return
+        shutil.rmtree(folder)
+    subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
+    subprocess.run([*git, "checkout", "-q", commit.strip()], check=True)
+
+
+def keep_main_host(profile: Path) -> None:
+    """Take all hosts but the first out of a profile."""
+    content = yaml.safe_load(profile.read_text())
+    content["hosts"] = dict(list(content["hosts"].items())[:1])
+    profile.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def start(folder: Path, profile: str, pages: list[str], log: Path) -> subprocess.Popen:
+    """`make` in a session of its own."""
+    handed_down = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "WRITESAE_OUTPUT")
+    environment = {k: v for k, v in os.environ.items() if k not in handed_down} | {"PYTHONPATH": str(folder)}
+    command = ["make", f"PROFILE={profile}", f"PY={sys.executable}", *pages]
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def kill(process: subprocess.Popen, everything: bool) -> None:
+    """SIGKILL to the process group of make, and where `everything` also to the kernel and its workers."""
+    below = psutil.Process(process.pid).children(recursive=True) if everything else []
+    os.killpg(process.pid, signal.SIGKILL)
+    for child in below:
+        if child.is_running():
+            child.kill()
+    process.wait()
+
+
+def tables(folder: Path) -> list[Path]:
+    return sorted(folder.glob("[!.]*.csv"))
+
+
+def half_written(folder: Path) -> list[str]:
+    """The tables that no sidecar vouches for."""
+    found = []
+    for path in tables(folder):
+        try:
+            read_sidecar(path)
+        except ArtifactError:
+            found.append(path.name)
+    return found
+
+
+def page_of(log: Path) -> str:
+    """The page that was running."""
+    return (re.findall(r"^(\d\d_\w+) \(\w+\)$", log.read_text(), re.MULTILINE) or ["make"])[-1]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Kill `make` at random moments and compare its tables.")
+    parser.add_argument("--profile", default="smoke")
+    parser.add_argument("--pages", default="all", help="targets of make, separated by commas (default: %(default)s)")
+    parser.add_argument(
+        "--main-host", action="store_true", help="with the profile's first host only: a third of the time"
+    )
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument(
+        "--mean", type=float, default=30, help="mean seconds from a start to a kill (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scratch", type=Path, default=ROOT / "build" / "kill_run")
+    parser.add_argument("--record", type=Path, default=ROOT / "tests" / "records" / "kill_run.csv")
+    given = parser.parse_args()
+    pages, draw, began = given.pages.split(","), random.Random(given.seed), time.monotonic()
+    calm, killed = (given.scratch.resolve() / name for name in ("calm", "killed"))
+    log = given.scratch.resolve() / "make.log"
+    shutil.rmtree(killed, ignore_errors=True)
+    for folder in (calm, killed):
+        clone(folder)
+        if given.main_host:
+            keep_main_host(folder / "profiles" / f"{given.profile}.yaml")
+    if start(calm, given.profile, pages, log).wait():
+        print(f"The undisturbed run failed:\n{log.read_text()}", file=sys.stderr)
+        return 1
+    lines, rounds, failures = [], 0, []
+    while True:
+        process, at = start(killed, given.profile, pages, log), time.monotonic()
+        try:
+            code = process.wait(draw.uniform(0, 2 * given.mean) if len(lines) < given.kills else None)
+        except subprocess.TimeoutExpired:
+            seconds, everything = time.monotonic() - at, draw.random() < 0.5
+            kill(process, everything)
+            results = killed / "results" / given.profile
+            bad = half_written(results)
+            lines.append(
+                dict(
+                    kill=len(lines) + 1,
+                    page=page_of(log),
+                    seconds=seconds,
+                    killed="all processes" if everything else "process group",
+                    tables=len(tables(results)),
+                    half_written=" ".join(bad) or "none",
+                )
+            )
+            print(lines[-1], flush=True)
+            continue
+        if code and REFUSED in log.read_text():
+            print("refused while the kernel of the killed run is at work", flush=True)
+            continue
+        if code:
+            failures.append(f"make failed:\n{log.read_text()}")
+            break
+        report, rounds = verify(*(x / "results" / given.profile for x in (calm, killed)), [], exact=True), rounds + 1
+        print(report, flush=True)
+        left = [str(path) for path in killed.rglob(".partial-*")]
+        failures += [] if report.agrees else ["other tables than those of the undisturbed run"]
+        failures += [f"left over: {', '.join(left)}"] if left else []
+        if len(lines) >= given.kills or failures:
+            break
+        for folder in (killed / "build", killed / "results" / given.profile):  # through too early: once more
+            shutil.rmtree(folder)
+    failures += [f"half-written after kill {x['kill']}" for x in lines if x["half_written"] != "none"]
+    told = dict(pages=given.pages, main_host=given.main_host, kills=len(lines), rounds=rounds, failures=failures)
+    provenance = dict(profile=given.profile, config=given.pages, host="all", seed=given.seed)
+    write_table(pd.DataFrame(lines), given.record, provenance | told | dict(seconds=time.monotonic() - began))
+    print("\n".join(failures) or f"{len(lines)} kills, {rounds} runs through, every table as in the undisturbed run")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
