@@ -67,6 +67,8 @@ def folder(tmp_path):
 def corpora(folder):
     named = dict(openwebtext=dict(dataset=str(folder / "openwebtext")), parquet=dict(path=str(folder / "one.parquet")))
     named |= dict(jsonl=dict(path=str(folder / "lines.jsonl")), folder=dict(path=str(folder / "texts")))
+    named |= dict(pattern=dict(path=str(folder / "texts" / "**" / "0*.*")))
+    named |= dict(shards=dict(path=str(folder / "openwebtext" / "**" / "*.parquet")))
     return {name: Corpus(**fields) for name, fields in named.items()}
 
 
@@ -146,8 +148,9 @@ def test_what_is_missing_or_too_small_is_one_sentence(folder):
     with pytest.raises(ValueError, match="none is empty: it holds no document"):
         list(Corpus(path=str(folder / "none")).documents())
     (folder / "none.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="none.jsonl is empty"):
-        list(Corpus(path=str(folder / "none.jsonl")).documents())
+    for name in ("none.jsonl", "no*.jsonl", "no*.parquet", "no*.md"):
+        with pytest.raises(ValueError, match="is empty: it holds no document"):
+            list(Corpus(path=str(folder / name)).documents())
     with pytest.raises(FileNotFoundError, match="none holds no data"):
         list(Corpus(dataset=str(folder / "none")).documents())
     with pytest.raises(ValueError, match="Bad split: test"):
@@ -155,7 +158,7 @@ def test_what_is_missing_or_too_small_is_one_sentence(folder):
     (folder / "texts" / "0" / "0050.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"0050.txt is not text in UTF-8: byte 3"):
         list(Corpus(path=str(folder / "texts")).documents())
-    with pytest.raises(ValueError, match="give a folder of .txt files, a .jsonl or a .parquet"):
+    with pytest.raises(ValueError, match="give a folder of .txt files, a pattern"):
         list(Corpus(path=str(folder / "texts" / "0" / "0001.txt")).documents())
     with pytest.raises(ValueError, match="no split 'host'"):
         next(Corpus(path=str(folder / "texts")).texts("host"))

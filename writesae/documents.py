@@ -1,4 +1,4 @@
-"""Text other than the docstrings: a folder of .txt files, a .jsonl or .parquet file, or a data set of the Hub, streamed.
+"""Text other than the docstrings: files of text, a .jsonl or .parquet file, or a data set of the Hub, streamed.
 
 A *document* is one file, one line or one row. Documents are read one at a time, in the order of their source, and only as
 many as are asked for. The hash of a document's text alone says whether SAEs train on it or every experiment reads it, so
@@ -11,6 +11,8 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ SPLITS = {"sae": range(0, 80), "heldout": range(80, 100)}  # no host is trained 
 class Corpus(BaseModel):
     """Where documents come from: a `path`, or a `dataset` that the library `datasets` reads.
 
-    path: a folder (every .txt in it and below is a document), a .jsonl or a .parquet file; relative to the repository.
+    path: a .jsonl or a .parquet file, a folder (every .txt in it and below is a document), or a pattern of files such as
+    docs/**/*.md; relative to the repository.
     dataset: an id of the Hub, or a folder in the Hub's format; revision, config, split: which part of it.
     column: the field or column that holds the text.
     """
@@ -55,8 +58,18 @@ class Corpus(BaseModel):
 
     @property
     def place(self) -> Path:
-        """The file or folder here, where there is one."""
+        """The file, folder or pattern here, if it is one."""
         return ROOT / Path(self.path or self.dataset).expanduser()
+
+    def files(self) -> list[Path]:
+        """The files here that it is read from, in order; none for a data set of the Hub."""
+        if self.place.is_file():
+            return [self.place]
+        if self.path and "*" in self.path:
+            found = map(Path, glob(str(self.place), recursive=True))
+        else:
+            found = self.place.rglob("*.txt" if self.path else "*")
+        return sorted(x for x in found if x.is_file())
 
     def __str__(self) -> str:
         return self.path or self.dataset
@@ -89,25 +102,25 @@ class Corpus(BaseModel):
 
     def identity(self) -> dict:
         """What identifies the text in a fingerprint: the contents of the files here, or the data set's id and revision."""
-        place = self.place
-        found = [place] if place.is_file() else sorted(place.rglob("*.txt" if self.path else "*"))
-        return self.model_dump() | {"files": {str(x.relative_to(place)): x for x in found if x.is_file()}}
+        return self.model_dump() | {"files": self.files()}
 
     def _read(self) -> Iterator[str]:
+        if self.path and not self.place.exists() and "*" not in self.path:
+            raise FileNotFoundError(f"There is no file or folder {self.place}: give the corpus another path.")
         if self.dataset:
             name = str(self.place) if self.place.exists() else self.dataset
             return self._rows(name, name=self.config, revision=self.revision, split=self.split or "train")
-        if not self.place.exists():
-            raise FileNotFoundError(f"There is no file or folder {self.place}: give the corpus another path.")
-        if self.place.is_dir():
-            return _text_files(self.place)
+        files = self.files()
         if self.place.suffix == ".jsonl":
-            return _json_lines(self.place, self.column)
-        if self.place.suffix == ".parquet":
-            return self._rows("parquet", data_files=str(self.place), split="train")
-        raise ValueError(
-            f"{self.place} is no corpus: give a folder of .txt files, a .jsonl or a .parquet file, or a dataset."
-        )
+            return chain.from_iterable(_json_lines(path, self.column) for path in files)
+        if self.place.suffix == ".parquet" and files:
+            return self._rows("parquet", data_files=list(map(str, files)), split="train")
+        if self.place.is_file():
+            raise ValueError(
+                f"{self.place} is no corpus: give a folder of .txt files, a pattern such as docs/**/*.md, a .jsonl or a .parquet "
+                "file, or a dataset."
+            )
+        return _text_files(files)
 
     def _rows(self, *which, **options) -> Iterator[str]:
         """The column of every row of a data set, streamed: nothing is downloaded but what is read."""
@@ -170,8 +183,8 @@ def _text(value: Any, where: str) -> str:
     return value
 
 
-def _text_files(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*.txt")):
+def _text_files(files: list[Path]) -> Iterator[str]:
+    for path in files:
         try:
             yield path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
