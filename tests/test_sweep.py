@@ -66,7 +66,7 @@ def profile(folder):
     )
 
 
-def random_windows(host, split, length, limit):
+def random_windows(host, split, length, limit, text=None):
     generator = torch.Generator().manual_seed(len(split))
     return Windows(torch.randint(300, (limit, length), generator=generator), torch.arange(limit) // 2)
 

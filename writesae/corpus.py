@@ -40,8 +40,13 @@ class Passage:
 
     @property
     def split(self) -> str:
-        bucket = int(self.sha256[:8], 16) % 100
-        return next(name for name, buckets in SPLITS.items() if bucket in buckets)
+        return split_of(self.sha256, SPLITS)
+
+
+def split_of(sha256: str, splits: dict[str, range]) -> str:
+    """The split that a text belongs to, by its hash alone; `splits`: its buckets of 0 to 99."""
+    bucket = int(sha256[:8], 16) % 100
+    return next(name for name, buckets in splits.items() if bucket in buckets)
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,13 @@ def texts(split: str) -> list[str]:
     return [p.text for p in passages() if p.split == split]
 
 
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages whose docstrings are the text, which need not be read for this."""
+    distribution = {"sklearn": "scikit-learn"}
+    found = {p: importlib.metadata.version(distribution.get(p, p)) for p in PACKAGES}
+    return {"python": platform.python_version()} | found
+
+
 def manifest() -> Manifest:
     """The manifest of the text that is installed here."""
     counts = dict.fromkeys(SPLITS, 0)
@@ -140,10 +152,10 @@ def manifest() -> Manifest:
     for passage in passages():
         counts[passage.split] += 1
         total.update(passage.sha256.encode())
-    distribution = {"sklearn": "scikit-learn"}
+    packages = versions()
     return Manifest(
-        python=platform.python_version(),
-        packages={p: importlib.metadata.version(distribution.get(p, p)) for p in PACKAGES},
+        python=packages.pop("python"),
+        packages=packages,
         passages=counts,
         characters=sum(len(p.text) for p in passages()),
         sha256=total.hexdigest(),

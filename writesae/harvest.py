@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count, islice
 
 import torch
 from tqdm import tqdm
 
 from writesae import corpus
+from writesae.documents import Corpus
 from writesae.history import History, VectorHistory
 from writesae.hosts import Host
 from writesae.recurrence import taken_by_erase
@@ -26,6 +28,10 @@ class Windows:
 
     tokens: torch.Tensor
     passage: torch.Tensor
+
+    def kept(self) -> float:
+        """The share of passages, of those read in order up to the last one here, that are long enough for a window."""
+        return len(self.passage.unique()) / (int(self.passage.max()) + 1)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -43,26 +49,24 @@ class Windows:
         return Windows(self.tokens[:, :length], self.passage)
 
 
-def cut_windows(tokenizer, texts: list[str], length: int, limit: int | None = None) -> Windows:
+def cut_windows(tokenizer, texts: Iterable[str], length: int, limit: int | None = None, of: str = "") -> Windows:
     """Whole windows of `length` tokens cut from each text on its own; a text's first window begins with end-of-text.
 
-    Texts shorter than a window are passed over. Raises ValueError where fewer than `limit` windows come out, or none, and
-    as `each_window` does.
+    Texts shorter than a window are passed over; no more texts are read than `limit` windows need. Raises ValueError where
+    fewer than `limit` windows come out, or none, and as `each_window` does; `of`: what the texts are of, for its sentence.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"At least one window must be asked for, not {limit}.")
-    tokens, passage = [], []
-    for number, window in each_window(tokenizer, texts, length):
-        if limit and len(tokens) == limit:
-            break
-        tokens.append(window)
-        passage.append(number)
-    if not tokens or (limit and len(tokens) < limit):
+    numbers = count()
+    counted = texts if isinstance(texts, str) else (text for text, _ in zip(texts, numbers))
+    cut = [(n, torch.tensor(window)) for n, window in islice(each_window(tokenizer, counted, length), limit)]
+    if not cut or (limit and len(cut) < limit):
         raise ValueError(
-            f"{len(texts)} passages give {len(tokens)} windows of {length} tokens where {limit or 'at least one'} "
+            f"{next(numbers)} passages{of} give {len(cut)} windows of {length} tokens where {limit or 'at least one'} "
             f"{'are' if limit else 'is'} asked for: passages shorter than the window give none; lower the window or the number."
         )
-    return Windows(torch.tensor(tokens), torch.tensor(passage))
+    passage, tokens = zip(*cut, strict=True)
+    return Windows(torch.stack(tokens), torch.tensor(passage))
 
 
 def each_window(tokenizer, texts: Iterable[str], length: int) -> Iterator[tuple[int, list[int]]]:
@@ -80,9 +84,12 @@ def each_window(tokenizer, texts: Iterable[str], length: int) -> Iterator[tuple[
             yield number, ids[start : start + length]
 
 
-def split_windows(host: Host, split: str, length: int, limit: int) -> Windows:
-    """The first `limit` windows of a split of the installed corpus, in order of the passages' hashes."""
-    return cut_windows(host.tokenizer, corpus.texts(split), length, limit)
+def split_windows(host: Host, split: str, length: int, limit: int, text: Corpus | None = None) -> Windows:
+    """The first `limit` windows of a split: of the installed docstrings, in order of the passages' hashes, or of another
+    corpus, in its own order. Raises ValueError where there are fewer, and what `Corpus.documents` raises."""
+    if text is None:
+        return cut_windows(host.tokenizer, corpus.texts(split), length, limit)
+    return cut_windows(host.tokenizer, text.texts(split), length, limit, f" of {text}, split {split},")
 
 
 @torch.no_grad()

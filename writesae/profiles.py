@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from writesae.artifacts import ROOT
+from writesae.documents import Corpus
 from writesae.sae import check_parts
 from writesae.train import TrainingSettings
 
@@ -213,6 +214,7 @@ class Install(Section):
 class Profile(Section):
     name: str
     seed: NonNegativeInt
+    corpus: Corpus | None = None  # the docstrings of the installed packages
     hosts: dict[str, HostSection]
     data: Data
     saes: Saes

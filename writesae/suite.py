@@ -6,6 +6,7 @@ Data flows one way: corpus -> host -> windows -> cells -> harvest -> SAEs -> fir
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from writesae import artifacts
+from writesae import artifacts, corpus
 from writesae import sae as sae_module
 from writesae.harvest import Windows, split_windows
 from writesae.hosts import Host, load_host
@@ -53,10 +54,18 @@ class Suite:
         return local if local.exists() else self.profile.hosts[name].path
 
     def host_fingerprint(self, name: str) -> dict:
-        """What identifies a host in a fingerprint: its weights and tokenizer, or its hub id and revision."""
+        """What identifies a host and the text that it reads in a fingerprint: its weights and tokenizer, or its hub id and
+        revision, and the corpus."""
         folder = Path(self.host_path(name))
         files = [folder / "model.safetensors", folder / "config.json", folder / "tokenizer.json"]
-        return {"files": files} if folder.exists() else self.profile.hosts[name].model_dump()
+        own = {"files": files} if folder.exists() else self.profile.hosts[name].model_dump()
+        return own | {"corpus": self.corpus_fingerprint}
+
+    @cached_property
+    def corpus_fingerprint(self) -> str:
+        """A hash of what the text depends on: the packages whose docstrings it is, or the profile's own corpus."""
+        own = self.profile.corpus
+        return artifacts.fingerprint(corpus=own.identity() if own else corpus.versions())
 
     # Tables
 
@@ -110,7 +119,11 @@ class Suite:
         inputs = dict(host=self.host_fingerprint(host), split=split, window=data.window, count=count)
         expected = artifacts.fingerprint(modules=["writesae.harvest"], **inputs)
         if not artifacts.up_to_date(path, expected):
-            made = split_windows(self.host(host), split, data.window, count)
+            own = self.profile.corpus
+            made = split_windows(self.host(host), split, data.window, count, own)
+            if own:
+                kept = f"{made.kept():.0%} of documents hold {data.window} tokens"
+                print(f"{own}, split {split}: {kept}", file=sys.stderr)
             tensors = dict(tokens=made.tokens, passage=made.passage)
             artifacts.save_tensors(path, tensors, {"fingerprint": expected})
         tensors, _ = artifacts.load_tensors(path)

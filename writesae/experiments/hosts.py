@@ -20,9 +20,10 @@ SURVEY_WINDOWS = 32
 
 
 def check_corpus(suite: Suite, host: str) -> list[str]:
-    """How the installed text differs from the text this host was trained on, in sentences; empty where it does not."""
+    """How the installed text differs from the text this host was trained on, in sentences; empty where it does not, and
+    where the profile has a corpus of its own."""
     path = Path(suite.host_path(host)) / "corpus.json"
-    return corpus.check_manifest(path) if path.is_file() else []
+    return corpus.check_manifest(path) if path.is_file() and not suite.profile.corpus else []
 
 
 @torch.no_grad()
