@@ -5,10 +5,11 @@ Data flows one way: corpus -> host -> windows -> cells -> harvest -> SAEs -> fir
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -58,21 +59,27 @@ class Suite:
     # Tables
 
     def provenance(self, host: str, **more) -> dict:
-        return (
-            dict(
-                profile=self.profile.name,
-                config=artifacts.fingerprint(profile=self.profile),
-                host=host,
-                seed=self.profile.seed,
-            )
-            | more
-        )
+        """Of a table of one host, or of "all"; `more`: its seconds and fingerprint."""
+        config = artifacts.fingerprint(profile=self.profile)
+        known = dict(profile=self.profile.name, config=config, host=host, seed=self.profile.seed)
+        return known | dict(kernel=self._kernels() if host == "all" else self.host(host).kernel) | more
+
+    def _kernels(self) -> str:
+        """The kernel paths that the hosts' parts have taken so far, as their sidecars say."""
+        found = set()
+        for host in self.profile.hosts:
+            part = self._part("*", host)
+            for path in part.parent.glob(artifacts.sidecar(part).name):
+                with suppress(ValueError, KeyError):  # a damaged one, whose stage will be run again
+                    found.add(json.loads(path.read_text())["kernel"])
+        return ", ".join(sorted(found or {"torch"}))
 
     def staged(self, name: str, host: str, groups, compute, modules: Iterable[str], inputs: dict) -> pd.DataFrame:
         """A host's part of a table, kept in build/: read where nothing it depends on has changed, else computed group
         by group, resumably. `modules` and `inputs` are what it depends on; `gather` puts the hosts' parts together."""
         expected = artifacts.fingerprint(modules=sorted(modules), host=self.host_fingerprint(host), **inputs)
-        path, provenance, available = self._part(name, host), self.provenance(host), torch.get_num_threads()
+        path, available = self._part(name, host), torch.get_num_threads()
+        provenance = {} if artifacts.up_to_date(path, expected) else self.provenance(host)
         # on a CPU several groups at once, each with its share: most operations are too small to keep more than one busy
         workers = 1 if torch.cuda.is_available() else min(available, MOST_WORKERS, len(groups))
         with threads(available // workers):
@@ -84,13 +91,15 @@ class Suite:
     def gather(self, name: str, parts: list[pd.DataFrame]) -> pd.DataFrame:
         """results/<profile>/NAME.csv from the staged parts of the hosts, with the seconds that they took."""
         whole = pd.concat(parts, ignore_index=True)
-        seconds = sum(artifacts.read_sidecar(self._part(name, host))["seconds"] for host in whole.host.unique())
-        return self.write(name, whole, seconds=round(seconds, 3))
+        records = [artifacts.read_sidecar(self._part(name, host)) for host in whole.host.unique()]
+        seconds, kernel = sum(r["seconds"] for r in records), ", ".join(sorted({r["kernel"] for r in records}))
+        return self.write(name, whole, seconds=round(seconds, 3), kernel=kernel)
 
-    def write(self, name: str, frame: pd.DataFrame, host: str = "all", seconds: float = 0.0) -> pd.DataFrame:
-        """Write a table that is worked out from other tables, and read it back as everybody will see it."""
+    def write(self, name: str, frame: pd.DataFrame, host: str = "all", seconds: float = 0.0, **more) -> pd.DataFrame:
+        """Write a table that is worked out from other tables, and read it back as everybody will see it. `more`: of its
+        provenance."""
         path = self.paths.results / f"{name}.csv"
-        artifacts.write_table(frame, path, self.provenance(host, seconds=seconds))
+        artifacts.write_table(frame, path, self.provenance(host, seconds=seconds, **more))
         return artifacts.read_table(path)
 
     def table(self, name: str) -> pd.DataFrame:
