@@ -21,6 +21,7 @@ import papermill
 from nbformat import NotebookNode
 
 from writesae.artifacts import ROOT, Paths, write_atomically
+from writesae.memory import out_of_memory
 
 PUBLISHED = "mini"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -109,6 +110,8 @@ def _execute(path: Path, target: Path, profile: str) -> None:
             log_output=True,
         )
     except papermill.PapermillExecutionError as error:
+        if error.ename == "OutOfMemoryError":
+            raise RunError(out_of_memory("\n".join(error.traceback))) from error
         raise RunError(_last_line(f"{error.ename}: {error.evalue}")) from error
     except Exception as error:  # a dead kernel, a missing kernel, a full disk: papermill has no common class
         raise RunError(_last_line(f"{type(error).__name__}: {error}")) from error

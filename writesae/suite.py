@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
@@ -16,11 +17,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from writesae import artifacts
+from writesae import artifacts, disk
 from writesae import sae as sae_module
 from writesae.harvest import Windows, split_windows
 from writesae.hosts import Host, load_host
-from writesae.memory import keep_freed_memory
+from writesae.memory import keep_freed_memory, out_of_memory
 from writesae.profiles import Profile, load_profile
 
 __all__ = ["Suite", "open_suite", "threads"]
@@ -82,8 +83,11 @@ class Suite:
         provenance = {} if artifacts.up_to_date(path, expected) else self.provenance(host)
         # on a CPU several groups at once, each with its share: most operations are too small to keep more than one busy
         workers = 1 if torch.cuda.is_available() else min(available, MOST_WORKERS, len(groups))
-        with threads(available // workers):
-            return artifacts.staged_table(path, expected, groups, compute, self.paths.partial, provenance, workers)
+        try:
+            with threads(available // workers):
+                return artifacts.staged_table(path, expected, groups, compute, self.paths.partial, provenance, workers)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(out_of_memory(traceback.format_exc())) from error
 
     def _part(self, name: str, host: str) -> Path:
         return self.paths.build / "tables" / f"{name}-{host}.csv"
@@ -161,7 +165,10 @@ def _host(path: str, revision: str | None, tokenizer: str | None) -> Host:
 
 
 def open_suite(profile: str = "mini") -> Suite:
-    """The suite of a profile, with as many threads as there are cores. ValueError for an unknown profile."""
+    """The suite of a profile, with as many threads as there are cores. ValueError for an unknown profile, OSError where
+    the disk is too small for what it has still to download and write."""
     keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    return Suite(load_profile(profile))
+    suite = Suite(load_profile(profile))
+    disk.check(suite.profile, suite.paths)
+    return suite
