@@ -16,7 +16,8 @@ PROFILE ?= mini
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 PY = .venv/bin/python
-ENV := $(if $(filter command,$(firstword $(origin PY))),,.venv/.complete)
+GPU_PROFILES := paper single-gpu
+ENV := $(if $(filter command,$(firstword $(origin PY))),,.venv/.complete $(if $(filter $(GPU_PROFILES),$(PROFILE)),.venv/.gpu))
 
 NAMES := $(sort $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb)))
 STAMPS := build/$(PROFILE)/stamps
@@ -39,6 +40,10 @@ env: $(ENV)  ## create the environment in .venv
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install $(PIP_OPTIONS) -c requirements.lock -e '.[dev]'
 	@touch $@
+
+# Not there until the packages have been tried on a machine with CUDA; without it this says so at each run.
+.venv/.gpu: .venv/.complete
+	@.venv/bin/python -m writesae.gpu_extras --done $@ $(PIP_OPTIONS)
 
 all: $(addprefix $(STAMPS)/,$(NAMES))  ## run whatever is not up to date: results, figures, notebooks with their outputs
 

@@ -252,6 +252,14 @@ def test_without_a_network_the_cache_and_the_wanted_files_are_named(hub, tmp_pat
         load_host("someone/model")
 
 
+def test_what_would_be_downloaded_is_said_with_its_size_where_it_is_known(hub):
+    hub.answers["/"] = hub.httpx.ConnectError("no network")
+    with pytest.raises(ConnectionError, match=r"would be downloaded \(about 1\.8 GB\); allow that"):
+        load_host("Qwen/Qwen3.5-0.8B")
+    with pytest.raises(ConnectionError, match=r"would be downloaded \(the Hub alone knows their size\)"):
+        load_host("someone/model")
+
+
 def test_offline_mode_is_named(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match="and HF_HUB_OFFLINE is set: its"):

@@ -232,5 +232,49 @@ def test_an_unfit_python_is_one_sentence(clone):
     assert not (clone / ".venv").exists()
 
 
+@pytest.fixture
+def environment(clone):
+    """An environment that is complete, with a stub in the place of its Python; call with the arguments of make."""
+    _write(clone / "pyproject.toml", "")
+    for name in ("mini", "paper", "single-gpu"):
+        _write(clone / "profiles" / f"{name}.yaml", "")
+    stub = clone / ".venv" / "bin" / "python"
+    _write(
+        stub,
+        '#!/bin/sh\necho "$2 $3 $4 $5" >> ran\n[ "$2" = writesae.gpu_extras ] && [ -e cuda ] && touch $4\nexit 0\n',
+    )
+    stub.chmod(0o755)
+    _write(clone / ".venv" / ".complete", "", age=50)
+
+    def ran(*arguments):
+        (clone / "ran").unlink(missing_ok=True)
+        result = subprocess.run(["make", *arguments], cwd=clone, capture_output=True, text=True, env=_environment())
+        assert result.returncode == 0, result.stderr
+        lines = (clone / "ran").read_text().splitlines() if (clone / "ran").exists() else []
+        return [line.strip() for line in lines if "gpu_extras" in line]
+
+    return clone, ran
+
+
+@pytest.mark.parametrize("profile", ["paper", "single-gpu"])
+def test_gpu_profiles_see_to_the_gpu_packages_before_anything_runs(environment, profile):
+    clone, ran = environment
+    asked = "writesae.gpu_extras --done .venv/.gpu"
+    assert ran("all", f"PROFILE={profile}") == [asked]
+    assert (clone / "ran").read_text().startswith(asked)
+    assert ran("all", f"PROFILE={profile}") == [asked], "no device was found: it is looked for at every run"
+    (clone / "cuda").touch()
+    assert ran("all", f"PROFILE={profile}", "PIP_OPTIONS=-q") == [f"{asked} -q"]
+    assert ran("all", f"PROFILE={profile}") == [], "they have been tried"
+    _touch(clone / ".venv" / ".complete")
+    assert ran("01_harvest", f"PROFILE={profile}") == [asked], "and are tried again in a new environment"
+
+
+def test_other_profiles_and_other_environments_leave_the_gpu_packages_alone(environment):
+    clone, ran = environment
+    assert ran("all") == [] and len((clone / "ran").read_text().splitlines()) == len(NEEDS)
+    assert ran("all", "PROFILE=paper", "PY=./stub") == []
+
+
 def test_make_is_here():
     assert shutil.which("make"), "the tests of the Makefile need GNU make"

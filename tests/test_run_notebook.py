@@ -75,6 +75,18 @@ def test_a_failure_is_one_sentence_and_leaves_the_notebook(notebooks, monkeypatc
     assert "00_toy failed: ValueError: Layer 3 is not recurrent." in capsys.readouterr().err.splitlines()
 
 
+def test_a_gpu_that_is_too_small_is_answered_with_the_setting_to_lower(notebooks, tmp_path):
+    """Raised where training would raise it: in a function of a file with its name."""
+    module = tmp_path / "writesae" / "train.py"
+    module.parent.mkdir()
+    module.write_text("def step():\n    import torch\n    raise torch.OutOfMemoryError('CUDA out of memory.')")
+    load = f"import runpy\nstep = runpy.run_path({str(module)!r})['step']\nstep()"
+    _notebook(notebooks, load)
+    says = r"^The GPU's memory is too small: in the profile, lower saes\.\*\.batch_windows .*for training; or"
+    with pytest.raises(run_notebook.RunError, match=says):
+        run_notebook.run("00_toy", "mini", notebooks)
+
+
 def test_an_edit_during_the_run_is_kept(notebooks):
     path = _notebook(notebooks)
     with pytest.raises(run_notebook.RunError, match="was edited while it ran"):

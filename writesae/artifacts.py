@@ -13,7 +13,6 @@ import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -148,7 +147,8 @@ def git_commit() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a result depends on beside its inputs: commit, versions, device, kernel path (fla or torch), time."""
+    """What a result depends on beside its inputs: commit, versions, device, kernel path, time. The kernel path is torch
+    where no provenance says more: that of a host (`Host.kernel`) comes from the suite."""
     import torch  # here and below: two seconds that Make and run_notebook need not wait
 
     cuda = torch.cuda.is_available()
@@ -156,7 +156,7 @@ def environment() -> dict[str, Any]:
         "commit": git_commit(),
         "versions": {"python": platform.python_version(), **_installed(VERSIONS)},
         "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "kernel": "fla" if cuda and importlib.util.find_spec("fla") else "torch",
+        "kernel": "torch",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -159,12 +159,14 @@ class History:
         decay = between.to(key.dtype).masked_fill(future, -torch.inf).exp()
         return Chunks(key, value, decay, total.exp().to(key.dtype))
 
-    def read(self, left: Tensor, right: Tensor) -> Tensor:
-        """left_i^T X_t right_i for all i and t: left [n, d_k], right [n, d_v] -> [N, T, n]; differentiable in both."""
+    def read(self, left: Tensor, right: Tensor, bf16: bool = False) -> Tensor:
+        """left_i^T X_t right_i for all i and t: left [n, d_k], right [n, d_v] -> [N, T, n]; differentiable in both.
+        bf16: of rounded factors, with sums in fp32."""
+        product = _RoundedProduct.apply if bf16 else lambda x, y: x @ y.T
         if self.log_decay is None:
-            return (self.key @ left.T) * (self.value @ right.T)
+            return product(self.key, left) * product(self.value, right)
         chunks = self.chunks
-        out = _Scan.apply((chunks.key @ left.T) * (chunks.value @ right.T), chunks.decay, chunks.carry)
+        out = _Scan.apply(product(chunks.key, left) * product(chunks.value, right), chunks.decay, chunks.carry)
         return out.flatten(1, 2)[:, : self.key.shape[1]]
 
     def inner(self, matrix: Tensor) -> Tensor:
@@ -286,7 +288,8 @@ class VectorHistory(History):
             state = found[-1][:, -1]
         return torch.cat(found, 1)
 
-    def read(self, left: Tensor, right: Tensor) -> Tensor:
+    def read(self, left: Tensor, right: Tensor, bf16: bool = False) -> Tensor:
+        """As History.read, of states: nothing is rounded."""
         return self.steps().flatten(-2) @ (left[:, :, None] * right[:, None]).flatten(1).T
 
     def _inner(self, matrix: Tensor) -> Tensor:
@@ -311,6 +314,26 @@ def _scan(log_decay: Tensor, x: Tensor) -> Tensor:
     for t in range(1, x.shape[1]):
         out[:, t].addcmul_(decay[:, t], out[:, t - 1])
     return out
+
+
+class _RoundedProduct(torch.autograd.Function):
+    """x y^T of x [..., d], which has no gradient, and y [n, d], both rounded to bf16, with sums and result in fp32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
+        shape, x = x.shape[:-1], x.bfloat16().flatten(0, -2)
+        ctx.save_for_backward(x)
+        return _mm(x, y.bfloat16().T).view(*shape, -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+        (x,) = ctx.saved_tensors
+        return None, _mm(grad.bfloat16().flatten(0, -2).T, x)
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """a b of bf16 matrices, in fp32; a CPU takes the same products of the same numbers as fp32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 class _Scan(torch.autograd.Function):

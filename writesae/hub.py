@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
@@ -15,6 +16,28 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import filter_repo_objects
+
+
+class Shape(NamedTuple):
+    """Of a host: recurrent layers, heads of each, and their state."""
+
+    layers: int
+    heads: int
+    d_k: int
+    d_v: int
+    vector_decay: bool = False
+
+
+class Model(NamedTuple):
+    size: float  # bytes of its files, about
+    shape: Shape
+
+
+KNOWN = {  # the paper's hosts, for what has to be said before the Hub is asked
+    "Qwen/Qwen3.5-0.8B": Model(1.8e9, Shape(18, 16, 128, 128)),  # 0.9 billion parameters with the vision tower, in bf16
+    "state-spaces/mamba2-370m": Model(1.5e9, Shape(48, 32, 128, 64)),  # 368.3 million parameters, at most fp32
+    "fla-hub/rwkv7-1.5B-world": Model(6.1e9, Shape(24, 32, 64, 64, True)),  # 1.5274 billion parameters in fp32
+}
 
 
 def fetch(name: str | Path, files: Sequence[str], revision: str | None = None, **options) -> Path:
@@ -54,12 +77,17 @@ def fetch(name: str | Path, files: Sequence[str], revision: str | None = None, *
         cache = options.get("cache_dir") or constants.HF_HUB_CACHE
         raise ConnectionError(
             f"{name} is no folder here and not (wholly) in the cache {cache}, and {_reason(error, options)}: its "
-            f"{', '.join(files)} would be downloaded; allow that, or copy them into a folder and give its path."
+            f"{', '.join(files)} would be downloaded ({_about(str(name))}); allow that, or copy them into a folder and give "
+            "its path."
         ) from error
     except HfHubHTTPError as error:
         raise ConnectionError(
             f"The Hub answered {error.response.status_code} when asked for {name}: see {page}, or try again later."
         ) from error
+
+
+def _about(name: str) -> str:
+    return f"about {KNOWN[name].size / 1e9:.1f} GB" if name in KNOWN else "the Hub alone knows their size"
 
 
 def _reason(error: Exception, options: dict) -> str:

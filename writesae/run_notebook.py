@@ -28,6 +28,7 @@ from jupyter_client import AsyncKernelManager
 from nbformat import NotebookNode
 
 from writesae.artifacts import ROOT, ArtifactError, Paths, clear_leftovers, write_atomically
+from writesae.memory import out_of_memory
 
 PUBLISHED = "mini"
 WAIT = 10  # seconds for another run to end; the kernel of a killed run notices within some
@@ -157,6 +158,8 @@ def _execute(path: Path, target: Path, profile: str, lock: int) -> None:
             kernel_manager_class=_kernels(lock),
         )
     except papermill.PapermillExecutionError as error:
+        if error.ename == "OutOfMemoryError":
+            raise RunError(out_of_memory("\n".join(error.traceback))) from error
         raise RunError(_last_line(f"{error.ename}: {error.evalue}")) from error
     except Exception as error:  # a dead kernel, a missing kernel, a full disk: papermill has no common class
         raise RunError(_last_line(f"{type(error).__name__}: {error}")) from error

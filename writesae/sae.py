@@ -275,10 +275,11 @@ class SAE(nn.Module):
         """x = (X - mean) / scale, [..., d_k, d_v]."""
         return (matrices - self.mean) / self.scale
 
-    def overlaps(self, part: _Factors, history: History, bias: Tensor | float = 0.0) -> Tensor:
-        """<key_i value_i^T, x_t> + bias_i for the factors of either part, without states: [N, T, n], differentiable."""
+    def overlaps(self, part: _Factors, history: History, bias: Tensor | float = 0.0, bf16: bool = False) -> Tensor:
+        """<key_i value_i^T, x_t> + bias_i for the factors of either part, without states: [N, T, n], differentiable.
+        bf16: as History.read takes it."""
         key = part.key / self.scale
-        return history.read(key, part.value) + (bias - ((key @ self.mean) * part.value).sum(-1))
+        return history.read(key, part.value, bf16) + (bias - ((key @ self.mean) * part.value).sum(-1))
 
     def select(self, pre: Tensor, ordered: bool = True) -> Active:
         """The active atoms of pre-activations [..., n], in scaled units."""

@@ -5,22 +5,24 @@ Data flows one way: corpus -> host -> windows -> cells -> harvest -> SAEs -> fir
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from writesae import artifacts, corpus
+from writesae import artifacts, corpus, disk
 from writesae import sae as sae_module
 from writesae.harvest import Windows, split_windows
 from writesae.hosts import Host, load_host
-from writesae.memory import keep_freed_memory
+from writesae.memory import keep_freed_memory, out_of_memory
 from writesae.profiles import Profile, load_profile
 
 __all__ = ["Suite", "open_suite", "threads"]
@@ -70,25 +72,34 @@ class Suite:
     # Tables
 
     def provenance(self, host: str, **more) -> dict:
-        return (
-            dict(
-                profile=self.profile.name,
-                config=artifacts.fingerprint(profile=self.profile),
-                host=host,
-                seed=self.profile.seed,
-            )
-            | more
-        )
+        """Of a table of one host, or of "all"; `more`: its seconds and fingerprint."""
+        config = artifacts.fingerprint(profile=self.profile)
+        known = dict(profile=self.profile.name, config=config, host=host, seed=self.profile.seed)
+        return known | dict(kernel=self._kernels() if host == "all" else self.host(host).kernel) | more
+
+    def _kernels(self) -> str:
+        """The kernel paths that the hosts' parts have taken so far, as their sidecars say."""
+        found = set()
+        for host in self.profile.hosts:
+            part = self._part("*", host)
+            for path in part.parent.glob(artifacts.sidecar(part).name):
+                with suppress(ValueError, KeyError):  # a damaged one, whose stage will be run again
+                    found.add(json.loads(path.read_text())["kernel"])
+        return ", ".join(sorted(found or {"torch"}))
 
     def staged(self, name: str, host: str, groups, compute, modules: Iterable[str], inputs: dict) -> pd.DataFrame:
         """A host's part of a table, kept in build/: read where nothing it depends on has changed, else computed group
         by group, resumably. `modules` and `inputs` are what it depends on; `gather` puts the hosts' parts together."""
         expected = artifacts.fingerprint(modules=sorted(modules), host=self.host_fingerprint(host), **inputs)
-        path, provenance, available = self._part(name, host), self.provenance(host), torch.get_num_threads()
+        path, available = self._part(name, host), torch.get_num_threads()
+        provenance = {} if artifacts.up_to_date(path, expected) else self.provenance(host)
         # on a CPU several groups at once, each with its share: most operations are too small to keep more than one busy
         workers = 1 if torch.cuda.is_available() else min(available, MOST_WORKERS, len(groups))
-        with threads(available // workers):
-            return artifacts.staged_table(path, expected, groups, compute, self.paths.partial, provenance, workers)
+        try:
+            with threads(available // workers):
+                return artifacts.staged_table(path, expected, groups, compute, self.paths.partial, provenance, workers)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(out_of_memory(traceback.format_exc())) from error
 
     def _part(self, name: str, host: str) -> Path:
         return self.paths.build / "tables" / f"{name}-{host}.csv"
@@ -96,13 +107,15 @@ class Suite:
     def gather(self, name: str, parts: list[pd.DataFrame]) -> pd.DataFrame:
         """results/<profile>/NAME.csv from the staged parts of the hosts, with the seconds that they took."""
         whole = pd.concat(parts, ignore_index=True)
-        seconds = sum(artifacts.read_sidecar(self._part(name, host))["seconds"] for host in whole.host.unique())
-        return self.write(name, whole, seconds=round(seconds, 3))
+        records = [artifacts.read_sidecar(self._part(name, host)) for host in whole.host.unique()]
+        seconds, kernel = sum(r["seconds"] for r in records), ", ".join(sorted({r["kernel"] for r in records}))
+        return self.write(name, whole, seconds=round(seconds, 3), kernel=kernel)
 
-    def write(self, name: str, frame: pd.DataFrame, host: str = "all", seconds: float = 0.0) -> pd.DataFrame:
-        """Write a table that is worked out from other tables, and read it back as everybody will see it."""
+    def write(self, name: str, frame: pd.DataFrame, host: str = "all", seconds: float = 0.0, **more) -> pd.DataFrame:
+        """Write a table that is worked out from other tables, and read it back as everybody will see it. `more`: of its
+        provenance."""
         path = self.paths.results / f"{name}.csv"
-        artifacts.write_table(frame, path, self.provenance(host, seconds=seconds))
+        artifacts.write_table(frame, path, self.provenance(host, seconds=seconds, **more))
         return artifacts.read_table(path)
 
     def table(self, name: str) -> pd.DataFrame:
@@ -174,7 +187,10 @@ def _host(path: str, revision: str | None, tokenizer: str | None) -> Host:
 
 
 def open_suite(profile: str = "mini") -> Suite:
-    """The suite of a profile, with as many threads as there are cores. ValueError for an unknown profile."""
+    """The suite of a profile, with as many threads as there are cores. ValueError for an unknown profile, OSError where
+    the disk is too small for what it has still to download and write."""
     keep_freed_memory()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    return Suite(load_profile(profile))
+    suite = Suite(load_profile(profile))
+    disk.check(suite.profile, suite.paths)
+    return suite

@@ -17,6 +17,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -63,6 +64,11 @@ class TrainingSettings(BaseModel):
     dead_after: PositiveInt = Field(100, description="steps without firing after which an atom counts as silent")
     resample_every: PositiveInt = 250
     renormalise_every: PositiveInt = 100
+    products: Literal["fp32", "tf32", "bf16"] = Field(
+        "fp32",
+        description="how a step's matrix products are taken; bf16: the factored loss's with tokens, of rounded factors and "
+        "with sums in fp32, and the others in tf32 (which is fp32 without CUDA)",
+    )
     seed: int = 0
 
     @model_validator(mode="after")
@@ -115,17 +121,23 @@ class TrainingRecord:
 
 
 def factored_loss(
-    sae: SAE, history: History, energy: Tensor, dead: Tensor | None = None, aux_weight: float = 1e-2, k_aux: int = 256
+    sae: SAE,
+    history: History,
+    energy: Tensor,
+    dead: Tensor | None = None,
+    aux_weight: float = 1e-2,
+    k_aux: int = 256,
+    bf16: bool = False,
 ) -> Loss:
     """The loss of a bilinear or tied + rank-1 SAE on every token, without states.
 
     energy [N, T] is history.energy(sae.mean), in raw units; dead [D] int64 are the silent atoms (None or empty: no
-    dead-atom loss).
+    dead-atom loss). bf16: as History.read takes it.
     """
     encoder, decoder = sae.encoder, sae.decoder
-    pre = sae.overlaps(encoder, history, encoder.bias)
+    pre = sae.overlaps(encoder, history, encoder.bias, bf16)
     indices, coefficients = sae.select(pre, ordered=False)
-    overlaps = sae.overlaps(decoder, history)
+    overlaps = sae.overlaps(decoder, history, bf16=bf16)
     scaled = energy / sae.scale**2
     if sae.activation.every:
         squared = _squared_error(scaled, overlaps, coefficients, _gram(decoder))
@@ -334,10 +346,23 @@ def evaluate(sae: SAE, history: History) -> tuple[float, int]:
     return error / variance, int(fired.sum())
 
 
-def _loss(sae: SAE, history: History, energy: Tensor, dead: Tensor | None = None, **weights: float) -> Loss:
+def _loss(
+    sae: SAE, history: History, energy: Tensor, dead: Tensor | None = None, bf16: bool = False, **weights: float
+) -> Loss:
     if sae.factored and history.factored:
-        return factored_loss(sae, history, energy, dead, **weights)
+        return factored_loss(sae, history, energy, dead, **weights, bf16=bf16)
     return dense_loss(sae, history.steps(), dead, **weights)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Matrix products on CUDA in TF32, or as they are; as before afterwards. Without CUDA nothing changes."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed or before
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @dataclass
@@ -375,11 +400,15 @@ class _Run:
         windows = batch_of(settings, len(self.history), self.step)
         dead = (self.silent >= settings.dead_after).nonzero().squeeze(-1)
         batch, energy = self.history[windows], self.energy[windows]
-        loss = _loss(self.sae, batch, energy, dead, aux_weight=settings.aux_weight, k_aux=settings.k_aux)
-        if not torch.isfinite(loss.total):
-            raise FloatingPointError(f"The loss is {loss.total.item()} at step {self.step}: lower lr = {settings.lr}.")
-        self.optimiser.zero_grad(set_to_none=True)
-        loss.total.backward()
+        weights = dict(aux_weight=settings.aux_weight, k_aux=settings.k_aux)
+        with tf32(settings.products != "fp32"):
+            loss = _loss(self.sae, batch, energy, dead, settings.products == "bf16", **weights)
+            if not torch.isfinite(loss.total):
+                raise FloatingPointError(
+                    f"The loss is {loss.total.item()} at step {self.step}: lower lr = {settings.lr}."
+                )
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.total.backward()
         self.optimiser.param_groups[0]["lr"] = learning_rate(settings, self.step, self.steps)
         self.optimiser.step()
         self.losses[self.step, 0], self.losses[self.step, 1] = loss.total.detach(), loss.fvu

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
-import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from writesae.hosts import mamba2_release
 from writesae.hosts.base import Host, Past, Record, Run
 from writesae.hosts.families import FAMILIES, module
+from writesae.hosts.kernels import advice, without_triton
 from writesae.hub import fetch
 
 if TYPE_CHECKING:
@@ -24,14 +25,6 @@ __all__ = ["Host", "Past", "Record", "Run", "load_host", "without_triton"]
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
 PICKLED_FILES = (*TOKENIZER_FILES, "pytorch_model*.bin")
-KERNEL_PACKAGES = ("fla", "mamba_ssm", "causal_conv1d")
-
-
-def without_triton() -> None:
-    """Without CUDA, hide the Triton packages from transformers, which would bind their kernels and fail at the first run."""
-    if not torch.cuda.is_available():
-        for name in KERNEL_PACKAGES:
-            sys.modules.setdefault(name, None)
 
 
 def load_host(
@@ -50,7 +43,8 @@ def load_host(
     Raises FileNotFoundError for a folder without config.json, weights or tokenizer; ValueError for a bare .pth file, where
     no family has the model's class, where weights are missing (the tied-embedding trap of multimodal checkpoints
     included), unexpected, misshapen, damaged or not finite, where the tokenizer is another model's, and for a device that
-    is not there; for hub ids also what `writesae.hub.fetch` raises.
+    is not there; for hub ids also what `writesae.hub.fetch` raises. Warns once where CUDA is there and the kernels of the
+    model's own forward are not.
     """
     without_triton()
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,7 +70,11 @@ def load_host(
         raise ValueError(f"The weights of {name_or_path} are not all finite, first in {bad}: it is damaged.")
     tokenizer = _tokenizer(folder, name_or_path, tokenizer)
     _check_tokenizer(tokenizer, model.config.vocab_size, name_or_path)
-    return module(family).ADAPTER(model.to(chosen), tokenizer, host_name(Path(name_or_path)))
+    host = module(family).ADAPTER(model.to(chosen), tokenizer, host_name(Path(name_or_path)))
+    slow = advice(host.device.type == "cuda", host.package, host.library_kernel, type(model).__name__)
+    if slow:
+        warnings.warn(slow, stacklevel=2)
+    return host
 
 
 def _settings(folder: Path, name: str | Path) -> dict:

@@ -8,6 +8,7 @@ every earlier position, taken from the native run.
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
+from writesae.hosts import kernels
 from writesae.recurrence import Factors, states_before
 
 
@@ -129,6 +131,8 @@ class Host(ABC):
 
     family: str
     scalar_decay: bool  # True: a state is a decayed sum of rank-1 writes, so SAEs train without states
+    package: str  # whose kernels the library's own forward runs on where there are any
+    operator: str | None = None  # the library's function for the recurrence, in the module of the model's class
     layers: int
     recurrent_layers: tuple[int, ...]
     heads: int
@@ -178,6 +182,18 @@ class Host(ABC):
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def kernel(self) -> str:
+        """What `run` and all edits are computed with: "torch", or the package (fla) that the model is built of."""
+        return kernels.of_modules(self.model)
+
+    @property
+    def library_kernel(self) -> str:
+        """What the library's own forward takes its recurrence from: "torch", or the package that it has bound."""
+        if self.operator is None:
+            return self.kernel
+        return kernels.bound(getattr(sys.modules[type(self.model).__module__], self.operator, None))
 
     @cached_property
     def cells(self) -> list[tuple[int, int]]:

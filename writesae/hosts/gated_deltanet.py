@@ -39,6 +39,7 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 class GatedDeltaNet(Host):
     family = "gated_deltanet"
     scalar_decay = True
+    package, operator = "fla", "torch_chunk_gated_delta_rule"
 
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)

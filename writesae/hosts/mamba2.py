@@ -53,6 +53,7 @@ def rms_norm(x: torch.Tensor, norm: torch.nn.Module, groups: int = 1) -> torch.T
 class Mamba2(Host):
     family = "mamba2"
     scalar_decay = True
+    package, operator = "mamba_ssm", "mamba2_chunk_scan"
 
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)

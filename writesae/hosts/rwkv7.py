@@ -54,6 +54,7 @@ register()
 class RWKV7(Host):
     family = "rwkv7"
     scalar_decay = False
+    package = "fla"
 
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)

@@ -1,0 +1,54 @@
+"""What the embedded hosts compute, for a process of its own: `python kernel_run.py OUTPUTS [MODULE ...]`.
+
+The modules (transformers:Mamba2ForCausalLM is one's attribute) are imported before anything of this project. Prints each
+host's kernel path and that of the library's own forward, which runs where "--library" is named.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("gated_deltanet", "mamba2", "rwkv7")
+CELLS = [(1, 0), (4, 1)]
+
+
+def outputs(library: bool) -> dict:
+    """Last hidden states and the harvest of two cells of each host on random tokens, and the library's own logits."""
+    import torch
+
+    from writesae.harvest import harvest
+    from writesae.hosts import load_host
+
+    tokens = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for name in FOLDERS:
+        host = load_host(ROOT / "models" / name, "cpu")
+        print(name, host.kernel, host.library_kernel)
+        found[f"{name} final"] = host.run(tokens).final
+        for cell, factors in harvest(host, tokens, CELLS, batch=2, progress=False).items():
+            found |= {f"{name} {cell} {factor}": x for factor, x in factors.items()}
+        if library:
+            try:
+                with torch.no_grad():
+                    found[f"{name} logits"] = host.model(input_ids=tokens).logits
+            except RuntimeError as error:
+                print(f"{name}: {error}")
+    return found
+
+
+def main(path: str, *names: str) -> None:
+    for name in names:
+        if name != "--library":
+            module, _, attribute = name.partition(":")
+            getattr(importlib.import_module(module), attribute or "__name__")
+    made = outputs("--library" in names)
+    from safetensors.torch import save_file
+
+    save_file({name: x.contiguous() for name, x in made.items()}, path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
