@@ -2,7 +2,8 @@
 
 papermill writes the executed notebook to build/PROFILE/notebooks. With the default profile the outputs are then put
 into the notebook of the repository itself, so that they can be read there: only outputs and execution counts change,
-and the file's time stays, so that Make does not take it for edited. Nothing is published where WRITESAE_OUTPUT is set.
+and the file's time stays, so that Make does not take it for edited. Nothing is published where WRITESAE_OUTPUT is set,
+nor in a dry run.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import nbformat
 import papermill
 from nbformat import NotebookNode
 
-from writesae.artifacts import ROOT, Paths, write_atomically
+from writesae.artifacts import ROOT, Paths, dry_run, write_atomically
 
 PUBLISHED = "mini"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -134,7 +135,7 @@ def run(name: str, profile: str, folder: Path = ROOT / "notebooks") -> Path:
     with only_one(build / "lock"):
         before = path.read_bytes()
         _execute(path, target, profile)
-        if profile == PUBLISHED and not os.environ.get("WRITESAE_OUTPUT"):
+        if profile == PUBLISHED and not os.environ.get("WRITESAE_OUTPUT") and not dry_run():
             publish(path, before, target)
     return target
 

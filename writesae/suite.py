@@ -41,8 +41,9 @@ class Suite:
 
     def host(self, name: str) -> Host:
         path, section = self.host_path(name), self.profile.hosts[name]
+        revision, device = None if Path(path).exists() else section.revision, self.profile.device
         with LOADING:
-            return _host(str(path), None if Path(path).exists() else section.revision, section.tokenizer)
+            return _host(name, str(path), revision, section.tokenizer, None if device == "auto" else device, section.dtype)
 
     def host_path(self, name: str) -> str | Path:
         """The folder of an embedded host, else the hub id that the profile names."""
@@ -53,7 +54,14 @@ class Suite:
         """What identifies a host in a fingerprint: its weights and tokenizer, or its hub id and revision."""
         folder = Path(self.host_path(name))
         files = [folder / "model.safetensors", folder / "config.json", folder / "tokenizer.json"]
-        return {"files": files} if folder.exists() else self.profile.hosts[name].model_dump()
+        if not folder.exists():
+            return self.profile.hosts[name].model_dump()
+        return {"files": [_file_hash(path, path.stat().st_mtime_ns) for path in files]}
+
+    @property
+    def workers(self) -> int:
+        """How many processes train SAEs at once."""
+        return self.profile.workers or len(os.sched_getaffinity(0))
 
     # Tables
 
@@ -74,7 +82,7 @@ class Suite:
         expected = artifacts.fingerprint(modules=sorted(modules), host=self.host_fingerprint(host), **inputs)
         path, provenance, available = self._part(name, host), self.provenance(host), torch.get_num_threads()
         # on a CPU several groups at once, each with its share: most operations are too small to keep more than one busy
-        workers = 1 if torch.cuda.is_available() else min(available, MOST_WORKERS, len(groups))
+        workers = 1 if torch.cuda.is_available() else min(available, MOST_WORKERS, len(groups), self.workers)
         with threads(available // workers):
             return artifacts.staged_table(path, expected, groups, compute, self.paths.partial, provenance, workers)
 
@@ -147,8 +155,16 @@ def threads(count: int) -> Iterator[None]:
 
 
 @lru_cache(maxsize=4)
-def _host(path: str, revision: str | None, tokenizer: str | None) -> Host:
-    return load_host(path, revision=revision, tokenizer=tokenizer)
+def _host(name: str, path: str, revision: str | None, tokenizer: str | None, device: str | None, dtype: str) -> Host:
+    host = load_host(path, device, getattr(torch, dtype), revision=revision, tokenizer=tokenizer)
+    host.name = name  # what the profile calls it, and so all tables
+    return host
+
+
+@lru_cache
+def _file_hash(path: Path, changed: int) -> str:
+    """The hash of a file that was last changed then: weights of some gigabytes are read once a process."""
+    return artifacts.file_hash(path)
 
 
 def open_suite(profile: str = "mini") -> Suite:
