@@ -30,7 +30,7 @@ def logit_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient [R, steps, d_v] of each row's logit of tokens[r], at the last of `steps` positions from starts[r] on,
     with respect to the head's output there; and the native logits [R, vocabulary] at that position."""
-    change = torch.zeros(len(rows), steps, host.d_v, device=host.device, requires_grad=True)
+    change = torch.zeros(len(rows), steps, host.d_v, requires_grad=True)
     with torch.enable_grad():
         final, _ = host.branch(run, layer, head, rows, starts, change)
         logits = host.logits(final[:, -1])

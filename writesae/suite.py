@@ -41,9 +41,15 @@ class Suite:
 
     def host(self, name: str) -> Host:
         path, section = self.host_path(name), self.profile.hosts[name]
-        revision, device = None if Path(path).exists() else section.revision, self.profile.device
+        revision = None if Path(path).exists() else section.revision
         with LOADING:
-            return _host(name, str(path), revision, section.tokenizer, None if device == "auto" else device, section.dtype)
+            return _host(name, str(path), revision, section.tokenizer, self.device, section.dtype)
+
+    @property
+    def device(self) -> str:
+        """Where hosts run and SAEs train, "cpu" or "cuda"; everything else is on the CPU."""
+        given = self.profile.device
+        return given if given != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
     def host_path(self, name: str) -> str | Path:
         """The folder of an embedded host, else the hub id that the profile names."""
@@ -82,7 +88,7 @@ class Suite:
         expected = artifacts.fingerprint(modules=sorted(modules), host=self.host_fingerprint(host), **inputs)
         path, provenance, available = self._part(name, host), self.provenance(host), torch.get_num_threads()
         # on a CPU several groups at once, each with its share: most operations are too small to keep more than one busy
-        workers = 1 if torch.cuda.is_available() else min(available, MOST_WORKERS, len(groups), self.workers)
+        workers = 1 if self.device == "cuda" else min(available, MOST_WORKERS, len(groups), self.workers)
         with threads(available // workers):
             return artifacts.staged_table(path, expected, groups, compute, self.paths.partial, provenance, workers)
 
@@ -155,7 +161,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 @lru_cache(maxsize=4)
-def _host(name: str, path: str, revision: str | None, tokenizer: str | None, device: str | None, dtype: str) -> Host:
+def _host(name: str, path: str, revision: str | None, tokenizer: str | None, device: str, dtype: str) -> Host:
     host = load_host(path, device, getattr(torch, dtype), revision=revision, tokenizer=tokenizer)
     host.name = name  # what the profile calls it, and so all tables
     return host

@@ -147,7 +147,7 @@ def train_task(
 
 def train_one(suite, host, role, cell, target, settings: TrainingSettings, factors, checking, expected: str) -> dict:
     """Train an SAE of a cell on its harvested factors, resumably, and save it; its line of saes.csv."""
-    data, validation = (history(x, target, suite.profile.saes.write) for x in (factors, checking))
+    data, validation = (history(x, target, suite.profile.saes.write).to(suite.device) for x in (factors, checking))
     return train_on(suite, host, role, cell, target, settings, data, validation, expected)
 
 
