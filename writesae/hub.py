@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -60,6 +60,12 @@ def fetch(name: str | Path, files: Sequence[str], revision: str | None = None, *
         raise ConnectionError(
             f"The Hub answered {error.response.status_code} when asked for {name}: see {page}, or try again later."
         ) from error
+
+
+def commit(name: str | Path, revision: str | None = None) -> str | None:
+    """The commit of a Hub model's copy in the cache, without asking the Hub; None where there is no copy."""
+    found = try_to_load_from_cache(str(name), "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _reason(error: Exception, options: dict) -> str:

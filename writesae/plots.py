@@ -47,7 +47,7 @@ def mark_dry_run(figure: plt.Figure) -> None:
     """DRY RUN across the figure, once."""
     if not any(text.get_gid() == DRY_RUN for text in figure.texts):
         options = dict(ha="center", va="center", rotation=25, color="0.2", alpha=0.25, weight="bold", zorder=1000)
-        size = 9 * min(figure.get_size_inches()[0], 2 * figure.get_size_inches()[1])
+        size = 12 * min(figure.get_size_inches()[0], 2 * figure.get_size_inches()[1])
         figure.text(0.5, 0.5, DRY_RUN, fontsize=size, gid=DRY_RUN, in_layout=False, **options)
 
 

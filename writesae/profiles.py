@@ -216,7 +216,9 @@ class Profile(Section):
     name: str
     seed: int
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is some
-    workers: PositiveInt | None = None  # what is worked on at once, each with its share of memory; by default one a core
+    workers: PositiveInt | None = (
+        None  # what is worked on at once, each with its share of memory; by default one a core
+    )
     hosts: dict[str, HostSection]
     data: Data
     saes: Saes

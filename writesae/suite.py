@@ -19,6 +19,7 @@ from writesae import artifacts
 from writesae import sae as sae_module
 from writesae.harvest import Windows, split_windows
 from writesae.hosts import Host, load_host
+from writesae.hub import commit
 from writesae.memory import keep_freed_memory
 from writesae.profiles import Profile, load_profile
 
@@ -72,15 +73,19 @@ class Suite:
     # Tables
 
     def provenance(self, host: str, **more) -> dict:
-        return (
-            dict(
-                profile=self.profile.name,
-                config=artifacts.fingerprint(profile=self.profile),
-                host=host,
-                seed=self.profile.seed,
-            )
-            | more
+        fields = dict(
+            profile=self.profile.name,
+            config=artifacts.fingerprint(profile=self.profile),
+            host=host,
+            seed=self.profile.seed,
         )
+        revisions = self.revisions(host)
+        return fields | (dict(revisions=revisions) if revisions else {}) | more
+
+    def revisions(self, host: str) -> dict[str, str | None]:
+        """The commits that the hosts ("all", or one) had on the Hub when they were downloaded; empty for folders."""
+        named = {name: section for name, section in self.profile.hosts.items() if host in ("all", name)}
+        return {n: commit(x.path, x.revision) for n, x in named.items() if not Path(self.host_path(n)).exists()}
 
     def staged(self, name: str, host: str, groups, compute, modules: Iterable[str], inputs: dict) -> pd.DataFrame:
         """A host's part of a table, kept in build/: read where nothing it depends on has changed, else computed group
