@@ -25,7 +25,7 @@ FOLDERS := notebooks $(patsubst %/,%,$(sort $(dir $(wildcard writesae/*.py write
 SOURCES := $(wildcard notebooks/*.ipynb writesae/*.py writesae/*/*.py)
 RECIPES := $(wildcard models/*/recipe.yaml)
 
-.PHONY: help env all figures test test-unit test-notebooks test-reference verify lint bench hosts browser sweep lab clean always $(NAMES)
+.PHONY: help env all figures dryrun test test-unit test-notebooks test-reference verify lint bench hosts browser sweep lab clean always $(NAMES)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s%s\n", $$1, $$2}' Makefile
@@ -48,6 +48,9 @@ env: $(ENV)  ## create the environment in .venv
 all: $(addprefix $(STAMPS)/,$(NAMES))  ## run whatever is not up to date: results, figures, notebooks with their outputs
 
 figures: all  ## draw missing or stale figures again (the same runs as all; stored results are read, not computed again)
+
+dryrun: $(ENV)  ## run every notebook with random weights of the profile's true shapes and tiny counts, into build/dryrun
+	$(PY) -m writesae.dryrun --profile $(PROFILE)
 
 $(NAMES): %: $(STAMPS)/%
 
@@ -100,7 +103,7 @@ clean:  ## remove build/ (intermediate files, stamps); results and figures stay
 	rm -rf build
 
 # What needs the notebooks' dependencies: everything but the goals named here.
-ifneq ($(filter-out help env test test-% verify lint bench hosts browser sweep lab clean,$(or $(MAKECMDGOALS),help)),)
+ifneq ($(filter-out help env dryrun test test-% verify lint bench hosts browser sweep lab clean,$(or $(MAKECMDGOALS),help)),)
 ifeq ($(wildcard profiles/$(PROFILE).yaml),)
 $(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif

@@ -199,6 +199,7 @@ def test_help_lists_every_target_and_is_the_default(clone):
         "env",
         "all",
         "figures",
+        "dryrun",
         "test",
         "lint",
         "bench",

@@ -50,9 +50,15 @@ class ArtifactError(ValueError):
     """A stored file is missing, damaged, of another format version, or cannot be written."""
 
 
+def dry_run() -> bool:
+    """Whether this process is part of a dry run (`writesae.dryrun`), whose numbers mean nothing."""
+    return bool(os.environ.get("WRITESAE_DRY_RUN"))
+
+
 def output_root() -> Path:
-    """Where results go: the folder named by WRITESAE_OUTPUT (relative to the repository), else the repository."""
-    return ROOT / os.environ.get("WRITESAE_OUTPUT", "")
+    """Where results go: the folder named by WRITESAE_OUTPUT (relative to the repository), else the repository, and for a
+    dry run its build/dryrun."""
+    return ROOT / (os.environ.get("WRITESAE_OUTPUT") or ("build/dryrun" if dry_run() else ""))
 
 
 @dataclasses.dataclass(frozen=True)

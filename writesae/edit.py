@@ -125,6 +125,6 @@ def generate(host: Host, run: Run, layer: int, head: int, edit: Edit, count: int
     pasts = [host.past_at(run.records[below], edit.rows, end) for below in range(layer)] + pasts_from_layer
     here = pasts[layer]
     here.own_state = here.state
-    here.own_state[:, head] += moved.transpose(1, 2) @ edit.right
+    here.own_state[:, head] += (moved.transpose(1, 2) @ edit.right).to(here.own_state.device)
     first = host.logits(final[:, -1])
     return host.decode(pasts, first.argmax(-1), length, count - 1), first

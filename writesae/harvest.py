@@ -112,7 +112,7 @@ def harvest(host: Host, tokens: torch.Tensor, cells: list[Cell], batch: int, pro
     for rows in tqdm(tokens.split(batch), desc="harvest", disable=not progress):
         run = host.run(rows, upto=upto)
         for cell in cells:
-            f = host.factors(run, *cell)
+            f = host.cell_factors(run.records[cell[0]], cell[1])
             part = dict(key=f.key, added=f.added)
             if host.scalar_decay:
                 part |= dict(effective=f.effective, log_decay=f.log_decay[..., 0])

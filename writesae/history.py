@@ -130,6 +130,10 @@ class History:
             digest.update(x.detach().cpu().contiguous().numpy())
         return digest.hexdigest()
 
+    def to(self, device: torch.device | str) -> History:
+        """The same history on a device."""
+        return self._map(lambda x: x.to(device))
+
     def double(self) -> History:
         """The same history in fp64."""
         return self._map(Tensor.double)

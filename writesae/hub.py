@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -88,6 +88,12 @@ def fetch(name: str | Path, files: Sequence[str], revision: str | None = None, *
 
 def _about(name: str) -> str:
     return f"about {KNOWN[name].size / 1e9:.1f} GB" if name in KNOWN else "the Hub alone knows their size"
+
+
+def commit(name: str | Path, revision: str | None = None) -> str | None:
+    """The commit of a Hub model's copy in the cache, without asking the Hub; None where there is no copy."""
+    found = try_to_load_from_cache(str(name), "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def _reason(error: Exception, options: dict) -> str:

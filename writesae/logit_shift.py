@@ -35,7 +35,7 @@ def logit_gradient(
     host.check_tokens(tokens)
     if tokens.shape != rows.shape:
         raise ValueError(f"Each row takes the logit of one token: {len(rows)} rows, tokens {list(tokens.shape)}.")
-    change = torch.zeros(len(rows), steps, host.d_v, device=host.device, requires_grad=True)
+    change = torch.zeros(len(rows), steps, host.d_v, requires_grad=True)
     with torch.enable_grad():
         final, _ = host.branch(run, layer, head, rows, starts, change)
         logits = host.logits(final[:, -1])

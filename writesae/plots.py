@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import seaborn as sns
 
-from writesae.artifacts import write_atomically
+from writesae.artifacts import dry_run, write_atomically
 
 COLOURS = sns.color_palette("colorblind").as_hex()
 CONDITION = dict(
@@ -22,6 +22,7 @@ CONDITION = dict(
 TARGET = dict(state=COLOURS[3], write=COLOURS[0])
 PREDICTOR = dict(paper=COLOURS[3], paper_fitted=COLOURS[1], transport=COLOURS[9], exact=COLOURS[0])
 DIRECTION = dict(paper=COLOURS[3], gamma=COLOURS[0])
+DRY_RUN = "DRY RUN"
 PAPER = dict(color="0.35", linestyle=":", linewidth=1.2)  # every line that shows a number of the paper
 
 
@@ -42,8 +43,19 @@ def style() -> None:
     )
 
 
+def mark_dry_run(figure: plt.Figure) -> None:
+    """DRY RUN across the figure, once."""
+    if not any(text.get_gid() == DRY_RUN for text in figure.texts):
+        options = dict(ha="center", va="center", rotation=25, color="0.2", alpha=0.25, weight="bold", zorder=1000)
+        size = 12 * min(figure.get_size_inches()[0], 2 * figure.get_size_inches()[1])
+        figure.text(0.5, 0.5, DRY_RUN, fontsize=size, gid=DRY_RUN, in_layout=False, **options)
+
+
 def save(figure: plt.Figure, name: str, folder: Path) -> None:
-    """figures/<profile>/NAME.pdf and .png; each appears whole or not at all, and the same figure gives the same file."""
+    """figures/<profile>/NAME.pdf and .png; each appears whole or not at all, and the same figure gives the same file.
+    A dry run's figures are marked as such."""
+    if dry_run():
+        mark_dry_run(figure)
     for kind, metadata in (("pdf", {"CreationDate": None, "ModDate": None}), ("png", {"Software": None})):
         write_atomically(
             Path(folder) / f"{name}.{kind}",

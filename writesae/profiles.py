@@ -1,14 +1,18 @@
-"""Profiles: every number that an experiment uses, validated, in profiles/NAME.yaml; the YAML says what each is."""
+"""Profiles: every number that an experiment uses, validated, in profiles/NAME.yaml; the YAML says what each is.
+
+In a dry run (`writesae.dryrun`) the tiny counts of profiles/dryrun/overrides.yaml are laid over the profile, and hosts of the
+same shapes with random weights stand in its hosts' place.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from writesae.artifacts import ROOT
+from writesae.artifacts import ROOT, dry_run, output_root
 from writesae.documents import Corpus
 from writesae.sae import check_parts
 from writesae.train import TrainingSettings
@@ -27,14 +31,24 @@ class Section(BaseModel):
 
 
 class CellRule(Section):
+    """A cell: the head itself, or the ratio sigma1/sigma2 of its states that the head is chosen by."""
+
     layer: int
-    sigma_ratio: float = Field(gt=0)
+    head: int | None = Field(None, ge=0)
+    sigma_ratio: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> CellRule:
+        if (self.head is None) == (self.sigma_ratio is None):
+            raise ValueError(f"the cell in layer {self.layer} needs a head or a sigma_ratio, and not both")
+        return self
 
 
 class HostSection(Section):
     path: str
     revision: str | None = None
     tokenizer: str | None = None  # a folder or hub id, where the model's own holds none
+    dtype: Literal["float32", "bfloat16"] = "float32"
     cells: dict[Place, CellRule]
     overrides: dict[Overridable, dict] = {}
 
@@ -47,6 +61,7 @@ class Data(Section):
     survey_windows: PositiveInt
     first_position: int = Field(ge=1)
     batch_windows: PositiveInt
+    cell_windows: PositiveInt = 32  # over which the cells are described, in one run
 
 
 class Saes(Section):
@@ -215,6 +230,8 @@ class Profile(Section):
     name: str
     seed: NonNegativeInt
     corpus: Corpus | None = None  # the docstrings of the installed packages
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is some
+    workers: PositiveInt | None = None  # what is worked on at once, each with its share of memory; None: one a core
     hosts: dict[str, HostSection]
     data: Data
     saes: Saes
@@ -253,7 +270,10 @@ def load_profile(name: str, folder: Path | None = None) -> Profile:
             f"There is no profile {name!r}: choose one of {known}, or write {path.name} in {folder.name}/."
         )
     try:
-        return Profile(name=name, **yaml.safe_load(path.read_text()))
+        content = yaml.safe_load(path.read_text())
+        if dry_run():
+            content = dry(content, yaml.safe_load((ROOT / "profiles" / "dryrun" / "overrides.yaml").read_text()))
+        return Profile(name=name, **content)
     except ValidationError as error:
         raise ValueError(f"Profile {name}: {_first(error)}.") from None
     except (TypeError, UnicodeDecodeError, yaml.YAMLError):
@@ -264,3 +284,26 @@ def _first(error: ValidationError) -> str:
     """Where a file first goes wrong, and how."""
     first = error.errors()[0]
     return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]))
+
+
+def lay_over(base: Any, over: Any) -> Any:
+    """`base` with the values of `over` wherever both have one. A plain value laid over a mapping replaces each of its
+    values; what `base` leaves out or switches off (0, null, an empty list) stays so."""
+    if isinstance(base, dict):
+        below = over if isinstance(over, dict) else dict.fromkeys(base, over)
+        return {name: lay_over(value, below[name]) if name in below else value for name, value in base.items()}
+    return over if base else base
+
+
+def dry(content: dict, over: dict) -> dict:
+    """The content of a profile for a dry run: tiny counts everywhere, one thing at a time on the CPU, and for every host
+    that would be downloaded the folder that `writesae.dryrun` makes."""
+    content = lay_over(content, over) | dict(device="cpu", workers=1, corpus=None)
+    content["data"] = content["data"] | dict(cell_windows=over["data"]["cell_windows"])
+    hosts = {}
+    for name, host in content["hosts"].items():
+        host = host | dict(overrides=lay_over(host.get("overrides", {}), over), dtype="float32")
+        if not (ROOT / host["path"]).exists():
+            host |= dict(path=str(output_root() / "hosts" / Path(host["path"]).name), revision=None, tokenizer=None)
+        hosts[name] = host
+    return content | dict(hosts=hosts)

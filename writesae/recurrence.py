@@ -16,6 +16,7 @@ Symbols against the paper (Sec. 2, Eq. 2-3), for one cell, S always [d_k, d_v] a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -38,10 +39,17 @@ class Factors:
     erase: torch.Tensor | None = None
     probe: torch.Tensor | None = None
 
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Factors:
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Factors(**{name: None if x is None else change(x) for name, x in found.items()})
+
     def at(self, *index) -> Factors:
         """The same factors at an index of the leading dimensions, e.g. `.at(rows, positions)`."""
-        picked = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Factors(**{name: None if x is None else x[index] for name, x in picked.items()})
+        return self._map(lambda x: x[index])
+
+    def to(self, device: torch.device | str) -> Factors:
+        """The same factors on a device."""
+        return self._map(lambda x: x.to(device))
 
     def write(self, definition: str) -> torch.Tensor:
         """The value side [B, T, d_v] of the native write under a definition, "added" or "effective"."""

@@ -2,7 +2,8 @@
 
 papermill writes the executed notebook to build/PROFILE/notebooks. With the default profile the outputs are then put
 into the notebook of the repository itself, so that they can be read there: only outputs and execution counts change,
-and the file's time stays, so that Make does not take it for edited. Nothing is published where WRITESAE_OUTPUT is set.
+and the file's time stays, so that Make does not take it for edited. Nothing is published where WRITESAE_OUTPUT is set,
+nor in a dry run.
 
 One run at a time: a profile's folder is locked by the process and by its kernel, which a kill of the process alone
 leaves behind for a second or two.
@@ -27,7 +28,7 @@ import papermill
 from jupyter_client import AsyncKernelManager
 from nbformat import NotebookNode
 
-from writesae.artifacts import ROOT, ArtifactError, Paths, clear_leftovers, write_atomically
+from writesae.artifacts import ROOT, ArtifactError, Paths, clear_leftovers, dry_run, write_atomically
 from writesae.memory import out_of_memory
 
 PUBLISHED = "mini"
@@ -194,7 +195,7 @@ def run(name: str, profile: str, folder: Path = ROOT / "notebooks") -> Path:
             clear_leftovers(place)
         before = path.read_bytes()
         _execute(path, target, profile, lock)
-        if profile == PUBLISHED and not os.environ.get("WRITESAE_OUTPUT"):
+        if profile == PUBLISHED and not os.environ.get("WRITESAE_OUTPUT") and not dry_run():
             publish(path, before, target)
     return target
 

@@ -22,6 +22,7 @@ from writesae import artifacts, corpus, disk
 from writesae import sae as sae_module
 from writesae.harvest import Windows, split_windows
 from writesae.hosts import Host, load_host
+from writesae.hub import commit
 from writesae.memory import keep_freed_memory, out_of_memory
 from writesae.profiles import Profile, load_profile
 
@@ -44,8 +45,15 @@ class Suite:
 
     def host(self, name: str) -> Host:
         path, section = self.host_path(name), self.profile.hosts[name]
+        revision = None if Path(path).exists() else section.revision
         with LOADING:
-            return _host(str(path), None if Path(path).exists() else section.revision, section.tokenizer)
+            return _host(name, str(path), revision, section.tokenizer, self.device, section.dtype)
+
+    @property
+    def device(self) -> str:
+        """Where hosts run and SAEs train, "cpu" or "cuda"; everything else is on the CPU."""
+        given = self.profile.device
+        return given if given != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
     def host_path(self, name: str) -> str | Path:
         """The folder of an embedded host, else the hub id that the profile names. ValueError for a host that is not there."""
@@ -60,7 +68,10 @@ class Suite:
         revision, and the corpus."""
         folder = Path(self.host_path(name))
         files = [folder / "model.safetensors", folder / "config.json", folder / "tokenizer.json"]
-        own = {"files": files} if folder.exists() else self.profile.hosts[name].model_dump()
+        if not folder.exists():
+            own = self.profile.hosts[name].model_dump()
+        else:
+            own = {"files": [_file_hash(path, path.stat().st_mtime_ns) for path in files]}
         return own | {"corpus": self.corpus_fingerprint}
 
     @cached_property
@@ -69,13 +80,20 @@ class Suite:
         own = self.profile.corpus
         return artifacts.fingerprint(corpus=own.identity() if own else corpus.versions())
 
+    @property
+    def workers(self) -> int:
+        """How many processes train SAEs at once."""
+        return self.profile.workers or len(os.sched_getaffinity(0))
+
     # Tables
 
     def provenance(self, host: str, **more) -> dict:
         """Of a table of one host, or of "all"; `more`: its seconds and fingerprint."""
         config = artifacts.fingerprint(profile=self.profile)
         known = dict(profile=self.profile.name, config=config, host=host, seed=self.profile.seed)
-        return known | dict(kernel=self._kernels() if host == "all" else self.host(host).kernel) | more
+        known["kernel"] = self._kernels() if host == "all" else self.host(host).kernel
+        revisions = self.revisions(host)
+        return known | (dict(revisions=revisions) if revisions else {}) | more
 
     def _kernels(self) -> str:
         """The kernel paths that the hosts' parts have taken so far, as their sidecars say."""
@@ -87,6 +105,11 @@ class Suite:
                     found.add(json.loads(path.read_text())["kernel"])
         return ", ".join(sorted(found or {"torch"}))
 
+    def revisions(self, host: str) -> dict[str, str | None]:
+        """The commits that the hosts ("all", or one) had on the Hub when they were downloaded; empty for folders."""
+        named = {name: section for name, section in self.profile.hosts.items() if host in ("all", name)}
+        return {n: commit(x.path, x.revision) for n, x in named.items() if not Path(self.host_path(n)).exists()}
+
     def staged(self, name: str, host: str, groups, compute, modules: Iterable[str], inputs: dict) -> pd.DataFrame:
         """A host's part of a table, kept in build/: read where nothing it depends on has changed, else computed group
         by group, resumably. `modules` and `inputs` are what it depends on; `gather` puts the hosts' parts together."""
@@ -94,7 +117,7 @@ class Suite:
         path, available = self._part(name, host), torch.get_num_threads()
         provenance = {} if artifacts.up_to_date(path, expected) else self.provenance(host)
         # on a CPU several groups at once, each with its share: most operations are too small to keep more than one busy
-        workers = 1 if torch.cuda.is_available() else min(available, MOST_WORKERS, len(groups))
+        workers = 1 if self.device == "cuda" else min(available, MOST_WORKERS, len(groups), self.workers)
         try:
             with threads(available // workers):
                 return artifacts.staged_table(path, expected, groups, compute, self.paths.partial, provenance, workers)
@@ -182,8 +205,16 @@ def threads(count: int) -> Iterator[None]:
 
 
 @lru_cache(maxsize=4)
-def _host(path: str, revision: str | None, tokenizer: str | None) -> Host:
-    return load_host(path, revision=revision, tokenizer=tokenizer)
+def _host(name: str, path: str, revision: str | None, tokenizer: str | None, device: str, dtype: str) -> Host:
+    host = load_host(path, device, getattr(torch, dtype), revision=revision, tokenizer=tokenizer)
+    host.name = name  # what the profile calls it, and so all tables
+    return host
+
+
+@lru_cache
+def _file_hash(path: Path, changed: int) -> str:
+    """The hash of a file that was last changed then: weights of some gigabytes are read once a process."""
+    return artifacts.file_hash(path)
 
 
 def open_suite(profile: str = "mini") -> Suite:

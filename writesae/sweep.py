@@ -37,7 +37,6 @@ from tqdm import tqdm
 from writesae import artifacts
 from writesae.experiments.cells import survey_cells
 from writesae.experiments.firings import draw_in_rounds
-from writesae.experiments.hosts import SURVEY_WINDOWS
 from writesae.experiments.replacement import AMPLITUDES, Subject, firings_of, make_subject, measure_group
 from writesae.experiments.saes import VALIDATION_WINDOWS, train_on
 from writesae.harvest import Windows, harvest, history
@@ -291,7 +290,7 @@ def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> None:
     for cell, path in files.items():
         tensors = found[cell] | dict(tokens=checking.tokens, passage=checking.passage)
         artifacts.save_tensors(path, tensors, {"fingerprint": expected})
-    run = model.run(windows.tokens[:SURVEY_WINDOWS], upto=layer + 1)
+    run = model.run(windows.tokens[: data.cell_windows], upto=layer + 1)
     table = survey_cells(model, run, data.first_position, [layer]).assign(host=host)
     made = dict(seconds=time.monotonic() - began, fingerprint=expected)
     artifacts.write_table(table, memory, suite.provenance(host, **made))

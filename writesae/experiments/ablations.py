@@ -19,7 +19,6 @@ whose logits the atom moves most and the K tokens B that the control moves most.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,7 +106,7 @@ def train_variants(suite: Suite) -> pd.DataFrame:
         for place, target, settings in variants(own, suite.profile.seed)
     ]
     work = [delayed(train_task)(suite.profile.name, *task, _expected(suite, *task)) for task in tasks]
-    workers = Parallel(n_jobs=min(len(os.sched_getaffinity(0)), len(tasks)), return_as="generator_unordered")
+    workers = Parallel(n_jobs=min(suite.workers, len(tasks)), return_as="generator_unordered")
     for _ in tqdm(workers(work), total=len(tasks), desc="SAE ablations"):
         pass
     return suite.write("ablation_saes", pd.concat([artifacts.read_table(_record(suite, *t)) for t in tasks]))

@@ -14,7 +14,6 @@ Beside the profile's own SAEs stand *variants* of one cell: other k at the profi
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -319,7 +318,7 @@ def train_variants(suite: Suite) -> pd.DataFrame:
         cell = suite.cell(name, suite.profile.section("atoms", name).place)
         tasks += [(name, cell, settings) for settings in host_variants(suite, name)]
     work = [delayed(train_task)(suite.profile.name, *task, _expected(suite, *task)) for task in tasks]
-    workers = Parallel(n_jobs=min(len(os.sched_getaffinity(0)), len(tasks)), return_as="generator_unordered")
+    workers = Parallel(n_jobs=min(suite.workers, len(tasks)), return_as="generator_unordered")
     for _ in tqdm(workers(work), total=len(tasks), desc="SAE variants"):
         pass
     return suite.write("variants", pd.concat([artifacts.read_table(_record(suite, *t)) for t in tasks]))

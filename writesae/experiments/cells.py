@@ -64,9 +64,10 @@ def write_ranks(factors) -> tuple[int, int]:
 
 
 def choose_cells(survey: pd.DataFrame, section: HostSection) -> pd.DataFrame:
-    """The cell of each place: in the rule's layer, the head whose sigma1/sigma2 is nearest (in ratio) to the rule's.
+    """The cell of each place: the rule's head, or in its layer the one whose sigma1/sigma2 is nearest (in ratio) to the
+    rule's. rule_sigma_ratio is missing where the rule names the head.
 
-    Raises ValueError where the rule names a layer that has no cell.
+    Raises ValueError where the rule names a layer that has no cell, or a head that the layer does not have.
     """
     chosen = []
     for place, rule in section.cells.items():
@@ -74,6 +75,14 @@ def choose_cells(survey: pd.DataFrame, section: HostSection) -> pd.DataFrame:
         if layer.empty:
             known = ", ".join(map(str, sorted(survey.layer.unique())))
             raise ValueError(f"The {place} cell's layer {rule.layer} is not recurrent: choose one of {known}.")
-        distance = (layer.sigma1_over_sigma2 / rule.sigma_ratio).map(math.log).abs()
-        chosen.append(layer.loc[[distance.idxmin()]].assign(place=place, rule_sigma_ratio=rule.sigma_ratio))
+        if rule.head is None:
+            distance = (layer.sigma1_over_sigma2 / rule.sigma_ratio).map(math.log).abs()
+            found = layer.loc[[distance.idxmin()]]
+        else:
+            found = layer[layer["head"] == rule.head]
+        if found.empty:
+            raise ValueError(
+                f"The {place} cell's head {rule.head} is not there: layer {rule.layer} has heads 0 to {layer['head'].max()}."
+            )
+        chosen.append(found.assign(place=place, rule_sigma_ratio=rule.sigma_ratio or math.nan))
     return pd.concat(chosen, ignore_index=True)

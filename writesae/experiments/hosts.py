@@ -16,7 +16,7 @@ from writesae.hosts import Host
 from writesae.statistics import cluster_bootstrap
 from writesae.suite import Suite
 
-SURVEY_WINDOWS = 32
+CURVE = ["tokens", "training_loss", "heldout_loss"]
 
 
 def check_corpus(suite: Suite, host: str) -> list[str]:
@@ -24,6 +24,12 @@ def check_corpus(suite: Suite, host: str) -> list[str]:
     where the profile has a corpus of its own."""
     path = Path(suite.host_path(host)) / "corpus.json"
     return corpus.check_manifest(path) if path.is_file() and not suite.profile.corpus else []
+
+
+def training_curve(suite: Suite, host: str) -> pd.DataFrame:
+    """tokens, training_loss and heldout_loss of a host that was trained here; no rows for any other."""
+    path = Path(suite.host_path(host)) / "training.csv"
+    return pd.read_csv(path)[CURVE] if path.is_file() else pd.DataFrame(columns=CURVE, dtype=float)
 
 
 @torch.no_grad()
@@ -85,10 +91,10 @@ def describe(suite: Suite, losses: pd.DataFrame) -> pd.DataFrame:
 
 def survey(suite: Suite) -> pd.DataFrame:
     """results all_cells.csv: every cell's half-life, spectrum and write ranks, on SAE-split text."""
-    tables = []
+    tables, count = [], suite.profile.data.cell_windows
     for name in suite.profile.hosts:
         host = suite.host(name)
-        native_run = cache(lambda host=host, name=name: host.run(suite.windows(name, "sae").tokens[:SURVEY_WINDOWS]))
+        native_run = cache(lambda host=host, name=name: host.run(suite.windows(name, "sae").tokens[:count]))
 
         def compute(layer, name=name, host=host, native_run=native_run):
             return survey_cells(host, native_run(), suite.profile.data.first_position, [layer]).assign(host=name)

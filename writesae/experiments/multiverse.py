@@ -22,7 +22,6 @@ of rank 1 on RWKV-7 and are the added ones on Mamba-2, so that this choice is op
 from __future__ import annotations
 
 import copy
-import os
 import time
 from itertools import product
 
@@ -198,7 +197,7 @@ def train_other(suite: Suite, name: str) -> pd.DataFrame:
                 tasks.append((cell, write))
     if not tasks:
         return pd.DataFrame()
-    workers = Parallel(n_jobs=min(len(os.sched_getaffinity(0)), len(tasks)))
+    workers = Parallel(n_jobs=min(suite.workers, len(tasks)))
     return pd.concat(workers(delayed(_train_cell)(suite, name, *task) for task in tasks), ignore_index=True)
 
 

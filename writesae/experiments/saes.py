@@ -7,7 +7,6 @@ thread, so that results do not depend on how many run at once.
 
 from __future__ import annotations
 
-import os
 import time
 
 import pandas as pd
@@ -21,6 +20,7 @@ from writesae.suite import Suite, open_suite
 from writesae.train import TrainingSettings, train
 
 VALIDATION_WINDOWS = 64
+SURVEY_PARTS = 4  # of a host's layers, harvested one after the other where the profile says how much is done at once
 
 
 def harvest_path(suite: Suite, host: str, layer: int, head: int):
@@ -69,13 +69,14 @@ def _median_norm(value: torch.Tensor | None) -> float:
 
 def train_saes(suite: Suite) -> pd.DataFrame:
     """Every SAE of the profile; results saes.csv, a line an SAE."""
-    tasks, jobs = [], len(os.sched_getaffinity(0))
+    tasks, jobs = [], suite.workers
+    parts = jobs * (1 if suite.profile.workers is None else SURVEY_PARTS)
     for name in suite.profile.hosts:
         cells = [suite.cell(name, place) for place in suite.profile.hosts[name].cells]
         tasks += [(name, role, [layer], head) for role in ("main", "flat") for layer, head in cells]
         if suite.profile.section("replacement", name).survey_firings:
             layers = suite.host(name).recurrent_layers
-            tasks = [(name, "survey", layers[i::jobs], None) for i in range(min(jobs, len(layers)))] + tasks
+            tasks = [(name, "survey", layers[i::parts], None) for i in range(min(parts, len(layers)))] + tasks
     run = delayed(train_task)
     arguments = [
         run(suite.profile.name, *task, [fingerprint_of(suite, *one) for one in _singly(task)]) for task in tasks
@@ -146,7 +147,7 @@ def train_task(
 
 def train_one(suite, host, role, cell, target, settings: TrainingSettings, factors, checking, expected: str) -> dict:
     """Train an SAE of a cell on its harvested factors, resumably, and save it; its line of saes.csv."""
-    data, validation = (history(x, target, suite.profile.saes.write) for x in (factors, checking))
+    data, validation = (history(x, target, suite.profile.saes.write).to(suite.device) for x in (factors, checking))
     return train_on(suite, host, role, cell, target, settings, data, validation, expected)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError
 
-from writesae.hosts import mamba2_release
+from writesae.hosts import mamba2_release, rwkv7_tokenizer
 from writesae.hosts.base import Host, Past, Record, Run
 from writesae.hosts.families import FAMILIES, module
 from writesae.hosts.kernels import advice, without_triton
@@ -145,6 +145,9 @@ def _tokenizer(folder: Path, name: str | Path, given: str | Path | PreTrainedTok
     if given is not None and not isinstance(given, (str, Path)):
         return given
     place = folder if given is None else fetch(given, TOKENIZER_FILES)
+    world = next(place.glob(rwkv7_tokenizer.VOCABULARY), None)
+    if world is not None and not (place / "tokenizer.json").is_file():
+        return rwkv7_tokenizer.WorldTokenizer(world)
     if not any(path.match(p) for path in place.iterdir() for p in ("tokenizer*", "vocab*", "*.model")):
         raise FileNotFoundError(
             f"{given or name} holds no tokenizer: put its files there, or pass tokenizer= (the models that Mamba-2's authors "

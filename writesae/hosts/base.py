@@ -4,6 +4,9 @@ A layer is split where the write experiments cut it: `mix` ends at the heads' ou
 projection), `finish` takes them on to the next layer. Teacher-forced, a layer's own queries, keys, values and gates do
 not depend on its outputs; an edited run therefore starts at `finish` of the edited layer, with the layers below, and
 every earlier position, taken from the native run.
+
+A host may be on a GPU. What is asked of it and what it answers (tokens, factors, changes, logits) is on the CPU all the
+same, so that nobody else has to know; a run's records and hidden states stay where the model is.
 """
 
 from __future__ import annotations
@@ -119,7 +122,7 @@ class Past:
 
 @dataclass
 class Run:
-    """A native run: tokens [B, T], a Record a layer, and the last hidden states [B, T, D] before the final norm."""
+    """A native run: tokens [B, T] on the CPU, a Record a layer, and the last hidden states [B, T, D] before the final norm."""
 
     tokens: torch.Tensor
     records: list[Record]
@@ -167,17 +170,17 @@ class Host(ABC):
 
     @abstractmethod
     def output_projection(self, layer: int, head: int) -> torch.Tensor:
-        """W_O of one head: [D, d_v]."""
+        """W_O of one head: [D, d_v], fp32, on the CPU."""
 
     @abstractmethod
     def unembedding(self) -> torch.Tensor:
-        """W_U: [vocabulary, D]."""
+        """W_U: [vocabulary, D], fp32, on the CPU."""
 
     # What all share.
 
     def logits(self, final: torch.Tensor) -> torch.Tensor:
-        """From the last hidden states [..., D] to logits [..., vocabulary], fp32."""
-        return self.unembed(final).float()
+        """From the last hidden states [..., D] to logits [..., vocabulary], fp32, on the CPU."""
+        return self.unembed(final).float().cpu()
 
     @property
     def device(self) -> torch.device:
@@ -235,20 +238,20 @@ class Host(ABC):
             raise ValueError(f"A run takes tokens [windows, time], not of shape {list(tokens.shape)}.")
         if upto is not None and not 0 <= upto <= self.layers:
             raise ValueError(f"{self.name} has {self.layers} layers: upto lies between 0 and that, and is {upto}.")
-        tokens = tokens.to(self.device)
-        hidden, records, positions = self.embed(tokens), [], self._positions(tokens)
+        here = tokens.to(self.device)
+        hidden, records, positions = self.embed(here), [], self._positions(here)
         for layer in range(self.layers if upto is None else upto):
             record = self.mix(layer, hidden, None, positions)
             records.append(record)
             hidden = self.finish(layer, record, None)
-        return Run(tokens, records, hidden)
+        return Run(tokens.cpu(), records, hidden)
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mean next-token loss in nats over [B, T] tokens, differentiable in the model's parameters."""
         hidden, positions = self.embed(tokens), self._positions(tokens)
         for layer in range(self.layers):
             hidden = self.finish(layer, self.mix(layer, hidden, None, positions), None)
-        logits = self.logits(hidden[:, :-1])
+        logits = self.unembed(hidden[:, :-1]).float()
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     def factors(self, run: Run, layer: int, head: int) -> Factors:
@@ -258,10 +261,11 @@ class Host(ABC):
             raise ValueError(
                 f"This run ends below layer {len(run.records)}, before layer {layer}: run it further (upto)."
             )
-        return self.cell_factors(run.records[layer], head)
+        return self.cell_factors(run.records[layer], head).to("cpu")
 
     def past_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> Past:
         """What a recorded layer knew before position starts[r] of window rows[r]; equal rows are worked out once."""
+        rows, starts = rows.to(self.device), starts.to(self.device)
         length = record.hidden.shape[1] + 1
         places, which = torch.unique(rows * length + starts, return_inverse=True)
         past, groups = Past(windows=self.windows_at(record, rows, starts)), Groups(which, len(places))
@@ -332,6 +336,7 @@ class Host(ABC):
                 f"An edited run of {steps} tokens from position {int(starts.max())} leaves its window of "
                 f"{run.tokens.shape[1]} tokens: choose an earlier position or fewer tokens."
             )
+        rows, starts, change = (x.to(self.device) for x in (rows, starts, change))
         positions = starts[:, None] + torch.arange(steps, device=starts.device)
         record = run.records[layer]
         index = rows[:, None], positions
@@ -361,8 +366,8 @@ class Host(ABC):
         """Greedy continuation [R, count + 1] that begins with `token` [R], which stands at `position`."""
         chosen = [token]
         for step in range(count):
-            hidden = self.embed(chosen[-1][:, None])
-            positions = torch.full((len(token), 1), position + step, device=token.device)
+            hidden = self.embed(chosen[-1][:, None].to(self.device))
+            positions = torch.full((len(token), 1), position + step, device=self.device)
             for layer in range(self.layers):
                 record = self.mix(layer, hidden, pasts[layer], positions)
                 hidden = self.finish(layer, record, pasts[layer])

@@ -73,10 +73,10 @@ class Mamba2(Host):
     def output_projection(self, layer: int, head: int) -> torch.Tensor:
         self.check_cell(layer, head)
         weight = self.blocks[layer].mixer.out_proj.weight
-        return weight[:, head * self.d_v : (head + 1) * self.d_v].float()
+        return weight[:, head * self.d_v : (head + 1) * self.d_v].float().cpu()
 
     def unembedding(self) -> torch.Tensor:
-        return self.model.lm_head.weight.float()
+        return self.model.lm_head.weight.float().cpu()
 
     def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
         block, mixer = self.blocks[layer], self.blocks[layer].mixer

@@ -33,7 +33,7 @@ def token_drops(site: Site, firings: pd.DataFrame, atoms: np.ndarray) -> torch.T
 
     The largest entry of a line is the atom's preferred token (App. I.4). firings: with their row; atoms: ascending.
     """
-    (rows, position), total = places(firings), torch.zeros(len(atoms), len(site.host.unembedding()))
+    (rows, position), total = places(firings), torch.zeros(len(atoms), site.host.vocabulary)
     key, value, _ = site.native(rows, position)
     fall = native_log_p(site, rows, position) - log_p(site, rows, position, key, -value)
     return total.double().index_add(0, torch.from_numpy(np.searchsorted(atoms, firings.atom)), fall.double())

@@ -49,9 +49,9 @@ class Amplifier:
     def write_on(self, record: Record, now: Factors, head: int, write: str) -> torch.Tensor:
         """Add this token's extra write to the head's output and state in a record of one token; the amounts [R, A]."""
         amounts = self.amounts(now, write)
-        extra = (self.key * amounts[..., None]).mT @ self.value
-        record.outputs[:, :, head] += now.query @ extra
-        record.end[:, head] += extra * self.kept[:, None, None]
+        extra = ((self.key * amounts[..., None]).mT @ self.value).to(record.outputs.device)
+        record.outputs[:, :, head] += now.query.to(extra.device) @ extra
+        record.end[:, head] += extra * self.kept[:, None, None].to(extra.device)
         return amounts
 
 
@@ -76,11 +76,12 @@ def generate_amplified(
     first = host.logits(site.run.final[:, -1])[plan.prompt]
     chosen, written = [choose(first, plan.prompt, temperature, generator)], []
     for step in range(count - 1):
-        hidden, positions = host.embed(chosen[-1][:, None]), ends[:, None] + step
+        hidden = host.embed(chosen[-1][:, None].to(host.device))
+        positions = (ends[:, None] + step).to(host.device)
         for layer in range(host.layers):
             record = host.mix(layer, hidden, pasts[layer], positions)
             if layer == site.layer:
-                now = host.cell_factors(record, site.head)
+                now = host.cell_factors(record, site.head).to("cpu")
                 written.append(plan.write_on(record, now, site.head, site.write))
             hidden = host.finish(layer, record, pasts[layer])
             pasts[layer] = extend(pasts[layer], record)

@@ -20,7 +20,7 @@ def later_heads(site: Site, rows, starts, change: torch.Tensor) -> dict[int, tor
 
     def mix(layer: int, *rest) -> Record:
         record = site.host.mix(layer, *rest)
-        heard[layer] = record.outputs
+        heard[layer] = record.outputs.cpu()
         return record
 
     listening.mix = mix
@@ -45,7 +45,9 @@ def readers(site: Site, atom: tuple, firings: pd.DataFrame, steps: int, draws: i
     change, _ = head_change(site.factors, make_edit(rows, position, left[:, None], right[:, None]), steps)
     index, tables = (rows[:, None], position[:, None] + torch.arange(steps)), []
     for layer, outputs in later_heads(site, rows, position, change).items():
-        moved = (outputs - site.run.records[layer].outputs[index]).double().square().sum((1, 3)).unflatten(0, (n, -1))
+        moved = (
+            (outputs - site.run.records[layer].outputs[index].cpu()).double().square().sum((1, 3)).unflatten(0, (n, -1))
+        )
         signal, baseline = (x.sqrt().numpy() for x in (moved[:, 0], moved[:, 1:].mean(1)))  # [n, heads]
         for head in range(signal.shape[1]):
             found = dict(reader_layer=layer, reader_head=head, signal=signal[:, head], baseline=baseline[:, head])

@@ -89,7 +89,7 @@ def _find(suite: Suite, name: str, cell: tuple[int, int], split: str, count: int
 @lru_cache(maxsize=2)
 def line_breaks(host: Host) -> torch.Tensor:
     """[V]: how many line breaks each token holds."""
-    return torch.tensor([host.tokenizer.decode([i]).count("\n") for i in range(len(host.unembedding()))])
+    return torch.tensor([host.tokenizer.decode([i]).count("\n") for i in range(host.vocabulary)])
 
 
 class Stages:

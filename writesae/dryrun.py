@@ -1,0 +1,137 @@
+"""A dry run: `python -m writesae.dryrun --profile paper` runs every notebook of a profile before the real run is paid for.
+
+The models that the profile would download are replaced by random weights of their true shapes (profiles/dryrun/hosts.yaml),
+with decays as their authors start them, so that states have memory; the counts by those of profiles/dryrun/overrides.yaml; the
+text is that of the installed docstrings. Everything goes to build/dryrun, figures with DRY RUN across them: what comes
+out shows that nothing breaks at these shapes, and how much memory it takes, and no more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from writesae import dependencies, run_notebook
+from writesae.artifacts import ROOT, Paths, output_root
+from writesae.profiles import load_profile
+
+SHAPES = ROOT / "profiles" / "dryrun" / "hosts.yaml"
+TOKENIZER = ROOT / "models" / "gated_deltanet"  # its ids are the first of each random host's
+SEED = 0
+
+
+def padded_tokenizer(vocabulary: int, folder: Path) -> None:
+    """Write an embedded host's tokenizer to `folder`, its vocabulary filled up to `vocabulary` with entries that no text
+    gives: a model's tokenizer has about as many ids as the model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.loads((TOKENIZER / "tokenizer.json").read_text())
+    known = content["model"]["vocab"]
+    known |= {f"<unused{i}>": i for i in range(len(known), vocabulary)}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    shutil.copy(TOKENIZER / "tokenizer_config.json", folder)
+
+
+def make_host(shape: dict, folder: Path) -> None:
+    """A model of a family and architecture with random weights from SEED, kept in bfloat16, and its tokenizer. What starts
+    at zero (RWKV-7's output projections) is drawn too, or else no write would reach the logits."""
+    import torch
+
+    from writesae.hosts import families, without_triton
+
+    without_triton()
+    torch.manual_seed(SEED)
+    model = families.build(shape["family"], shape["architecture"])
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():
+            parameter.data.normal_(std=0.02)
+    partial = folder.with_name(f".partial-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    padded_tokenizer(shape["architecture"]["vocab_size"], partial)
+    model.bfloat16().save_pretrained(partial, max_shard_size="50GB")
+    (partial / "shape.json").write_text(json.dumps(shape))
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def make_hosts(profile: str) -> list[Path]:
+    """The random hosts that the profile needs, made where they are not there; their folders.
+
+    Raises ValueError for a model whose shapes are not known.
+    """
+    shapes, folders = yaml.safe_load(SHAPES.read_text()), []
+    paths = {name: section["path"] for name, section in _content(profile)["hosts"].items()}
+    for name, section in load_profile(profile).hosts.items():
+        if section.path == paths[name]:
+            continue  # it is in the repository
+        folder, shape = Path(section.path), shapes.get(paths[name])
+        if shape is None:
+            raise ValueError(f"The shapes of {paths[name]} are not known: add them to {SHAPES.relative_to(ROOT)}.")
+        kept = folder / "shape.json"
+        if not kept.is_file() or json.loads(kept.read_text()) != shape:
+            print(f"{name}: random weights of the shapes of {paths[name]}", flush=True)
+            make_host(shape, folder)
+        folders.append(folder)
+    return folders
+
+
+def _content(profile: str) -> dict:
+    return yaml.safe_load((ROOT / "profiles" / f"{profile}.yaml").read_text())
+
+
+def peak_gigabytes() -> float:
+    """The most memory that any one process of this run has had resident."""
+    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return most * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def run(profile: str, names: list[str] | None = None) -> list[str]:
+    """Run the notebooks, all of them from nothing unless `names` are given; the names of those that failed.
+
+    Raises ValueError for an unknown profile and for a model whose shapes are not known.
+    """
+    os.environ["WRITESAE_DRY_RUN"] = "1"
+    load_profile(profile)
+    paths, failed = Paths(profile), []
+    if not names:
+        for folder in (paths.build, paths.results, paths.figures):
+            shutil.rmtree(folder, ignore_errors=True)
+    make_hosts(profile)
+    began = time.monotonic()
+    for name in names or dependencies.order():
+        start = time.monotonic()
+        try:
+            run_notebook.run(name, profile)
+        except run_notebook.RunError as error:
+            failed.append(name)
+            print(f"{name} failed: {error}", file=sys.stderr)
+        print(f"DRY RUN {name}: {time.monotonic() - start:.0f} s, peak memory {peak_gigabytes():.1f} GB", flush=True)
+    print(f"DRY RUN of {profile}: {(time.monotonic() - began) / 60:.1f} minutes, output in {output_root()}")
+    return failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0, or 1 with a sentence on stderr where a notebook failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="notebooks to run on what is there (default: all, from nothing)")
+    parser.add_argument("--profile", default="paper", help="a file in profiles/ (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    try:
+        failed = run(given.profile, given.names)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if failed:
+        print(f"The dry run of {given.profile} failed in {', '.join(failed)}.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
