@@ -411,7 +411,9 @@ def test_an_interrupted_write_leaves_the_old_or_the_new(output, first, second, s
     elif artifacts.up_to_date(path, "first"):
         assert_same(artifacts.read_table(path), first, digits=6)
     else:
-        assert moved == ["t.csv.json"] and not first.equals(second), "between the two files alone is there nothing to read"
+        assert moved == ["t.csv.json"] and not first.equals(second), (
+            "between the two files alone is there nothing to read"
+        )
         with pytest.raises(ArtifactError):
             artifacts.read_table(path)
     assert not list(output.rglob(".partial-*"))
