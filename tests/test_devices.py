@@ -80,16 +80,16 @@ def moved(host):
     return host
 
 
-def asked(host, tokens):
+def asked(host, tokens, dtype=torch.float64):
     """What the experiments ask of a host, name -> tensor."""
     run = host.run(tokens)
     cell = host.recurrent_layers[1], 1
     factors, generator = host.factors(run, *cell), torch.Generator().manual_seed(0)
     rows, position = torch.tensor([0, 2, 1]), torch.tensor([20, 20, 20])
-    key, value = (torch.randn(3, d, generator=generator, dtype=torch.float64) for d in (host.d_k, host.d_v))
+    key, value = (torch.randn(3, d, generator=generator, dtype=torch.float64).to(dtype) for d in (host.d_k, host.d_v))
     continued, first = generate(host, run, *cell, make_edit(rows, position, key[:, None], value[:, None]), 3)
     gradient, native = logit_gradient(host, run, *cell, rows, position, 4, torch.tensor([5, 6, 7]))
-    nothing = torch.zeros(3, 1, dtype=torch.float64)
+    nothing = torch.zeros(3, 1, dtype=dtype)
     watched = newlines.Amplifier(rows, key[:, None], value[:, None], nothing[:, 0], nothing + 2, rows > 0, rows[:1])
     site = Site(host, run, *cell, "added")
     amplified, amounts = newlines.generate_amplified(site, watched, 3)
@@ -145,3 +145,13 @@ def test_the_stand_in_refuses_what_a_gpu_would():
                 mixed()
         with pytest.raises(TypeError, match="numpy"):
             there.numpy()
+
+
+def test_a_host_in_bfloat16_answers_in_fp32_and_about_the_same(host, tokens):
+    """As the profiles for a GPU load their hosts. What is greedily chosen may differ, and what follows from it."""
+    half = copy.deepcopy(host)
+    half.model.bfloat16()
+    found, expected = asked(half, tokens, torch.float32), asked(host, tokens)
+    for name in ("key", "added", "log_decay", "native", "first", "influence", "direct"):
+        assert found[name].dtype == torch.float32, name
+        assert_close(found[name], expected[name], name, 0.15)
