@@ -1,11 +1,19 @@
-"""The plotting helpers, by what they draw."""
+"""The plotting helpers, by what they draw; and the index of the figures, by what is there."""
+
+import re
+from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
 from writesae import plots
+
+ROOT = Path(__file__).resolve().parents[1]
+INDEX = ROOT / "figures" / "README.md"
+SCREENSHOTS = {"atoms_browser"}
 
 
 @pytest.fixture
@@ -104,3 +112,48 @@ def test_the_same_figure_gives_the_same_files(tmp_path):
         plt.close(figure)
     for kind in ("png", "pdf"):
         assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
+
+
+# The index
+
+
+def saved():
+    """notebook -> (names of the figures that it saves, whether it sets the style)."""
+    found = {}
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        code = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
+        found[path.name] = re.findall(r'plots\.save\(figure, "(\w+)"', code), "plots.style()" in code
+    return found
+
+
+def test_every_figure_is_there_twice_and_has_the_style():
+    for notebook, (names, styled) in saved().items():
+        assert styled or not names, notebook
+        for name in names:
+            for kind in ("png", "pdf"):
+                assert (ROOT / "figures" / "mini" / f"{name}.{kind}").is_file(), f"{name}.{kind}"
+
+
+def test_every_link_of_the_index_leads_somewhere():
+    links = re.findall(r"\]\(([^)]+)\)", INDEX.read_text(encoding="utf-8"))
+    assert len(links) > 60
+    assert [link for link in links if not (INDEX.parent / link).exists()] == []
+
+
+def test_the_index_has_every_file_and_every_figure_of_the_paper():
+    text = INDEX.read_text(encoding="utf-8")
+    for path in sorted((ROOT / "figures" / "mini").glob("*.p*")):
+        assert f"(mini/{path.name})" in text, f"figures/README.md does not show {path.name}"
+    names = {name for found, _ in saved().values() for name in found}
+    assert {path.stem for path in (ROOT / "figures" / "mini").glob("*.png")} == names | SCREENSHOTS
+    for number in range(1, 15):
+        assert re.search(rf"^\*\*Fig\. (\d+ and )?{number}[a-d]?\b", text, re.M), f"Fig. {number} has no entry"
+
+
+def test_the_index_names_the_page_that_draws_each_figure():
+    text, pages = INDEX.read_text(encoding="utf-8"), saved()
+    for entry in text.split("\n**")[1:]:
+        shown = set(re.findall(r"!\[[^\]]*\]\(mini/(\w+)\.png\)", entry)) - SCREENSHOTS
+        linked = re.findall(r"\]\(\.\./notebooks/(\w+\.ipynb)\)", entry)
+        for name in shown:
+            assert any(name in pages[page][0] for page in linked), f"{name} is drawn by none of {linked}"
