@@ -101,10 +101,13 @@ def test_unknown_names_are_one_sentence(notebooks):
         run_notebook.run("00_toy", "huge", notebooks)
 
 
-def test_other_cells_are_refused_and_widgets_dropped():
+def test_other_cells_are_refused_and_widgets_dropped_but_for_their_page():
     source = new_notebook(cells=[new_code_cell("x")])
     bar = new_output("display_data", data={run_notebook.WIDGET: {}, "text/plain": "0%"})
     ran = new_notebook(cells=[new_code_cell("x", id=source.cells[0].id, outputs=[bar], execution_count=7)])
     assert run_notebook.with_outputs(source, ran).cells[0].outputs == []
+    page = {"text/html": "<p>page</p>", "text/plain": "a page"}
+    ran.cells[0].outputs = [bar, new_output("display_data", data={run_notebook.WIDGET: {}, **page})]
+    assert [output.data for output in run_notebook.with_outputs(source, ran).cells[0].outputs] == [page]
     with pytest.raises(ValueError, match="does not have the cells"):
         run_notebook.with_outputs(source, new_notebook(cells=[new_code_cell("y")]))

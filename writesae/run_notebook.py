@@ -41,10 +41,12 @@ class RunError(RuntimeError):
 
 
 def _outputs(cell: NotebookNode) -> list[NotebookNode]:
-    """A cell's outputs without progress bars; neighbouring pieces of printed text are joined."""
+    """A cell's outputs without progress bars; of a widget with a page of HTML beside it only the page is kept, and
+    neighbouring pieces of printed text are joined."""
     kept: list[NotebookNode] = []
     for output in copy.deepcopy(cell.outputs):
-        if output.get("name") == "stderr" or WIDGET in output.get("data", {}):
+        data = output.get("data", {})
+        if output.get("name") == "stderr" or (data.pop(WIDGET, None) is not None and "text/html" not in data):
             continue
         if output.output_type == "stream" and kept and kept[-1].output_type == "stream":
             kept[-1].text += output.text
@@ -146,6 +148,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def _execute(path: Path, target: Path, profile: str, lock: int) -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in the kernel they would be widgets among the outputs
     try:
         papermill.execute_notebook(
             path,
