@@ -396,6 +396,8 @@ def test_the_top_reader_is_chosen_on_one_half_and_measured_on_the_other():
     top = readers.top_readers(table).iloc[0]
     assert (top.reader_head, top.n) == (0, contexts // 2)
     assert top.ratio == pytest.approx(1.0)
+    alone = readers.top_readers(table[table.passage == 0])  # nothing is left to measure it on
+    assert alone.empty and list(alone) == list(readers.top_readers(table))
     summary = readers.summarise_readers(table).set_index("reader_head")
     assert summary.ratio.to_dict() == pytest.approx({0: 10**0.5 / 2, 1: 2.0, 2: 1.0}, rel=0.3)
     assert (

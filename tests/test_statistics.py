@@ -104,9 +104,13 @@ def test_a_perfect_order_has_rho_one():
     assert statistics.spearman(A, np.exp(A))[:3] == (1.0, 1.0, 1.0)
 
 
-def test_correlation_refuses_a_constant():
-    with pytest.raises(ValueError, match="no constant side"):
-        statistics.pearson(A, np.ones(30))
+@pytest.mark.parametrize("correlation", [statistics.pearson, statistics.spearman])
+def test_nothing_is_known_of_a_correlation_with_a_constant_or_of_three_pairs(correlation):
+    for a, b in ((A, np.ones(30)), (np.zeros(30), A), (A[:3], np.exp(A[:3]))):
+        found = correlation(a, b)
+        assert np.isnan(found[:4]).all()
+        assert found.n == len(a)
+    assert not np.isnan(correlation(A[:4], np.exp(A[:4]))[:2]).any()
 
 
 def test_bic_prefers_two_components_for_two_modes():

@@ -143,24 +143,27 @@ def r2(actual, predicted) -> float:
     return float(r2_score(actual, predicted))
 
 
-def _correlated(a, b) -> tuple[np.ndarray, np.ndarray]:
-    a, b = _pair(a, b)
-    if a.size < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        raise ValueError("A correlation with an interval needs at least four pairs and no constant side.")
-    return a, b
+def _unknown(a: np.ndarray, b: np.ndarray) -> Correlation | None:
+    """What is said of fewer than four pairs, or where a side is constant: all nan."""
+    known = a.size >= 4 and np.ptp(a) > 0 and np.ptp(b) > 0
+    return None if known else Correlation(np.nan, np.nan, np.nan, np.nan, a.size)
 
 
 def pearson(a, b) -> Correlation:
-    """Pearson's r, Fisher's interval. Raises ValueError for fewer than four pairs or a constant side as well."""
-    a, b = _correlated(a, b)
+    """Pearson's r, Fisher's interval. From fewer than four pairs, or a constant side, nothing is known: all are nan."""
+    a, b = _pair(a, b)
+    if unknown := _unknown(a, b):
+        return unknown
     result = stats.pearsonr(a, b)
     low, high = result.confidence_interval(0.95)
     return Correlation(float(result.statistic), float(low), float(high), float(result.pvalue), a.size)
 
 
 def spearman(a, b) -> Correlation:
-    """Spearman's rho, Bonett and Wright's interval. Raises ValueError as `pearson` does."""
-    a, b = _correlated(a, b)
+    """Spearman's rho, Bonett and Wright's interval. All are nan where `pearson`'s are."""
+    a, b = _pair(a, b)
+    if unknown := _unknown(a, b):
+        return unknown
     result = stats.spearmanr(a, b)
     rho = float(np.clip(result.statistic, -1, 1))
     if abs(rho) == 1:

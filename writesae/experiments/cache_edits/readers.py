@@ -84,12 +84,13 @@ def summarise_readers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 def top_readers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """A line a (host, atom), as in Table 1: the reader of the highest ratio in one half of the contexts, with its ratio
-    in the other half, so that the largest of many is not taken for what it shows."""
-    rows = []
+    in the other half, so that the largest of many is not taken for what it shows. None for an atom with one context."""
+    rows, measured = [], [f"{name}{end}" for name in ("ratio", "enrichment") for end in ("", "_low", "_high")]
     for values, part in _with_ratios(table).groupby(READER_KEYS, sort=False):
         second = (part.groupby(READER).cumcount() % 2).astype(bool)
         chosen = part[~second].groupby(READER).log_ratio.median().idxmax()
         rest = part[second & (part[READER] == list(chosen)).all(axis=1)]
-        found = dict(zip(READER_KEYS + READER, (*values, *chosen), strict=True))
-        rows.append(found | _reader_line(rest, seed))
-    return pd.DataFrame(rows)
+        if len(rest):
+            found = dict(zip(READER_KEYS + READER, (*values, *chosen), strict=True))
+            rows.append(found | _reader_line(rest, seed))
+    return pd.DataFrame(rows, columns=[*READER_KEYS, *READER, "n", *measured])
