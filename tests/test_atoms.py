@@ -286,6 +286,8 @@ class Profile:
     data: Data
     saes: Saes
     own: Own
+    device: str = "cpu"
+    workers: int = 1
 
     def section(self, name, host):
         return {"atoms": self.own, "saes": self.saes}[name]

@@ -46,6 +46,8 @@ class Profile:
     data: Data
     saes: object
     own: object
+    device: str = "cpu"
+    workers: int = 1
 
     def section(self, name, host):
         return self.own

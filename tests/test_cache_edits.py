@@ -15,7 +15,7 @@ from writesae.experiments.cache_edits.site import Site
 from writesae.experiments.firings import Encoded, all_firings, encode
 from writesae.harvest import Windows, harvest, history
 from writesae.hosts.base import Record
-from writesae.profiles import Install
+from writesae.profiles import HostSection, Install
 from writesae.recurrence import step_states
 from writesae.sae import SAE
 from writesae.statistics import r2
@@ -520,7 +520,8 @@ class TinySuite(Suite):
     def __init__(self, host):
         self.tiny = type(host)(copy.deepcopy(host.model).float(), Letters(), "small")
         data = plain(first_position=8, firing_windows=8, batch_windows=4)
-        names = dict(name="tiny", seed=3, hosts=dict(small=None), data=data)
+        names = dict(name="tiny", seed=3, hosts=dict(small=HostSection(path="small", cells={})), data=data)
+        names |= dict(device="cpu", workers=1)
         profile = plain(**names, saes=plain(targets=["state", "write"], write="added"))
         profile.section = lambda name, host: dict(cache_edits=SETTINGS, install=INSTALL)[name]
         super().__init__(profile)

@@ -58,6 +58,8 @@ class Profile:
     data: Data
     saes: object
     own: dict
+    device: str = "cpu"
+    workers: int = 1
 
     def section(self, name, host):
         return self.own[name]
