@@ -475,3 +475,12 @@ def test_every_seed_has_its_own_sae_and_firings(suite, monkeypatch):
         assert row.mean_win_rate == pytest.approx(np.mean(rates))
         assert (row.lowest, row.highest) == (min(rates), max(rates))
         assert row.sd == pytest.approx(np.std(rates, ddof=1))
+
+
+def test_one_cluster_says_nothing_of_a_difference():
+    part, win = pd.DataFrame(dict(target=["state", "write"] * 4)), np.array([0.0, 1, 0, 0, 1, 1, 0, 1])
+    levels = dict(target=["state", "write"])
+    line = multiverse._fit(win, part, levels, (np.arange(8), np.zeros(8, int)))["target", "write"]
+    assert line["difference"] == pytest.approx(0.5)
+    assert line["ci_low"] < 0.5 < line["ci_high"]
+    assert np.isnan([line["passage_low"], line["passage_high"]]).all()

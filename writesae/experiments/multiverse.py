@@ -364,13 +364,14 @@ def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -
 
 
 def _fit(win: np.ndarray, part: pd.DataFrame, levels: dict, clusterings) -> dict:
-    """(choice, level) -> difference to the choice's first level, with the interval of each clustering."""
+    """(choice, level) -> difference to the choice's first level, with the interval of each clustering; nan from one cluster."""
     names = [(choice, level) for choice, found in levels.items() for level in found[1:]]
     design = sm.add_constant(np.stack([(part[c] == x).to_numpy(dtype=float) for c, x in names], 1))
     model, ends = sm.OLS(win, design), []
     for groups in clusterings:
-        result = model.fit(cov_type="cluster", cov_kwds=dict(groups=groups))
-        ends.append(result.conf_int()[1:])
+        several = groups.min() < groups.max()
+        result = model.fit(cov_type="cluster", cov_kwds=dict(groups=groups)) if several else model.fit()
+        ends.append(result.conf_int()[1:] if several else np.full((len(names), 2), np.nan))
     columns = ["difference", "ci_low", "ci_high", "passage_low", "passage_high"]
     found = {(choice, levels_[0]): dict.fromkeys(columns, 0.0) for choice, levels_ in levels.items()}
     values = np.c_[result.params[1:], *ends]
