@@ -759,12 +759,6 @@ CASES = [
         "2 values cannot make .* of 3",
     ),
     Case("r2: one pair", lambda x: statistics.r2([1], [2]), ValueError, "at least two pairs"),
-    Case(
-        "correlation: three pairs",
-        lambda x: statistics.pearson([1, 2, 3], [1, 2, 4]),
-        ValueError,
-        "at least four pairs",
-    ),
     # Scorecard, notebooks
     Case("scorecard: no results", score_without_results, ArtifactError, f"{TABLES[0]}.csv is missing: run the stage"),
     Case("scorecard: a host", lambda x: scored(x, ["tiny", "gpt"]), ValueError, "no host 'gpt': choose one of tiny"),
