@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from writesae.harvest import Windows
+from writesae.profiles import Data
 from writesae.suite import Suite
 
 
@@ -92,6 +94,23 @@ class FakeHub:
             return dict(status_code=200, headers=headers, content=b"" if request.method == "HEAD" else content)
         siblings = [dict(rfilename=f) for f in files]
         return dict(status_code=200, json=dict(id=name, sha=self.SHA, siblings=siblings, tags=[], private=False))
+
+
+@dataclass
+class SmallProfile:
+    """What stages read of a profile; `sections`: the settings of experiments by name, the same for every host."""
+
+    name: str
+    seed: int
+    hosts: dict
+    data: Data
+    saes: object
+    sections: dict
+    device: str = "cpu"
+    workers: int = 1
+
+    def section(self, name, host):
+        return self.sections[name]
 
 
 class SmallSuite(Suite):

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SmallSuite
+from helpers import SmallProfile, SmallSuite
 from sklearn.mixture import GaussianMixture
 
 from writesae import artifacts, statistics
@@ -278,21 +278,6 @@ class Own:
     contexts: int = 2
 
 
-@dataclass
-class Profile:
-    name: str
-    seed: int
-    hosts: dict
-    data: Data
-    saes: Saes
-    own: Own
-    device: str = "cpu"
-    workers: int = 1
-
-    def section(self, name, host):
-        return {"atoms": self.own, "saes": self.saes}[name]
-
-
 class OneCell(SmallSuite):
     """A suite of one small host, with windows, a cell and SAEs of its own."""
 
@@ -301,7 +286,9 @@ class OneCell(SmallSuite):
         data = dict(window=50, sae_windows=8, heldout_windows=8, firing_windows=8, survey_windows=4)
         settings = dict(write="added", targets=["state", "write"], main=SETTINGS, survey=SETTINGS, flat=SETTINGS)
         whole = Data(**data, first_position=5, batch_windows=4)
-        super().__init__(Profile("small", 42, hosts, whole, Saes(**settings), Own()), host, tokens)
+        saes = Saes(**settings)
+        profile = SmallProfile("small", 42, hosts, whole, saes, dict(atoms=Own(), saes=saes))
+        super().__init__(profile, host, tokens)
         self.__dict__["cells"] = pd.DataFrame([dict(host="small", place="middle", layer=CELL[0], head=CELL[1])])
 
 

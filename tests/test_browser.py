@@ -5,13 +5,13 @@ import itertools
 import json
 import re
 import shutil
-from dataclasses import dataclass, make_dataclass
+from dataclasses import make_dataclass
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import SmallSuite
+from helpers import SmallProfile, SmallSuite
 
 from writesae import artifacts, browser, dependencies
 from writesae.experiments import atoms
@@ -38,34 +38,19 @@ def plain(**fields):
     return make_dataclass("Plain", fields)(**fields)
 
 
-@dataclass
-class Profile:
-    name: str
-    seed: int
-    hosts: dict
-    data: Data
-    saes: object
-    own: object
-    device: str = "cpu"
-    workers: int = 1
-
-    def section(self, name, host):
-        return self.own
-
-
 class OneCell(SmallSuite):
     """A suite of one small host, with windows, a cell and untrained SAEs of its own."""
 
     def __init__(self, host, tokens):
         data = dict(window=50, sae_windows=8, heldout_windows=8, firing_windows=8, survey_windows=4)
         super().__init__(
-            Profile(
+            SmallProfile(
                 name="small",
                 seed=42,
                 hosts={"small": HostSection(path="small", cells=dict(middle=CellRule(layer=1, sigma_ratio=3)))},
                 data=Data(**data, first_position=5, batch_windows=4),
                 saes=plain(write="added", targets=["state", "write"]),
-                own=plain(target="state"),
+                sections=dict(logit_shift=plain(target="state")),
             ),
             host,
             tokens,

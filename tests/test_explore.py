@@ -3,14 +3,14 @@
 import copy
 import itertools
 import re
-from dataclasses import dataclass, make_dataclass
+from dataclasses import make_dataclass
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SmallSuite
+from helpers import SmallProfile, SmallSuite
 
 from writesae import explore
 from writesae.experiments import install, promoted
@@ -50,21 +50,6 @@ class Words:
         return dict(input_ids=list(itertools.chain(*pieces)))
 
 
-@dataclass
-class Profile:
-    name: str
-    seed: int
-    hosts: dict
-    data: Data
-    saes: object
-    own: dict
-    device: str = "cpu"
-    workers: int = 1
-
-    def section(self, name, host):
-        return self.own[name]
-
-
 def plain(**fields):
     """Settings that a fingerprint can take."""
     return make_dataclass("Plain", fields)(**fields)
@@ -85,13 +70,13 @@ def suite(gated_deltanet, tmp_path_factory):
         first_position=5,
         batch_windows=4,
     )
-    profile = Profile(
+    profile = SmallProfile(
         name="small",
         seed=42,
         hosts={"small": HostSection(path="small", cells=dict(middle=CellRule(layer=1, sigma_ratio=3)))},
         data=data,
         saes=plain(write="added", targets=["state", "write"]),
-        own=dict(atoms=plain(place="middle"), install=INSTALL),
+        sections=dict(atoms=plain(place="middle"), install=INSTALL),
     )
     made = SmallSuite(profile, host, torch.randint(0, 12, (8, 50), generator=torch.Generator().manual_seed(4)))
     where = dict(host="small", layer=CELL[0], head=CELL[1])
