@@ -13,6 +13,7 @@ METHODS = dict(
     dense=("states, active atoms only", plots.COLOURS[1], "^"),
     factored=("factored, no states", plots.COLOURS[0], "o"),
 )
+GIB = (0.5, 1, 2, 4)
 
 
 def draw(table: pd.DataFrame) -> plt.Figure:
@@ -34,6 +35,7 @@ def draw(table: pd.DataFrame) -> plt.Figure:
         axes.set(xscale="log", yscale="log", xlabel="state's side d (states of d x d)")
         axes.set_xticks(sides, [f"{side:g}" for side in sides])
         axes.minorticks_off()
+    right.set_yticks(GIB, [f"{size:g}" for size in GIB])
     left.legend(fontsize=7)
     return figure
 

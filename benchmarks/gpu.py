@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
+from unittest import mock
 
 import common
 import pandas as pd
@@ -35,6 +36,7 @@ import training_step
 from common import Case, Comparison
 from torch import Tensor
 
+from writesae import train
 from writesae.harvest import harvest
 from writesae.hosts import Host, families, without_triton
 from writesae.memory import keep_freed_memory
@@ -153,9 +155,11 @@ def replacing(shape: str, way: str, kind: str) -> Callable[[], Tensor]:
     return under(kind, run)
 
 
-def training(shape: str, kind: str) -> Callable[[], Tensor]:
-    """A step of the trainer on fp32 factors, some atoms silent; returns the loss. Nothing moves (training_step.py)."""
-    sizes = SHAPES[shape]["training"]
+def training(shape: str, kind: str, compiled: bool = False) -> Callable[[], Tensor]:
+    """A step of the trainer on fp32 factors, some atoms silent; returns the loss. Nothing moves (training_step.py).
+    compiled: the loss goes through torch.compile."""
+    sizes, loss_of = SHAPES[shape]["training"], train.factored_loss
+    loss_of = torch.compile(loss_of) if compiled else loss_of
     run = training_step.new_run(**sizes)
     run.settings = run.settings.model_copy(update=dict(products=kind))
 
@@ -163,7 +167,8 @@ def training(shape: str, kind: str) -> Callable[[], Tensor]:
         run.step = 0
         run.silent.zero_()
         run.silent[: sizes["silent"]] = run.settings.dead_after
-        run.advance()
+        with mock.patch.object(train, "factored_loss", loss_of):
+            run.advance()
         return run.losses[0, :1].clone()
 
     return step
@@ -200,6 +205,11 @@ def comparisons(shape: str) -> list[Comparison]:
         ("firing", replaced("batched") + replaced("plain")),
         ("token", several("training step", training, steps)),
     ]
+    if (
+        common.device().type == "cuda"
+    ):  # on two cores of a CPU compiling took half a minute, and steps as long as without
+        make = partial(training, compiled=True)
+        found[-1][1].extend(several("compiled step", make, steps, "training step"))
     return [Comparison(dict(unit=unit), cases, differences, rounds, count_products=True) for unit, cases in found]
 
 
@@ -210,7 +220,8 @@ def differences(results: dict[str, Tensor]) -> dict[str, float]:
         part, kind = name.rsplit(" ", 1)
         if part in ("peak", "matrix"):
             continue
-        wanted = results[f"batched replacement {kind}" if part == "plain replacement" else f"{part} fp32"]
+        others = {"plain replacement": f"batched replacement {kind}", "compiled step": "training step fp32"}
+        wanted = results[others.get(part, f"{part} fp32")]
         found[f"difference {name}"] = replacement.apart(result.double().cpu(), wanted.double().cpu())
     return found
 
@@ -235,7 +246,7 @@ def tidy(table: pd.DataFrame, peaks: dict[str, float], kernel: str) -> pd.DataFr
         of_peak=table.gflop / table.seconds / table.products.map(peaks),
         kernel=library.map({True: kernel, False: "torch"}),
     )
-    trained = table.part == "training step"
+    trained = table.part.isin(["training step", "compiled step"])
     table["agrees"] = (table.difference <= TOLERANCE).where(trained, None)
     return table[[name for name in table if not name.startswith(("difference ", "of_peak_"))]]
 

@@ -10,15 +10,18 @@ The plan: TOKENS tokens harvested once and passed once through the training of e
     training_hours   all cells, one after the other, at the measured rate of the step at 128 x 128
     memory_gib       peak of a training step, as measured (both ways read their data from disk)
 
-The first machine is the one of the measurements. The second is estimated, no card was measured: the same shares of its
-matrix-product peak in TF32, which is the data sheet's.
+The first machine is the one of the measurements. The card is estimated, none was measured, twice: once as if all time went
+into matrix products (the same share of its peak, TF32), once as if all went into moving memory (the same share of its
+bandwidth; this machine's is measured here, by copying). Both peaks are the data sheet's. The truth should lie between.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import pandas as pd
+import torch
 from common import save, start
 
 from writesae import artifacts
@@ -26,7 +29,8 @@ from writesae.hosts import load_host
 
 TOKENS, LAYERS, HEADS = 5_000_000, 3, 16
 PARAMETERS, DEPTH = 752.4e6, 18 / 24  # Qwen3.5-0.8B's text model, up to its layer 17
-CARD, CARD_GFLOPS = "H100 SXM, TF32 (estimated)", 494.7e3  # NVIDIA's data sheet, dense
+CARD, CARD_GFLOPS, CARD_BANDWIDTH = "H100 SXM", 494.7e3, 3350  # NVIDIA's data sheet: TF32, dense; GB/s
+COPIED, COPIES = 2**28, 9  # bytes
 
 
 def rate(table: pd.DataFrame, **where) -> float:
@@ -34,24 +38,40 @@ def rate(table: pd.DataFrame, **where) -> float:
     return float(artifacts.rows_with(table, **where).rate.item())
 
 
-def plan(training: pd.DataFrame, harvests: pd.DataFrame, storage: pd.DataFrame, parameters: float) -> pd.DataFrame:
-    """The lines, from the tables training_step, harvest_speed and storage; `parameters` of the embedded host."""
+def bandwidth() -> float:
+    """GB/s that are read and written while memory is copied: the median of some copies."""
+    source = torch.ones(COPIED, dtype=torch.uint8)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(COPIES):
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - start)
+    return 2 * COPIED / 1e9 / statistics.median(seconds)
+
+
+def plan(
+    training: pd.DataFrame, harvests: pd.DataFrame, storage: pd.DataFrame, parameters: float, moved: float
+) -> pd.DataFrame:
+    """The lines, from the tables training_step, harvest_speed and storage; `parameters` of the embedded host; GB/s that this
+    machine moves."""
     cells = LAYERS * HEADS
     product = training[training.case == "matrix product"].iloc[0]
     peak = product.gflop / product.seconds  # GFLOP/s of this machine
     harvest = rate(harvests, host="gated_deltanet", case="harvest, last layer")
     share = harvest * 2 * parameters / 1e9 / peak
+    here = str(product.device)
+    machines = [(here, "measured", 1), (CARD, "products", CARD_GFLOPS / peak), (CARD, "memory", CARD_BANDWIDTH / moved)]
     rows = []
     for way in ("factored", "plain"):
         step = artifacts.rows_with(training, method=way, side=128).iloc[0]
         stored = artifacts.rows_with(storage, host="gated_deltanet_128", kept="both").iloc[0]
         size = stored.bytes if way == "factored" else stored.state_bytes
-        for machine, speed in ((product.device, peak), (CARD, CARD_GFLOPS)):
-            row = dict(way=way, machine=machine, measured=machine != CARD, tokens=TOKENS, cells=cells)
+        for machine, by, faster in machines:
+            row = dict(way=way, machine=machine, by=by, faster=faster, tokens=TOKENS, cells=cells)
             row |= dict(disk_gb=TOKENS * cells * size / 1e9, disk_gb_a_layer=TOKENS * HEADS * size / 1e9)
-            row |= dict(harvest_hours=TOKENS * DEPTH * 2 * PARAMETERS / 1e9 / (share * speed) / 3600)
-            row |= dict(training_hours=TOKENS * cells / step.rate * (peak / speed) / 3600)
-            rows.append(row | dict(memory_gib=step.peak_mib / 1024, harvest_of_peak=share))
+            row |= dict(harvest_hours=TOKENS * DEPTH * 2 * PARAMETERS / 1e9 / (share * peak) / faster / 3600)
+            row |= dict(training_hours=TOKENS * cells / step.rate / faster / 3600)
+            rows.append(row | dict(memory_gib=step.peak_mib / 1024, harvest_of_peak=share, gb_a_second=moved))
     return pd.DataFrame(rows)
 
 
@@ -63,7 +83,7 @@ def main() -> None:
     count = sum(x.numel() for x in host.model.parameters())
     if quick:  # the sides of a quick run stand in for 128
         tables[0] = tables[0].assign(side=tables[0].side.replace(32, 128))
-    table = plan(*tables, count)
+    table = plan(*tables, count, bandwidth())
     print(table.to_string(index=False))
     save("plan", table, quick, time.monotonic() - began)
 

@@ -102,14 +102,16 @@ def test_the_plan_scales_measured_rates():
     ).assign(rate=[8000, 100, 1], seconds=[1, 1, 0.5], gflop=[0, 0, 50], peak_mib=[1024, 4096, None], device="this")
     harvests = pd.DataFrame(dict(host=["gated_deltanet"], case=["harvest, last layer"], rate=[1000]))
     storage = pd.DataFrame(dict(host=["gated_deltanet_128"], kept=["both"], bytes=[1540], state_bytes=[65536]))
-    table = plan.plan(training, harvests, storage, parameters=10e6).set_index(["way", "machine"])
-    ours, card = table.loc[("factored", "this")], table.loc[("factored", plan.CARD)]
+    table = plan.plan(training, harvests, storage, parameters=10e6, moved=20).set_index(["way", "machine", "by"])
+    ours, card = table.loc[("factored", "this", "measured")], table.loc[("factored", plan.CARD, "products")]
     assert ours.harvest_of_peak == pytest.approx(1000 * 2 * 10e6 / 1e9 / 100), "100 GFLOP/s"
     assert ours.harvest_hours == pytest.approx(5e6 * 0.75 * 2 * 752.4e6 / 20e9 / 3600)
     assert ours.training_hours == pytest.approx(5e6 * 48 / 8000 / 3600)
     assert card.training_hours / ours.training_hours == pytest.approx(100 / plan.CARD_GFLOPS)
+    card = table.loc[("factored", plan.CARD, "memory")]
+    assert card.harvest_hours / ours.harvest_hours == pytest.approx(20 / plan.CARD_BANDWIDTH)
     assert ours.disk_gb == pytest.approx(5e6 * 48 * 1540 / 1e9) and ours.disk_gb == pytest.approx(
         3 * ours.disk_gb_a_layer
     )
-    assert table.loc[("plain", "this")].disk_gb / ours.disk_gb == pytest.approx(65536 / 1540)
-    assert (ours.memory_gib, ours.measured, card.measured) == (1, True, False)
+    assert table.loc[("plain", "this", "measured")].disk_gb / ours.disk_gb == pytest.approx(65536 / 1540)
+    assert ours.memory_gib == 1
