@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 import yaml
@@ -168,6 +171,24 @@ print(suite.host("rwkv7").vocabulary, bool((losses > 5).all()))
 """
 
 
+HOLD = "import time; held = bytearray(400_000_000); print(flush=True); time.sleep(60)"
+
+
+def test_memory_of_processes_that_have_ended_counts():
+    with dryrun.peak_memory(every=0.01) as peak:
+        child = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE)
+        child.stdout.readline()  # it has its memory now
+        deadline = time.monotonic() + 20
+        while peak() < (before := psutil.Process().memory_info().rss / 1e9) + 0.4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        child.kill()
+        child.wait()
+        assert before + 0.4 <= peak() < before + 0.6
+    with dryrun.peak_memory(every=0.01) as peak:
+        time.sleep(0.2)
+    assert 0 < peak() < before + 0.2  # of this watch alone
+
+
 def test_a_page_through_the_real_command(tmp_path):
     for name in ("writesae", "models/gated_deltanet"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
@@ -189,7 +210,8 @@ def test_a_page_through_the_real_command(tmp_path):
     command = [sys.executable, "-m", "writesae.dryrun", "--profile", "small"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "DRY RUN 00_toy: " in done.stdout and "peak memory" in done.stdout
+    told = re.search(r"DRY RUN 00_toy: \d+ s, peak memory ([\d.]+) GB", done.stdout)
+    assert float(told[1]) > 0.4  # the notebook's kernel holds torch and a model
     assert page.read_bytes() == before
     written = tmp_path / "build" / "dryrun"
     executed = nbformat.read(written / "build" / "small" / "notebooks" / "00_toy.ipynb", as_version=4)

@@ -9,14 +9,17 @@ out shows that nothing breaks at these shapes, and how much memory it takes, and
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import resource
 import shutil
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import yaml
 
 from writesae import dependencies, run_notebook
@@ -86,10 +89,33 @@ def _content(profile: str) -> dict:
     return yaml.safe_load((ROOT / "profiles" / f"{profile}.yaml").read_text())
 
 
-def peak_gigabytes() -> float:
-    """The most memory that any one process of this run has had resident."""
-    most = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return most * (1 if sys.platform == "darwin" else 1024) / 1e9
+def resident(process: psutil.Process) -> int:
+    """Bytes that a process and all below it hold in memory. What several of them share counts several times."""
+    total = 0
+    for one in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end between the question and the answer
+            total += one.memory_info().rss
+    return total
+
+
+@contextlib.contextmanager
+def peak_memory(every: float = 0.2) -> Iterator[Callable[[], float]]:
+    """Look at this process and those below it every so many seconds; yields a function that gives the most that they have
+    held in memory at one time so far, in GB. A notebook's kernel ends before anyone could ask it for its peak."""
+    this, most, over = psutil.Process(), 0, threading.Event()
+
+    def look() -> None:
+        nonlocal most
+        while not over.wait(every):
+            most = max(most, resident(this))
+
+    watch = threading.Thread(target=look, daemon=True)
+    watch.start()
+    try:
+        yield lambda: most / 1e9
+    finally:
+        over.set()
+        watch.join()
 
 
 def run(profile: str, names: list[str] | None = None) -> list[str]:
@@ -107,12 +133,13 @@ def run(profile: str, names: list[str] | None = None) -> list[str]:
     began = time.monotonic()
     for name in names or dependencies.order():
         start = time.monotonic()
-        try:
-            run_notebook.run(name, profile)
-        except run_notebook.RunError as error:
-            failed.append(name)
-            print(f"{name} failed: {error}", file=sys.stderr)
-        print(f"DRY RUN {name}: {time.monotonic() - start:.0f} s, peak memory {peak_gigabytes():.1f} GB", flush=True)
+        with peak_memory() as peak:
+            try:
+                run_notebook.run(name, profile)
+            except run_notebook.RunError as error:
+                failed.append(name)
+                print(f"{name} failed: {error}", file=sys.stderr)
+        print(f"DRY RUN {name}: {time.monotonic() - start:.0f} s, peak memory {peak():.1f} GB", flush=True)
     print(f"DRY RUN of {profile}: {(time.monotonic() - began) / 60:.1f} minutes, output in {output_root()}")
     return failed
 
