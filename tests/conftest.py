@@ -55,6 +55,26 @@ SMALL = dict(
         gate_low_rank_dim=10,
         tie_word_embeddings=True,
     ),
+    delta_net=dict(
+        vocab_size=300,
+        hidden_size=40,
+        num_heads=4,
+        expand_k=1.2,
+        expand_v=2,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        tie_word_embeddings=True,
+    ),
+    gla=dict(
+        vocab_size=300,
+        hidden_size=40,
+        num_heads=4,
+        expand_k=1.2,
+        expand_v=2,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        tie_word_embeddings=True,
+    ),
 )
 
 

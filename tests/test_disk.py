@@ -43,7 +43,7 @@ def test_a_harvest_is_as_large_as_its_file(host, tmp_path):
     tokens = torch.randint(0, 300, (3, 40))
     factors = harvest(host, tokens, [(1, 0)], batch=3, progress=False)[(1, 0)]
     save_file({name: x.contiguous() for name, x in factors.items()}, tmp_path / "file")
-    shape = hub.Shape(5, 4, host.d_k, host.d_v, vector_decay=host.family == "rwkv7")
+    shape = hub.Shape(5, 4, host.d_k, host.d_v, vector_decay=host.family in disk.VECTOR_DECAYS)
     size = (tmp_path / "file").stat().st_size
     assert size == pytest.approx(disk.harvest_bytes(shape, tokens.numel()), abs=2000)
 
@@ -61,7 +61,7 @@ def test_a_folder_tells_its_shape(family, tmp_path):
     host = small(family)
     host.model.config.save_pretrained(tmp_path)
     shape = disk.shape_of(tmp_path)
-    assert shape[1:3] == (host.heads, host.d_k) and shape.vector_decay == (family == "rwkv7")
+    assert shape[1:3] == (host.heads, host.d_k) and shape.vector_decay == (family in ("rwkv7", "gla"))
     assert shape.layers == host.layers
     if family != "rwkv7":  # whose values are as wide as its keys in every published model
         assert shape.d_v == host.d_v

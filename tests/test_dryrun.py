@@ -95,7 +95,13 @@ def test_a_dry_run_fits_every_profile_and_is_tiny(name, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("Qwen/Qwen3.5-0.8B", 752.4), ("state-spaces/mamba2-370m", 368.3), ("fla-hub/rwkv7-1.5B-world", 1527.4)],
+    [
+        ("Qwen/Qwen3.5-0.8B", 752.4),
+        ("state-spaces/mamba2-370m", 368.3),
+        ("fla-hub/rwkv7-1.5B-world", 1527.4),
+        ("fla-hub/delta_net-1.3B-100B", 1365.7),
+        ("fla-hub/gla-1.3B-100B", 1365.5),
+    ],
 )
 def test_the_true_shapes_have_the_true_number_of_parameters(name, millions):
     shape = yaml.safe_load(dryrun.SHAPES.read_text())[name]

@@ -86,6 +86,15 @@ def test_an_interval_beside_its_point_is_drawn_up_to_the_point(axes):
     assert ends[0][:, 1] == pytest.approx([1.0, 2.0])
 
 
+def test_half_lives_that_are_all_infinite_are_drawn_all_the_same(axes, tmp_path):
+    table = pd.DataFrame(dict(half_life_median=[np.inf, np.inf], sigma1_over_sigma2=[2.0, 3.0]))
+    assert [plots.scale(table, name) for name in table] == ["linear", "linear"]
+    axes.plot(table.half_life_median, table.sigma1_over_sigma2, "o")
+    axes.set(xscale=plots.scale(table, "half_life_median"), yscale="log")
+    plots.save(axes.figure, "cells", tmp_path)
+    assert plots.scale(table.assign(half_life_median=[np.inf, 3.0]), "half_life_median") == "log"
+
+
 def test_predictors_of_one_value_do_not_hide_one_another(axes):
     rows = [(name, eps, -5.0, -6.0, 0.5) for name in plots.PREDICTOR for eps in (0.1, 1.0)]
     summary = pd.DataFrame(rows, columns=["predictor", "eps", "r2", "low", "high"])

@@ -139,6 +139,17 @@ def test_vector_decays_answer_what_a_history_answers():
     assert_close(history[1:].steps(), states[1:], "two of the windows", 1e-12)
 
 
+def test_large_states_are_rebuilt_at_the_chosen_places_alone(monkeypatch):
+    """And in groups of no more windows than have VECTOR_NUMBERS numbers in their states."""
+    factors, history = vector_history(8.0)
+    monkeypatch.setattr(history_module, "VECTOR_NUMBERS", 2 * TOKENS * 5 * 7)
+    monkeypatch.setattr(VectorHistory, "steps", lambda self: 1 / 0)
+    assert [len(part) for part in history.groups()] == [2, 1]
+    window, position = torch.tensor([2, 0, 1, 2]), torch.tensor([149, 0, 31, 64])
+    states = step_states(factors)[window, position]
+    assert_close(history.matrices(window, position), states, "matrices", 1e-12)
+
+
 def test_vector_decays_of_wrong_shape_are_refused():
     _, history = vector_history()
     with pytest.raises(ValueError, match="vector decays needs key, log_decay, erase"):

@@ -53,6 +53,7 @@ def test_a_model_of_another_class_is_told_which_there_are(folder):
     for settings in (dict(model_type="gpt2"), dict(model_type="nobody_knows"), dict(model_type="vit")):
         (folder / "config.json").write_text(json.dumps(settings))
         known = r"Qwen3_5ForCausalLM \(gated_deltanet\); Mamba2ForCausalLM \(mamba2\); RWKV7ForCausalLM \(rwkv7\)"
+        known += r"; DeltaNetForCausalLM \(delta_net\); GLAForCausalLM \(gla\)"
         with pytest.raises(ValueError, match=f"no host family has that class: {known}"):
             load_host(folder)
 

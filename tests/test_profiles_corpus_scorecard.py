@@ -33,6 +33,21 @@ def test_unknown_profile_and_wrong_field_are_refused(tmp_path):
         load_profile("odd", tmp_path)
 
 
+def test_a_profile_has_the_fields_of_the_one_it_extends_but_for_its_own(tmp_path):
+    more, below = load_profile("more-hosts"), load_profile("single-gpu")
+    cells = {name: (host.cells["middle"].layer, host.cells["middle"].head) for name, host in more.hosts.items()}
+    assert cells == dict(gated_deltanet=(9, 4), delta_net=(12, 8), gla=(12, 0)), "the paper's"
+    assert more.hosts["gated_deltanet"] == below.hosts["gated_deltanet"]
+    assert more.hosts["gla"].overrides == below.hosts["rwkv7"].overrides
+    assert more.model_dump(exclude={"name", "hosts"}) == below.model_dump(exclude={"name", "hosts"})
+    (tmp_path / "odd.yaml").write_text("extends: even\nseed: 3\n")
+    with pytest.raises(ValueError, match=r"Profile odd extends 'even', which is not there: write even\.yaml beside it"):
+        load_profile("odd", tmp_path)
+    (tmp_path / "even.yaml").write_text("extends: odd\n")
+    with pytest.raises(ValueError, match="Profile odd: hosts: Field required"):
+        load_profile("odd", tmp_path)
+
+
 def test_docstrings_of_a_file(tmp_path):
     path = tmp_path / "module.py"
     nested = 'class A:\n    def f(self):\n        if 1:\n            def g():\n                "deep"\n'

@@ -100,6 +100,14 @@ def test_correlations_are_numpys_and_their_intervals_fishers():
     assert ranks.n == 30
 
 
+def test_infinity_has_a_rank():
+    """Half-lives of cells that never decay are infinite."""
+    large = np.median(A) < A
+    far = np.where(large, np.inf, A)
+    assert statistics.spearman(far, B) == statistics.spearman(np.where(large, 1e9, A), B)
+    assert np.isnan(statistics.spearman(np.full(30, np.inf), B)[:4]).all()
+
+
 def test_a_perfect_order_has_rho_one():
     assert statistics.spearman(A, np.exp(A))[:3] == (1.0, 1.0, 1.0)
 

@@ -25,6 +25,11 @@ FIELDS = {  # of config.json, by model type: d_k, d_v, heads
     "mamba2": ("state_size", "head_dim", "num_heads"),
     "rwkv7": ("head_dim", "head_dim", "num_heads"),
 }
+EXPANDED = {  # those whose configs give the heads' widths as shares of the whole, with what they leave out
+    "delta_net": dict(hidden_size=2048, num_heads=16, expand_k=1, expand_v=1, num_hidden_layers=24),
+    "gla": dict(hidden_size=2048, num_heads=4, expand_k=0.5, expand_v=1, num_hidden_layers=24),
+}
+VECTOR_DECAYS = ("rwkv7", "gla")
 
 
 class Need(NamedTuple):
@@ -43,10 +48,15 @@ def shape_of(path: str | Path) -> hub.Shape:
         settings = json.loads(config.read_text())
         settings = settings.get("text_config", settings)
         kind = settings.get("model_type")
-        values = [settings.get(name) for name in (*FIELDS.get(kind, ()), "num_hidden_layers")]
+        if kind in EXPANDED:
+            full = EXPANDED[kind] | settings
+            values = [round(full["hidden_size"] * full[name]) // full["num_heads"] for name in ("expand_k", "expand_v")]
+            values += [full["num_heads"], full["num_hidden_layers"]]
+        else:
+            values = [settings.get(name) for name in (*FIELDS.get(kind, ()), "num_hidden_layers")]
         if len(values) == 4 and all(isinstance(x, int) for x in values):
             d_k, d_v, heads, layers = values
-            return hub.Shape(layers, heads, d_k, d_v, vector_decay=kind == "rwkv7")
+            return hub.Shape(layers, heads, d_k, d_v, vector_decay=kind in VECTOR_DECAYS)
     return hub.KNOWN.get(str(path), hub.KNOWN["Qwen/Qwen3.5-0.8B"]).shape
 
 

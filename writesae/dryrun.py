@@ -24,7 +24,7 @@ import yaml
 
 from writesae import dependencies, run_notebook
 from writesae.artifacts import ROOT, Paths, output_root
-from writesae.profiles import load_profile
+from writesae.profiles import load_profile, profile_content
 
 SHAPES = ROOT / "profiles" / "dryrun" / "hosts.yaml"
 TOKENIZER = ROOT / "models" / "gated_deltanet"  # its ids are the first of each random host's
@@ -86,7 +86,7 @@ def make_hosts(profile: str) -> list[Path]:
 
 
 def _content(profile: str) -> dict:
-    return yaml.safe_load((ROOT / "profiles" / f"{profile}.yaml").read_text())
+    return profile_content(ROOT / "profiles" / f"{profile}.yaml")
 
 
 def resident(process: psutil.Process) -> int:

@@ -26,6 +26,7 @@ CHUNK = 64
 STATE_CHUNK = 32
 GROUP = 64  # windows, or picked places, that are worked on at once
 VECTOR_GROUP = 8  # windows, where their states are rebuilt
+VECTOR_NUMBERS = 2**26  # in the states that are rebuilt at once, if they are of more than one window
 
 
 class Chunks(NamedTuple):
@@ -265,7 +266,7 @@ class VectorHistory(History):
         return "state"
 
     def groups(self, windows: int = VECTOR_GROUP) -> Iterator[History]:
-        return super().groups(min(windows, VECTOR_GROUP))
+        return super().groups(min(windows, VECTOR_GROUP, at_once(self)))
 
     def walk(self) -> Iterator[Tensor]:
         state = torch.zeros_like(self.key[:, 0, :, None] * self.value[:, 0, None, :])
@@ -306,9 +307,20 @@ class VectorHistory(History):
         return self.steps().sum((0, 1))
 
     def _matrices(self, window: Tensor, position: Tensor) -> Tensor:
-        unique, which = window.unique(return_inverse=True)
-        states = self[unique].steps()
-        return states[which, position]
+        if at_once(self) >= GROUP:
+            unique, which = window.unique(return_inverse=True)
+            states = self[unique].steps()
+            return states[which, position]
+        key, value, log_decay, erase, taken = (x[window] for x in self.tensors().values())
+        seen = (torch.arange(key.shape[1], device=key.device) <= position[:, None])[..., None]
+        later = (log_decay * seen).flip(1).cumsum(1).flip(1) - log_decay  # summed over the tokens after each one
+        weight = later.masked_fill(~seen, -torch.inf).exp()
+        return (key * weight).mT @ value - (erase * weight).mT @ taken
+
+
+def at_once(history: History) -> int:
+    """Of how many windows, at least one, all states are rebuilt at once."""
+    return max(1, VECTOR_NUMBERS // (history.shape[1] * history.d_k * history.d_v))
 
 
 def _scan(log_decay: Tensor, x: Tensor) -> Tensor:

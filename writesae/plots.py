@@ -49,6 +49,11 @@ def style() -> None:
     )
 
 
+def scale(table: pd.DataFrame, name: str) -> str:
+    """The scale of an axis of a column: "log" for half-lives unless all are infinite, which no such axis takes; else "linear"."""
+    return "log" if name == "half_life_median" and np.isfinite(table[name]).any() else "linear"
+
+
 def mark_dry_run(figure: plt.Figure) -> None:
     """DRY RUN across the figure, once."""
     if not any(text.get_gid() == DRY_RUN for text in figure.texts):

@@ -1,4 +1,5 @@
-"""Profiles: every number that an experiment uses, validated, in profiles/NAME.yaml; the YAML says what each is.
+"""Profiles: every number that an experiment uses, validated, in profiles/NAME.yaml; the YAML says what each is. A profile
+that `extends` another has its fields, but for those that it gives itself.
 
 In a dry run (`writesae.dryrun`) the tiny counts of profiles/dryrun/overrides.yaml are laid over the profile, and hosts of the
 same shapes with random weights stand in its hosts' place.
@@ -270,7 +271,7 @@ def load_profile(name: str, folder: Path | None = None) -> Profile:
             f"There is no profile {name!r}: choose one of {known}, or write {path.name} in {folder.name}/."
         )
     try:
-        content = yaml.safe_load(path.read_text())
+        content = profile_content(path)
         if dry_run():
             content = dry(content, yaml.safe_load((ROOT / "profiles" / "dryrun" / "overrides.yaml").read_text()))
         return Profile(name=name, **content)
@@ -278,6 +279,22 @@ def load_profile(name: str, folder: Path | None = None) -> Profile:
         raise ValueError(f"Profile {name}: {_first(error)}.") from None
     except (TypeError, UnicodeDecodeError, yaml.YAMLError):
         raise ValueError(f"Profile {name} is not a YAML mapping of fields to values.") from None
+
+
+def profile_content(path: Path) -> dict:
+    """The fields of a profile's file, over those of the profile beside it that it `extends`, if it extends one.
+
+    Raises ValueError where that one is not there.
+    """
+    own = {**yaml.safe_load(path.read_text())}
+    if "extends" not in own:
+        return own
+    below = path.with_name(f"{own.pop('extends')}.yaml")
+    if not below.is_file():
+        raise ValueError(
+            f"Profile {path.stem} extends {below.stem!r}, which is not there: write {below.name} beside it."
+        )
+    return {**yaml.safe_load(below.read_text())} | own
 
 
 def _first(error: ValidationError) -> str:

@@ -211,6 +211,45 @@ def decayed_chunks(
     return outputs, state.transpose(2, 3).flatten(1, 2) if end else None
 
 
+def diagonal_chunks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    added: torch.Tensor,
+    log_decay: torch.Tensor,
+    state: torch.Tensor | None = None,
+    chunk: int = 16,
+    groups=None,
+    end: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """S_t = diag(exp(log_decay_t)) S_{t-1} + key_t added_t^T by chunks: outputs S_t^T q_t [..., T, d_v], last state
+    [..., d_k, d_v].
+
+    query, key, log_decay: [..., T, d_k]; added: [..., T, d_v]; state, groups, end: as in `gated_delta_chunks`. The decays
+    from token to token of a chunk are formed themselves, [..., T, chunk, d_k] of them, so that none is too fast.
+    """
+    length, d_k, d_v = key.shape[-2], key.shape[-1], added.shape[-1]
+    chunk = min(chunk, length)
+    parts, pad = (query, key, added, log_decay), -length % chunk
+    parts = [F.pad(x, (0, 0, 0, pad)) for x in parts] if pad else parts
+    query, key, added, log_decay = (x.unflatten(-2, (-1, chunk)) for x in parts)
+    within, chunks = log_decay.cumsum(-2), key.shape[-3]
+    later = torch.ones(chunk, chunk, dtype=torch.bool, device=key.device).triu(1)[..., None]
+    between = (within[..., :, None, :] - within[..., None, :, :]).masked_fill(later, -torch.inf).exp()
+    attention = ((between * key[..., None, :, :]) @ query[..., None])[..., 0]
+    own, last = attention @ added, within[..., -1:, :]
+    query, key, whole = query * within.exp(), key * (last - within).exp(), last.mT.exp()
+    if state is None:
+        state = key.new_zeros(*key.shape[:-3], d_k, d_v)
+    outputs = []
+    for c in range(chunks):
+        read = query[..., c, :, :] @ state if groups is None else groups.read(query[..., c, :, :], state)
+        outputs.append(own[..., c, :, :] + read)
+        if end or c < chunks - 1:
+            state, groups = state if groups is None else state[groups.which], None
+            state = whole[..., c, :, :] * state + key[..., c, :, :].mT @ added[..., c, :, :]
+    return torch.cat(outputs, -2)[..., :length, :], state if end else None
+
+
 def diagonal_delta_chunks(
     query: torch.Tensor,
     key: torch.Tensor,

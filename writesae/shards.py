@@ -26,7 +26,7 @@ from torch import Tensor
 
 from writesae import artifacts
 from writesae.harvest import Cell, harvest, history
-from writesae.history import GROUP, VECTOR_GROUP, History
+from writesae.history import GROUP, VECTOR_GROUP, History, at_once
 from writesae.hosts import Host
 
 FORMAT_VERSION = 1
@@ -199,7 +199,7 @@ class ShardedHistory:
 
     def groups(self, windows: int = GROUP) -> Iterator[History]:
         """The history in parts of at most `windows` windows, in order, one of them in memory at a time."""
-        return History.groups(self, windows if self.factored else min(windows, VECTOR_GROUP))
+        return History.groups(self, windows if self.factored else min(windows, VECTOR_GROUP, at_once(self)))
 
     def fingerprint(self) -> str:
         """A hash of all values, by the checksums of the shards."""

@@ -160,8 +160,8 @@ def pearson(a, b) -> Correlation:
 
 
 def spearman(a, b) -> Correlation:
-    """Spearman's rho, Bonett and Wright's interval. All are nan where `pearson`'s are."""
-    a, b = _pair(a, b)
+    """Spearman's rho, Bonett and Wright's interval; infinity has a rank. All are nan where `pearson`'s are."""
+    a, b = _pair(*(stats.rankdata(x, nan_policy="omit") for x in (a, b)))
     if unknown := _unknown(a, b):
         return unknown
     result = stats.spearmanr(a, b)

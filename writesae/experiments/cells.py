@@ -30,7 +30,7 @@ def survey_cells(host: Host, run: Run, first_position: int, layers: Iterable[int
     rows, layers = [], host.recurrent_layers if layers is None else tuple(layers)
     for layer, head in (cell for cell in host.cells if cell[0] in layers):
         f = host.factors(run, layer, head)
-        half_life = (math.log(2) / -f.log_decay.float()).median()
+        half_life = (math.log(2) / f.log_decay.float().abs()).median()  # infinite without a decay
         few = type(f)(**{name: None if x is None else x[:4].double() for name, x in vars(f).items()})
         states = step_states(few)[:, first_position - 1 :: EVERY]
         sigma = torch.linalg.svdvals(states.flatten(0, 1))

@@ -15,6 +15,8 @@ FAMILIES = {
     "gated_deltanet": "writesae.hosts.gated_deltanet",
     "mamba2": "writesae.hosts.mamba2",
     "rwkv7": "writesae.hosts.rwkv7",
+    "delta_net": "writesae.hosts.delta_net",
+    "gla": "writesae.hosts.gla",
 }
 
 

@@ -1,0 +1,262 @@
+"""DeltaNet and GLA in plain PyTorch, with the parameter names of flash-linear-attention's checkpoints.
+
+DeltaNet: Yang et al. 2024, arXiv 2406.06484; GLA: Yang et al. 2024, arXiv 2312.06635. Fields and formulas follow that
+package (its layers/delta_net.py, layers/gla.py), which itself runs on CUDA alone. For one head, x the normed input:
+
+| here      | DeltaNet                                        | GLA                                        |
+|-----------|-------------------------------------------------|--------------------------------------------|
+| query     | conv(W_q x), unit norm, times d_k^-0.5          | W_q x times d_k^-0.5                       |
+| key       | conv(W_k x), unit norm                          | W_k x                                      |
+| added     | beta v, v = conv(W_v x), beta = sigmoid(W_b x)  | v = W_v x                                  |
+| log_decay | 0                                               | logsigmoid(W_2 W_1 x + b) / 16, one a channel |
+| erase     | beta key, along key                             | none                                       |
+| output    | RMS norm a head                                 | RMS norm a head, times silu(W_g x)         |
+
+conv is a causal convolution a channel over four tokens, then SiLU. Around both mixers stand pre-norms and a SwiGLU.
+The functions below read nothing but weights, and so work on flash-linear-attention's own modules as well.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from writesae.hosts.gated_deltanet import unit
+from writesae.hosts.rwkv7_model import wide
+from writesae.recurrence import diagonal_chunks, gated_delta_chunks
+
+GATE_RANK = GATE_NORMALIZER = 16  # of GLA's decays: constants of the package's layer, in no config
+
+
+class FLAConfig(PreTrainedConfig):
+    """The fields that DeltaNet and GLA share. Keys are expand_k, values expand_v times as wide as hidden_size, over all
+    heads. hidden_ratio counts where intermediate_size is None."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    num_heads: int = 4
+    expand_k: float | int = 1
+    expand_v: float | int = 1
+    hidden_ratio: float | int | None = 4
+    intermediate_size: int | None = None
+    norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+
+
+class DeltaNetConfig(FLAConfig):
+    model_type = "delta_net"
+
+    num_heads: int = 16
+    conv_size: int = 4
+
+
+class GLAConfig(FLAConfig):
+    model_type = "gla"
+
+    expand_k: float | int = 0.5
+
+
+COMMON = dict(attn=None, attnres_block_size=None, hidden_act="swish")
+IMPLEMENTED = {  # fields that change the model, and their one value here, which the published checkpoints have
+    "delta_net": COMMON
+    | dict(use_short_conv=True, use_beta=True, use_gate=False, allow_neg_eigval=False)
+    | dict(qk_norm="l2", qk_activation="silu"),
+    "gla": COMMON
+    | dict(use_short_conv=False, use_gk=True, use_gv=False, use_output_gate=True, fuse_norm=True)
+    | dict(elementwise_affine=True, feature_map=None, clamp_min=None),
+}
+
+
+def check(config: PreTrainedConfig) -> None:
+    """Raises ValueError, in one sentence, for a config whose model is not the one that is implemented here."""
+    kind, heads = config.model_type, config.num_heads
+    shared = getattr(config, "num_kv_heads", None) or heads
+    for name, value in IMPLEMENTED[kind].items():
+        found = getattr(config, name, value)
+        if found != value:
+            raise ValueError(
+                f"A {kind} host has {name} {value!r}, as the published checkpoints, and this one {found!r}."
+            )
+    if shared != heads:
+        raise ValueError(f"A {kind} host has keys and values for each of its {heads} heads, and this one {shared}.")
+    for name in ("expand_k", "expand_v"):
+        width = config.hidden_size * getattr(config, name)
+        if width % heads:
+            raise ValueError(f"{heads} heads do not divide {name} times hidden_size, {width:g}.")
+
+
+def head_dims(config: PreTrainedConfig) -> tuple[int, int]:
+    """d_k and d_v of a head."""
+    return tuple(round(config.hidden_size * share) // config.num_heads for share in (config.expand_k, config.expand_v))
+
+
+def rms(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """RMS norm over the last dimension with a module's weight and eps, in the weight's type."""
+    return F.rms_norm(x.to(norm.weight.dtype), norm.weight.shape, norm.weight, norm.eps)
+
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, T, H d] to [B, T, H, d], in fp32 or better."""
+    return wide(x).unflatten(-1, (heads, -1))
+
+
+def project_delta(mixer: nn.Module, x: torch.Tensor, before: torch.Tensor | None):
+    """From normed inputs x [B, T, D] to query, key [B, T, H, d_k], value [B, T, H, d_v], beta [B, T, H], in fp32 or better;
+    and the inputs of the convolutions [B, T, C]. before: the last ones of the tokens before, [B, reach, C]."""
+    projections = [getattr(mixer, f"{name}_proj")(x) for name in "qkv"]
+    raw = torch.cat(projections, -1)
+    weight = torch.cat([getattr(mixer, f"{name}_conv1d").weight for name in "qkv"])
+    if before is None:
+        before = raw.new_zeros(len(raw), weight.shape[-1] - 1, raw.shape[-1])
+    mixed = F.silu(F.conv1d(torch.cat([before, raw], 1).mT, weight, groups=len(weight))).mT
+    parts = mixed.split([part.shape[-1] for part in projections], -1)
+    query, key, value = (split_heads(part, mixer.num_heads) for part in parts)
+    query = unit(query) * query.shape[-1] ** -0.5
+    return query, unit(key), value, wide(mixer.b_proj(x)).sigmoid(), raw
+
+
+def recur_delta(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, beta: torch.Tensor, **carried):
+    """Outputs and effective writes, each [B, T, H, d_v], and the last state [B, H, d_k, d_v] of `project_delta`'s factors.
+    carried: state, groups and end, as gated_delta_chunks takes them."""
+    heads_first = [x.transpose(1, 2) for x in (query, key, value, beta, torch.zeros_like(beta))]
+    outputs, effective, end = gated_delta_chunks(*heads_first, **carried)
+    return outputs.transpose(1, 2), effective.transpose(1, 2), end
+
+
+def project_gla(mixer: nn.Module, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """From normed inputs x [B, T, D] to the recurrence's query, key, log_decay [B, T, H, d_k] and added [B, T, H, d_v], in fp32
+    or better; and the outputs' gate [B, T, H d_v]."""
+    query, key, added, gate = (
+        split_heads(layer(x), mixer.num_heads) for layer in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gk_proj)
+    )
+    log_decay = F.logsigmoid(gate) / GATE_NORMALIZER
+    factors = dict(query=query * query.shape[-1] ** -0.5, key=key, added=added, log_decay=log_decay)
+    return factors, mixer.g_proj(x)
+
+
+def recur_gla(factors: dict[str, torch.Tensor], **carried) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Outputs [B, T, H, d_v] and last state [B, H, d_k, d_v] of `project_gla`'s factors. carried: as for diagonal_chunks."""
+    outputs, end = diagonal_chunks(**{name: x.transpose(1, 2) for name, x in factors.items()}, **carried)
+    return outputs.transpose(1, 2), end
+
+
+def read_out(mixer: nn.Module, outputs: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+    """From the heads' outputs [B, T, H, d_v], and GLA's gate [B, T, H d_v], to the layer's update [B, T, D]."""
+    if gate is None:
+        return mixer.o_proj(rms(mixer.o_norm, outputs).flatten(-2))
+    return mixer.o_proj(rms(mixer.g_norm_swish_gate, outputs).flatten(-2) * F.silu(gate))
+
+
+def feed_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The SwiGLU of normed inputs x [B, T, D]."""
+    return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+
+
+class DeltaNetMixer(nn.Module):
+    def __init__(self, config: DeltaNetConfig):
+        super().__init__()
+        d, self.num_heads, (d_k, d_v) = config.hidden_size, config.num_heads, head_dims(config)
+        for name, width in dict(q=d_k, k=d_k, v=d_v).items():
+            width *= self.num_heads
+            setattr(self, f"{name}_proj", nn.Linear(d, width, bias=False))
+            setattr(self, f"{name}_conv1d", nn.Conv1d(width, width, config.conv_size, groups=width, bias=False))
+        self.b_proj, self.o_norm = nn.Linear(d, self.num_heads, bias=False), nn.RMSNorm(d_v, config.norm_eps)
+        self.o_proj = nn.Linear(self.num_heads * d_v, d, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return read_out(self, recur_delta(*project_delta(self, x, None)[:4])[0])
+
+
+class GLAMixer(nn.Module):
+    def __init__(self, config: GLAConfig):
+        super().__init__()
+        d, self.num_heads, (d_k, d_v) = config.hidden_size, config.num_heads, head_dims(config)
+        keys, values = self.num_heads * d_k, self.num_heads * d_v
+        for name, width in dict(q=keys, k=keys, v=values, g=values).items():
+            setattr(self, f"{name}_proj", nn.Linear(d, width, bias=False))
+        self.gk_proj = nn.Sequential(nn.Linear(d, GATE_RANK, bias=False), nn.Linear(GATE_RANK, keys))
+        self.g_norm_swish_gate = nn.RMSNorm(d_v, config.norm_eps)
+        self.o_proj = nn.Linear(values, d, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        factors, gate = project_gla(self, x)
+        return read_out(self, recur_gla(factors)[0], gate)
+
+
+MIXERS = {"delta_net": DeltaNetMixer, "gla": GLAMixer}
+
+
+class FLAMLP(nn.Module):
+    """Parameters of the SwiGLU; `feed_forward` is its forward."""
+
+    def __init__(self, config: FLAConfig):
+        super().__init__()
+        d, width = config.hidden_size, config.intermediate_size
+        if width is None:  # two thirds of hidden_ratio, up to the next multiple of 256
+            width = -(int(d * (config.hidden_ratio or 4) * 2 / 3) // -256) * 256
+        self.gate_proj, self.up_proj = nn.Linear(d, width, bias=False), nn.Linear(d, width, bias=False)
+        self.down_proj = nn.Linear(width, d, bias=False)
+
+
+class FLABlock(nn.Module):
+    def __init__(self, config: FLAConfig):
+        super().__init__()
+        self.attn_norm, self.mlp_norm = (nn.RMSNorm(config.hidden_size, config.norm_eps) for _ in range(2))
+        self.attn, self.mlp = MIXERS[config.model_type](config), FLAMLP(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(rms(self.attn_norm, x))
+        return x + feed_forward(self.mlp, rms(self.mlp_norm, x))
+
+
+class FLAModel(nn.Module):
+    def __init__(self, config: FLAConfig):
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(FLABlock(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+
+
+class FLAForCausalLM(PreTrainedModel):
+    """The language model, for training and loading; it has no cache (the host adapters decode with states). ValueError for a
+    config that `check` refuses."""
+
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+    _input_embed_layer = "embeddings"
+
+    def __init__(self, config: FLAConfig):
+        super().__init__(config)
+        check(config)
+        self.model = FLAModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, use_cache: bool = False):
+        """Logits [B, T, vocabulary] of ids [B, T], and the mean next-token loss in nats where labels [B, T] are given."""
+        if use_cache:
+            raise ValueError(
+                f"This {self.config.model_type} has no cache: pass use_cache=False, or decode with its host."
+            )
+        x = self.model.embeddings(input_ids)
+        for block in self.model.layers:
+            x = block(x)
+        logits, loss = self.lm_head(rms(self.model.norm, x)), None
+        if labels is not None:
+            loss = F.cross_entropy(wide(logits[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+class DeltaNetForCausalLM(FLAForCausalLM):
+    config_class = DeltaNetConfig
+
+
+class GLAForCausalLM(FLAForCausalLM):
+    config_class = GLAConfig
