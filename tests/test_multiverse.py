@@ -334,6 +334,8 @@ def test_tests_by_hand():
     assert row.q1_minus_q4 == 1.0
     assert row.q1_minus_q4_p == pytest.approx(2 / 6)  # 2 of the 6 ways to share four values out are as far apart
     assert row.cliffs_delta_low <= row.cliffs_delta <= row.cliffs_delta_high
+    few = multiverse.tests(replaced(atom[:4], delete[:4]), permutations=100, resamples=40, seed=0).iloc[0]
+    assert np.isnan(few.q1_minus_q4_p) and few.q1_minus_q4 == 1.0  # one firing a quartile
 
 
 def test_permutation_within_atoms_knows_that_firings_of_one_atom_are_one():

@@ -67,7 +67,7 @@ def read_tables(suite: Suite) -> tuple[dict[str, pd.DataFrame], list[str]]:
 
 def plain(values, digits: int = 4) -> list:
     """Numbers for JSON, with so many significant digits; None for what is missing."""
-    short = [None if pd.isna(x) else float(f"{x:.{digits}g}") for x in values]
+    short = [None if pd.isna(x) or np.isinf(x) else float(f"{x:.{digits}g}") for x in values]
     return [int(x) if x is not None and x.is_integer() else x for x in short]
 
 

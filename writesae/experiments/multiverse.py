@@ -539,7 +539,7 @@ def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -
     wilcoxon_p: signed ranks of paired KLs; permutation_p: mean log ratio, exchanging atom and deletion within firings
     (taken as independent), and permutation_by_atom_p, within whole atoms; Cliff's delta of KL(delete) over KL(atom) with
     its bootstrap by passage; the failure rate of the lowest quartile of KL(delete) less that of the highest, with the
-    same bootstrap and a permutation of the quartiles' labels.
+    same bootstrap and a permutation of the quartiles' labels (nan where they hold fewer than two firings each).
     """
     rows = []
     for values, part in firings.groupby(GROUP, sort=False):
@@ -564,5 +564,6 @@ def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -
             low, high = cluster_bootstrap(every, part.passage, statistic=statistic, resamples=resamples, seed=seed)
             row |= {name: statistic(every), f"{name}_low": low, f"{name}_high": high}
         outer = [failed[quarter == name] for name in ("Q1", "Q4")]
-        rows.append(row | dict(q1_minus_q4_p=permutation_test(*outer, **options).p))
+        enough = min(map(len, outer)) > 1  # a dry run's quartiles hold one firing each
+        rows.append(row | dict(q1_minus_q4_p=permutation_test(*outer, **options).p if enough else np.nan))
     return pd.DataFrame(rows)
