@@ -274,3 +274,26 @@ def test_kill_9_and_again_gives_the_same_file(output):
     assert run(output / "b").returncode == 0
     assert (output / "a" / table).read_bytes() == (output / "b" / table).read_bytes()
     assert not list((output / "a").rglob("group-*"))
+
+
+def test_threads_that_write_one_file_at_once_do_not_take_each_others_away(tmp_path):
+    """Workers of a stage are threads, and may both find the same windows missing."""
+    path, both, failed = tmp_path / "x.txt", threading.Barrier(2, timeout=10), []
+
+    def write(partial):
+        partial.write_text("whole")
+        both.wait()
+
+    def run():
+        try:
+            artifacts.write_atomically(path, write)
+        except ArtifactError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and path.read_text() == "whole"
+    assert [x.name for x in tmp_path.iterdir()] == ["x.txt"]

@@ -19,6 +19,7 @@ import platform
 import re
 import shutil
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -94,7 +95,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises ArtifactError where it cannot be written (a full disk, a read-only folder); what was there before stays.
     """
     path = Path(path)
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    partial = path.with_name(
+        f"{PARTIAL}{os.getpid()}-{threading.get_ident()}-{path.name}"
+    )  # threads may write one file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
