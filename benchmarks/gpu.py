@@ -205,9 +205,8 @@ def comparisons(shape: str) -> list[Comparison]:
         ("firing", replaced("batched") + replaced("plain")),
         ("token", several("training step", training, steps)),
     ]
-    if (
-        common.device().type == "cuda"
-    ):  # on two cores of a CPU compiling took half a minute, and steps as long as without
+    # On two cores of a CPU compiling took half a minute, and steps as long as without.
+    if common.device().type == "cuda":
         make = partial(training, compiled=True)
         found[-1][1].extend(several("compiled step", make, steps, "training step"))
     return [Comparison(dict(unit=unit), cases, differences, rounds, count_products=True) for unit, cases in found]

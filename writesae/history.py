@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from writesae.recurrence import decay_until
+
 CHUNK = 64
 STATE_CHUNK = 32
 GROUP = 64  # windows, or picked places, that are worked on at once
@@ -313,8 +315,7 @@ class VectorHistory(History):
             return states[which, position]
         key, value, log_decay, erase, taken = (x[window] for x in self.tensors().values())
         seen = (torch.arange(key.shape[1], device=key.device) <= position[:, None])[..., None]
-        later = (log_decay * seen).flip(1).cumsum(1).flip(1) - log_decay  # summed over the tokens after each one
-        weight = later.masked_fill(~seen, -torch.inf).exp()
+        weight = decay_until(log_decay, seen)
         return (key * weight).mT @ value - (erase * weight).mT @ taken
 
 

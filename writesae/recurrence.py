@@ -250,6 +250,15 @@ def diagonal_chunks(
     return torch.cat(outputs, -2)[..., :length, :], state if end else None
 
 
+def decay_until(log_decay: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """What is left of each token's write at the last token that is seen: exp of the log decays after it, summed; 0 behind.
+
+    log_decay: [R, T, ...]; seen: bool, of a shape that broadcasts to it, true up to some token of each row.
+    """
+    later = (log_decay * seen).flip(1).cumsum(1).flip(1) - log_decay
+    return later.masked_fill(~seen, -torch.inf).exp()
+
+
 def diagonal_delta_chunks(
     query: torch.Tensor,
     key: torch.Tensor,

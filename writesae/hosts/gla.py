@@ -12,7 +12,7 @@ import torch
 from writesae.hosts.base import Past, Record
 from writesae.hosts.fla_host import FLAHost, register
 from writesae.hosts.fla_models import GLAConfig, GLAForCausalLM, project_gla, recur_gla, rms
-from writesae.recurrence import Factors
+from writesae.recurrence import Factors, decay_until
 
 MODEL_CLASSES = ("GLAForCausalLM",)
 DECAY_PARAMETERS = ("gk_proj",)
@@ -39,8 +39,7 @@ class GLA(FLAHost):
         longest = max(1, int(starts.max()))
         key, added, log_decay = (record.factors[name][rows, :longest] for name in ("key", "added", "log_decay"))
         seen = (torch.arange(longest, device=starts.device) < starts[:, None])[..., None, None]
-        later = (log_decay * seen).flip(1).cumsum(1).flip(1) - log_decay  # summed over the tokens after each one
-        key = key * later.masked_fill(~seen, -torch.inf).exp()
+        key = key * decay_until(log_decay, seen)
         return key.permute(0, 2, 3, 1) @ added.transpose(1, 2)
 
     def cell_factors(self, record: Record, head: int) -> Factors:
