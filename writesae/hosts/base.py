@@ -169,14 +169,19 @@ class Host(ABC):
         """The factors of one head of a recorded recurrent layer."""
 
     @abstractmethod
-    def output_projection(self, layer: int, head: int) -> torch.Tensor:
-        """W_O of one head: [D, d_v], fp32, on the CPU."""
-
-    @abstractmethod
-    def unembedding(self) -> torch.Tensor:
-        """W_U: [vocabulary, D], fp32, on the CPU."""
+    def behind_heads(self, layer: int) -> torch.nn.Linear:
+        """The output projection of a recurrent layer, from all heads' outputs [..., H d_v] to [..., D]."""
 
     # What all share.
+
+    def output_projection(self, layer: int, head: int) -> torch.Tensor:
+        """W_O of one head: [D, d_v], fp32, on the CPU."""
+        self.check_cell(layer, head)
+        return self.behind_heads(layer).weight[:, head * self.d_v : (head + 1) * self.d_v].float().cpu()
+
+    def unembedding(self) -> torch.Tensor:
+        """W_U: [vocabulary, D], fp32, on the CPU."""
+        return self.model.lm_head.weight.float().cpu()
 
     def logits(self, final: torch.Tensor) -> torch.Tensor:
         """From the last hidden states [..., D] to logits [..., vocabulary], fp32, on the CPU."""

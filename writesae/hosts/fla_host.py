@@ -55,13 +55,8 @@ class FLAHost(Host):
     def unembed(self, final: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(rms(self.model.model.norm, final))
 
-    def output_projection(self, layer: int, head: int) -> torch.Tensor:
-        self.check_cell(layer, head)
-        weight = self.blocks[layer].attn.o_proj.weight
-        return weight[:, head * self.d_v : (head + 1) * self.d_v].float().cpu()
-
-    def unembedding(self) -> torch.Tensor:
-        return self.model.lm_head.weight.float().cpu()
+    def behind_heads(self, layer: int) -> torch.nn.Linear:
+        return self.blocks[layer].attn.o_proj
 
     def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
         block = self.blocks[layer]

@@ -70,13 +70,8 @@ class Mamba2(Host):
         normed = rms_norm(final, self.model.backbone.norm_f)
         return self.model.lm_head(normed.to(self.model.lm_head.weight.dtype))
 
-    def output_projection(self, layer: int, head: int) -> torch.Tensor:
-        self.check_cell(layer, head)
-        weight = self.blocks[layer].mixer.out_proj.weight
-        return weight[:, head * self.d_v : (head + 1) * self.d_v].float().cpu()
-
-    def unembedding(self) -> torch.Tensor:
-        return self.model.lm_head.weight.float().cpu()
+    def behind_heads(self, layer: int) -> torch.nn.Linear:
+        return self.blocks[layer].mixer.out_proj
 
     def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
         block, mixer = self.blocks[layer], self.blocks[layer].mixer

@@ -70,13 +70,8 @@ class RWKV7(Host):
     def unembed(self, final: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(self.model.model.norm(final))
 
-    def output_projection(self, layer: int, head: int) -> torch.Tensor:
-        self.check_cell(layer, head)
-        weight = self.blocks[layer].attn.o_proj.weight
-        return weight[:, head * self.d_v : (head + 1) * self.d_v].float().cpu()
-
-    def unembedding(self) -> torch.Tensor:
-        return self.model.lm_head.weight.float().cpu()
+    def behind_heads(self, layer: int) -> torch.nn.Linear:
+        return self.blocks[layer].attn.o_proj
 
     def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
         """hidden: [B, T, D], behind which every layer but the first finds layer 0's values, [B, T, H d_v]."""
