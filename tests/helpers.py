@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from writesae.harvest import Windows
 from writesae.profiles import Data
+from writesae.recurrence import Factors, step_states
 from writesae.suite import Suite
 
 
@@ -20,6 +22,31 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str, tolera
     size = expected.norm().item()
     miss = (actual - expected).norm().item() / (size if size > 0 else 1.0)
     assert miss <= tolerance, f"{name}: relative error {miss:.2e} exceeds {tolerance:.0e} (expected norm {size:.3g})"
+
+
+def stepped(parts: dict, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs [B, H, T, d_v] and states [B, H, T, d_k, d_v] of factors [B, H, T, d] and a state [B, H, d_k, d_v], by the
+    step loop."""
+    lead = parts["query"].shape[:2]
+    factors = Factors(**{name: x.flatten(0, 1) for name, x in parts.items()})
+    states = step_states(factors, None if state is None else state.flatten(0, 1))
+    outputs = (states.mT @ factors.query[..., None])[..., 0]
+    return outputs.unflatten(0, lead), states.unflatten(0, lead)
+
+
+def assert_gradients_close(recur: Callable, parts: dict, tolerance: float) -> None:
+    """Fail unless the gradients of recur(parts, state) -> (outputs, last state) are those of the step loop, in every one of
+    the parts and in the state."""
+    shape = *parts["key"].shape[:2], parts["key"].shape[-1], parts["added"].shape[-1]
+    state = torch.randn(shape, dtype=torch.float64).requires_grad_()
+    leaves = [x.requires_grad_() for x in parts.values()] + [state]
+    outputs, end = recur(parts, state)
+    wanted, states = stepped(parts, state)
+    direction, of_end = torch.randn_like(wanted), torch.randn_like(end)
+    ours = torch.autograd.grad((outputs * direction).sum() + (end * of_end).sum(), leaves)
+    theirs = torch.autograd.grad((wanted * direction).sum() + (states[:, :, -1] * of_end).sum(), leaves)
+    for name, mine, other in zip([*parts, "state"], ours, theirs, strict=True):
+        assert_close(mine, other, f"gradient of {name}", tolerance)
 
 
 class Malicious:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL
-from helpers import assert_close
+from helpers import assert_close, assert_gradients_close, stepped
 from safetensors.torch import load_file
 
 from writesae.edit import edited_hidden, make_edit
@@ -17,7 +17,7 @@ from writesae.hosts import load_host
 from writesae.hosts.base import Groups, Past, extend
 from writesae.hosts.families import build, module
 from writesae.logit_shift import direct_path
-from writesae.recurrence import Factors, diagonal_chunks, step_states
+from writesae.recurrence import diagonal_chunks, step_states
 
 FAMILIES = ("delta_net", "gla")
 RECORDED = Path(__file__).resolve().parent / "fla"
@@ -107,14 +107,6 @@ def cells(length=83, d_k=6, d_v=10, strength=0.6):
     return dict(query=query, key=key, added=added, log_decay=-strength * decay)
 
 
-def stepped(parts, state=None):
-    """Outputs [B, H, T, d_v] and states [B, H, T, d_k, d_v] of parts [B, H, T, d], by the step loop."""
-    factors = Factors(**{name: x.flatten(0, 1) for name, x in parts.items()})
-    states = step_states(factors, None if state is None else state.flatten(0, 1))
-    outputs = (states.mT @ factors.query[..., None])[..., 0]
-    return outputs.unflatten(0, (-1, 3)), states.unflatten(0, (-1, 3))
-
-
 @pytest.mark.parametrize("chunk", [1, 7, 16, 83, 200])
 @pytest.mark.parametrize("carried", [False, True])
 def test_chunks_are_the_step_loop(chunk, carried):
@@ -126,15 +118,7 @@ def test_chunks_are_the_step_loop(chunk, carried):
 
 
 def test_gradients_are_the_step_loops():
-    parts, state = cells(length=20), torch.randn(2, 3, 6, 10).double().requires_grad_()
-    leaves = [x.requires_grad_() for x in parts.values()] + [state]
-    outputs, end = diagonal_chunks(**parts, state=state, chunk=8)
-    wanted, states = stepped(parts, state)
-    direction, of_end = torch.randn_like(wanted), torch.randn_like(end)
-    ours = torch.autograd.grad((outputs * direction).sum() + (end * of_end).sum(), leaves)
-    theirs = torch.autograd.grad((wanted * direction).sum() + (states[:, :, -1] * of_end).sum(), leaves)
-    for name, mine, other in zip([*parts, "state"], ours, theirs, strict=True):
-        assert_close(mine, other, f"gradient of {name}", 1e-12)
+    assert_gradients_close(lambda parts, state: diagonal_chunks(**parts, state=state, chunk=8), cells(length=20), 1e-12)
 
 
 def test_no_decay_is_too_fast():

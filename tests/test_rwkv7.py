@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL
-from helpers import assert_close
+from helpers import assert_close, assert_gradients_close, stepped
 
 from writesae.edit import edited_hidden, make_edit
 from writesae.hosts import load_host
@@ -16,7 +16,7 @@ from writesae.hosts.families import build
 from writesae.hosts.rwkv7 import RWKV7
 from writesae.hosts.rwkv7_model import CHUNK, RWKV7Config, from_pth, release_name
 from writesae.logit_shift import direct_path
-from writesae.recurrence import Factors, diagonal_delta_chunks, step_states
+from writesae.recurrence import diagonal_delta_chunks, step_states
 
 LAYER, HEAD = 1, 2
 EDGES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 83]
@@ -104,14 +104,6 @@ def cells(length=83, d_k=6, d_v=10, lead=(2, 3)):
     return dict(query=query, key=key, added=added, log_decay=-0.6 * decay, erase=rate * probe, probe=probe)
 
 
-def stepped(parts, state=None):
-    """Outputs [..., T, d_v] and states [..., T, d_k, d_v] of parts [B, H, T, d], by the step loop."""
-    factors = Factors(**{name: x.flatten(0, 1) for name, x in parts.items()})
-    states = step_states(factors, None if state is None else state.flatten(0, 1))
-    outputs = (states.mT @ factors.query[..., None])[..., 0]
-    return outputs.unflatten(0, (-1, 3)), states.unflatten(0, (-1, 3))
-
-
 # The chunked recurrence.
 
 
@@ -129,15 +121,9 @@ def test_chunks_are_the_step_loop(chunk, carried):
 
 
 def test_gradients_are_the_step_loops():
-    parts, state = cells(length=20), torch.randn(2, 3, 6, 10).double().requires_grad_()
-    leaves = [x.requires_grad_() for x in parts.values()] + [state]
-    outputs, end, _ = diagonal_delta_chunks(**parts, state=state, chunk=8)
-    wanted, states = stepped(parts, state)
-    direction, of_end = torch.randn_like(wanted), torch.randn_like(end)
-    ours = torch.autograd.grad((outputs * direction).sum() + (end * of_end).sum(), leaves)
-    theirs = torch.autograd.grad((wanted * direction).sum() + (states[:, :, -1] * of_end).sum(), leaves)
-    for name, mine, other in zip([*parts, "state"], ours, theirs, strict=True):
-        assert_close(mine, other, f"gradient of {name}", 1e-11)
+    assert_gradients_close(
+        lambda parts, state: diagonal_delta_chunks(**parts, state=state, chunk=8)[:2], cells(length=20), 1e-11
+    )
 
 
 @pytest.mark.parametrize("chunk", [32, 64])

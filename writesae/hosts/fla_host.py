@@ -1,4 +1,4 @@
-"""What the DeltaNet and GLA adapters share: everything but the mixer.
+"""What the adapters of flash-linear-attention's formats share: their registration, and of DeltaNet and GLA all but the mixer.
 
 Blocks are run from the weights of their modules alone (writesae.hosts.fla_models), in torch, whichever class they are of.
 """
@@ -9,14 +9,14 @@ import contextlib
 import importlib
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from writesae.hosts import kernels
 from writesae.hosts.base import Host, Past, Record
-from writesae.hosts.fla_models import FLAForCausalLM, check, feed_forward, head_dims, read_out, rms
+from writesae.hosts.fla_models import check, feed_forward, head_dims, read_out, rms
 
 
-def register(model_class: type[FLAForCausalLM]) -> None:
+def register(model_class: type[PreTrainedModel]) -> None:
     """Tell transformers' Auto classes of a model. Where flash-linear-attention and CUDA are present it is that package's class,
     which importing it registers; else the plain one."""
     config = model_class.config_class

@@ -8,12 +8,10 @@ they travel behind the hidden state. tests/test_rwkv7.py holds this against a st
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from writesae.hosts.base import Host, Past, Record
+from writesae.hosts.fla_host import register
 from writesae.hosts.rwkv7_model import (
     CHUNK,
     RWKV7Config,
@@ -29,26 +27,13 @@ from writesae.recurrence import Factors
 MODEL_CLASSES = ("RWKV7ForCausalLM",)
 DECAY_PARAMETERS = ("w_lora",)
 
+# The package's class has submodules of the same names; with its fused norms it needs a GPU, and no test covers that.
+register(RWKV7ForCausalLM)
+
 
 def build(architecture: dict) -> torch.nn.Module:
     """An RWKV-7 model with its authors' initial values. `architecture`: fields of RWKV7Config."""
     return RWKV7ForCausalLM(RWKV7Config(**architecture))
-
-
-def register() -> None:
-    """Tell transformers' Auto classes of RWKV-7. Where flash-linear-attention and CUDA are present it is that package's
-    class, which importing it registers anyhow; else the plain one. Their submodules have the same names, and the adapter
-    runs from either's; with fused norms theirs needs a GPU, and no test here covers that."""
-    with contextlib.suppress(ImportError):
-        if torch.cuda.is_available():
-            import fla.models.rwkv7  # noqa: F401
-
-            return
-    AutoConfig.register(RWKV7Config.model_type, RWKV7Config, exist_ok=True)
-    AutoModelForCausalLM.register(RWKV7Config, RWKV7ForCausalLM, exist_ok=True)
-
-
-register()
 
 
 class RWKV7(Host):
