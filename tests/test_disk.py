@@ -85,6 +85,10 @@ def test_weights_harvests_and_saes_are_counted_and_what_is_there_is_not(large, e
     shape, saes = hub.KNOWN[HOSTS["mamba2"]].shape, large.saes
     assert before["main SAEs of mamba2"] == 2 * disk.sae_bytes(shape, saes.main), "of one cell, on two targets"
     assert before["survey SAEs of mamba2"] == 48 * 32 * 2 * disk.sae_bytes(shape, saes.survey)
+    thinned = large.replacement.model_copy(update=dict(survey_every=5))
+    fewer = disk.still_needed(large.model_copy(update=dict(replacement=thinned)), paths)
+    count = {need.what: need.size for need in fewer}["survey SAEs of mamba2"] / disk.sae_bytes(shape, saes.survey)
+    assert count == 10 * 32 * 2, "layers 0, 5, ... 45"
     (paths.build / "harvest").mkdir(parents=True)
     (paths.build / "harvest" / "rwkv7-L9-H4.safetensors").touch()
     (empty / "cache" / "models--Qwen--Qwen3.5-0.8B" / "snapshots" / "a").mkdir(parents=True)

@@ -1,5 +1,7 @@
 """The experiments' rules and bookkeeping, on a small host and small SAEs."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,8 @@ from sklearn.mixture import GaussianMixture
 from writesae.edit import edited_hidden, kl, make_edit
 from writesae.experiments import cells, firings, install, logit_shift, population, replacement
 from writesae.harvest import cut_windows, harvest, history
-from writesae.profiles import HostSection, Install, LogitShift
+from writesae.profiles import HostSection, Install, LogitShift, load_profile
+from writesae.suite import Suite
 from writesae.train import TrainingSettings, train
 
 CELL = (1, 2)
@@ -338,6 +341,20 @@ def test_the_rule_picks_the_nearest_ratio():
     wrong = HostSection(path="x", cells=dict(early=dict(layer=3, sigma_ratio=12)))
     with pytest.raises(ValueError, match="early cell's layer 3 is not recurrent: choose one of 1, 4"):
         cells.choose_cells(table, wrong)
+
+
+def test_a_survey_may_leave_layers_out(monkeypatch):
+    profile = load_profile("smoke")
+
+    def layers(**settings):
+        replacement = profile.replacement.model_copy(update=settings)
+        suite = Suite(profile.model_copy(update=dict(replacement=replacement)))
+        monkeypatch.setattr(suite, "host", lambda name: SimpleNamespace(recurrent_layers=(0, 1, 2, 4, 5, 6, 8)))
+        return suite.survey_layers(suite.main)
+
+    assert layers(survey_every=1) == (0, 1, 2, 4, 5, 6, 8)
+    assert layers(survey_every=3) == (0, 4, 8)
+    assert layers(survey_every=3, survey_firings=0) == ()
 
 
 class Words:

@@ -89,8 +89,9 @@ def still_needed(profile: Profile, paths: artifacts.Paths) -> list[Need]:
         needs.append(_rest(f"harvests of {name}", paths.build / "harvest", f"{name}-*", cells, factors))
         saes, targets = profile.section("saes", name), len(profile.saes.targets)
         counts = dict(main=cells * targets, flat=cells)
-        if profile.section("replacement", name).survey_firings:
-            counts["survey"] = shape.layers * shape.heads * targets
+        survey = profile.section("replacement", name)
+        if survey.survey_firings:
+            counts["survey"] = -(-shape.layers // survey.survey_every) * shape.heads * targets
         for role, count in counts.items():
             size = sae_bytes(shape, getattr(saes, role))
             needs.append(_rest(f"{role} SAEs of {name}", paths.build / "saes", f"{name}-*-{role}", count, size))

@@ -90,6 +90,7 @@ class Replacement(Section):
     atoms: PositiveInt | None = None
     survey_firings: int = Field(ge=0)
     survey_windows: PositiveInt
+    survey_every: PositiveInt = 1  # how many recurrent layers on the next one is surveyed; 1: all are
     batch_rows: PositiveInt
     bootstrap: PositiveInt
 

@@ -147,6 +147,11 @@ class Suite:
 
     # Windows, cells, SAEs
 
+    def survey_layers(self, host: str) -> tuple[int, ...]:
+        """The recurrent layers whose every head is surveyed; none where the profile asks for no firings of them."""
+        settings = self.profile.section("replacement", host)
+        return self.host(host).recurrent_layers[:: settings.survey_every] if settings.survey_firings else ()
+
     def windows(self, host: str, split: str) -> Windows:
         """The windows of a split ("sae", "heldout"), cut once and kept."""
         data = self.profile.data

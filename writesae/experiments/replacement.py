@@ -339,11 +339,11 @@ def survey(suite: Suite) -> pd.DataFrame:
     """results replacement_by_cell.csv: a smaller test in every cell of the host, for the dependence on memory."""
     tables = []
     for name in suite.profile.hosts:
-        settings = suite.profile.section("replacement", name)
-        if not settings.survey_firings:
+        settings, layers = suite.profile.section("replacement", name), suite.survey_layers(name)
+        if not layers:
             continue
         windows = suite.windows(name, "heldout")[slice(0, settings.survey_windows)]
-        cells = suite.host(name).cells
+        cells = [cell for cell in suite.host(name).cells if cell[0] in layers]
         subjects = heldout_subjects(suite, name, cells, "survey", windows)
         drawn = [
             (s, draw_in_rounds(firings_of(suite, s, windows), settings.survey_firings, suite.profile.seed))

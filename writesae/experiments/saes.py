@@ -74,9 +74,8 @@ def train_saes(suite: Suite) -> pd.DataFrame:
     for name in suite.profile.hosts:
         cells = [suite.cell(name, place) for place in suite.profile.hosts[name].cells]
         tasks += [(name, role, [layer], head) for role in ("main", "flat") for layer, head in cells]
-        if suite.profile.section("replacement", name).survey_firings:
-            layers = suite.host(name).recurrent_layers
-            tasks = [(name, "survey", layers[i::parts], None) for i in range(min(parts, len(layers)))] + tasks
+        layers = suite.survey_layers(name)
+        tasks = [(name, "survey", layers[i::parts], None) for i in range(min(parts, len(layers)))] + tasks
     run = delayed(train_task)
     arguments = [
         run(suite.profile.name, *task, [fingerprint_of(suite, *one) for one in _singly(task)]) for task in tasks
