@@ -16,7 +16,7 @@ PROFILE ?= mini
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 PY = .venv/bin/python
-GPU_PROFILES := paper single-gpu
+GPU_PROFILES := paper single-gpu more-hosts scale
 ENV := $(if $(filter command,$(firstword $(origin PY))),,.venv/.complete $(if $(filter $(GPU_PROFILES),$(PROFILE)),.venv/.gpu))
 
 NAMES := $(sort $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb)))

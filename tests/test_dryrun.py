@@ -97,6 +97,8 @@ def test_a_dry_run_fits_every_profile_and_is_tiny(name, monkeypatch):
     ("name", "millions"),
     [
         ("Qwen/Qwen3.5-0.8B", 752.4),
+        ("Qwen/Qwen3.5-4B", 4205.8),
+        ("Qwen/Qwen3.5-27B", 26896.0),
         ("state-spaces/mamba2-370m", 368.3),
         ("fla-hub/rwkv7-1.5B-world", 1527.4),
         ("fla-hub/delta_net-1.3B-100B", 1365.7),

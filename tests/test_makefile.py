@@ -237,7 +237,7 @@ def test_an_unfit_python_is_one_sentence(clone):
 def environment(clone):
     """An environment that is complete, with a stub in the place of its Python; call with the arguments of make."""
     _write(clone / "pyproject.toml", "")
-    for name in ("mini", "paper", "single-gpu"):
+    for name in ("mini", "paper", "single-gpu", "scale"):
         _write(clone / "profiles" / f"{name}.yaml", "")
     stub = clone / ".venv" / "bin" / "python"
     _write(
@@ -257,7 +257,7 @@ def environment(clone):
     return clone, ran
 
 
-@pytest.mark.parametrize("profile", ["paper", "single-gpu"])
+@pytest.mark.parametrize("profile", ["paper", "single-gpu", "scale"])
 def test_gpu_profiles_see_to_the_gpu_packages_before_anything_runs(environment, profile):
     clone, ran = environment
     asked = "writesae.gpu_extras --done .venv/.gpu"

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from writesae import corpus, scorecard
+from writesae import corpus, hub, scorecard
+from writesae.hosts import families
 from writesae.profiles import load_profile
 
 
@@ -40,6 +41,12 @@ def test_a_profile_has_the_fields_of_the_one_it_extends_but_for_its_own(tmp_path
     assert more.hosts["gated_deltanet"] == below.hosts["gated_deltanet"]
     assert more.hosts["gla"].overrides == below.hosts["rwkv7"].overrides
     assert more.model_dump(exclude={"name", "hosts"}) == below.model_dump(exclude={"name", "hosts"})
+    scale = load_profile("scale")
+    cells = {host.path: (host.cells["middle"].layer, host.cells["middle"].head) for host in scale.hosts.values()}
+    assert cells == {"Qwen/Qwen3.5-0.8B": (9, 4), scorecard.QWEN_4B: (12, 8), scorecard.QWEN_27B: (32, 16)}, (
+        "the paper's"
+    )
+    assert all(scale.model_dump()["hosts"][name]["revision"] for name in scale.hosts)
     (tmp_path / "odd.yaml").write_text("extends: even\nseed: 3\n")
     with pytest.raises(ValueError, match=r"Profile odd extends 'even', which is not there: write even\.yaml beside it"):
         load_profile("odd", tmp_path)
@@ -102,11 +109,34 @@ def test_status_by_interval(low, high, claimed, status):
     assert scorecard.status(scorecard.Answer((low + high) / 2, low, high, 10), rule) == status
 
 
-def test_every_rule_is_a_claim_and_every_claim_is_listed_once_a_host():
+def test_every_claim_has_a_rule_and_every_rule_can_be_asked():
     claims = pd.read_csv(scorecard.ROOT / "paper" / "claims.csv")
-    assert set(scorecard.RULES) <= set(claims.id)
+    assert set(scorecard.RULES) == set(claims.id)
     assert claims.id.is_unique
+    assert {rule.family for rule in scorecard.RULES.values()} <= {"", *families.FAMILIES}
+    assert {rule.model for rule in scorecard.RULES.values()} <= {"", *hub.KNOWN}
     assert {rule.claimed for rule in scorecard.RULES.values()} <= {"above", "below", "equal"}
+
+
+def test_claims_about_an_architecture_or_a_size_are_asked_of_it_alone():
+    hosts = pd.DataFrame(
+        [
+            ("small", "gated_deltanet", "models/gated_deltanet"),
+            ("large", "gated_deltanet", scorecard.QWEN_4B),
+            ("delta", "delta_net", "fla-hub/delta_net-1.3B-100B"),
+            ("gla", "gla", "fla-hub/gla-1.3B-100B"),
+        ],
+        columns=["host", "family", "path"],
+    ).set_index("host")
+
+    def asked(name):
+        return [host for host, line in hosts.iterrows() if scorecard.RULES[name].asks(line)]
+
+    assert asked("R1") == ["small", "large", "delta", "gla"]
+    assert asked("X2") == ["small", "large"]
+    assert asked("C5") == asked("X7") == asked("X10") == ["large"]
+    assert asked("X9") == asked("X6") == ["delta"] and asked("X5") == ["gla"]
+    assert asked("X8") == asked("X1") == []
 
 
 def test_a_missing_row_is_an_error_not_a_number():

@@ -53,7 +53,8 @@ class Answer:
 class Rule:
     """How a claim is answered. measure(tables, host) gives the Answer, or None where the host was not asked; the claim's
     direction is that of `claimed` ("above" or "below") against `indifference`; "equal" means the claim is that there is
-    no difference. A claim about one architecture names its `family` and is asked of hosts of that family only."""
+    no difference. A claim about one architecture names its `family` and is asked of hosts of that family only; a claim about
+    one size of it names the `model`, the path that hosts.csv has."""
 
     criterion: str
     notebook: str
@@ -61,6 +62,11 @@ class Rule:
     claimed: str
     measure: Callable[[dict[str, pd.DataFrame], str], Answer | None]
     family: str = ""
+    model: str = ""
+
+    def asks(self, host: pd.Series) -> bool:
+        """Whether the claim is about the host of this line of hosts.csv."""
+        return self.family in ("", host.family) and self.model in ("", host.path)
 
 
 def status(answer: Answer, rule: Rule) -> str:
@@ -391,6 +397,9 @@ CHANGE = ("median_change", "ci_low", "ci_high")
 EVERY = dict(target="state", token_from="other", atom="all")
 HALF = "interval of the win rate (wider of the bootstraps by atom and by passage) above 0.5"
 REGISTER = "median cosine of register atoms to the native write above 0 (interval over atoms)"
+FLOOR = "interval of the win rate (wider of the bootstraps by atom and by passage) holds 0.5: the atom is no better than deletion"
+SMALL_FORMULA = "median R2 over (atom, eps) of the paper's formula, nothing fitted, below 0.5"
+QWEN_4B, QWEN_27B = "Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-27B"
 FLAT = "win rate less that of a flat SAE's top singular pair, middle cell, matched norm"
 RULES: dict[str, Rule] = {
     "R1": Rule(HALF, "05_replacement", 0.5, "above", win_rate("pooled")),
@@ -483,18 +492,18 @@ RULES: dict[str, Rule] = {
     "I7": Rule(
         "inclusion over all targets does not rise at 3x", "10_install", 0, "equal", installed("all"), family="mamba2"
     ),
-    "C4": Rule(
-        "median R2 over (atom, eps) of the paper's formula, nothing fitted, below 0.5",
-        "04_logit_shift",
-        0.5,
-        "below",
-        logit_r2("paper"),
-        family="mamba2",
-    ),
+    "C4": Rule(SMALL_FORMULA, "04_logit_shift", 0.5, "below", logit_r2("paper"), family="mamba2"),
+    "C5": Rule(SMALL_FORMULA, "04_logit_shift", 0.5, "below", logit_r2("paper"), model=QWEN_4B),
     "X1": Rule(HALF, "05_replacement", 0.5, "above", win_rate("pooled"), family="mamba2"),
     "X2": Rule(REGISTER, "07_population", 0, "above", register_cosine, family="gated_deltanet"),
     "X3": Rule(REGISTER, "07_population", 0, "above", register_cosine, family="rwkv7"),
     "X4": Rule(REGISTER, "07_population", 0, "above", register_cosine, family="mamba2"),
+    "X5": Rule(REGISTER, "07_population", 0, "above", register_cosine, family="gla"),
+    "X6": Rule(REGISTER, "07_population", 0, "above", register_cosine, family="delta_net"),
+    "X7": Rule(REGISTER, "07_population", 0, "above", register_cosine, model=QWEN_4B),
+    "X8": Rule(REGISTER, "07_population", 0, "above", register_cosine, model=QWEN_27B),
+    "X9": Rule(FLOOR, "05_replacement", 0.5, "equal", win_rate("pooled"), family="delta_net"),
+    "X10": Rule(FLOOR, "05_replacement", 0.5, "equal", win_rate("pooled"), model=QWEN_4B),
     "X11": Rule(
         f"{FLAT}: no difference (95% interval holds 0)",
         "05_replacement",
@@ -685,13 +694,13 @@ def scorecard(read_table: Callable[[str], pd.DataFrame], hosts: list[str], claim
     Raises ValueError for a host that hosts.csv does not have, KeyError where a table has no row or several for a claim.
     """
     tables = {name: read_table(name) for name in TABLES}
-    families, rows = tables["hosts"].set_index("host").family, []
-    if unknown := [host for host in hosts if host not in families]:
-        raise ValueError(f"hosts.csv has no host {unknown[0]!r}: choose one of {', '.join(families.index)}.")
+    known, rows = tables["hosts"].set_index("host"), []
+    if unknown := [host for host in hosts if host not in known.index]:
+        raise ValueError(f"hosts.csv has no host {unknown[0]!r}: choose one of {', '.join(known.index)}.")
     for claim in pd.read_csv(claims or ROOT / "paper" / "claims.csv").itertuples():
         base = dict(id=claim.id, experiment=claim.experiment, paper_value=claim.value, note=claim.metric)
         rule = RULES.get(claim.id)
-        asked = [host for host in hosts if rule and rule.family in ("", families[host])]
+        asked = [host for host in hosts if rule and rule.asks(known.loc[host])]
         if not asked:
             rows.append(base | dict(host=claim.host, status="not run", criterion="", notebook=""))
             continue
