@@ -4,12 +4,13 @@ All do a whole step on the same tokens: pre-activations, top-k, reconstruction, 
 
 - factored: writesae.train, a step as `train` takes it;
 - plain: the paper's recipe (Sec. 2, App. D, Table 10) written down: bilinear encoder by einsum over states, decoder over
-  all atoms;
+  all atoms, on the paper's batches of 256 states;
+- whole: the same on all states at once (of the middle side only);
 - dense: `dense_loss`, the project's own path for states, which is better than the recipe (the encoder is one matrix
   product, the decoder sees active atoms only).
 
-States wait in memory: reading them from disk, which the paper's pipeline also does, is left out. Steps on states go
-through them in parts of 256, the paper's batch, whose gradients are added up: all at once takes longer, and more memory.
+States wait in memory: reading them from disk, which the paper's pipeline also does, is left out. Where steps on states go
+through them in parts, the gradients are added up, which takes less time than all at once, and less memory.
 The learning rate is so small that nothing moves, and every call of every case must give the same loss.
 """
 
@@ -75,24 +76,25 @@ def factored(silent: int, **sizes: int) -> Callable[[], float]:
 
 
 def on_states(kind: str, k: int, silent: int, **sizes: int) -> Callable[[], float]:
-    """A step of kind "plain" or "dense" from the same parameters."""
+    """A step of kind "plain", "whole" or "dense" from the same parameters."""
     run = new_run(k=k, silent=silent, **sizes)
     sae, dead = run.sae, torch.arange(silent, device=device())
     states = run.history.steps().flatten(0, 1)
-    if kind == "plain":
+    size = len(states) if kind == "whole" else PART
+    if kind != "dense":
         states.sub_(sae.mean).div_(sae.scale)
     parameters = [sae.encoder.key, sae.encoder.value, sae.encoder.bias, sae.decoder.key, sae.decoder.value]
     optimiser = torch.optim.Adam(parameters, lr=1e-12)
 
     def loss_of(part: Tensor) -> Tensor:
-        if kind == "plain":
+        if kind != "dense":
             return plain_loss(part, parameters, k, dead)
         return dense_loss(sae, part[None], dead, AUX_WEIGHT, K_AUX).total
 
     def step() -> float:
         optimiser.zero_grad(set_to_none=True)
         total = 0.0
-        for part in states.split(PART):
+        for part in states.split(size):
             loss = loss_of(part) * (len(part) / len(states))
             loss.backward()
             total += loss.item()
@@ -107,7 +109,7 @@ def same_losses(results: dict[str, float]) -> dict[str, float]:
     largest = 0.0
     for name, loss in results.items():
         kind, _, side = name.partition(" ")
-        if kind in ("plain", "dense"):
+        if kind in ("plain", "whole", "dense"):
             wanted = results[f"factored {side}"]
             largest = max(largest, abs(loss - wanted) / abs(wanted))
     assert largest < TOLERANCE, f"the losses differ by {largest:.1e}: the cases do not do the same work"
@@ -122,7 +124,7 @@ def comparisons(quick: bool) -> list[Comparison]:
         labels = dict(side=side)
         make = partial(factored, side=side, **rest)
         cases.append(Case(f"factored {side}", make, amount, f"factored {sides[0]}", labels | dict(method="factored")))
-        for kind in ("plain", "dense"):
+        for kind in ("plain", "whole", "dense") if side == sides[1] else ("plain", "dense"):
             make = partial(on_states, kind, side=side, **rest)
             cases.append(Case(f"{kind} {side}", make, amount, f"factored {side}", labels | dict(method=kind)))
     return [Comparison(dict(unit="token", **rest), cases, same_losses, rounds=3, count_products=True)]

@@ -38,7 +38,7 @@ def test_the_plain_loss_and_its_gradients_are_the_factored_ones():
         assert_close(got, wanted, "gradient", 1e-9)
 
 
-@pytest.mark.parametrize("kind", ["plain", "dense"])
+@pytest.mark.parametrize("kind", ["plain", "whole", "dense"])
 def test_steps_on_states_in_parts_have_the_loss_of_the_trainers_step(kind, monkeypatch):
     monkeypatch.setattr(training_step, "PART", 64)
     step, ours = training_step.on_states(kind, **SIZES), training_step.factored(**SIZES)
