@@ -17,6 +17,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
@@ -80,7 +82,8 @@ def make_hosts(profile: str) -> list[Path]:
         kept = folder / "shape.json"
         if not kept.is_file() or json.loads(kept.read_text()) != shape:
             print(f"{name}: random weights of the shapes of {paths[name]}", flush=True)
-            make_host(shape, folder)
+            with ProcessPoolExecutor(1, get_context("spawn")) as other:  # a process keeps the memory that it once had
+                other.submit(make_host, shape, folder).result()
         folders.append(folder)
     return folders
 
