@@ -1,5 +1,6 @@
 """The experiments' rules and bookkeeping, on a small host and small SAEs."""
 
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from writesae.edit import edited_hidden, kl, make_edit
 from writesae.experiments import cells, firings, install, logit_shift, population, replacement
 from writesae.harvest import cut_windows, harvest, history
 from writesae.profiles import HostSection, Install, LogitShift, load_profile
-from writesae.suite import Suite
+from writesae.suite import Suite, open_suite, threads
 from writesae.train import TrainingSettings, train
 
 CELL = (1, 2)
@@ -355,6 +356,16 @@ def test_a_survey_may_leave_layers_out(monkeypatch):
     assert layers(survey_every=1) == (0, 1, 2, 4, 5, 6, 8)
     assert layers(survey_every=3) == (0, 4, 8)
     assert layers(survey_every=3, survey_firings=0) == ()
+
+
+def test_a_suite_takes_the_threads_that_it_is_given(monkeypatch):
+    with threads(1):
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        open_suite("smoke")
+        assert torch.get_num_threads() == 1
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        open_suite("smoke")
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
 
 
 class Words:

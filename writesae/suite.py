@@ -223,10 +223,11 @@ def _file_hash(path: Path, changed: int) -> str:
 
 
 def open_suite(profile: str = "mini") -> Suite:
-    """The suite of a profile, with as many threads as there are cores. ValueError for an unknown profile, OSError where
-    the disk is too small for what it has still to download and write."""
+    """The suite of a profile, with as many threads as OMP_NUM_THREADS says, without it as there are cores. ValueError for an
+    unknown profile, OSError where the disk is too small for what it has still to download and write."""
     keep_freed_memory()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if not os.environ.get("OMP_NUM_THREADS"):  # torch heeds it by itself
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
     suite = Suite(load_profile(profile))
     disk.check(suite.profile, suite.paths)
     return suite
