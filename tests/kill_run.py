@@ -103,6 +103,9 @@ def main() -> int:
         "--main-host", action="store_true", help="with the profile's first host only: a third of the time"
     )
     parser.add_argument("--reference", type=Path, help="tables of an undisturbed run (default: one is made)")
+    parser.add_argument(
+        "--after", help="a page that is run through before the first kill: 00_hosts reads the corpus at each start"
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument(
         "--mean", type=float, default=30, help="mean seconds from a start to a kill (default: %(default)s)"
@@ -122,6 +125,9 @@ def main() -> int:
             keep_main_host(folder / "profiles" / f"{given.profile}.yaml")
     if not given.reference and start(calm, given.profile, pages, log).wait():
         print(f"The undisturbed run failed:\n{log.read_text()}", file=sys.stderr)
+        return 1
+    if given.after and start(killed, given.profile, [given.after], log).wait():
+        print(f"{given.after} failed:\n{log.read_text()}", file=sys.stderr)
         return 1
     lines, rounds, failures = [], 0, []
     while True:
