@@ -36,9 +36,7 @@ class Model(NamedTuple):
 KNOWN = {  # the paper's hosts, for what has to be said before the Hub is asked
     "Qwen/Qwen3.5-0.8B": Model(1.8e9, Shape(18, 16, 128, 128)),  # 0.9 billion parameters with the vision tower, in bf16
     "Qwen/Qwen3.5-4B": Model(9.3e9, Shape(24, 32, 128, 128)),  # 4.2 billion parameters and a vision tower, in bf16
-    "Qwen/Qwen3.5-27B": Model(
-        55.6e9, Shape(48, 48, 128, 128)
-    ),  # 27.8 billion parameters with the vision tower, in bf16
+    "Qwen/Qwen3.5-27B": Model(55.6e9, Shape(48, 48, 128, 128)),  # 27.8 billion, vision tower and all, in bf16
     "state-spaces/mamba2-370m": Model(1.5e9, Shape(48, 32, 128, 64)),  # 368.3 million parameters, at most fp32
     "fla-hub/rwkv7-1.5B-world": Model(6.1e9, Shape(24, 32, 64, 64, True)),  # 1.5274 billion parameters in fp32
     "fla-hub/delta_net-1.3B-100B": Model(2.7e9, Shape(24, 16, 128, 128)),  # 1.3657 billion parameters in bf16
