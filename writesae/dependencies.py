@@ -21,6 +21,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 PACKAGE = "writesae"
@@ -76,6 +77,28 @@ def _imports(source: str, module: str = "", is_package: bool = False, root: Path
     return {name for name in names if module_file(name, root)} - {module}
 
 
+@lru_cache(maxsize=None)
+def _read(name: str, path: Path, version: tuple[int, int], root: Path) -> tuple[frozenset[str], bytes]:
+    """The modules that a module imports, and its code without what does not count. Stages ask often, and parsing takes
+    long: each version of a file (time of the last change, size) is parsed once. Raises ValueError for invalid Python."""
+    source = path.read_text(encoding="utf-8")
+    try:
+        imports = _imports(source, name, path.name == "__init__.py", root)
+        code = ast.dump(_without_docstrings(ast.parse(source)))
+    except SyntaxError as error:
+        raise ValueError(f"{path.relative_to(root)} is not valid Python: line {error.lineno}.") from error
+    return frozenset(imports), f"{name}\n{code}\n".encode()
+
+
+def _module(name: str, root: Path) -> tuple[frozenset[str], bytes]:
+    """`_read` of a module by its name. Raises ValueError where there is none."""
+    path = module_file(name, root)
+    if path is None:
+        raise ValueError(f"There is no module {name} in this package.")
+    found = path.stat()
+    return _read(name, path, (found.st_mtime_ns, found.st_size), root)
+
+
 def module_closure(names: Iterable[str], root: Path = ROOT) -> set[str]:
     """The dotted names of the given modules and of all that they import, directly or not.
 
@@ -87,14 +110,8 @@ def module_closure(names: Iterable[str], root: Path = ROOT) -> set[str]:
         name = waiting.pop()
         if name in found:
             continue
-        path = module_file(name, root)
-        if path is None:
-            raise ValueError(f"There is no module {name} in this package.")
+        waiting += _module(name, root)[0]
         found.add(name)
-        try:
-            waiting += _imports(path.read_text(encoding="utf-8"), name, path.name == "__init__.py", root)
-        except SyntaxError as error:
-            raise ValueError(f"{path.relative_to(root)} is not valid Python: line {error.lineno}.") from error
     return found
 
 
@@ -122,8 +139,7 @@ def code_hash(names: Iterable[str], root: Path = ROOT) -> str:
     """
     total = hashlib.sha256()
     for name in sorted(module_closure(names, root)):
-        tree = ast.parse(module_file(name, root).read_text(encoding="utf-8"))
-        total.update(f"{name}\n{ast.dump(_without_docstrings(tree))}\n".encode())
+        total.update(_module(name, root)[1])
     return total.hexdigest()
 
 
