@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_close
 
 from writesae.experiments.cells import numerical_rank
 from writesae.hosts import load_host
 from writesae.hosts.families import build, slow_decays
+from writesae.hosts.parts import short_convolution
 from writesae.recurrence import step_states
 
 LIBRARY = 5e-6  # the library works in fp32 inside its recurrence, whatever the model's type
@@ -108,6 +110,22 @@ def test_wrong_cells_are_refused(gated_deltanet, tokens, layer, head, says):
     run = host.run(tokens)
     with pytest.raises(ValueError, match=says):
         host.factors(run, layer, head)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("width", [1, 4])
+def test_short_convolution_is_torchs(width, bias):
+    conv = torch.nn.Conv1d(5, 5, width, groups=5, bias=bias, padding=width - 1, dtype=torch.float64).requires_grad_(
+        False
+    )
+    inputs = torch.randn(2, 7, 5, dtype=torch.float64)
+    wanted = conv(inputs.mT)[..., :7].mT
+    assert_close(short_convolution(inputs, None, conv.weight, conv.bias), wanted, "whole", 1e-14)
+    before = F.pad(inputs, (0, 0, width - 1, 0))[:, 4 : 4 + width - 1]
+    assert_close(short_convolution(inputs[:, 4:], before, conv.weight, conv.bias), wanted[:, 4:], "rest", 1e-14)
+    half = [x if x is None else x.bfloat16() for x in (inputs, None, conv.weight, conv.bias)]
+    in_fp32 = short_convolution(*(x if x is None else x.float() for x in half))
+    assert torch.equal(short_convolution(*half), in_fp32.bfloat16())  # rounded once, at the end
 
 
 def test_slow_decays_have_memory():

@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from writesae.hosts.gated_deltanet import unit
-from writesae.hosts.rwkv7_model import wide
+from writesae.hosts.parts import short_convolution, wide
 from writesae.recurrence import diagonal_chunks, gated_delta_chunks
 
 GATE_RANK = GATE_NORMALIZER = 16  # of GLA's decays: constants of the package's layer, in no config
@@ -113,9 +113,7 @@ def project_delta(mixer: nn.Module, x: torch.Tensor, before: torch.Tensor | None
     projections = [getattr(mixer, f"{name}_proj")(x) for name in "qkv"]
     raw = torch.cat(projections, -1)
     weight = torch.cat([getattr(mixer, f"{name}_conv1d").weight for name in "qkv"])
-    if before is None:
-        before = raw.new_zeros(len(raw), weight.shape[-1] - 1, raw.shape[-1])
-    mixed = F.silu(F.conv1d(torch.cat([before, raw], 1).mT, weight, groups=len(weight))).mT
+    mixed = F.silu(short_convolution(raw, before, weight))
     parts = mixed.split([part.shape[-1] for part in projections], -1)
     query, key, value = (split_heads(part, mixer.num_heads) for part in parts)
     query = unit(query) * query.shape[-1] ** -0.5

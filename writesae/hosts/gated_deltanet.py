@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from writesae.hosts.base import Host, Past, Record, attend
 from writesae.hosts.families import slow_decays
+from writesae.hosts.parts import short_convolution, wide
 from writesae.recurrence import Factors, gated_delta_chunks
 
 MODEL_CLASSES = ("Qwen3_5ForCausalLM",)
@@ -32,7 +33,7 @@ def build(architecture: dict) -> torch.nn.Module:
 
 def unit(x: torch.Tensor) -> torch.Tensor:
     """The library's L2 norm over the last dimension, in fp32 or better."""
-    x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    x = wide(x)
     return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)
 
 
@@ -69,11 +70,8 @@ class GatedDeltaNet(Host):
 
     def _recur(self, layer, hidden, normed, past, positions) -> Record:
         mixer = self.blocks[layer].linear_attn
-        batch, length, _ = normed.shape
         raw, reach = mixer.in_proj_qkv(normed), mixer.conv_kernel_size - 1
-        before = raw.new_zeros(batch, reach, raw.shape[-1]) if past is None else past.windows["conv"]
-        mixed = F.conv1d(torch.cat([before, raw], 1).transpose(1, 2), mixer.conv1d.weight, groups=raw.shape[-1])
-        mixed = F.silu(mixed).transpose(1, 2)
+        mixed = F.silu(short_convolution(raw, past and past.windows["conv"], mixer.conv1d.weight))
         query, key, value = mixed.split([mixer.key_dim, mixer.key_dim, mixer.value_dim], -1)
         query = unit(query.unflatten(-1, (-1, self.d_k))) * self.d_k**-0.5
         key, value = unit(key.unflatten(-1, (-1, self.d_k))), value.unflatten(-1, (-1, self.d_v)).to(query.dtype)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from writesae.hosts.base import Host, Past, Record
 from writesae.hosts.families import slow_decays
+from writesae.hosts.parts import short_convolution, wide
 from writesae.recurrence import Factors, decayed_chunks
 
 MODEL_CLASSES = ("Mamba2ForCausalLM",)
@@ -36,11 +37,6 @@ def before_training(model: torch.nn.Module) -> None:
         slow = torch.ones(len(block.mixer.in_proj.weight), 1)
         slow[-heads:] = 0.05
         block.mixer.in_proj.weight.register_hook(lambda gradient, slow=slow: gradient * slow.to(gradient))
-
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """In fp32, or as it is where that is no less."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def rms_norm(x: torch.Tensor, norm: torch.nn.Module, groups: int = 1) -> torch.Tensor:
@@ -78,9 +74,8 @@ class Mamba2(Host):
         projected = mixer.in_proj(rms_norm(hidden.to(block.norm.weight.dtype), block.norm))
         gate, raw, step = projected.split([mixer.intermediate_size, mixer.conv_dim, self.heads], -1)
         reach = mixer.conv_kernel_size - 1
-        before = raw.new_zeros(len(raw), reach, mixer.conv_dim) if past is None else past.windows["conv"]
-        inputs, conv = torch.cat([before, raw], 1).transpose(1, 2), mixer.conv1d
-        mixed = mixer.act(F.conv1d(inputs, conv.weight, conv.bias, groups=mixer.conv_dim)).transpose(1, 2)
+        before, conv = past and past.windows["conv"], mixer.conv1d
+        mixed = mixer.act(short_convolution(raw, before, conv.weight, conv.bias))
         width = mixer.n_groups * self.d_k
         value, key, query = wide(mixed).split([mixer.intermediate_size, width, width], -1)
         value, key, query = (

@@ -28,6 +28,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutput
 
 from writesae.hosts.mamba2_release import read_weights
+from writesae.hosts.parts import wide
 from writesae.recurrence import diagonal_delta_chunks
 
 CHUNK = 32
@@ -76,11 +77,6 @@ class RWKV7Config(PreTrainedConfig):
                 f"Heads of {self.head_dim} do not divide hidden_size {self.hidden_size} and value_dim {self.value_dim[0]}."
             )
         super().__post_init__(**kwargs)
-
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """In fp32, or as it is where that is no less."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def shifted(x: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:

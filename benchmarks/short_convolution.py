@@ -1,0 +1,74 @@
+"""The short convolutions as shifted products against conv1d: `python benchmarks/short_convolution.py`.
+
+One layer's convolution on random inputs of the embedded hosts' widths, and the hosts' native run with either in all
+layers. Both must give the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from common import Case, Comparison, main
+from torch import Tensor
+
+from writesae.artifacts import ROOT
+from writesae.hosts import load_host
+from writesae.hosts.families import module
+from writesae.hosts.parts import short_convolution
+
+FOLDERS = ("gated_deltanet", "mamba2")
+TOLERANCE = 1e-4  # of the largest number
+load = lru_cache(load_host)
+
+
+def with_conv1d(inputs: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What short_convolution does, by conv1d, which wants the channels before the time."""
+    if before is None:
+        before = inputs.new_zeros(len(inputs), weight.shape[-1] - 1, inputs.shape[-1])
+    return F.conv1d(torch.cat([before, inputs], 1).mT, weight, bias, groups=len(weight)).mT
+
+
+def convolution(way: Callable[..., Tensor], folder: str, batch: int, length: int) -> Callable[[], Tensor]:
+    """One convolution of the host's width, on random inputs."""
+    conv = next(part for part in load(ROOT / "models" / folder).model.modules() if isinstance(part, torch.nn.Conv1d))
+    inputs = torch.randn(batch, length, conv.in_channels, generator=torch.Generator().manual_seed(0))
+    return torch.no_grad()(lambda: way(inputs, None, conv.weight, conv.bias).contiguous())
+
+
+def native_run(way: Callable[..., Tensor], folder: str, batch: int, length: int) -> Callable[[], Tensor]:
+    """The host's native run over random tokens, up to its last hidden states."""
+    host = load(ROOT / "models" / folder)
+    tokens = torch.randint(host.vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+
+    def run() -> Tensor:
+        with patch.object(module(folder), "short_convolution", way):
+            return host.run(tokens).final
+
+    return run
+
+
+def same_numbers(results: dict[str, Tensor]) -> dict[str, float]:
+    """The largest difference between the ways, of the largest number. Raises AssertionError where it exceeds TOLERANCE."""
+    ours, conv1d = results.values()
+    largest = ((ours - conv1d).abs().max() / conv1d.abs().max()).item()
+    assert largest < TOLERANCE, f"shifted products and conv1d differ by {largest:.1e}"
+    return dict(difference=largest)
+
+
+def comparisons(quick: bool) -> list[Comparison]:
+    size, found = dict(batch=2, length=32) if quick else dict(batch=16, length=256), []
+    for what, make in dict(convolution=convolution, run=native_run).items():
+        for folder in FOLDERS:
+            ways = {"shifted products": short_convolution, "conv1d": with_conv1d}
+            amount = size["batch"] * size["length"]
+            cases = [Case(name, partial(make, way, folder, **size), amount) for name, way in ways.items()]
+            found.append(Comparison(dict(unit="token", what=what, host=folder, **size), cases, same_numbers))
+    return found
+
+
+if __name__ == "__main__":
+    main("short_convolution", comparisons)

@@ -1,0 +1,29 @@
+"""What the layers of several families are made of."""
+
+from __future__ import annotations
+
+import torch
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """In fp32, or as it is where that is no less."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def short_convolution(
+    inputs: torch.Tensor, before: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The causal convolution of each channel over inputs [B, T, C], after the last inputs before them [B, K - 1, C] (None:
+    zeros). weight [C, 1, K] and bias [C] are those of an nn.Conv1d.
+
+    A sum of K shifted products, taken in fp32 or better and returned in the inputs' type. The channels stay last, where
+    the layers before and after have them, which on a CPU is several times as fast as conv1d on transposed inputs.
+    """
+    taps, length = wide(weight[:, 0].T).contiguous(), inputs.shape[1]
+    if before is None:
+        before = inputs.new_zeros(len(inputs), len(taps) - 1, inputs.shape[-1])
+    padded = wide(torch.cat([before, inputs], 1))
+    mixed = padded[:, :length] * taps[0]
+    for place, tap in enumerate(taps[1:], 1):
+        mixed = torch.addcmul(mixed, padded[:, place : place + length], tap)
+    return (mixed if bias is None else mixed + wide(bias)).to(inputs.dtype)
