@@ -86,6 +86,19 @@ def test_comments_docstrings_and_layout_do_not_count(root):
     assert before == dependencies.code_hash(["writesae.middle"], root)
 
 
+def test_each_version_of_a_module_is_parsed_once(root, monkeypatch):
+    parsed, parse = [], ast.parse
+    monkeypatch.setattr(dependencies.ast, "parse", lambda source: parsed.append(source) or parse(source))
+    first = dependencies.code_hash(["writesae.late"], root)
+    assert set(parsed) == {MODULES[name] for name in ("__init__.py", "base.py", "middle.py", "late.py")}
+    parsed.clear()
+    assert dependencies.code_hash(["writesae.late"], root) == first
+    assert not parsed
+    (root / "writesae" / "base.py").write_text("x = 100\n")
+    assert dependencies.code_hash(["writesae.late"], root) != first
+    assert set(parsed) == {"x = 100\n"}
+
+
 def test_rules_hold_modules_needs_files_and_outputs(root):
     (root / "models").mkdir()
     (root / "models" / "w.json").write_text("{}")

@@ -11,6 +11,7 @@ that the text a host was trained on, the text its SAEs see and the text of every
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -20,6 +21,7 @@ import platform
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -113,15 +115,28 @@ def _files() -> Iterator[tuple[str, Path]]:
                 yield f"{name}/{inside.as_posix()}", path
 
 
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """No search for reference cycles: syntax trees have none, and so many nodes that it takes as long as parsing."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 @lru_cache(maxsize=1)
 def passages() -> tuple[Passage, ...]:
     """All passages, without repeats, in order of their hash (an order that owes nothing to file names)."""
     found: dict[str, Passage] = {}
-    for name, path in _files():
-        for line, text in _docstrings(path):
-            if len(text) >= SHORTEST:
-                sha = hashlib.sha256(text.encode()).hexdigest()
-                found.setdefault(sha, Passage(text, f"{name}:{line}", sha))
+    with _without_collection():
+        for name, path in _files():
+            for line, text in _docstrings(path):
+                if len(text) >= SHORTEST:
+                    sha = hashlib.sha256(text.encode()).hexdigest()
+                    found.setdefault(sha, Passage(text, f"{name}:{line}", sha))
     from pydoc_data.topics import topics
 
     for topic, text in sorted(topics.items()):
