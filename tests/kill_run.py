@@ -4,11 +4,11 @@ Two clones of the last commit in a scratch folder. In the first, `make` runs the
 seeded random moments and started again at once, until it is through: half of the times all processes at once, half of
 them only the process group of make, which leaves the notebook's kernel behind for a moment. After each kill every table
 under results/ must have a sidecar that vouches for it; at the end all must be those of the undisturbed run bit for bit,
-times apart, and no unfinished file may be left. A line a kill goes to tests/records/kill_run.csv.
+times apart, made by that clone, and no unfinished file may be left. A line a kill goes to tests/records/kill_run.csv.
 
 The scratch folder may be kept: an undisturbed run of the same commit is not made again. Nor is one made where
 `--reference` names the tables of one: `--profile mini --mean 90 --reference results/mini` is `make all` against the
-committed tables, two thirds of an hour.
+committed tables, in 50 minutes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import psutil
 import yaml
 
 from writesae.artifacts import ROOT, ArtifactError, read_sidecar, write_table
+from writesae.dependencies import notebooks
 from writesae.verify import verify
 
 REFUSED = "Another run with this profile is at work"
@@ -88,6 +89,14 @@ def half_written(folder: Path) -> list[str]:
         except ArtifactError:
             found.append(path.name)
     return found
+
+
+def not_made(folder: Path, profile: str) -> list[str]:
+    """The tables of all pages that this clone did not make itself; it came with those of the default profile."""
+    own = (folder / "build" / "workspace").read_text()
+    made = {name.format(profile=profile) for page in notebooks(folder).values() for name in page.makes}
+    paths = sorted(folder / name for name in made if name.endswith(".csv"))
+    return [path.name for path in paths if not path.is_file() or read_sidecar(path)["workspace"] != own]
 
 
 def page_of(log: Path) -> str:
@@ -162,6 +171,8 @@ def main() -> int:
         left = [str(path) for path in killed.rglob(".partial-*")]
         failures += [] if report.agrees else ["other tables than those of the undisturbed run"]
         failures += [f"left over: {', '.join(left)}"] if left else []
+        missed = not_made(killed, given.profile) if given.pages == "all" else []
+        failures += [f"not made by this run: {', '.join(missed)}"] if missed else []
         if len(lines) >= given.kills or failures:
             break
         for folder in (killed / "build", killed / "results" / given.profile):  # through too early: once more
