@@ -83,6 +83,7 @@ def test_what_it_costs():
     rows = [
         [steps.loc["plain 64"]],
         [steps.loc["plain 128"], steps.loc["plain 256"]],
+        [steps.loc["whole 128"]],
         [harvest.loc[host] for host in HOSTS],
         [replacement.loc[("early", 3)], replacement.loc[("late", 3)]],
         [replacement.loc[("late", 16)]],
