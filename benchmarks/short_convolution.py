@@ -7,22 +7,21 @@ layers. Both must give the same numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from common import Case, Comparison, main
+from harvest_speed import load, windows
 from torch import Tensor
 
 from writesae.artifacts import ROOT
-from writesae.hosts import load_host
 from writesae.hosts.families import module
 from writesae.hosts.parts import short_convolution
 
 FOLDERS = ("gated_deltanet", "mamba2")
 TOLERANCE = 1e-4  # of the largest number
-load = lru_cache(load_host)
 
 
 def with_conv1d(inputs: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,7 +41,7 @@ def convolution(way: Callable[..., Tensor], folder: str, batch: int, length: int
 def native_run(way: Callable[..., Tensor], folder: str, batch: int, length: int) -> Callable[[], Tensor]:
     """The host's native run over random tokens, up to its last hidden states."""
     host = load(ROOT / "models" / folder)
-    tokens = torch.randint(host.vocabulary, (batch, length), generator=torch.Generator().manual_seed(0))
+    tokens = windows(host, batch, length)
 
     def run() -> Tensor:
         with patch.object(module(folder), "short_convolution", way):
@@ -61,10 +60,9 @@ def same_numbers(results: dict[str, Tensor]) -> dict[str, float]:
 
 def comparisons(quick: bool) -> list[Comparison]:
     size, found = dict(batch=2, length=32) if quick else dict(batch=16, length=256), []
+    ways, amount = {"shifted products": short_convolution, "conv1d": with_conv1d}, size["batch"] * size["length"]
     for what, make in dict(convolution=convolution, run=native_run).items():
         for folder in FOLDERS:
-            ways = {"shifted products": short_convolution, "conv1d": with_conv1d}
-            amount = size["batch"] * size["length"]
             cases = [Case(name, partial(make, way, folder, **size), amount) for name, way in ways.items()]
             found.append(Comparison(dict(unit="token", what=what, host=folder, **size), cases, same_numbers))
     return found

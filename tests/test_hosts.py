@@ -115,9 +115,8 @@ def test_wrong_cells_are_refused(gated_deltanet, tokens, layer, head, says):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("width", [1, 4])
 def test_short_convolution_is_torchs(width, bias):
-    conv = torch.nn.Conv1d(5, 5, width, groups=5, bias=bias, padding=width - 1, dtype=torch.float64).requires_grad_(
-        False
-    )
+    conv = torch.nn.Conv1d(5, 5, width, groups=5, bias=bias, padding=width - 1, dtype=torch.float64)
+    conv.requires_grad_(False)
     inputs = torch.randn(2, 7, 5, dtype=torch.float64)
     wanted = conv(inputs.mT)[..., :7].mT
     assert_close(short_convolution(inputs, None, conv.weight, conv.bias), wanted, "whole", 1e-14)
