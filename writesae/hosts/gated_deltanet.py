@@ -1,8 +1,8 @@
 """Gated DeltaNet hosts: transformers' Qwen3.5 text models (Yang et al. 2025; the paper's Eq. 2).
 
-The blocks are run from the library's own submodules, with the recurrence of `writesae.recurrence` in the middle, so
-that the effective writes come out of the same pass and every row can start at its own position. tests/test_hosts.py
-holds this against the library's forward, its decoding, and a step loop in fp64.
+The blocks are run from the library's own submodules (their norms by `normalized`), with the recurrence of
+`writesae.recurrence` in the middle, so that the effective writes come out of the same pass and every row can start at its
+own position. tests/test_hosts.py holds this against the library's forward, its decoding, and a step loop in fp64.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from writesae.hosts.base import Host, Past, Record, attend
 from writesae.hosts.families import slow_decays
-from writesae.hosts.parts import short_convolution, wide
+from writesae.hosts.parts import normalized, short_convolution, wide
 from writesae.recurrence import Factors, gated_delta_chunks
 
 MODEL_CLASSES = ("Qwen3_5ForCausalLM",)
@@ -37,6 +37,11 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)
 
 
+def rms_norm(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
+    """The library's RMS norm, whose scale is 1 + weight."""
+    return (normalized(x, norm.eps) * (1.0 + wide(norm.weight))).to(x.dtype)
+
+
 class GatedDeltaNet(Host):
     family = "gated_deltanet"
     scalar_decay = True
@@ -58,13 +63,13 @@ class GatedDeltaNet(Host):
         return self.model.model.embed_tokens(tokens)
 
     def unembed(self, final: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(self.model.model.norm(final))
+        return self.model.lm_head(rms_norm(final, self.model.model.norm))
 
     def behind_heads(self, layer: int) -> torch.nn.Linear:
         return self.blocks[layer].linear_attn.out_proj
 
     def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
-        normed = self.blocks[layer].input_layernorm(hidden)
+        normed = rms_norm(hidden, self.blocks[layer].input_layernorm)
         inner = self._recur if layer in self.recurrent_layers else self._attend
         return inner(layer, hidden, normed, past, positions)
 
@@ -103,7 +108,8 @@ class GatedDeltaNet(Host):
         key = attention.k_proj(normed).unflatten(-1, (-1, width))
         values = attention.v_proj(normed).unflatten(-1, (-1, width)).transpose(1, 2)
         query, keys = (
-            self._rotate(x.transpose(1, 2), positions) for x in (attention.q_norm(query), attention.k_norm(key))
+            self._rotate(x.transpose(1, 2), positions)
+            for x in (rms_norm(query, attention.q_norm), rms_norm(key, attention.k_norm))
         )
         if past is None:
             out = F.scaled_dot_product_attention(
@@ -126,13 +132,13 @@ class GatedDeltaNet(Host):
         block, hidden, outputs = self.blocks[layer], record.hidden, record.outputs
         if layer in self.recurrent_layers:
             mixer = block.linear_attn
-            gate = mixer.in_proj_z(block.input_layernorm(hidden)).unflatten(-1, (-1, self.d_v))
-            normed = mixer.norm(outputs.to(gate.dtype).reshape(-1, self.d_v), gate.reshape(-1, self.d_v))
-            update = mixer.out_proj(normed.view_as(gate).flatten(-2))
+            gate = mixer.in_proj_z(rms_norm(hidden, block.input_layernorm)).unflatten(-1, (-1, self.d_v))
+            normed = mixer.norm.weight * normalized(outputs.to(gate.dtype), mixer.norm.variance_epsilon).to(gate.dtype)
+            update = mixer.out_proj((normed * F.silu(wide(gate))).to(gate.dtype).flatten(-2))
         else:
             update = block.self_attn.o_proj(outputs.flatten(-2))
         hidden = hidden + update
-        return hidden + block.mlp(block.post_attention_layernorm(hidden))
+        return hidden + block.mlp(rms_norm(hidden, block.post_attention_layernorm))
 
     def cell_factors(self, record: Record, head: int) -> Factors:
         f = record.factors

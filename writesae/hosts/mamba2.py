@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from writesae.hosts.base import Host, Past, Record
 from writesae.hosts.families import slow_decays
-from writesae.hosts.parts import short_convolution, wide
+from writesae.hosts.parts import normalized, short_convolution, wide
 from writesae.recurrence import Factors, decayed_chunks
 
 MODEL_CLASSES = ("Mamba2ForCausalLM",)
@@ -40,10 +40,8 @@ def before_training(model: torch.nn.Module) -> None:
 
 
 def rms_norm(x: torch.Tensor, norm: torch.nn.Module, groups: int = 1) -> torch.Tensor:
-    """The library's RMS norm, over each of `groups` equal parts of the last dimension, but fp64 models stay in fp64."""
-    parts = wide(x).unflatten(-1, (groups, -1))
-    parts = parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
-    return norm.weight * parts.flatten(-2).to(x.dtype)
+    """The library's RMS norm with its weight, over each of `groups` equal parts of the last dimension."""
+    return norm.weight * normalized(x, norm.variance_epsilon, groups).to(x.dtype)
 
 
 class Mamba2(Host):

@@ -10,6 +10,16 @@ def wide(x: torch.Tensor) -> torch.Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def normalized(x: torch.Tensor, eps: float, groups: int = 1) -> torch.Tensor:
+    """x over its root mean square, in each of `groups` equal parts of the last dimension, in fp32 or better.
+
+    The library's norms take it in fp32 in fp64 models too, and the gates that multiply it. There the last bit depends on
+    where an element stands among those that the processor takes at once, so that a row's result depends on the others.
+    """
+    parts = wide(x).unflatten(-1, (groups, -1))
+    return (parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2)
+
+
 def short_convolution(
     inputs: torch.Tensor, before: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
