@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from writesae.artifacts import write_table
-from writesae.reference import Tolerance, check, compare, read_tolerances
+from writesae.reference import Tolerance, check, compare, measure, read_tolerances
 
 TABLE = pd.DataFrame({"host": ["a", "a", "b"], "eps": [0.1, 0.3, 0.1], "rate": [0.5, 0.8, 0.0], "status": list("xyz")})
 PROVENANCE = {"profile": "mini", "config": "0", "host": "toy", "seed": 0, "seconds": 0}
@@ -41,6 +41,51 @@ def test_relative_is_of_the_reference():
     assert compare(TABLE, _with(1, "rate", 0.87), _tolerance(relative=0.1)) == []
     assert len(compare(TABLE, _with(1, "rate", 0.89), _tolerance(relative=0.1))) == 1
     assert len(compare(TABLE, _with(2, "rate", 1e-9), _tolerance(relative=0.1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fine"), [(0.99, 0.95, True), (0.99, 0.93, False), (-279, -348, True), (-279, -208, False)]
+)
+def test_of_absolute_and_relative_the_larger_counts(before, after, fine):
+    """An R2 near 1 may move by 0.05, one of -279 by a quarter of the 280 by which it falls short."""
+    tolerance = _tolerance(absolute=0.05, relative=0.25, origin=1)
+    problems = compare(_with(1, "rate", before), _with(1, "rate", after), tolerance)
+    assert (problems == []) is fine
+    assert fine or problems[0].endswith("(allowed: absolute 0.05 or relative 0.25 of the distance from 1)")
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "share"),
+    [
+        (0.8, 0.6, 0.9, 0),
+        (0.95, 0.85, 0.99, 0.75),  # 0.15 of the 0.1 + 0.1 by which both reach towards the other
+        (0.65, 0.6, 0.725, 0.15 / 0.175),
+        (0.95, 0.91, 0.99, 0.15 / 0.14),
+        (0.65, 0.6, 0.69, 0.15 / 0.14),
+        (0.81, np.nan, np.nan, 0.1),  # no interval: one of no width
+        (0.91, np.nan, np.nan, 1.1),
+    ],
+)
+def test_intervals_must_meet(value, low, high, share):
+    before = TABLE.assign(low=[0.4, 0.7, 0.0], high=[0.6, 0.9, 0.0])
+    after = before.copy()
+    after.loc[1, ["rate", "low", "high"]] = value, low, high
+    tolerance = _tolerance(overlap=("low", "high"))
+    for tables in ((before, after), (after, before)):
+        problems = compare(*tables, tolerance)
+        assert bool(problems) is (share > 1)
+        assert measure(*tables, tolerance).worst.used == pytest.approx(share)
+    if share > 1 and low == low:
+        said = f"rate is {value} [{low}, {high}], in the reference 0.8 [0.7, 0.9] (allowed: intervals that meet)"
+        assert compare(before, after, tolerance) == [f"t.csv [host=a, eps=0.3] {said}"]
+
+
+def test_an_interval_agrees_with_an_interval_only():
+    before = TABLE.assign(low=0.0, high=1.0)
+    tolerance = _tolerance(overlap=("low", "high"))
+    assert len(compare(before, before.assign(rate=[np.nan, 0.8, 0.0]), tolerance)) == 1
+    assert len(compare(before, _with(1, "rate", "text").assign(low=0.0, high=1.0), tolerance)) == 1
+    assert compare(before, before.drop(columns="low"), tolerance) == ["t.csv: the fresh table has no column low"]
 
 
 def test_status_must_be_equal():
@@ -92,7 +137,10 @@ def test_files_are_checked_before_they_are_compared(tmp_path, monkeypatch):
     [
         "",
         "- {file: t.csv, keys: [a], metric: m, reason: r}",
-        "- {file: t.csv, keys: [a], metric: m, reason: r, absolute: 1, relative: 1}",
+        "- {file: t.csv, keys: [a], metric: m, reason: r, equal: true, relative: 1}",
+        "- {file: t.csv, keys: [a], metric: m, reason: r, overlap: [low, high], absolute: 1}",
+        "- {file: t.csv, keys: [a], metric: m, reason: r, overlap: [low]}",
+        "- {file: t.csv, keys: [a], metric: m, reason: r, absolute: 1, origin: 1}",
         "- {file: t.csv, keys: [], metric: m, reason: r, absolute: 1}",
         "- {file: t.csv, keys: [a], metric: m, absolute: 1}",
         "- {file: t.csv, keys: [a], metric: m, reason: r, absolut: 1}",

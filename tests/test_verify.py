@@ -113,6 +113,15 @@ def test_missing_extra_and_damaged_tables(folders):
     assert _verdicts(verify.verify(*folders, TOLERANCES, exact=True))["more"] == "missing"
 
 
+def test_what_only_a_sweep_makes_may_be_left_out(folders):
+    _write(folders[0], **{"sweep-cells": FIRINGS})
+    for exact in (True, False):
+        report = verify.verify(*folders, TOLERANCES, exact)
+        assert _verdicts(report)["sweep-cells"] == "not made" and report.agrees
+    _write(folders[1], **{"sweep-cells": FIRINGS.assign(kl=0)})
+    assert not verify.verify(*folders, TOLERANCES, exact=True).agrees
+
+
 def test_exact_wants_every_digit_of_every_other_column(folders):
     _write(folders[1], rates=RATES.assign(rate=[0.5, 0.800001]))
     report = verify.verify(*folders, TOLERANCES, exact=True)

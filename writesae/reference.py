@@ -4,7 +4,11 @@ The tolerances are a list in YAML; an entry has
     file       the table, in both folders
     keys       the columns that name a row
     metric     the column to compare
-    absolute | relative | equal: true    how far it may be off; `relative` is a fraction of the reference value
+    how far it may be off, one of
+      equal: true
+      absolute, relative    a number, and a fraction of the reference value; of both the larger counts
+      overlap               the columns of the low and high end of its interval: the two intervals must have a point in common
+    origin     with `relative`: the fraction is of the reference value's distance from here (1 for an R2, else 0)
     reason     why it may be off that far
 Rows are matched on their keys. A file, column or row that only one side has is a failure: nothing is skipped.
 """
@@ -14,7 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,6 +26,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from writesae.artifacts import ArtifactError, read_table
+
+
+class Interval(NamedTuple):
+    """A value between the ends of its interval."""
+
+    value: Any
+    low: Any
+    high: Any
+
+    def __str__(self) -> str:
+        return f"{self.value} [{self.low}, {self.high}]"
 
 
 class Tolerance(BaseModel):
@@ -33,33 +48,46 @@ class Tolerance(BaseModel):
     metric: str
     absolute: float | None = Field(None, ge=0)
     relative: float | None = Field(None, ge=0)
+    overlap: tuple[str, str] | None = None
+    origin: float = 0
     equal: bool = False
     reason: str = Field(min_length=1)
 
     @model_validator(mode="after")
     def _one_kind(self):
-        if (self.absolute is not None) + (self.relative is not None) + self.equal != 1:
-            raise ValueError("give exactly one of absolute, relative, equal: true")
+        of_size = self.absolute is not None or self.relative is not None
+        if of_size + (self.overlap is not None) + self.equal != 1:
+            raise ValueError("give one of absolute and relative (or both), overlap, equal: true")
+        if self.origin and self.relative is None:
+            raise ValueError("origin says from where relative is a fraction: give relative as well")
         return self
+
+    def room(self, reference: Any, fresh: Any) -> float:
+        """How far two values may be apart. Two intervals meet where it is no further than both reach towards the other."""
+        if self.equal:
+            return 0
+        if self.overlap:
+            lower, upper = sorted((reference, fresh))
+            return (lower.high - lower.value) + (upper.value - upper.low)
+        return max(self.absolute or 0, (self.relative or 0) * abs(reference - self.origin))
 
     def allows(self, reference: Any, fresh: Any) -> bool:
         """Whether a fresh value is near enough; a missing value only agrees with a missing value."""
-        if pd.isna(reference) or pd.isna(fresh):
-            return bool(pd.isna(reference) and pd.isna(fresh))
-        if self.equal:
-            return bool(reference == fresh)
-        if np.isinf(reference) or np.isinf(fresh):
-            return bool(reference == fresh)
-        room = self.absolute if self.relative is None else self.relative * abs(reference)
-        return bool(abs(fresh - reference) <= room)
+        before, after = _value(reference), _value(fresh)
+        if pd.isna(before) or pd.isna(after):
+            return bool(pd.isna(before) and pd.isna(after))
+        if self.equal or np.isinf(before) or np.isinf(after):
+            return bool(before == after)
+        return bool(abs(after - before) <= self.room(reference, fresh))
 
     def used(self, reference: Any, fresh: Any) -> float:
         """How much of the tolerance the difference takes: 0 where equal, infinity where nothing was to differ."""
-        if pd.isna(reference) and pd.isna(fresh) or reference == fresh:
+        before, after = _value(reference), _value(fresh)
+        if pd.isna(before) and pd.isna(after) or before == after:
             return 0.0
         try:
-            room = 0 if self.equal else self.absolute if self.relative is None else self.relative * abs(reference)
-            share = float(abs(fresh - reference) / room) if room else math.inf
+            room = self.room(reference, fresh)
+            share = float(abs(after - before) / room) if room else math.inf
         except TypeError:  # text where a number should be
             return math.inf
         return math.inf if math.isnan(share) else share
@@ -67,7 +95,14 @@ class Tolerance(BaseModel):
     def __str__(self) -> str:
         if self.equal:
             return "equal"
-        return f"absolute {self.absolute}" if self.relative is None else f"relative {self.relative}"
+        if self.overlap:
+            return "intervals that meet"
+        sizes = [f"{name} {size}" for name in ("absolute", "relative") if (size := getattr(self, name)) is not None]
+        return " or ".join(sizes) + (f" of the distance from {self.origin:g}" if self.origin else "")
+
+
+def _value(x: Any) -> Any:
+    return x.value if isinstance(x, Interval) else x
 
 
 def read_tolerances(path: Path) -> list[Tolerance]:
@@ -129,7 +164,8 @@ class Comparison:
 
 def _keyed(frame: pd.DataFrame, tolerance: Tolerance, side: str) -> tuple[dict, list[str]]:
     """({key: value}, problems) of one table."""
-    lacking = [name for name in (*tolerance.keys, tolerance.metric) if name not in frame]
+    ends = tolerance.overlap or ()
+    lacking = [name for name in (*tolerance.keys, tolerance.metric, *ends) if name not in frame]
     if lacking:
         return {}, [f"{tolerance.file}: the {side} table has no column {', '.join(lacking)}"]
     if frame.empty:
@@ -137,7 +173,10 @@ def _keyed(frame: pd.DataFrame, tolerance: Tolerance, side: str) -> tuple[dict, 
     if frame.duplicated(tolerance.keys).any():
         return {}, [f"{tolerance.file}: {', '.join(tolerance.keys)} do not name one row in the {side} table"]
     keys = frame[tolerance.keys].astype(object).where(frame[tolerance.keys].notna(), None)
-    return dict(zip(keys.itertuples(index=False, name=None), frame[tolerance.metric], strict=True)), []
+    values = frame[tolerance.metric]
+    if ends:  # a value without an interval is one of no width
+        values = map(Interval, values, *(frame[name].fillna(values) for name in ends))
+    return dict(zip(keys.itertuples(index=False, name=None), values, strict=True)), []
 
 
 def _describe(tolerance: Tolerance, key: tuple) -> str:

@@ -7,6 +7,7 @@ reference is what the last commit holds of results/PROFILE, or with `--reference
     no tolerance       different, and the list says nothing of it: told, and not held against the run
     moved              a metric is off by more than its tolerance, or rows are missing or extra
     damaged, missing   as it says, on either side; extra: not in the reference
+    not made           one of `make sweep`, which a run of the notebooks reads from the repository and does not make
 
 With `--exact` a table is identical or not. Two runs of one machine must be:
     make all PROFILE=smoke && WRITESAE_OUTPUT=build/again make -B all PROFILE=smoke
@@ -38,7 +39,7 @@ from writesae.reference import Comparison, Tolerance, measure, read_tolerances
 TOLERANCES = artifacts.ROOT / "tests" / "reference" / "tolerances.yaml"
 TIMES = ("seconds", "training_seconds", "tokens_per_second")  # columns that say how long something took
 FAILURES = ("moved", "damaged", "missing")
-VERDICTS = ("identical", "within tolerance", "no tolerance", "extra", *FAILURES)
+VERDICTS = ("identical", "within tolerance", "no tolerance", "extra", "not made", *FAILURES)
 ORIGIN = ("profile", "config", "seed", "device", "kernel", "commit")  # fields of a sidecar, beside the versions
 MOST = 5  # columns that are named
 DIGITS = 20  # of a commit or a hash
@@ -132,7 +133,7 @@ def _judge(name: str, reference: Path, fresh: Path, tolerances: list[Tolerance],
     """One table of two folders."""
     paths, about = (reference / name, fresh / name), [tolerance for tolerance in tolerances if tolerance.file == name]
     if not paths[1].is_file():
-        return Table(name, "missing")
+        return Table(name, "not made" if name.startswith("sweep-") else "missing")
     if not paths[0].is_file() and not exact and not about:
         return Table(name, "extra")
     if not paths[0].is_file():
