@@ -72,6 +72,8 @@ def test_sidecar_says_where_a_table_comes_from(output):
     record = json.loads((output / "t.csv.json").read_text())
     assert {"commit", "versions", "device", "kernel", "created", "sha256", "format_version", *PROVENANCE} <= set(record)
     assert record["versions"]["torch"] == torch.__version__
+    if not torch.cuda.is_available():
+        assert record["device"] == f"cpu ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def test_provenance_must_be_whole(output):

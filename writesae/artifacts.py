@@ -157,14 +157,15 @@ def git_commit() -> str:
 
 def environment() -> dict[str, Any]:
     """What a result depends on beside its inputs: commit, versions, device, kernel path, time. The kernel path is torch
-    where no provenance says more: that of a host (`Host.kernel`) comes from the suite."""
+    where no provenance says more: that of a host (`Host.kernel`) comes from the suite. A CPU's device names the vector
+    instructions that torch uses there: they decide in which order sums are taken."""
     import torch  # here and below: two seconds that Make and run_notebook need not wait
 
     cuda = torch.cuda.is_available()
     return {
         "commit": git_commit(),
         "versions": {"python": platform.python_version(), **_installed(VERSIONS)},
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": torch.cuda.get_device_name() if cuda else f"cpu ({torch.backends.cpu.get_cpu_capability()})",
         "kernel": "torch",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
