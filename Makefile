@@ -25,7 +25,7 @@ FOLDERS := notebooks $(patsubst %/,%,$(sort $(dir $(wildcard writesae/*.py write
 SOURCES := $(wildcard notebooks/*.ipynb writesae/*.py writesae/*/*.py)
 RECIPES := $(wildcard models/*/recipe.yaml)
 
-.PHONY: help env all figures dryrun test test-unit test-notebooks test-reference verify lint bench hosts browser sweep lab clean always $(NAMES)
+.PHONY: help env all figures dryrun test test-unit test-notebooks test-reference verify lint bench hosts browser sweep repeats lab clean always $(NAMES)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s%s\n", $$1, $$2}' Makefile
@@ -96,6 +96,12 @@ GRID ?= cells
 sweep: $(ENV)  ## train and test the SAEs of a grid (GRID=name), on a Dask cluster where DASK=address is given (resumable)
 	$(PY) -m writesae.sweep --profile $(PROFILE) --grid profiles/sweeps/$(GRID).yaml $(if $(DASK),--dask $(DASK))
 
+REPEATS = $(patsubst profiles/%.yaml,%,$(wildcard profiles/$(PROFILE)-[0-9]*.yaml))
+
+repeats: $(ENV)  ## the whole run with each seed of profiles/PROFILE-*.yaml, for page 12 (hours; resumable; RUN=folder: one more)
+	for profile in $(REPEATS); do $(MAKE) all PROFILE=$$profile || exit 1; done
+	$(PY) -m writesae.repeats --profile $(PROFILE) $(REPEATS:%=results/%) $(RUN:%=%/results/$(PROFILE))
+
 lab: $(ENV)  ## open JupyterLab in the environment
 	$(PY) -m jupyterlab notebooks
 
@@ -103,7 +109,7 @@ clean:  ## remove build/ (intermediate files, stamps); results and figures stay
 	rm -rf build
 
 # What needs the notebooks' dependencies: everything but the goals named here.
-ifneq ($(filter-out help env dryrun test test-% verify lint bench hosts browser sweep lab clean,$(or $(MAKECMDGOALS),help)),)
+ifneq ($(filter-out help env dryrun test test-% verify lint bench hosts browser sweep repeats lab clean,$(or $(MAKECMDGOALS),help)),)
 ifeq ($(wildcard profiles/$(PROFILE).yaml),)
 $(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif

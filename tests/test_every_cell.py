@@ -4,13 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from writesae import artifacts
 from writesae.experiments import every_cell
-from writesae.profiles import load_profile
-from writesae.suite import Suite
 
 NAMES = ["win_atom", "ci_low_atom", "ci_high_atom", "win_random", "win_mean_write"]
-PROFILE = load_profile("smoke")
 
 
 def sweep_of(cells: dict, seeds=(0,), firings=40) -> pd.DataFrame:
@@ -56,14 +52,3 @@ def test_seeds_are_told_apart_from_cells_and_from_chance():
     assert row.between_sd == pytest.approx(np.std([0, 0.1, 0.2, 0.3], ddof=1))
     every = np.array(list(rates.values())).ravel()
     assert row.sampling_sd == pytest.approx(np.sqrt((every * (1 - every) / 40).mean()))
-
-
-def test_a_run_of_its_own_comes_before_the_repositorys(tmp_path, monkeypatch):
-    monkeypatch.setattr(artifacts, "ROOT", tmp_path)
-    monkeypatch.setenv("WRITESAE_OUTPUT", "build/test")
-    suite = Suite(PROFILE)
-    assert every_cell.sweep_table(suite, "cells") is None
-    for folder, host in ((tmp_path / "results/smoke", "kept"), (suite.paths.results, "own")):
-        provenance = dict(profile="smoke", config="", host="all", seed=0, seconds=0.0)
-        artifacts.write_table(pd.DataFrame({"host": [host]}), folder / "sweep-cells.csv", provenance)
-        assert every_cell.sweep_table(suite, "cells").host.tolist() == [host]

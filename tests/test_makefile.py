@@ -222,6 +222,21 @@ def test_clean_removes_the_build_and_keeps_the_results(done):
     assert _ran(done, "all") == list(NEEDS)
 
 
+def test_repeats_run_every_page_with_every_seed_and_are_gathered(clone):
+    for seed in (7, 8):
+        _write(clone / "profiles" / f"mini-{seed}.yaml", "")
+    _write(clone / "stub", '#!/bin/sh\nshift; echo "$@" >> ran\n[ -e fail ] && exit 1\nexit 0\n')
+    result = _make(clone, "repeats", "RUN=build/test")
+    assert result.returncode == 0, result.stderr
+    pages = [f"writesae.run_notebook {name} --profile mini-{seed}" for seed in (7, 8) for name in NEEDS]
+    gathered = "writesae.repeats --profile mini results/mini-7 results/mini-8 build/test/results/mini"
+    assert (clone / "ran").read_text().splitlines() == [*pages, gathered]
+    _write(clone / "fail", "")
+    (clone / "ran").unlink()
+    assert _make(clone, "repeats").returncode != 0  # nothing is gathered of a run that failed
+    assert (clone / "ran").read_text().splitlines() == pages[:1]
+
+
 def test_an_unfit_python_is_one_sentence(clone):
     _write(clone / "pyproject.toml", "")
     _write(clone / "old", "#!/bin/sh\nexit 1\n")

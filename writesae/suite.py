@@ -145,6 +145,13 @@ class Suite:
         """results/<profile>/NAME.csv. Raises ArtifactError where it is missing or damaged."""
         return artifacts.read_table(self.paths.results / f"{name}.csv")
 
+    def kept_table(self, name: str) -> pd.DataFrame | None:
+        """A table that no notebook makes (artifacts.KEPT): results/<profile>/NAME.csv of this run, else the repository's; None
+        where neither is there."""
+        own = self.paths.results / f"{name}.csv"
+        paths = (own, artifacts.ROOT / own.relative_to(self.paths.root))
+        return next((artifacts.read_table(path) for path in paths if path.is_file()), None)
+
     # Windows, cells, SAEs
 
     def survey_layers(self, host: str) -> tuple[int, ...]:

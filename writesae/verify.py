@@ -7,7 +7,7 @@ reference is what the last commit holds of results/PROFILE, or with `--reference
     no tolerance       different, and the list says nothing of it: told, and not held against the run
     moved              a metric is off by more than its tolerance, or rows are missing or extra
     damaged, missing   as it says, on either side; extra: not in the reference
-    not made           one of `make sweep`, which a run of the notebooks reads from the repository and does not make
+    not made           one of artifacts.KEPT, which the notebooks read from the repository and do not make
 
 With `--exact` a table is identical or not. Two runs of one machine must be:
     make all PROFILE=smoke && WRITESAE_OUTPUT=build/again make -B all PROFILE=smoke
@@ -133,7 +133,7 @@ def _judge(name: str, reference: Path, fresh: Path, tolerances: list[Tolerance],
     """One table of two folders."""
     paths, about = (reference / name, fresh / name), [tolerance for tolerance in tolerances if tolerance.file == name]
     if not paths[1].is_file():
-        return Table(name, "not made" if name.startswith("sweep-") else "missing")
+        return Table(name, "not made" if artifacts.KEPT.match(name) else "missing")
     if not paths[0].is_file() and not exact and not about:
         return Table(name, "extra")
     if not paths[0].is_file():

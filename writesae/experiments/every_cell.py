@@ -5,19 +5,8 @@ from __future__ import annotations
 
 import pandas as pd
 
-from writesae import artifacts
 from writesae.experiments.replacement import AMPLITUDES
 from writesae.statistics import cluster_bootstrap
-from writesae.suite import Suite
-
-
-def sweep_table(suite: Suite, grid: str) -> pd.DataFrame | None:
-    """results/<profile>/sweep-GRID.csv of this run, else the repository's, which a run does not make anew (`make sweep` does);
-    None where neither is there."""
-    own = suite.paths.results / f"sweep-{grid}.csv"
-    kept = artifacts.ROOT / own.relative_to(suite.paths.root)
-    path = next((path for path in (own, kept) if path.is_file()), None)
-    return None if path is None else artifacts.read_table(path)
 
 
 def by_amplitude(saes: pd.DataFrame) -> pd.DataFrame:
