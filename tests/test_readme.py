@@ -35,10 +35,32 @@ def scorecard():
 def test_the_counts_of_the_scorecard(scorecard):
     counts = scorecard.groupby(["host", "status"]).size()
     rows = rows_of("| same direction | opposite | no effect |")
-    wanted = [[str(counts[host, status]) for status in STATUSES] for host in HOSTS]
+    verdicts = pd.read_csv(ROOT / "results" / "mini" / "repeats_verdicts.csv")
+    kept = verdicts[~verdicts.turned].groupby(["host", "status"]).size()
+    wanted = [[f"{counts[host, status]} ({kept[host, status]})" for status in STATUSES] for host in HOSTS]
     assert [row[1:] for row in rows] == wanted
     asked = scorecard[scorecard.status.isin(STATUSES)].id.nunique()
     assert f"Of the {scorecard.id.nunique()} claims, {asked} are asked here" in README
+
+
+def test_what_the_repeats_say():
+    verdicts, held, repeats = (
+        pd.read_csv(ROOT / "results" / "mini" / f"{name}.csv")
+        for name in ("repeats_verdicts", "repeats_held", "repeats")
+    )
+    always, text = verdicts[~verdicts.turned].status.value_counts(), " ".join(README.split())
+    assert f"**{verdicts.turned.sum()} of the {len(verdicts)} verdicts turn at least once**" in text
+    kept = f"{always['same direction']} go in the paper's direction in every run and {always['opposite']} in the opposite one"
+    assert kept in text
+    share = held.set_index("host").share.map("{:.0%}".format)
+    whole = held.set_index("host").loc["all"]
+    interval = f"{share['all']} [{whole.ci_low:.0%}, {whole.ci_high:.0%}] of {whole.n:.0f} pairs".replace(
+        "%,", ","
+    ).replace("%]", "]")
+    assert interval in text and f"right ones would in {whole.expected:.0%}" in text
+    assert "({}, {} and {} on the three hosts)".format(*share[list(HOSTS)]) in text
+    newlines = repeats[(repeats.id == "N2") & (repeats.host == "rwkv7") & (repeats.seed != 42)].value
+    assert sorted(-newlines.round()) == [3, 16] and "but 16 and 3 with two other seeds" in text
 
 
 def test_the_headline_rows_of_the_scorecard(scorecard):
