@@ -26,7 +26,9 @@ def scorecard(values, status="no effect", half=1.0, host="a") -> pd.DataFrame:
 
 
 def run(values, seed, **more) -> pd.DataFrame:
-    return scorecard(values, **more).assign(seed=seed, device="cpu (AVX2)", commit="c")[repeats.COLUMNS]
+    return scorecard(values, **more).assign(seed=seed, device="cpu (AVX2)", commit="c")[
+        [*repeats.RUN, *repeats.COLUMNS["scorecard"]]
+    ]
 
 
 def test_stability_by_hand():
@@ -71,6 +73,19 @@ def test_pairs_are_of_different_seeds_and_of_intervals_with_a_width():
     assert found.n.to_dict() == {"a": 4, "all": 4} and found.share["a"] == 0.5
 
 
+def rates(*values) -> pd.DataFrame:
+    """Lines of replacement_summary that differ in their cells."""
+    keys = dict.fromkeys(repeats.KEYS, "x") | dict(cells=[f"c{i}" for i in range(len(values))])
+    return pd.DataFrame(keys | dict(n=9, win_rate=values, ci_low=0.0, ci_high=1.0, kl_atom=0.0))
+
+
+def test_spread_is_over_this_run_and_the_others():
+    others = pd.concat([rates(0.4, 0.6).assign(seed=1), rates(0.7).assign(seed=2)])
+    found = repeats.spread(rates(0.5, 0.5, 0.9), others).set_index("cells")
+    assert found[["win_rate", "least", "most"]].values.tolist() == [[0.5, 0.4, 0.7], [0.5, 0.5, 0.6], [0.9, 0.9, 0.9]]
+    assert found.runs.tolist() == [3, 2, 1]
+
+
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     """Two runs' folders, of smoke with seeds 1 and 2."""
@@ -79,33 +94,36 @@ def runs(tmp_path, monkeypatch):
     for seed in (1, 2):
         folders.append(tmp_path / f"run{seed}")
         provenance = dict(profile="smoke", config="", host="all", seed=seed, seconds=0.0)
-        artifacts.write_table(
-            scorecard([0.1, seed], status=["opposite", "not run"]), folders[-1] / "scorecard.csv", provenance
+        tables = dict(
+            scorecard=scorecard([0.1, seed], status=["opposite", "not run"]), replacement_summary=rates(seed / 4)
         )
+        for name, table in tables.items():
+            artifacts.write_table(table, folders[-1] / f"{name}.csv", provenance)
     return folders
 
 
 def test_runs_are_gathered_into_one_table(runs, capsys):
     assert repeats.main(["--profile", "smoke", *map(str, runs)]) == 0
-    table = Suite(PROFILE).kept_table("repeats")
-    assert list(table) == repeats.COLUMNS
+    table, summary = (Suite(PROFILE).kept_table(f"repeats-{kind}") for kind in ("scorecard", "replacement"))
     assert table[["seed", "id", "status"]].values.tolist() == [[1, "C0", "opposite"], [2, "C0", "opposite"]]
-    assert set(table.device) == {artifacts.environment()["device"]}
+    assert summary[["seed", "cells", "win_rate"]].values.tolist() == [[1, "c0", 0.25], [2, "c0", 0.5]]
+    assert {*table.device, *summary.device} == {artifacts.environment()["device"]}
+    assert all(artifacts.KEPT.match(path.name) for path in Suite(PROFILE).paths.results.glob("[!.]*.csv"))
 
 
 def test_what_cannot_stand_beside_the_others_is_refused(runs, capsys, monkeypatch):
     with pytest.raises(RepeatsError, match="run1 and .*run1 are the same run: name each once"):
-        repeats.gather([runs[0], runs[0]], "smoke")
+        repeats.gather([runs[0], runs[0]], "smoke", "replacement")
     with pytest.raises(RepeatsError, match="is a run of smoke, which differs from mini in more than its seed"):
-        repeats.gather(runs, "mini")
+        repeats.gather(runs, "mini", "scorecard")
     monkeypatch.setattr(repeats, "load_profile", lambda name: PROFILE.model_copy(update=dict(seed=1)))
     with pytest.raises(RepeatsError, match="All runs have smoke's own seed, 1: give one with another"):
-        repeats.gather(runs[:1], "smoke")
+        repeats.gather(runs[:1], "smoke", "scorecard")
     with pytest.raises(ArtifactError, match=r"scorecard\.csv is missing"):
-        repeats.gather([runs[0].parent], "smoke")
+        repeats.gather([runs[0].parent], "smoke", "scorecard")
     assert repeats.main(["--profile", "smoke", str(runs[0]), str(runs[0])]) == 1
     assert capsys.readouterr().err.startswith("Nothing was gathered: ")
-    assert Suite(PROFILE).kept_table("repeats") is None
+    assert Suite(PROFILE).kept_table("repeats-scorecard") is None
 
 
 def test_the_profiles_of_repeats_differ_in_their_seed_alone():

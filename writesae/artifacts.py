@@ -44,9 +44,7 @@ REQUIRED = ("profile", "config", "host", "seed", "seconds")
 AGAIN = "remove it and build/*/stamps, and run again"  # make then runs all pages, which read what is whole
 VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas", "scikit-learn")
 PARTIAL = f".partial-{platform.node()}-"  # begins the name of a file that a process of this machine is writing
-KEPT = re.compile(
-    r"(sweep-.*|repeats)\.csv"
-)  # names of tables that `make sweep` and `make repeats` make, and no notebook
+KEPT = re.compile(r"(sweep|repeats)-.*\.csv")  # tables that `make sweep` and `make repeats` make, and no notebook
 DECIDING = ("torch", "transformers", "numpy", "scipy", "scikit-learn")  # versions that a fingerprint depends on
 
 

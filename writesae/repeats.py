@@ -4,7 +4,8 @@
 
 An interval of the scorecard is over the atoms, passages or prompts of one run. Another seed trains other SAEs and draws other
 firings and prompts; another processor takes sums in another order, which training amplifies until other atoms come out. This
-takes the scorecards of runs that differ from a profile in their seed, or in nothing, into results/PROFILE/repeats.csv.
+takes two tables of runs that differ from a profile in their seed, or in nothing, into results/PROFILE: their scorecards into
+repeats-scorecard.csv, and their replacement_summary.csv into repeats-replacement.csv.
 """
 
 from __future__ import annotations
@@ -23,42 +24,47 @@ from writesae.statistics import cluster_bootstrap
 from writesae.suite import Suite
 
 WIDTH = 2 * 1.959964  # of a 95% interval, in standard errors
-EXPECTED = (
-    0.834  # share of repeats that a 95% interval holds where it is right: |z| < 1.96 / sqrt(2), both being estimates
+EXPECTED = 0.834  # share of repeats that a right 95% interval holds: |z| < 1.96 / sqrt(2), for both are estimates
+RUN = ["seed", "device", "commit"]
+KEYS = ["host", "cells", "target", "amplitude", "write", "read", "kl_direction"]  # of a line of replacement_summary
+COLUMNS = dict(
+    scorecard=["id", "host", "value", "ci_low", "ci_high", "n", "status"],
+    replacement=[*KEYS, "n", "win_rate", "ci_low", "ci_high"],
 )
-COLUMNS = ["seed", "device", "commit", "id", "host", "value", "ci_low", "ci_high", "n", "status"]
+FILES = dict(scorecard="scorecard", replacement="replacement_summary")
 
 
 class RepeatsError(ValueError):
     """A run that cannot stand beside the others."""
 
 
-def read_run(folder: Path, profile: str) -> pd.DataFrame:
-    """What was asked in the scorecard of a run's folder of tables, with the run's seed, device and commit: COLUMNS.
+def read_run(folder: Path, profile: str, kind: str) -> pd.DataFrame:
+    """The scorecard, of what was asked, or the replacement summary (a key of COLUMNS) of a run's folder of tables, behind
+    the run's seed, device and commit.
 
     Raises ArtifactError where it is missing or damaged, RepeatsError where its profile differs in more than the seed.
     """
-    path = Path(folder) / "scorecard.csv"
+    path = Path(folder) / f"{FILES[kind]}.csv"
     table, record = read_table(path), read_sidecar(path)
     own, wanted = (load_profile(name).model_dump(exclude={"name", "seed"}) for name in (record["profile"], profile))
     if own != wanted:
         raise RepeatsError(
             f"{folder} is a run of {record['profile']}, which differs from {profile} in more than its seed."
         )
-    run = dict(seed=record["seed"], device=record["device"], commit=record["commit"])
-    return table[table.status != "not run"].assign(**run)[COLUMNS]
+    asked = table[table.status != "not run"] if kind == "scorecard" else table
+    return asked.assign(**{name: record[name] for name in RUN})[[*RUN, *COLUMNS[kind]]]
 
 
-def gather(folders: list[Path], profile: str) -> pd.DataFrame:
-    """The runs in these folders, one after the other.
+def gather(folders: list[Path], profile: str, kind: str) -> pd.DataFrame:
+    """One table (a key of COLUMNS) of the runs in these folders, one after the other.
 
     Raises what `read_run` raises, and RepeatsError for a run given twice and where all have the profile's own seed.
     """
     runs: dict[tuple, Path] = {}
     tables = []
     for folder in folders:
-        tables.append(read_run(folder, profile))
-        run = tuple(tables[-1][["seed", "device", "commit"]].iloc[0])
+        tables.append(read_run(folder, profile, kind))
+        run = tuple(tables[-1][RUN].iloc[0])
         if run in runs:
             raise RepeatsError(f"{runs[run]} and {folder} are the same run: name each once.")
         runs[run] = folder
@@ -109,6 +115,14 @@ def held(scorecard: pd.DataFrame, seed: int, repeats: pd.DataFrame) -> pd.DataFr
     return pd.DataFrame(rows).assign(expected=EXPECTED)
 
 
+def spread(summary: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
+    """The lines of a run's replacement_summary (KEYS, n, win_rate and its interval) with the number of runs, this one among
+    them, and the least and the most of their win rates."""
+    every = pd.concat([summary, repeats], ignore_index=True).groupby(KEYS, sort=False).win_rate
+    runs = every.agg(runs="size", least="min", most="max").reset_index()
+    return summary[COLUMNS["replacement"]].merge(runs, on=KEYS, how="left")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="mini", help="a file in profiles/ (default: %(default)s)")
@@ -116,12 +130,15 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         suite = Suite(load_profile(given.profile))
-        frame = gather(given.folders, given.profile)
-        suite.write("repeats", frame, seconds=0.0)
+        tables = {kind: gather(given.folders, given.profile, kind) for kind in COLUMNS}
+        for kind, table in tables.items():
+            suite.write(f"repeats-{kind}", table, seconds=0.0)
     except (ArtifactError, ValueError) as error:
         print(f"Nothing was gathered: {error}", file=sys.stderr)
         return 1
-    print(f"{len(given.folders)} runs in results/{given.profile}/repeats.csv")
+    print(
+        f"{len(given.folders)} runs in results/{given.profile}: " + ", ".join(f"repeats-{kind}.csv" for kind in tables)
+    )
     return 0
 
 
