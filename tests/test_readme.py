@@ -44,23 +44,40 @@ def test_the_counts_of_the_scorecard(scorecard):
 
 
 def test_what_the_repeats_say():
-    verdicts, held, repeats = (
-        pd.read_csv(ROOT / "results" / "mini" / f"{name}.csv")
-        for name in ("repeats_verdicts", "repeats_held", "repeats")
-    )
+    tables = ("repeats_verdicts", "repeats_held", "repeats-scorecard")
+    verdicts, held, repeats = (pd.read_csv(ROOT / "results" / "mini" / f"{name}.csv") for name in tables)
     always, text = verdicts[~verdicts.turned].status.value_counts(), " ".join(README.split())
     assert f"**{verdicts.turned.sum()} of the {len(verdicts)} verdicts turn at least once**" in text
     kept = f"{always['same direction']} go in the paper's direction in every run and {always['opposite']} in the opposite one"
     assert kept in text
     share = held.set_index("host").share.map("{:.0%}".format)
     whole = held.set_index("host").loc["all"]
-    interval = f"{share['all']} [{whole.ci_low:.0%}, {whole.ci_high:.0%}] of {whole.n:.0f} pairs".replace(
-        "%,", ","
-    ).replace("%]", "]")
+    interval = f"{share['all']} [{100 * whole.ci_low:.0f}, {100 * whole.ci_high:.0f}] of {whole.n:.0f} pairs"
     assert interval in text and f"right ones would in {whole.expected:.0%}" in text
     assert "({}, {} and {} on the three hosts)".format(*share[list(HOSTS)]) in text
     newlines = repeats[(repeats.id == "N2") & (repeats.host == "rwkv7") & (repeats.seed != 42)].value
     assert sorted(-newlines.round()) == [3, 16] and "but 16 and 3 with two other seeds" in text
+
+
+def test_the_replacement_test_in_the_repeats():
+    rates = pd.read_csv(ROOT / "results" / "mini" / "repeats_rates.csv")
+    rates = rates.query("write == 'added' and read == 'write' and kl_direction == 'native_patched'")
+    assert set(rates.runs) == {4}
+    rates = (100 * rates.set_index(["host", "cells", "target", "amplitude"])[["least", "most"]]).map("{:.1f}%".format)
+    text, table = (
+        " ".join(README.split()),
+        {row[0]: row[1:] for row in rows_of("| Gated DeltaNet | Mamba-2 | RWKV-7 |")},
+    )
+    rows = {"": ("write", "coefficient"), " at the native write's norm": ("write", "matched_norm")}
+    rows = {f"in four runs, write-trained{name}": choice for name, choice in rows.items()}
+    for name, choice in (rows | {"in four runs, state-trained": ("state", "coefficient")}).items():
+        assert table[name] == ["{} to {}".format(*rates.loc[(host, "middle", *choice)]) for host in HOSTS], name
+    state, write, norm = (
+        rates.loc[("gated_deltanet", "pooled", *choice)]
+        for choice in (("state", "coefficient"), ("write", "coefficient"), ("write", "matched_norm"))
+    )
+    assert "between {} and {} and between {} and {}".format(*state, *write) in text
+    assert "on {} to {} in the four runs".format(*norm) in text
 
 
 def test_the_headline_rows_of_the_scorecard(scorecard):
