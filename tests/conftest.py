@@ -1,13 +1,16 @@
 """A small host of every family with random weights, d_k != d_v and shared key heads where the family has them, in fp64."""
 
 import os
+from contextlib import ExitStack
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import pytest
 import torch
 
+from writesae.artifacts import ROOT
 from writesae.hosts import families, without_triton
+from writesae.verify import VerifyError, committed
 
 without_triton()
 
@@ -101,3 +104,17 @@ def tokens():
 @pytest.fixture(scope="session")
 def run(host, tokens):
     return host.run(tokens)
+
+
+@pytest.fixture(scope="session")
+def last_commit():
+    """Call with NAME: results/NAME of the last commit; the working copy's where there is no git (a downloaded archive)."""
+    with ExitStack() as stack:
+
+        def folder(name):
+            try:
+                return stack.enter_context(committed(name))[0]
+            except VerifyError:
+                return ROOT / "results" / name
+
+        yield folder

@@ -6,13 +6,10 @@ others in results/.
 
 import re
 import subprocess
-from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 import pytest
-
-from writesae.verify import VerifyError, committed
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,27 +32,21 @@ def shows(text: str, value: float) -> bool:
     return abs(float(text.replace(",", "")) - value) <= 0.5000001 * 10**-digits
 
 
-@contextmanager
-def tables(name):
-    """results/NAME of the working copy, or of the last commit."""
+@pytest.fixture(scope="module")
+def tables(last_commit):
+    """Call with NAME: results/NAME of the working copy where the README is edited, else of the last commit."""
     edited = subprocess.run(["git", "-C", ROOT, "diff", "--quiet", "HEAD", "--", "README.md"], capture_output=True)
-    try:
-        with committed(name) as (folder, _):
-            yield ROOT / "results" / name if edited.returncode == 1 else folder
-    except VerifyError:  # not a git repository: a downloaded archive
-        yield ROOT / "results" / name
+    return (lambda name: ROOT / "results" / name) if edited.returncode == 1 else last_commit
 
 
 @pytest.fixture(scope="module")
-def results():
-    with tables("mini") as folder:
-        yield folder
+def results(tables):
+    return tables("mini")
 
 
 @pytest.fixture(scope="module")
-def bench():
-    with tables("bench") as folder:
-        yield folder
+def bench(tables):
+    return tables("bench")
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +66,8 @@ def test_the_counts_of_the_scorecard(results, scorecard):
 
 
 def test_what_the_repeats_say(results):
-    tables = ("repeats_verdicts", "repeats_held", "repeats-scorecard")
-    verdicts, held, repeats = (pd.read_csv(results / f"{name}.csv") for name in tables)
+    names = ("repeats_verdicts", "repeats_held", "repeats-scorecard")
+    verdicts, held, repeats = (pd.read_csv(results / f"{name}.csv") for name in names)
     always, text = verdicts[~verdicts.turned].status.value_counts(), " ".join(README.split())
     assert f"**{verdicts.turned.sum()} of the {len(verdicts)} verdicts turn at least once**" in text
     kept = f"{always['same direction']} go in the paper's direction in every run and {always['opposite']} in the opposite one"

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from writesae.reference import check, read_tolerances
-from writesae.verify import VerifyError, committed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FRESH = REPOSITORY / "build" / "test" / "results" / "mini"
@@ -16,12 +15,8 @@ OF_ATOMS = {"cache_erase_summary.csv", "readers_summary.csv"}  # lines by atom: 
 
 
 @pytest.fixture(scope="module")
-def reference():
-    try:
-        with committed("mini") as (folder, _):
-            yield folder
-    except VerifyError:  # not a git repository: a downloaded archive
-        yield REPOSITORY / "results" / "mini"
+def reference(last_commit):
+    return last_commit("mini")
 
 
 @pytest.mark.parametrize("tolerance", TOLERANCES, ids=lambda t: f"{t.file}:{t.metric}")
