@@ -2,7 +2,7 @@
 
 The shift of a token's logit, four tokens after each of n unit atoms is written at a tenth of the native write's norm:
 
-- backward: the exact first-order form of writesae.logit_shift, one gradient for all atoms;
+- backward: the exact first-order form of writesae.shift, one gradient for all atoms;
 - one by one: the library's whole model from a deep copy of the prefix's cache, an atom at a time;
 - batched: the project's exact edited runs, all atoms in one batch.
 
@@ -21,8 +21,8 @@ from replacement import FOLDER, apart, load, logits_after, prefix_cache
 from torch import Tensor
 
 from writesae.edit import edited_hidden, make_edit
-from writesae.hosts import Host
-from writesae.logit_shift import cache_gamma, logit_gradient
+from writesae.hosts.base import Host
+from writesae.shift import cache_gamma, logit_gradient
 
 HORIZON = 4  # tokens from the write to the logit
 EPS = 0.1  # of the native write's norm

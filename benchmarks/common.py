@@ -36,8 +36,8 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from writesae import artifacts
-from writesae.memory import keep_freed_memory
+from replication.study import paths as paths_module
+from replication.study import stages
 
 ROUNDS = 5
 SHORTEST = (
@@ -166,7 +166,6 @@ def start() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="everything tiny, to see that it runs")
     parser.add_argument("--peak", nargs=2, metavar=("NUMBER", "CASE"), help=argparse.SUPPRESS)
-    keep_freed_memory()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
     torch.backends.cuda.matmul.allow_tf32 = False
     return parser.parse_args()
@@ -195,8 +194,8 @@ def main(name: str, comparisons: Callable[[bool], list[Comparison]]) -> None:
 
 def save(name: str, table: pd.DataFrame, quick: bool, seconds: float) -> None:
     """results/bench/NAME.csv with its provenance; a quick run goes to build/bench."""
-    paths = artifacts.Paths("bench")
+    paths = paths_module.Paths("bench")
     folder = paths.build if quick else paths.results
     table = table.assign(device=device_name(), threads=torch.get_num_threads())
     provenance = dict(profile="bench", config="", host="", seed=0, seconds=round(seconds, 3))
-    artifacts.write_table(table, folder / f"{name}.csv", provenance)
+    stages.write_table(table, folder / f"{name}.csv", provenance)

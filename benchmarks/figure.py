@@ -6,7 +6,9 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from common import start
 
-from writesae import artifacts, plots
+from replication import plots
+from replication.study import paths as paths_module
+from replication.study import stages
 
 METHODS = dict(
     plain=("states, the paper's recipe", plots.COLOURS[3], "s"),
@@ -41,8 +43,8 @@ def draw(table: pd.DataFrame) -> plt.Figure:
 
 
 def main() -> None:
-    quick, paths = start().quick, artifacts.Paths("bench")
-    table = artifacts.read_table((paths.build if quick else paths.results) / "training_step.csv")
+    quick, paths = start().quick, paths_module.Paths("bench")
+    table = stages.read_table((paths.build if quick else paths.results) / "training_step.csv")
     plots.style()
     plots.save(draw(table.dropna(subset="side")), "cost_against_state_size", paths.build if quick else paths.figures)
 

@@ -36,11 +36,12 @@ import training_step
 from common import Case, Comparison
 from torch import Tensor
 
-from writesae import train
-from writesae.harvest import harvest
-from writesae.hosts import Host, families, without_triton
-from writesae.memory import keep_freed_memory
-from writesae.train import tf32
+from writesae.harvesting import harvest
+from writesae.hosts import load
+from writesae.hosts.base import Host
+from writesae.hosts.load import without_triton
+from writesae.sae import losses
+from writesae.sae.losses import tf32
 
 PRODUCTS = ("fp32", "tf32", "bf16")
 TOLERANCE = 1e-4  # of the training loss, against fp32
@@ -111,11 +112,11 @@ def host_of(shape: str, bf16: bool) -> Host:
     else:
         torch.manual_seed(0)
         with torch.device(common.device()):
-            model = families.build("gated_deltanet", SHAPES[shape]["host"])
+            model = load.adapter("gated_deltanet").build(SHAPES[shape]["host"])
         for weight in model.parameters():
             if weight.ndim > 1:
                 weight.data.mul_(3)  # as they are built, the layers above hardly read an edit
-    return families.module("gated_deltanet").ADAPTER(model.to(common.device()), None, shape)
+    return load.adapter("gated_deltanet")(model.to(common.device()), None, shape)
 
 
 def windows(shape: str) -> Tensor:
@@ -158,7 +159,7 @@ def replacing(shape: str, way: str, kind: str) -> Callable[[], Tensor]:
 def training(shape: str, kind: str, compiled: bool = False) -> Callable[[], Tensor]:
     """A step of the trainer on fp32 factors, some atoms silent; returns the loss. Nothing moves (training_step.py).
     compiled: the loss goes through torch.compile."""
-    sizes, loss_of = SHAPES[shape]["training"], train.factored_loss
+    sizes, loss_of = SHAPES[shape]["training"], losses.factored_loss
     loss_of = torch.compile(loss_of) if compiled else loss_of
     run = training_step.new_run(**sizes)
     run.settings = run.settings.model_copy(update=dict(products=kind))
@@ -167,7 +168,7 @@ def training(shape: str, kind: str, compiled: bool = False) -> Callable[[], Tens
         run.step = 0
         run.silent.zero_()
         run.silent[: sizes["silent"]] = run.settings.dead_after
-        with mock.patch.object(train, "factored_loss", loss_of):
+        with mock.patch.object(losses, "factored_loss", loss_of):
             run.advance()
         return run.losses[0, :1].clone()
 
@@ -235,15 +236,13 @@ def memory_of(case: Case) -> float:
     return torch.cuda.max_memory_allocated() / 2**20
 
 
-def tidy(table: pd.DataFrame, peaks: dict[str, float], kernel: str) -> pd.DataFrame:
-    """One comparison's lines with a single `difference`, the share of the peak in their own precision, and the kernel."""
+def tidy(table: pd.DataFrame, peaks: dict[str, float]) -> pd.DataFrame:
+    """One comparison's lines with a single `difference`, and the share of the peak in their own precision."""
     table = table[table.case != "matrix product"]
     rows = table.to_dict("records")
-    library = table.part.isin(["forward", "plain replacement"])
     table = table.assign(
         difference=[row.get(f"difference {row['case']}", math.nan) for row in rows],
         of_peak=table.gflop / table.seconds / table.products.map(peaks),
-        kernel=library.map({True: kernel, False: "torch"}),
     )
     trained = table.part.isin(["training step", "compiled step"])
     table["agrees"] = (table.difference <= TOLERANCE).where(trained, None)
@@ -253,7 +252,6 @@ def tidy(table: pd.DataFrame, peaks: dict[str, float], kernel: str) -> pd.DataFr
 def measure(shape: str) -> pd.DataFrame:
     """Every line. A part that does not fit the card's memory is left out, and a line says so."""
     common.PEAK_SIDE, peaks, tables = SHAPES[shape]["side"], {}, []
-    kernel = host_of(shape, False).library_kernel
     for comparison in comparisons(shape):
         try:
             table = common.measure(comparison)
@@ -264,7 +262,7 @@ def measure(shape: str) -> pd.DataFrame:
         if not peaks:
             own = table[table.part == "peak"]
             peaks = dict(zip(own.products, own.gflop / own.seconds, strict=True))
-        tables.append(tidy(table, peaks, kernel).assign(device_mib=table.case.map(memory)))
+        tables.append(tidy(table, peaks).assign(device_mib=table.case.map(memory)))
         print(tables[-1].drop(columns=["against", "rounds", "fastest", "slowest"]).to_string(index=False), flush=True)
     return pd.concat(tables, ignore_index=True).assign(shape=shape)
 
@@ -282,7 +280,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("There is no CUDA device here: nothing was measured (--shape tiny --device cpu shows that it runs).")
         return 0
     without_triton()
-    keep_freed_memory()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
     shape = "tiny" if options.quick else options.shape
     common.save("gpu", measure(shape), shape == "tiny", time.monotonic() - began)

@@ -14,9 +14,10 @@ from functools import lru_cache, partial
 import torch
 from common import Case, Comparison, main
 
-from writesae.artifacts import ROOT
-from writesae.harvest import harvest
-from writesae.hosts import Host, load_host
+from replication.study.paths import ROOT
+from writesae.harvesting import harvest
+from writesae.hosts.base import Host
+from writesae.hosts.load import load_host
 
 FOLDERS = ("gated_deltanet", "mamba2", "rwkv7")
 load = lru_cache(load_host)

@@ -24,8 +24,9 @@ import pandas as pd
 import torch
 from common import save, start
 
-from writesae import artifacts
-from writesae.hosts import load_host
+from replication.study import paths as paths_module
+from replication.study import stages
+from writesae.hosts.load import load_host
 
 TOKENS, LAYERS, HEADS = 5_000_000, 3, 16
 PARAMETERS, DEPTH = 752.4e6, 18 / 24  # Qwen3.5-0.8B's text model, up to its layer 17
@@ -35,7 +36,7 @@ COPIED, COPIES = 2**28, 9  # bytes
 
 def rate(table: pd.DataFrame, **where) -> float:
     """Units of work a second of the one row with these values."""
-    return float(artifacts.rows_with(table, **where).rate.item())
+    return float(stages.rows_with(table, **where).rate.item())
 
 
 def bandwidth() -> float:
@@ -63,8 +64,8 @@ def plan(
     machines = [(here, "measured", 1), (CARD, "products", CARD_GFLOPS / peak), (CARD, "memory", CARD_BANDWIDTH / moved)]
     rows = []
     for way in ("factored", "plain"):
-        step = artifacts.rows_with(training, method=way, side=128).iloc[0]
-        stored = artifacts.rows_with(storage, host="gated_deltanet_128", kept="both").iloc[0]
+        step = stages.rows_with(training, method=way, side=128).iloc[0]
+        stored = stages.rows_with(storage, host="gated_deltanet_128", kept="both").iloc[0]
         size = stored.bytes if way == "factored" else stored.state_bytes
         for machine, by, faster in machines:
             row = dict(way=way, machine=machine, by=by, faster=faster, tokens=TOKENS, cells=cells)
@@ -76,10 +77,10 @@ def plan(
 
 
 def main() -> None:
-    quick, began, paths = start().quick, time.monotonic(), artifacts.Paths("bench")
+    quick, began, paths = start().quick, time.monotonic(), paths_module.Paths("bench")
     folder = paths.build if quick else paths.results
-    tables = [artifacts.read_table(folder / f"{name}.csv") for name in ("training_step", "harvest_speed", "storage")]
-    host = load_host(artifacts.ROOT / "models" / "gated_deltanet")
+    tables = [stages.read_table(folder / f"{name}.csv") for name in ("training_step", "harvest_speed", "storage")]
+    host = load_host(paths_module.ROOT / "models" / "gated_deltanet")
     count = sum(x.numel() for x in host.model.parameters())
     if quick:  # the sides of a quick run stand in for 128
         tables[0] = tables[0].assign(side=tables[0].side.replace(32, 128))

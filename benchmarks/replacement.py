@@ -22,9 +22,10 @@ import torch
 from common import Case, Comparison, main
 from torch import Tensor
 
-from writesae.artifacts import ROOT
+from replication.study.paths import ROOT
 from writesae.edit import edited_hidden, kl, make_edit
-from writesae.hosts import Host, load_host
+from writesae.hosts.base import Host
+from writesae.hosts.load import load_host
 
 FOLDER = ROOT / "models" / "gated_deltanet"
 TOLERANCE = 1e-4

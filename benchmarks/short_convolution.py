@@ -6,6 +6,7 @@ layers. Both must give the same numbers.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from unittest.mock import patch
@@ -16,9 +17,9 @@ from common import Case, Comparison, main
 from harvest_speed import load, windows
 from torch import Tensor
 
-from writesae.artifacts import ROOT
-from writesae.hosts.families import module
-from writesae.hosts.parts import short_convolution
+from replication.study.paths import ROOT
+from writesae.hosts.layers import short_convolution
+from writesae.hosts.load import adapter
 
 FOLDERS = ("gated_deltanet", "mamba2")
 TOLERANCE = 1e-4  # of the largest number
@@ -44,7 +45,7 @@ def native_run(way: Callable[..., Tensor], folder: str, batch: int, length: int)
     tokens = windows(host, batch, length)
 
     def run() -> Tensor:
-        with patch.object(module(folder), "short_convolution", way):
+        with patch.object(sys.modules[adapter(folder).__module__], "short_convolution", way):
             return host.run(tokens).final
 
     return run

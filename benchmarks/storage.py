@@ -12,9 +12,11 @@ import pandas as pd
 import torch
 from common import save, start
 
-from writesae.artifacts import ROOT
-from writesae.harvest import harvest, history
-from writesae.hosts import Host, families, load_host
+from replication.study.paths import ROOT
+from writesae.harvesting import harvest, history
+from writesae.hosts import load
+from writesae.hosts.base import Host
+from writesae.hosts.load import load_host
 
 FOLDERS = ("gated_deltanet", "mamba2", "rwkv7")
 WIDE = dict(
@@ -35,7 +37,7 @@ WIDE = dict(
 
 def wide_host() -> Host:
     """A Gated DeltaNet of the paper's head size, 128 x 128, with random weights."""
-    return families.module("gated_deltanet").ADAPTER(families.build("gated_deltanet", WIDE), None, "gated_deltanet_128")
+    return load.adapter("gated_deltanet")(load.adapter("gated_deltanet").build(WIDE), None, "gated_deltanet_128")
 
 
 def stored(host: Host) -> list[dict]:

@@ -2,7 +2,7 @@
 
 All do a whole step on the same tokens: pre-activations, top-k, reconstruction, dead-atom loss, gradient, Adam.
 
-- factored: writesae.train, a step as `train` takes it;
+- factored: writesae.sae.train, a step as `train` takes it;
 - plain: the paper's recipe (Sec. 2, App. D, Table 10) written down: bilinear encoder by einsum over states, decoder over
   all atoms, on the paper's batches of 256 states;
 - whole: the same on all states at once (of the middle side only);
@@ -25,7 +25,8 @@ from common import Case, Comparison, device, main
 from torch import Tensor
 
 from writesae.history import History
-from writesae.train import TrainingSettings, _Run, dense_loss
+from writesae.sae.losses import dense_loss
+from writesae.sae.train import TrainingSettings, _Run
 
 SIZES = dict(sides=(64, 128, 256), n_atoms=2048, k=32, windows=4, tokens=256, silent=300)
 QUICK = dict(sides=(8, 16, 32), n_atoms=64, k=4, windows=2, tokens=64, silent=12)

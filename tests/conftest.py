@@ -8,9 +8,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 
-from writesae.artifacts import ROOT
-from writesae.hosts import families, without_triton
-from writesae.verify import VerifyError, committed
+from replication.commands.verify import VerifyError, committed
+from replication.study.paths import ROOT
+from writesae.hosts import load
+from writesae.hosts.load import without_triton
 
 without_triton()
 
@@ -74,7 +75,7 @@ SMALL["gla"] = SMALL["delta_net"]  # the fields have the same names
 
 def small(family):
     torch.manual_seed(0)
-    model = families.build(family, SMALL[family]).double()
+    model = load.adapter(family).build(SMALL[family]).double()
     for p in model.parameters():
         if p.ndim > 1:
             p.data.mul_(3)  # larger random weights, so that the layers above are not nearly linear
@@ -82,10 +83,10 @@ def small(family):
                 p.data.normal_(std=0.3)  # RWKV-7's layers start as the identity
         else:
             p.data.add_(0.1 * torch.randn_like(p))  # vectors start as constants, which could hide a mistake
-    return families.module(family).ADAPTER(model, None, "small")
+    return load.adapter(family)(model, None, "small")
 
 
-@pytest.fixture(scope="session", params=list(families.FAMILIES))
+@pytest.fixture(scope="session", params=list(load.FAMILIES))
 def host(request):
     """A test that takes it runs once a family; tests of one family alone take the fixture of its name."""
     return small(request.param)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from writesae.harvest import Windows
-from writesae.profiles import Data
+from replication.study.profile import Data
+from replication.study.study import Suite
 from writesae.recurrence import Factors, step_states
-from writesae.suite import Suite
+from writesae.text import Windows
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str, tolerance: float) -> None:

@@ -1,7 +1,7 @@
 """What the embedded hosts compute, for a process of its own: `python kernel_run.py OUTPUTS [MODULE ...]`.
 
-The modules (transformers:Mamba2ForCausalLM is one's attribute) are imported before anything of this project. Prints each
-host's kernel path and that of the library's own forward, which runs where "--library" is named.
+The modules (transformers:Mamba2ForCausalLM is one's attribute) are imported before anything of this project. With
+"--library" the library's own forward runs as well, and its errors are printed.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ def outputs(library: bool) -> dict:
     """Last hidden states and the harvest of two cells of each host on random tokens, and the library's own logits."""
     import torch
 
-    from writesae.harvest import harvest
-    from writesae.hosts import load_host
+    from writesae.harvesting import harvest
+    from writesae.hosts.load import load_host
 
     tokens = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(0))
     found = {}
     for name in FOLDERS:
         host = load_host(ROOT / "models" / name, "cpu")
-        print(name, host.kernel, host.library_kernel)
         found[f"{name} final"] = host.run(tokens).final
         for cell, factors in harvest(host, tokens, CELLS, batch=2, progress=False).items():
             found |= {f"{name} {cell} {factor}": x for factor, x in factors.items()}

@@ -28,9 +28,11 @@ import pandas as pd
 import psutil
 import yaml
 
-from writesae.artifacts import ROOT, ArtifactError, read_sidecar, write_table
-from writesae.dependencies import notebooks
-from writesae.verify import verify
+from replication.commands.order import notebooks
+from replication.commands.verify import verify
+from replication.study.paths import ROOT
+from replication.study.stages import write_table
+from writesae.files import ArtifactError, read_sidecar
 
 REFUSED = "Another run with this profile is at work"
 

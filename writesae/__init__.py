@@ -1,1 +1,0 @@
-"""Sparse autoencoders for the writes of recurrent language models: a replication suite."""

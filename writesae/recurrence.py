@@ -23,6 +23,22 @@ import torch
 import torch.nn.functional as F
 
 
+class Groups:
+    """R rows of which many share one of U things (`which` [R]): work on them side by side instead of copying the thing."""
+
+    def __init__(self, which: torch.Tensor, count: int):
+        same = which[:, None] == torch.arange(count, device=which.device)
+        place = same.cumsum(0).gather(1, which[:, None])[:, 0] - 1
+        self.which, self.count, self.place, self.most = which, count, place, int(place.max()) + 1
+
+    def read(self, x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
+        """x[r] @ shared[which[r]] for x [R, H, L, d] and shared [U, H, d, e] -> [R, H, L, e]."""
+        rows, heads, length, width = x.shape
+        side = x.new_zeros(self.count, self.most, *x.shape[1:]).index_put((self.which, self.place), x)
+        made = side.transpose(1, 2).reshape(self.count, heads, self.most * length, width) @ shared
+        return made.view(self.count, heads, self.most, length, -1)[self.which, :, self.place]
+
+
 @dataclass
 class Factors:
     """One cell's history over [batch, time]; a rank-1 write and a transition a token, never a state.

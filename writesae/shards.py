@@ -24,10 +24,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from writesae import artifacts
-from writesae.harvest import Cell, harvest, history
+from replication.study import fingerprint as fingerprint_module
+from writesae import files
+from writesae.harvesting import Cell, harvest, history
 from writesae.history import GROUP, VECTOR_GROUP, History, at_once
-from writesae.hosts import Host
+from writesae.hosts.base import Host
 
 FORMAT_VERSION = 1
 SHARD_WINDOWS = 256
@@ -53,15 +54,15 @@ def harvest_shards(
     are there, from the same tokens, origin and code, are not computed again; all others are replaced. Raises ValueError
     for no windows, windows of several lengths, a cell that the host does not have and values that are not finite.
     """
-    base = artifacts.fingerprint(modules=["writesae.harvest"], origin=origin)
+    base = fingerprint_module.fingerprint(modules=["writesae.harvesting"], origin=origin)
     places = {cell: cell_folder(folder, cell) for cell in cells}
     for place in places.values():
         (place / "shards.json").unlink(missing_ok=True)
     count = 0
     for count, tokens in enumerate(_stacked(windows, shard_windows), 1):
         paths = {cell: _shard(places[cell], count - 1) for cell in cells}
-        expected = artifacts.fingerprint(base=base, tokens=hashlib.sha256(tokens.numpy()).hexdigest())
-        if not artifacts.up_to_date(paths.values(), expected):
+        expected = fingerprint_module.fingerprint(base=base, tokens=hashlib.sha256(tokens.numpy()).hexdigest())
+        if not files.up_to_date(paths.values(), expected):
             _store(host, tokens, paths, batch, expected)
     if not count:
         raise ValueError("There is nothing to harvest: the stream holds no window.")
@@ -91,27 +92,27 @@ def _store(host: Host, tokens: Tensor, paths: dict[Cell, Path], batch: int, expe
             history(found[cell], "state"), history(found[cell], "write")  # refuses values that are not finite
         except ValueError as error:
             raise ValueError(f"Cell {cell}, shard {path.stem}: {error}") from error
-        artifacts.save_tensors(path, found.pop(cell), {"fingerprint": expected})
+        files.save_tensors(path, found.pop(cell), {"fingerprint": expected})
 
 
 def _close(place: Path, count: int) -> None:
     """Write shards.json over the first `count` shards, and remove those of a longer harvest before."""
     for path in sorted(place.glob("*.safetensors"))[count:]:
         path.unlink()
-        artifacts.sidecar(path).unlink(missing_ok=True)
+        files.sidecar(path).unlink(missing_ok=True)
     shards = []
     for path in (_shard(place, number) for number in range(count)):
         with safe_open(path, framework="pt") as file:
             shape = file.get_slice("key").get_shape()
-        shards.append(dict(windows=shape[0], length=shape[1], sha256=artifacts.read_sidecar(path)["sha256"]))
+        shards.append(dict(windows=shape[0], length=shape[1], sha256=files.read_sidecar(path)["sha256"]))
     text = json.dumps(dict(format_version=FORMAT_VERSION, shards=shards), indent=1) + "\n"
-    artifacts.write_atomically(place / "shards.json", lambda partial: partial.write_text(text))
+    files.write_atomically(place / "shards.json", lambda partial: partial.write_text(text))
 
 
 class ShardedHistory:
     """What an SAE of a cell trains on, like a History, but on disk: windows are read when they are indexed.
 
-    target and write as for `writesae.harvest.history`; `limit`: only the first windows. Offers what training and
+    target and write as for `writesae.harvesting.history`; `limit`: only the first windows. Offers what training and
     evaluation ask of a History. Raises ArtifactError where shards are missing, damaged or not all there, ValueError for
     an unknown target, a write that was not harvested, and fewer windows than `limit`.
     """
@@ -143,14 +144,14 @@ class ShardedHistory:
             content = json.loads(path.read_text())
             version, shards = content["format_version"], content["shards"]
         except OSError as error:
-            raise artifacts.ArtifactError(f"{path} is missing: no harvest of this cell was completed there.") from error
+            raise files.ArtifactError(f"{path} is missing: no harvest of this cell was completed there.") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise artifacts.ArtifactError(f"{path} is damaged.") from error
+            raise files.ArtifactError(f"{path} is damaged.") from error
         if version != FORMAT_VERSION:
-            raise artifacts.ArtifactError(f"{path} has format version {version}, and this code reads {FORMAT_VERSION}.")
+            raise files.ArtifactError(f"{path} has format version {version}, and this code reads {FORMAT_VERSION}.")
         for number, shard in enumerate(shards):
-            if artifacts.read_sidecar(_shard(self.place, number))["sha256"] != shard["sha256"]:
-                raise artifacts.ArtifactError(f"{_shard(self.place, number)} is of another harvest than shards.json.")
+            if files.read_sidecar(_shard(self.place, number))["sha256"] != shard["sha256"]:
+                raise files.ArtifactError(f"{_shard(self.place, number)} is of another harvest than shards.json.")
         return shards
 
     @property

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from writesae.reference import check, read_tolerances
+from replication.commands.verify import check, read_tolerances
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 FRESH = REPOSITORY / "build" / "test" / "results" / "mini"

@@ -11,113 +11,15 @@ same, so that nobody else has to know; a run's records and hidden states stay wh
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 
-from writesae.hosts import kernels
-from writesae.recurrence import Factors, states_before
-
-
-@dataclass
-class Record:
-    """What one layer did in a native run over [B, T] tokens; enough to start again anywhere in it.
-
-    hidden: [B, T, D] the layer's input; outputs: [B, T, heads, d] and whatever `finish` takes beside them (beside,
-    each [B, T, ...]). A recurrent layer has the family's own factors, each [B, T, ...], and end, the last state
-    [B, H, d_k, d_v]; an attention layer has keys, values [B, H_kv, T, d]. windows: inputs of short convolutions and
-    token shifts (name -> ([B, T, C], how many positions back they reach)), of `mix` and of `finish`.
-    """
-
-    hidden: torch.Tensor
-    outputs: torch.Tensor
-    factors: dict[str, torch.Tensor] = field(default_factory=dict)
-    end: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    windows: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
-    beside: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-class Groups:
-    """R rows of which many share one of U things (`which` [R]): work on them side by side instead of copying the thing."""
-
-    def __init__(self, which: torch.Tensor, count: int):
-        same = which[:, None] == torch.arange(count, device=which.device)
-        place = same.cumsum(0).gather(1, which[:, None])[:, 0] - 1
-        self.which, self.count, self.place, self.most = which, count, place, int(place.max()) + 1
-
-    def read(self, x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-        """x[r] @ shared[which[r]] for x [R, H, L, d] and shared [U, H, d, e] -> [R, H, L, e]."""
-        rows, heads, length, width = x.shape
-        side = x.new_zeros(self.count, self.most, *x.shape[1:]).index_put((self.which, self.place), x)
-        made = side.transpose(1, 2).reshape(self.count, heads, self.most * length, width) @ shared
-        return made.view(self.count, heads, self.most, length, -1)[self.which, :, self.place]
-
-
-@dataclass
-class Prefix:
-    """Keys and values before each of R rows: those of U distinct prefixes, [U, H_kv, L, d] with `seen` [U, L], which
-    the rows share, and those that each row has added since, own_keys and own_values [R, H_kv, M, d]."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    seen: torch.Tensor
-    groups: Groups
-    own_keys: torch.Tensor | None = None
-    own_values: torch.Tensor | None = None
-
-    def with_own(self, keys: torch.Tensor, values: torch.Tensor) -> Prefix:
-        """The same with further keys and values [R, H_kv, T, d] of the rows themselves."""
-        if self.own_keys is not None:
-            keys, values = torch.cat([self.own_keys, keys], 2), torch.cat([self.own_values, values], 2)
-        return replace(self, own_keys=keys, own_values=values)
-
-
-def attend(query: torch.Tensor, prefix: Prefix, scale: float) -> torch.Tensor:
-    """Causal attention [R, H, T, d] of queries [R, H, T, d] to shared prefixes and to the rows' own keys, whose last T
-    are those of the queries. No prefix is copied row by row."""
-    steps, own, groups = query.shape[2], prefix.own_keys.shape[2], prefix.groups
-    stacked = (
-        (query * scale).unflatten(1, (prefix.keys.shape[1], -1)).flatten(2, 3)
-    )  # [R, H_kv, heads of a group * T, d]
-    unseen = ~prefix.seen[groups.which][:, None, None]
-    to_prefix = groups.read(stacked, prefix.keys.mT).masked_fill(unseen, -torch.inf)
-    later = torch.ones(steps, own, dtype=torch.bool, device=query.device).triu(own - steps + 1)
-    to_own = (stacked @ prefix.own_keys.mT).unflatten(2, (-1, steps)).masked_fill(later, -torch.inf).flatten(2, 3)
-    weight = torch.cat([to_prefix, to_own], -1).softmax(-1)
-    on_prefix, on_own = weight.split([to_prefix.shape[-1], own], -1)
-    read = groups.read(on_prefix, prefix.values) + on_own @ prefix.own_values
-    return read.unflatten(2, (-1, steps)).flatten(1, 2)
-
-
-@dataclass
-class SharedState:
-    """States [U, H, d_k, d_v] before each of R rows, which rows share."""
-
-    states: torch.Tensor
-    groups: Groups
-
-
-@dataclass
-class Past:
-    """What a layer needs of the tokens before, row by row: a state, or a Prefix, and the last inputs [R, reach, C] of
-    short convolutions and token shifts. `last`: no tokens come after these, so that no end state is asked for."""
-
-    own_state: torch.Tensor | None = None
-    shared: SharedState | None = None
-    prefix: Prefix | None = None
-    windows: dict[str, torch.Tensor] = field(default_factory=dict)
-    last: bool = False
-
-    @property
-    def state(self) -> torch.Tensor:
-        """[R, H, d_k, d_v]: the rows' own, or each row's copy of the one it shares."""
-        return self.shared.states[self.shared.groups.which] if self.own_state is None else self.own_state
+from writesae.hosts.past import Past, Prefix, Record, SharedState, extend
+from writesae.recurrence import Factors, Groups, states_before
 
 
 @dataclass
@@ -133,9 +35,9 @@ class Host(ABC):
     """One recurrent language model behind the interface that all experiments use. Build with `load_host`."""
 
     family: str
+    model_classes: tuple[str, ...]  # the names of the classes that this adapter takes
+    decay_parameters: tuple[str, ...]  # names within a model whose parameters set the decays
     scalar_decay: bool  # True: a state is a decayed sum of rank-1 writes, so SAEs train without states
-    package: str  # whose kernels the library's own forward runs on where there are any
-    operator: str | None = None  # the library's function for the recurrence, in the module of the model's class
     layers: int
     recurrent_layers: tuple[int, ...]
     heads: int
@@ -147,6 +49,15 @@ class Host(ABC):
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
 
     # What a family provides.
+
+    @staticmethod
+    @abstractmethod
+    def build(architecture: dict) -> torch.nn.Module:
+        """A model with random weights and slow decays. `architecture`: fields of the family's config."""
+
+    @staticmethod
+    def before_training(model: torch.nn.Module) -> None:
+        """Prepare a new model for training; most families need nothing."""
 
     @abstractmethod
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -190,18 +101,6 @@ class Host(ABC):
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
-
-    @property
-    def kernel(self) -> str:
-        """What `run` and all edits are computed with: "torch", or the package (fla) that the model is built of."""
-        return kernels.of_modules(self.model)
-
-    @property
-    def library_kernel(self) -> str:
-        """What the library's own forward takes its recurrence from: "torch", or the package that it has bound."""
-        if self.operator is None:
-            return self.kernel
-        return kernels.bound(getattr(sys.modules[type(self.model).__module__], self.operator, None))
 
     @cached_property
     def cells(self) -> list[tuple[int, int]]:
@@ -387,13 +286,3 @@ def check_places(rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tens
         outside = given[(given < 0) | (given >= count)]
         if outside.numel():
             raise ValueError(f"The run has no {what} {int(outside[0])}: it has 0 to {count - 1}.")
-
-
-def extend(past: Past, record: Record) -> Past:
-    """What the layer needs after the tokens of `record`, which themselves came after `past`."""
-    longer = Past(own_state=record.end)
-    if record.keys is not None:
-        longer.prefix = past.prefix.with_own(record.keys, record.values)
-    for name, (inputs, reach) in record.windows.items():
-        longer.windows[name] = torch.cat([past.windows[name], inputs], 1)[:, -reach:]
-    return longer

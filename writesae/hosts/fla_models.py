@@ -24,8 +24,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from writesae.hosts.gated_deltanet import unit
-from writesae.hosts.parts import short_convolution, wide
+from writesae.hosts.layers import short_convolution, unit, wide
 from writesae.recurrence import diagonal_chunks, gated_delta_chunks
 
 GATE_RANK = GATE_NORMALIZER = 16  # of GLA's decays: constants of the package's layer, in no config

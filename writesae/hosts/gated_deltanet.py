@@ -10,31 +10,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from writesae.hosts.base import Host, Past, Record, attend
-from writesae.hosts.families import slow_decays
-from writesae.hosts.parts import normalized, short_convolution, wide
+from writesae.hosts.base import Host
+from writesae.hosts.layers import normalized, short_convolution, slow_decays, unit, wide
+from writesae.hosts.past import Past, Record, attend
 from writesae.recurrence import Factors, gated_delta_chunks
-
-MODEL_CLASSES = ("Qwen3_5ForCausalLM",)
-DECAY_PARAMETERS = ("A_log", "dt_bias", "in_proj_a")
-
-
-def build(architecture: dict) -> torch.nn.Module:
-    """A Qwen3.5 text model with random weights and slow decays. `architecture`: fields of Qwen3_5TextConfig."""
-    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-
-    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**architecture))
-    for block in model.model.layers:
-        if hasattr(block, "linear_attn"):
-            mixer = block.linear_attn
-            mixer.A_log.data, mixer.dt_bias.data = slow_decays(mixer.num_v_heads)
-    return model
-
-
-def unit(x: torch.Tensor) -> torch.Tensor:
-    """The library's L2 norm over the last dimension, in fp32 or better."""
-    x = wide(x)
-    return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)
 
 
 def rms_norm(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
@@ -45,7 +24,20 @@ def rms_norm(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
 class GatedDeltaNet(Host):
     family = "gated_deltanet"
     scalar_decay = True
-    package, operator = "fla", "torch_chunk_gated_delta_rule"
+    model_classes = ("Qwen3_5ForCausalLM",)
+    decay_parameters = ("A_log", "dt_bias", "in_proj_a")
+
+    @staticmethod
+    def build(architecture: dict) -> torch.nn.Module:
+        """A Qwen3.5 text model with random weights and slow decays. `architecture`: fields of Qwen3_5TextConfig."""
+        from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+        model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**architecture))
+        for block in model.model.layers:
+            if hasattr(block, "linear_attn"):
+                mixer = block.linear_attn
+                mixer.A_log.data, mixer.dt_bias.data = slow_decays(mixer.num_v_heads)
+        return model
 
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
@@ -153,6 +145,3 @@ class GatedDeltaNet(Host):
             erase=log_decay.exp() * beta * key,
             probe=key,
         )
-
-
-ADAPTER = GatedDeltaNet

@@ -11,32 +11,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from writesae.hosts.base import Host, Past, Record
-from writesae.hosts.families import slow_decays
-from writesae.hosts.parts import normalized, short_convolution, wide
+from writesae.hosts.base import Host
+from writesae.hosts.layers import normalized, short_convolution, slow_decays, wide
+from writesae.hosts.past import Past, Record
 from writesae.recurrence import Factors, decayed_chunks
-
-MODEL_CLASSES = ("Mamba2ForCausalLM",)
-DECAY_PARAMETERS = ("A_log", "dt_bias")
-
-
-def build(architecture: dict) -> torch.nn.Module:
-    """A Mamba-2 model with random weights and slow decays. `architecture`: fields of Mamba2Config."""
-    from transformers import Mamba2Config, Mamba2ForCausalLM
-
-    model = Mamba2ForCausalLM(Mamba2Config(**architecture))
-    for block in model.backbone.layers:
-        block.mixer.A_log.data, block.mixer.dt_bias.data = slow_decays(model.config.num_heads)
-    return model
-
-
-def before_training(model: torch.nn.Module) -> None:
-    """Let the rows of in_proj that set the steps dt, and with them the decays, learn slowly: a twentieth of the gradient."""
-    heads = model.config.num_heads
-    for block in model.backbone.layers:
-        slow = torch.ones(len(block.mixer.in_proj.weight), 1)
-        slow[-heads:] = 0.05
-        block.mixer.in_proj.weight.register_hook(lambda gradient, slow=slow: gradient * slow.to(gradient))
 
 
 def rms_norm(x: torch.Tensor, norm: torch.nn.Module, groups: int = 1) -> torch.Tensor:
@@ -47,7 +25,27 @@ def rms_norm(x: torch.Tensor, norm: torch.nn.Module, groups: int = 1) -> torch.T
 class Mamba2(Host):
     family = "mamba2"
     scalar_decay = True
-    package, operator = "mamba_ssm", "mamba2_chunk_scan"
+    model_classes = ("Mamba2ForCausalLM",)
+    decay_parameters = ("A_log", "dt_bias")
+
+    @staticmethod
+    def build(architecture: dict) -> torch.nn.Module:
+        """A Mamba-2 model with random weights and slow decays. `architecture`: fields of Mamba2Config."""
+        from transformers import Mamba2Config, Mamba2ForCausalLM
+
+        model = Mamba2ForCausalLM(Mamba2Config(**architecture))
+        for block in model.backbone.layers:
+            block.mixer.A_log.data, block.mixer.dt_bias.data = slow_decays(model.config.num_heads)
+        return model
+
+    @staticmethod
+    def before_training(model: torch.nn.Module) -> None:
+        """Let the rows of in_proj that set the steps dt, and with them the decays, learn slowly: a twentieth of the gradient."""
+        heads = model.config.num_heads
+        for block in model.backbone.layers:
+            slow = torch.ones(len(block.mixer.in_proj.weight), 1)
+            slow[-heads:] = 0.05
+            block.mixer.in_proj.weight.register_hook(lambda gradient, slow=slow: gradient * slow.to(gradient))
 
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
@@ -96,6 +94,3 @@ class Mamba2(Host):
         f, key_head = record.factors, head // (self.heads // record.factors["key"].shape[2])
         query, key, added = f["query"][:, :, key_head], f["key"][:, :, key_head], f["added"][:, :, head]
         return Factors(query, key, added, f["log_decay"][:, :, head, None], effective=added)
-
-
-ADAPTER = Mamba2

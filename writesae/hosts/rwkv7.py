@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from writesae.hosts.base import Host, Past, Record
-from writesae.hosts.fla_host import register
+from writesae.hosts.base import Host
+from writesae.hosts.fla import register
+from writesae.hosts.past import Past, Record
 from writesae.hosts.rwkv7_model import (
     CHUNK,
     RWKV7Config,
@@ -24,22 +25,19 @@ from writesae.hosts.rwkv7_model import (
 )
 from writesae.recurrence import Factors
 
-MODEL_CLASSES = ("RWKV7ForCausalLM",)
-DECAY_PARAMETERS = ("w_lora",)
-
-# The package's class has submodules of the same names; with its fused norms it needs a GPU, and no test covers that.
 register(RWKV7ForCausalLM)
-
-
-def build(architecture: dict) -> torch.nn.Module:
-    """An RWKV-7 model with its authors' initial values. `architecture`: fields of RWKV7Config."""
-    return RWKV7ForCausalLM(RWKV7Config(**architecture))
 
 
 class RWKV7(Host):
     family = "rwkv7"
     scalar_decay = False
-    package = "fla"
+    model_classes = ("RWKV7ForCausalLM",)
+    decay_parameters = ("w_lora",)
+
+    @staticmethod
+    def build(architecture: dict) -> torch.nn.Module:
+        """An RWKV-7 model with its authors' initial values. `architecture`: fields of RWKV7Config."""
+        return RWKV7ForCausalLM(RWKV7Config(**architecture))
 
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
@@ -92,6 +90,3 @@ class RWKV7(Host):
 
     def cell_factors(self, record: Record, head: int) -> Factors:
         return Factors(**{name: x[:, :, head] for name, x in record.factors.items() if name != "before"})
-
-
-ADAPTER = RWKV7

@@ -27,8 +27,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutput
 
-from writesae.hosts.mamba2_release import read_weights
-from writesae.hosts.parts import wide
+from writesae.hosts.layers import wide
+from writesae.hosts.weights import read_weights
 from writesae.recurrence import diagonal_delta_chunks
 
 CHUNK = 32

@@ -1,0 +1,225 @@
+"""What the results depend on: encoder, decoder, sparsity rule and rank of the SAE (the paper's Sec. 3.4, App. B, C, F.3).
+
+Every variant is trained on the same windows with the same settings but for the parts that it names, and is then asked
+the same questions on the same held-out windows: how much it explains (FVU), how many atoms are active a token (L0), how
+many never are (dead), which of them are registers and bundles, and whether its atoms stand for writes. The native write is
+replaced by the top singular pair of the firing's atom, and where an atom has a higher rank by the whole of it as well.
+
+Selectivity (App. I.1) asks of the profile's own SAEs whether another direction would do as well as the atom:
+
+| control    | what                                                                           |
+|------------|--------------------------------------------------------------------------------|
+| random     | a rank-1 matrix of Gaussian factors                                            |
+| orthogonal | the same with key and value each orthogonal to those of the atom               |
+
+put in the native write's place at the atom's coefficient or at the write's norm, or added to the state at the write's
+norm with the write left in ("added"). There the paper's measure is taken too: 1 - |A and B| / K, for the K tokens A
+whose logits the atom moves most and the K tokens B that the control moves most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from statsmodels.stats.proportion import confint_proportions_2indep
+from tqdm import tqdm
+
+from replication import classes as atoms
+from replication.statistics import cluster_bootstrap, difference, resampled, wilson
+from replication.study.ablation_training import asked, role, variants
+from replication.study.firings import firings_of, run_firings
+from replication.study.stages import rows_with
+from replication.study.study import Suite
+from writesae.evaluate.firings import Encoded, draw_in_rounds
+from writesae.evaluate.replacement import AMPLITUDES, Subject
+from writesae.harvesting import history
+from writesae.sae.train import by_group
+
+REFERENCE = "bilinear+rank1"  # the variant that the others are compared with
+FEWEST_ALIVE = 8  # atoms, below which no partition is made of them
+KEYS = ["host", "place", "layer", "head", "target", "variant"]
+
+
+# What every variant is asked
+
+
+class Bench(atoms.Scan):
+    """The variants of a host on the held-out windows; each is encoded once."""
+
+    def __init__(self, suite: Suite, host: str):
+        super().__init__(suite, host)
+        self.own = suite.profile.section("ablations", host)
+        self.groups = [(place, target, s.variant) for place, target, s in variants(self.own, suite.profile.seed)]
+        self.windows = self.windows[slice(0, self.own.windows)]
+        self.places = {suite.cell(host, place): place for place in dict.fromkeys(group[0] for group in self.groups)}
+        self.encoded, self.errors = {}, {}
+
+    def encode(self, group: tuple) -> None:
+        """Fill `encoded` (the Subject) and `errors` (a line a window) of (place, target, variant)."""
+        place, target, variant = group
+        cell, write = self.suite.cell(self.host, place), self.suite.profile.saes.write
+        sae, factors = self.suite.sae(self.host, *cell, target, role(variant)), self.factors[cell]
+        found = zip(*by_group(sae, history(factors, target, write)), strict=True)
+        squared, energy, indices, coefficients = (torch.cat(x) for x in found)
+        encoded, writes = Encoded(indices, coefficients), history(factors, "write", write)
+        alive = encoded.alive()
+        self.encoded[group] = Subject(*cell, target, write, sae, encoded, writes, writes.mean(), alive)
+        sums = {name: x.double().sum(1).numpy() for name, x in dict(squared=squared, energy=energy).items()}
+        active = (coefficients > 0).sum((1, 2)).numpy()
+        dead = dict(dead=sae.n_atoms - len(alive), n_atoms=sae.n_atoms, k=sae.k)
+        where = dict(host=self.host, place=place, layer=cell[0], head=cell[1], target=target, variant=variant)
+        frame = dict(window=range(len(active)), passage=self.windows.passage.numpy(), **sums, active=active)
+        self.errors[group] = pd.DataFrame(where | frame | dead | dict(tokens=squared.shape[1]))
+
+    def firings(self, layer: int, head: int, target: str, variant: str) -> tuple[Subject, pd.DataFrame]:
+        """As for other SAEs, from what was encoded."""
+        subject = self.encoded[self.places[layer, head], target, variant]
+        return subject, firings_of(self.suite, subject, self.windows)
+
+    def classes(self, group: tuple) -> pd.DataFrame:
+        """A line an alive atom, as in atoms.csv; none for an SAE with too few of them."""
+        place, target, variant = group
+        cell = self.suite.cell(self.host, place)
+        if self.firings(*cell, target, variant)[1].atom.nunique() < FEWEST_ALIVE:
+            return pd.DataFrame({"host": []})
+        return self.alive((*cell, target, variant, self.suite.profile.seed)).rename(columns=dict(role="variant"))
+
+    def drawn(self) -> list[tuple[Subject, pd.DataFrame]]:
+        """The firings of every variant, at most as many as the profile asks for."""
+        pairs = []
+        for place, target, variant in self.groups:
+            subject, firings = self.firings(*self.suite.cell(self.host, place), target, variant)
+            some = draw_in_rounds(firings, min(self.own.firings, len(firings)), self.suite.profile.seed)
+            pairs.append((subject, some.assign(place=place, variant=variant)))
+        return pairs
+
+
+def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """results ablation_windows.csv (the errors of every variant, a line a window), ablation_atoms.csv (an alive atom) and
+    ablation_firings.csv (a firing and amplitude), over all hosts that are asked."""
+    names, parts = ("ablation_windows", "ablation_atoms", "ablation_firings"), []
+    for name in asked(suite):
+        bench = Bench(suite, name)
+        for group in tqdm(bench.groups, desc="encoding"):
+            bench.encode(group)
+        files = [_weights(suite, name, *group) for group in bench.groups]
+        inputs = dict(data=suite.profile.data, seed=suite.profile.seed, settings=bench.own, saes=files)
+        windows = suite.staged(names[0], name, bench.groups, bench.errors.get, [__name__], inputs)
+        classes = suite.staged(names[1], name, bench.groups, bench.classes, [__name__], inputs)
+        options = dict(conditions=("delete", "atom", "random", "reconstruction", "whole_atom"), scopes=("write",))
+        options["batch_rows"] = suite.profile.section("replacement", name).batch_rows
+        firings = run_firings(
+            suite, name, names[2], bench.windows, bench.drawn(), inputs, modules=(__name__,), **options
+        )
+        parts.append((windows, classes, firings))
+    return tuple(suite.gather(name, list(part)) for name, part in zip(names, zip(*parts), strict=True))
+
+
+def _weights(suite: Suite, host: str, place: str, target: str, variant: str) -> Path:
+    stem = suite.sae_stem(host, *suite.cell(host, place), target, role(variant))
+    return stem.with_name(stem.name + ".safetensors")
+
+
+def fvu(windows: pd.DataFrame) -> Callable[[np.ndarray], float]:
+    """The fraction of variance unexplained, of row numbers of a table of windows."""
+    squared, energy = windows.squared.to_numpy(), windows.energy.to_numpy()
+    return lambda rows: squared[rows].sum() / energy[rows].sum()
+
+
+def summarise(windows: pd.DataFrame, classes: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed: int):
+    """A line a variant, place and target: FVU with its interval by passage; L0; atoms that are never active (dead), with
+    Wilson's interval of their share; the classes of the rest; and for each amplitude how often the atom beats deletion, with
+    Wilson's interval (ci) and the bootstrap by atom (boot). What cannot be told (no class, no firing) is missing."""
+    rows = []
+    for values, part in windows.groupby(KEYS, sort=False):
+        where, first = dict(zip(KEYS, values, strict=True)), part.iloc[0]
+        of, count = fvu(part), int(part.tokens.sum())
+        low, high = resampled(of, part.passage, resamples, seed)
+        row = where | dict(n_atoms=first.n_atoms, k=first.k, fvu=of(np.arange(len(part))), fvu_low=low, fvu_high=high)
+        row |= dict(n_tokens=count, n_passages=part.passage.nunique(), l0=part.active.sum() / count)
+        low, high = wilson(int(first.dead), int(first.n_atoms))
+        row |= dict(dead=first.dead, dead_fraction=first.dead / first.n_atoms, dead_low=low, dead_high=high)
+        own = rows_with(classes, **where)
+        if len(own):
+            row |= atoms.partition(own, seed)
+        for amplitude, tried in rows_with(firings, **where).groupby("amplitude", sort=False):
+            row |= {f"{name}_{amplitude}": x for name, x in wins(tried, resamples, seed).items()}
+            row |= dict(n_firings=len(tried), n_firing_atoms=tried.atom.nunique())
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def wins(firings: pd.DataFrame, resamples: int, seed: int) -> dict:
+    """Share of firings at which the atom beats deletion, and where there is one the whole atom of a higher rank."""
+    win = firings.kl_atom < firings.kl_delete
+    low, high = wilson(int(win.sum()), len(win))
+    boot = cluster_bootstrap(win, firings.atom, resamples=resamples, seed=seed)
+    found = dict(win_rate=win.mean(), ci_low=low, ci_high=high, boot_low=boot.low, boot_high=boot.high)
+    found |= dict(win_random=(firings.kl_random < firings.kl_delete).mean())
+    if "kl_whole_atom" in firings and firings.kl_whole_atom.notna().all():
+        whole = int((firings.kl_whole_atom < firings.kl_delete).sum())
+        found["whole_win_rate"] = whole / len(win)
+        found["whole_low"], found["whole_high"] = wilson(whole, len(win))
+    return found
+
+
+def contrasts(windows: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """Every variant against REFERENCE at the same place and target, a line a quantity:
+
+    | quantity                        | value                                  | interval                               |
+    |---------------------------------|----------------------------------------|----------------------------------------|
+    | fvu_ratio                       | FVU of the variant / of the reference  | bootstrap by passage, paired           |
+    | dead_fraction                   | difference of the shares of dead atoms | Newcombe                               |
+    | win_rate_coefficient, _matched_norm | difference of the win rates        | wider of the bootstraps by passage and by atom |
+    """
+    rows, keys = [], ["host", "place", "layer", "head", "target"]
+    for values, group in windows.groupby(keys, sort=False):
+        where = dict(zip(keys, values, strict=True))
+        base = group[group.variant == REFERENCE].reset_index(drop=True)
+        if base.empty:
+            continue
+        for variant, part in group[group.variant != REFERENCE].groupby("variant", sort=False):
+            line = where | dict(variant=variant, reference=REFERENCE)
+            part = part.reset_index(drop=True)
+            a, b, every = fvu(part), fvu(base), np.arange(len(base))
+            low, high = resampled(lambda x, a=a, b=b: a(x) / b(x), base.passage, resamples, seed)
+            ratio = dict(quantity="fvu_ratio", value=a(every) / b(every), ci_low=low, ci_high=high)
+            rows.append(line | ratio | dict(n=int(part.tokens.sum())))
+            rows.append(line | _dead_contrast(part.iloc[0], base.iloc[0]))
+            tried = [rows_with(firings, **where, variant=name) for name in (variant, REFERENCE)]
+            for amplitude in AMPLITUDES:
+                pair = [x[x.amplitude == amplitude] for x in tried]
+                if all(len(x) for x in pair):
+                    rows.append(line | _win_contrast(*pair, amplitude, resamples, seed))
+    return pd.DataFrame(rows)
+
+
+def _dead_contrast(a: pd.Series, b: pd.Series) -> dict:
+    counts = int(a.dead), int(a.n_atoms), int(b.dead), int(b.n_atoms)
+    low, high = confint_proportions_2indep(*counts, method="newcomb")
+    value = a.dead / a.n_atoms - b.dead / b.n_atoms
+    return dict(quantity="dead_fraction", value=value, ci_low=low, ci_high=high, n=counts[1] + counts[3])
+
+
+def _win_contrast(a: pd.DataFrame, b: pd.DataFrame, amplitude: str, resamples: int, seed: int) -> dict:
+    wins = [x.kl_atom < x.kl_delete for x in (a, b)]
+    by = [difference(*wins, (a[name], b[name]), resamples, seed) for name in ("passage", "atom")]
+    interval = dict(ci_low=min(x.low for x in by), ci_high=max(x.high for x in by))
+    value = wins[0].mean() - wins[1].mean()
+    return dict(quantity=f"win_rate_{amplitude}", value=value, **interval, n=len(a) + len(b))
+
+
+def tables(suite: Suite, windows, classes, firings) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """results ablations.csv and ablation_contrasts.csv."""
+    resamples, seed = suite.profile.ablations.bootstrap, suite.profile.seed
+    table = summarise(windows, classes, firings, resamples, seed)
+    trained = suite.table("ablation_saes").rename(columns=dict(seconds="training_seconds"))
+    told = trained[[*(name for name in KEYS if name != "place"), "activation", "rank", "seed", "training_seconds"]]
+    table = table.merge(told, on=[name for name in KEYS if name != "place"], validate="one_to_one")
+    return suite.write("ablations", table), suite.write(
+        "ablation_contrasts", contrasts(windows, firings, resamples, seed)
+    )

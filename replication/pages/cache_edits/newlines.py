@@ -1,0 +1,163 @@
+"""Amplify the atoms of line ends during generation (the paper's Table 4, Fig. 6)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from replication.pages.cache_edits.site import Site, interval
+from replication.statistics import paired_wilcoxon
+from writesae.evaluate.firings import Encoded
+from writesae.history import History
+from writesae.hosts.past import Record, extend
+from writesae.recurrence import Factors
+from writesae.sae.model import SAE
+
+PER = 400  # newlines are counted per this many generated tokens
+
+
+@dataclass
+class Amplifier:
+    """What is written beside the model's own writes while R rows generate, A atoms in each.
+
+    prompt [R]: the row of the run that each continues; key [R, A, d_k], value [R, A, d_v]: unit atoms. The amount of each
+    is gain [R] x the coefficient of the atom `watched` [A] in the native write, as `sae` encodes it, + offset [R, A].
+    kept [R] bool: whether the extra write stays in the state, or is there only for the token that reads it.
+    """
+
+    prompt: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    gain: torch.Tensor
+    offset: torch.Tensor
+    kept: torch.Tensor
+    watched: torch.Tensor
+    sae: SAE | None = None
+
+    def amounts(self, now: Factors, write: str) -> torch.Tensor:
+        """[R, A]: how much of each atom is written at this token. now: the cell's factors [R, 1, ...]."""
+        if self.sae is None:
+            return self.offset
+        indices, coefficients = self.sae.encode_history(History(now.key, now.write(write)))
+        active = (coefficients * (indices == self.watched[:, None, None, None])).sum((-1, -2)).T
+        return self.gain[:, None] * active + self.offset
+
+    def write_on(self, record: Record, now: Factors, head: int, write: str) -> torch.Tensor:
+        """Add this token's extra write to the head's output and state in a record of one token; the amounts [R, A]."""
+        amounts = self.amounts(now, write)
+        extra = ((self.key * amounts[..., None]).mT @ self.value).to(record.outputs.device)
+        record.outputs[:, :, head] += now.query.to(extra.device) @ extra
+        record.end[:, head] += extra * self.kept[:, None, None].to(extra.device)
+        return amounts
+
+
+def choose(logits: torch.Tensor, prompt: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
+    """The next token of each row [R] from logits [R, V]: the likeliest at temperature 0, else drawn. Rows of one prompt
+    share their noise, so that conditions differ by their logits alone."""
+    if not temperature:
+        return logits.argmax(-1)
+    waits = -torch.rand(int(prompt.max()) + 1, logits.shape[-1], generator=generator).log()
+    return (logits / temperature - waits.log()[prompt]).argmax(-1)
+
+
+@torch.no_grad()
+def generate_amplified(
+    site: Site, plan: Amplifier, count: int, temperature: float = 0.0, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Continuations [R, count] of the run's prompts, and the amounts [R, count - 1, A] written at all their tokens but the
+    last, which nothing reads. Where nothing is amplified and the temperature is 0 this is `Host.decode`."""
+    host, length = site.host, site.run.tokens.shape[1]
+    ends, generator = torch.full_like(plan.prompt, length), torch.Generator().manual_seed(seed)
+    pasts = [host.past_at(record, plan.prompt, ends) for record in site.run.records]
+    first = host.logits(site.run.final[:, -1])[plan.prompt]
+    chosen, written = [choose(first, plan.prompt, temperature, generator)], []
+    for step in range(count - 1):
+        hidden = host.embed(chosen[-1][:, None].to(host.device))
+        positions = (ends[:, None] + step).to(host.device)
+        for layer in range(host.layers):
+            record = host.mix(layer, hidden, pasts[layer], positions)
+            if layer == site.layer:
+                now = host.cell_factors(record, site.head).to("cpu")
+                written.append(plan.write_on(record, now, site.head, site.write))
+            hidden = host.finish(layer, record, pasts[layer])
+            pasts[layer] = extend(pasts[layer], record)
+        chosen.append(choose(host.logits(hidden[:, -1]), plan.prompt, temperature, generator))
+    return torch.stack(chosen, 1), torch.stack(written, 1)
+
+
+def boundary_means(encoded: Encoded, ends: torch.Tensor, n_atoms: int) -> torch.Tensor:
+    """[2, n_atoms]: each atom's mean coefficient at the places `ends` [N, T] bool, and at all others."""
+    means = torch.zeros(2, n_atoms, dtype=torch.float64)
+    for side, at in enumerate((ends, ~ends)):
+        means[side].index_add_(0, encoded.indices[at].flatten(), encoded.coefficients[at].flatten().double())
+        means[side] /= at.sum()
+    return means
+
+
+def choose_boundary(means: torch.Tensor, count: int, seed: int) -> pd.DataFrame:
+    """The `count` atoms whose mean coefficient at line ends most exceeds that elsewhere, and as many of the other alive
+    ones at random: columns role, atom, at_ends, elsewhere."""
+    boundary = (means[0] - means[1]).topk(count).indices.numpy()
+    means = means.numpy()
+    rest = np.setdiff1d(np.flatnonzero(means.sum(0)), boundary)
+    chosen = dict(boundary=boundary, random=np.random.default_rng(seed).choice(rest, count, replace=False))
+    columns = [dict(role=r, atom=a, at_ends=means[0, a], elsewhere=means[1, a]) for r, a in chosen.items()]
+    return pd.concat([pd.DataFrame(x) for x in columns], ignore_index=True)
+
+
+def conditions(modes, doses) -> list[tuple[str, str, float]]:
+    """(mode, role, dose): the baseline once, the boundary atoms at every dose, random ones at the largest (Table 4)."""
+    each = [("boundary", dose) for dose in doses] + [("random", max(doses))]
+    return [("baseline", "baseline", 0.0)] + [(mode, role, dose) for mode in modes for role, dose in each]
+
+
+def amplifier(saes: dict[str, SAE], atoms: dict[str, pd.DataFrame], wanted: list[tuple], prompts: int) -> Amplifier:
+    """Every condition with every prompt, condition by condition. saes, atoms (lines of `choose_boundary`): by mode.
+
+    offset: at every new token the state is read as if the boundary atoms' coefficients were higher by dose x their mean
+    at line ends; it is not kept, or the offsets would pile up for as long as the cell remembers.
+    scale: the boundary atoms in each native write count dose times; the dose - 1 further ones are kept, as a write is.
+    Random atoms are written in the boundary atoms' own amounts.
+    """
+    rows = []
+    for mode, role, dose in wanted:
+        own = mode if mode in atoms else next(iter(atoms))  # the baseline writes nothing of anybody's
+        by_role = dict(list(atoms[own].groupby("role")))
+        atom = torch.tensor(by_role.get(role, by_role["boundary"]).atom.to_numpy())
+        key, value = (x[atom] for x in saes[own].atoms())
+        at_ends = torch.tensor(by_role["boundary"].at_ends.to_numpy()).to(key)
+        gain = torch.tensor(dose - 1.0 if mode == "scale" else 0.0).to(key)
+        rows.append((key, value, gain, at_ends * (dose if mode == "offset" else 0.0), torch.tensor(mode == "scale")))
+    parts = [torch.stack(x).repeat_interleave(prompts, 0) for x in zip(*rows, strict=True)]
+    watched = atoms["scale"].query("role == 'boundary'").atom.to_numpy() if "scale" in atoms else []
+    return Amplifier(torch.arange(prompts).repeat(len(wanted)), *parts, torch.tensor(watched), saes.get("scale"))
+
+
+def surface(text: str) -> dict:
+    """Blank lines and the mean length of words: do paragraphs and words stay what they were?"""
+    words = text.split()
+    return dict(paragraphs=len(re.findall(r"\n[ \t]*\n", text)), word_length=sum(map(len, words)) / max(1, len(words)))
+
+
+def summarise_newlines(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """A line a (host, mode, role, dose): newlines per 400 tokens, and their change from the baseline of the same prompt,
+    with bootstrap intervals by prompt; paired Wilcoxon p, Cohen's d; means of the surface measures."""
+    rows, keys = [], ["mode", "role", "dose"]
+    for host, of_host in table.groupby("host", sort=False):
+        baseline = of_host[of_host.role == "baseline"].set_index("prompt").newlines
+        for values, part in of_host.groupby(keys, sort=False):
+            part = part.set_index("prompt").loc[baseline.index]
+            row, change = dict(host=host) | dict(zip(keys, values, strict=True), n=len(part)), part.newlines - baseline
+            for label, found in (("newlines", part.newlines), ("change", change)):
+                row[label], (row[f"{label}_low"], row[f"{label}_high"]) = (
+                    found.mean(),
+                    interval(found, part.index, seed=seed),
+                )
+            row["wilcoxon_p"] = paired_wilcoxon(part.newlines, baseline).p
+            row["cohens_d"] = change.mean() / change.std() if change.std() > 0 else 0.0
+            rows.append(row | part[["paragraphs", "word_length", "distinct"]].mean().to_dict())
+    return pd.DataFrame(rows)

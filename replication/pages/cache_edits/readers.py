@@ -1,0 +1,96 @@
+"""Which later heads read an atom (the paper's App. E, I.2)."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pandas as pd
+import torch
+
+from replication.pages.cache_edits.site import Site, interval, places, unit
+from writesae.edit import head_change, make_edit
+from writesae.hosts.past import Record
+
+
+@torch.no_grad()
+def later_heads(site: Site, rows, starts, change: torch.Tensor) -> dict[int, torch.Tensor]:
+    """The heads' outputs [n, steps, heads, d] of every layer above the cell's, under a change of its output [n, steps, d_v]."""
+    listening, heard = copy.copy(site.host), {}
+
+    def mix(layer: int, *rest) -> Record:
+        record = site.host.mix(layer, *rest)
+        heard[layer] = record.outputs.cpu()
+        return record
+
+    listening.mix = mix
+    listening.branch(site.run, site.layer, site.head, rows, starts, change)
+    return heard
+
+
+@torch.no_grad()
+def readers(site: Site, atom: tuple, firings: pd.DataFrame, steps: int, draws: int, seed: int) -> pd.DataFrame:
+    """A line a (firing, later layer, head): by how much the head's output changes over `steps` tokens from the firing on.
+
+    signal: with the atom (key [d_k], value [d_v]) added in the native write's norm; baseline: the root mean square over
+    `draws` random rank-1 writes of that norm. firings: with their row.
+    """
+    (rows, position), generator, n = places(firings), torch.Generator().manual_seed(seed), len(firings)
+    left, right = (
+        torch.cat([own.expand(n, 1, -1), unit(n, draws, len(own), generator=generator).to(own)], 1).flatten(0, 1)
+        for own in atom
+    )
+    rows, position = (x.repeat_interleave(1 + draws) for x in (rows, position))
+    right = right * site.native(rows, position)[2][:, None]
+    change, _ = head_change(site.factors, make_edit(rows, position, left[:, None], right[:, None]), steps)
+    index, tables = (rows[:, None], position[:, None] + torch.arange(steps)), []
+    for layer, outputs in later_heads(site, rows, position, change).items():
+        moved = (
+            (outputs - site.run.records[layer].outputs[index].cpu()).double().square().sum((1, 3)).unflatten(0, (n, -1))
+        )
+        signal, baseline = (x.sqrt().numpy() for x in (moved[:, 0], moved[:, 1:].mean(1)))  # [n, heads]
+        for head in range(signal.shape[1]):
+            found = dict(reader_layer=layer, reader_head=head, signal=signal[:, head], baseline=baseline[:, head])
+            tables.append(firings.drop(columns="row").assign(**found))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _with_ratios(table: pd.DataFrame) -> pd.DataFrame:
+    """With log_ratio, log(signal / baseline) of the reader, and log_enrichment, that less the one of all readers together."""
+    squares = table[["signal", "baseline"]] ** 2
+    together = squares.groupby([table[x] for x in ("host", "atom", "window", "position")]).transform("sum") ** 0.5
+    ratio, whole = np.log(table.signal / table.baseline), np.log(together.signal / together.baseline)
+    return table.assign(log_ratio=ratio, log_enrichment=ratio - whole)
+
+
+def _reader_line(part: pd.DataFrame, seed: int) -> dict:
+    row = dict(n=len(part))
+    for name in ("ratio", "enrichment"):
+        low, high = interval(part[f"log_{name}"], part.passage, np.median, seed)
+        row |= {name: np.exp(part[f"log_{name}"].median()), f"{name}_low": np.exp(low), f"{name}_high": np.exp(high)}
+    return row
+
+
+READER_KEYS, READER = ["host", "atom", "class"], ["reader_layer", "reader_head"]
+
+
+def summarise_readers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """A line a (host, atom, later layer and head): median over contexts of signal / baseline (ratio), and of the same
+    over that of all readers together (enrichment), with bootstrap intervals by passage."""
+    keys = READER_KEYS + READER
+    groups = _with_ratios(table).groupby(keys, sort=False)
+    return pd.DataFrame([dict(zip(keys, values, strict=True)) | _reader_line(part, seed) for values, part in groups])
+
+
+def top_readers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """A line a (host, atom), as in Table 1: the reader of the highest ratio in one half of the contexts, with its ratio
+    in the other half, so that the largest of many is not taken for what it shows. None for an atom with one context."""
+    rows, measured = [], [f"{name}{end}" for name in ("ratio", "enrichment") for end in ("", "_low", "_high")]
+    for values, part in _with_ratios(table).groupby(READER_KEYS, sort=False):
+        second = (part.groupby(READER).cumcount() % 2).astype(bool)
+        chosen = part[~second].groupby(READER).log_ratio.median().idxmax()
+        rest = part[second & (part[READER] == list(chosen)).all(axis=1)]
+        if len(rest):
+            found = dict(zip(READER_KEYS + READER, (*values, *chosen), strict=True))
+            rows.append(found | _reader_line(rest, seed))
+    return pd.DataFrame(rows, columns=[*READER_KEYS, *READER, "n", *measured])

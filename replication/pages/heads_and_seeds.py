@@ -1,0 +1,208 @@
+"""Notebook 11 (multiverse): every head of a layer, every seed, and where the atom fails (App. F.1, Table 12, Fig. 14)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from replication.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, permutation_test, wilson
+from replication.study import training as saes
+from replication.study import variant_training
+from replication.study.firings import firings_of, heldout_subjects, run_firings
+from replication.study.study import Suite, threads
+from writesae.evaluate.firings import atom_names, draw_in_rounds
+from writesae.evaluate.replacement import make_subject
+from writesae.harvesting import harvest
+
+SMALLEST = 1e-12  # nats; below this a divergence is rounding
+
+
+# Every head of the middle cell's layer.
+
+
+def heads(suite: Suite) -> pd.DataFrame:
+    """results replacement_heads.csv: the firings of every head, on hosts whose settings ask for them (App. F.1)."""
+    tables = []
+    for name in suite.profile.hosts:
+        settings = suite.profile.section("multiverse", name)
+        if settings.head_firings:
+            tables.append(heads_of_host(suite, name, settings))
+    return suite.gather("replacement_heads", tables)
+
+
+def heads_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
+    """settings.head_firings of every head (all it has, where it has fewer), from SAEs trained as the survey's are."""
+    layer, _ = suite.cell(name, "middle")
+    with threads(1):  # skipped where notebook 02 has trained them
+        expected = saes.fingerprint_of(suite, name, "survey", layer, None)
+        saes.train_task(suite.profile.name, name, "survey", [layer], None, [expected])
+    windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
+    cells = [(layer, head) for head in range(suite.host(name).heads)]
+    drawn = []
+    for subject in heldout_subjects(suite, name, cells, "survey", windows):
+        every = firings_of(suite, subject, windows)
+        drawn.append((subject, draw_in_rounds(every, min(settings.head_firings, len(every)), suite.profile.seed)))
+    stems = [suite.sae_stem(name, s.layer, s.head, s.target, "survey") for s, _ in drawn]
+    weights = [stem.with_suffix(".safetensors") for stem in stems]
+    inputs = dict(settings=settings, data=suite.profile.data, saes=weights)
+    options = dict(conditions=("delete", "atom", "random", "mean_write"), scopes=("write",))
+    return run_firings(
+        suite, name, "replacement_heads", windows, drawn, inputs, batch_rows=settings.batch_rows, **options
+    )
+
+
+# Every seed of the middle cell's SAE.
+
+
+def seeds(suite: Suite) -> pd.DataFrame:
+    """results replacement_seeds.csv: as many firings for the SAEs of every seed that notebook 03 has trained."""
+    tables = []
+    for name in suite.profile.hosts:
+        if variant_training.seed_variants(suite, name):
+            tables.append(seeds_of_host(suite, name, suite.profile.section("multiverse", name)))
+    return suite.gather("replacement_seeds", tables)
+
+
+def seeds_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
+    """settings.firings of every seed and target in the cell of notebook 03, with the column `seed`."""
+    windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
+    cell, drawn, weights = suite.cell(name, suite.profile.section("atoms", name).place), [], []
+    factors = harvest(suite.host(name), windows.tokens, [cell], suite.profile.data.batch_windows)[cell]
+    for variant in variant_training.seed_variants(suite, name):
+        role = variant_training.variant_name(variant)
+        weights += suite.sae_files(name, role)
+        for target in suite.profile.saes.targets:
+            sae = suite.sae(name, *cell, target, role)
+            subject = make_subject(cell, target, suite.profile.saes.write, sae, factors)
+            firings = draw_in_rounds(firings_of(suite, subject, windows), settings.firings, suite.profile.seed)
+            drawn.append((subject, firings.assign(seed=variant.seed)))
+    inputs = dict(settings=settings, data=suite.profile.data, saes=weights)
+    options = dict(conditions=("delete", "atom", "random", "mean_write"), scopes=("write",))
+    return run_firings(
+        suite, name, "replacement_seeds", windows, drawn, inputs, batch_rows=settings.batch_rows, **options
+    )
+
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """One line a (host, target, amplitude) of `per` by seed: mean, sd and range of the seeds' win rates."""
+    rows = []
+    for values, part in table.groupby(GROUP, sort=False):
+        rate = part.win_rate
+        row = dict(seeds=len(part), n=int(part.n.sum()), mean_win_rate=rate.mean(), sd=rate.std())
+        rows.append(dict(zip(GROUP, values, strict=True)) | row | dict(lowest=rate.min(), highest=rate.max()))
+    return pd.DataFrame(rows)
+
+
+GROUP = ["host", "target", "amplitude"]
+HEAD = ["layer", "head"]
+
+
+def per(by: list[str], firings: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """One line a (host, target, amplitude, values of `by`), as Table 12 for heads: n, the atom's win rate over deletion
+    with its intervals (bootstraps by atom and by passage), median KLs. A head without firings has none."""
+    rows = []
+    for values, part in firings.groupby([*GROUP, *by], sort=False):
+        row = dict(zip([*GROUP, *by], values, strict=True))
+        row |= _rate(part.kl_atom < part.kl_delete, part, "win_rate", resamples, seed)
+        rows.append(row | {f"kl_{name}": part[f"kl_{name}"].median() for name in ("atom", "delete", "random")})
+    return pd.DataFrame(rows)
+
+
+def _rate(happened: pd.Series, part: pd.DataFrame, name: str, resamples: int, seed: int) -> dict:
+    """A share of firings: n, the rate, Wilson's interval, and the bootstraps by atom and by passage."""
+    low, high = wilson(int(happened.sum()), len(part))
+    row = {"n": len(part), name: happened.mean(), "ci_low": low, "ci_high": high}
+    for kind, clusters in (("boot", atom_names(part)), ("passage", part.passage)):
+        ends = cluster_bootstrap(happened.to_numpy(dtype=float), clusters, resamples=resamples, seed=seed)
+        row |= {f"{kind}_low": ends[0], f"{kind}_high": ends[1]}
+    return row
+
+
+def over_heads(table: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
+    """One line a (host, target, amplitude), as the text of App. F.1: mean and sd of the heads' win rates, their range, the
+    bootstrap over heads, how many heads have an interval above or below one half, and how many sd the middle cell's
+    own head lies from the mean."""
+    middle, rows = places[places.place == "middle"].set_index("host")["head"], []
+    for values, part in table.groupby(GROUP, sort=False):
+        mean, sd = part.win_rate.mean(), part.win_rate.std()
+        low, high = cluster_bootstrap(part.win_rate, part["head"])
+        own = part[part["head"] == middle[values[0]]].win_rate
+        rows.append(
+            dict(zip(GROUP, values, strict=True))
+            | dict(heads=len(part), n=int(part.n.sum()), mean_win_rate=mean, ci_low=low, ci_high=high, sd=sd)
+            | dict(lowest=part.win_rate.min(), highest=part.win_rate.max())
+            | dict(above_half=int((part.ci_low > 0.5).sum()), below_half=int((part.ci_high < 0.5).sum()))
+            | dict(own_head_in_sd=(own.item() - mean) / sd if len(own) else np.nan)
+        )
+    return pd.DataFrame(rows)
+
+
+# Failures (Fig. 14) and the tests of the headline, on the firings of replacement.csv.
+
+
+def log_ratio(firings: pd.DataFrame) -> pd.Series:
+    """log KL(atom) - log KL(delete): positive where the atom fails."""
+    return np.log(firings.kl_atom.clip(lower=SMALLEST)) - np.log(firings.kl_delete.clip(lower=SMALLEST))
+
+
+def quartiles(effect: pd.Series) -> pd.Series:
+    """Q1 (small) to Q4 (large) by rank; equal values go by their order."""
+    names = ["Q1", "Q2", "Q3", "Q4"]
+    return pd.qcut(effect.rank(method="first"), 4, labels=names).astype(str)
+
+
+def failures(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """One line a (host, target, amplitude, by, level): how often deletion beats the atom, by place, by quartile of
+    KL(delete) over all cells as in Fig. 14, and by quartile within each cell, so that a layer whose effects are small
+    does not stand for small effects."""
+    named, rows = firings.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"]), []
+    named["place"] = pd.Categorical(named.place, list(dict.fromkeys(places.place)))
+    for values, part in named.groupby(GROUP, sort=False):
+        within = part.groupby("place", observed=True).kl_delete.transform(quartiles)
+        for by, level in (
+            ("all", pd.Series("all", index=part.index)),
+            ("place", part.place),
+            ("quartile", quartiles(part.kl_delete)),
+            ("quartile within cell", within),
+        ):
+            for name, group in part.groupby(level, observed=True):
+                failed = group.kl_atom >= group.kl_delete
+                row = dict(zip(GROUP, values, strict=True), by=by, level=name)
+                rows.append(row | _rate(failed, group, "failure_rate", resamples, seed))
+    return pd.DataFrame(rows)
+
+
+def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -> pd.DataFrame:
+    """One line a (host, target, amplitude), the tests that the paper names in Sec. 3.2 and App. G, on atom against delete.
+
+    wilcoxon_p: signed ranks of paired KLs; permutation_p: mean log ratio, exchanging atom and deletion within firings
+    (taken as independent), and permutation_by_atom_p, within whole atoms; Cliff's delta of KL(delete) over KL(atom) with
+    its bootstrap by passage; the failure rate of the lowest quartile of KL(delete) less that of the highest, with the
+    same bootstrap and a permutation of the quartiles' labels (nan where they hold fewer than two firings each).
+    """
+    rows = []
+    for values, part in firings.groupby(GROUP, sort=False):
+        atom, delete, ratio = part.kl_atom.to_numpy(), part.kl_delete.to_numpy(), log_ratio(part)
+        by_atom = ratio.groupby(atom_names(part)).mean().to_numpy()
+        failed, quarter = (atom >= delete).astype(float), quartiles(part.kl_delete).to_numpy()
+
+        def delta(picked, atom=atom, delete=delete):
+            return cliffs_delta(delete[picked.astype(int)], atom[picked.astype(int)])
+
+        def gap(picked, failed=failed, quarter=quarter):
+            picked = picked.astype(int)
+            return failed[picked][quarter[picked] == "Q1"].mean() - failed[picked][quarter[picked] == "Q4"].mean()
+
+        every, options = np.arange(len(part)), dict(resamples=permutations, seed=seed)
+        row = dict(zip(GROUP, values, strict=True), n=len(part), n_atoms=len(by_atom))
+        row["wilcoxon_p"] = paired_wilcoxon(atom, delete).p
+        row["mean_log_ratio"] = ratio.mean()
+        row["permutation_p"] = permutation_test(ratio, np.zeros(len(ratio)), paired=True, **options).p
+        row["permutation_by_atom_p"] = permutation_test(by_atom, np.zeros(len(by_atom)), paired=True, **options).p
+        for name, statistic in (("cliffs_delta", delta), ("q1_minus_q4", gap)):
+            low, high = cluster_bootstrap(every, part.passage, statistic=statistic, resamples=resamples, seed=seed)
+            row |= {name: statistic(every), f"{name}_low": low, f"{name}_high": high}
+        outer = [failed[quarter == name] for name in ("Q1", "Q4")]
+        enough = min(map(len, outer)) > 1  # a dry run's quartiles hold one firing each
+        rows.append(row | dict(q1_minus_q4_p=permutation_test(*outer, **options).p if enough else np.nan))
+    return pd.DataFrame(rows)

@@ -1,0 +1,122 @@
+"""Notebook 04: predicted against measured logit shifts over a profile's hosts (the paper's Sec. 2, App. A)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+
+from replication.statistics import cluster_bootstrap, r2
+from replication.study.firings import firings_of, heldout_subjects
+from replication.study.study import Suite
+from writesae.evaluate.firings import draw_atoms
+from writesae.evaluate.shifts import ATOM_WINDOWS, GROUP, PREDICTORS, draw_positions, fit_paper_scalar, measure_shifts
+
+
+def score(shifts: pd.DataFrame) -> pd.DataFrame:
+    """R2 of every predictor for each (atom, eps) over its prompts: one line an (atom, eps, predictor)."""
+    rows = []
+    for (atom, eps), group in shifts.groupby(["atom", "eps"]):
+        for name in PREDICTORS:
+            rows.append(dict(atom=atom, eps=eps, predictor=name, n=len(group), r2=r2(group.measured, group[name])))
+    return pd.DataFrame(rows)
+
+
+def summarise(scores: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
+    """One line a (predictor, eps): quartiles of R2 over atoms, the bootstrap interval of its median, the pooled R2."""
+    prompts, atoms = shifts.prompt.nunique(), shifts.atom.nunique()
+    rows = []
+    for (name, eps), group in scores.groupby(["predictor", "eps"], sort=False):
+        these = shifts[shifts.eps == eps]
+        low, high = cluster_bootstrap(group.r2.to_numpy(), group.atom.to_numpy(), statistic=np.median, seed=0)
+        rows.append(
+            dict(
+                predictor=name,
+                fitted_parameters=prompts * atoms if name == "paper_fitted" else 0,
+                eps=eps,
+                n_fits=len(group),
+                n_prompts=prompts,
+                r2_median=group.r2.median(),
+                r2_p25=group.r2.quantile(0.25),
+                r2_p75=group.r2.quantile(0.75),
+                ci_low=low,
+                ci_high=high,
+                r2_pooled=r2(these.measured, these[name]),
+                sign_agreement=float((np.sign(these.measured) == np.sign(these[name])).mean()),
+            )
+        )
+    return pd.DataFrame(rows)
+
+
+def by_rank(points: pd.DataFrame) -> pd.DataFrame:
+    """One line a (host, predictor, native rank of the token): the median over (atom, eps) of R2 over prompts, with its
+    bootstrap interval by atom, as the paper's App. A gives for the tokens after the first."""
+    rows = []
+    for (host, rank), part in points.groupby(["host", "rank"]):
+        for name, group in score(part).groupby("predictor", sort=False):
+            low, high = cluster_bootstrap(group.r2.to_numpy(), group.atom.to_numpy(), statistic=np.median, seed=0)
+            row = dict(host=host, predictor=name, rank=rank, n=len(group), n_prompts=part.prompt.nunique())
+            rows.append(row | dict(r2_median=group.r2.median(), ci_low=low, ci_high=high))
+    return pd.DataFrame(rows)
+
+
+# The stage of notebook 04.
+
+
+def run(suite: Suite) -> pd.DataFrame:
+    """Every (prompt, atom, eps, rank) of each host's cell, with the fitted predictor (tens of MB: kept in build/ only)."""
+    tables, profile = [], suite.profile
+    for name in suite.profile.hosts:
+        settings = profile.section("logit_shift", name)
+        host, cell = suite.host(name), suite.cell(name, settings.place)
+        windows = suite.windows(name, "heldout")
+        if len(windows) < settings.prompts:
+            raise ValueError(f"{settings.prompts} prompts are asked for and there are {len(windows)} held-out windows.")
+        some = windows[slice(0, ATOM_WINDOWS)]
+        subjects = {s.target: s for s in heldout_subjects(suite, name, [cell], "main", some)}
+        subject = subjects[settings.target]
+        atoms = draw_atoms(firings_of(suite, subject, some), settings.atoms, 1, profile.seed)
+        windows = windows[slice(0, settings.prompts)].beginnings(settings.prompt_tokens)
+        key, value = (x[torch.from_numpy(atoms)] for x in subject.sae.atoms())
+        last = windows.tokens.shape[1] - settings.horizon
+        t0 = draw_positions(settings.prompts, profile.data.first_position, last, profile.seed)
+
+        def compute(
+            start,
+            size=GROUP,
+            host=host,
+            cell=cell,
+            windows=windows,
+            t0=t0,
+            key=key,
+            value=value,
+            atoms=atoms,
+            name=name,
+            settings=settings,
+        ):
+            picked = slice(start, start + size)
+            part = measure_shifts(host, windows[picked], t0[picked], cell, key, value, settings, profile.saes.write)
+            part.insert(0, "prompt", part.pop("row") + start)
+            return part.assign(host=name, layer=cell[0], head=cell[1], atom=atoms[part.atom.to_numpy()])
+
+        inputs = dict(
+            settings=settings, data=profile.data, saes=suite.sae_files(name), cell=cell, write=profile.saes.write
+        )
+        groups = list(range(0, settings.prompts, GROUP))
+        tables.append(suite.staged("logit_shift_points", name, groups, compute, [__name__], inputs))
+    points = pd.concat(tables, ignore_index=True)
+    return points.assign(paper_fitted=fit_paper_scalar(points))
+
+
+def tables(suite: Suite, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """results logit_shift.csv and logit_shift_summary.csv, of the top-1 token, and logit_shift_ranks.csv."""
+    scores, summaries = [], []
+    for (name, layer, head), part in points[points["rank"] == 1].groupby(["host", "layer", "head"]):
+        scored = score(part)
+        scores.append(scored.assign(host=name, layer=layer, head=head))
+        summaries.append(summarise(scored, part).assign(host=name))
+    return (
+        suite.write("logit_shift", pd.concat(scores, ignore_index=True)),
+        suite.write("logit_shift_summary", pd.concat(summaries, ignore_index=True)),
+        suite.write("logit_shift_ranks", by_rank(points)),
+    )

@@ -1,0 +1,287 @@
+"""The multiverse of the replacement test, every head of a layer, every seed, and where the atom fails.
+
+**Multiverse.** The paper (Sec. 2, 3.2, App. F.1, J) leaves these choices open, or says two things about them. A universe
+is one level of each; the first level is this repository's default.
+
+| choice       | levels                                                                                                |
+|--------------|-------------------------------------------------------------------------------------------------------|
+| target       | what the SAE is trained on: state, write                                                               |
+| write        | the native write: added (beta k v^T), effective (the state's whole change, S_t - alpha_t S_{t-1})      |
+| pooling      | rounds: one firing of every alive atom, then a second; most_firing: the atoms that fire most (Fig. 14) |
+| amplitude    | coefficient: the atom's own; matched_norm: the native write's. Every control has the atom's norm       |
+| reading      | who reads the edit (edit.SCOPES), and the KL at the writing position, the next token, the mean of H    |
+| kl_direction | KL(native, patched), KL(patched, native)                                                               |
+| control      | what the atom has to beat: delete, another alive atom, a fresh rank-1 matrix, the mean write, another write |
+
+Where only later tokens read the edit, the KL at the writing position is exactly 0: no universe. Effective writes are not
+of rank 1 on RWKV-7 and are the added ones on Mamba-2, so that this choice is open on Gated DeltaNet only.
+
+**Heads** (App. F.1, Table 12), **seeds** and **failures** (Fig. 14) use the runs of `replacement`.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import statsmodels.api as sm
+import torch
+import torch.nn.functional as F
+
+from replication.statistics import bootstrap_columns, cluster_bootstrap, wilson
+from replication.study.firings import run_firings
+from replication.study.other_training import _sae, definitions, train_other
+from replication.study.study import Suite
+from writesae.edit import SCOPES, head_change, make_edit
+from writesae.evaluate.firings import all_firings, atom_names, draw_in_rounds
+from writesae.evaluate.replacement import AMPLITUDES, Subject, make_subject, rank_one, replacements
+from writesae.harvesting import harvest
+
+HORIZONS = ("next", "writing", "mean")
+DIRECTIONS = ("native_patched", "patched_native")
+CONTROLS = ("delete", "random", "fresh", "mean_write", "resampled")
+CHOICES = dict(
+    target=("state", "write"),
+    write=("added", "effective"),
+    pooling=("rounds", "most_firing"),
+    amplitude=AMPLITUDES,
+    reading=tuple(f"{s}, {h}" for s, h in product(SCOPES, HORIZONS) if (s, h) != ("cache", "writing")),
+    kl_direction=DIRECTIONS,
+    control=CONTROLS,
+)
+DRAWN = ("target", "write", "pooling")  # what decides which firings there are
+DEFAULT = {choice: levels[0] for choice, levels in CHOICES.items()}
+PAPER = DEFAULT | dict(pooling="most_firing", kl_direction="patched_native")  # Sec. 2 and 3.2 to the letter
+MOST = 300  # firings of one atom at most where the most-firing atoms are pooled, as in the paper
+PUT_IN = ("atom", *CONTROLS[1:])
+ROWS = len(SCOPES) * (1 + len(AMPLITUDES) * len(PUT_IN))  # edited runs of one firing
+FIRING = ["layer", "head", "atom", "passage", "window", "position"]
+
+
+# Measuring: one branch of horizon + 1 tokens a firing and edit serves all universes of that firing.
+
+
+def both_ways(native: torch.Tensor, patched: torch.Tensor) -> torch.Tensor:
+    """KL(native, patched) and KL(patched, native) in nats, in fp64, of logits [..., V]: [2, ...]."""
+    p, q = F.log_softmax(native.double(), -1), F.log_softmax(patched.double(), -1)
+    gap = p - q
+    return torch.stack([(p.exp() * gap).sum(-1), -(q.exp() * gap).sum(-1)])
+
+
+def fresh(seed: int, firings: pd.DataFrame, d_k: int, d_v: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random rank-1 terms of unit norm, [n, 1, d_k] and [n, 1, d_v], that follow from the seed and the firing alone."""
+    drawn = []
+    for window, position in zip(firings.window.tolist(), firings.position.tolist(), strict=True):
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + window) * 4_099 + position)
+        drawn.append(torch.randn(d_k + d_v, generator=generator, dtype=torch.float64).float())
+    return rank_one(*torch.stack(drawn).split([d_k, d_v], -1))
+
+
+@torch.no_grad()
+def measure(host, run, subject: Subject, firings: pd.DataFrame, seed: int, horizon: int, batch_rows: int = 512):
+    """One line a (firing, read scope, amplitude); columns CONDITION.HORIZON.DIRECTION hold divergences in nats.
+
+    `firings` have a column `row`, their window within `run`, and `horizon` further tokens after their position.
+    """
+    at_once = max(1, batch_rows // ROWS)
+    parts = [firings.iloc[i : i + at_once] for i in range(0, len(firings), at_once)]
+    table = pd.concat([_measure(host, run, subject, part, seed, horizon) for part in parts], ignore_index=True)
+    where = dict(host=host.name, layer=subject.layer, head=subject.head, target=subject.target, write=subject.write)
+    return table.assign(**where)
+
+
+def _measure(host, run, subject, firings, seed, horizon) -> pd.DataFrame:
+    factors = host.factors(run, subject.layer, subject.head)
+    rows, position = torch.tensor(firings.row.to_numpy()), torch.tensor(firings.position.to_numpy())
+    change, labels = _changes(factors, rows, position, subject, firings, seed, horizon + 1)
+    repeat = change.shape[1] * change.shape[2]
+    at = rows.repeat_interleave(repeat), position.repeat_interleave(repeat)
+    hidden, _ = host.branch(run, subject.layer, subject.head, *at, change.flatten(0, 2))
+    hidden = hidden.unflatten(0, change.shape[:3])
+    steps = []  # of [2 directions, n, scopes, conditions]
+    for step in range(horizon + 1):
+        native = host.logits(run.final[rows, position + step])[:, None, None]
+        untouched = (change[..., : step + 1, :] == 0).flatten(-2).all(-1)  # then the run is the native one
+        steps.append(both_ways(native, host.logits(hidden[..., step, :])).masked_fill(untouched, 0.0))
+    steps = torch.stack(steps)
+    found = dict(writing=steps[0], next=steps[1], mean=steps[1:].mean(0))
+    tables = []
+    for (s, scope), amplitude in product(enumerate(SCOPES), AMPLITUDES):
+        columns = {
+            f"{name}.{horizon}.{direction}": found[horizon][d, :, s, c].numpy()
+            for c, (of, name) in enumerate(labels)
+            for horizon, (d, direction) in product(HORIZONS, enumerate(DIRECTIONS))
+            if of in ("", amplitude)
+        }
+        tables.append(firings.drop(columns="row").assign(read=scope, amplitude=amplitude, **columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _changes(factors, rows, position, subject, firings, seed, steps) -> tuple[torch.Tensor, list]:
+    """The head's change under every edit, [n, scopes, conditions, steps, d_v], and the (amplitude, name) of each condition.
+
+    A change is linear in what is put in: each is worked out once, at unit norm, and then scaled.
+    """
+    put_in = replacements(subject, firings, factors, rows, seed)
+    put_in["fresh"] = fresh(seed, firings, factors.key.shape[-1], factors.added.shape[-1])
+    key, write = factors.key[rows, position], factors.write(subject.write)[rows, position]
+    put_in["native"] = key[:, None], write[:, None]
+    unit = {
+        name: head_change(factors, make_edit(rows, position, *put_in[name]), steps)[0] for name in (*PUT_IN, "native")
+    }
+    norms = dict(coefficient=torch.tensor(firings.coefficient.to_numpy(), dtype=write.dtype))
+    norms["matched_norm"] = key.norm(dim=-1) * write.norm(dim=-1)
+    labels, found = [("", "delete")], [-unit["native"]]
+    for amplitude, name in product(AMPLITUDES, PUT_IN):
+        labels.append((amplitude, name))
+        found.append(norms[amplitude][:, None, None] * unit[name] - unit["native"])
+    found = torch.stack(found, 1)
+    by_scope = torch.stack([found] * len(SCOPES), 1)
+    by_scope[:, SCOPES.index("cache"), :, 0] = 0
+    return by_scope, labels
+
+
+def most_firing(firings: pd.DataFrame, atoms: int, count: int, seed: int) -> pd.DataFrame:
+    """`count` firings of the `atoms` atoms that fire most, at most MOST of each. ValueError where there are fewer."""
+    most = firings.atom.value_counts().index[:atoms]
+    shuffled = firings[firings.atom.isin(most)].sample(frac=1.0, random_state=seed)
+    return draw_in_rounds(shuffled.groupby("atom").head(MOST), count, seed)
+
+
+def draws(suite: Suite, name: str, settings) -> list[tuple[Subject, pd.DataFrame]]:
+    """(subject, firings with place and pooling) for every cell, target and definition of a host, before any outcome is
+    seen.
+
+    settings.firings are shared equally among the host's cells.
+    """
+    profile, windows = suite.profile, suite.windows(name, "heldout")[slice(0, settings.windows)]
+    places = {suite.cell(name, place): place for place in profile.hosts[name].cells}
+    found = harvest(suite.host(name), windows.tokens, list(places), profile.data.batch_windows, progress=False)
+    count, last, drawn = settings.firings // len(places), windows.tokens.shape[1] - settings.horizon, []
+    for cell, target in product(places, profile.saes.targets):
+        for write in definitions(found[cell]):
+            subject = make_subject(cell, target, write, _sae(suite, name, cell, target, write), found[cell])
+            every = all_firings(subject.encoded, windows.passage, profile.data.first_position, last)
+            pools = dict(
+                rounds=draw_in_rounds(every, count, profile.seed),
+                most_firing=most_firing(every, settings.atoms, count, profile.seed),
+            )
+            drawn += [
+                (subject, pools[pooling].assign(place=places[cell], pooling=pooling)) for pooling in CHOICES["pooling"]
+            ]
+    return drawn
+
+
+def firings_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
+    """A host's firings under every condition (`measure`), with `place` and `pooling`: build/.../multiverse_firings."""
+    windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
+    weights = suite.sae_files(name) + suite.sae_files(name, "other")
+    inputs = dict(settings=settings, data=suite.profile.data, saes=weights, seed=suite.profile.seed)
+    options = dict(horizon=settings.horizon, batch_rows=settings.batch_rows)
+    how = dict(measure=measure, modules=(__name__,))
+    drawn = draws(suite, name, settings)
+    return run_firings(suite, name, "multiverse_firings", windows, drawn, inputs, **how, **options)
+
+
+def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """results multiverse.csv (a line a universe) and multiverse_effects.csv (a line a level of a choice), all hosts.
+
+    The firings themselves stay in build/: they are as large as everything else together.
+    """
+    lines, effect = [], []
+    for name in suite.profile.hosts:
+        settings = suite.profile.section("multiverse", name)
+        train_other(suite, name)
+        won = gains(firings_of_host(suite, name, settings))
+        lines.append(universes(won, settings.bootstrap, suite.profile.seed))
+        effect.append(effects(won, lines[-1], settings.bootstrap, suite.profile.seed))
+    tables = pd.concat(lines, ignore_index=True), pd.concat(effect, ignore_index=True)
+    return suite.write("multiverse", tables[0]), suite.write("multiverse_effects", tables[1])
+
+
+# From firings to universes.
+
+
+def gains(firings: pd.DataFrame) -> pd.DataFrame:
+    """One line a (firing, universe): the choices and `gain`, the control's divergence less the atom's, in nats."""
+    kept, parts = ["host", "place", *FIRING, *DRAWN, "amplitude"], []
+    for reading, direction, control in product(CHOICES["reading"], DIRECTIONS, CONTROLS):
+        scope, horizon = reading.split(", ")
+        part = firings[firings.read == scope]
+        gain = part[f"{control}.{horizon}.{direction}"] - part[f"atom.{horizon}.{direction}"]
+        parts.append(part[kept].assign(reading=reading, kl_direction=direction, control=control, gain=gain))
+    return pd.concat(parts, ignore_index=True)
+
+
+def universes(won: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """One line a universe, pooled over the host's cells: the share of firings with a positive gain, with Wilson's
+    interval and the bootstraps by atom and by passage, and the median gain."""
+    tables, rest = [], [choice for choice in CHOICES if choice not in DRAWN]
+    for values, part in won.groupby(["host", *DRAWN], sort=False):
+        wide = part.pivot(index=FIRING, columns=rest, values="gain")
+        firing, win = wide.index.to_frame(index=False), (wide > 0).to_numpy(dtype=float)
+        wins, n = win.sum(0).astype(int).tolist(), len(win)
+        low, high = np.array([wilson(count, n) for count in wins]).T
+        by_atom = bootstrap_columns(win, atom_names(firing), resamples, seed)
+        by_passage = bootstrap_columns(win, firing.passage, resamples, seed)
+        table = wide.columns.to_frame(index=False).assign(
+            **dict(zip(["host", *DRAWN], values, strict=True)), n=n, win_rate=win.mean(0), ci_low=low, ci_high=high
+        )
+        table[["boot_low", "boot_high", "passage_low", "passage_high"]] = np.r_[by_atom, by_passage].T
+        table["median_gain"] = wide.median().to_numpy()
+        tables.append(table.assign(n_atoms=atom_names(firing).nunique(), n_passages=firing.passage.nunique()))
+    whole = pd.concat(tables, ignore_index=True)
+    return whole[["host", *CHOICES, *(name for name in whole if name not in ("host", *CHOICES))]]
+
+
+def is_(universe: dict, table: pd.DataFrame) -> pd.Series:
+    """Which lines of a table of universes are this one (one a host)."""
+    return np.logical_and.reduce([table[choice] == level for choice, level in universe.items()])
+
+
+def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """Which choices matter: one line a (host, choice, level), for choices that are open on the host.
+
+    mean_win_rate: over the universes with that level (bootstrap by atom). difference: to the default level, from one
+    least-squares fit of win on all choices, with errors clustered by atom (ci) and by passage. share: of the variance
+    of win rates over universes, what the choice explains alone. decides: the share of settings of all other choices in
+    which this one alone moves the win rate across one half.
+    """
+    rows = []
+    for host, part in won.groupby("host", sort=False):
+        of_host, win = lines[lines.host == host], (part.gain > 0).to_numpy(dtype=float)
+        levels = {c: [x for x in known if (of_host[c] == x).any()] for c, known in CHOICES.items()}
+        levels = {choice: found for choice, found in levels.items() if len(found) > 1}
+        sae = part.target + part.write.where(part.target == "write", "")  # one SAE of states serves both definitions
+        atoms, passages = (np.unique(x, return_inverse=True)[1] for x in (atom_names(part) + sae, part.passage))
+        fitted = _fit(win, part, levels, (atoms, passages))
+        for choice, found in levels.items():
+            means = of_host.groupby(choice).win_rate
+            share = means.mean().var(ddof=0) / of_host.win_rate.var(ddof=0)
+            others = [other for other in CHOICES if other != choice]
+            above = of_host.pivot(index=others, columns=choice, values="win_rate") > 0.5
+            decides = (above.any(axis=1) & ~above.all(axis=1)).mean()
+            for level in found:
+                here = (part[choice] == level).to_numpy()
+                low, high = cluster_bootstrap(win[here], atoms[here], resamples=resamples, seed=seed)
+                row = dict(host=host, choice=choice, level=level, universes=int(means.size()[level]))
+                row |= dict(mean_win_rate=means.mean()[level], mean_low=low, mean_high=high)
+                row |= dict(lowest=means.min()[level], highest=means.max()[level])
+                rows.append(row | fitted[choice, level] | dict(share=share, decides=decides))
+    return pd.DataFrame(rows)
+
+
+def _fit(win: np.ndarray, part: pd.DataFrame, levels: dict, clusterings) -> dict:
+    """(choice, level) -> difference to the choice's first level, with the interval of each clustering; nan from one cluster."""
+    names = [(choice, level) for choice, found in levels.items() for level in found[1:]]
+    design = sm.add_constant(np.stack([(part[c] == x).to_numpy(dtype=float) for c, x in names], 1))
+    model, ends = sm.OLS(win, design), []
+    for groups in clusterings:
+        several = groups.min() < groups.max()
+        result = model.fit(cov_type="cluster", cov_kwds=dict(groups=groups)) if several else model.fit()
+        ends.append(result.conf_int()[1:] if several else np.full((len(names), 2), np.nan))
+    columns = ["difference", "ci_low", "ci_high", "passage_low", "passage_high"]
+    found = {(choice, levels_[0]): dict.fromkeys(columns, 0.0) for choice, levels_ in levels.items()}
+    values = np.c_[result.params[1:], *ends]
+    return found | {name: dict(zip(columns, row, strict=True)) for name, row in zip(names, values, strict=True)}

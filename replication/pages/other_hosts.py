@@ -1,0 +1,83 @@
+"""Notebook 08: the same experiments on every architecture, put side by side (the paper's Sec. 3.3, App. F.4, Sec. 6.2).
+
+All numbers are of the cell called `middle`, so that hosts with one cell and hosts with three are compared on equal terms.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from replication.statistics import cluster_bootstrap
+from replication.study.study import Suite
+
+PLACE = "middle"
+MAGNITUDE = 3.0  # of the install, in native write norms, as in the paper's Table 3
+
+
+def _line(host: str, quantity: str, choice: str, value: float, low: float, high: float, n: int) -> dict:
+    return dict(host=host, quantity=quantity, choice=choice, value=value, ci_low=low, ci_high=high, n=n)
+
+
+def win_rates(summary: pd.DataFrame) -> list[dict]:
+    """Atom against deletion at the middle cell, for every target and amplitude; bootstrap by atom."""
+    part = summary[(summary.cells == PLACE) & (summary.read == "write")]
+    return [
+        _line(r.host, "win rate", f"{r.target}, {r.amplitude}", r.win_rate, r.boot_low, r.boot_high, r.n)
+        for r in part.itertuples()
+    ]
+
+
+def against_flat(firings: pd.DataFrame, cells: pd.DataFrame) -> list[dict]:
+    """Win rate of the state-trained atom less that of the flat SAE's top singular pair, on the same firings at matched
+    norm, in percentage points; bootstrap by atom (claims X11 to X13)."""
+    middle = cells[cells.place == PLACE]
+    part = firings.merge(middle[["host", "layer", "head"]], on=["host", "layer", "head"])
+    part = part[(part.target == "state") & (part.amplitude == "matched_norm") & (part.read == "write")]
+    rows = []
+    for host, group in part.groupby("host", sort=False):
+        gap = 100.0 * ((group.kl_atom < group.kl_delete).astype(float) - (group.kl_flat_svd < group.kl_delete))
+        low, high = cluster_bootstrap(gap.to_numpy(), group.atom.to_numpy(), resamples=1000)
+        rows.append(_line(host, "atom less flat SVD (pp)", "state, matched_norm", gap.mean(), low, high, len(group)))
+    return rows
+
+
+def r2(summary: pd.DataFrame) -> list[dict]:
+    """Median R2 of every predictor at every size; bootstrap over atoms."""
+    return [
+        _line(r.host, "R2", f"{r.predictor}, {r.eps:g}", r.r2_median, r.ci_low, r.ci_high, r.n_fits)
+        for r in summary.itertuples()
+    ]
+
+
+def installs(trials: pd.DataFrame) -> list[dict]:
+    """Median lift of the target's log-probability, and the rise of inclusion, at 3x; bootstrap by prompt."""
+    rows = []
+    for (host, direction), part in trials[trials.magnitude == MAGNITUDE].groupby(["host", "direction"], sort=False):
+        rise = (part.included_edited - part.included_native).to_numpy(dtype=float)
+        lift = part.first_step_lift.to_numpy()
+        for name, values, statistic in (("lift (nats)", lift, np.median), ("rise of inclusion", rise, np.mean)):
+            low, high = cluster_bootstrap(values, part.prompt.to_numpy(), statistic=statistic, resamples=1000)
+            rows.append(_line(host, name, direction, statistic(values), low, high, len(part)))
+    return rows
+
+
+def cosines(alive: pd.DataFrame) -> list[dict]:
+    """Median over atoms of a class of their median cosine to the native write; bootstrap over atoms (claims X2 to X8)."""
+    rows = []
+    for (host, target, name), part in alive.groupby(["host", "target", "class"], sort=False):
+        if len(part) < 2:
+            continue  # no interval
+        low, high = cluster_bootstrap(part.cosine.to_numpy(), part.atom.to_numpy(), statistic=np.median, resamples=1000)
+        rows.append(_line(host, "cosine to the write", f"{target}, {name}", part.cosine.median(), low, high, len(part)))
+    return rows
+
+
+def side_by_side(suite: Suite) -> pd.DataFrame:
+    """results other_hosts.csv: a line a (host, quantity, choice), with its 95% interval and n."""
+    rows = win_rates(suite.table("replacement_summary"))
+    rows += against_flat(suite.table("replacement"), suite.cells)
+    rows += r2(suite.table("logit_shift_summary"))
+    rows += installs(suite.table("install"))
+    rows += cosines(suite.table("alive_atoms"))
+    return suite.write("other_hosts", pd.DataFrame(rows))

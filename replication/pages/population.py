@@ -1,0 +1,84 @@
+"""Atoms as a population (the paper's Sec. 3.2 and App. F.2): classes by cosine, and the win rate of each atom."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from replication.classes import alive_atoms
+from replication.statistics import cluster_bootstrap
+from replication.study.firings import firing_windows, firings_of, heldout_subjects, run_firings
+from replication.study.study import Suite
+from writesae.evaluate.firings import draw_atoms
+
+
+def per_atom(firings: pd.DataFrame, classes: pd.Series) -> pd.DataFrame:
+    """One line an (atom, amplitude): firings, median cosine, class, win rate of atom over delete and over random."""
+    marked = firings.assign(win=firings.kl_atom < firings.kl_delete, win_random=firings.kl_atom < firings.kl_random)
+    keys = ["host", "layer", "head", "target", "atom", "amplitude"]
+    table = marked.groupby(keys, as_index=False).agg(
+        cosine=("cosine", "median"),
+        firings=("win", "size"),
+        win_rate=("win", "mean"),
+        win_rate_over_random=("win_random", "mean"),
+        kl_atom=("kl_atom", "median"),
+        kl_delete=("kl_delete", "median"),
+    )
+    return table.assign(**{"class": table.atom.map(classes)})
+
+
+def summarise(atoms: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """One line a (host, target, amplitude, class or all): mean over atoms of the win rate, with its bootstrap interval."""
+    rows = []
+    for (host, target, amplitude), group in atoms.groupby(["host", "target", "amplitude"]):
+        for name, part in [("all", group), *group.groupby("class")]:
+            if len(part) < 2:
+                continue  # no interval
+            low, high = cluster_bootstrap(part.win_rate.to_numpy(), part.atom.to_numpy(), seed=seed)
+            rows.append(
+                {
+                    "host": host,
+                    "target": target,
+                    "amplitude": amplitude,
+                    "class": name,
+                    "n_atoms": len(part),
+                    "n_firings": int(part.firings.sum()),
+                    "mean_win_rate": part.win_rate.mean(),
+                    "ci_low": low,
+                    "ci_high": high,
+                    "median_win_rate": part.win_rate.median(),
+                    "lowest": part.win_rate.min(),
+                    "highest": part.win_rate.max(),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """results alive_atoms.csv (every alive atom of the cell) and the firings of the drawn ones, population_firings.csv."""
+    profile, alive, tables = suite.profile, [], []
+    for name in suite.profile.hosts:
+        settings = profile.section("population", name)
+        cell, windows = suite.cell(name, settings.place), firing_windows(suite, name)
+        drawn = []
+        for subject in heldout_subjects(suite, name, [cell], "main", windows):
+            firings = firings_of(suite, subject, windows)
+            alive.append(alive_atoms(suite, name, subject, firings))
+            atoms = draw_atoms(firings, settings.atoms, settings.fewest_firings, profile.seed)
+            shuffled = firings[firings.atom.isin(atoms)].sample(frac=1.0, random_state=profile.seed)
+            kept = shuffled[shuffled.groupby("atom").cumcount() < settings.most_firings]
+            drawn.append((subject, kept.sort_values(["window", "position"]).reset_index(drop=True)))
+        inputs = dict(settings=settings, data=profile.data, saes=suite.sae_files(name), cell=cell)
+        options = dict(conditions=("delete", "atom", "random", "mean_write"), scopes=("write",))
+        options["batch_rows"] = profile.replacement.batch_rows
+        tables.append(run_firings(suite, name, "population_firings", windows, drawn, inputs, **options))
+    return suite.write("alive_atoms", pd.concat(alive, ignore_index=True)), suite.gather("population_firings", tables)
+
+
+def tables(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """results population.csv and population_summary.csv."""
+    atoms = pd.concat(
+        per_atom(part, alive[(alive.host == host) & (alive.target == target)].set_index("atom")["class"])
+        for (host, target), part in firings.groupby(["host", "target"])
+    )
+    atoms = suite.write("population", atoms.reset_index(drop=True))
+    return atoms, suite.write("population_summary", summarise(atoms, suite.profile.seed))

@@ -1,0 +1,166 @@
+"""Notebook 11 (ablations): would another direction do as well as the atom (the paper's App. I.1)?"""
+
+from __future__ import annotations
+
+import pandas as pd
+import torch
+
+from replication.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, wilson
+from replication.study.ablation_training import asked
+from replication.study.firings import firing_windows, firings_of, heldout_subjects, run_firings
+from replication.study.study import Suite
+from writesae.edit import kl
+from writesae.evaluate.firings import atom_names, draw_in_rounds
+from writesae.evaluate.replacement import AMPLITUDES, STEPS, Subject, changes, rank_one, terms
+from writesae.hosts.base import Host, Run
+
+CONTROLS = ("random", "orthogonal")
+PLACEMENTS = (*AMPLITUDES, "added")
+
+
+# Selectivity
+
+
+def directions(firings: pd.DataFrame, d: int, seed: int) -> torch.Tensor:
+    """Two Gaussian vectors [n, 2, d] for each firing, that follow from (seed, window, position)."""
+    found = []
+    for window, position in zip(firings.window, firings.position, strict=True):
+        generator = torch.Generator().manual_seed(((seed + 1) * 1_000_003 + window) * 4_099 + position)
+        found.append(torch.randn(2, d, generator=generator))
+    return torch.stack(found)
+
+
+def across(x: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """What of x [n, d] is orthogonal to the unit vectors [n, d]."""
+    return x - (x * unit).sum(-1, keepdim=True) * unit
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor, top: int) -> torch.Tensor:
+    """[n]: the share of the `top` largest |a| of [n, V] that are among those of |b|."""
+    first, second = (x.abs().topk(top, dim=-1).indices for x in (a, b))
+    return (first[:, :, None] == second[:, None]).any(-1).double().mean(-1)
+
+
+@torch.no_grad()
+def compare(
+    host: Host, run: Run, subject: Subject, firings: pd.DataFrame, seed: int, tops: list[int], batch_rows: int = 512
+) -> pd.DataFrame:
+    """Atom and controls at the firings, whose column `row` says their window within `run`: a line a firing and placement,
+    with kl_delete, kl_atom, kl_random, kl_orthogonal, and where added overlap_CONTROL_K for each K of `tops`."""
+    at_once = max(1, batch_rows // (1 + len(PLACEMENTS) * (1 + len(CONTROLS))))
+    parts = [firings.iloc[i : i + at_once] for i in range(0, len(firings), at_once)]
+    found = pd.concat([_compare(host, run, subject, part, seed, tops) for part in parts], ignore_index=True)
+    return found.assign(host=host.name, layer=subject.layer, head=subject.head, target=subject.target)
+
+
+def _compare(host: Host, run: Run, subject: Subject, firings: pd.DataFrame, seed: int, tops: list[int]):
+    factors = host.factors(run, subject.layer, subject.head)
+    row, position, atom = (torch.tensor(firings[name].to_numpy()) for name in ("row", "position", "atom"))
+    key, write = factors.key[row, position], factors.write(subject.write)[row, position]
+    own_key, own_value = (x[atom] for x in subject.sae.atoms())
+    random_key, random_value = (directions(firings, host.d_k + host.d_v, seed)[:, 0].to(key)).split(
+        [host.d_k, host.d_v], -1
+    )
+    put_in = dict(
+        atom=rank_one(own_key, own_value),
+        random=rank_one(random_key, random_value),
+        orthogonal=rank_one(across(random_key, own_key), across(random_value, own_value)),
+    )
+    norm = key.norm(dim=-1) * write.norm(dim=-1)
+    scales = dict.fromkeys(PLACEMENTS, norm) | dict(coefficient=torch.tensor(firings.coefficient.to_numpy()).to(norm))
+    nothing = key[:, None], torch.zeros_like(write)[:, None]
+    native = key[:, None], -write[:, None]
+    scope, found = "write", []
+    found.append(changes(factors, row, position, native, *(x[:, None] for x in nothing), scope))
+    for placement in PLACEMENTS:
+        taken = nothing if placement == "added" else native
+        there = terms(put_in, put_in, dict.fromkeys(put_in, scales[placement]))
+        found.append(changes(factors, row, position, taken, *there, scope))
+    change = torch.cat(found, 1)
+    rows, starts = (x.repeat_interleave(change.shape[1]) for x in (row, position))
+    hidden, _ = host.branch(run, subject.layer, subject.head, rows, starts, change.flatten(0, 1))
+    patched = host.logits(hidden[:, -1]).unflatten(0, (len(row), -1))
+    before = host.logits(run.final[row, position + STEPS - 1])
+    divergence = kl(before[:, None], patched)
+    tables = []
+    for number, placement in enumerate(PLACEMENTS):
+        first = 1 + number * len(put_in)
+        columns = dict(zip(put_in, range(first, first + len(put_in)), strict=True))
+        table = firings.drop(columns="row").assign(placement=placement, kl_delete=divergence[:, 0].numpy())
+        table = table.assign(**{f"kl_{name}": divergence[:, c].numpy() for name, c in columns.items()})
+        if placement == "added":
+            shift = {name: patched[:, c] - before for name, c in columns.items()}
+            for name in CONTROLS:
+                for top in tops:
+                    table[f"overlap_{name}_{top}"] = overlap(shift["atom"], shift[name], top).numpy()
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def selectivity(suite: Suite) -> pd.DataFrame:
+    """results selectivity.csv: a line a firing and placement, in every cell of the hosts that are asked."""
+    parts = []
+    for name, own in asked(suite).items():
+        windows = firing_windows(suite, name)[slice(0, own.selectivity.windows)]
+        cells = [suite.cell(name, place) for place in suite.profile.hosts[name].cells]
+        drawn = []
+        for subject in heldout_subjects(suite, name, cells, "main", windows):
+            firings = firings_of(suite, subject, windows)
+            drawn.append((subject, draw_in_rounds(firings, own.selectivity.firings, suite.profile.seed)))
+        inputs = dict(settings=own.selectivity, data=suite.profile.data, saes=suite.sae_files(name), cells=cells)
+        options = dict(tops=own.selectivity.tops, batch_rows=suite.profile.section("replacement", name).batch_rows)
+        parts.append(
+            run_firings(suite, name, "selectivity", windows, drawn, inputs, compare, modules=(__name__,), **options)
+        )
+    return suite.gather("selectivity", parts)
+
+
+def selectivity_tables(suite: Suite, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """results selectivity_summary.csv (the atom against each control) and selectivity_overlap.csv (1 - overlap by K)."""
+    resamples, seed = suite.profile.ablations.bootstrap, suite.profile.seed
+    named = firings.merge(suite.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
+    told, overlaps = [], []
+    for (host, target, placement), group in named.groupby(["host", "target", "placement"], sort=False):
+        for cells, part in [("pooled", group), *group.groupby("place", sort=False)]:
+            where = dict(host=host, target=target, cells=cells)
+            for control in CONTROLS:
+                line = where | dict(placement=placement, control=control)
+                told.append(line | against(part, control, resamples, seed))
+                if placement == "added":
+                    overlaps += [where | dict(control=control) | x for x in _overlaps(part, control, resamples, seed)]
+    return suite.write("selectivity_summary", pd.DataFrame(told)), suite.write(
+        "selectivity_overlap", pd.DataFrame(overlaps)
+    )
+
+
+def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict:
+    """How often the atom's KL to the native run is below the control's: Wilson's interval, the bootstrap by atom, a paired
+    Wilcoxon test of the two, and Cliff's delta, positive where the control's KL is the larger."""
+    other = part[f"kl_{control}"]
+    closer = part.kl_atom < other
+    low, high = wilson(int(closer.sum()), len(closer))
+    boot = cluster_bootstrap(closer, atom_names(part), resamples=resamples, seed=seed)
+    return dict(
+        n=len(part),
+        n_atoms=atom_names(part).nunique(),
+        atom_closer=closer.mean(),
+        ci_low=low,
+        ci_high=high,
+        boot_low=boot.low,
+        boot_high=boot.high,
+        kl_atom=part.kl_atom.median(),
+        kl_control=other.median(),
+        kl_delete=part.kl_delete.median(),
+        wilcoxon_p=paired_wilcoxon(part.kl_atom, other).p,
+        cliffs_delta=cliffs_delta(other, part.kl_atom),
+    )
+
+
+def _overlaps(part: pd.DataFrame, control: str, resamples: int, seed: int) -> list[dict]:
+    rows, prefix = [], f"overlap_{control}_"
+    for column in [name for name in part if name.startswith(prefix)]:
+        selective = 1 - part[column]
+        by = [cluster_bootstrap(selective, c, resamples=resamples, seed=seed) for c in (atom_names(part), part.passage)]
+        interval = dict(ci_low=min(x.low for x in by), ci_high=max(x.high for x in by))
+        rows.append(dict(top=int(column[len(prefix) :]), selectivity=selective.mean(), **interval, n=len(part)))
+    return rows

@@ -1,0 +1,163 @@
+"""One look for all figures: colour-blind safe, vector PDF and PNG, written whole, provenance in the file name's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+
+from replication.study.paths import dry_run
+from writesae.files import write_atomically
+
+COLOURS = sns.color_palette("colorblind").as_hex()
+CONDITION = dict(
+    atom=COLOURS[0],
+    delete=COLOURS[7],
+    random=COLOURS[3],
+    reconstruction=COLOURS[2],
+    mean_write=COLOURS[1],
+    resampled=COLOURS[4],
+    native_rescaled=COLOURS[9],
+)
+TARGET = dict(state=COLOURS[3], write=COLOURS[0])
+PREDICTOR = dict(paper=COLOURS[3], paper_fitted=COLOURS[1], transport=COLOURS[9], exact=COLOURS[0])
+DIRECTION = dict(paper=COLOURS[3], gamma=COLOURS[0])
+DRY_RUN = "DRY RUN"
+PAPER = dict(color="0.35", linestyle=":", linewidth=1.2)  # every line that shows a number of the paper
+DASHES = dict(color="0.35", linestyle="none", marker="_", markersize=18)  # numbers to compare with, one a category
+EVEN = dict(color="0.8", linewidth=0.8)  # every line at which nothing is won or lost
+MARKERS = "osD^"
+
+
+def style() -> None:
+    """Set the style; the first line of every notebook's plotting."""
+    sns.set_theme(context="paper", style="ticks", palette="colorblind")
+    plt.rcParams.update(
+        {
+            "figure.dpi": 110,
+            "savefig.dpi": 200,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "figure.constrained_layout.use": True,
+            "pdf.fonttype": 42,
+            "svg.hashsalt": "writesae",
+        }
+    )
+
+
+def scale(table: pd.DataFrame, name: str) -> str:
+    """The scale of an axis of a column: "log" for half-lives unless all are infinite, which no such axis takes; else "linear"."""
+    return "log" if name == "half_life_median" and np.isfinite(table[name]).any() else "linear"
+
+
+def mark_dry_run(figure: plt.Figure) -> None:
+    """DRY RUN across the figure, once."""
+    if not any(text.get_gid() == DRY_RUN for text in figure.texts):
+        options = dict(ha="center", va="center", rotation=25, color="0.2", alpha=0.25, weight="bold", zorder=1000)
+        size = 12 * min(figure.get_size_inches()[0], 2 * figure.get_size_inches()[1])
+        figure.text(0.5, 0.5, DRY_RUN, fontsize=size, gid=DRY_RUN, in_layout=False, **options)
+
+
+def save(figure: plt.Figure, name: str, folder: Path) -> None:
+    """figures/<profile>/NAME.pdf and .png; each appears whole or not at all, and the same figure gives the same file.
+    A dry run's figures are marked as such."""
+    if dry_run():
+        mark_dry_run(figure)
+    for kind, metadata in (("pdf", {"CreationDate": None, "ModDate": None}), ("png", {"Software": None})):
+        write_atomically(
+            Path(folder) / f"{name}.{kind}",
+            lambda path, kind=kind, metadata=metadata: figure.savefig(path, format=kind, metadata=metadata),
+        )
+
+
+def dodge(count: int, width: float = 0.24) -> np.ndarray:
+    """Shifts [count], `width` from the first to the last, that put so many points side by side."""
+    return np.linspace(-width / 2, width / 2, count) if count > 1 else np.zeros(count)
+
+
+def with_interval(axes: plt.Axes, x, value, low, high, horizontal: bool = False, **options) -> None:
+    """Points with their intervals as error bars; `horizontal` lays the values along the x axis and `x` along the other.
+
+    Where the interval does not hold the point, as that of a bootstrap need not, the bar ends at the point."""
+    reach = np.clip([value - low, high - value], 0, None)
+    places = dict(x=value, y=x, xerr=reach) if horizontal else dict(x=x, y=value, yerr=reach)
+    axes.errorbar(**places, **dict(linestyle="none", marker="o", capsize=2, markersize=4) | options)
+
+
+def panel(
+    axes: plt.Axes,
+    table: pd.DataFrame,
+    x: str,
+    by: str | list[str],
+    interval: Sequence[str],
+    colours: Mapping[str, str],
+    order: Sequence | None = None,
+    label: str | None = None,
+    width: float = 0.24,
+    step: float = 0.0,
+    horizontal: bool = False,
+    **options,
+) -> None:
+    """Points with intervals at the categories of column `x`, those of different groups side by side.
+
+    by: the columns that make the groups; the first decides the colour, a second the marker. interval: the columns value,
+    low and high. order: the categories that are drawn (all, as they come). label: of a group, with its names for {}.
+    width: from the first group to the last, of a category's 1. step: between the points of one group and category.
+    """
+    by = list(by) if isinstance(by, (list, tuple)) else [by]
+    order = list(dict.fromkeys(table[x]) if order is None else order)
+    markers = dict(zip(dict.fromkeys(table[by[1]]), MARKERS)) if len(by) > 1 else {}
+    groups = list(table[table[x].isin(order)].groupby(by))
+    for shift, (names, rows) in zip(dodge(len(groups), width), groups, strict=True):
+        same = rows.groupby(x)
+        within = step * (same.cumcount() - (same[interval[0]].transform("size") - 1) / 2)
+        places = [order.index(level) for level in rows[x]] + within + shift
+        look = dict(color=colours[names[0]], marker=markers.get(names[-1], "o"))
+        look["label"] = label.format(*names) if label else ", ".join(names)
+        with_interval(axes, places, *(rows[column] for column in interval), horizontal, **look | options)
+    categories, limits = (axes.set_yticks, axes.set_ylim) if horizontal else (axes.set_xticks, axes.set_xlim)
+    categories(range(len(order)), order)
+    limits(-0.5, len(order) - 0.5)
+
+
+def boxes(axes: plt.Axes, values: Sequence, colours: Sequence[str], **options) -> None:
+    """A box a group of values, in its colour: median and quartiles, and whiskers to the last value within 1.5 box lengths."""
+    drawn = axes.boxplot(values, showfliers=False, patch_artist=True, medianprops=dict(color="black"), **options)
+    for box, colour in zip(drawn["boxes"], colours, strict=True):
+        box.set(facecolor=colour, alpha=0.6)
+
+
+def r2_curves(axes: plt.Axes, summary: pd.DataFrame, value: str, low: str, high: str, floor: float = -1.0) -> None:
+    """R2 of each predictor against the size of the edit, eps, with its band; what lies below `floor` is drawn there.
+
+    Predictors of one value would hide one another, so that each is moved a little to the side (on the axis, not in eps)."""
+    groups = list(summary.groupby("predictor", sort=False))
+    for shift, (name, part) in zip(dodge(len(groups), 0.12), groups, strict=True):
+        eps, colour = part.eps * 10**shift, PREDICTOR[name]
+        axes.plot(eps, part[value].clip(lower=floor), "o-", markersize=4, linewidth=1, color=colour, label=name)
+        axes.fill_between(eps, part[low].clip(lower=floor), part[high].clip(lower=floor), alpha=0.15, color=colour)
+    axes.set(xscale="log", xlabel="size of the edit (native write norms)")
+
+
+def densities(axes: plt.Axes, table: pd.DataFrame, value: str, by: str, colours: Mapping[str, str]) -> None:
+    """Kernel density of a column, a curve for each level of `by`."""
+    for name, rows in table.groupby(by, sort=False):
+        look = dict(color=colours[name], label=f"{name}, n = {len(rows):,}")
+        sns.kdeplot(x=rows[value], ax=axes, bw_adjust=0.5, **look)
+
+
+def levels(axes: plt.Axes, table: pd.DataFrame, choices: Mapping[str, Sequence[str]]) -> None:
+    """The lower half of a specification curve: for each level of each choice a row of marks, one at every line of the
+    table (at its index) that has the level. A choice that the table leaves no freedom is not drawn."""
+    shown = [(c, x) for c, known in choices.items() for x in known if 0 < (table[c] == x).mean() < 1]
+    for row, (choice, level) in enumerate(shown):
+        there = table.index[table[choice] == level]
+        colour = COLOURS[list(choices).index(choice)]
+        axes.plot(there, np.full(len(there), row), "|", markersize=5, markeredgewidth=0.4, color=colour)
+    axes.set_yticks(range(len(shown)), [f"{c}: {x}" for c, x in shown], fontsize=6)
+    axes.invert_yaxis()

@@ -1,0 +1,323 @@
+"""replication.pages.ablations: variants on a small host, their numbers against matrices and against edited runs."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import SmallSuite, assert_close
+
+from replication import statistics
+from replication.pages import ablations, selectivity
+from replication.pages.ablations import REFERENCE
+from replication.study import ablation_training, stages, training
+from replication.study.profile import Ablations, load_profile
+from replication.study.study import Suite
+from writesae import files
+from writesae.edit import edited_hidden, kl, make_edit
+from writesae.harvesting import harvest, history
+
+CELL, PLACE, HEADS = (1, 2), "middle", 8
+WINDOWS, TOKENS = 10, 50
+BASE = dict(n_atoms=24, k=3, tokens=3200, batch_windows=2, lr=3e-3, final_lr=3e-4, warmup=2)
+VARIANTS = [
+    dict(targets=["state", "write"]),
+    dict(encoder="dense", decoder="flat"),
+    dict(rank=2, targets=["write"]),
+    dict(encoder="tied"),
+    dict(activation="gated", targets=["write"]),
+    dict(activation="jumprelu"),
+]
+
+
+def own_of(**changes) -> Ablations:
+    fields = dict(firings=12, training=BASE, training_windows=18, variants=VARIANTS, windows=WINDOWS, bootstrap=50)
+    return Ablations(**fields | dict(selectivity=dict(windows=WINDOWS, firings=9, tops=[1, 4])) | changes)
+
+
+def test_variants_that_need_states_come_first_and_none_comes_twice():
+    found = ablation_training.variants(own_of(), seed=7)
+    names = [(target, settings.variant) for _, target, settings in found]
+    assert names[:2] == [("state", "dense+flat"), ("write", "bilinear+rank2")] and len(names) == 7
+    assert {settings.seed for *_, settings in found} == {7} and {settings.k for *_, settings in found} == {3}
+    with pytest.raises(ValueError, match="names a variant twice"):
+        ablation_training.variants(own_of(variants=[dict(), dict(encoder="bilinear")]), seed=0)
+    with pytest.raises(ValueError, match="rank1 decoder"):
+        own_of(variants=[dict(encoder="tied", decoder="flat")])
+
+
+def test_profiles_ask_the_main_host_alone():
+    for name in ("mini", "smoke"):
+        suite = Suite(load_profile(name))
+        assert list(ablation_training.asked(suite)) == [suite.main]
+        for _, _, settings in ablation_training.variants(suite.profile.ablations, 0):
+            assert settings.steps(suite.profile.data.window) > 3
+
+
+# Statistics
+
+
+def windows_of(variant: str, squared, energy=1.0, **more) -> pd.DataFrame:
+    where = dict(host="h", place="middle", layer=1, head=2, target="state", variant=variant)
+    frame = dict(window=range(len(squared)), passage=[0, 0, 1, 2, 3, 3], squared=squared, energy=energy, tokens=10)
+    return pd.DataFrame(where | frame | dict(active=30, dead=4, n_atoms=20, k=3) | more)
+
+
+def firings_of(variant: str, wins, atoms=None) -> pd.DataFrame:
+    where = dict(host="h", place="middle", layer=1, head=2, target="state", variant=variant)
+    atoms = np.arange(len(wins)) % 4 if atoms is None else atoms
+    frame = dict(passage=np.arange(len(wins)) % 5, atom=atoms, kl_delete=1.0, kl_random=2.0)
+    frame = pd.DataFrame(where | frame | dict(kl_atom=np.where(wins, 0.5, 1.5)))
+    return pd.concat([frame.assign(amplitude=name) for name in ("coefficient", "matched_norm")])
+
+
+def test_the_interval_of_a_ratio_draws_whole_passages():
+    energy = np.array([1.0, 5.0, 2.0, 2.0, 1.0, 4.0])
+    table = windows_of("a", energy * [0.1, 0.2, 0.9, 0.5, 0.4, 0.3], energy)
+    low, high = statistics.resampled(ablations.fvu(table), table.passage, 4000, seed=1)
+    generator, found = np.random.default_rng(2), []
+    passages = [part[["squared", "energy"]].to_numpy() for _, part in table.groupby("passage")]
+    for _ in range(4000):
+        squared, energy = np.concatenate([passages[p] for p in generator.integers(0, 4, 4)]).sum(0)
+        found.append(squared / energy)
+    assert (low, high) == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=0.03)
+
+
+def test_a_summary_counts_what_the_tables_hold():
+    windows = pd.concat([windows_of("a", [0.5] * 6), windows_of("b", [0.25] * 6, dead=0)])
+    table = ablations.summarise(
+        windows, pd.DataFrame({c: [] for c in ablations.KEYS}), firings_of("a", [1, 1, 0, 1]), 50, 0
+    )
+    a, b = table.set_index("variant").loc["a"], table.set_index("variant").loc["b"]
+    assert (a.fvu, a.fvu_low, b.fvu, a.l0) == (0.5, 0.5, 0.25, 3.0)
+    assert (a.dead_fraction, (a.dead_low, a.dead_high)) == (0.2, statistics.wilson(4, 20))
+    assert (a.win_rate_coefficient, a.n_firings) == (0.75, 4) and a.win_random_coefficient == 0
+    assert (a.ci_low_matched_norm, a.ci_high_matched_norm) == statistics.wilson(3, 4)
+    assert np.isnan(b.win_rate_coefficient), "no firing, no win rate"
+
+
+def test_contrasts_are_against_the_reference():
+    noise = np.array([0.5, 0.9, 0.4, 0.7, 0.6, 0.2])
+    windows = pd.concat([windows_of(REFERENCE, noise), windows_of("b", 0.8 * noise, dead=14)])
+    ours, base = np.tile([1, 1, 1, 0], 30), np.tile([1, 0], 60)
+    table = ablations.contrasts(windows, pd.concat([firings_of(REFERENCE, base), firings_of("b", ours)]), 500, 0)
+    assert set(table.variant) == {"b"} and set(table.reference) == {REFERENCE}
+    row = table.set_index("quantity").loc["fvu_ratio"]
+    assert (row.value, row.ci_low, row.ci_high) == pytest.approx((0.8, 0.8, 0.8)), "paired: the same in every passage"
+    row = table.set_index("quantity").loc["dead_fraction"]
+    assert row.value == pytest.approx(0.5) and 0.15 < row.ci_low < 0.5 < row.ci_high < 0.75
+    row = table.set_index("quantity").loc["win_rate_coefficient"]
+    assert row.value == pytest.approx(0.25) and row.n == 240
+    by_atom, generator = [], np.random.default_rng(3)
+    for _ in range(4000):
+        rates = [np.mean(generator.choice(x, 4)) for x in ([1, 1, 1, 0], [1, 0, 1, 0])]
+        by_atom.append(rates[0] - rates[1])
+    assert (row.ci_low, row.ci_high) == pytest.approx(np.quantile(by_atom, [0.025, 0.975]), abs=0.15), "the wider one"
+    assert ablations.contrasts(windows[windows.variant == "b"], firings_of("b", ours), 50, 0).empty
+
+
+# A small suite
+
+
+class OneCell(SmallSuite):
+    """The mini profile with one small host, its windows and its cell in their places."""
+
+    def __init__(self, host, tokens):
+        mini = load_profile("mini")
+        hosts = {"small": mini.hosts["gated_deltanet"].model_copy(update=dict(cells={PLACE: None}))}
+        data = mini.data.model_copy(update=dict(first_position=5, batch_windows=4, firing_windows=WINDOWS))
+        super().__init__(mini.model_copy(update=dict(hosts=hosts, data=data, ablations=own_of())), host, tokens)
+        self.__dict__["cells"] = pd.DataFrame([dict(host="small", place=PLACE, layer=CELL[0], head=CELL[1])])
+
+
+@pytest.fixture(scope="module")
+def suite(gated_deltanet, tmp_path_factory):
+    """The small suite with every variant trained, and the profile's own SAEs."""
+    single = type(gated_deltanet)(copy.deepcopy(gated_deltanet.model).float(), None, "small")
+    tokens = torch.randint(1, 300, (20, TOKENS), generator=torch.Generator().manual_seed(4))
+    patch = pytest.MonkeyPatch()
+    patch.setenv("WRITESAE_OUTPUT", str(tmp_path_factory.mktemp("ablations")))
+    made = OneCell(single, tokens)
+    factors = harvest(single, tokens, [CELL], 4, progress=False)[CELL]
+    files.save_tensors(training.harvest_path(made, "small", *CELL), factors, dict(fingerprint="harvest", seconds=1.0))
+    found = ablation_training.variants(made.profile.ablations, made.profile.seed)
+    settings = next(s for *_, s in found if s.variant == REFERENCE)
+    for target, name in (("state", "main"), ("write", "main"), ("state", "flat")):
+        training.train_one(made, "small", name, CELL, target, settings, factors, factors, "main")
+    lines = []
+    for _, target, settings in found:
+        ablation_training.train_variant(made, "small", CELL, target, settings, "expected")
+        lines.append(stages.read_table(ablation_training._record(made, "small", CELL, target, settings)))
+    made.write("ablation_saes", pd.concat(lines))
+    yield made
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def found(suite):
+    return ablations.run(suite)
+
+
+@pytest.fixture(scope="module")
+def factors(suite):
+    return harvest(suite.small, suite.split.tokens[:WINDOWS], [CELL], 4, progress=False)[CELL]
+
+
+def test_a_variant_is_trained_once_and_on_the_windows_that_are_not_kept(suite, monkeypatch):
+    _, target, settings = ablation_training.variants(suite.profile.ablations, suite.profile.seed)[0]
+    seen = []
+    monkeypatch.setattr(training, "train_one", lambda *a: seen.append(a[6:8]) or pytest.fail("trained again"))
+    ablation_training.train_variant(suite, "small", CELL, target, settings, "expected")
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        ablation_training.train_variant(suite, "small", CELL, target, settings, "changed")
+    assert [len(x["key"]) for x in seen[0]] == [10, 8], "18 windows, of which 8 are kept"
+    with pytest.raises(ValueError, match="training_windows is 21, and data.sae_windows only 20"):
+        ablation_training._split(21, 20)
+
+
+def test_errors_are_those_of_the_decoded_matrices(suite, found, factors):
+    windows, _, _ = found
+    assert len(windows) == 7 * WINDOWS
+    for (target, variant), part in windows.groupby(["target", "variant"]):
+        sae = suite.sae("small", *CELL, target, ablation_training.role(variant))
+        states = history(factors, target, "added").steps()
+        active = sae.encode(states)
+        squared = (states - sae.decode(*active)).square().sum((1, 2, 3))
+        assert_close(part.squared.tolist(), squared, f"{variant}: squared error", 1e-4)
+        assert_close(part.energy.tolist(), (states - sae.mean).square().sum((1, 2, 3)), "energy", 1e-4)
+        assert part.active.sum() == pytest.approx(int((active.coefficients > 0).sum()), abs=2), variant
+        assert part.dead.iloc[0] == 24 - len(active.indices[active.coefficients > 0].unique())
+
+
+def test_the_summary_has_a_line_a_variant(suite, found):
+    table, contrasts = ablations.tables(suite, *found)
+    assert len(table) == 7 and not table.duplicated(["target", "variant"]).any()
+    known = table.dropna(subset="alive")
+    assert (known.registers + known.bundles + known["null"] == 24).all() and len(known) >= 4
+    assert (table.fvu_low <= table.fvu).all() and (table.fvu <= table.fvu_high).all()
+    topk = table[~table.variant.str.contains("gated|jump")]
+    assert (topk.l0 <= 3).all() and (topk.l0 > 2).all()
+    assert set(table.n_firings) == {12}
+    whole = table.set_index("variant").whole_win_rate_coefficient.notna()
+    assert set(whole.index[whole]) == {"dense+flat", "bilinear+rank2"}
+    assert set(contrasts.variant) == set(table.variant) - {REFERENCE}
+
+
+def divergence(suite, row, left, right) -> float:
+    """KL(native, edited) of the token after (window, position), by an edited run of its own."""
+    run = suite.small.run(suite.split.tokens[[row.window]])
+    at = torch.tensor([row.position])
+    edit = make_edit(torch.tensor([0]), at, left[None], right[None])
+    hidden = edited_hidden(suite.small, run, *CELL, edit, 2)[:, -1]
+    native = suite.small.logits(run.final[0, row.position + 1])
+    return kl(native, suite.small.logits(hidden)[0]).item()
+
+
+def test_whole_atoms_and_top_pairs_are_put_in_the_place_of_writes(suite, found, factors):
+    _, _, firings = found
+    several = firings[firings.variant.isin(["dense+flat", "bilinear+rank2"])]
+    assert firings[~firings.variant.isin(["dense+flat", "bilinear+rank2"])].kl_whole_atom.isna().all()
+    for row in several.groupby(["variant", "amplitude"]).head(2).itertuples():
+        sae = suite.sae("small", *CELL, row.target, ablation_training.role(row.variant))
+        matrix = sae.decoder.weight()[row.atom]
+        key, write = factors["key"][row.window, row.position], factors["added"][row.window, row.position]
+        size = row.coefficient if row.amplitude == "coefficient" else (key.norm() * write.norm()).item()
+        u, _, v = torch.linalg.svd(matrix)
+        for name, atom in (("whole_atom", matrix / matrix.norm()), ("atom", u[:, :1] * v[:1])):
+            change = size * atom - key[:, None] * write
+            wanted = divergence(suite, row, torch.eye(len(key)), change)
+            assert getattr(row, f"kl_{name}") == pytest.approx(wanted, rel=2e-3, abs=1e-7), name
+
+
+def test_a_stage_is_read_again_until_an_sae_changes(suite, found, monkeypatch):
+    again = ablations.run(suite)
+    for a, b in zip(again, found, strict=True):
+        pd.testing.assert_frame_equal(a, b)
+    monkeypatch.setattr(ablations.Bench, "classes", lambda *_: pytest.fail("computed again"))
+    ablations.run(suite)
+    path = ablations._weights(suite, "small", PLACE, "state", REFERENCE)
+    before, sae = path.read_bytes(), suite.sae("small", *CELL, "state", ablation_training.role(REFERENCE))
+    monkeypatch.setattr(type(suite), "sae", lambda *_: sae)
+    try:
+        path.write_bytes(before + b" ")
+        with pytest.raises(pytest.fail.Exception, match="computed again"):
+            ablations.run(suite)
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_profile_that_asks_no_host_is_refused(suite, monkeypatch):
+    monkeypatch.setattr(suite, "profile", suite.profile.model_copy(update=dict(ablations=own_of(firings=0))))
+    with pytest.raises(ValueError, match="0 for every host"):
+        ablation_training.asked(suite)
+    other = own_of(variants=[dict(places=["middle", "late"])])
+    monkeypatch.setattr(suite, "profile", suite.profile.model_copy(update=dict(ablations=other)))
+    with pytest.raises(ValueError, match="asks for late, and small has no such cell"):
+        ablation_training.asked(suite)
+
+
+# Selectivity
+
+
+def test_overlap_by_sets():
+    a, b = (torch.randn(6, 30, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    found = selectivity.overlap(a, b, 7)
+    for x, y, share in zip(a.abs(), b.abs(), found):
+        sets = [set(sorted(range(30), key=lambda i: -z[i])[:7]) for z in (x, y)]
+        assert share == len(sets[0] & sets[1]) / 7
+    assert selectivity.overlap(a, -a, 7).tolist() == [1] * 6
+
+
+@pytest.fixture(scope="module")
+def compared(suite):
+    return selectivity.selectivity(suite)
+
+
+def test_controls_are_put_in_and_added_as_they_say(suite, compared, factors):
+    assert len(compared) == 2 * 9 * 3
+    for row in compared.groupby(["target", "placement"]).head(2).itertuples():
+        sae = suite.sae("small", *CELL, row.target, "main")
+        key, write = factors["key"][row.window, row.position], factors["added"][row.window, row.position]
+        own = [x[row.atom] for x in sae.atoms()]
+        frame = pd.DataFrame([dict(window=row.window, position=row.position)])
+        drawn = selectivity.directions(frame, len(key) + len(write), suite.profile.seed)[0, 0].split(
+            [len(key), len(write)]
+        )
+        square = [x - (x @ y) * y for x, y in zip(drawn, own)]
+        assert max(abs((x @ y).item()) for x, y in zip(square, own)) < 1e-5
+        size = row.coefficient if row.placement == "coefficient" else (key.norm() * write.norm()).item()
+        for name, (left, right) in dict(atom=own, random=drawn, orthogonal=square).items():
+            change = size * torch.outer(left / left.norm(), right / right.norm())
+            if row.placement != "added":
+                change = change - torch.outer(key, write)
+            wanted = divergence(suite, row, torch.eye(len(key)), change)
+            assert getattr(row, f"kl_{name}") == pytest.approx(wanted, rel=2e-3, abs=1e-7), (row.placement, name)
+        wanted = divergence(suite, row, key[:, None].T, -write[None])
+        assert row.kl_delete == pytest.approx(wanted, rel=2e-3, abs=1e-7)
+    added = compared.placement == "added"
+    assert compared[added].overlap_random_4.between(0, 1).all() and compared[~added].overlap_random_4.isna().all()
+
+
+def test_random_directions_follow_from_the_firing(suite, compared):
+    frame = pd.DataFrame(dict(window=[0, 0, 3], position=[5, 6, 5]))
+    a, b = selectivity.directions(frame, 4, 1), selectivity.directions(frame[::-1], 4, 1)
+    assert torch.equal(a, b.flip(0)) and len(a.flatten(1).unique(dim=0)) == 3
+    assert not torch.equal(a, selectivity.directions(frame, 4, 2))
+
+
+def test_selectivity_tables(suite, compared):
+    summary, overlaps = selectivity.selectivity_tables(suite, compared)
+    row = summary.query("target == 'write' and placement == 'matched_norm' and control == 'random'")
+    assert list(row.cells) == ["pooled", PLACE]
+    part = compared.query("target == 'write' and placement == 'matched_norm'")
+    row = row.iloc[0]
+    assert row.atom_closer == pytest.approx((part.kl_atom < part.kl_random).mean(), rel=1e-5)
+    assert row.wilcoxon_p == pytest.approx(statistics.paired_wilcoxon(part.kl_atom, part.kl_random).p, rel=1e-4)
+    pairs = np.sign(part.kl_random.to_numpy()[:, None] - part.kl_atom.to_numpy())
+    assert row.cliffs_delta == pytest.approx(pairs.mean(), rel=1e-4, abs=1e-6)
+    assert len(overlaps) == 2 * 2 * 2 * 2 and set(overlaps.top) == {1, 4}
+    row = overlaps.query("target == 'state' and cells == 'pooled' and control == 'orthogonal' and top == 4").iloc[0]
+    part = compared.query("target == 'state' and placement == 'added'")
+    assert row.selectivity == pytest.approx(1 - part.overlap_orthogonal_4.mean(), rel=1e-5)
+    assert row.ci_low <= row.selectivity <= row.ci_high

@@ -1,0 +1,54 @@
+"""What page 11_every_cell makes of a sweep's table."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from replication.pages import every_cell
+
+NAMES = ["win_atom", "ci_low_atom", "ci_high_atom", "win_random", "win_mean_write"]
+
+
+def sweep_of(cells: dict, seeds=(0,), firings=40) -> pd.DataFrame:
+    """One host: cells[(head, target)] = win rates of the seeds at the own coefficient; at matched norm half of it."""
+    rows = []
+    for (head, target), rates in cells.items():
+        for seed, rate in zip(seeds, rates, strict=True):
+            row = dict(host="a", layer=1, head=head, target=target, seed=seed, firings=firings)
+            row |= {f"{name}_coefficient": rate for name in NAMES} | {
+                f"{name}_matched_norm": rate / 2 for name in NAMES
+            }
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def test_each_amplitude_has_its_own_lines():
+    table = sweep_of({(0, "state"): [0.4], (0, "write"): [0.8]})
+    table.loc[1, "firings"] = 0
+    found = every_cell.by_amplitude(table)
+    assert found[["target", "amplitude"]].values.tolist() == [["state", "coefficient"], ["state", "matched_norm"]]
+    assert found.win_random.tolist() == [0.4, 0.2]
+    assert found.n.tolist() == [40, 40]
+    assert not found.columns[found.columns.str.contains("_coefficient|_matched_norm")].any()
+
+
+def test_the_difference_of_the_targets_is_paired_by_cell():
+    generator = np.random.default_rng(0)
+    state = generator.random(30)
+    table = sweep_of({(i, t): [state[i] + (0.1 if t == "write" else 0)] for i in range(30) for t in ("state", "write")})
+    row = every_cell.targets_apart(every_cell.by_amplitude(table)).iloc[0]
+    assert (row.n_cells, row.n, row.write_ahead) == (30, 30 * 2 * 40, 30)
+    assert row.difference == pytest.approx(0.1)
+    assert row.difference_high - row.difference_low < 1e-9  # the same in every cell
+    assert row.state_high - row.state_low > 0.1  # cells differ
+
+
+def test_seeds_are_told_apart_from_cells_and_from_chance():
+    rates = {(i, "state"): [0.2 + 0.1 * i, 0.3 + 0.1 * i] for i in range(4)}
+    row = every_cell.over_seeds(every_cell.by_amplitude(sweep_of(rates, seeds=(0, 1)))).iloc[0]
+    assert (row.n_cells, row.n_seeds) == (4, 2)
+    assert (row.lowest, row.highest) == (pytest.approx(0.35), pytest.approx(0.45))
+    assert row.seed_sd == pytest.approx(0.1 / 2**0.5) and row.cell_sd == pytest.approx(0.1 / 2**0.5)
+    assert row.between_sd == pytest.approx(np.std([0, 0.1, 0.2, 0.3], ddof=1))
+    every = np.array(list(rates.values())).ravel()
+    assert row.sampling_sd == pytest.approx(np.sqrt((every * (1 - every) / 40).mean()))

@@ -1,0 +1,408 @@
+"""The experiments' rules and bookkeeping, on a small host and small SAEs."""
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import assert_close
+from sklearn.mixture import GaussianMixture
+
+from replication import classes as population
+from replication.pages import hosts
+from replication.pages import replacement as replacement_module_
+from replication.study.profile import HostSection, Install, LogitShift, load_profile
+from replication.study.study import Suite, open_suite, threads
+from writesae.edit import edited_hidden, kl, make_edit
+from writesae.evaluate import cells as cells_module
+from writesae.evaluate import firings, install, shifts
+from writesae.evaluate import replacement as replacement_module
+from writesae.harvesting import harvest, history
+from writesae.sae.train import TrainingSettings, train
+from writesae.text import cut_windows
+
+CELL = (1, 2)
+
+
+@pytest.fixture(scope="session")
+def host(gated_deltanet):
+    return gated_deltanet
+
+
+@pytest.fixture(scope="session")
+def run(host, tokens):
+    return host.run(tokens)
+
+
+@pytest.fixture(scope="module")
+def factors(host, tokens):
+    return harvest(host, tokens, [CELL], batch=2, progress=False)[CELL]
+
+
+@pytest.fixture(scope="module", params=["state", "write"])
+def subject(request, factors):
+    data = history(factors, request.param)
+    settings = TrainingSettings(n_atoms=24, k=4, tokens=90 * 60, batch_windows=3, lr=3e-3, final_lr=3e-4, seed=1)
+    sae, _ = train(data, settings, progress=False)
+    encoded, writes = firings.encode(sae, data), history(factors, "write")
+    cell = (*CELL, request.param, "added")
+    return replacement_module.Subject(*cell, sae, encoded, writes, writes.mean(), encoded.alive())
+
+
+@pytest.fixture(scope="module")
+def single(host):
+    """The same host in fp32, as the experiments run it."""
+    import copy
+
+    return type(host)(copy.deepcopy(host.model).float(), None, "small")
+
+
+def some_firings(subject, count=6):
+    every = firings.all_firings(subject.encoded, torch.tensor([0, 1, 2]), 8, 80)
+    drawn = firings.draw_in_rounds(every, count, seed=5)
+    return drawn.assign(row=drawn.window)
+
+
+# Firings
+
+
+def test_a_firing_is_the_largest_coefficient(subject):
+    every = firings.all_firings(subject.encoded, torch.tensor([7, 8, 9]), 8, 80)
+    assert len(every) <= 3 * 72
+    for row in every.sample(20, random_state=0).itertuples():
+        coefficients = subject.encoded.coefficients[row.window, row.position]
+        assert row.coefficient == pytest.approx(coefficients.max().item())
+        assert subject.encoded.indices[row.window, row.position][coefficients.argmax()] == row.atom
+        assert row.passage == row.window + 7
+
+
+def test_rounds_take_every_atom_before_any_atom_twice():
+    frame = pd.DataFrame(dict(window=0, position=range(100), atom=[0] * 90 + [1] * 7 + [2] * 3, coefficient=1.0))
+    counts = firings.draw_in_rounds(frame, 9, seed=0).atom.value_counts()
+    assert counts.to_dict() == {0: 3, 1: 3, 2: 3}
+    counts = firings.draw_in_rounds(frame, 14, seed=0).atom.value_counts()
+    assert counts[2] == 3
+    assert abs(counts[0] - counts[1]) <= 1
+    again = firings.draw_in_rounds(frame, 14, seed=0)
+    pd.testing.assert_frame_equal(again, firings.draw_in_rounds(frame, 14, seed=0))
+
+
+def test_more_than_there_is_is_refused():
+    frame = pd.DataFrame(dict(window=0, position=range(5), atom=[0, 0, 1, 1, 2], coefficient=1.0))
+    with pytest.raises(ValueError, match="6 firings are asked for and the held-out windows hold 5"):
+        firings.draw_in_rounds(frame, 6, seed=0)
+    with pytest.raises(ValueError, match="3 atoms are asked for and only 2 are alive with 2 or more"):
+        firings.draw_atoms(frame, 3, fewest=2, seed=0)
+
+
+# Replacement
+
+
+def test_replacement_is_one_edit_after_another(single, tokens, subject):
+    """Every condition's KL against a run of that single edit, put together here by hand from matrices."""
+    run, drawn = single.run(tokens), some_firings(subject)
+    table = replacement_module.replace(single, run, subject, drawn, seed=3)
+    f = single.factors(run, *CELL)
+    for row in table.itertuples():
+        w, t = torch.tensor([row.window]), torch.tensor([row.position])
+        native = f.key[w, t][0, :, None] * f.added[w, t][0]
+        norm = row.coefficient if row.amplitude == "coefficient" else native.norm().item()
+        atom = subject.sae.decoder.weight()[row.atom]
+        indices, amounts = (
+            x[row.window, row.position] for x in (subject.encoded.indices, subject.encoded.coefficients)
+        )
+        whole = torch.einsum("i,ikv->kv", amounts, subject.sae.decoder.weight()[indices])
+        whole = whole + subject.sae.mean if subject.target == "write" else whole
+        put_in = dict(
+            delete=0 * native,
+            atom=norm * atom,
+            native_rescaled=norm * native / native.norm(),
+            mean_write=norm * subject.mean_write / subject.mean_write.norm(),
+            reconstruction=whole if row.amplitude == "coefficient" else norm * whole / whole.norm(),
+        )
+        for name, matrix in put_in.items():
+            delta = matrix - native
+            edit = make_edit(w, t, torch.eye(single.d_k)[None], delta[None], row.read)
+            patched = single.logits(edited_hidden(single, run, *CELL, edit, 2)[:, -1])
+            wanted = kl(single.logits(run.final[w, t + 1]), patched)
+            assert getattr(row, f"kl_{name}") == pytest.approx(wanted.item(), rel=2e-3, abs=1e-9), name
+
+
+def test_native_write_at_its_own_norm_is_no_edit(single, tokens, subject):
+    table = replacement_module.replace(single, single.run(tokens), subject, some_firings(subject), seed=3)
+    matched = table[table.amplitude == "matched_norm"]
+    assert (matched.kl_native_rescaled < 1e-9).all()
+    assert (matched.kl_delete > 1e-7).any()
+
+
+def test_random_controls_are_other_atoms_and_follow_the_seed(single, tokens, subject):
+    run, drawn = single.run(tokens), some_firings(subject)
+    key, value = subject.sae.atoms()
+    put_in = replacement_module.replacements(
+        subject, drawn, single.factors(run, *CELL), torch.tensor(drawn.row.to_numpy()), 3
+    )
+    matrices = put_in["random"][0].mT @ put_in["random"][1]
+    for i, atom in enumerate(drawn.atom):
+        own = key[atom][:, None] * value[atom]
+        assert abs((matrices[i] * own).sum()) < 0.9999
+    a, b = (replacement_module.replace(single, run, subject, drawn, seed=s).kl_random for s in (3, 4))
+    assert (a != b).any()
+
+
+def test_batches_do_not_change_the_table(single, tokens, subject):
+    run, drawn = single.run(tokens), some_firings(subject)
+    small, large = (replacement_module.replace(single, run, subject, drawn, 3, batch_rows=n) for n in (1, 4096))
+    order = ["window", "position", "amplitude", "read"]
+    columns = [c for c in small if c.startswith("kl_")]
+    a, b = (t.sort_values(order)[columns].to_numpy() for t in (small, large))
+    np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-9)
+
+
+def test_summary_counts_wins(single, tokens, subject):
+    table = replacement_module.replace(single, single.run(tokens), subject, some_firings(subject), seed=3)
+    places = pd.DataFrame([dict(host="small", layer=CELL[0], head=CELL[1], place="middle")])
+    summary = replacement_module_.summarise(table, places, resamples=50, seed=0)
+    part = table[(table.amplitude == "coefficient") & (table.read == "cache")]
+    row = summary.query("amplitude == 'coefficient' and read == 'cache' and cells == 'pooled'").iloc[0]
+    assert row.win_rate == pytest.approx(sum(a < d for a, d in zip(part.kl_atom, part.kl_delete, strict=True)) / 6)
+    assert row.n == 6
+    assert row.ci_low < row.win_rate < row.ci_high or row.win_rate in (0, 1)
+
+
+def test_the_trend_over_cells_is_of_ranks():
+    """Four cells of one host: the longer the half-life the lower the win rate, and sigma1/sigma2 has no order."""
+    wins, half_lives, ratios = [4, 3, 2, 0], [0.5, 2.0, 8.0, 300.0], [3.0, 1.5, 2.0, 1.2]
+    firings = pd.DataFrame(
+        dict(host="h", layer=0, head=head, target="state", amplitude="coefficient", kl_delete=1.0, kl_random=2.0)
+        | dict(kl_mean_write=2.0, kl_atom=0.5 if number < wins[head] else 3.0)
+        for head in range(4)
+        for number in range(4)
+    )
+    memory = pd.DataFrame(
+        dict(host="h", layer=0, head=range(4), half_life_median=half_lives, sigma1_over_sigma2=ratios)
+    )
+    cells = replacement_module_.by_cell(firings, memory)
+    assert cells.win_atom.tolist() == [1.0, 0.75, 0.5, 0.0]
+    row = replacement_module_.trend(cells).iloc[0]
+    assert (row.n_cells, row.n, row.win_lowest, row.win_highest) == (4, 16, 0.0, 1.0)
+    assert row.rho_half_life_median == -1
+    assert row.rho_sigma1_over_sigma2 == pytest.approx(1 - 6 * 2 / (4 * 15))  # ranks of the ratios: 4, 2, 3, 1
+
+
+# Logit shift
+
+
+def test_measured_shifts_are_edited_runs(single, tokens):
+    torch.manual_seed(0)
+    key, value = (torch.nn.functional.normalize(torch.randn(3, d), dim=-1) for d in (single.d_k, single.d_v))
+    settings = LogitShift(
+        place="middle", target="state", atoms=3, eps=[0.02, 2.0], prompts=3, prompt_tokens=90, horizon=4, ranks=[1, 3]
+    )
+    t0, windows = torch.tensor([10, 30, 50]), cut(tokens)
+    table = shifts.measure_shifts(single, windows, t0, CELL, key, value, settings, "added", batch_rows=5)
+    run = single.run(tokens)
+    f = single.factors(run, *CELL)
+    for row in table.itertuples():
+        r, t = torch.tensor([row.row]), t0[[row.row]]
+        norm = f.added[r, t].norm() * f.key[r, t].norm()
+        edit = make_edit(r, t, key[row.atom][None, None], row.eps * norm * value[row.atom][None, None], "cache")
+        token = single.logits(run.final[r, t + 4])[0].argsort(descending=True)[row.rank - 1]
+        shift = single.logits(edited_hidden(single, run, *CELL, edit, 5)[:, -1]) - single.logits(run.final[r, t + 4])
+        assert row.measured == pytest.approx(shift[0, token].item(), rel=1e-3, abs=2e-6)
+    small = table[table.eps == 0.02]
+    assert set(small["rank"]) == {1, 3}
+    np.testing.assert_allclose(small.exact, small.measured, rtol=0.05, atol=2e-5)  # of each token its own gradient
+
+
+def cut(tokens):
+    from writesae.text import Windows
+
+    return Windows(tokens, torch.arange(len(tokens)))
+
+
+def test_the_fitted_scalar_is_least_squares_and_only_tests_linearity():
+    eps = np.array([0.1, 0.3, 1.0, 3.0])
+    frame = pd.DataFrame(dict(host="h", prompt=0, atom=0, rank=1, eps=eps, paper=-0.01 * eps, measured=5 * eps))
+    np.testing.assert_allclose(shifts.fit_paper_scalar(frame), frame.measured)  # a wrong formula fits perfectly
+    frame["measured"] = eps**2
+    slope = np.linalg.lstsq(frame.paper.to_numpy()[:, None], frame.measured.to_numpy(), rcond=None)[0][0]
+    np.testing.assert_allclose(shifts.fit_paper_scalar(frame), slope * frame.paper)
+
+
+# Population and install
+
+
+def test_register_is_the_component_of_higher_cosine():
+    generator = np.random.default_rng(0)
+    values = pd.Series(np.r_[generator.normal(0.02, 0.01, 40), generator.normal(0.6, 0.05, 15)])
+    classes = population.classify(values, seed=0)
+    assert (classes[:40] == "bundle").all()
+    assert (classes[40:] == "register").all()
+
+
+def test_the_low_tail_of_a_wide_upper_component_is_not_register():
+    generator = np.random.default_rng(0)
+    values = np.r_[generator.normal(0.5, 0.02, 200), generator.normal(0.6, 0.2, 100), -0.3]
+    component = GaussianMixture(2, random_state=0, n_init=5).fit_predict(values[:, None])
+    assert component[-1] == component[values.argmax()] != component[0]  # what the mixture alone says
+    classes = population.classify(pd.Series(values), seed=0)
+    assert classes.iloc[-1] == "bundle"
+    assert classes[values.argmax()] == "register"
+
+
+INSTALL = Install(
+    place="middle",
+    prompts=3,
+    prompt_tokens=40,
+    distances=[5],
+    rank_classes=dict(top=(2, 10), far=(100, 9999)),
+    targets_per_class=2,
+    magnitudes=[3.0],
+    writes=3,
+    new_tokens=4,
+    doses=[1, 4, 16, 64, 256],
+    bisections=3,
+)
+
+
+@pytest.fixture(scope="module")
+def trial(single, tokens):
+    run = single.run(tokens[:, :40])
+    targets, labels = install.draw_targets(single.logits(run.final[:, -1]), INSTALL, seed=0)
+    return install.setting(single, run, CELL, targets, labels, 5, INSTALL, "added")
+
+
+def test_targets_have_the_ranks_of_their_class(trial):
+    for rank, label in zip(trial.native_rank.tolist(), trial.label, strict=True):
+        low, high = INSTALL.rank_classes[label]
+        assert low <= rank <= min(high, 300)
+
+
+def test_gamma_is_the_best_of_all_unit_writes_to_first_order(single, trial):
+    """A small real write along gamma's direction lifts the target's logit more than the paper's or random ones."""
+    lifts = {}
+    native = single.logits(trial.run.final[:, -1])[trial.prompt].gather(-1, trial.target[:, None])
+    small = torch.full((len(trial.prompt),), 0.02)
+    generator = torch.Generator().manual_seed(0)
+    random = [
+        torch.nn.functional.normalize(torch.randn(len(small), 3, d, generator=generator), dim=-1)
+        for d in (single.d_k, single.d_v)
+    ]
+    for name in ("paper", "gamma", "random"):
+        key, value = random if name == "random" else install.directions(single, CELL, trial, name, 3)
+        logits = install.first_logits(single, CELL, trial, install.write_edit(trial, key, value, small))
+        lifts[name] = (logits.gather(-1, trial.target[:, None]) - native)[:, 0]
+    assert (lifts["gamma"] > 0).all()
+    assert (lifts["gamma"] >= lifts["paper"]).all()
+    assert (lifts["gamma"] > lifts["random"]).all()
+
+
+def test_a_dose_is_where_the_target_first_comes_next(single, trial):
+    table = install.doses(single, CELL, trial, INSTALL)
+    for name, part in table.groupby("direction"):
+        key, value = install.directions(single, CELL, trial, name, 3)
+        dose = torch.tensor(part.dose.to_numpy())
+        won = torch.nonzero(dose.isfinite())[:, 0]
+        at = torch.where(dose.isfinite(), dose, 1.0).float()
+        logits = install.first_logits(single, CELL, trial, install.write_edit(trial, key, value, at))
+        assert (logits.argmax(-1)[won] == trial.target[won]).all()
+        for grid in INSTALL.doses:  # no smaller grid point succeeds
+            logits = install.first_logits(
+                single, CELL, trial, install.write_edit(trial, key, value, torch.full_like(at, grid))
+            )
+            assert not ((logits.argmax(-1) == trial.target) & (grid < dose)).any()
+
+
+def test_trials_say_what_was_generated(single, trial):
+    native = install.native_continuations(single, trial.run, INSTALL)
+    table = install.trials(single, CELL, trial, native, INSTALL)
+    assert len(table) == len(install.DIRECTIONS) * len(INSTALL.magnitudes) * len(trial.prompt)
+    part = table[table.direction == "gamma"].reset_index(drop=True)
+    key, value = install.directions(single, CELL, trial, "gamma", 3)
+    logits = install.first_logits(
+        single, CELL, trial, install.write_edit(trial, key, value, torch.full((len(key),), 3.0))
+    )
+    ranks = 1 + (logits > logits.gather(-1, trial.target[:, None])).sum(-1)
+    assert part.edited_rank.tolist() == ranks.tolist()
+    assert ((part.edited_rank > 1) | (part.included_edited == 1)).all()
+
+
+# Cells and windows
+
+
+def test_write_ranks_and_half_lives(host, tokens):
+    table = cells_module.survey_cells(host, host.run(tokens), first_position=8)
+    assert (table.added_write_rank == 1).all()
+    assert (table.effective_write_rank == 1).all()
+    run = host.run(tokens)
+    alpha = host.factors(run, *CELL).log_decay.exp().flatten()
+    wanted = np.quantile(np.log(0.5) / np.log(alpha.numpy()), 0.5, method="lower")
+    assert table.query("layer == 1 and head == 2").half_life_median.item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_the_rule_picks_the_nearest_ratio():
+    table = pd.DataFrame(dict(layer=[1, 1, 4, 4], head=[0, 1, 0, 1], sigma1_over_sigma2=[6.0, 30.0, 2.0, 9.0]))
+    section = HostSection(path="x", cells=dict(early=dict(layer=1, sigma_ratio=12), late=dict(layer=4, sigma_ratio=3)))
+    chosen = hosts.choose_cells(table, section)
+    assert chosen[["place", "head"]].values.tolist() == [["early", 0], ["late", 0]]
+    wrong = HostSection(path="x", cells=dict(early=dict(layer=3, sigma_ratio=12)))
+    with pytest.raises(ValueError, match="early cell's layer 3 is not recurrent: choose one of 1, 4"):
+        hosts.choose_cells(table, wrong)
+
+
+def test_a_survey_may_leave_layers_out(monkeypatch):
+    profile = load_profile("smoke")
+
+    def layers(**settings):
+        replacement = profile.replacement.model_copy(update=settings)
+        suite = Suite(profile.model_copy(update=dict(replacement=replacement)))
+        monkeypatch.setattr(suite, "host", lambda name: SimpleNamespace(recurrent_layers=(0, 1, 2, 4, 5, 6, 8)))
+        return suite.survey_layers(suite.main)
+
+    assert layers(survey_every=1) == (0, 1, 2, 4, 5, 6, 8)
+    assert layers(survey_every=3) == (0, 4, 8)
+    assert layers(survey_every=3, survey_firings=0) == ()
+
+
+def test_a_suite_takes_the_threads_that_it_is_given(monkeypatch):
+    with threads(1):
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        open_suite("smoke")
+        assert torch.get_num_threads() == 1
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        open_suite("smoke")
+        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+
+
+class Words:
+    eos_token_id = 0
+
+    def __call__(self, text, **_):
+        return dict(input_ids=[int(word) for word in text.split()])
+
+
+def test_windows_never_cross_passages_and_short_ones_give_none():
+    texts = [" ".join(map(str, range(1, 10))), "20 21", " ".join(map(str, range(30, 34)))]
+    found = cut_windows(Words(), texts, 5)
+    assert found.tokens.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [0, 30, 31, 32, 33]]
+    assert found.passage.tolist() == [0, 0, 2]
+    with pytest.raises(ValueError, match="passages shorter than the window give none"):
+        cut_windows(Words(), ["1 2", "3"], 5)
+
+
+def test_harvest_refuses_what_is_not_a_cell_and_what_is_not_finite(host, tokens, factors):
+    with pytest.raises(ValueError, match="not recurrent"):
+        harvest(host, tokens, [(2, 0)], batch=2, progress=False)
+    broken = {name: x.clone() for name, x in factors.items()}
+    broken["effective"][1, 17, 0] = float("nan")
+    with pytest.raises(ValueError, match="window 1, position 17"):
+        history(broken, "state")
+
+
+def test_harvest_is_the_run_s_factors(host, run, factors):
+    f = host.factors(run, *CELL)
+    assert_close(factors["key"], f.key, "key", 1e-6)
+    assert_close(factors["effective"], f.effective, "effective", 1e-6)
+    assert_close(factors["log_decay"], f.log_decay[..., 0], "log decay", 1e-6)

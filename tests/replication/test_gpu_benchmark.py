@@ -1,0 +1,71 @@
+"""The benchmark of the GPU paths, run tiny on the CPU: the cases do the same work, and precision shows where it should."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import common
+import gpu
+
+from replication.study import stages
+from writesae.hosts import load
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """The table of `--shape tiny --device cpu`, from the real command's function."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("out")
+        patch.setenv("WRITESAE_OUTPUT", str(folder))
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr(common, "SHORTEST", 0.001)
+        assert gpu.main(["--shape", "tiny", "--device", "cpu"]) == 0
+        assert not (folder / "results").exists(), "a tiny run is no result"
+        return stages.read_table(folder / "build" / "bench" / "gpu.csv").set_index("case")
+
+
+def test_without_a_card_a_sentence_says_so_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 0
+    assert capsys.readouterr().out.startswith("There is no CUDA device here: nothing was measured")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_part_is_measured_in_every_precision(table):
+    parts = {
+        "peak": 3,
+        "forward": 3,
+        "harvest": 3,
+        "batched replacement": 2,
+        "plain replacement": 2,
+        "training step": 3,
+    }
+    assert table.groupby("part").size().to_dict() == parts
+    assert (table.gflop > 0).all() and (table.of_peak > 0).all() and (table.rate > 0).all()
+    assert table.of_peak[table.part == "peak"].tolist() == pytest.approx([1, 1, 1])
+    assert table["device"].notna().all()
+
+
+def test_fp32_is_what_the_others_differ_from(table):
+    """TF32 is a matter of the GPU; bf16 shows on a CPU as well."""
+    for part in ("forward", "harvest", "training step"):
+        assert (table.difference[[f"{part} fp32", f"{part} tf32"]] == 0).all()
+        assert table.difference[f"{part} bf16"] > 0
+    assert table.agrees["training step fp32"] == "True"
+    assert table.difference["training step bf16"] < 1e-2
+    assert table.difference["plain replacement fp32"] < 1e-2, "the same KLs in fp32"
+
+
+def test_the_true_shape_has_the_papers_numbers():
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    with torch.device("meta"):
+        made = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**gpu.SHAPES["qwen3.5-0.8b"]["host"]))
+    host = load.adapter("gated_deltanet")(made, None, "meta")
+    assert (host.layers, len(host.recurrent_layers), host.heads, host.d_k, host.d_v) == (24, 18, 16, 128, 128)
+    assert sum(p.numel() for p in made.parameters()) == pytest.approx(752.4e6, rel=1e-3)

@@ -1,0 +1,240 @@
+"""What Make runs again after a change: a copy of the Makefile, three stub notebooks, a stub in the place of Python."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDS = {"00_hosts": [], "01_harvest": ["00_hosts"], "02_train": ["01_harvest"], "04_shift": ["01_harvest"]}
+MODULES = ("writesae/__init__.py", "writesae/sae/model.py", "replication/study/profile.py")
+STUB = '#!/bin/sh\necho "$3" >> ran\n[ -e "fail-$3" ] && exit 1\nexit 0\n'
+
+
+def _write(path, text, age=100):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    os.utime(path, (time.time() - age,) * 2)
+
+
+@pytest.fixture
+def clone(tmp_path):
+    for name in MODULES:
+        _write(tmp_path / name, "")
+    for name, needs in NEEDS.items():
+        metadata = {"writesae": {"needs": needs, "makes": [f"results/{{profile}}/{name}.csv"]}}
+        content = {"cells": [], "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+        _write(tmp_path / "notebooks" / f"{name}.ipynb", json.dumps(content))
+        _write(tmp_path / "results" / "mini" / f"{name}.csv", "")
+    for name in ("Makefile", "replication/commands/order.py"):
+        _write(tmp_path / name, (ROOT / name).read_text())
+    _write(tmp_path / "profiles" / "mini.yaml", "")
+    _write(tmp_path / "requirements.lock", "")
+    _write(tmp_path / "stub", STUB)
+    (tmp_path / "stub").chmod(0o755)
+    return tmp_path
+
+
+def _make(clone, *arguments):
+    command = ["make", "--no-print-directory", "PY=./stub", *arguments]
+    return subprocess.run(command, cwd=clone, capture_output=True, text=True, env=_environment(), timeout=60)
+
+
+def _environment():
+    """Without what an outer make hands down."""
+    return {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PROFILE", "PYTHON")}
+
+
+def _ran(clone, *arguments):
+    """The notebooks that one call of make runs, in order."""
+    (clone / "ran").unlink(missing_ok=True)
+    result = _make(clone, *arguments)
+    assert result.returncode == 0, result.stderr
+    return (clone / "ran").read_text().split() if (clone / "ran").exists() else []
+
+
+def _touch(path):
+    time.sleep(0.05)
+    path.touch()
+    time.sleep(0.05)
+
+
+@pytest.fixture
+def done(clone):
+    assert _ran(clone, "all") == list(NEEDS)
+    assert _ran(clone, "all") == []
+    return clone
+
+
+@pytest.mark.parametrize(
+    ("touched", "again"),
+    [
+        ("notebooks/02_train.ipynb", ["02_train"]),
+        ("notebooks/01_harvest.ipynb", ["01_harvest", "02_train", "04_shift"]),
+        ("writesae/sae/model.py", list(NEEDS)),
+        ("replication/study/profile.py", list(NEEDS)),
+        ("profiles/mini.yaml", list(NEEDS)),
+        ("requirements.lock", list(NEEDS)),
+    ],
+)
+def test_a_touched_file_reruns_what_depends_on_it_and_no_more(done, touched, again):
+    _touch(done / touched)
+    assert _ran(done, "all") == again
+    assert _ran(done, "all") == []
+
+
+def test_one_target_a_notebook_runs_only_what_it_needs(clone):
+    assert _ran(clone, "04_shift") == ["00_hosts", "01_harvest", "04_shift"]
+
+
+def test_parallel_make_keeps_one_at_a_time(clone):
+    assert _ran(clone, "-j8", "all") == list(NEEDS)
+
+
+def test_a_dry_run_names_what_would_run_and_runs_nothing(done):
+    _touch(done / "notebooks/02_train.ipynb")
+    (done / "ran").unlink(missing_ok=True)
+    text = _make(done, "-n", "all").stdout
+    assert "commands.run 02_train --profile mini" in text
+    assert "commands.run 04_shift" not in text
+    assert not (done / "ran").exists()
+
+
+def test_a_sweep_goes_to_this_machine_or_to_a_cluster(clone):
+    here = "python -m replication.commands.sweep --profile mini --grid profiles/sweeps/cells.yaml"
+    assert _make(clone, "-n", "sweep", "PY=python").stdout.strip() == here
+    there = _make(clone, "-n", "sweep", "PY=python", "PROFILE=big", "GRID=paper", "DASK=tcp://head:8786").stdout.strip()
+    assert (
+        there
+        == "python -m replication.commands.sweep --profile big --grid profiles/sweeps/paper.yaml --dask tcp://head:8786"
+    )
+
+
+def test_a_missing_result_is_made_again(done):
+    (done / "results" / "mini" / "02_train.csv").unlink()
+    assert _ran(done, "figures") == ["02_train"]
+
+
+def test_a_failed_notebook_is_run_again_and_what_needs_it_waits(clone):
+    (clone / "fail-01_harvest").touch()
+    assert _make(clone, "all").returncode == 2
+    assert (clone / "ran").read_text().split() == ["00_hosts", "01_harvest"]
+    (clone / "fail-01_harvest").unlink()
+    assert _ran(clone, "all") == ["01_harvest", "02_train", "04_shift"]
+
+
+def test_an_edit_during_the_run_is_not_lost(done):
+    _write(done / "stub", '#!/bin/sh\necho "$3" >> ran\nsleep 0.1\ntouch notebooks/$3.ipynb\n')
+    _touch(done / "notebooks/02_train.ipynb")
+    assert _ran(done, "all") == ["02_train"]
+    _write(done / "stub", STUB)
+    assert _ran(done, "all") == ["02_train"]
+
+
+def test_another_make_does_not_make_the_stamp_younger(done):
+    """While 02_train runs, its notebook is edited and another make is started, which is refused."""
+    _write(done / "refuse", "#!/bin/sh\nexit 1\n")
+    (done / "refuse").chmod(0o755)
+    other = "sleep 0.1; touch notebooks/$3.ipynb; sleep 0.1; make PY=./refuse $3"
+    _write(done / "stub", f'#!/bin/sh\necho "$3" >> ran\n{other}\nexit 0\n')
+    _touch(done / "notebooks/02_train.ipynb")
+    assert _ran(done, "all") == ["02_train"]
+    _write(done / "stub", STUB)
+    assert _ran(done, "all") == ["02_train"]
+
+
+def test_a_kill_while_the_rules_are_written_leaves_no_part_of_them(done):
+    """Half of the rules would pass for all of them: nothing would be run again."""
+    _write(done / "half", "#!/bin/sh\necho '# half of'\nkill -9 0\n")
+    (done / "half").chmod(0o755)
+    _touch(done / "notebooks" / "01_harvest.ipynb")
+    command = ["make", "PY=./stub", "PYTHON=./half", "all"]
+    assert subprocess.run(command, cwd=done, env=_environment(), start_new_session=True).returncode == -9
+    assert _ran(done, "all") == ["01_harvest", "02_train", "04_shift"]
+
+
+def test_a_new_module_is_noticed_and_a_removed_one_is_no_error(done):
+    _write(done / "writesae" / "extra.py", "")
+    _touch(done / "writesae" / "extra.py")
+    assert _ran(done, "all") == list(NEEDS)
+    (done / "writesae" / "sae" / "model.py").unlink()
+    assert _ran(done, "all") == []
+
+
+def test_an_unknown_profile_is_one_sentence(clone):
+    result = _make(clone, "all", "PROFILE=huge")
+    assert result.returncode == 2
+    assert "There is no profile 'huge': choose one of mini" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (clone / "build").exists()
+
+
+def test_a_damaged_notebook_is_one_sentence_and_no_rules(clone):
+    _write(clone / "notebooks" / "01_harvest.ipynb", "{")
+    result = _make(clone, "all")
+    assert result.returncode == 2
+    assert "notebooks/01_harvest.ipynb is not a readable notebook." in result.stderr
+    assert not (clone / "build" / "deps.mk").exists()
+
+
+def test_help_lists_every_target_and_is_the_default(clone):
+    text = _make(clone).stdout
+    for name in (
+        "env",
+        "all",
+        "figures",
+        "dryrun",
+        "test",
+        "lint",
+        "bench",
+        "hosts",
+        "browser",
+        "sweep",
+        "verify",
+        "lab",
+        "clean",
+        "02_train",
+    ):
+        assert name in text
+    assert not (clone / "build").exists()
+
+
+def test_clean_removes_the_build_and_keeps_the_results(done):
+    assert _make(done, "clean").returncode == 0
+    assert not (done / "build").exists()
+    assert (done / "results" / "mini" / "00_hosts.csv").exists()
+    assert _ran(done, "all") == list(NEEDS)
+
+
+def test_repeats_run_every_page_with_every_seed_and_are_gathered(clone):
+    for seed in (7, 8):
+        _write(clone / "profiles" / f"mini-{seed}.yaml", "")
+    _write(clone / "stub", '#!/bin/sh\nshift; echo "$@" >> ran\n[ -e fail ] && exit 1\nexit 0\n')
+    result = _make(clone, "repeats", "RUN=build/test")
+    assert result.returncode == 0, result.stderr
+    pages = [f"replication.commands.run {name} --profile mini-{seed}" for seed in (7, 8) for name in NEEDS]
+    gathered = "replication.commands.repeats --profile mini results/mini-7 results/mini-8 build/test/results/mini"
+    assert (clone / "ran").read_text().splitlines() == [*pages, gathered]
+    _write(clone / "fail", "")
+    (clone / "ran").unlink()
+    assert _make(clone, "repeats").returncode != 0  # nothing is gathered of a run that failed
+    assert (clone / "ran").read_text().splitlines() == pages[:1]
+
+
+def test_an_unfit_python_is_one_sentence(clone):
+    _write(clone / "pyproject.toml", "")
+    _write(clone / "old", "#!/bin/sh\nexit 1\n")
+    (clone / "old").chmod(0o755)
+    command = ["make", "env", "PYTHON=./old"]
+    result = subprocess.run(command, cwd=clone, capture_output=True, text=True, env=_environment())
+    assert result.returncode == 2
+    assert "This project needs Python 3.11 or 3.12" in result.stderr
+    assert not (clone / ".venv").exists()
+
+
+def test_make_is_here():
+    assert shutil.which("make"), "the tests of the Makefile need GNU make"

@@ -1,0 +1,146 @@
+"""Whole runs side by side: what turns, and how often one run's interval holds another's value."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import norm
+
+from replication.commands import repeats as repeats_module
+from replication.scorecard import repeats
+from replication.scorecard.repeats import RepeatsError
+from replication.scorecard.table import COLUMNS
+from replication.study import paths, stages
+from replication.study.profile import load_profile
+from replication.study.study import Suite
+from writesae.files import ArtifactError
+
+PROFILE = load_profile("smoke")
+
+
+def scorecard(values, status="no effect", half=1.0, host="a") -> pd.DataFrame:
+    """Claims C0, C1, ... of one host, each value between ends this far away."""
+    values = np.asarray(values, float)
+    ends = dict(value=values, ci_low=values - half, ci_high=values + half)
+    table = pd.DataFrame(
+        dict(id=[f"C{i}" for i in range(len(values))], host=host, status=status, n=9, direction=0, **ends)
+    )
+    return table.reindex(columns=COLUMNS)
+
+
+def run(values, seed, **more) -> pd.DataFrame:
+    return scorecard(values, **more).assign(seed=seed, device="cpu (AVX2)", commit="c")[
+        [*repeats.RUN, *repeats.COLUMNS["scorecard"]]
+    ]
+
+
+def test_stability_by_hand():
+    own = scorecard([0.0, 1.0, 2.0], status=["no effect", "opposite", "not run"])
+    others = pd.concat([run([0.5, 1.1, 3], 1), run([-2, 1], 2, status=["no effect", "opposite"])])
+    found = repeats.stability(own, others).set_index("id")
+    assert list(found.index) == ["C0", "C1"]
+    assert found[["runs", "agree"]].values.tolist() == [[3, 3], [3, 2]]
+    assert found.turned.tolist() == [False, True]
+    assert found[["least", "value", "most"]].values.tolist() == [[-2, 0, 0.5], [1, 1, 1.1]]
+    assert found.standard_error.tolist() == pytest.approx([1 / 1.959964] * 2)
+    assert found.z_most.tolist() == pytest.approx([2 * 1.959964, 0.1 * 1.959964])
+
+
+def test_what_no_repeat_answers_stands_alone_and_other_hosts_do_not_count():
+    own = pd.concat([scorecard([0.0]), scorecard([5.0], host="b", half=0)])
+    found = repeats.stability(own, run([0.2], 1, status="opposite")).set_index("host")
+    assert found.loc["a", ["runs", "agree"]].tolist() == [2, 1]
+    assert found.loc["b", ["runs", "agree"]].tolist() == [1, 1] and not found.turned["b"]
+    assert np.isnan(found.z_most["b"])
+
+
+@pytest.mark.parametrize("between", [0.0, 2.0])
+def test_right_intervals_hold_another_run_in_83_of_100(between):
+    """Estimates with a standard error of 1, and a spread between runs that their intervals do not know of."""
+    generator = np.random.default_rng(0)
+    truth = generator.normal(size=6000)
+    values = [truth + generator.normal(scale=np.hypot(1, between), size=6000) for _ in range(3)]
+    own, others = scorecard(values[0], half=1.959964), [run(x, s, half=1.959964) for s, x in enumerate(values[1:], 1)]
+    found = repeats.held(own, 0, pd.concat(others)).set_index("host")
+    assert found.n.tolist() == [36000, 36000]
+    wanted = 2 * norm.cdf(1.959964 / np.sqrt(2 * (1 + between**2))) - 1
+    assert between or wanted == pytest.approx(repeats.EXPECTED, abs=1e-3)
+    assert found.share["all"] == pytest.approx(wanted, abs=0.01)
+    assert found.ci_low["all"] < wanted < found.ci_high["all"] and found.ci_high["all"] - found.ci_low["all"] < 0.03
+
+
+def test_pairs_are_of_different_seeds_and_of_intervals_with_a_width():
+    own = pd.concat([scorecard([0.0, 0.0]), scorecard([1.0], half=0, host="b")])
+    others = pd.concat([run([0.5, 3.0], 1), run([1.0], 1, half=0, host="b"), run([9.0, 9.0], 0)])
+    found = repeats.held(own, 0, others).set_index("host")
+    assert found.n.to_dict() == {"a": 4, "all": 4} and found.share["a"] == 0.5
+
+
+def rates(*values) -> pd.DataFrame:
+    """Lines of replacement_summary that differ in their cells."""
+    keys = dict.fromkeys(repeats.KEYS, "x") | dict(cells=[f"c{i}" for i in range(len(values))])
+    return pd.DataFrame(keys | dict(n=9, win_rate=values, ci_low=0.0, ci_high=1.0, kl_atom=0.0))
+
+
+def test_spread_is_over_this_run_and_the_others():
+    others = pd.concat([rates(0.4, 0.6).assign(seed=1), rates(0.7).assign(seed=2)])
+    found = repeats.spread(rates(0.5, 0.5, 0.9), others).set_index("cells")
+    assert found[["win_rate", "least", "most"]].values.tolist() == [[0.5, 0.4, 0.7], [0.5, 0.5, 0.6], [0.9, 0.9, 0.9]]
+    assert found.runs.tolist() == [3, 2, 1]
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """Two runs' folders, of smoke with seeds 1 and 2."""
+    monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
+    folders = []
+    for seed in (1, 2):
+        folders.append(tmp_path / f"run{seed}")
+        provenance = dict(profile="smoke", config="", host="all", seed=seed, seconds=0.0)
+        tables = dict(
+            scorecard=scorecard([0.1, seed], status=["opposite", "not run"]), replacement_summary=rates(seed / 4)
+        )
+        for name, table in tables.items():
+            stages.write_table(table, folders[-1] / f"{name}.csv", provenance)
+    return folders
+
+
+def test_runs_are_gathered_into_one_table(runs, capsys):
+    assert repeats_module.main(["--profile", "smoke", *map(str, runs)]) == 0
+    table, summary = (Suite(PROFILE).kept_table(f"repeats-{kind}") for kind in ("scorecard", "replacement"))
+    assert table[["seed", "id", "status"]].values.tolist() == [[1, "C0", "opposite"], [2, "C0", "opposite"]]
+    assert summary[["seed", "cells", "win_rate"]].values.tolist() == [[1, "c0", 0.25], [2, "c0", 0.5]]
+    assert {*table.device, *summary.device} == {stages.environment()["device"]}
+    assert all(stages.KEPT.match(path.name) for path in Suite(PROFILE).paths.results.glob("[!.]*.csv"))
+
+
+def test_what_cannot_stand_beside_the_others_is_refused(runs, capsys, monkeypatch):
+    with pytest.raises(RepeatsError, match="run1 and .*run1 are the same run: name each once"):
+        repeats.gather([runs[0], runs[0]], "smoke", "replacement")
+    with pytest.raises(RepeatsError, match="is a run of smoke, which differs from mini in more than its seed"):
+        repeats.gather(runs, "mini", "scorecard")
+    monkeypatch.setattr(repeats, "load_profile", lambda name: PROFILE.model_copy(update=dict(seed=1)))
+    with pytest.raises(RepeatsError, match="All runs have smoke's own seed, 1: give one with another"):
+        repeats.gather(runs[:1], "smoke", "scorecard")
+    with pytest.raises(ArtifactError, match=r"scorecard\.csv is missing"):
+        repeats.gather([runs[0].parent], "smoke", "scorecard")
+    assert repeats_module.main(["--profile", "smoke", str(runs[0]), str(runs[0])]) == 1
+    assert capsys.readouterr().err.startswith("Nothing was gathered: ")
+    assert Suite(PROFILE).kept_table("repeats-scorecard") is None
+
+
+def test_the_profiles_of_repeats_differ_in_their_seed_alone():
+    profiles = [load_profile(path.stem) for path in (paths.ROOT / "profiles").glob("mini-*.yaml")]
+    assert len(profiles) >= 2 and len({profile.seed for profile in profiles}) == len(profiles)
+    wanted = load_profile("mini").model_dump(exclude={"name", "seed"})
+    assert all(profile.model_dump(exclude={"name", "seed"}) == wanted for profile in profiles)
+
+
+def test_a_kept_table_of_its_own_comes_before_the_repositorys(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "ROOT", tmp_path)
+    monkeypatch.setenv("WRITESAE_OUTPUT", "build/test")
+    suite = Suite(PROFILE)
+    assert suite.kept_table("sweep-cells") is None
+    for folder, host in ((tmp_path / "results/smoke", "kept"), (suite.paths.results, "own")):
+        provenance = dict(profile="smoke", config="", host="all", seed=0, seconds=0.0)
+        stages.write_table(pd.DataFrame({"host": [host]}), folder / "sweep-cells.csv", provenance)
+        assert suite.kept_table("sweep-cells").host.tolist() == [host]

@@ -1,0 +1,109 @@
+"""A tiny notebook is run as Make runs it: what is published, what is not, and what a failure leaves."""
+
+import os
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from replication.commands import run
+from replication.study.paths import Paths
+
+PRINTS = "import sys\nprint(profile)\nprint('progress', file=sys.stderr)\nprint('done')"
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    monkeypatch.delenv("WRITESAE_OUTPUT", raising=False)
+    monkeypatch.setattr("replication.study.paths.ROOT", tmp_path)
+    (tmp_path / "profiles").mkdir()
+    for profile in ("mini", "paper"):
+        (tmp_path / "profiles" / f"{profile}.yaml").touch()
+    (tmp_path / "notebooks").mkdir()
+    return tmp_path / "notebooks"
+
+
+def _notebook(folder, *sources):
+    parameters = new_code_cell("profile = 'mini'", metadata={"tags": ["parameters"]})
+    kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
+    content = new_notebook(
+        cells=[new_markdown_cell("# Title"), parameters, *map(new_code_cell, sources)], metadata=kernel
+    )
+    path = folder / "00_toy.ipynb"
+    path.write_text(nbformat.writes(content) + "\n")
+    os.utime(path, (1_000_000_000,) * 2)
+    return path
+
+
+def test_outputs_are_published_and_nothing_else_changes(notebooks):
+    path = _notebook(notebooks, PRINTS, "1 + 1")
+    source = nbformat.read(path, as_version=4)
+    run.run("00_toy", "mini", notebooks)
+    first = path.read_bytes()
+    published = nbformat.reads(first.decode(), as_version=4)
+    assert [cell.get("execution_count") for cell in published.cells] == [None, 1, 2, 3]
+    assert [(o.name, o.text) for o in published.cells[2].outputs] == [("stdout", "mini\ndone\n")]
+    assert published.cells[3].outputs[0].data["text/plain"] == "2"
+    assert published.cells[3].outputs[0].execution_count == 3
+    for cell in published.cells[1:]:
+        cell.update(execution_count=None, outputs=[])
+    assert published == source
+    assert path.stat().st_mtime == 1_000_000_000
+    run.run("00_toy", "mini", notebooks)
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize(("profile", "variable"), [("paper", None), ("mini", "elsewhere")])
+def test_other_profiles_and_test_runs_do_not_publish(notebooks, monkeypatch, profile, variable):
+    if variable:
+        monkeypatch.setenv("WRITESAE_OUTPUT", variable)
+    path = _notebook(notebooks, "print(profile)")
+    before = path.read_bytes()
+    executed = run.run("00_toy", profile, notebooks)
+    assert path.read_bytes() == before
+    assert executed == Paths(profile).build / "notebooks" / "00_toy.ipynb"
+    assert nbformat.read(executed, as_version=4).cells[-1].outputs[0].text == f"{profile}\n"
+
+
+def test_a_failure_is_one_sentence_and_leaves_the_notebook(notebooks, monkeypatch, capsys):
+    path = _notebook(notebooks, "print('before')", "raise ValueError('Layer 3 is not recurrent.')")
+    before = path.read_bytes()
+    real = run.run
+    monkeypatch.setattr(run, "run", lambda name, profile: real(name, profile, notebooks))
+    assert run.main(["00_toy"]) == 1
+    assert path.read_bytes() == before
+    assert "00_toy failed: ValueError: Layer 3 is not recurrent." in capsys.readouterr().err.splitlines()
+
+
+def test_a_gpu_that_is_too_small_is_answered_with_the_settings_to_lower(notebooks):
+    _notebook(notebooks, "import torch", "raise torch.OutOfMemoryError('CUDA out of memory.')")
+    with pytest.raises(
+        run.RunError, match=r"^The GPU's memory is too small: in the profile, lower data\.batch_windows"
+    ):
+        run.run("00_toy", "mini", notebooks)
+
+
+def test_an_edit_during_the_run_is_kept(notebooks):
+    path = _notebook(notebooks)
+    with pytest.raises(run.RunError, match="was edited while it ran"):
+        run.publish(path, b"as it was", path)
+
+
+def test_unknown_names_are_one_sentence(notebooks):
+    with pytest.raises(run.RunError, match="no notebook 99_x"):
+        run.run("99_x", "mini", notebooks)
+    _notebook(notebooks)
+    with pytest.raises(run.RunError, match="no profile huge"):
+        run.run("00_toy", "huge", notebooks)
+
+
+def test_other_cells_are_refused_and_widgets_dropped_but_for_their_page():
+    source = new_notebook(cells=[new_code_cell("x")])
+    bar = new_output("display_data", data={run.WIDGET: {}, "text/plain": "0%"})
+    ran = new_notebook(cells=[new_code_cell("x", id=source.cells[0].id, outputs=[bar], execution_count=7)])
+    assert run.with_outputs(source, ran).cells[0].outputs == []
+    page = {"text/html": "<p>page</p>", "text/plain": "a page"}
+    ran.cells[0].outputs = [bar, new_output("display_data", data={run.WIDGET: {}, **page})]
+    assert [output.data for output in run.with_outputs(source, ran).cells[0].outputs] == [page]
+    with pytest.raises(ValueError, match="does not have the cells"):
+        run.with_outputs(source, new_notebook(cells=[new_code_cell("y")]))

@@ -1,0 +1,174 @@
+"""Each statistic against a computation of another kind: a formula by hand, a double loop, another library function."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from replication import statistics
+
+RNG = np.random.default_rng(3)
+A, B = RNG.normal(size=30), RNG.normal(0.7, 1.3, size=30)
+
+
+def test_wilson_is_the_formula():
+    z, p, n = 1.959963984540054, 0.25, 20
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    reach = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert statistics.wilson(5, 20) == pytest.approx((middle - reach, middle + reach), abs=1e-12)
+
+
+def test_wilson_agrees_with_the_published_headline():
+    low, high = statistics.wilson(round(0.924 * 4851), 4851)
+    assert (round(low, 3), round(high, 3)) == (0.916, 0.931)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 0), (3, 2), (-1, 4)])
+def test_wilson_refuses_impossible_counts(successes, n):
+    with pytest.raises(ValueError, match="0 <= successes <= n"):
+        statistics.wilson(successes, n)
+
+
+def test_bootstrap_of_single_values_is_scipys():
+    values = RNG.exponential(size=200)
+    expected = scipy_stats.bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=1)
+    low, high = statistics.cluster_bootstrap(values, np.arange(200), resamples=20_000)
+    width = expected.confidence_interval.high - expected.confidence_interval.low
+    assert low == pytest.approx(expected.confidence_interval.low, abs=0.03 * width)
+    assert high == pytest.approx(expected.confidence_interval.high, abs=0.03 * width)
+
+
+def test_bootstrap_of_whole_clusters_is_wider_where_clusters_agree():
+    values, labels = np.repeat([0.0, 1.0] * 10, 50), np.repeat(np.arange(20), 50)
+    single = statistics.cluster_bootstrap(values, np.arange(1000))
+    whole = statistics.cluster_bootstrap(values, [f"passage {i}" for i in labels])
+    assert (whole.high - whole.low) / (single.high - single.low) == pytest.approx(math.sqrt(50), rel=0.15)
+
+
+def test_bootstrap_of_means_is_the_loop_over_resampled_values():
+    labels = RNG.integers(0, 7, size=30)
+    fast = statistics.cluster_bootstrap(A, labels, resamples=300, seed=5)
+    slow = statistics.cluster_bootstrap(A, labels, statistic=lambda x: x.mean(), resamples=300, seed=5)
+    assert fast == pytest.approx(slow, abs=1e-12)
+
+
+def test_bootstrap_knows_nothing_from_one_cluster_and_needs_a_label_each():
+    assert np.isnan(statistics.cluster_bootstrap([1.0, 2.0], [0, 0])).all()
+    with pytest.raises(ValueError, match="one cluster"):
+        statistics.cluster_bootstrap([1.0, 2.0], [0, 1, 2])
+
+
+def test_cliffs_delta_is_the_double_loop_with_ties():
+    a, b = RNG.integers(0, 5, 17), RNG.integers(1, 6, 11)
+    expected = np.mean([np.sign(x - y) for x, y in itertools.product(a.astype(int), b.astype(int))])
+    assert statistics.cliffs_delta(a, b) == pytest.approx(expected, abs=1e-12)
+
+
+def test_mann_whitney_u_counts_pairs():
+    result = statistics.mann_whitney(A, B)
+    assert result.statistic == sum(x > y for x, y in itertools.product(A, B))
+    assert result.n == 60
+    assert result.p == pytest.approx(scipy_stats.ranksums(A, B).pvalue, rel=0.05)
+
+
+def test_paired_wilcoxon_is_the_sum_of_ranks():
+    difference = A - B
+    ranks = scipy_stats.rankdata(abs(difference))
+    result = statistics.paired_wilcoxon(A, B)
+    assert result.statistic == min(ranks[difference > 0].sum(), ranks[difference < 0].sum())
+    assert result.n == 30
+
+
+def test_paired_wilcoxon_of_equal_pairs_finds_nothing():
+    assert statistics.paired_wilcoxon(A, A) == (0.0, 1.0, 30)
+
+
+def test_r2_fits_neither_slope_nor_offset():
+    assert statistics.r2(A, 2 * A + 1) == pytest.approx(1 - ((A + 1) ** 2).sum() / ((A - A.mean()) ** 2).sum())
+
+
+def test_correlations_are_numpys_and_their_intervals_fishers():
+    result = statistics.pearson(A, A + B)
+    assert result.value == pytest.approx(np.corrcoef(A, A + B)[0, 1])
+    reach = 1.959963984540054 / math.sqrt(27)
+    assert result.low == pytest.approx(math.tanh(math.atanh(result.value) - reach))
+    ranks = statistics.spearman(A, A + B)
+    assert ranks.value == pytest.approx(np.corrcoef(A.argsort().argsort(), (A + B).argsort().argsort())[0, 1])
+    assert ranks.low < ranks.value < ranks.high
+    assert ranks.n == 30
+
+
+def test_infinity_has_a_rank():
+    """Half-lives of cells that never decay are infinite."""
+    large = np.median(A) < A
+    far = np.where(large, np.inf, A)
+    assert statistics.spearman(far, B) == statistics.spearman(np.where(large, 1e9, A), B)
+    assert np.isnan(statistics.spearman(np.full(30, np.inf), B)[:4]).all()
+
+
+def test_a_perfect_order_has_rho_one():
+    assert statistics.spearman(A, np.exp(A))[:3] == (1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize("correlation", [statistics.pearson, statistics.spearman])
+def test_nothing_is_known_of_a_correlation_with_a_constant_or_of_three_pairs(correlation):
+    for a, b in ((A, np.ones(30)), (np.zeros(30), A), (A[:3], np.exp(A[:3]))):
+        found = correlation(a, b)
+        assert np.isnan(found[:4]).all()
+        assert found.n == len(a)
+    assert not np.isnan(correlation(A[:4], np.exp(A[:4]))[:2]).any()
+
+
+def test_bic_prefers_two_components_for_two_modes():
+    values = np.concatenate([RNG.normal(-4, 1, 150), RNG.normal(4, 0.5, 50)])
+    mixtures = statistics.gaussian_mixture_bic(values)
+    best = min(mixtures, key=lambda m: m.bic)
+    assert best.components == 2
+    assert best.means == pytest.approx((-4, 4), abs=0.4)
+    assert best.weights == pytest.approx((0.75, 0.25), abs=0.02)
+    one = mixtures[0]  # by hand: a normal density has two parameters
+    likelihood = scipy_stats.norm.logpdf(values, values.mean(), values.std()).sum()
+    assert one.bic == pytest.approx(-2 * likelihood + 2 * math.log(200), rel=1e-5)
+
+
+def test_permutation_p_is_the_exact_count_for_small_samples():
+    a, b = [1.0, 2.0, 3.0, 9.0], [4.0, 5.0, 6.0, 8.0]
+    whole = np.array(a + b)
+    found = [whole[list(chosen)].mean() * 2 - whole.mean() * 2 for chosen in itertools.combinations(range(8), 4)]
+    expected = np.mean([abs(x) >= abs(np.mean(a) - np.mean(b)) - 1e-12 for x in found])
+    result = statistics.permutation_test(a, b)
+    assert result.p == pytest.approx(expected)
+    assert result.statistic == pytest.approx(np.mean(a) - np.mean(b))
+
+
+def test_paired_permutation_flips_signs():
+    a, b = np.array([3.0, 4.0, 5.0, 6.0, 7.0]), np.array([1.0, 1.0, 1.0, 1.0, 1.0])
+    assert statistics.permutation_test(a, b, paired=True).p == pytest.approx(2 / 2**5)
+
+
+ONE = [lambda x: statistics.cluster_bootstrap(x, [0] * len(x)), statistics.gaussian_mixture_bic]
+TWO = [
+    statistics.paired_wilcoxon,
+    statistics.mann_whitney,
+    statistics.cliffs_delta,
+    statistics.r2,
+    statistics.pearson,
+    statistics.spearman,
+    statistics.permutation_test,
+]
+
+
+@pytest.mark.parametrize("function", [*ONE, *(lambda x, f=f: f(x, x) for f in TWO)])
+def test_empty_and_missing_values_are_refused(function):
+    with pytest.raises(ValueError, match="empty"):
+        function([])
+    with pytest.raises(ValueError, match="1 of 5 values are not finite"):
+        function([1.0, 2.0, float("nan"), 4.0, 5.0])
+
+
+@pytest.mark.parametrize("function", [statistics.paired_wilcoxon, statistics.r2, statistics.pearson])
+def test_pairs_must_be_equally_many(function):
+    with pytest.raises(ValueError, match="equally many"):
+        function(A, B[:-1])

@@ -1,0 +1,157 @@
+"""A host on another device: that what its neighbours give it and get from it is on the CPU, and all within it on the device.
+
+There is no GPU here, so a stand-in: tensors of the CPU that are counted as being elsewhere, and every operation on some that
+are and some that are not is refused, as CUDA refuses it. What kernels compute there is not tested.
+"""
+
+import copy
+import itertools
+
+import pandas as pd
+import pytest
+import torch
+from helpers import assert_close
+from torch.overrides import TorchFunctionMode
+
+from replication.pages.cache_edits import newlines, readers
+from replication.pages.cache_edits.site import Site
+from writesae.edit import generate, make_edit
+from writesae.evaluate import replacement
+from writesae.harvesting import harvest
+from writesae.sae.model import SAE
+from writesae.shift import gamma, logit_gradient
+
+ELSEWHERE = torch.device("cuda", 0)
+INDEXING = ("__getitem__", "__setitem__", "index_put", "index_put_")  # a GPU's tensors take indices of the CPU
+LEAVES = ("cpu", "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "size", "dim", "__len__")
+
+
+def tensors(values):
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors(value)
+        elif isinstance(value, dict):
+            yield from tensors(value.values())
+
+
+class Elsewhere(TorchFunctionMode):
+    """Within it, a tensor that was moved to ELSEWHERE, or made there or from such tensors, is there until it is moved back."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
+        given = [x for x in tensors([args, kwargs]) if x.ndim]
+        there = any(hasattr(x, "elsewhere") for x in tensors([args, kwargs]))
+        if name == "__get__" and getattr(function, "__self__", None) is torch.Tensor.device:
+            return ELSEWHERE if there else torch.device("cpu")
+        if name == "numpy" and there:
+            raise TypeError("can't convert a tensor that is elsewhere to numpy")
+        places = [x for x in itertools.chain(args, kwargs.values()) if isinstance(x, (str, torch.device))]
+        to = next((torch.device(x) for x in places if str(x).split(":")[0] in ("cpu", "cuda")), None)
+        if name in ("to", "type_as") or to is not None:
+            args = tuple("cpu" if isinstance(x, torch.device) else x for x in args)
+            kwargs = {k: "cpu" if isinstance(x, torch.device) else x for k, x in kwargs.items()}
+        else:
+            checked = given[:1] if name in INDEXING else given
+            if name in ("__setitem__", "index_put", "index_put_") and len(given) > 1:
+                checked = [given[0], given[-1]]
+            if any(hasattr(x, "elsewhere") != there for x in checked) and name not in LEAVES:
+                raise RuntimeError(f"{name}: expected all tensors to be on the same device")
+        if to is not None:
+            there = to == ELSEWHERE
+        elif name == "to" and len(args) > 1 and isinstance(args[1], torch.Tensor):
+            there = hasattr(args[1], "elsewhere")
+        made = function(*args, **kwargs)
+        if name == "to" and made is args[0] and there != hasattr(made, "elsewhere"):
+            made = made.view_as(made)
+        if name == "cpu" and there:
+            return made.view_as(made) if made is args[0] else made
+        for x in tensors([made]) if there and name not in LEAVES else ():
+            x.elsewhere = True
+        return made
+
+
+def moved(host):
+    """A copy of a host, all of it elsewhere."""
+    host = copy.deepcopy(host)
+    for x in itertools.chain(host.model.parameters(), host.model.buffers()):
+        x.elsewhere = True
+    return host
+
+
+def asked(host, tokens, dtype=torch.float64):
+    """What the experiments ask of a host, name -> tensor."""
+    run = host.run(tokens)
+    cell = host.recurrent_layers[1], 1
+    factors, generator = host.factors(run, *cell), torch.Generator().manual_seed(0)
+    rows, position = torch.tensor([0, 2, 1]), torch.tensor([20, 20, 20])
+    key, value = (torch.randn(3, d, generator=generator, dtype=torch.float64).to(dtype) for d in (host.d_k, host.d_v))
+    continued, first = generate(host, run, *cell, make_edit(rows, position, key[:, None], value[:, None]), 3)
+    gradient, native = logit_gradient(host, run, *cell, rows, position, 4, torch.tensor([5, 6, 7]))
+    nothing = torch.zeros(3, 1, dtype=dtype)
+    watched = newlines.Amplifier(rows, key[:, None], value[:, None], nothing[:, 0], nothing + 2, rows > 0, rows[:1])
+    site = Site(host, run, *cell, "added")
+    amplified, amounts = newlines.generate_amplified(site, watched, 3)
+    firings = pd.DataFrame(dict(row=[0, 2], position=[20, 30], host="h", atom=0, window=[0, 2]))
+    heard = readers.readers(site, (key[0], value[0]), firings, 3, 2, seed=0)
+    harvested = harvest(host, tokens, [cell], 2, progress=False)[cell]
+    return harvested | dict(
+        continued=continued,
+        first=first,
+        influence=gamma(factors, rows, position, gradient),
+        native=native,
+        amplified=amplified,
+        amounts=amounts,
+        heard=torch.from_numpy(heard[["signal", "baseline"]].to_numpy()),
+        direct=host.unembedding() @ host.output_projection(*cell),
+    )
+
+
+def test_all_that_is_asked_of_a_host_elsewhere_is_what_it_says_here(host, tokens):
+    expected = asked(host, tokens)
+    with Elsewhere():
+        found = asked(moved(host), tokens)
+        assert not [name for name, x in found.items() if hasattr(x, "elsewhere")]
+    for name, x in found.items():
+        assert_close(x, expected[name], name, 1e-12)
+
+
+def test_replacement_on_a_host_elsewhere(host, tokens):
+    cell = host.recurrent_layers[1], 0
+    torch.manual_seed(0)
+    sae = SAE(24, 3, host.d_k, host.d_v).requires_grad_(False)
+    firings = pd.DataFrame(dict(row=[0, 1], window=[0, 1], position=[20, 30], atom=[3, 4], coefficient=[0.5, 1.0]))
+
+    def replaced(host):
+        single = {n: x.float() for n, x in harvest(host, tokens, [cell], 2, progress=False)[cell].items()}
+        subject = replacement.make_subject(cell, "write", "added", sae, single)
+        return replacement.replace(host, host.run(tokens), subject, firings, seed=0, scopes=("write",))
+
+    expected = replaced(host)
+    with Elsewhere():
+        found = replaced(moved(host))
+    pd.testing.assert_frame_equal(found, expected)
+
+
+def test_the_stand_in_refuses_what_a_gpu_would():
+    with Elsewhere():
+        there, here = torch.ones(3).to(ELSEWHERE), torch.ones(3)
+        assert there.device == ELSEWHERE
+        assert here.device == there.cpu().device == torch.device("cpu")
+        assert (there[torch.tensor([0, 1])] * 2).device == ELSEWHERE
+        for mixed in (lambda: there + here, lambda: torch.stack([there, here]), lambda: there.add_(here)):
+            with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+                mixed()
+        with pytest.raises(TypeError, match="numpy"):
+            there.numpy()
+
+
+def test_a_host_in_bfloat16_answers_in_fp32_and_about_the_same(host, tokens):
+    """As the profiles for a GPU load their hosts. What is greedily chosen may differ, and what follows from it."""
+    half = copy.deepcopy(host)
+    half.model.bfloat16()
+    found, expected = asked(half, tokens, torch.float32), asked(host, tokens)
+    for name in ("key", "added", "log_decay", "native", "first", "influence", "direct"):
+        assert found[name].dtype == torch.float32, name
+        assert_close(found[name], expected[name], name, 0.15)

@@ -1,0 +1,275 @@
+"""What load_host says of models, weights, tokenizers and hub ids that it cannot take; no test here uses a network."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import SMALL
+from helpers import FakeHub, Malicious, assert_close
+from safetensors.torch import load_file, save_file
+
+from writesae.hosts.hub import fetch
+from writesae.hosts.load import adapter, load_host
+
+TOKENS = torch.randint(0, 300, (2, 30), generator=torch.Generator().manual_seed(1))
+
+
+def tokenizer_of(size: int = 270):
+    from transformers import PreTrainedTokenizerFast
+
+    from replication.study import docstrings as corpus
+
+    trained = corpus.train_tokenizer(["some words and more words"] * 3, 260)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=corpus.END_OF_TEXT)
+    tokenizer.add_tokens([f"<extra {i}>" for i in range(size - len(tokenizer))])
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A small Mamba-2 in the library's format, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    adapter("mamba2").build(SMALL["mamba2"]).save_pretrained(folder)
+    tokenizer_of().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+def logits(host) -> torch.Tensor:
+    return host.logits(host.run(TOKENS).final)
+
+
+# Folders.
+
+
+def test_a_model_of_another_class_is_told_which_there_are(folder):
+    for settings in (dict(model_type="gpt2"), dict(model_type="nobody_knows"), dict(model_type="vit")):
+        (folder / "config.json").write_text(json.dumps(settings))
+        known = r"Qwen3_5ForCausalLM \(gated_deltanet\); Mamba2ForCausalLM \(mamba2\); RWKV7ForCausalLM \(rwkv7\)"
+        known += r"; DeltaNetForCausalLM \(delta_net\); GLAForCausalLM \(gla\)"
+        with pytest.raises(ValueError, match=f"no host family has that class: {known}"):
+            load_host(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", ""])
+def test_a_damaged_config_is_refused(folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json is damaged: it is not a JSON object"):
+        load_host(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda t: t.pop("backbone.layers.1.mixer.A_log"), r"lacks 1 weights, first backbone\.layers\.1\.mixer\.A_log"),
+        (
+            lambda t: t.update({"backbone.layers.9.norm.weight": torch.ones(40)}),
+            r"has 1 weights that its class does not take, first backbone\.layers\.9\.norm\.weight",
+        ),
+        (
+            lambda t: t.update({"backbone.norm_f.weight": torch.ones(7)}),
+            r"another size than its config says, first backbone\.norm_f\.weight: \[7\], not \[40\]",
+        ),
+    ],
+)
+def test_missing_extra_and_misshapen_weights_are_named(folder, change, says):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"{says}.*it is damaged or of another model"):
+        load_host(folder)
+
+
+def test_damaged_and_missing_weights_are_refused(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="weights of .* are damaged"):
+        load_host(folder)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="holds no weights"):
+        load_host(folder)
+    torch.save({"x": Malicious(folder / "ran")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="or a pickle with code in it"):
+        load_host(folder)
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("size", [301, 140])
+def test_the_tokenizer_of_another_model_is_refused(folder, size, monkeypatch):
+    tokenizer = tokenizer_of(301)
+    if size == 140:  # of a byte-level tokenizer there are at least 257
+        monkeypatch.setattr(tokenizer, "get_vocab", lambda: {str(i): i for i in range(size)})
+    with pytest.raises(
+        ValueError, match=f"tokenizer has {size} ids, and .* a vocabulary of 300: it is another model's"
+    ):
+        load_host(folder, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_can_stand_elsewhere(folder, tmp_path):
+    tokenizer_of(280).save_pretrained(tmp_path / "tokenizer")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="holds no tokenizer: put its files there, or pass tokenizer="):
+        load_host(folder)
+    assert len(load_host(folder, tokenizer=tmp_path / "tokenizer").tokenizer) == 280
+
+
+def test_a_folder_has_no_revisions(folder):
+    with pytest.raises(ValueError, match="a folder has no revision v1"):
+        load_host(folder, revision="v1")
+
+
+# The tied-embedding trap of multimodal checkpoints (Qwen3.5).
+
+
+def multimodal(folder, top: bool, text: bool):
+    """A Qwen3.5 checkpoint as it is published, vision tower included; its config says `top` and `text` of tying."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=48, patch_size=4)
+    words = SMALL["gated_deltanet"] | dict(tie_word_embeddings=text)
+    config = Qwen3_5Config(text_config=words, vision_config=vision, tie_word_embeddings=top)
+    torch.manual_seed(0)
+    model = Qwen3_5ForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    tokenizer_of().save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["tie_word_embeddings"], settings["text_config"]["tie_word_embeddings"] = top, text
+    (folder / "config.json").write_text(json.dumps(settings))
+    return model
+
+
+@pytest.mark.parametrize(("top", "text"), [(True, True), (True, False), (False, True)])
+def test_a_tied_head_is_the_embedding_wherever_the_config_says_so(top, text, tmp_path):
+    model = multimodal(tmp_path, top, text)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert any("visual" in name for name in tensors) and any("language_model" in name for name in tensors)
+    tensors.pop("lm_head.weight", None)  # a tied checkpoint does not hold it
+    tensors["mtp.fc.weight"] = torch.ones(48, 96)  # for multi-token prediction; the published ones have such weights
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    host = load_host(tmp_path, "cpu")
+    assert torch.equal(host.model.lm_head.weight, model.model.language_model.embed_tokens.weight)
+    model.lm_head.weight = model.model.language_model.embed_tokens.weight
+    with torch.no_grad():
+        assert_close(logits(host), model(input_ids=TOKENS, use_cache=False).logits, "logits", 2e-5)
+
+
+def test_an_untied_head_is_the_checkpoints(tmp_path):
+    model = multimodal(tmp_path, False, False)
+    host = load_host(tmp_path, "cpu")
+    assert torch.equal(host.model.lm_head.weight, model.lm_head.weight)
+    assert not torch.equal(host.model.lm_head.weight, host.model.model.embed_tokens.weight)
+
+
+def test_a_head_that_nobody_has_is_refused(tmp_path):
+    """Neither in the file nor tied: transformers would make a random one."""
+    multimodal(tmp_path, False, False)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("lm_head.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights, first lm_head\.weight"):
+        load_host(tmp_path)
+
+
+# Hub ids.
+
+
+@pytest.fixture
+def hub(saved, monkeypatch, tmp_path):
+    files = {path.name: path.read_bytes() for path in saved.iterdir()} | {"tf_model.h5": b"large"}
+    return FakeHub(monkeypatch, tmp_path / "cache", {"someone/model": files})
+
+
+def test_a_model_of_the_hub_is_the_same_as_its_folder(hub, saved):
+    host = load_host("someone/model", "cpu")
+    assert host.name == "model"
+    assert torch.equal(logits(host), logits(load_host(saved, "cpu")))
+    assert not any(path.endswith("h5") for _, path in hub.requests)
+
+
+def test_what_is_in_the_cache_needs_no_network(hub, monkeypatch):
+    load_host("someone/model", "cpu")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub.answers["/"] = hub.httpx.ConnectError("no network")
+    assert load_host("someone/model", "cpu").layers == 5
+
+
+def test_pickles_are_downloaded_only_where_there_is_nothing_else(hub):
+    from mamba2_releases import COMMON, RELEASES, tensors_of, words
+
+    hub.repositories["someone/model"]["pytorch_model.bin"] = b"not asked for"
+    load_host("someone/model", "cpu")
+    assert not any(path.endswith(".bin") for _, path in hub.requests)
+    settings, file = COMMON | RELEASES["default"], hub.root / "weights.bin"
+    torch.save(tensors_of(settings), file)
+    release = {"config.json": json.dumps(settings).encode(), "pytorch_model.bin": file.read_bytes()}
+    hub.repositories["state-spaces/mamba2-tiny"] = release
+    host = load_host("state-spaces/mamba2-tiny", "cpu", tokenizer=words())
+    assert (host.name, host.family, host.d_k, host.d_v) == ("mamba2-tiny", "mamba2", 128, 64)
+
+
+def test_a_missing_model_is_said_to_be_missing(hub):
+    with pytest.raises(
+        FileNotFoundError, match=r"no folder models/nothing, and no model .*huggingface\.co/models/nothing"
+    ):
+        load_host("models/nothing")
+
+
+@pytest.mark.parametrize("name", ["a/b/c/d", "what is this?"])
+def test_what_cannot_be_a_hub_id_is_not_asked_for(hub, name):
+    with pytest.raises(
+        FileNotFoundError, match="no folder .*, and it is no hub id either: give a folder, or owner/name"
+    ):
+        load_host(name)
+    assert not hub.requests
+
+
+def test_a_wrong_revision_is_named(hub):
+    with pytest.raises(FileNotFoundError, match="someone/model has no revision v7: give a branch, tag or commit"):
+        load_host("someone/model", revision="v7")
+    assert load_host("someone/model", "cpu", revision="main").layers == 5
+
+
+def test_a_gated_model_says_where_to_ask_and_what_would_come(hub):
+    hub.answers["/resolve/"] = dict(status_code=403, headers={"X-Error-Code": "GatedRepo"})
+    files = hub.repositories["someone/model"]
+    wanted = [len(content) for name, content in files.items() if name != "tf_model.h5"]
+    size = f"{len(wanted)} files of {sum(wanted) / 1e6:.1f} MB would then be downloaded"
+    with pytest.raises(PermissionError, match=f"gated: accept its terms at .*someone/model and log in .*; {size}"):
+        load_host("someone/model")
+
+
+def test_without_a_network_the_cache_and_the_wanted_files_are_named(hub, tmp_path):
+    hub.answers["/"] = hub.httpx.ConnectError("no network")
+    says = r"not \(wholly\) in the cache .*cache, and https://huggingface\.co cannot be reached: its .*model\*\.safetensors would"
+    with pytest.raises(ConnectionError, match=says):
+        load_host("someone/model")
+
+
+def test_what_would_be_downloaded_is_said_with_its_size_where_it_is_known(hub):
+    hub.answers["/"] = hub.httpx.ConnectError("no network")
+    with pytest.raises(ConnectionError, match=r"would be downloaded \(about 1\.8 GB\); allow that"):
+        load_host("Qwen/Qwen3.5-0.8B")
+    with pytest.raises(ConnectionError, match=r"would be downloaded \(the Hub alone knows their size\)"):
+        load_host("someone/model")
+
+
+def test_offline_mode_is_named(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="and HF_HUB_OFFLINE is set: its"):
+        load_host("someone/model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ConnectionError, match="local_files_only forbids a download"):
+        fetch("someone/model", ["*.json"], local_files_only=True)
+
+
+def test_a_hub_that_is_down_is_said_to_be_down(hub):
+    hub.answers["/api/models/"] = dict(status_code=503)
+    with pytest.raises(ConnectionError, match="the Hub answered 503"):
+        load_host("someone/model")

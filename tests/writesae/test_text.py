@@ -1,0 +1,266 @@
+"""Corpora other than the docstrings: a data set in OpenWebText's form, a JSONL, a folder; splits, windows, errors."""
+
+import json
+import random
+import sys
+from types import SimpleNamespace
+
+import pytest
+from helpers import FakeHub
+
+from replication.study import paths
+from replication.study.profile import load_profile
+from replication.study.study import Suite, split_windows
+from writesae.text import SPLITS, Corpus, cut_windows
+
+LENGTH = 8
+TEXTS = [" ".join(f"{n}.{i}" for i in range(random.Random(n).randrange(2, 40))) for n in range(200)]  # names itself
+
+
+class Words:
+    """A token is a word of TEXTS, which says the document and the place that it is from: "7.3" is 7,003."""
+
+    eos_token_id = -1
+
+    def __call__(self, text, **_):
+        pairs = [word.split(".") for word in text.split()]
+        return dict(input_ids=[1000 * int(n) + int(i) for n, i in pairs])
+
+
+HOST = SimpleNamespace(tokenizer=Words())
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What `datasets` keeps of its own goes into the test's folder."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def parquet(path, texts, column="text"):
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_table(pyarrow.table({column: texts, "other": list(range(len(texts)))}), path, row_group_size=10)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The same documents in every form, in the same order."""
+    half = len(TEXTS) // 2
+    shards = tmp_path / "openwebtext" / "plain_text" / "partial-train"  # as the Hub's parquet branch has them
+    parquet(shards / "0000.parquet", TEXTS[:half])
+    parquet(shards / "0001.parquet", TEXTS[half:])
+    parquet(tmp_path / "one.parquet", TEXTS)
+    lines = "\n".join(json.dumps(dict(id=n, text=text)) for n, text in enumerate(TEXTS))
+    (tmp_path / "lines.jsonl").write_text(lines + "\n\n")
+    for n, text in enumerate(TEXTS):
+        path = tmp_path / "texts" / f"{n // 100}" / f"{n:04d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def corpora(folder):
+    named = dict(openwebtext=dict(dataset=str(folder / "openwebtext")), parquet=dict(path=str(folder / "one.parquet")))
+    named |= dict(jsonl=dict(path=str(folder / "lines.jsonl")), folder=dict(path=str(folder / "texts")))
+    named |= dict(pattern=dict(path=str(folder / "texts" / "**" / "0*.*")))
+    named |= dict(shards=dict(path=str(folder / "openwebtext" / "**" / "*.parquet")))
+    return {name: Corpus(**fields) for name, fields in named.items()}
+
+
+def test_every_form_gives_the_same_documents(folder):
+    for name, corpus in corpora(folder).items():
+        assert list(corpus.documents()) == TEXTS, name
+        sae, heldout = list(corpus.texts("sae")), list(corpus.texts("heldout"))
+        assert sorted(sae + heldout) == sorted(TEXTS), name
+        assert len(TEXTS) * 0.1 < len(heldout) < len(TEXTS) * 0.3
+
+
+def test_windows_of_every_form_are_the_same_and_never_cross_documents_or_splits(folder):
+    first = None
+    for corpus in corpora(folder).values():
+        found = {split: split_windows(HOST, split, LENGTH, 20, corpus) for split in SPLITS}
+        first = first or found
+        for split, windows in found.items():
+            assert windows.tokens.equal(first[split].tokens) and windows.passage.equal(first[split].passage)
+            assert len(windows) == 20 and windows.tokens.shape[1] == LENGTH
+            assert (windows.tokens[:, 1:] // 1000 == windows.tokens[:, -1:] // 1000).all()
+            texts = list(corpus.texts(split))
+            named = [int(texts[n].split(".")[0]) for n in windows.passage]
+            assert named == (windows.tokens[:, -1] // 1000).tolist()
+        documents = [set((windows.tokens[:, -1] // 1000).tolist()) for windows in found.values()]
+        assert not documents[0] & documents[1]
+
+
+def test_no_more_documents_are_read_than_the_windows_need():
+    read = []
+    texts = (read.append(n) or text for n, text in enumerate(TEXTS))
+    windows = cut_windows(Words(), texts, LENGTH, limit=10)
+    assert read[-1] == windows.passage[-1] < len(TEXTS) - 1
+    assert windows.kept() == len(windows.passage.unique()) / len(read)
+
+
+def test_a_stream_reads_no_further_file(folder):
+    parquet(folder / "openwebtext/plain_text/partial-train/0001.parquet", TEXTS[100:]).write_bytes(b"damaged")
+    corpus = corpora(folder)["openwebtext"]
+    assert len(split_windows(HOST, "sae", LENGTH, 20, corpus)) == 20
+    with pytest.raises(ValueError, match="openwebtext cannot be read: .*Parquet"):
+        list(corpus.documents())
+
+
+def test_a_repeated_text_counts_once(folder):
+    (folder / "lines.jsonl").write_text("".join(json.dumps(dict(text=text)) + "\n" for text in TEXTS[:9] * 3))
+    corpus = Corpus(path=str(folder / "lines.jsonl"))
+    assert sorted([*corpus.texts("sae"), *corpus.texts("heldout")]) == sorted(TEXTS[:9])
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (b'{"text": "cut', r"lines.jsonl, line 2 is not JSON"),
+        (b'{"text": "\xff"}', r"lines.jsonl, line 2 is not JSON"),
+        (b'["text"]', r"line 2 has no field 'text': it is no object"),
+        (b'{"body": "x", "id": 1}', r"line 2 has no field 'text': it has body, id"),
+        (b'{"text": 7}', r"line 2: the text is a int, not a string"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, sentence):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"text": "good"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=sentence):
+        list(Corpus(path=str(path)).documents())
+
+
+def test_what_is_missing_or_too_small_is_one_sentence(folder):
+    with pytest.raises(ValueError, match="one.parquet has no column 'body': it has text, other"):
+        list(Corpus(path=str(folder / "one.parquet"), column="body").documents())
+    with pytest.raises(ValueError, match="row 1: the text is a int"):
+        list(Corpus(path=str(folder / "one.parquet"), column="other").documents())
+    with pytest.raises(ValueError, match=r"passages of .*lines.jsonl, split heldout, give \d+ windows of 8 .* 900 are"):
+        split_windows(HOST, "heldout", LENGTH, 900, Corpus(path=str(folder / "lines.jsonl")))
+    with pytest.raises(FileNotFoundError, match="no file or folder .*/nowhere"):
+        list(Corpus(path=str(folder / "nowhere")).documents())
+    (folder / "none").mkdir()
+    with pytest.raises(ValueError, match="none is empty: it holds no document"):
+        list(Corpus(path=str(folder / "none")).documents())
+    (folder / "none.jsonl").write_text("\n")
+    for name in ("none.jsonl", "no*.jsonl", "no*.parquet", "no*.md"):
+        with pytest.raises(ValueError, match="is empty: it holds no document"):
+            list(Corpus(path=str(folder / name)).documents())
+    with pytest.raises(FileNotFoundError, match="none holds no data"):
+        list(Corpus(dataset=str(folder / "none")).documents())
+    with pytest.raises(ValueError, match="Bad split: test"):
+        list(Corpus(dataset=str(folder / "openwebtext"), split="test").documents())
+    (folder / "texts" / "0" / "0050.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"0050.txt is not text in UTF-8: byte 3"):
+        list(Corpus(path=str(folder / "texts")).documents())
+    with pytest.raises(ValueError, match="give a folder of .txt files, a pattern"):
+        list(Corpus(path=str(folder / "texts" / "0" / "0001.txt")).documents())
+    with pytest.raises(ValueError, match="no split 'host'"):
+        next(Corpus(path=str(folder / "texts")).texts("host"))
+
+
+SHA = FakeHub.SHA
+
+
+@pytest.mark.parametrize(
+    ("answers", "error", "sentence"),
+    [
+        ({"": dict(status_code=404, headers={"X-Error-Code": "RepoNotFound"})}, FileNotFoundError, "another dataset"),
+        ({"": dict(status_code=404, headers={"X-Error-Code": "RevisionNotFound"})}, FileNotFoundError, "Revision 'v2'"),
+        ({"": dict(status_code=403, headers={"X-Error-Code": "GatedRepo"})}, FileNotFoundError, "gated.*hf auth login"),
+        (
+            {
+                "README.md": dict(status_code=404, headers={"X-Error-Code": "EntryNotFound"}),
+                "/revision/": dict(status_code=200, json=dict(id="owner/text", sha=SHA, siblings=[])),
+                "text.py": dict(
+                    status_code=200,
+                    headers={"ETag": '"x"', "X-Repo-Commit": SHA, "Content-Length": "1"},
+                    content=b"1",
+                ),
+            },
+            ValueError,
+            "script of its own.*refs/convert/parquet",
+        ),
+    ],
+    ids=["no data set", "no revision", "gated", "script"],
+)
+def test_what_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch, answers, error, sentence):
+    FakeHub(monkeypatch, tmp_path / "hub", {}, answers)
+    with pytest.raises(error, match=sentence):
+        list(Corpus(dataset="owner/text", revision="v2").documents())
+
+
+def test_offline_is_one_sentence(monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set: go online, or copy its files into a folder"):
+        list(Corpus(dataset="owner/text").documents())
+
+
+def test_without_the_library_its_name_is_said(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert list(Corpus(path=str(folder / "lines.jsonl")).documents()) == TEXTS
+    with pytest.raises(ModuleNotFoundError, match="pip install datasets"):
+        list(Corpus(path=str(folder / "one.parquet")).documents())
+
+
+def test_a_profile_names_its_corpus(tmp_path):
+    text = (paths.ROOT / "profiles" / "smoke.yaml").read_text()
+    assert load_profile("smoke").corpus is None
+    for given, corpus in {
+        "notes": Corpus(path="notes"),
+        "{dataset: Skylion007/openwebtext, revision: refs/convert/parquet}": Corpus(
+            dataset="Skylion007/openwebtext", revision="refs/convert/parquet"
+        ),
+    }.items():
+        (tmp_path / "own.yaml").write_text(f"{text}corpus: {given}\n")
+        assert load_profile("own", tmp_path).corpus == corpus
+    for given, sentence in {
+        "{path: a, dataset: b}": "either a path or a dataset",
+        "{column: text}": "either a path or a dataset",
+        "{path: a, revision: b}": "leave them out beside a path",
+        "{place: a}": "Profile own: corpus.place",
+    }.items():
+        (tmp_path / "own.yaml").write_text(f"{text}corpus: {given}\n")
+        with pytest.raises(ValueError, match=sentence):
+            load_profile("own", tmp_path)
+
+
+def test_windows_are_cut_again_where_the_text_has_changed(folder, monkeypatch, capsys):
+    monkeypatch.setenv("WRITESAE_OUTPUT", str(folder / "out"))
+    smoke = load_profile("smoke")
+    data = smoke.data.model_copy(update=dict(window=LENGTH, sae_windows=20))
+    path = folder / "lines.jsonl"
+
+    def windows(corpus):
+        suite = Suite(smoke.model_copy(update=dict(data=data, corpus=corpus)))
+        monkeypatch.setattr(suite, "host", lambda name: HOST)
+        return suite.windows("gated_deltanet", "sae").tokens
+
+    kept = windows(Corpus(path=str(path)))
+    assert "documents hold 8 tokens" in capsys.readouterr().err
+    assert windows(Corpus(path=str(path))).equal(kept) and not capsys.readouterr().err
+    path.write_text("\n".join(path.read_text().splitlines()[50:]))
+    assert not windows(Corpus(path=str(path))).equal(kept)
+    again = windows(Corpus(path=str(folder / "texts")))
+    assert again.equal(kept)
+
+
+def test_the_docstrings_packages_and_the_corpus_are_in_every_fingerprint(folder, monkeypatch):
+    smoke = load_profile("smoke")
+
+    def fingerprint(corpus=None):
+        return Suite(smoke.model_copy(update=dict(corpus=corpus))).host_fingerprint("gated_deltanet")
+
+    before = fingerprint()
+    assert fingerprint() == before
+    seen = [before, *(fingerprint(corpus) for corpus in corpora(folder).values())]
+    seen += [fingerprint(Corpus(dataset="owner/text", revision=revision)) for revision in ("a", "b")]
+    monkeypatch.setattr("replication.study.docstrings.versions", lambda: dict(python="3.11", numpy="another"))
+    seen.append(fingerprint())
+    assert len({str(x) for x in seen}) == len(seen)

@@ -1,0 +1,129 @@
+"""DeltaNet and GLA hosts: checkpoints in flash-linear-attention's format.
+
+DeltaNet (Yang et al. 2024, arXiv 2406.06484) is a Gated DeltaNet that never decays: only the erase along its key takes
+anything out of a state, so that log decays are zero and half-lives infinite. In GLA (gated linear attention, Yang et
+al. 2024, arXiv 2312.06635) a state decays by one factor per channel and nothing is erased, so that the added write is
+the effective one; its factors have an erase of zeros, because all factors with vector decays have an erase.
+
+Blocks are run from the weights of their modules alone (writesae.hosts.fla_models).
+tests/writesae/test_delta_net_gla.py compares both with a step loop in fp64 and with the package's models.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from writesae.hosts.base import Host
+from writesae.hosts.fla_models import (
+    DeltaNetConfig,
+    DeltaNetForCausalLM,
+    GLAConfig,
+    GLAForCausalLM,
+    check,
+    feed_forward,
+    head_dims,
+    project_delta,
+    project_gla,
+    read_out,
+    recur_delta,
+    recur_gla,
+    rms,
+)
+from writesae.hosts.past import Past, Record
+from writesae.recurrence import Factors, decay_until
+
+
+def register(model_class: type[PreTrainedModel]) -> None:
+    """Tell transformers' Auto classes of a model that the library does not have."""
+    config = model_class.config_class
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, model_class, exist_ok=True)
+
+
+register(DeltaNetForCausalLM)
+register(GLAForCausalLM)
+
+
+class FLAHost(Host):
+    """What both families share: everything but the mixer."""
+
+    def __init__(self, model: torch.nn.Module, tokenizer, name: str):
+        """Raises ValueError for a config that `fla_models.check` refuses."""
+        super().__init__(model, tokenizer, name)
+        config = model.config
+        check(config)
+        self.blocks = model.model.layers
+        self.layers, self.vocabulary = config.num_hidden_layers, config.vocab_size
+        self.recurrent_layers = tuple(range(self.layers))
+        self.heads, (self.d_k, self.d_v) = config.num_heads, head_dims(config)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model.model.embeddings(tokens)
+
+    def unembed(self, final: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(rms(self.model.model.norm, final))
+
+    def behind_heads(self, layer: int) -> torch.nn.Linear:
+        return self.blocks[layer].attn.o_proj
+
+    def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
+        block = self.blocks[layer]
+        x = record.hidden + read_out(block.attn, record.outputs, **record.beside)
+        return x + feed_forward(block.mlp, rms(block.mlp_norm, x))
+
+
+class DeltaNet(FLAHost):
+    family = "delta_net"
+    scalar_decay = True
+    model_classes = ("DeltaNetForCausalLM",)
+    decay_parameters = ()
+
+    @staticmethod
+    def build(architecture: dict) -> torch.nn.Module:
+        """A DeltaNet with random weights. `architecture`: fields of DeltaNetConfig."""
+        return DeltaNetForCausalLM(DeltaNetConfig(**architecture))
+
+    def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
+        mixer, normed = self.blocks[layer].attn, rms(self.blocks[layer].attn_norm, hidden)
+        query, key, value, beta, raw = project_delta(mixer, normed, past and past.windows["conv"])
+        outputs, effective, end = recur_delta(query, key, value, beta, **self.carried(past))
+        factors = dict(query=query, key=key, added=beta[..., None] * value, effective=effective, beta=beta)
+        factors["log_decay"] = torch.zeros_like(beta)
+        reach = mixer.q_conv1d.kernel_size[0] - 1
+        return Record(hidden, outputs, factors, end, windows={"conv": (raw, reach)})
+
+    def cell_factors(self, record: Record, head: int) -> Factors:
+        f = {name: x[:, :, head] for name, x in record.factors.items()}
+        key, beta, log_decay = f["key"], f["beta"][..., None], f["log_decay"][..., None]
+        return Factors(f["query"], key, f["added"], log_decay, effective=f["effective"], erase=beta * key, probe=key)
+
+
+class GLA(FLAHost):
+    family = "gla"
+    scalar_decay = False
+    model_classes = ("GLAForCausalLM",)
+    decay_parameters = ("gk_proj",)
+
+    @staticmethod
+    def build(architecture: dict) -> torch.nn.Module:
+        """A GLA with random weights, whose decays start at half-lives of about 16 tokens. `architecture`: fields of GLAConfig."""
+        return GLAForCausalLM(GLAConfig(**architecture))
+
+    def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
+        factors, gate = project_gla(self.blocks[layer].attn, rms(self.blocks[layer].attn_norm, hidden))
+        outputs, end = recur_gla(factors, **self.carried(past))
+        return Record(hidden, outputs, factors, end, beside={"gate": gate})
+
+    def state_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        """The states [R, H, d_k, d_v] before starts[r] of window rows[r], from the factors by one batched product."""
+        longest = max(1, int(starts.max()))
+        key, added, log_decay = (record.factors[name][rows, :longest] for name in ("key", "added", "log_decay"))
+        seen = (torch.arange(longest, device=starts.device) < starts[:, None])[..., None, None]
+        key = key * decay_until(log_decay, seen)
+        return key.permute(0, 2, 3, 1) @ added.transpose(1, 2)
+
+    def cell_factors(self, record: Record, head: int) -> Factors:
+        f = {name: x[:, :, head] for name, x in record.factors.items()}
+        nothing = torch.zeros_like(f["key"])
+        return Factors(**f, effective=f["added"], erase=nothing, probe=nothing)
