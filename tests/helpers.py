@@ -9,8 +9,11 @@ from pathlib import Path
 
 import torch
 
+from replication.study.fingerprint import fingerprint
 from replication.study.profile import Data
 from replication.study.study import Suite
+from replication.study.training import SaeSpec, train_one
+from writesae.harvesting import history
 from writesae.recurrence import Factors, step_states
 from writesae.text import Windows
 
@@ -155,3 +158,13 @@ class SmallSuite(Suite):
 
     def windows(self, host, split):
         return self.split
+
+    def windows_hash(self, host, split):
+        return fingerprint(tokens=self.split.tokens)
+
+
+def train_sae(study: Suite, role: str, cell: tuple[int, int], target: str, settings, factors: dict) -> None:
+    """Train an SAE of the small host on a cell's factors, which validate it as well."""
+    spec = SaeSpec("small", *cell, target, role, study.profile.saes.write, settings, len(factors["key"]))
+    data = history(factors, target, spec.write)
+    train_one(study, spec, data, data, role.ljust(8, "0"))

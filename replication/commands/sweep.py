@@ -40,7 +40,7 @@ from replication.study import paths as paths_module
 from replication.study.firings import firings_of, measure_group
 from replication.study.profile import Profile, Section, Target, load_profile
 from replication.study.study import Suite, threads
-from replication.study.training import VALIDATION_WINDOWS, train_on
+from replication.study.training import VALIDATION_WINDOWS, SaeSpec, train_one
 from writesae import files as files_module
 from writesae.evaluate.cells import survey_cells
 from writesae.evaluate.firings import draw_in_rounds
@@ -343,7 +343,8 @@ def train_point(sweep: Sweep, point: Point, expected: str) -> dict:
     heldout, _ = files_module.load_tensors(sweep.heldout(host, *cell))
     validation = history(_first(heldout, VALIDATION_WINDOWS), target, write)
     settings = sweep.settings(point)
-    line = train_on(suite, host, role, tuple(cell), target, settings, training, validation, expected)
+    spec = SaeSpec(host, *cell, target, role, suite.profile.saes.write, settings, len(training))
+    line = train_one(suite, spec, training, validation, expected)
     return dict(name=point.variant) | line | dict(role=sweep.grid.variants[point.variant].role)
 
 

@@ -30,10 +30,10 @@ from tqdm import tqdm
 
 from replication import classes as atoms
 from replication.statistics import cluster_bootstrap, difference, resampled, wilson
-from replication.study.ablation_training import asked, role, variants
 from replication.study.firings import firings_of, run_firings
 from replication.study.stages import rows_with
 from replication.study.study import Suite
+from replication.study.training import ablation_hosts, ablation_role, ablation_variants
 from writesae.evaluate.firings import Encoded, draw_in_rounds
 from writesae.evaluate.replacement import AMPLITUDES, Subject
 from writesae.harvesting import history
@@ -53,7 +53,9 @@ class Bench(atoms.Scan):
     def __init__(self, suite: Suite, host: str):
         super().__init__(suite, host)
         self.own = suite.profile.section("ablations", host)
-        self.groups = [(place, target, s.variant) for place, target, s in variants(self.own, suite.profile.seed)]
+        self.groups = [
+            (place, target, s.variant) for place, target, s in ablation_variants(self.own, suite.profile.seed)
+        ]
         self.windows = self.windows[slice(0, self.own.windows)]
         self.places = {suite.cell(host, place): place for place in dict.fromkeys(group[0] for group in self.groups)}
         self.encoded, self.errors = {}, {}
@@ -62,7 +64,7 @@ class Bench(atoms.Scan):
         """Fill `encoded` (the Subject) and `errors` (a line a window) of (place, target, variant)."""
         place, target, variant = group
         cell, write = self.suite.cell(self.host, place), self.suite.profile.saes.write
-        sae, factors = self.suite.sae(self.host, *cell, target, role(variant)), self.factors[cell]
+        sae, factors = self.suite.sae(self.host, *cell, target, ablation_role(variant)), self.factors[cell]
         found = zip(*by_group(sae, history(factors, target, write)), strict=True)
         squared, energy, indices, coefficients = (torch.cat(x) for x in found)
         encoded, writes = Encoded(indices, coefficients), history(factors, "write", write)
@@ -102,7 +104,7 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """results ablation_windows.csv (the errors of every variant, a line a window), ablation_atoms.csv (an alive atom) and
     ablation_firings.csv (a firing and amplitude), over all hosts that are asked."""
     names, parts = ("ablation_windows", "ablation_atoms", "ablation_firings"), []
-    for name in asked(suite):
+    for name in ablation_hosts(suite):
         bench = Bench(suite, name)
         for group in tqdm(bench.groups, desc="encoding"):
             bench.encode(group)
@@ -120,7 +122,7 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
 
 
 def _weights(suite: Suite, host: str, place: str, target: str, variant: str) -> Path:
-    stem = suite.sae_stem(host, *suite.cell(host, place), target, role(variant))
+    stem = suite.sae_stem(host, *suite.cell(host, place), target, ablation_role(variant))
     return stem.with_name(stem.name + ".safetensors")
 
 

@@ -26,7 +26,7 @@ from replication.classes import Scan, mixtures, partition, thresholds
 from replication.statistics import Interval, cliffs_delta, cluster_bootstrap, mann_whitney
 from replication.study.firings import firing_windows
 from replication.study.study import Suite
-from replication.study.variant_training import host_variants, variant_name
+from replication.study.training import host_variants, variant_name
 from writesae.evaluate.atoms import ATOM_KEYS, CLASSES, MATCH, choose_exemplars, frequent_tokens, matches, top_contexts
 
 SAE_KEYS = ["host", "place", "layer", "head", "target", "role", "k", "seed", "n_atoms"]

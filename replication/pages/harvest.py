@@ -9,7 +9,6 @@ import torch
 
 from replication.study import fingerprint
 from replication.study.study import Suite
-from replication.study.training import harvest_path
 from writesae import files
 from writesae.harvesting import harvest, history
 
@@ -19,9 +18,9 @@ def harvest_cells(suite: Suite) -> pd.DataFrame:
     data, rows = suite.profile.data, []
     for name in suite.profile.hosts:
         cells = [suite.cell(name, place) for place in suite.profile.hosts[name].cells]
-        paths = [harvest_path(suite, name, *cell) for cell in cells]
+        paths = [suite.harvest_path(name, *cell) for cell in cells]
         expected = fingerprint.fingerprint(
-            modules=["writesae.harvesting"], host=suite.host_fingerprint(name), data=data, cells=cells
+            ["writesae.harvesting"], host=suite.host_fingerprint(name), data=data, cells=cells
         )
         if not files.up_to_date(paths, expected):
             windows, start = suite.windows(name, "sae"), time.monotonic()

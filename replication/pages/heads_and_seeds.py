@@ -6,10 +6,9 @@ import numpy as np
 import pandas as pd
 
 from replication.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, permutation_test, wilson
-from replication.study import training as saes
-from replication.study import variant_training
+from replication.study import training
 from replication.study.firings import firings_of, heldout_subjects, run_firings
-from replication.study.study import Suite, threads
+from replication.study.study import Suite
 from writesae.evaluate.firings import atom_names, draw_in_rounds
 from writesae.evaluate.replacement import make_subject
 from writesae.harvesting import harvest
@@ -33,9 +32,7 @@ def heads(suite: Suite) -> pd.DataFrame:
 def heads_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
     """settings.head_firings of every head (all it has, where it has fewer), from SAEs trained as the survey's are."""
     layer, _ = suite.cell(name, "middle")
-    with threads(1):  # skipped where notebook 02 has trained them
-        expected = saes.fingerprint_of(suite, name, "survey", layer, None)
-        saes.train_task(suite.profile.name, name, "survey", [layer], None, [expected])
+    training.train_all(suite, training.survey_specs(suite, name, [layer]))  # most are there already
     windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
     cells = [(layer, head) for head in range(suite.host(name).heads)]
     drawn = []
@@ -58,7 +55,7 @@ def seeds(suite: Suite) -> pd.DataFrame:
     """results replacement_seeds.csv: as many firings for the SAEs of every seed that notebook 03 has trained."""
     tables = []
     for name in suite.profile.hosts:
-        if variant_training.seed_variants(suite, name):
+        if training.seed_variants(suite, name):
             tables.append(seeds_of_host(suite, name, suite.profile.section("multiverse", name)))
     return suite.gather("replacement_seeds", tables)
 
@@ -68,8 +65,8 @@ def seeds_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
     windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
     cell, drawn, weights = suite.cell(name, suite.profile.section("atoms", name).place), [], []
     factors = harvest(suite.host(name), windows.tokens, [cell], suite.profile.data.batch_windows)[cell]
-    for variant in variant_training.seed_variants(suite, name):
-        role = variant_training.variant_name(variant)
+    for variant in training.seed_variants(suite, name):
+        role = training.variant_name(variant)
         weights += suite.sae_files(name, role)
         for target in suite.profile.saes.targets:
             sae = suite.sae(name, *cell, target, role)

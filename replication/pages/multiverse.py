@@ -31,8 +31,8 @@ import torch.nn.functional as F
 
 from replication.statistics import bootstrap_columns, cluster_bootstrap, wilson
 from replication.study.firings import run_firings
-from replication.study.other_training import _sae, definitions, train_other
 from replication.study.study import Suite
+from replication.study.training import other_specs, train_all, write_definitions
 from writesae.edit import SCOPES, head_change, make_edit
 from writesae.evaluate.firings import all_firings, atom_names, draw_in_rounds
 from writesae.evaluate.replacement import AMPLITUDES, Subject, make_subject, rank_one, replacements
@@ -160,7 +160,7 @@ def draws(suite: Suite, name: str, settings) -> list[tuple[Subject, pd.DataFrame
     found = harvest(suite.host(name), windows.tokens, list(places), profile.data.batch_windows, progress=False)
     count, last, drawn = settings.firings // len(places), windows.tokens.shape[1] - settings.horizon, []
     for cell, target in product(places, profile.saes.targets):
-        for write in definitions(found[cell]):
+        for write in write_definitions(found[cell]):
             subject = make_subject(cell, target, write, _sae(suite, name, cell, target, write), found[cell])
             every = all_firings(subject.encoded, windows.passage, profile.data.first_position, last)
             pools = dict(
@@ -171,6 +171,13 @@ def draws(suite: Suite, name: str, settings) -> list[tuple[Subject, pd.DataFrame
                 (subject, pools[pooling].assign(place=places[cell], pooling=pooling)) for pooling in CHOICES["pooling"]
             ]
     return drawn
+
+
+def _sae(suite: Suite, name: str, cell, target: str, write: str):
+    """States do not depend on the definition of a write; SAEs of the other definition's writes have the role `other`."""
+    if target == "state" or write == suite.profile.saes.write:
+        return suite.sae(name, *cell, target)
+    return suite.sae(name, *cell, target, "other", write)
 
 
 def firings_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
@@ -192,7 +199,8 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
     lines, effect = [], []
     for name in suite.profile.hosts:
         settings = suite.profile.section("multiverse", name)
-        train_other(suite, name)
+        if others := other_specs(suite, name):
+            train_all(suite, others)
         won = gains(firings_of_host(suite, name, settings))
         lines.append(universes(won, settings.bootstrap, suite.profile.seed))
         effect.append(effects(won, lines[-1], settings.bootstrap, suite.profile.seed))

@@ -6,9 +6,9 @@ import pandas as pd
 import torch
 
 from replication.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, wilson
-from replication.study.ablation_training import asked
 from replication.study.firings import firing_windows, firings_of, heldout_subjects, run_firings
 from replication.study.study import Suite
+from replication.study.training import ablation_hosts
 from writesae.edit import kl
 from writesae.evaluate.firings import atom_names, draw_in_rounds
 from writesae.evaluate.replacement import AMPLITUDES, STEPS, Subject, changes, rank_one, terms
@@ -100,7 +100,7 @@ def _compare(host: Host, run: Run, subject: Subject, firings: pd.DataFrame, seed
 def selectivity(suite: Suite) -> pd.DataFrame:
     """results selectivity.csv: a line a firing and placement, in every cell of the hosts that are asked."""
     parts = []
-    for name, own in asked(suite).items():
+    for name, own in ablation_hosts(suite).items():
         windows = firing_windows(suite, name)[slice(0, own.selectivity.windows)]
         cells = [suite.cell(name, place) for place in suite.profile.hosts[name].cells]
         drawn = []

@@ -1,61 +1,109 @@
-"""What a stage's result depends on, as one hash: its inputs, the code that computes it, and package versions.
+"""What a stage's result depends on, as one hash: the values it is given, the code that computes it, package versions.
 
-A module depends on every module of the two packages that it imports anywhere (in functions too), on the `__init__` of
-their packages, and on modules that it names in full in a string, as for `importlib`. An f-string such as
-f"writesae.hosts.{family}" counts as all modules of that folder.
+A module's code is its own and that of every module of the two packages that it imports anywhere (in functions too). The
+search stops at LOADERS: what those modules give (weights, tokenizers, windows, harvests, SAEs) is hashed by content.
+Comments, docstrings and layout do not count.
 """
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
 
 from replication.study.paths import ROOT
-from writesae.files import _plain
+from writesae.files import file_hash
 
 PACKAGES = ("writesae", "replication")
-DECIDING = ("torch", "transformers", "numpy", "scipy", "scikit-learn")  # versions that a fingerprint depends on
+VERSIONS = ("torch", "transformers", "numpy", "scipy", "scikit-learn")  # of packages that decide numbers
+LOADERS = {
+    "replication.study.fingerprint",
+    "replication.study.lock",
+    "replication.study.paths",
+    "replication.study.profile",
+    "replication.study.stages",
+    "replication.study.study",
+    "writesae.files",
+    "writesae.hosts.hub",
+    "writesae.hosts.load",
+}
 
 
-# Provenance
+def fingerprint(modules: Iterable[str] = (), **inputs: Any) -> str:
+    """Return a hash of the content of `inputs`, of the code of `modules` (dotted names) and of package versions.
 
-
-def _installed(names: Iterable[str]) -> dict[str, str]:
-    found = dict.fromkeys(names, "missing")
-    for name in found:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def fingerprint(modules: Sequence[str] = (), **inputs: Any) -> str:
-    """A hash of everything that a stage's result depends on.
-
-    `modules`: dotted names of the modules that compute it (what they import is counted too). `inputs`: plain values,
-    dataclasses, pydantic models, and `Path`s, which count by the content of their file. The versions of the packages
-    that decide numbers always count.
+    Inputs may be plain values, paths (which count by the content of their file), functions (by name and code), tensors,
+    arrays, tables, dataclasses, pydantic models and torch modules, and containers of these.
 
     Raises TypeError for a value of another kind, ArtifactError for a missing file, ValueError for an unknown module.
     """
-    whole = {"inputs": inputs, "code": code_hash(modules), "versions": _installed(DECIDING)}
-    text = json.dumps(whole, sort_keys=True, default=_plain)
+    functions: set[str] = set()
+    plain = _content(inputs, functions)
+    code = code_hash({*modules, *functions})
+    text = json.dumps({"inputs": plain, "code": code, "versions": _versions()})
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@cache
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in VERSIONS}
+
+
+def _content(value: Any, functions: set[str]) -> Any:
+    """Return a value as plain JSON; the modules of functions are added to `functions`."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Path):
+        return ["file", file_hash(value)]
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, torch.Tensor):
+        return ["array", str(value.dtype), list(value.shape), _bytes_hash(value.detach().cpu().contiguous())]
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return ["array", str(value.dtype), list(value.shape), _bytes_hash(np.ascontiguousarray(value))]
+    if isinstance(value, pd.DataFrame):
+        rows = pd.util.hash_pandas_object(value, index=False).to_numpy()
+        return ["table", [str(name) for name in value], [str(x) for x in value.dtypes], _bytes_hash(rows)]
+    if isinstance(value, FunctionType):
+        if value.__module__.partition(".")[0] in PACKAGES:
+            functions.add(value.__module__)
+        return ["function", value.__module__, value.__qualname__]
+    if isinstance(value, torch.nn.Module):
+        return ["module", type(value).__qualname__, _content(value.state_dict(), functions)]
+    if hasattr(value, "model_dump"):
+        return _content(value.model_dump(mode="json"), functions)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return [type(value).__qualname__, _content(fields, functions)]
+    if isinstance(value, Mapping):
+        items = [[_content(key, functions), _content(x, functions)] for key, x in value.items()]
+        return ["mapping", sorted(items, key=json.dumps)]
+    if isinstance(value, (list, tuple, range, np.ndarray)):
+        return [_content(x, functions) for x in value]
+    raise TypeError(f"A fingerprint is made of values with content, not of {type(value).__name__}.")
+
+
+def _bytes_hash(array: torch.Tensor | np.ndarray) -> str:
+    data = array.flatten().view(torch.uint8).numpy() if isinstance(array, torch.Tensor) else array
+    return hashlib.sha256(data).hexdigest()
+
+
+# Code
+
+
 def module_file(name: str, root: Path = ROOT) -> Path | None:
-    """The file of a module of the package by its dotted name; None where `name` is no such module."""
+    """Return the file of a module of the packages by its dotted name; None where there is no such module."""
     parts = name.split(".")
     if parts[0] not in PACKAGES or parts[-1] == "__init__" or not all(part.isidentifier() for part in parts):
         return None
@@ -63,13 +111,8 @@ def module_file(name: str, root: Path = ROOT) -> Path | None:
     return next((path for path in (base / "__init__.py", base.with_suffix(".py")) if path.is_file()), None)
 
 
-def _with_parents(name: str) -> Iterator[str]:
-    parts = name.split(".")
-    return (".".join(parts[: i + 1]) for i in range(len(parts)))
-
-
 def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
-    """The absolute name of what `from ... import` is about, as seen from `module`."""
+    """Return the absolute name of the module in `from ... import`, as seen from `module`."""
     if not node.level:
         return node.module or ""
     parts = module.split(".") if is_package else module.split(".")[:-1]
@@ -77,8 +120,8 @@ def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
     return ".".join(parts + ([node.module] if node.module else []))
 
 
-def _named(tree: ast.AST, module: str, is_package: bool, root: Path) -> Iterator[str]:
-    """Dotted names that a syntax tree may import; many of them are no modules of the package."""
+def _imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
+    """Yield the dotted names that a syntax tree may import; many of them are not modules of the packages."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -86,66 +129,45 @@ def _named(tree: ast.AST, module: str, is_package: bool, root: Path) -> Iterator
             base = _absolute(node, module, is_package)
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.JoinedStr):
-            start = node.values[0].value if node.values and isinstance(node.values[0], ast.Constant) else ""
-            if start.split(".")[0] in PACKAGES and start.endswith("."):
-                folder = root.joinpath(*start[:-1].split("."))
-                yield from (start + path.stem for path in folder.glob("*.py"))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.split(".")[0] in PACKAGES:
-            yield node.value
-
-
-def _imports(source: str, module: str = "", is_package: bool = False, root: Path = ROOT) -> set[str]:
-    """The modules of the package that a piece of source imports, with the packages that hold them."""
-    tree = ast.parse(source)
-    names = {part for name in _named(tree, module, is_package, root) for part in _with_parents(name)}
-    return {name for name in names if module_file(name, root)} - {module}
 
 
 @cache
 def _read(name: str, path: Path, version: tuple[int, int], root: Path) -> tuple[frozenset[str], bytes]:
-    """The modules that a module imports, and its code without what does not count. Stages ask often, and parsing takes
-    long: each version of a file (time of the last change, size) is parsed once. Raises ValueError for invalid Python."""
-    source = path.read_text(encoding="utf-8")
+    """Return the modules that a module imports, and its code without docstrings.
+
+    Stages ask often, and parsing is slow: each version of a file (time of the last change, size) is parsed once.
+    Raises ValueError for invalid Python.
+    """
     try:
-        imports = _imports(source, name, path.name == "__init__.py", root)
-        code = ast.dump(_without_docstrings(ast.parse(source)))
+        tree = ast.parse(path.read_text(encoding="utf-8"))
     except SyntaxError as error:
         raise ValueError(f"{path.relative_to(root)} is not valid Python: line {error.lineno}.") from error
-    return frozenset(imports), f"{name}\n{code}\n".encode()
+    names = {x for x in _imported(tree, name, path.name == "__init__.py") if module_file(x, root)}
+    return frozenset(names - {name}), f"{name}\n{ast.dump(_without_docstrings(tree))}\n".encode()
 
 
 def _module(name: str, root: Path) -> tuple[frozenset[str], bytes]:
-    """`_read` of a module by its name. Raises ValueError where there is none."""
+    """Return `_read` of a module. Raises ValueError where there is none of that name."""
     path = module_file(name, root)
     if path is None:
-        raise ValueError(f"There is no module {name} in this package.")
-    found = path.stat()
-    return _read(name, path, (found.st_mtime_ns, found.st_size), root)
+        raise ValueError(f"There is no module {name} in this project.")
+    status = path.stat()
+    return _read(name, path, (status.st_mtime_ns, status.st_size), root)
 
 
 def module_closure(names: Iterable[str], root: Path = ROOT) -> set[str]:
-    """The dotted names of the given modules and of all that they import, directly or not.
+    """Return the dotted names of modules and of all that they import, directly or not, LOADERS left out.
 
-    Raises ValueError for a name that is no module of the package and for a module that is not valid Python.
+    Raises ValueError for a name that is not a module of the packages and for a module that is not valid Python.
     """
-    found: set[str] = set()
-    waiting = [part for name in names for part in _with_parents(name)]
+    closure: set[str] = set()
+    waiting = list(names)
     while waiting:
         name = waiting.pop()
-        if name in found:
-            continue
-        waiting += _module(name, root)[0]
-        found.add(name)
-    return found
-
-
-def closure(name: str, root: Path = ROOT) -> list[Path]:
-    """The files of a module and of all modules of the package that it depends on, sorted.
-
-    Raises ValueError for a name that is no module of the package and for a module that is not valid Python.
-    """
-    return sorted(module_file(found, root) for found in module_closure([name], root))
+        if name not in closure:
+            closure.add(name)
+            waiting += _module(name, root)[0] - LOADERS
+    return closure
 
 
 def _without_docstrings(tree: ast.Module) -> ast.Module:
@@ -158,10 +180,7 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 
 
 def code_hash(names: Iterable[str], root: Path = ROOT) -> str:
-    """A hash over the code of modules and of all that they depend on; comments, docstrings and layout do not count.
-
-    Raises ValueError for a name that is no module of the package and for a module that is not valid Python.
-    """
+    """Return a hash of the code of modules and of all that they depend on. Raises ValueError as `module_closure`."""
     total = hashlib.sha256()
     for name in sorted(module_closure(names, root)):
         total.update(_module(name, root)[1])

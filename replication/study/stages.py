@@ -9,6 +9,7 @@ computed them: a fresh clone has the reference results in it and still computes 
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import platform
 import re
 import shutil
@@ -16,17 +17,15 @@ import subprocess
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from joblib import Parallel, delayed
 from pandas.api.types import is_any_real_numeric_dtype as is_number
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    pass
-from replication.study.fingerprint import _installed
 from replication.study.paths import ROOT
 from writesae.files import ArtifactError, _store, read_sidecar, up_to_date
 
@@ -52,12 +51,13 @@ def environment() -> dict[str, Any]:
 
     The kernel path is always torch: no result comes from another package's kernels. A CPU's device names the vector
     instructions that torch uses, because they decide the order of sums."""
-    import torch  # here and below: two seconds that Make and run_notebook need not wait
-
     cuda = torch.cuda.is_available()
     return {
         "commit": git_commit(),
-        "versions": {"python": platform.python_version(), **_installed(VERSIONS)},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in VERSIONS},
+        },
         "device": torch.cuda.get_device_name() if cuda else f"cpu ({torch.backends.cpu.get_cpu_capability()})",
         "kernel": "torch",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

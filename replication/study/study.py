@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import pandas as pd
@@ -20,10 +20,10 @@ from replication.commands import disk
 from replication.study import docstrings, fingerprint, stages
 from replication.study import paths as paths_module
 from replication.study.profile import Profile, load_profile
-from writesae import files as files_module
+from writesae.files import file_hash, load_tensors, read_sidecar, save_tensors, up_to_date
 from writesae.hosts.base import Host
 from writesae.hosts.hub import commit
-from writesae.hosts.load import load_host
+from writesae.hosts.load import adapter, family_of, load_host
 from writesae.sae import model
 from writesae.text import Corpus, Windows, cut_windows
 
@@ -38,6 +38,7 @@ def split_windows(host: Host, split: str, length: int, limit: int, text: Corpus 
 
 __all__ = ["Suite", "open_suite", "threads"]
 
+HOST_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # of a model folder, by suffix
 MOST_WORKERS = 4  # each holds a group's activations
 OUT_OF_MEMORY = (
     "The GPU's memory is too small: in the profile, lower data.batch_windows, replacement.batch_rows or "
@@ -78,15 +79,24 @@ class Suite:
         return local if local.exists() else self.profile.hosts[name].path
 
     def host_fingerprint(self, name: str) -> dict:
-        """What identifies a host and the text that it reads in a fingerprint: its weights and tokenizer, or its hub id and
-        revision, and the corpus."""
-        folder = Path(self.host_path(name))
-        files = [folder / "model.safetensors", folder / "config.json", folder / "tokenizer.json"]
-        if not folder.exists():
-            own = self.profile.hosts[name].model_dump()
+        """Return what identifies a host: its files, or its hub id and revision; its type, tokenizer, text and code."""
+        folder, section = Path(self.host_path(name)), self.profile.hosts[name]
+        if folder.exists():
+            paths = sorted(path for path in folder.iterdir() if path.suffix in HOST_FILES)
+            weights = {path.name: _file_hash(path, path.stat().st_mtime_ns) for path in paths}
+            module = adapter(family_of(folder)).__module__
         else:
-            own = {"files": [_file_hash(path, path.stat().st_mtime_ns) for path in files]}
-        return own | {"corpus": self.corpus_fingerprint}
+            weights = {"path": section.path, "revision": section.revision}
+            module = type(self.host(name)).__module__
+        read_with = dict(dtype=section.dtype, tokenizer=self._tokenizer_identity(section.tokenizer))
+        return weights | read_with | dict(corpus=self.corpus_fingerprint, code=fingerprint.code_hash([module]))
+
+    @staticmethod
+    def _tokenizer_identity(given: str | None) -> dict | str | None:
+        """Return the hashes of the files of a tokenizer's folder, else its hub id."""
+        if given is None or not Path(given).is_dir():
+            return given
+        return {path.name: file_hash(path) for path in sorted(Path(given).iterdir()) if path.is_file()}
 
     @cached_property
     def corpus_fingerprint(self) -> str:
@@ -113,13 +123,36 @@ class Suite:
         named = {name: section for name, section in self.profile.hosts.items() if host in ("all", name)}
         return {n: commit(x.path, x.revision) for n, x in named.items() if not Path(self.host_path(n)).exists()}
 
-    def staged(self, name: str, host: str, groups, compute, modules: Iterable[str], inputs: dict) -> pd.DataFrame:
-        """A host's part of a table, kept in build/: read where nothing it depends on has changed, else computed group
-        by group, resumably. `modules` and `inputs` are what it depends on; `gather` puts the hosts' parts together."""
+    def stage(self, name: str, host: str, groups, compute, **given) -> pd.DataFrame:
+        """Return a host's part of a table: compute(group, **given) of every group, in their order.
+
+        The part is kept in build/ and read from there where nothing that it depends on has changed, else computed group
+        by group, resumably. It depends on what it is given, by content, on the code of `compute` and of functions that
+        are given, and on the host. `compute` must be a function of a module, so that it has nothing but what it is
+        given. Raises TypeError for another function and for given values without content.
+        """
+        if "<" in compute.__qualname__ or compute.__closure__:
+            raise TypeError(f"The stage {name} must compute with a function of a module, not with {compute}.")
+        groups = list(groups)
+        content = {key: value.name if isinstance(value, Host) else value for key, value in given.items()}
+        expected = fingerprint.fingerprint(
+            host=self.host_fingerprint(host), groups=groups, compute=compute, given=content
+        )
+        path, available = self._part(name, host), torch.get_num_threads()
+        provenance = {} if up_to_date(path, expected) else self.provenance(host)
+        # On a CPU several groups are computed at once: most operations are too small to keep more than one core busy.
+        workers = 1 if self.device == "cuda" else min(available, MOST_WORKERS, len(groups), self.workers)
+        work = partial(compute, **given)
+        try:
+            with threads(available // workers):
+                return stages.staged_table(path, expected, groups, work, self.paths.partial, provenance, workers)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(OUT_OF_MEMORY) from error
+
+    def staged(self, name: str, host: str, groups, compute, modules, inputs: dict) -> pd.DataFrame:
         expected = fingerprint.fingerprint(modules=sorted(modules), host=self.host_fingerprint(host), **inputs)
         path, available = self._part(name, host), torch.get_num_threads()
-        provenance = {} if files_module.up_to_date(path, expected) else self.provenance(host)
-        # on a CPU several groups at once, each with its share: most operations are too small to keep more than one busy
+        provenance = {} if up_to_date(path, expected) else self.provenance(host)
         workers = 1 if self.device == "cuda" else min(available, MOST_WORKERS, len(groups), self.workers)
         try:
             with threads(available // workers):
@@ -133,7 +166,7 @@ class Suite:
     def gather(self, name: str, parts: list[pd.DataFrame]) -> pd.DataFrame:
         """results/<profile>/NAME.csv from the staged parts of the hosts, with the seconds that they took."""
         whole = pd.concat(parts, ignore_index=True)
-        records = [files_module.read_sidecar(self._part(name, host)) for host in whole.host.unique()]
+        records = [read_sidecar(self._part(name, host)) for host in whole.host.unique()]
         return self.write(name, whole, seconds=round(sum(record["seconds"] for record in records), 3))
 
     def write(self, name: str, frame: pd.DataFrame, host: str = "all", seconds: float = 0.0, **more) -> pd.DataFrame:
@@ -161,22 +194,31 @@ class Suite:
         settings = self.profile.section("replacement", host)
         return self.host(host).recurrent_layers[:: settings.survey_every] if settings.survey_firings else ()
 
+    def windows_hash(self, host: str, split: str) -> str:
+        """Return a hash of the windows of a split ("sae", "heldout")."""
+        self.windows(host, split)
+        path = self._windows_path(host, split)
+        return _file_hash(path, path.stat().st_mtime_ns)
+
+    def _windows_path(self, host: str, split: str) -> Path:
+        return self.paths.build / "windows" / f"{host}-{split}.safetensors"
+
     def windows(self, host: str, split: str) -> Windows:
-        """The windows of a split ("sae", "heldout"), cut once and kept."""
+        """Return the windows of a split ("sae", "heldout"), which are cut once and kept."""
         data = self.profile.data
         count = data.sae_windows if split == "sae" else data.heldout_windows
-        path = self.paths.build / "windows" / f"{host}-{split}.safetensors"
+        path = self._windows_path(host, split)
         inputs = dict(host=self.host_fingerprint(host), split=split, window=data.window, count=count)
-        expected = fingerprint.fingerprint(modules=["writesae.harvesting"], **inputs)
-        if not files_module.up_to_date(path, expected):
+        expected = fingerprint.fingerprint(["writesae.text", "replication.study.docstrings"], **inputs)
+        if not up_to_date(path, expected):
             own = self.profile.corpus
             made = split_windows(self.host(host), split, data.window, count, own)
             if own:
                 kept = f"{made.kept():.0%} of documents hold {data.window} tokens"
                 print(f"{own}, split {split}: {kept}", file=sys.stderr)
             tensors = dict(tokens=made.tokens, passage=made.passage)
-            files_module.save_tensors(path, tensors, {"fingerprint": expected})
-        tensors, _ = files_module.load_tensors(path)
+            save_tensors(path, tensors, {"fingerprint": expected})
+        tensors, _ = load_tensors(path)
         return Windows(**tensors)
 
     @cached_property
@@ -194,12 +236,17 @@ class Suite:
         row = found.iloc[0]
         return int(row.layer), int(row["head"])
 
+    def harvest_path(self, host: str, layer: int, head: int) -> Path:
+        """Return the path of the factors of a cell of the headline over the windows of the SAE split."""
+        return self.paths.build / "harvest" / f"{host}-L{layer}-H{head}.safetensors"
+
     def sae_stem(self, host: str, layer: int, head: int, target: str, role: str) -> Path:
         return self.paths.build / "saes" / f"{host}-L{layer}-H{head}-{target}-{role}"
 
-    def sae(self, host: str, layer: int, head: int, target: str, role: str = "main"):
-        """The trained SAE of a cell; refused where it is of another host, cell, target or write definition."""
-        expect = dict(host=host, layer=layer, head=head, target=target, write=self.profile.saes.write)
+    def sae(self, host: str, layer: int, head: int, target: str, role: str = "main", write: str | None = None):
+        """Return the trained SAE of a cell. Raises ValueError where it is of another host, cell, target or write."""
+        write = write or self.profile.saes.write
+        expect = dict(host=host, layer=layer, head=head, target=target, write=write)
         return model.load(self.sae_stem(host, layer, head, target, role), expect)[0]
 
     def sae_files(self, host: str, role: str = "main") -> list[Path]:
@@ -228,7 +275,7 @@ def _host(name: str, path: str, revision: str | None, tokenizer: str | None, dev
 @lru_cache
 def _file_hash(path: Path, changed: int) -> str:
     """The hash of a file that was last changed then: weights of some gigabytes are read once a process."""
-    return files_module.file_hash(path)
+    return file_hash(path)
 
 
 def open_suite(profile: str = "mini") -> Suite:

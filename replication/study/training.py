@@ -1,13 +1,17 @@
-"""Notebooks 01 and 02: the harvest of the headline's cells, and an SAE for every cell and target.
+"""Training of all SAEs of a profile: a specification per SAE, and one trainer for all of them.
 
-A task is one cell (or, in the survey, some layers): it writes its SAEs and its lines of the table atomically and skips
-what is there, so that killed or lost tasks are simply run again. Tasks run one to a core, each with one
-thread, so that results do not depend on how many run at once.
+Specifications that share a host run are one task. Tasks run one per core in processes of their own, each with one
+thread, so that results do not depend on how many run at once. An SAE that is there, from the same inputs, is not
+trained again; a killed training goes on from its checkpoint.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -15,120 +19,287 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from replication.study import fingerprint, stages
-from replication.study.study import Suite, open_suite
-from writesae import files
+from replication.study.profile import Ablations
+from replication.study.study import Suite, threads
+from writesae.files import load_tensors, up_to_date
 from writesae.harvesting import harvest, history
+from writesae.history import History
 from writesae.sae import model
 from writesae.sae.train import TrainingSettings, train
 
-VALIDATION_WINDOWS = 64
-SURVEY_PARTS = 4  # of a host's layers, harvested one after the other where the profile says how much is done at once
+VALIDATION_WINDOWS = 64  # held-out windows on which an SAE's FVU is measured
+CHECK_WINDOWS = 8  # of an ablation's training windows, kept from training to measure its FVU
+SURVEY_PARTS = 4  # tasks per worker and host of the survey, where the profile limits the workers
+NEED_NO_STATES = [("bilinear", "rank1", 1), ("tied", "rank1", 1)]
 
 
-def harvest_path(suite: Suite, host: str, layer: int, head: int):
-    return suite.paths.build / "harvest" / f"{host}-L{layer}-H{head}.safetensors"
+class SaeSpec(NamedTuple):
+    """One SAE of a profile: its cell, what it is trained on, its role, and how it is trained.
+
+    windows: how many windows of the SAE split it is trained on, the first ones; check: how many of these, the last
+    ones, are kept from training to measure its FVU (0: it is measured on held-out windows).
+    """
+
+    host: str
+    layer: int
+    head: int
+    target: str
+    role: str
+    write: str
+    settings: TrainingSettings
+    windows: int
+    check: int = 0
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        return self.layer, self.head
 
 
-def train_saes(suite: Suite) -> pd.DataFrame:
-    """Every SAE of the profile; results saes.csv, a line an SAE."""
-    tasks, jobs = [], suite.workers
-    parts = jobs * (1 if suite.profile.workers is None else SURVEY_PARTS)
-    for name in suite.profile.hosts:
-        cells = [suite.cell(name, place) for place in suite.profile.hosts[name].cells]
-        tasks += [(name, role, [layer], head) for role in ("main", "flat") for layer, head in cells]
-        layers = suite.survey_layers(name)
-        tasks = [(name, "survey", layers[i::parts], None) for i in range(min(parts, len(layers)))] + tasks
-    run = delayed(train_task)
-    arguments = [
-        run(suite.profile.name, *task, [fingerprint_of(suite, *one) for one in _singly(task)]) for task in tasks
+# Which SAEs there are
+
+
+def _specs(study: Suite, host: str, cells, role: str, settings: TrainingSettings, **changes) -> list[SaeSpec]:
+    """Return the SAEs of some cells on all targets of the profile."""
+    data, saes = study.profile.data, study.profile.saes
+    options = dict(targets=saes.targets, write=saes.write, windows=data.sae_windows, check=0) | changes
+    targets = options.pop("targets")
+    return [SaeSpec(host, *cell, target, role, settings=settings, **options) for cell in cells for target in targets]
+
+
+def _settings(study: Suite, host: str, role: str) -> TrainingSettings:
+    """Return the profile's settings for a role, with the profile's seed."""
+    section = study.profile.section("saes", host)
+    return getattr(section, role).model_copy(update=dict(seed=study.profile.seed))
+
+
+def survey_specs(study: Suite, host: str, layers: Iterable[int]) -> list[SaeSpec]:
+    """Return the survey's SAEs of every head of some layers."""
+    cells = [(layer, head) for layer in layers for head in range(study.host(host).heads)]
+    windows = study.profile.data.survey_windows
+    return _specs(study, host, cells, "survey", _settings(study, host, "survey"), windows=windows)
+
+
+def main_specs(study: Suite) -> list[SaeSpec]:
+    """Return the SAEs of notebook 02: those of the headline's cells, flat ones of states, and the survey's."""
+    surveyed, specs = [], []
+    for host, section in study.profile.hosts.items():
+        cells = [study.cell(host, place) for place in section.cells]
+        surveyed = survey_specs(study, host, study.survey_layers(host)) + surveyed
+        specs += _specs(study, host, cells, "main", _settings(study, host, "main"))
+        specs += _specs(study, host, cells, "flat", _settings(study, host, "flat"), targets=["state"])
+    return surveyed + specs
+
+
+def variants(training: TrainingSettings, ks: Iterable[int], seeds: Iterable[int], seed: int):
+    """Return settings for each k at `seed` and for each of the seeds at the settings' own k, the slowest first.
+
+    Raises ValueError for a k above n_atoms.
+    """
+    pairs = {(k, seed) for k in ks} | {(training.k, other) for other in seeds}
+    return [TrainingSettings(**training.model_dump() | dict(k=k, seed=s)) for k, s in sorted(pairs, reverse=True)]
+
+
+def variant_name(settings: TrainingSettings) -> str:
+    """Return the role of a variant, in file names and tables."""
+    return f"k{settings.k}-seed{settings.seed}"
+
+
+def host_variants(study: Suite, host: str) -> list[TrainingSettings]:
+    """Return the settings of notebook 03's variants of a host."""
+    section = study.profile.section("atoms", host)
+    training = getattr(study.profile.section("saes", host), section.training)
+    return variants(training, section.ks, section.seeds, study.profile.seed)
+
+
+def seed_variants(study: Suite, host: str) -> list[TrainingSettings]:
+    """Return those variants that differ in nothing but the seed."""
+    section = study.profile.section("atoms", host)
+    k = getattr(study.profile.section("saes", host), section.training).k
+    return [variant for variant in host_variants(study, host) if variant.k == k]
+
+
+def variant_specs(study: Suite) -> list[SaeSpec]:
+    """Return the SAEs of notebook 03: other k and other seeds, in one cell of each host."""
+    specs = []
+    for host in study.profile.hosts:
+        cell = study.cell(host, study.profile.section("atoms", host).place)
+        for settings in host_variants(study, host):
+            specs += _specs(study, host, [cell], variant_name(settings), settings)
+    return specs
+
+
+def ablation_hosts(study: Suite) -> dict[str, Ablations]:
+    """Return the hosts whose profile asks for ablations, with their settings.
+
+    Raises ValueError where none does, and where a variant asks for a cell that the host does not have.
+    """
+    sections = {host: study.profile.section("ablations", host) for host in study.profile.hosts}
+    asked = {host: section for host, section in sections.items() if section.firings}
+    for host, section in asked.items():
+        lacking = {place for one in section.variants for place in one.places} - set(study.profile.hosts[host].cells)
+        if lacking:
+            raise ValueError(f"ablations.variants asks for {', '.join(sorted(lacking))}, and {host} has no such cell.")
+    if not asked:
+        raise ValueError("ablations.firings is 0 for every host of this profile: give it a number for one of them.")
+    return asked
+
+
+def ablation_variants(section: Ablations, seed: int) -> list[tuple[str, str, TrainingSettings]]:
+    """Return (place, target, settings) of every ablation, the slowest to train first.
+
+    Raises ValueError where two are the same.
+    """
+    every = [
+        (place, target, TrainingSettings(**section.training.model_dump() | one.parts() | dict(seed=seed)))
+        for one in section.variants
+        for place in one.places
+        for target in one.targets
     ]
-    workers = Parallel(n_jobs=min(jobs, len(tasks)), return_as="generator_unordered")
-    for _ in tqdm(workers(arguments), total=len(tasks), desc="SAE tasks"):
+    names = [(place, target, settings.variant) for place, target, settings in every]
+    if len(set(names)) < len(names):
+        raise ValueError("ablations.variants names a variant twice for one place and target.")
+    return sorted(every, key=lambda one: (one[2].encoder, one[2].decoder, one[2].rank) in NEED_NO_STATES)
+
+
+def ablation_role(variant: str) -> str:
+    """Return the role of an ablation's SAEs."""
+    return f"ablation-{variant}"
+
+
+def ablation_specs(study: Suite) -> list[SaeSpec]:
+    """Return the SAEs of notebook 11 (ablations). Raises ValueError for more training windows than there are."""
+    specs, available = [], study.profile.data.sae_windows
+    for host, section in ablation_hosts(study).items():
+        windows = section.training_windows
+        if windows > available:
+            raise ValueError(
+                f"ablations.training_windows is {windows}, and data.sae_windows only {available}: lower the former."
+            )
+        for place, target, settings in ablation_variants(section, study.profile.seed):
+            cells, role = [study.cell(host, place)], ablation_role(settings.variant)
+            options = dict(targets=[target], windows=windows, check=CHECK_WINDOWS)
+            specs += _specs(study, host, cells, role, settings, **options)
+    return specs
+
+
+def write_definitions(factors: dict) -> tuple[str, ...]:
+    """Return the definitions of a write that are of rank 1 in a harvest and differ from one another."""
+    if "effective" not in factors or torch.equal(factors["added"], factors["effective"]):
+        return ("added",)
+    return ("added", "effective")
+
+
+def other_specs(study: Suite, host: str) -> list[SaeSpec]:
+    """Return the write-trained SAEs for the definition of a write that notebook 02 does not use (multiverse)."""
+    if "write" not in study.profile.saes.targets:
+        return []
+    specs, settings = [], _settings(study, host, "main")
+    for cell in (study.cell(host, place) for place in study.profile.hosts[host].cells):
+        for write in write_definitions(load_tensors(study.harvest_path(host, *cell))[0]):
+            if write != study.profile.saes.write:
+                specs += _specs(study, host, [cell], "other", settings, targets=["write"], write=write)
+    return specs
+
+
+# Training them
+
+
+def train_all(study: Suite, specs: list[SaeSpec]) -> pd.DataFrame:
+    """Train every SAE that is not there, and return a row per specification, in their order."""
+    waiting = [spec for spec in specs if not up_to_date(_record(study, spec), expected(study, spec))]
+    tasks = _tasks(study, waiting)
+    workers = Parallel(n_jobs=min(study.workers, max(1, len(tasks))), return_as="generator_unordered")
+    work = (delayed(train_task)(study, task) for task in tasks)
+    for _ in tqdm(workers(work), total=len(tasks), desc="SAE tasks", disable=not tasks):
         pass
-    records = sorted({_record(suite, *one) for task in tasks for one in _singly(task)})
-    return suite.write("saes", pd.concat([stages.read_table(path) for path in records], ignore_index=True))
+    return pd.concat([stages.read_table(_record(study, spec)) for spec in specs], ignore_index=True)
 
 
-def _singly(task: tuple) -> list[tuple]:
-    """The (host, role, layer, head) of a task, which may have several layers: each has its own record."""
-    host, role, layers, head = task
-    return [(host, role, layer, head) for layer in layers]
+def _tasks(study: Suite, specs: list[SaeSpec]) -> list[list[SaeSpec]]:
+    """Divide specifications into tasks: one per cell and role, and some layers of the survey."""
+    parts = study.workers * (1 if study.profile.workers is None else SURVEY_PARTS)
+    layers: dict[str, list[int]] = {}
+    for spec in specs:
+        if spec.role == "survey" and spec.layer not in layers.setdefault(spec.host, []):
+            layers[spec.host].append(spec.layer)
+
+    def task_of(spec: SaeSpec) -> tuple:
+        if spec.role == "survey":
+            return spec.host, spec.role, layers[spec.host].index(spec.layer) % parts
+        return spec.host, spec.role, *spec.cell
+
+    order = list(dict.fromkeys(map(task_of, specs)))
+    by_task = sorted(specs, key=lambda spec: order.index(task_of(spec)))
+    return [list(task) for _, task in groupby(by_task, key=task_of)]
 
 
-def fingerprint_of(suite: Suite, host: str, role: str, layer: int, head: int | None) -> str:
-    """What the SAEs of a task's layer depend on."""
-    profile = suite.profile
-    inputs = dict(data=profile.data, write=profile.saes.write, targets=profile.saes.targets, seed=profile.seed)
-    settings = getattr(profile.section("saes", host), role)
-    return fingerprint.fingerprint(
-        modules=[__name__], host=suite.host_fingerprint(host), layer=layer, head=head, settings=settings, **inputs
-    )
+def expected(study: Suite, spec: SaeSpec) -> str:
+    """Return the fingerprint of an SAE: what it depends on."""
+    windows = {split: study.windows_hash(spec.host, split) for split in ("sae", "heldout")}
+    inputs = dict(host=study.host_fingerprint(spec.host), windows=windows, batch=study.profile.data.batch_windows)
+    return fingerprint.fingerprint([__name__], spec=spec, validation=VALIDATION_WINDOWS, **inputs)
 
 
-def _record(suite: Suite, host: str, role: str, layer: int, head: int | None):
-    return suite.paths.build / "saes" / f"{host}-{role}-L{layer}{'' if head is None else f'-H{head}'}.csv"
+def _record(study: Suite, spec: SaeSpec) -> Path:
+    """Return the path of an SAE's one-row table."""
+    stem = study.sae_stem(spec.host, *spec.cell, spec.target, spec.role)
+    return stem.with_name(stem.name + ".csv")
 
 
-def train_task(
-    profile_name: str, host: str, role: str, layers: list[int], head: int | None, expected: list[str]
-) -> None:
-    """Train the SAEs of a head (all heads where it is None) of each layer on every target, and write their lines; the
-    layers are harvested in one pass."""
-    suite, began = open_suite(profile_name), time.monotonic()
-    torch.set_num_threads(1)
-    missing = {
-        layer: want
-        for layer, want in zip(layers, expected, strict=True)
-        if not files.up_to_date(_record(suite, host, role, layer, head), want)
-    }
-    if not missing:
-        return
-    profile = suite.profile
-    settings = getattr(profile.section("saes", host), role).model_copy(update=dict(seed=profile.seed))
-    heads = range(suite.host(host).heads) if head is None else [head]
-    cells = [(layer, h) for layer in missing for h in heads]
-    checking = suite.windows(host, "heldout")[slice(0, VALIDATION_WINDOWS)].tokens
-    validation = harvest(suite.host(host), checking, cells, profile.data.batch_windows, progress=False)
-    if role != "survey":
-        training = {cell: files.load_tensors(harvest_path(suite, host, *cell))[0] for cell in cells}
-    else:
-        tokens = suite.windows(host, "sae")[slice(0, profile.data.survey_windows)].tokens
-        training = harvest(suite.host(host), tokens, cells, profile.data.batch_windows, progress=False)
-    for layer, want in missing.items():
-        lines = [
-            train_one(suite, host, role, cell, target, settings, training[cell], validation[cell], want)
-            for cell in cells
-            if cell[0] == layer
-            for target in (profile.saes.targets if role != "flat" else ["state"])
-        ]
-        made = dict(seconds=time.monotonic() - began, fingerprint=want)
-        record = _record(suite, host, role, layer, head)
-        stages.write_table(pd.DataFrame(lines), record, suite.provenance(host, **made))
+def train_task(study: Suite, specs: list[SaeSpec]) -> None:
+    """Train SAEs of one host that share their windows, in this process with one thread."""
+    first = specs[0]
+    with threads(1):
+        training = _factors(study, specs)
+        validation = training
+        if not first.check:
+            tokens = study.windows(first.host, "heldout")[slice(0, VALIDATION_WINDOWS)].tokens
+            validation = _harvest(study, first.host, specs, tokens)
+        for spec in specs:
+            began = time.monotonic()
+            fitted, checked = slice(0, spec.windows - spec.check), slice(spec.windows - spec.check, spec.windows)
+            data = _history(study, spec, training[spec.cell], fitted)
+            held_out = _history(study, spec, validation[spec.cell], checked if spec.check else slice(None))
+            want = expected(study, spec)
+            row = train_one(study, spec, data, held_out, want)
+            details = dict(seconds=time.monotonic() - began, fingerprint=want)
+            stages.write_table(pd.DataFrame([row]), _record(study, spec), study.provenance(spec.host, **details))
 
 
-def train_one(suite, host, role, cell, target, settings: TrainingSettings, factors, checking, expected: str) -> dict:
-    """Train an SAE of a cell on its harvested factors, resumably, and save it; its line of saes.csv."""
-    data, validation = (history(x, target, suite.profile.saes.write).to(suite.device) for x in (factors, checking))
-    return train_on(suite, host, role, cell, target, settings, data, validation, expected)
+def _factors(study: Suite, specs: list[SaeSpec]) -> dict:
+    """Return the factors of the cells over the training windows: from their files, or harvested where there are none."""
+    first = specs[0]
+    paths = {spec.cell: study.harvest_path(spec.host, *spec.cell) for spec in specs}
+    if first.role != "survey":
+        return {cell: load_tensors(path)[0] for cell, path in paths.items()}
+    return _harvest(study, first.host, specs, study.windows(first.host, "sae")[slice(0, first.windows)].tokens)
 
 
-def train_on(suite, host, role, cell, target, settings: TrainingSettings, data, validation, expected: str) -> dict:
-    """The same on histories of the cell, in memory or in shards."""
-    stem = suite.sae_stem(host, *cell, target, role)
-    write, checkpoint = suite.profile.saes.write, stem.with_name(stem.name + f"-{expected[:8]}.checkpoint")
+def _harvest(study: Suite, host: str, specs: list[SaeSpec], tokens: torch.Tensor) -> dict:
+    cells = list(dict.fromkeys(spec.cell for spec in specs))
+    return harvest(study.host(host), tokens, cells, study.profile.data.batch_windows, progress=False)
+
+
+def _history(study: Suite, spec: SaeSpec, factors: dict, windows: slice) -> History:
+    chosen = {name: x[windows] for name, x in factors.items()}
+    return history(chosen, spec.target, spec.write).to(study.device)
+
+
+def train_one(study: Suite, spec: SaeSpec, data: History, validation: History, fingerprint: str) -> dict:
+    """Train an SAE on histories of its cell, in memory or in shards, resumably; save it and return its row."""
+    settings, stem = spec.settings, study.sae_stem(spec.host, *spec.cell, spec.target, spec.role)
+    checkpoint = stem.with_name(f"{stem.name}-{fingerprint[:8]}.checkpoint")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    trained, record = train(data, settings, progress=False, checkpoint=checkpoint, validation=validation)
-    shape = settings.kind | dict(n_atoms=settings.n_atoms, k=settings.k)
-    place = dict(host=host, layer=cell[0], head=cell[1])
-    config = model.SAEConfig(
-        **place, target=target, write=write, **shape, d_k=data.d_k, d_v=data.d_v, seed=settings.seed
-    )
-    model.save(trained, config, stem)
+    sae, record = train(data, settings, progress=False, checkpoint=checkpoint, validation=validation)
+    shape = settings.kind | dict(n_atoms=settings.n_atoms, k=settings.k, d_k=data.d_k, d_v=data.d_v)
+    place = dict(host=spec.host, layer=spec.layer, head=spec.head)
+    config = model.SAEConfig(**place, target=spec.target, write=spec.write, **shape, seed=settings.seed)
+    model.save(sae, config, stem)
     checkpoint.unlink(missing_ok=True)
     return place | dict(
-        role=role,
+        role=spec.role,
         variant=settings.variant,
-        target=target,
+        target=spec.target,
         seed=settings.seed,
         n_atoms=settings.n_atoms,
         k=settings.k,
@@ -140,3 +311,29 @@ def train_on(suite, host, role, cell, target, settings: TrainingSettings, data, 
         final_training_fvu=record.fvu[-1][1],
         seconds=record.seconds,
     )
+
+
+# The tables of the notebooks
+
+
+def train_saes(study: Suite) -> pd.DataFrame:
+    """Train every SAE of notebook 02 and write saes.csv, a row per SAE."""
+    specs = main_specs(study)
+    table = train_all(study, specs)
+    survey = [spec.role == "survey" for spec in specs]
+    heads = ["" if surveyed else f"-H{spec.head}" for spec, surveyed in zip(specs, survey, strict=True)]
+    names = [f"{spec.host}-{spec.role}-L{spec.layer}{head}" for spec, head in zip(specs, heads, strict=True)]
+    rows = sorted(range(len(specs)), key=names.__getitem__)
+    return study.write("saes", table.iloc[rows])
+
+
+def train_variants(study: Suite) -> pd.DataFrame:
+    """Train every variant of notebook 03 and write variants.csv, a row per SAE."""
+    return study.write("variants", train_all(study, variant_specs(study)))
+
+
+def train_ablations(study: Suite) -> pd.DataFrame:
+    """Train every ablation of notebook 11 and write ablation_saes.csv, a row per SAE."""
+    specs = ablation_specs(study)
+    parts = dict(activation=[x.settings.activation for x in specs], rank=[x.settings.rank for x in specs])
+    return study.write("ablation_saes", train_all(study, specs).assign(**parts))

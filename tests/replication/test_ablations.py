@@ -6,12 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import SmallSuite, assert_close
+from helpers import SmallSuite, assert_close, train_sae
 
 from replication import statistics
 from replication.pages import ablations, selectivity
 from replication.pages.ablations import REFERENCE
-from replication.study import ablation_training, stages, training
+from replication.study import training
 from replication.study.profile import Ablations, load_profile
 from replication.study.study import Suite
 from writesae import files
@@ -37,12 +37,12 @@ def own_of(**changes) -> Ablations:
 
 
 def test_variants_that_need_states_come_first_and_none_comes_twice():
-    found = ablation_training.variants(own_of(), seed=7)
+    found = training.ablation_variants(own_of(), seed=7)
     names = [(target, settings.variant) for _, target, settings in found]
     assert names[:2] == [("state", "dense+flat"), ("write", "bilinear+rank2")] and len(names) == 7
     assert {settings.seed for *_, settings in found} == {7} and {settings.k for *_, settings in found} == {3}
     with pytest.raises(ValueError, match="names a variant twice"):
-        ablation_training.variants(own_of(variants=[dict(), dict(encoder="bilinear")]), seed=0)
+        training.ablation_variants(own_of(variants=[dict(), dict(encoder="bilinear")]), seed=0)
     with pytest.raises(ValueError, match="rank1 decoder"):
         own_of(variants=[dict(encoder="tied", decoder="flat")])
 
@@ -50,8 +50,8 @@ def test_variants_that_need_states_come_first_and_none_comes_twice():
 def test_profiles_ask_the_main_host_alone():
     for name in ("mini", "smoke"):
         suite = Suite(load_profile(name))
-        assert list(ablation_training.asked(suite)) == [suite.main]
-        for _, _, settings in ablation_training.variants(suite.profile.ablations, 0):
+        assert list(training.ablation_hosts(suite)) == [suite.main]
+        for _, _, settings in training.ablation_variants(suite.profile.ablations, 0):
             assert settings.steps(suite.profile.data.window) > 3
 
 
@@ -126,8 +126,11 @@ class OneCell(SmallSuite):
     def __init__(self, host, tokens):
         mini = load_profile("mini")
         hosts = {"small": mini.hosts["gated_deltanet"].model_copy(update=dict(cells={PLACE: None}))}
-        data = mini.data.model_copy(update=dict(first_position=5, batch_windows=4, firing_windows=WINDOWS))
-        super().__init__(mini.model_copy(update=dict(hosts=hosts, data=data, ablations=own_of())), host, tokens)
+        data = mini.data.model_copy(
+            update=dict(sae_windows=20, first_position=5, batch_windows=4, firing_windows=WINDOWS)
+        )
+        changed = dict(hosts=hosts, data=data, ablations=own_of(), workers=1)
+        super().__init__(mini.model_copy(update=changed), host, tokens)
         self.__dict__["cells"] = pd.DataFrame([dict(host="small", place=PLACE, layer=CELL[0], head=CELL[1])])
 
 
@@ -140,16 +143,12 @@ def suite(gated_deltanet, tmp_path_factory):
     patch.setenv("WRITESAE_OUTPUT", str(tmp_path_factory.mktemp("ablations")))
     made = OneCell(single, tokens)
     factors = harvest(single, tokens, [CELL], 4, progress=False)[CELL]
-    files.save_tensors(training.harvest_path(made, "small", *CELL), factors, dict(fingerprint="harvest", seconds=1.0))
-    found = ablation_training.variants(made.profile.ablations, made.profile.seed)
+    files.save_tensors(made.harvest_path("small", *CELL), factors, dict(fingerprint="harvest", seconds=1.0))
+    found = training.ablation_variants(made.profile.ablations, made.profile.seed)
     settings = next(s for *_, s in found if s.variant == REFERENCE)
     for target, name in (("state", "main"), ("write", "main"), ("state", "flat")):
-        training.train_one(made, "small", name, CELL, target, settings, factors, factors, "main")
-    lines = []
-    for _, target, settings in found:
-        ablation_training.train_variant(made, "small", CELL, target, settings, "expected")
-        lines.append(stages.read_table(ablation_training._record(made, "small", CELL, target, settings)))
-    made.write("ablation_saes", pd.concat(lines))
+        train_sae(made, name, CELL, target, settings, factors)
+    training.train_ablations(made)
     yield made
     patch.undo()
 
@@ -165,22 +164,24 @@ def factors(suite):
 
 
 def test_a_variant_is_trained_once_and_on_the_windows_that_are_not_kept(suite, monkeypatch):
-    _, target, settings = ablation_training.variants(suite.profile.ablations, suite.profile.seed)[0]
     seen = []
-    monkeypatch.setattr(training, "train_one", lambda *a: seen.append(a[6:8]) or pytest.fail("trained again"))
-    ablation_training.train_variant(suite, "small", CELL, target, settings, "expected")
+    monkeypatch.setattr(training, "train_one", lambda *a: seen.append(a[2:4]) or pytest.fail("trained again"))
+    training.train_ablations(suite)
+    monkeypatch.setattr(suite, "windows_hash", lambda *_: "other windows")
     with pytest.raises(pytest.fail.Exception, match="trained again"):
-        ablation_training.train_variant(suite, "small", CELL, target, settings, "changed")
-    assert [len(x["key"]) for x in seen[0]] == [10, 8], "18 windows, of which 8 are kept"
+        training.train_ablations(suite)
+    assert [len(x) for x in seen[0]] == [10, 8], "18 windows, of which 8 are kept"
+    more = suite.profile.model_copy(update=dict(ablations=own_of(training_windows=21)))
+    monkeypatch.setattr(suite, "profile", more)
     with pytest.raises(ValueError, match="training_windows is 21, and data.sae_windows only 20"):
-        ablation_training._split(21, 20)
+        training.train_ablations(suite)
 
 
 def test_errors_are_those_of_the_decoded_matrices(suite, found, factors):
     windows, _, _ = found
     assert len(windows) == 7 * WINDOWS
     for (target, variant), part in windows.groupby(["target", "variant"]):
-        sae = suite.sae("small", *CELL, target, ablation_training.role(variant))
+        sae = suite.sae("small", *CELL, target, training.ablation_role(variant))
         states = history(factors, target, "added").steps()
         active = sae.encode(states)
         squared = (states - sae.decode(*active)).square().sum((1, 2, 3))
@@ -219,7 +220,7 @@ def test_whole_atoms_and_top_pairs_are_put_in_the_place_of_writes(suite, found, 
     several = firings[firings.variant.isin(["dense+flat", "bilinear+rank2"])]
     assert firings[~firings.variant.isin(["dense+flat", "bilinear+rank2"])].kl_whole_atom.isna().all()
     for row in several.groupby(["variant", "amplitude"]).head(2).itertuples():
-        sae = suite.sae("small", *CELL, row.target, ablation_training.role(row.variant))
+        sae = suite.sae("small", *CELL, row.target, training.ablation_role(row.variant))
         matrix = sae.decoder.weight()[row.atom]
         key, write = factors["key"][row.window, row.position], factors["added"][row.window, row.position]
         size = row.coefficient if row.amplitude == "coefficient" else (key.norm() * write.norm()).item()
@@ -237,7 +238,7 @@ def test_a_stage_is_read_again_until_an_sae_changes(suite, found, monkeypatch):
     monkeypatch.setattr(ablations.Bench, "classes", lambda *_: pytest.fail("computed again"))
     ablations.run(suite)
     path = ablations._weights(suite, "small", PLACE, "state", REFERENCE)
-    before, sae = path.read_bytes(), suite.sae("small", *CELL, "state", ablation_training.role(REFERENCE))
+    before, sae = path.read_bytes(), suite.sae("small", *CELL, "state", training.ablation_role(REFERENCE))
     monkeypatch.setattr(type(suite), "sae", lambda *_: sae)
     try:
         path.write_bytes(before + b" ")
@@ -250,11 +251,11 @@ def test_a_stage_is_read_again_until_an_sae_changes(suite, found, monkeypatch):
 def test_a_profile_that_asks_no_host_is_refused(suite, monkeypatch):
     monkeypatch.setattr(suite, "profile", suite.profile.model_copy(update=dict(ablations=own_of(firings=0))))
     with pytest.raises(ValueError, match="0 for every host"):
-        ablation_training.asked(suite)
+        training.ablation_hosts(suite)
     other = own_of(variants=[dict(places=["middle", "late"])])
     monkeypatch.setattr(suite, "profile", suite.profile.model_copy(update=dict(ablations=other)))
     with pytest.raises(ValueError, match="asks for late, and small has no such cell"):
-        ablation_training.asked(suite)
+        training.ablation_hosts(suite)
 
 
 # Selectivity

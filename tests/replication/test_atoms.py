@@ -9,14 +9,13 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SmallProfile, SmallSuite
+from helpers import SmallProfile, SmallSuite, train_sae
 from sklearn.mixture import GaussianMixture
 
 from replication import classes as population
 from replication import statistics
 from replication.pages import atoms
-from replication.study import training as saes
-from replication.study import variant_training
+from replication.study import training
 from replication.study.profile import CellRule, Data, HostSection, Saes
 from writesae import files
 from writesae.evaluate import atoms as atoms_module
@@ -262,12 +261,12 @@ SETTINGS = TrainingSettings(n_atoms=24, k=3, tokens=1600, batch_windows=2, lr=3e
 
 
 def test_variants_are_the_sweep_and_the_seeds_each_once():
-    found = variant_training.variants(SETTINGS, [2, 3, 6], [0, 1, 42], seed=42)
+    found = training.variants(SETTINGS, [2, 3, 6], [0, 1, 42], seed=42)
     assert [(s.k, s.seed) for s in found] == [(6, 42), (3, 42), (3, 1), (3, 0), (2, 42)]
     assert {s.n_atoms for s in found} == {24}
-    assert variant_training.variants(SETTINGS, [], [], seed=42) == []
+    assert training.variants(SETTINGS, [], [], seed=42) == []
     with pytest.raises(ValueError, match="exceeds n_atoms"):
-        variant_training.variants(SETTINGS, [25], [], seed=42)
+        training.variants(SETTINGS, [25], [], seed=42)
 
 
 @dataclass
@@ -307,12 +306,11 @@ def suite(host, tmp_path_factory):
     patch.setenv("WRITESAE_OUTPUT", str(tmp_path_factory.mktemp("atoms")))
     made = OneCell(single, tokens)
     factors = harvest(single, tokens, [CELL], 4, progress=False)[CELL]
-    files.save_tensors(saes.harvest_path(made, "small", *CELL), factors, dict(fingerprint="harvest", seconds=1.0))
+    files.save_tensors(made.harvest_path("small", *CELL), factors, dict(fingerprint="harvest", seconds=1.0))
     for target in ("state", "write"):
         settings = SETTINGS.model_copy(update=dict(seed=42))
-        saes.train_one(made, "small", "main", CELL, target, settings, factors, factors, "main")
-    for settings in variant_training.host_variants(made, "small"):
-        variant_training.train_variant(made, "small", CELL, settings, "expected")
+        train_sae(made, "main", CELL, target, settings, factors)
+    training.train_variants(made)
     yield made
     patch.undo()
 
@@ -324,17 +322,17 @@ def scanned(suite):
 
 def test_variants_are_trained_once_and_differ_as_they_say(suite, monkeypatch):
     weights = {}
-    for settings in variant_training.host_variants(suite, "small"):
-        sae = suite.sae("small", *CELL, "write", variant_training.variant_name(settings))
+    for settings in training.host_variants(suite, "small"):
+        sae = suite.sae("small", *CELL, "write", training.variant_name(settings))
         assert (sae.k, sae.n_atoms) == (settings.k, 24)
         weights[settings.k, settings.seed] = sae.decoder.key
     assert set(weights) == {(3, 0), (3, 42), (6, 42)}
     assert not torch.equal(weights[3, 0], weights[3, 42])
-    monkeypatch.setattr(saes, "train_one", lambda *_: pytest.fail("trained again"))
-    settings = variant_training.host_variants(suite, "small")[0]
-    variant_training.train_variant(suite, "small", CELL, settings, "expected")
+    monkeypatch.setattr(training, "train_one", lambda *_: pytest.fail("trained again"))
+    training.train_variants(suite)
+    monkeypatch.setattr(suite, "windows_hash", lambda *_: "other windows")
     with pytest.raises(pytest.fail.Exception, match="trained again"):
-        variant_training.train_variant(suite, "small", CELL, settings, "changed")
+        training.train_variants(suite)
 
 
 def test_alive_atoms_are_those_with_the_largest_coefficient(suite, scanned):

@@ -21,8 +21,6 @@ MODULES = {
     "hosts/two.py": "from ..alone import *\n",
     "hosts/shared.py": "",
     "plain.py": "import writesae.hosts.shared as s\n",
-    "dynamic.py": 'import importlib\ndef f(n):\n    return importlib.import_module(f"writesae.hosts.{n}")\n',
-    "table.py": 'FAMILIES = {"one": "writesae.hosts.one"}\n',
 }
 
 
@@ -42,28 +40,23 @@ def root(tmp_path):
 
 
 def _files(module, root):
-    return {path.relative_to(root / "writesae").as_posix() for path in fingerprint.closure(module, root)}
+    paths = [fingerprint.module_file(name, root) for name in fingerprint.module_closure([module], root)]
+    assert len(paths) == len(set(paths))
+    return {path.relative_to(root / "writesae").as_posix() for path in paths}
 
 
 def test_closure_follows_imports_of_every_form(root):
     assert _files("writesae.late", root) == {"__init__.py", "late.py", "middle.py", "base.py"}
-    assert _files("writesae.alone", root) == {"__init__.py", "alone.py"}
-    assert _files("writesae.hosts.one", root) == {
-        "__init__.py",
-        "hosts/__init__.py",
-        "hosts/one.py",
-        "hosts/shared.py",
-    }
-    assert "alone.py" in _files("writesae.hosts.two", root)
-    assert _files("writesae.plain", root) == {"__init__.py", "plain.py", "hosts/__init__.py", "hosts/shared.py"}
+    assert _files("writesae.alone", root) == {"alone.py"}
+    assert _files("writesae.hosts.one", root) == {"hosts/__init__.py", "hosts/one.py", "hosts/shared.py"}
+    assert _files("writesae.hosts.two", root) == {"hosts/two.py", "alone.py"}
+    assert _files("writesae.plain", root) == {"plain.py", "hosts/shared.py"}
 
 
-def test_closure_follows_modules_named_in_strings(root):
-    assert "hosts/one.py" in _files("writesae.table", root)
-    assert "hosts/two.py" not in _files("writesae.table", root)
-    assert {"hosts/one.py", "hosts/two.py", "alone.py"} <= _files("writesae.dynamic", root)
-    files = fingerprint.closure("writesae.dynamic", root)
-    assert len(files) == len(set(files))
+def test_closure_stops_at_what_is_hashed_by_its_content(root):
+    (root / "writesae" / "hosts" / "load.py").write_text("import writesae.alone\n")
+    (root / "writesae" / "page.py").write_text("from writesae.hosts.load import x\nimport writesae.base\n")
+    assert _files("writesae.page", root) == {"page.py", "base.py"}
 
 
 def test_closure_survives_a_circle(root):
@@ -144,10 +137,10 @@ def test_notebooks_come_after_those_that_they_need(root):
 
 def test_a_module_that_is_missing_or_broken_is_one_sentence(root):
     with pytest.raises(ValueError, match="no module writesae.nothing"):
-        fingerprint.closure("writesae.nothing", root)
+        fingerprint.module_closure(["writesae.nothing"], root)
     (root / "writesae" / "base.py").write_text("x = = 1\n")
     with pytest.raises(ValueError, match=r"base.py is not valid Python: line 1"):
-        fingerprint.closure("writesae.late", root)
+        fingerprint.module_closure(["writesae.late"], root)
 
 
 def test_every_committed_table_is_made_again_where_it_is_missing():

@@ -1,7 +1,6 @@
 """The multiverse of the replacement test: one measurement against the plain one, and every table by hand."""
 
 import copy
-import inspect
 from itertools import product
 from math import prod
 
@@ -10,12 +9,13 @@ import pandas as pd
 import pytest
 import statsmodels.api as sm
 import torch
+from helpers import train_sae
 from pydantic import BaseModel
 
 from replication import statistics
 from replication.pages import heads_and_seeds, multiverse
 from replication.statistics import cluster_bootstrap
-from replication.study import other_training, training, variant_training
+from replication.study import training
 from replication.study.profile import HostSection, load_profile
 from replication.study.study import Suite
 from writesae import files
@@ -162,7 +162,7 @@ def test_the_most_firing_atoms_and_no_others():
 def test_definitions_that_differ(tokens, single):
     factors = harvest(single, tokens[:1], [CELL], batch=1, progress=False)[CELL]
     wanted = dict(gated_deltanet=("added", "effective"), delta_net=("added", "effective"))
-    assert other_training.definitions(factors) == wanted.get(single.family, ("added",))
+    assert training.write_definitions(factors) == wanted.get(single.family, ("added",))
 
 
 # Universes
@@ -380,6 +380,9 @@ class SmallSuite(Suite):
     def windows(self, host, split):
         return Windows(self.tokens, torch.arange(len(self.tokens)))
 
+    def windows_hash(self, host, split):
+        return "windows"
+
 
 @pytest.fixture
 def suite(small, tokens, tmp_path, monkeypatch):
@@ -390,17 +393,18 @@ def suite(small, tokens, tmp_path, monkeypatch):
     changed = dict(hosts=hosts, saes=profile.saes.model_copy(update=dict(main=settings)))
     made = SmallSuite(profile.model_copy(update=changed), small, tokens)
     factors = harvest(small, tokens, [CELL], batch=3, progress=False)[CELL]
-    files.save_tensors(training.harvest_path(made, "small", *CELL), factors, {})
+    files.save_tensors(made.harvest_path("small", *CELL), factors, {})
     for target in ("state", "write"):
-        training.train_one(made, "small", "main", CELL, target, settings, factors, factors, "0" * 16)
+        train_sae(made, "main", CELL, target, settings, factors)
     return made
 
 
 def test_the_stage_from_nothing(suite):
-    made = other_training.train_other(suite, "small")
-    assert made.write.tolist() == ["effective"] and made.target.tolist() == ["write"]
+    others = training.other_specs(suite, "small")
+    assert [(spec.write, spec.target) for spec in others] == [("effective", "write")]
+    training.train_all(suite, others)
     added = suite.sae("small", *CELL, "write")
-    other = other_training._sae(suite, "small", CELL, "write", "effective")
+    other = multiverse._sae(suite, "small", CELL, "write", "effective")
     assert not torch.equal(added.decoder.key, other.decoder.key)
     with pytest.raises(ValueError, match="effective"):
         suite.sae("small", *CELL, "write", "other")
@@ -419,38 +423,30 @@ def test_the_stage_from_nothing(suite):
 
 
 def test_what_is_there_is_read_again(suite, monkeypatch):
-    first = other_training.train_other(suite, "small")
+    first = training.train_all(suite, training.other_specs(suite, "small"))
     monkeypatch.setattr(training, "train_one", lambda *a: pytest.fail("trained again"))
-    pd.testing.assert_frame_equal(other_training.train_other(suite, "small"), first)
+    pd.testing.assert_frame_equal(training.train_all(suite, training.other_specs(suite, "small")), first)
     table = multiverse.firings_of_host(suite, "small", Settings())
     monkeypatch.setattr(multiverse, "measure", lambda *a: pytest.fail("measured again"))
     pd.testing.assert_frame_equal(multiverse.firings_of_host(suite, "small", Settings()), table)
 
 
 def test_hosts_without_other_writes_train_nothing(suite):
-    path = training.harvest_path(suite, "small", *CELL)
+    path = suite.harvest_path("small", *CELL)
     factors = files.load_tensors(path)[0]
     files.save_tensors(path, factors | dict(effective=factors["added"].clone()), {})
-    assert other_training.train_other(suite, "small").empty
+    assert training.other_specs(suite, "small") == []
 
 
 def test_every_head_of_the_layer(suite, monkeypatch):
-    """SAEs are asked for as notebook 02 makes them; a head with fewer firings than asked for gives all it has."""
-    asked = []
-
-    def task(*arguments):
-        inspect.signature(original).bind(*arguments)
-        asked.append(arguments[1:5])
-        cells = [(CELL[0], head) for head in range(4)]
-        factors = harvest(suite.only, suite.tokens, cells, batch=3, progress=False)
-        settings = suite.profile.saes.main
-        for cell, target in product(cells, ("state", "write")):
-            training.train_one(suite, "small", "survey", cell, target, settings, factors[cell], factors[cell], "0" * 16)
-
-    original = training.train_task
-    monkeypatch.setattr(training, "train_task", task)
+    """SAEs are trained as those of the survey are; a head with fewer firings than asked for gives all it has."""
+    settings = suite.profile.saes.main
+    monkeypatch.setattr(
+        suite,
+        "profile",
+        suite.profile.model_copy(update=dict(saes=suite.profile.saes.model_copy(update=dict(survey=settings)))),
+    )
     table = heads_and_seeds.heads_of_host(suite, "small", Settings())
-    assert asked == [("small", "survey", [CELL[0]], None)]
     counts = table.groupby(["target", "amplitude", "head"]).size()
     assert len(counts) == 2 * 2 * 4 and (counts == 15).all()
     heads = heads_and_seeds.per(heads_and_seeds.HEAD, table, 20, 0)
@@ -461,12 +457,12 @@ def test_every_head_of_the_layer(suite, monkeypatch):
 
 def test_every_seed_has_its_own_sae_and_firings(suite, monkeypatch):
     variants = [suite.profile.saes.main.model_copy(update=dict(seed=seed)) for seed in (0, 1)]
-    monkeypatch.setattr(variant_training, "seed_variants", lambda *_: variants)
+    monkeypatch.setattr(training, "seed_variants", lambda *_: variants)
     factors = harvest(suite.only, suite.tokens, [CELL], batch=3, progress=False)[CELL]
     for variant in variants:
-        role = variant_training.variant_name(variant)
+        role = training.variant_name(variant)
         for target in ("state", "write"):
-            training.train_one(suite, "small", role, CELL, target, variant, factors, factors, role)
+            train_sae(suite, role, CELL, target, variant, factors)
     table = heads_and_seeds.seeds_of_host(suite, "small", Settings())
     counts = table.groupby(["target", "amplitude", "seed"]).size()
     assert len(counts) == 2 * 2 * 2 and (counts == 20).all()

@@ -40,6 +40,18 @@ def adapter(family: str) -> type[Host]:
     return getattr(importlib.import_module(module), name)
 
 
+def family_of(folder: Path) -> str:
+    """Return the family of a model folder, from its config alone. Raises ValueError where no family has its class."""
+    settings = _settings(folder, folder)
+    if mamba2_release.is_release(settings):
+        return "mamba2"
+    classes = settings.get("architectures") or []
+    for family in FAMILIES:
+        if set(classes) & set(adapter(family).model_classes):
+            return family
+    raise ValueError(f"{folder} is of {', '.join(classes) or 'no class'}, and no host family has that class.")
+
+
 def without_triton() -> None:
     """Without CUDA, hide kernel packages from transformers.
 
