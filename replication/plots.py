@@ -1,4 +1,5 @@
-"""One look for all figures: colour-blind safe, vector PDF and PNG, written whole, provenance in the file name's folder."""
+"""One look for all figures: colour-blind safe, vector PDF and PNG, written whole, provenance in the file
+name's folder."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def style() -> None:
 
 
 def scale(table: pd.DataFrame, name: str) -> str:
-    """The scale of an axis of a column: "log" for half-lives unless all are infinite, which no such axis takes; else "linear"."""
+    """The scale of an axis of a column: "log" for half-lives unless all are infinite, which no such axis
+    takes; else "linear"."""
     return "log" if name == "half_life_median" and np.isfinite(table[name]).any() else "linear"
 
 
@@ -64,8 +66,8 @@ def mark_dry_run(figure: plt.Figure) -> None:
 
 
 def save(figure: plt.Figure, name: str, folder: Path) -> None:
-    """figures/<profile>/NAME.pdf and .png; each appears whole or not at all, and the same figure gives the same file.
-    A dry run's figures are marked as such."""
+    """figures/<profile>/NAME.pdf and .png; each appears whole or not at all, and the same figure gives the
+    same file. A dry run's figures are marked as such."""
     if dry_run():
         mark_dry_run(figure)
     for kind, metadata in (("pdf", {"CreationDate": None, "ModDate": None}), ("png", {"Software": None})):
@@ -81,7 +83,8 @@ def dodge(count: int, width: float = 0.24) -> np.ndarray:
 
 
 def with_interval(axes: plt.Axes, x, value, low, high, horizontal: bool = False, **options) -> None:
-    """Points with their intervals as error bars; `horizontal` lays the values along the x axis and `x` along the other.
+    """Points with their intervals as error bars; `horizontal` lays the values along the x axis and `x` along
+    the other.
 
     Where the interval does not hold the point, as that of a bootstrap need not, the bar ends at the point."""
     reach = np.clip([value - low, high - value], 0, None)
@@ -105,9 +108,10 @@ def panel(
 ) -> None:
     """Points with intervals at the categories of column `x`, those of different groups side by side.
 
-    by: the columns that make the groups; the first decides the colour, a second the marker. interval: the columns value,
-    low and high. order: the categories that are drawn (all, as they come). label: of a group, with its names for {}.
-    width: from the first group to the last, of a category's 1. step: between the points of one group and category.
+    by: the columns that make the groups; the first decides the colour, a second the marker. interval: the
+    columns value, low and high. order: the categories that are drawn (all, as they come). label: of a group,
+    with its names for {}. width: from the first group to the last, of a category's 1. step: between the
+    points of one group and category.
     """
     by = list(by) if isinstance(by, (list, tuple)) else [by]
     order = list(dict.fromkeys(table[x]) if order is None else order)
@@ -126,16 +130,19 @@ def panel(
 
 
 def boxes(axes: plt.Axes, values: Sequence, colours: Sequence[str], **options) -> None:
-    """A box a group of values, in its colour: median and quartiles, and whiskers to the last value within 1.5 box lengths."""
+    """A box a group of values, in its colour: median and quartiles, and whiskers to the last value within 1.5
+    box lengths."""
     drawn = axes.boxplot(values, showfliers=False, patch_artist=True, medianprops=dict(color="black"), **options)
     for box, colour in zip(drawn["boxes"], colours, strict=True):
         box.set(facecolor=colour, alpha=0.6)
 
 
 def r2_curves(axes: plt.Axes, summary: pd.DataFrame, value: str, low: str, high: str, floor: float = -1.0) -> None:
-    """R2 of each predictor against the size of the edit, eps, with its band; what lies below `floor` is drawn there.
+    """R2 of each predictor against the size of the edit, eps, with its band; what lies below `floor` is drawn
+    there.
 
-    Predictors of one value would hide one another, so that each is moved a little to the side (on the axis, not in eps)."""
+    Predictors of one value would hide one another, so that each is moved a little to the side (on the axis,
+    not in eps)."""
     groups = list(summary.groupby("predictor", sort=False))
     for shift, (name, part) in zip(dodge(len(groups), 0.12), groups, strict=True):
         eps, colour = part.eps * 10**shift, PREDICTOR[name]
@@ -152,8 +159,9 @@ def densities(axes: plt.Axes, table: pd.DataFrame, value: str, by: str, colours:
 
 
 def levels(axes: plt.Axes, table: pd.DataFrame, choices: Mapping[str, Sequence[str]]) -> None:
-    """The lower half of a specification curve: for each level of each choice a row of marks, one at every line of the
-    table (at its index) that has the level. A choice that the table leaves no freedom is not drawn."""
+    """The lower half of a specification curve: for each level of each choice a row of marks, one at every
+    line of the table (at its index) that has the level. A choice that the table leaves no freedom is not
+    drawn."""
     shown = [(c, x) for c, known in choices.items() for x in known if 0 < (table[c] == x).mean() < 1]
     for row, (choice, level) in enumerate(shown):
         there = table.index[table[choice] == level]

@@ -1,5 +1,5 @@
-"""The tables of the sweeps `cells` and `seeds`, read for page 11_every_cell: the replacement test in every recurrent cell of
-every host, and of three seeds of every head of the headline's layers."""
+"""The tables of the sweeps `cells` and `seeds`, read for page 11_every_cell: the replacement test in every
+recurrent cell of every host, and of three seeds of every head of the headline's layers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from writesae.evaluate.replacement import AMPLITUDES
 
 
 def by_amplitude(saes: pd.DataFrame) -> pd.DataFrame:
-    """A line an (SAE, amplitude) from a sweep's line an SAE, with the columns of replacement_by_cell: n, win_atom with
-    ci_low_atom and ci_high_atom, win_random, win_mean_write. SAEs that fire nowhere have no line."""
+    """A line an (SAE, amplitude) from a sweep's line an SAE, with the columns of replacement_by_cell: n,
+    win_atom with ci_low_atom and ci_high_atom, win_random, win_mean_write. SAEs that fire nowhere have no
+    line."""
     names = ["win_atom", "ci_low_atom", "ci_high_atom", "win_random", "win_mean_write"]
     tables = []
     for amplitude in AMPLITUDES:
@@ -22,8 +23,9 @@ def by_amplitude(saes: pd.DataFrame) -> pd.DataFrame:
 
 
 def targets_apart(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A line a (host, amplitude): win rates in the mean over cells, trained on states and on writes, and their difference,
-    with bootstrap intervals by cell; `write_ahead`: the cells in which training on writes has the higher rate.
+    """A line a (host, amplitude): win rates in the mean over cells, trained on states and on writes, and
+    their difference, with bootstrap intervals by cell; `write_ahead`: the cells in which training on writes
+    has the higher rate.
 
     cells: the table of `by_amplitude`, one SAE a cell and target."""
     rows, keys = [], ["host", "amplitude"]
@@ -38,10 +40,10 @@ def targets_apart(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
-    """A line a (host, target, amplitude): mean win rate over cells and seeds; `seed_sd`, the deviation of the seeds' means
-    over cells, with the least and the largest of these; `cell_sd`, what a cell's rate varies between seeds (root of the mean
-    variance within a cell); `sampling_sd`, what it would vary by the number of firings alone; `between_sd`, what cells differ
-    by (deviation of the cells' means over seeds)."""
+    """A line a (host, target, amplitude): mean win rate over cells and seeds; `seed_sd`, the deviation of the
+    seeds' means over cells, with the least and the largest of these; `cell_sd`, what a cell's rate varies
+    between seeds (root of the mean variance within a cell); `sampling_sd`, what it would vary by the number
+    of firings alone; `between_sd`, what cells differ by (deviation of the cells' means over seeds)."""
     rows, keys = [], ["host", "target", "amplitude"]
     for values, part in cells.groupby(keys, sort=False):
         wide = part.pivot(index=["layer", "head"], columns="seed", values="win_atom").dropna()

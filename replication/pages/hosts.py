@@ -20,8 +20,8 @@ from writesae.hosts.base import Host
 
 
 def choose_cells(survey: pd.DataFrame, section: HostSection) -> pd.DataFrame:
-    """The cell of each place: the rule's head, or in its layer the one whose sigma1/sigma2 is nearest (in ratio) to the
-    rule's. rule_sigma_ratio is missing where the rule names the head.
+    """The cell of each place: the rule's head, or in its layer the one whose sigma1/sigma2 is nearest (in
+    ratio) to the rule's. rule_sigma_ratio is missing where the rule names the head.
 
     Raises ValueError where the rule names a layer that has no cell, or a head that the layer does not have.
     """
@@ -48,8 +48,8 @@ CURVE = ["tokens", "training_loss", "heldout_loss"]
 
 
 def check_corpus(suite: Suite, host: str) -> list[str]:
-    """How the installed text differs from the text this host was trained on, in sentences; empty where it does not, and
-    where the profile has a corpus of its own."""
+    """How the installed text differs from the text this host was trained on, in sentences; empty where it
+    does not, and where the profile has a corpus of its own."""
     path = Path(suite.host_path(host)) / "corpus.json"
     return docstrings.check_manifest(path) if path.is_file() and not suite.profile.corpus else []
 
