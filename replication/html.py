@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -30,10 +31,7 @@ def spans(tokenizer, tokens: Sequence[int], firing: dict[int, float], position: 
     atom fires, with a third element, 1, for the token at `position` itself. firing: position ->
     coefficient."""
     parts, waiting = [], []
-
-    def decode(ids: list[int]) -> str:
-        return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     for t in range(max(0, position - BEFORE), min(len(tokens), position + AFTER + 1)):
         if t not in firing:
             waiting.append(tokens[t])

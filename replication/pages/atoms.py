@@ -73,7 +73,8 @@ def with_atoms(table: pd.DataFrame, alive: pd.DataFrame) -> pd.DataFrame:
     classes = alive[[*ATOM_KEYS, "class", "cosine", "firings"]].rename(columns=dict(cosine="atom_cosine"))
     table = table.merge(classes, how="left", on=ATOM_KEYS, validate="many_to_one")
     if table["class"].isna().any():
-        raise ValueError(f"{int(table['class'].isna().sum())} of {len(table)} rows are of atoms that have no class.")
+        missing = int(table["class"].isna().sum())
+        raise ValueError(f"{missing} of {len(table)} rows are of atoms that have no class.")
     return table
 
 
@@ -114,7 +115,8 @@ def class_axes(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     for values, part in table.groupby(keys, sort=False):
         for axis in AXES:
             register, bundle = (part.loc[part["class"] == name, axis] for name in CLASSES)
-            row = dict(zip(keys, values, strict=True), axis=axis, n_register=len(register), n_bundle=len(bundle))
+            row = dict(zip(keys, values, strict=True), axis=axis)
+            row |= dict(n_register=len(register), n_bundle=len(bundle))
             row |= dict(register_median=register.median(), bundle_median=bundle.median())
             row |= dict.fromkeys(["cliffs_delta", "ci_low", "ci_high", "p"], np.nan)
             if min(len(register), len(bundle)) > 1:
@@ -130,7 +132,8 @@ def by_cosine(
     """Return Table 13: one row per bin of the atom's median cosine, low <= cosine < high, with the share of
     firings at which the atom wins over deletion; bootstrap by atom."""
     binned = with_atoms(firings.assign(win=firings.kl_atom < firings.kl_delete), alive)
-    names = [f"below {edges[0]:g}", *(f"{a:g} to {b:g}" for a, b in pairwise(edges)), f"{edges[-1]:g} and above"]
+    between = [f"{a:g} to {b:g}" for a, b in pairwise(edges)]
+    names = [f"below {edges[0]:g}", *between, f"{edges[-1]:g} and above"]
     binned["cosine_bin"] = pd.cut(binned.atom_cosine, [-np.inf, *edges, np.inf], right=False, labels=names)
     rows, keys = [], ["host", "layer", "head", "target", "amplitude", "cosine_bin"]
     for values, part in binned.groupby(keys, observed=True):
@@ -141,13 +144,12 @@ def by_cosine(
     return pd.DataFrame(rows)
 
 
-def class_tables(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def class_tables(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
     """Write results population_axes.csv and population_by_cosine.csv, from the alive atoms and notebook 07's
     firings."""
-    parts = [
-        axes_per_atom(part, alive, Scan(suite, name).scanned()) for name, part in firings.groupby("host", sort=False)
-    ]
-    axes, bins = class_axes(pd.concat(parts), suite.profile.seed), by_cosine(firings, alive, seed=suite.profile.seed)
+    hosts, seed = firings.groupby("host", sort=False), suite.profile.seed
+    parts = [axes_per_atom(part, alive, Scan(suite, name).scanned()) for name, part in hosts]
+    axes, bins = class_axes(pd.concat(parts), seed), by_cosine(firings, alive, seed=seed)
     return suite.write("population_axes", axes), suite.write("population_by_cosine", bins)
 
 
@@ -157,9 +159,9 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
     profile, tables, every = suite.profile, [], []
     for name in profile.hosts:
         scan, cell = Scan(suite, name), suite.cell(name, profile.section("atoms", name).place)
-        groups = [(*place, target, "main", profile.seed) for place in scan.places for target in profile.saes.targets]
-        variants = [(variant_name(v), v.seed) for v in host_variants(suite, name)]
-        groups += [(*cell, target, *variant) for variant in variants for target in profile.saes.targets]
+        targets, variants = profile.saes.targets, host_variants(suite, name)
+        groups = [(*place, target, "main", profile.seed) for place in scan.places for target in targets]
+        groups += [(*cell, target, variant_name(v), v.seed) for v in variants for target in targets]
         saes = [Path(f"{suite.sae_stem(name, *group[:4])}.safetensors") for group in groups]
         inputs = dict(data=profile.data, seed=profile.seed, saes=saes, groups=groups)
         tables.append(suite.staged("atoms", name, groups, scan.alive, [__name__], inputs))
@@ -180,7 +182,7 @@ def main_firings(suite: Suite, host_name: str, scan: Scan | None = None) -> pd.D
     return suite.staged("atom_firings", host_name, groups, compute, [__name__], inputs)
 
 
-def tables(suite: Suite, alive: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def tables(suite: Suite, alive: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
     """Write results atom_partition.csv and atom_mixtures.csv (all SAEs), atom_thresholds.csv (main SAEs)."""
     seed, counts, orders, sweeps = suite.profile.seed, [], [], []
     for values, part in alive.groupby(SAE_KEYS, sort=False):
@@ -190,16 +192,16 @@ def tables(suite: Suite, alive: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFram
         if where["role"] == "main":
             taus = suite.profile.section("atoms", where["host"]).taus
             sweeps.append(thresholds(part.cosine, taus).assign(**where))
-    orders, sweeps = (pd.concat(x)[SAE_KEYS + [c for c in x[0] if c not in SAE_KEYS]] for x in (orders, sweeps))
+    orders, sweeps = (pd.concat(x).set_index(SAE_KEYS).reset_index() for x in (orders, sweeps))
     written = suite.write("atom_partition", pd.DataFrame(counts)), suite.write("atom_mixtures", orders)
     return *written, suite.write("atom_thresholds", sweeps)
 
 
-def seeds(suite: Suite, alive: pd.DataFrame, parts: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def seeds(suite: Suite, alive: pd.DataFrame, parts: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
     """Write results atom_seeds.csv (variation of the counts over seeds), atom_matches.csv (one row per alive
     atom and other seed) and atom_match_shares.csv, for hosts with variants of several seeds. parts:
     atom_partition.csv."""
-    variations, found = [], []
+    variations, found, shares = [], [], []
     for name in suite.profile.hosts:
         settings = suite.profile.section("atoms", name)
         k = getattr(suite.profile.section("saes", name), settings.training).k
@@ -208,27 +210,31 @@ def seeds(suite: Suite, alive: pd.DataFrame, parts: pd.DataFrame) -> tuple[pd.Da
             where = {c: part[c].iloc[0] for c in ("host", "layer", "head", "target", "k", "n_atoms")}
             for counted in ("alive", "registers", "bundles"):
                 variations.append(where | dict(counted=counted) | variation(part[counted]))
-            saes = {r.seed: suite.sae(name, r.layer, where["head"], target, r.role) for r in part.itertuples()}
+            cell, roles = (where["layer"], where["head"]), zip(part.seed, part.role)
+            saes = {seed: suite.sae(name, *cell, target, role) for seed, role in roles}
             classes = alive[(alive.host == name) & (alive.target == target) & alive.role.isin(part.role)]
-            pairs = matches(saes, suite.profile.seed).merge(classes[["seed", "atom", "class"]], on=["seed", "atom"])
-            found.append(pairs.assign(**where))
-    shares = [match_shares(x, suite.profile.seed).assign(host=x.host.iloc[0], target=x.target.iloc[0]) for x in found]
+            pairs = matches(saes, suite.profile.seed)
+            pairs = pairs.merge(classes[["seed", "atom", "class"]], on=["seed", "atom"]).assign(**where)
+            found.append(pairs)
+            shares.append(match_shares(pairs, suite.profile.seed).assign(host=name, target=target))
     written = suite.write("atom_seeds", pd.DataFrame(variations)), suite.write("atom_matches", pd.concat(found))
     return *written, suite.write("atom_match_shares", pd.concat(shares))
 
 
-def exemplars(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def exemplars(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
     """Write results atom_exemplars.csv (with the tokens at which each fires most) and atom_contexts.csv."""
     contexts, tokens, main = [], [], alive[alive.role == "main"]
     for name, part in firings.groupby("host", sort=False):
         tokenizer, windows = suite.host(name).tokenizer, firing_windows(suite, name)
         settings = suite.profile.section("atoms", name)
         able = main[(main.host == name) & (main.place == settings.place)]
-        chosen = [choose_exemplars(x, settings.exemplars, settings.fewest_passages) for _, x in able.groupby("target")]
+        rule = settings.exemplars, settings.fewest_passages
+        chosen = [choose_exemplars(rows, *rule) for _, rows in able.groupby("target")]
         part = part.merge(pd.concat(chosen)[ATOM_KEYS], on=ATOM_KEYS)
         contexts.append(top_contexts(tokenizer, windows, part, settings.contexts))
         for keys, rows in part.groupby(ATOM_KEYS, sort=False):
-            tokens.append(dict(zip(ATOM_KEYS, keys, strict=True), tokens=frequent_tokens(tokenizer, windows, rows)))
+            frequent = frequent_tokens(tokenizer, windows, rows)
+            tokens.append(dict(zip(ATOM_KEYS, keys, strict=True), tokens=frequent))
     table = pd.DataFrame(tokens).merge(main, on=ATOM_KEYS)
     contexts = pd.concat(contexts).merge(table[[*ATOM_KEYS, "class"]], on=ATOM_KEYS)
     return suite.write("atom_exemplars", table), suite.write("atom_contexts", contexts)

@@ -32,8 +32,9 @@ def matches(seeds: dict[int, SAE], seed: int = 0) -> pd.DataFrame:
     for number, other in permutations(seeds, 2):
         atoms, (key, value) = seeds[number].atoms(), seeds[other].atoms()
         permuted = value[torch.randperm(len(value), generator=torch.Generator().manual_seed(seed))]
-        best = dict(best=best_match(atoms, (key, value)).numpy(), chance=best_match(atoms, (key, permuted)).numpy())
-        tables.append(pd.DataFrame(dict(seed=number, other_seed=other, atom=range(len(atoms[0])), **best)))
+        best, chance = (best_match(atoms, (key, side)).numpy() for side in (value, permuted))
+        table = dict(seed=number, other_seed=other, atom=range(len(atoms[0])), best=best, chance=chance)
+        tables.append(pd.DataFrame(table))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -44,7 +45,8 @@ def choose_exemplars(alive: pd.DataFrame, counts: dict[str, int], fewest_passage
     """Return the counts[class] atoms of each class with the most firings, among those that fire in enough
     passages."""
     able = alive[alive.passages >= fewest_passages]
-    return pd.concat([able[able["class"] == name].nlargest(count, "firings") for name, count in counts.items()])
+    tables = [able[able["class"] == name].nlargest(count, "firings") for name, count in counts.items()]
+    return pd.concat(tables)
 
 
 def marked(tokenizer, tokens: Sequence[int], position: int, before: int = 14, after: int = 6) -> str:
@@ -70,14 +72,14 @@ def top_firings(firings: pd.DataFrame, count: int) -> pd.DataFrame:
 def top_contexts(tokenizer, windows: Windows, firings: pd.DataFrame, count: int) -> pd.DataFrame:
     """Return `top_firings` with the `text` around each."""
     top = top_firings(firings, count)
-    return top.assign(
-        text=[marked(tokenizer, windows.tokens[row.window].tolist(), row.position) for row in top.itertuples()]
-    )
+    places = zip(top.window, top.position)
+    return top.assign(text=[marked(tokenizer, windows.tokens[row].tolist(), at) for row, at in places])
 
 
 def frequent_tokens(tokenizer, windows: Windows, firings: pd.DataFrame, count: int = 3) -> str:
     """Return the tokens at which an atom fires most often, with their shares of its firings."""
-    tokens = windows.tokens[torch.tensor(firings.window.to_numpy()), torch.tensor(firings.position.to_numpy())]
+    window, position = (torch.tensor(firings[name].to_numpy()) for name in ("window", "position"))
+    tokens = windows.tokens[window, position]
     shares = pd.Series(tokens.numpy()).value_counts(normalize=True).head(count)
     return ", ".join(f"{_text(tokenizer, [token])!r} {share:.0%}" for token, share in shares.items())
 
@@ -85,8 +87,8 @@ def frequent_tokens(tokenizer, windows: Windows, firings: pd.DataFrame, count: i
 def sides(subject: Subject, firings: pd.DataFrame) -> pd.DataFrame:
     """Return one row per atom: medians over its firings of |cosine| of its key with the write's key, and of
     its value with the write's value."""
-    window, position, atom = (torch.tensor(firings[name].to_numpy()) for name in ("window", "position", "atom"))
-    cosines = {}
+    places, cosines = firings[["window", "position", "atom"]].to_numpy().T, {}
+    window, position, atom = map(torch.tensor, places)
     for name, side in zip(("key", "value"), subject.sae.atoms(), strict=True):
         native = F.normalize(getattr(subject.writes, name)[window, position], dim=-1)
         cosines[f"cosine_{name}"] = (side[atom] * native).sum(-1).abs().numpy()

@@ -32,12 +32,12 @@ HORIZON = 1  # tokens from the write to the logits
 
 
 def token_shifts(
-    host: Host, run: Run, cell: tuple[int, int], write: str, rows, position, key: torch.Tensor, value: torch.Tensor
+    host: Host, run: Run, cell: tuple[int, int], write: str, rows, position, key, value
 ) -> dict[str, torch.Tensor]:
     """Return the shifts of all tokens at R firings: kind -> [R, vocabulary].
 
-    rows, position [R]: where the firings are in the run; key [R, d_k], value [R, d_v]: the unit atom that is
-    added.
+    rows, position [R], int64: where the firings are in the run; key [R, d_k], value [R, d_v]: the unit atom
+    that is added.
     """
     factors = host.factors(run, *cell)
     norm = factors.key[rows, position].norm(dim=-1) * factors.write(write)[rows, position].norm(dim=-1)
@@ -58,7 +58,7 @@ def token_shifts(
 
 @torch.no_grad()
 def mean_shifts(
-    host: Host, windows: Windows, saes: list[tuple[tuple[int, int], SAE, pd.DataFrame]], write: str, batch: int
+    host: Host, windows: Windows, saes: list[tuple[tuple, SAE, pd.DataFrame]], write: str, batch: int
 ) -> list[dict[str, torch.Tensor]]:
     """Return for each SAE the mean shifts of its atoms, kind -> [n_atoms, vocabulary]; 0 for atoms without a
     firing.
@@ -76,7 +76,8 @@ def mean_shifts(
                 continue
             rows = torch.from_numpy(np.searchsorted(chunk, part.window))
             position, atom = (torch.tensor(part[name].to_numpy()) for name in ("position", "atom"))
-            shifts = token_shifts(host, run, cell, write, rows, position, *(side[atom] for side in sae.atoms()))
+            key, value = (side[atom] for side in sae.atoms())
+            shifts = token_shifts(host, run, cell, write, rows, position, key, value)
             for kind in KINDS:
                 totals[kind].index_add_(0, atom, shifts[kind].float())
     for totals, (_, sae, firings) in zip(sums, saes, strict=True):
@@ -95,13 +96,15 @@ def top_tokens(shifts: dict[str, torch.Tensor], firings: pd.DataFrame, count: in
     """
     atoms, n = np.unique(firings.atom, return_counts=True)
     measured, tables = shifts["measured"][atoms], []
+    total = (measured - measured.mean(1, keepdim=True)).square().sum(1)
     for kind in KINDS:
         means = shifts[kind][atoms]
-        r2 = 1 - (measured - means).square().sum(1) / (measured - measured.mean(1, keepdim=True)).square().sum(1)
+        r2 = 1 - (measured - means).square().sum(1) / total
         for sign, direction in ((1, "promoted"), (-1, "demoted")):
             top = (sign * means).topk(count)
             table = dict(atom=atoms.repeat(count), kind=kind, direction=direction)
             table |= dict(rank=np.tile(np.arange(1, count + 1), len(atoms)), token=top.indices.flatten())
             table |= dict(shift=sign * top.values.flatten(), n=n.repeat(count))
-            tables.append(pd.DataFrame(table).assign(r2=np.nan if kind == "measured" else r2.numpy().repeat(count)))
+            table |= dict(r2=np.nan if kind == "measured" else r2.repeat_interleave(count))
+            tables.append(pd.DataFrame(table))
     return pd.concat(tables, ignore_index=True)
