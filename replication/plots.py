@@ -1,4 +1,4 @@
-"""One look for all figures: colour-blind safe, vector PDF and PNG, written whole, provenance in the file name's folder."""
+"""The style of all figures: colour-blind safe colours, and files (PDF and PNG) that are written whole."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ TARGET = dict(state=COLOURS[3], write=COLOURS[0])
 PREDICTOR = dict(paper=COLOURS[3], paper_fitted=COLOURS[1], transport=COLOURS[9], exact=COLOURS[0])
 DIRECTION = dict(paper=COLOURS[3], gamma=COLOURS[0])
 DRY_RUN = "DRY RUN"
-PAPER = dict(color="0.35", linestyle=":", linewidth=1.2)  # every line that shows a number of the paper
-DASHES = dict(color="0.35", linestyle="none", marker="_", markersize=18)  # numbers to compare with, one a category
-EVEN = dict(color="0.8", linewidth=0.8)  # every line at which nothing is won or lost
+PAPER = dict(color="0.35", linestyle=":", linewidth=1.2)  # lines at a number of the paper
+DASHES = dict(color="0.35", linestyle="none", marker="_", markersize=18)  # numbers to compare with
+EVEN = dict(color="0.8", linewidth=0.8)  # lines at which nothing is won or lost
 MARKERS = "osD^"
 
 
@@ -51,21 +51,22 @@ def style() -> None:
 
 
 def scale(table: pd.DataFrame, name: str) -> str:
-    """The scale of an axis of a column: "log" for half-lives unless all are infinite, which no such axis takes; else "linear"."""
+    """Return the axis scale for a column: "log" for half-lives unless all are infinite, else "linear"."""
     return "log" if name == "half_life_median" and np.isfinite(table[name]).any() else "linear"
 
 
 def mark_dry_run(figure: plt.Figure) -> None:
-    """DRY RUN across the figure, once."""
+    """Write DRY RUN across the figure, once."""
     if not any(text.get_gid() == DRY_RUN for text in figure.texts):
-        options = dict(ha="center", va="center", rotation=25, color="0.2", alpha=0.25, weight="bold", zorder=1000)
+        options = dict(ha="center", va="center", rotation=25, weight="bold", color="0.2", alpha=0.25)
         size = 12 * min(figure.get_size_inches()[0], 2 * figure.get_size_inches()[1])
-        figure.text(0.5, 0.5, DRY_RUN, fontsize=size, gid=DRY_RUN, in_layout=False, **options)
+        figure.text(0.5, 0.5, DRY_RUN, fontsize=size, gid=DRY_RUN, in_layout=False, zorder=1000, **options)
 
 
 def save(figure: plt.Figure, name: str, folder: Path) -> None:
-    """figures/<profile>/NAME.pdf and .png; each appears whole or not at all, and the same figure gives the same file.
-    A dry run's figures are marked as such."""
+    """Write figures/<profile>/NAME.pdf and .png, each whole or not at all.
+
+    The same figure gives the same file; the figures of a dry run are marked."""
     if dry_run():
         mark_dry_run(figure)
     for kind, metadata in (("pdf", {"CreationDate": None, "ModDate": None}), ("png", {"Software": None})):
@@ -76,14 +77,14 @@ def save(figure: plt.Figure, name: str, folder: Path) -> None:
 
 
 def dodge(count: int, width: float = 0.24) -> np.ndarray:
-    """Shifts [count], `width` from the first to the last, that put so many points side by side."""
+    """Return shifts [count] that put so many points side by side, `width` from the first to the last."""
     return np.linspace(-width / 2, width / 2, count) if count > 1 else np.zeros(count)
 
 
 def with_interval(axes: plt.Axes, x, value, low, high, horizontal: bool = False, **options) -> None:
-    """Points with their intervals as error bars; `horizontal` lays the values along the x axis and `x` along the other.
+    """Draw points with their intervals as error bars; `horizontal` draws the values along the x axis.
 
-    Where the interval does not hold the point, as that of a bootstrap need not, the bar ends at the point."""
+    If an interval excludes its point, as a bootstrap interval can, the bar ends at the point."""
     reach = np.clip([value - low, high - value], 0, None)
     places = dict(x=value, y=x, xerr=reach) if horizontal else dict(x=x, y=value, yerr=reach)
     axes.errorbar(**places, **dict(linestyle="none", marker="o", capsize=2, markersize=4) | options)
@@ -103,12 +104,12 @@ def panel(
     horizontal: bool = False,
     **options,
 ) -> None:
-    """Points with intervals at the categories of column `x`, those of different groups side by side.
+    """Draw points with intervals at the categories of column `x`, the groups side by side.
 
-    by: the columns that make the groups; the first decides the colour, a second the marker. interval: the columns value,
-    low and high. order: the categories that are drawn (all, as they come). label: of a group, with its names for {}.
-    width: from the first group to the last, of a category's 1. step: between the points of one group and category.
-    """
+    by: the columns that define the groups; the first sets the colour, a second one the marker. interval: the
+    columns value, low and high. order: the categories to draw (default: all, as they come). label: a format
+    of a group's names. width: from the first group to the last, of a category's 1. step: between points of
+    one group and category."""
     by = list(by) if isinstance(by, (list, tuple)) else [by]
     order = list(dict.fromkeys(table[x]) if order is None else order)
     markers = dict(zip(dict.fromkeys(table[by[1]]), MARKERS)) if len(by) > 1 else {}
@@ -126,38 +127,44 @@ def panel(
 
 
 def boxes(axes: plt.Axes, values: Sequence, colours: Sequence[str], **options) -> None:
-    """A box a group of values, in its colour: median and quartiles, and whiskers to the last value within 1.5 box lengths."""
-    drawn = axes.boxplot(values, showfliers=False, patch_artist=True, medianprops=dict(color="black"), **options)
+    """Draw one box per group of values in its colour: median, quartiles, whiskers to the last value within
+    1.5 box lengths."""
+    look = dict(showfliers=False, patch_artist=True, medianprops=dict(color="black"))
+    drawn = axes.boxplot(values, **look, **options)
     for box, colour in zip(drawn["boxes"], colours, strict=True):
         box.set(facecolor=colour, alpha=0.6)
 
 
-def r2_curves(axes: plt.Axes, summary: pd.DataFrame, value: str, low: str, high: str, floor: float = -1.0) -> None:
-    """R2 of each predictor against the size of the edit, eps, with its band; what lies below `floor` is drawn there.
+def r2_curves(axes: plt.Axes, summary: pd.DataFrame, value: str, low: str, high: str, floor=-1.0) -> None:
+    """Draw R2 of each predictor, with its band, against the size of the edit, eps; values below `floor` at
+    the floor.
 
-    Predictors of one value would hide one another, so that each is moved a little to the side (on the axis, not in eps)."""
+    Each predictor is shifted a little along the axis, so that equal values do not hide one another."""
     groups = list(summary.groupby("predictor", sort=False))
     for shift, (name, part) in zip(dodge(len(groups), 0.12), groups, strict=True):
         eps, colour = part.eps * 10**shift, PREDICTOR[name]
-        axes.plot(eps, part[value].clip(lower=floor), "o-", markersize=4, linewidth=1, color=colour, label=name)
-        axes.fill_between(eps, part[low].clip(lower=floor), part[high].clip(lower=floor), alpha=0.15, color=colour)
+        middle, bottom, top = (part[column].clip(lower=floor) for column in (value, low, high))
+        axes.plot(eps, middle, "o-", markersize=4, linewidth=1, color=colour, label=name)
+        axes.fill_between(eps, bottom, top, alpha=0.15, color=colour)
     axes.set(xscale="log", xlabel="size of the edit (native write norms)")
 
 
 def densities(axes: plt.Axes, table: pd.DataFrame, value: str, by: str, colours: Mapping[str, str]) -> None:
-    """Kernel density of a column, a curve for each level of `by`."""
+    """Draw the kernel density of a column, one curve per level of `by`."""
     for name, rows in table.groupby(by, sort=False):
         look = dict(color=colours[name], label=f"{name}, n = {len(rows):,}")
         sns.kdeplot(x=rows[value], ax=axes, bw_adjust=0.5, **look)
 
 
 def levels(axes: plt.Axes, table: pd.DataFrame, choices: Mapping[str, Sequence[str]]) -> None:
-    """The lower half of a specification curve: for each level of each choice a row of marks, one at every line of the
-    table (at its index) that has the level. A choice that the table leaves no freedom is not drawn."""
-    shown = [(c, x) for c, known in choices.items() for x in known if 0 < (table[c] == x).mean() < 1]
+    """Draw the lower half of a specification curve: for each level of each choice a row of marks, one at
+    every row of the table (at its index) with that level. A choice with a single level in the table is not
+    drawn."""
+    shown = [(c, level) for c, all_levels in choices.items() for level in all_levels]
+    shown = [(c, level) for c, level in shown if 0 < (table[c] == level).mean() < 1]
     for row, (choice, level) in enumerate(shown):
-        there = table.index[table[choice] == level]
+        places = table.index[table[choice] == level]
         colour = COLOURS[list(choices).index(choice)]
-        axes.plot(there, np.full(len(there), row), "|", markersize=5, markeredgewidth=0.4, color=colour)
+        axes.plot(places, np.full(len(places), row), "|", markersize=5, markeredgewidth=0.4, color=colour)
     axes.set_yticks(range(len(shown)), [f"{c}: {x}" for c, x in shown], fontsize=6)
     axes.invert_yaxis()

@@ -1,10 +1,10 @@
-"""The atom browser: every atom of every cell on one page, figures/<profile>/atoms.html, which opens from disk.
+"""The atom browser: every atom of every cell on one page, figures/<profile>/atoms.html, opened from disk.
 
     python -m replication.commands.browser --profile mini
 
-Numbers come from the tables in results/<profile> as the notebooks left them; contexts, histograms and promoted tokens
-are worked out from the trained SAEs in build/<profile>, once, and kept there. The page (browser.html beside this file)
-holds its data as JSON and asks nothing of a network.
+All numbers are read from tables: those in results/<profile>, the firings that notebook 03 leaves in
+build/<profile>, and the promoted tokens, which are computed once and kept there too. The page (browser.html
+beside this file) holds its data as JSON and uses no network.
 """
 
 from __future__ import annotations
@@ -14,322 +14,273 @@ import base64
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from replication.classes import Scan
-from replication.html import PROMOTED_FIRINGS, contexts, fires_on, plain
-from replication.pages import promoted as promoted_module
+from replication.html import contexts, fires_on, plain
+from replication.pages import atoms as atoms_page
+from replication.pages import promoted as promoted_page
 from replication.pages.replacement import CONTROLS
 from replication.plots import CONDITION
 from replication.statistics import wilson
 from replication.study.stages import rows_with
 from replication.study.study import Suite, open_suite
-from writesae.evaluate import promoted
-from writesae.evaluate.atoms import ATOM_KEYS, top_contexts
+from writesae.evaluate.atoms import ATOM_KEYS
+from writesae.evaluate.promoted import KINDS
 from writesae.evaluate.replacement import AMPLITUDES, CONDITIONS
 from writesae.files import ArtifactError, read_sidecar, write_atomically
+from writesae.text import Windows
 
 TEMPLATE = Path(__file__).with_name("browser.html")
 REQUIRED = dict(cells="00_hosts", saes="02_train_saes", atoms="03_atoms", replacement="05_replacement")
-OPTIONAL = dict(
-    replacement_by_cell="05_replacement",
-    logit_shift="04_logit_shift",
-    population="07_population",
-    cache_preferred="09_cache_edits",
-)
+OPTIONAL = dict(replacement_by_cell="05_replacement", logit_shift="04_logit_shift")
+OPTIONAL |= dict(population="07_population", cache_preferred="09_cache_edits")
 COEFFICIENT_BINS, POSITION_BINS = 20, 16
-CONTEXTS = 4  # of each atom
+CONTEXTS = 4  # per atom
 TOKENS = 4  # promoted and demoted tokens of each kind
-MOST_BYTES = 5_000_000
+MAXIMUM_BYTES = 5_000_000
 
 
 # Tables
 
 
 def read_tables(suite: Suite) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """The tables that the page shows, and a sentence for each one that is missing and that it can do without.
+    """Return the tables that the page shows, and a sentence for each optional one that is missing.
 
-    Raises ArtifactError, with one sentence that names the notebook, where a table is missing that it cannot do without.
+    Raises ArtifactError, with one sentence that names the notebook, if a required table is missing.
     """
     tables, notes = {}, []
     for name, notebook in (REQUIRED | OPTIONAL).items():
         if (suite.paths.results / f"{name}.csv").is_file():
             tables[name] = suite.table(name)
             continue
-        folder, made = suite.paths.results.name, f"`make {notebook} PROFILE={suite.profile.name}` makes it"
+        folder, remedy = suite.paths.results.name, f"`make {notebook} PROFILE={suite.profile.name}` makes it"
         if name in REQUIRED:
-            raise ArtifactError(f"The table {name}.csv is missing in results/{folder}: {made}.")
-        notes.append(f"Not shown here: the table {name}.csv is missing in results/{folder}; {made}.")
+            raise ArtifactError(f"The table {name}.csv is missing in results/{folder}: {remedy}.")
+        notes.append(f"Not shown here: the table {name}.csv is missing in results/{folder}; {remedy}.")
     return tables, notes
 
 
 def of_cell(table: pd.DataFrame, where: dict) -> pd.DataFrame:
-    """The rows of a table in which the columns have these values; columns that the table lacks do not count."""
+    """Return the rows in which the columns have these values; columns that the table lacks do not count."""
     return rows_with(table, **{name: value for name, value in where.items() if name in table})
 
 
-def intervals(wins: Sequence[int], counts: Sequence[int]) -> dict[str, list]:
-    """Wilson's interval of each share, as lists low and high."""
-    found = [wilson(int(w), int(n)) for w, n in zip(wins, counts, strict=True)]
-    return dict(low=plain([x.low for x in found], 3), high=plain([x.high for x in found], 3))
+def intervals(wins, counts) -> dict[str, list]:
+    """Return Wilson's interval of each share of wins, as lists low and high; None for a count of None."""
+    ends = [wilson(won, n) if n else (None, None) for won, n in zip(wins, counts, strict=True)]
+    return dict(low=plain([low for low, _ in ends], 3), high=plain([high for _, high in ends], 3))
 
 
-def tested(firings: pd.DataFrame, atoms: Sequence[int]) -> dict[str, dict]:
-    """What the replacement test says of each atom, for each amplitude; lists in the order of `atoms`, None where an atom
-    was not tested.
+def tested(firings: pd.DataFrame, atoms: list[int]) -> dict[str, dict]:
+    """Return the replacement test of each atom, per amplitude; lists in the order of `atoms`, None if
+    untested.
 
-    n firings, wins of the atom over deletion with Wilson's interval, kl: the mean KL of each condition in nats; beats:
-    on how many firings a control has the lower KL than deletion; beaten: on how many the atom has the lower KL than it.
-    All of read scope "write"; cache_wins of cache_n is the atom over deletion where only later tokens read the edit.
+    n firings; wins of the atom over deletion, with Wilson's interval; kl: the mean KL of each condition in
+    nats; beats: firings at which a control has a lower KL than deletion; beaten: at which the atom has a
+    lower KL than the control. Read scope "write"; cache_wins of cache_n: the atom over deletion in scope
+    "cache".
     """
-    found = {}
+
+    def counts(table: pd.DataFrame, **columns) -> dict[str, list]:
+        sums = table[["atom"]].assign(**columns).groupby("atom").sum().reindex(atoms)
+        return {name: plain(sums[name]) for name in columns}
+
+    tests, firings = {}, firings.assign(win=firings.kl_atom < firings.kl_delete)
     for amplitude in AMPLITUDES:
-        part = firings[firings.amplitude == amplitude]
-        cache, part = part[part["read"] == "cache"], part[part["read"] == "write"]
-        there = [name for name in CONDITIONS if f"kl_{name}" in part and part[f"kl_{name}"].notna().any()]
-        controls = [name for name in there if name in CONTROLS]
-        told = part.assign(n=1, wins=part.kl_atom < part.kl_delete)
-        beats = {f"beats_{x}": told[f"kl_{x}"] < told.kl_delete for x in controls}
-        beaten = {f"beaten_{x}": told.kl_atom < told[f"kl_{x}"] for x in controls}
-        told = told.assign(**beats, **beaten)
-        counts = told.groupby("atom")[["n", "wins", *beats, *beaten]].sum()
-        means = told.groupby("atom")[[f"kl_{x}" for x in there]].mean().reindex(atoms)
-        row = intervals(counts.wins, counts.n)
-        counts = counts.assign(**row).reindex(atoms)
-        found[amplitude] = {name: plain(counts[name]) for name in ("n", "wins", "low", "high")} | dict(
-            kl={x: plain(means[f"kl_{x}"], 3) for x in there},
-            beats={x: plain(counts[f"beats_{x}"]) for x in controls},
-            beaten={x: plain(counts[f"beaten_{x}"]) for x in controls},
-        )
-        if len(cache):
-            later = cache.assign(n=1, wins=cache.kl_atom < cache.kl_delete).groupby("atom")[["n", "wins"]].sum()
-            later = later.reindex(atoms)
-            found[amplitude] |= dict(cache_n=plain(later.n), cache_wins=plain(later.wins))
-    return found
+        table, later = (rows_with(firings, amplitude=amplitude, read=read) for read in ("write", "cache"))
+        kl = {name: table[f"kl_{name}"] for name in CONDITIONS if f"kl_{name}" in table}
+        kl = {name: column for name, column in kl.items() if column.notna().any()}
+        controls = [name for name in kl if name in CONTROLS]
+        means = pd.DataFrame(kl).groupby(table.atom).mean().reindex(atoms)
+        row = counts(table, n=1, wins=table.win)
+        row |= intervals(row["wins"], row["n"]) | dict(kl={name: plain(means[name], 3) for name in kl})
+        row["beats"] = counts(table, **{name: kl[name] < kl["delete"] for name in controls})
+        row["beaten"] = counts(table, **{name: kl["atom"] < kl[name] for name in controls})
+        tests[amplitude] = row | (counts(later, cache_n=1, cache_wins=later.win) if len(later) else {})
+    return tests
 
 
 def drawn(population: pd.DataFrame) -> dict[int, dict]:
-    """What the population test says of each atom that it drew: atom -> amplitude -> n, wins, low, high."""
-    found: dict[int, dict] = {}
-    for row in population.itertuples():
-        wins = round(row.win_rate * row.firings)
-        interval = intervals([wins], [row.firings])
-        one = dict(n=row.firings, wins=wins, low=interval["low"][0], high=interval["high"][0])
-        found.setdefault(row.atom, {})[row.amplitude] = one
-    return found
+    """Return the population test of each atom in it: atom -> amplitude -> n, wins, low, high."""
+    wins = (population.win_rate * population.firings).round().astype(int)
+    columns = dict(n=population.firings, wins=wins, **intervals(wins, population.firings))
+    table = population[["atom", "amplitude"]].assign(**columns).set_index("amplitude")
+    return {atom: part[list(columns)].to_dict("index") for atom, part in table.groupby("atom")}
 
 
 def scored(shifts: pd.DataFrame) -> dict:
-    """R2 of the logit-shift predictors: the sizes eps, n prompts, and atom -> predictor -> R2 at each eps."""
+    """Return R2 of the logit-shift predictors: sizes eps, n prompts, atom -> predictor -> R2 at each eps."""
     if shifts.empty:
         return {}
     wide = shifts.pivot(index=["atom", "predictor"], columns="eps", values="r2")
-    rows: dict[int, dict] = {}
+    atoms: dict[int, dict] = {}
     for (atom, predictor), values in wide.iterrows():
-        rows.setdefault(int(atom), {})[predictor] = plain(values, 3)
-    return dict(eps=wide.columns.tolist(), n=int(shifts.n.iloc[0]), atoms=rows)
+        atoms.setdefault(int(atom), {})[predictor] = plain(values, 3)
+    return dict(eps=wide.columns.tolist(), n=int(shifts.n.iloc[0]), atoms=atoms)
 
 
 def histograms(firings: pd.DataFrame, window: int) -> dict[int, list]:
-    """atom -> [its largest coefficient, counts of its firings by coefficient (from 0 to the largest), counts by position
-    in the window]."""
-    found = {}
-    for atom, own in firings.groupby("atom"):
-        most = own.coefficient.max()
-        size, _ = np.histogram(own.coefficient, COEFFICIENT_BINS, range=(0, most))
-        place, _ = np.histogram(own.position, POSITION_BINS, range=(0, window))
-        found[atom] = [*plain([most], 3), size.tolist(), place.tolist()]
-    return found
+    """Return atom -> [its largest coefficient, counts of its firings by coefficient (from 0 to the largest),
+    counts by position in the window]."""
+    counts = {}
+    for atom, rows in firings.groupby("atom"):
+        largest = rows.coefficient.max()
+        sizes, _ = np.histogram(rows.coefficient, COEFFICIENT_BINS, range=(0, largest))
+        positions, _ = np.histogram(rows.position, POSITION_BINS, range=(0, window))
+        counts[atom] = [*plain([largest], 3), sizes.tolist(), positions.tolist()]
+    return counts
 
 
 def tokens_of(table: pd.DataFrame) -> dict[int, list]:
-    """atom -> [n firings, then of each of promoted.KINDS: token numbers and shifts of the promoted, of the demoted, R2]."""
-    found: dict[int, list] = {}
+    """Return atom -> [n firings, then of each of KINDS: promoted tokens, their shifts, demoted tokens, their
+    shifts, R2]."""
+    tokens: dict[int, list] = {}
     for row in table.sort_values("rank", kind="stable").itertuples():
-        kinds = found.setdefault(row.atom, [row.n, *([[], [], [], [], None] for _ in promoted.KINDS)])
-        one, side = kinds[1 + promoted.KINDS.index(row.kind)], 2 * (row.direction == "demoted")
-        one[side].append(row.token)
-        one[side + 1] += plain([row.shift], 2)
-        one[4] = plain([row.r2], 3)[0]
-    return found
+        kinds = tokens.setdefault(row.atom, [row.n, *([[], [], [], [], None] for _ in KINDS)])
+        kind, side = kinds[1 + KINDS.index(row.kind)], 2 * (row.direction == "demoted")
+        kind[side].append(row.token)
+        kind[side + 1] += plain([row.shift], 2)
+        kind[4] = plain([row.r2], 3)[0]
+    return tokens
 
 
 # The page's data
 
 
-def all_firings(suite: Suite, scan: Scan) -> pd.DataFrame:
-    """Every firing of the host's own SAEs (kept in build/ only: 53,000 lines an SAE)."""
-    targets, write = suite.profile.saes.targets, suite.profile.saes.write
-
-    def compute(_: str) -> pd.DataFrame:
-        tables = []
-        for layer, head in scan.places:
-            for target in targets:
-                where = dict(host=scan.host, layer=layer, head=head, target=target)
-                tables.append(scan.firings(layer, head, target, "main")[1].assign(**where))
-        return pd.concat(tables, ignore_index=True)
-
-    inputs = dict(data=suite.profile.data, saes=suite.sae_files(scan.host), write=write, targets=targets)
-    modules = ["replication.pages.atoms"]
-    inputs["cells"] = list(scan.places)
-    return suite.staged("browser_firings", scan.host, [scan.host], compute, modules, inputs)
+def entry(suite: Suite, tables: dict, where: dict, windows: Windows, firings, test, columns: dict) -> dict:
+    """Return what the page shows of every SAE: its place, memory, size and error, these columns and those of
+    its contexts (`firings`), and its replacement test (`test`)."""
+    sae, cell = of_cell(tables["saes"], where), of_cell(tables["cells"], where)
+    shown = where | dict(place=cell.place.iloc[0] if len(cell) else "")
+    for table, names in ((sae, ("n_atoms", "k", "fvu")), (cell, ("half_life_median", "sigma1_over_sigma2"))):
+        shown |= {name: plain(table[name][:1])[0] for name in names if len(table)}
+    tokenizer, atoms = suite.host(where["host"]).tokenizer, columns["atom"]
+    texts, tokens = contexts(tokenizer, windows, firings, CONTEXTS), fires_on(tokenizer, windows, firings)
+    columns |= dict(contexts=[texts[atom] for atom in atoms], fires_on=[tokens[atom] for atom in atoms])
+    n_tested = len(rows_with(test, amplitude=AMPLITUDES[0], read="write"))
+    return shown | dict(columns=columns, test=tested(test, atoms), n_tested=n_tested)
 
 
-def describe(tables: dict, where: dict, role: str) -> dict:
-    """A cell and its SAE: place, memory, size, error."""
-    sae = of_cell(tables["saes"], where | dict(role=role))
-    cell = of_cell(tables["cells"], where)
-    found = dict(where, role=role, place=cell.place.iloc[0] if len(cell) else "")
-    found |= {name: plain(sae[name][:1])[0] for name in ("n_atoms", "k", "fvu") if len(sae)}
-    return found | {name: plain(cell[name][:1])[0] for name in ("half_life_median", "sigma1_over_sigma2") if len(cell)}
+def main_sae(suite: Suite, tables: dict, where: dict, firings: pd.DataFrame, tokens: pd.DataFrame) -> dict:
+    """Return everything that the page shows of one of the profile's main SAEs.
 
-
-def own_sae(suite: Suite, tables: dict, scan: Scan, where: dict, firings: pd.DataFrame, tokens: pd.DataFrame) -> dict:
-    """Everything that the page shows of one of the profile's own SAEs.
-
-    Raises ArtifactError where the SAEs in build/ are not those that the tables are about."""
-    name, tokenizer = where["host"], suite.host(where["host"]).tokenizer
-    table = of_cell(tables["atoms"], where | dict(role="main")).sort_values("atom")
-    counts = firings.groupby("atom").size()
-    if counts.to_dict() != dict(zip(table.atom, table.firings, strict=True)):
+    Raises ArtifactError if its firings in build/ and atoms.csv are not of one run."""
+    name, profile, scan = where["host"], suite.profile, Scan(suite, where["host"])
+    table = of_cell(tables["atoms"], where).sort_values("atom")
+    if firings.groupby("atom").size().to_dict() != dict(zip(table.atom, table.firings, strict=True)):
         raise ArtifactError(
-            f"results/{suite.profile.name}/atoms.csv and the SAEs in build/{suite.profile.name} are not of one run "
-            f"(their firings in {name} L{where['layer']} H{where['head']} differ): `make 03_atoms` makes them agree."
+            f"results/{profile.name}/atoms.csv and the firings in build/{profile.name} are not of one run "
+            f"(those in {name} L{where['layer']} H{where['head']} differ): `make 03_atoms` makes them agree."
         )
-    atoms = table.atom.tolist()
-    columns = {"atom": atoms, "class": table["class"].tolist()}
+    columns = {column: table[column].tolist() for column in ("atom", "class", "firings", "passages")}
     for column in ("cosine", "cosine_key", "cosine_value", "elsewhere", "rate"):
         columns[column] = plain(table[column])
-    columns |= dict(firings=table.firings.tolist(), passages=table.passages.tolist())
-    parts = dict(
-        contexts=contexts(tokenizer, scan.windows, firings, CONTEXTS),
-        histogram=histograms(firings, suite.profile.data.window),
-        fires_on=fires_on(tokenizer, scan.windows, firings),
-        tokens=tokens_of(of_cell(tokens, where)),
-    )
-    columns |= {column: [part[a] for a in atoms] for column, part in parts.items()}
-    test = of_cell(tables["replacement"], where)
-    found = describe(tables, where, "main") | dict(columns=columns, test=tested(test, atoms), n_tested=_firings(test))
-    found |= dict(scanned=scan.scanned(), windows=len(scan.windows), passages=len(scan.windows.passage.unique()))
+    counts, promoted = histograms(firings, profile.data.window), tokens_of(of_cell(tokens, where))
+    columns |= dict(histogram=[counts[a] for a in table.atom], tokens=[promoted[a] for a in table.atom])
+    shown = entry(suite, tables, where, scan.windows, firings, of_cell(tables["replacement"], where), columns)
+    passages = len(scan.windows.passage.unique())
+    shown |= dict(scanned=scan.scanned(), windows=len(scan.windows), passages=passages)
     if "population" in tables:
-        found["population"] = drawn(of_cell(tables["population"], where))
-    if "logit_shift" in tables and where["target"] == suite.profile.section("logit_shift", name).target:
-        found["logit_shift"] = scored(of_cell(tables["logit_shift"], where))
+        shown["population"] = drawn(of_cell(tables["population"], where))
+    if "logit_shift" in tables and where["target"] == profile.section("logit_shift", name).target:
+        shown["logit_shift"] = scored(of_cell(tables["logit_shift"], where))
     if "cache_preferred" in tables:
-        kept = of_cell(tables["cache_preferred"], where)[["atom", "token_from", "text", "score", "firings"]]
-        found["preferred"] = kept.to_dict("records")
-    return found
-
-
-def _firings(test: pd.DataFrame) -> int:
-    """How many firings a replacement table is about."""
-    return len(test[(test.amplitude == AMPLITUDES[0]) & (test["read"] == "write")])
+        names = ["atom", "token_from", "text", "score", "firings"]
+        shown["preferred"] = of_cell(tables["cache_preferred"], where)[names].to_dict("records")
+    return shown
 
 
 def survey_saes(suite: Suite, tables: dict, name: str) -> list[dict]:
-    """The smaller SAEs of every cell of a host: only the atoms that were tested, at the firings at which they were."""
+    """Return the smaller SAEs of every cell of a host: only the tested atoms, at the tested firings."""
     if "replacement_by_cell" not in tables:
         return []
-    table, tokenizer = tables["replacement_by_cell"], suite.host(name).tokenizer
-    found, windows = [], suite.windows(name, "heldout")
-    for (layer, head, target), test in table[table.host == name].groupby(["layer", "head", "target"]):
-        where = dict(host=name, layer=int(layer), head=int(head), target=target)
-        firings = test.drop_duplicates(["window", "position", "atom"]).assign(**where)
-        atoms = sorted(firings.atom.unique().tolist())
-        columns = dict(atom=atoms, cosine=plain(firings.groupby("atom").cosine.median().loc[atoms]))
-        parts = dict(
-            contexts=contexts(tokenizer, windows, firings, CONTEXTS), fires_on=fires_on(tokenizer, windows, firings)
-        )
-        columns |= {column: [part[a] for a in atoms] for column, part in parts.items()}
-        found.append(
-            describe(tables, where, "survey") | dict(columns=columns, test=tested(test, atoms), n_tested=_firings(test))
-        )
-    return found
+    shown, windows = [], suite.windows(name, "heldout")
+    for keys, test in rows_with(tables["replacement_by_cell"], host=name).groupby(ATOM_KEYS[:4]):
+        firings = test.drop_duplicates(["window", "position", "atom"])
+        cosines = firings.groupby("atom").cosine.median()
+        where = dict(zip(ATOM_KEYS, keys), role="survey")
+        columns = dict(atom=cosines.index.tolist(), cosine=plain(cosines))
+        shown.append(entry(suite, tables, where, windows, firings, test, columns))
+    return shown
 
 
 def collect(suite: Suite) -> dict:
-    """The data of the page. Raises ArtifactError where a table is missing, and FileNotFoundError for an SAE."""
+    """Return the data of the page. Raises ArtifactError for a missing table, and FileNotFoundError for an
+    SAE."""
     tables, notes = read_tables(suite)
     saes, survey, vocabulary = [], [], {}
     for name in suite.profile.hosts:
-        scan = Scan(suite, name)
-        firings = all_firings(suite, scan)
-        groups = [dict(zip(ATOM_KEYS[:4], keys, strict=True)) for keys, _ in firings.groupby(ATOM_KEYS[:4], sort=False)]
-        parts = [of_cell(firings, where) for where in groups]
-        looked_at = [_looked_at(suite, scan, where, part) for where, part in zip(groups, parts)]
-        tokens = promoted_module.run(suite, name, scan.windows, looked_at, TOKENS)
+        firings = atoms_page.main_firings(suite, name)
+        tokens = promoted_page.run(suite, name, firings, TOKENS)
         decode = suite.host(name).tokenizer.decode
         vocabulary[name] = {int(t): decode([t]) for t in sorted(tokens.token.unique())}
-        saes += [own_sae(suite, tables, scan, w, part, tokens) for w, part in zip(groups, parts)]
+        for keys, part in firings.groupby(ATOM_KEYS[:4], sort=False):
+            where = dict(zip(ATOM_KEYS, keys), role="main")
+            saes.append(main_sae(suite, tables, where, part, tokens))
         survey += survey_saes(suite, tables, name)
-    made = read_sidecar(suite.paths.results / "replacement.csv")
-    source = dict(profile=suite.profile.name, commit=made.get("commit", "unknown"), window=suite.profile.data.window)
+    commit = read_sidecar(suite.paths.results / "replacement.csv").get("commit", "unknown")
+    source = dict(profile=suite.profile.name, commit=commit, window=suite.profile.data.window)
     return dict(source=source, notes=notes, colours=CONDITION, vocabulary=vocabulary, saes=saes + survey)
-
-
-def _looked_at(suite: Suite, scan: Scan, where: dict, firings: pd.DataFrame) -> promoted.Dictionary:
-    """The firings over which an SAE's promoted tokens are averaged: the atoms' top contexts."""
-    largest = top_contexts(suite.host(scan.host).tokenizer, scan.windows, firings, PROMOTED_FIRINGS)
-    picked = largest.sort_values(["window", "position"])
-    sae = suite.sae(scan.host, where["layer"], where["head"], where["target"])
-    return promoted.Dictionary(where["layer"], where["head"], where["target"], sae, picked)
 
 
 # The page
 
 
 def embedded(data: dict) -> str:
-    """JSON that can stand in a script element whatever text is in it."""
+    """Return JSON that is safe inside a script element, whatever text is in it."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def render(data: dict) -> str:
-    """The page, complete. Its policy lets it run its own script and nothing else, and load nothing."""
+def render(data: dict) -> bytes:
+    """Return the page in UTF-8. Its policy allows its own script and nothing else, and loads nothing."""
     template = TEMPLATE.read_text(encoding="utf-8")
     script = template.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return template.replace("SCRIPT_HASH", f"sha256-{digest}", 1).replace("PAGE_DATA", embedded(data), 1)
+    text = template.replace("SCRIPT_HASH", f"sha256-{digest}", 1).replace("PAGE_DATA", embedded(data), 1)
+    return text.encode("utf-8", "replace")
 
 
 def page(data: dict) -> bytes:
-    """The page in UTF-8; without the survey's cells, and with a note that says so, where it would be too large.
+    """Return the page; if it would be too large, without the survey's cells and with a note that says so.
 
-    Raises ValueError where it is too large even so."""
-    whole = render(data).encode("utf-8", "replace")
-    if len(whole) > MOST_BYTES:
-        note = f"The cells of the survey are left out: with them the page would have {len(whole) / 1e6:.1f} MB."
+    Raises ValueError if it is too large even so."""
+    content = render(data)
+    if len(content) > MAXIMUM_BYTES:
+        size = f"{len(content) / 1e6:.1f} MB"
+        note = f"The cells of the survey are left out: with them the page would have {size}."
         kept = [sae for sae in data["saes"] if sae["role"] == "main"]
-        whole = render(data | dict(saes=kept, notes=[*data["notes"], note])).encode("utf-8", "replace")
-    if len(whole) > MOST_BYTES:
-        raise ValueError(
-            f"The page would have {len(whole):,} bytes, more than {MOST_BYTES:,}: give the profile fewer cells."
-        )
-    return whole
+        content = render(data | dict(saes=kept, notes=[*data["notes"], note]))
+    if len(content) > MAXIMUM_BYTES:
+        size = f"{len(content):,} bytes, more than {MAXIMUM_BYTES:,}"
+        raise ValueError(f"The page would have {size}: give the profile fewer cells.")
+    return content
 
 
 def write(suite: Suite) -> Path:
-    """figures/<profile>/atoms.html; it appears whole or not at all. Raises as `collect` and `page` do."""
+    """Write figures/<profile>/atoms.html, whole or not at all, and return its path. Raises as `collect` and
+    `page`."""
     content, path = page(collect(suite)), suite.paths.figures / "atoms.html"
     write_atomically(path, lambda partial: partial.write_bytes(content))
     return path
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, or 1 with one sentence on stderr."""
+    """Return 0, or 1 with one sentence on stderr."""
     parser = argparse.ArgumentParser(description="Write the atom browser, figures/PROFILE/atoms.html.")
     parser.add_argument("--profile", default="mini", help="a file in profiles/ (default: %(default)s)")
     profile = parser.parse_args(arguments).profile
     try:
         path = write(open_suite(profile))
     except FileNotFoundError as error:
-        print(f"A trained SAE is missing ({error}): `make 02_train_saes PROFILE={profile}` makes it.", file=sys.stderr)
+        remedy = f"`make 02_train_saes PROFILE={profile}` makes it"
+        print(f"A trained SAE is missing ({error}): {remedy}.", file=sys.stderr)
         return 1
     except ValueError as error:
         print(error, file=sys.stderr)

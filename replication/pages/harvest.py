@@ -14,24 +14,24 @@ from writesae.harvesting import harvest, history
 
 
 def harvest_cells(suite: Suite) -> pd.DataFrame:
-    """Factors of the headline's cells over the SAE windows, one file a cell; results harvest.csv."""
+    """Harvest the headline's cells over the SAE windows into one file per cell; write results harvest.csv."""
     data, rows = suite.profile.data, []
     for name in suite.profile.hosts:
         cells = [suite.cell(name, place) for place in suite.profile.hosts[name].cells]
         paths = [suite.harvest_path(name, *cell) for cell in cells]
-        expected = fingerprint.fingerprint(
-            ["writesae.harvesting"], host=suite.host_fingerprint(name), data=data, cells=cells
-        )
+        inputs = dict(host=suite.host_fingerprint(name), data=data, cells=cells)
+        expected = fingerprint.fingerprint(["writesae.harvesting"], **inputs)
         if not files.up_to_date(paths, expected):
             windows, start = suite.windows(name, "sae"), time.monotonic()
-            found = harvest(suite.host(name), windows.tokens, cells, data.batch_windows)
+            harvested = harvest(suite.host(name), windows.tokens, cells, data.batch_windows)
             seconds = time.monotonic() - start
             for cell, path in zip(cells, paths, strict=True):
-                history(found[cell], "state"), history(found[cell], "write")  # refuses values that are not finite
-                files.save_tensors(path, found[cell], {"fingerprint": expected, "seconds": seconds})
+                for target in ("state", "write"):
+                    history(harvested[cell], target)  # refuses values that are not finite
+                files.save_tensors(path, harvested[cell], {"fingerprint": expected, "seconds": seconds})
         for cell, path in zip(cells, paths, strict=True):
-            found, metadata = files.load_tensors(path)
-            cell_history = history(found, "state")
+            factors, metadata = files.load_tensors(path)
+            cell_history = history(factors, "state")
             tokens = cell_history.shape[0] * cell_history.shape[1]
             rows.append(
                 dict(
@@ -41,8 +41,8 @@ def harvest_cells(suite: Suite) -> pd.DataFrame:
                     tokens=tokens,
                     numbers_per_token=sum(x.numel() for x in cell_history.tensors().values()) // tokens,
                     numbers_per_state=cell_history.d_k * cell_history.d_v,
-                    median_write_norm=float(found["added"].norm(dim=-1).median()),
-                    median_effective_norm=_median_norm(found.get("effective")),
+                    median_write_norm=float(factors["added"].norm(dim=-1).median()),
+                    median_effective_norm=_median_norm(factors.get("effective")),
                     tokens_per_second=tokens / metadata["seconds"],
                 )
             )

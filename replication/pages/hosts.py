@@ -1,4 +1,4 @@
-"""Notebook 00: the hosts, their loss on held-out text, and what each of their cells is like."""
+"""Notebook 00: the hosts, their loss on held-out text, and the properties of each cell."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ from writesae.hosts.base import Host
 
 
 def choose_cells(survey: pd.DataFrame, section: HostSection) -> pd.DataFrame:
-    """The cell of each place: the rule's head, or in its layer the one whose sigma1/sigma2 is nearest (in ratio) to the
-    rule's. rule_sigma_ratio is missing where the rule names the head.
+    """Return the cell of each place: the rule's head, or the head of its layer whose sigma1/sigma2 is nearest
+    (in ratio) to the rule's. rule_sigma_ratio is missing if the rule names the head.
 
-    Raises ValueError where the rule names a layer that has no cell, or a head that the layer does not have.
-    """
+    Raises ValueError if the rule names a layer without cells, or a head that the layer does not have."""
     chosen = []
     for place, rule in section.cells.items():
         layer = survey[survey.layer == rule.layer]
         if layer.empty:
-            known = ", ".join(map(str, sorted(survey.layer.unique())))
-            raise ValueError(f"The {place} cell's layer {rule.layer} is not recurrent: choose one of {known}.")
+            layers = ", ".join(map(str, sorted(survey.layer.unique())))
+            wrong = f"The {place} cell's layer {rule.layer} is not recurrent"
+            raise ValueError(f"{wrong}: choose one of {layers}.")
         if rule.head is None:
             distance = (layer.sigma1_over_sigma2 / rule.sigma_ratio).map(math.log).abs()
-            found = layer.loc[[distance.idxmin()]]
+            cell = layer.loc[[distance.idxmin()]]
         else:
-            found = layer[layer["head"] == rule.head]
-        if found.empty:
+            cell = layer[layer["head"] == rule.head]
+        if cell.empty:
             raise ValueError(
-                f"The {place} cell's head {rule.head} is not there: layer {rule.layer} has heads 0 to {layer['head'].max()}."
+                f"The {place} cell's head {rule.head} does not exist: layer {rule.layer} has heads 0 to "
+                f"{layer['head'].max()}."
             )
-        chosen.append(found.assign(place=place, rule_sigma_ratio=rule.sigma_ratio or math.nan))
+        chosen.append(cell.assign(place=place, rule_sigma_ratio=rule.sigma_ratio or math.nan))
     return pd.concat(chosen, ignore_index=True)
 
 
@@ -48,28 +49,28 @@ CURVE = ["tokens", "training_loss", "heldout_loss"]
 
 
 def check_corpus(suite: Suite, host: str) -> list[str]:
-    """How the installed text differs from the text this host was trained on, in sentences; empty where it does not, and
-    where the profile has a corpus of its own."""
+    """Return sentences about how the installed text differs from the text of this host's training; empty if
+    it does not differ, and if the profile has a corpus of its own."""
     path = Path(suite.host_path(host)) / "corpus.json"
     return docstrings.check_manifest(path) if path.is_file() and not suite.profile.corpus else []
 
 
 def training_curve(suite: Suite, host: str) -> pd.DataFrame:
-    """tokens, training_loss and heldout_loss of a host that was trained here; no rows for any other."""
+    """Return tokens, training_loss, heldout_loss of a host that was trained here; no rows for any other."""
     path = Path(suite.host_path(host)) / "training.csv"
     return pd.read_csv(path)[CURVE] if path.is_file() else pd.DataFrame(columns=CURVE, dtype=float)
 
 
 @torch.no_grad()
 def window_losses(host: Host, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean next-token loss in nats of each window [N, T]."""
+    """Return the mean next-token loss in nats of each window: tokens [N, T] -> [N]."""
     run = host.run(tokens)
     logits = host.logits(run.final[:, :-1]).transpose(1, 2)
     return F.cross_entropy(logits, run.tokens[:, 1:], reduction="none").mean(1)
 
 
 def heldout_losses(suite: Suite) -> pd.DataFrame:
-    """One line a held-out window: its mean loss in nats a token."""
+    """Write results heldout_loss.csv: one row per held-out window, its mean loss in nats per token."""
     tables = []
     for name in suite.profile.hosts:
         windows, host = suite.windows(name, "heldout"), suite.host(name)
@@ -82,13 +83,13 @@ def heldout_losses(suite: Suite) -> pd.DataFrame:
                 dict(host=name, window=range(start, start + len(part)), passage=part.passage, loss=losses)
             )
 
-        groups = list(range(0, len(windows), size))
-        tables.append(suite.staged("heldout_loss", name, groups, compute, [__name__], dict(data=suite.profile.data)))
+        groups, inputs = list(range(0, len(windows), size)), dict(data=suite.profile.data)
+        tables.append(suite.staged("heldout_loss", name, groups, compute, [__name__], inputs))
     return suite.gather("heldout_loss", tables)
 
 
 def describe(suite: Suite, losses: pd.DataFrame) -> pd.DataFrame:
-    """results hosts.csv: one line a host, its held-out loss with an interval over passages."""
+    """Write results hosts.csv: one row per host, its held-out loss with an interval over passages."""
     rows = []
     for name, section in suite.profile.hosts.items():
         host, mine = suite.host(name), losses[losses.host == name]
@@ -118,14 +119,14 @@ def describe(suite: Suite, losses: pd.DataFrame) -> pd.DataFrame:
 
 
 def survey(suite: Suite) -> pd.DataFrame:
-    """results all_cells.csv: every cell's half-life, spectrum and write ranks, on SAE-split text."""
+    """Write results all_cells.csv: each cell's half-life, spectrum and write ranks, on SAE-split text."""
     tables, count = [], suite.profile.data.cell_windows
     for name in suite.profile.hosts:
-        host = suite.host(name)
+        host, first = suite.host(name), suite.profile.data.first_position
         native_run = cache(lambda host=host, name=name: host.run(suite.windows(name, "sae").tokens[:count]))
 
-        def compute(layer, name=name, host=host, native_run=native_run):
-            return survey_cells(host, native_run(), suite.profile.data.first_position, [layer]).assign(host=name)
+        def compute(layer, name=name, host=host, first=first, native_run=native_run):
+            return survey_cells(host, native_run(), first, [layer]).assign(host=name)
 
         groups, inputs = list(host.recurrent_layers), dict(data=suite.profile.data)
         tables.append(suite.staged("all_cells", name, groups, compute, [__name__], inputs))
@@ -133,6 +134,7 @@ def survey(suite: Suite) -> pd.DataFrame:
 
 
 def choose(suite: Suite, cells: pd.DataFrame) -> pd.DataFrame:
-    """results cells.csv: the cells that the profile's rule picks for the headline."""
-    chosen = [choose_cells(cells[cells.host == name], section) for name, section in suite.profile.hosts.items()]
+    """Write results cells.csv: the cells that the profile's rule picks for the headline."""
+    hosts = suite.profile.hosts.items()
+    chosen = [choose_cells(cells[cells.host == name], section) for name, section in hosts]
     return suite.write("cells", pd.concat(chosen, ignore_index=True))

@@ -216,7 +216,7 @@ def test_axes_of_an_atom_by_hand():
     assert table.delta_kl.tolist() == [2.5, 0.25, 0]
     assert table.firings_per_10k.tolist() == [10, 5, 20]
     assert table.n.tolist() == [3, 2, 1]
-    with pytest.raises(ValueError, match="1 of 3 lines are of atoms that have no class"):
+    with pytest.raises(ValueError, match="1 of 3 rows are of atoms that have no class"):
         atoms.axes_per_atom(told_firings(), ALIVE[:2], scanned=20_000)
 
 

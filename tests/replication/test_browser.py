@@ -16,6 +16,7 @@ from helpers import SmallProfile, SmallSuite
 from replication import classes, html
 from replication.commands import browser
 from replication.commands import order as dependencies
+from replication.pages import atoms as atoms_page
 from replication.statistics import wilson
 from replication.study.profile import CellRule, Data, HostSection
 from writesae import files
@@ -103,7 +104,7 @@ def suite(gated_deltanet, tmp_path_factory):
     scan = classes.Scan(made, "small")
     alive = [scan.alive((*CELL, target, "main", 42)) for target in ("state", "write")]
     made.write("atoms", pd.concat(alive, ignore_index=True))
-    firings = browser.all_firings(made, scan)
+    firings = atoms_page.main_firings(made, "small")
     made.write("replacement", replacement_table(firings))
     made.write("replacement_by_cell", replacement_table(firings, read=("write",)).assign(layer=0))
     population = [
@@ -189,7 +190,7 @@ def test_survey_cells_show_only_what_was_tested(suite, data):
 
 
 def test_contexts_hold_the_text_and_mark_every_firing(suite, data):
-    firings, tokens = browser.all_firings(suite, classes.Scan(suite, "small")), suite.split.tokens.tolist()
+    firings, tokens = atoms_page.main_firings(suite, "small"), suite.split.tokens.tolist()
     several = 0
     for sae in data["saes"][:2]:
         own = firings[firings.target == sae["target"]]
@@ -211,7 +212,7 @@ def test_contexts_hold_the_text_and_mark_every_firing(suite, data):
 
 
 def test_histograms_count_every_firing_once(suite, data):
-    firings = browser.all_firings(suite, classes.Scan(suite, "small"))
+    firings = atoms_page.main_firings(suite, "small")
     for sae in data["saes"][:2]:
         for atom, found in zip(sae["columns"]["atom"], sae["columns"]["histogram"], strict=True):
             own = firings[(firings.target == sae["target"]) & (firings.atom == atom)]
@@ -275,7 +276,7 @@ def test_a_table_that_the_page_can_do_without_is_a_note(suite, without, table, n
 def test_the_survey_is_left_out_where_the_page_would_be_too_large(suite, monkeypatch):
     data = browser.collect(suite)
     whole = len(browser.page(data))
-    monkeypatch.setattr(browser, "MOST_BYTES", whole - 1)
+    monkeypatch.setattr(browser, "MAXIMUM_BYTES", whole - 1)
     text = browser.page(data).decode()
     assert len(text.encode()) < whole
     assert "The cells of the survey are left out" in text and '"role":"survey"' not in text
@@ -291,16 +292,23 @@ def test_tables_and_saes_of_two_runs_are_refused(suite, monkeypatch):
 
 def test_failures_are_one_sentence(suite, without, monkeypatch, capsys):
     monkeypatch.setattr(browser, "open_suite", lambda _: suite)
-    monkeypatch.setattr(browser, "MOST_BYTES", 100)
+    monkeypatch.setattr(browser, "MAXIMUM_BYTES", 100)
     assert browser.main(["--profile", "small"]) == 1
     assert re.fullmatch(r"The page would have [\d,]+ bytes, more than 100: .*\n", capsys.readouterr().err)
     stem = suite.sae_stem("small", *CELL, "write", "main").with_suffix(".json")
     stem.rename(stem.with_suffix(".away"))
+    monkeypatch.setattr(browser, "TOKENS", 3)  # so that promoted tokens are computed again
     try:
         assert browser.main(["--profile", "small"]) == 1
         assert "`make 02_train_saes PROFILE=small` makes it." in capsys.readouterr().err.splitlines()[-1]
     finally:
         stem.with_suffix(".away").rename(stem)
+
+
+def test_a_page_is_made_from_tables_without_an_sae_or_a_run_of_the_host(suite, page, monkeypatch):
+    monkeypatch.setattr(type(suite), "sae", lambda *_: pytest.fail("an SAE is loaded"))
+    monkeypatch.setattr(type(suite.small), "run", lambda *_: pytest.fail("the host is run"))
+    assert browser.page(browser.collect(suite)) == page.read_bytes()
 
 
 def test_every_table_is_made_by_the_notebook_that_the_message_names():

@@ -1,10 +1,11 @@
-"""The two pages to try things on: their numbers against real edited runs and loops, their text, and their controls."""
+"""The controls of notebooks 03 and 10: their numbers against real edited runs and loops, their text, and their buttons."""
 
 import copy
 import itertools
 import re
 from dataclasses import make_dataclass
 
+import ipywidgets
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,6 +15,8 @@ from helpers import SmallProfile, SmallSuite
 
 from replication import html, widgets
 from replication.classes import Scan
+from replication.pages import atoms as atoms_page
+from replication.pages import promoted as promoted_page
 from replication.study.profile import CellRule, Data, HostSection, Install
 from writesae.evaluate import install, promoted
 from writesae.sae.model import SAE, SAEConfig, save
@@ -36,7 +39,7 @@ INSTALL = Install(
 
 
 class Words:
-    """Token t is " wt", 1 is a hostile one, 0 the end of text; a word that is no token becomes its letters, tokens 250 and up."""
+    """Token t is " wt", 1 is hostile, 0 the end of text; any other word becomes tokens from 250 on, one a letter."""
 
     eos_token_id = 0
 
@@ -97,80 +100,103 @@ def alive(suite):
 
 
 @pytest.fixture(scope="module")
-def every_firing(suite):
-    scan, where = Scan(suite, "small"), dict(host="small", layer=CELL[0], head=CELL[1])
-    found = {target: scan.firings(*CELL, target, "main")[1] for target in ("state", "write")}
-    return pd.concat([rows.assign(target=target, **where) for target, rows in found.items()], ignore_index=True)
+def firings(suite):
+    return atoms_page.main_firings(suite, "small")
 
 
-@pytest.fixture(scope="module")
-def pages(suite, alive, every_firing):
-    """With the firings of one atom of the state-trained SAE known, as those of the exemplars are."""
-    known = every_firing[(every_firing.target == "state") & (every_firing.atom == alive.atom.iloc[1])]
-    return widgets.Atoms(suite, alive, known)
+def most_firing(alive, target):
+    """The row of atoms.csv of the atom of one SAE with the most firings."""
+    return alive[alive.target == target].sort_values("firings", ascending=False, kind="stable").iloc[0]
 
 
-@pytest.fixture(scope="module")
-def installs(suite):
-    return widgets.Installs(suite)
+def of_atom(firings, row):
+    return firings[(firings.target == row.target) & (firings.atom == row.atom)]
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What is displayed, and the widgets that are made."""
+    outputs, made = [], []
+
+    def make(*arguments, **controls):
+        made.append(ipywidgets.interactive(*arguments, **controls))
+        return made[-1]
+
+    monkeypatch.setattr(widgets, "display", lambda data, raw: outputs.append(data))
+    monkeypatch.setattr(widgets, "interactive", make)
+    return outputs, made
 
 
 # An atom
 
 
-def test_every_alive_atom_can_be_chosen_and_the_known_ones_come_first(pages, alive):
+def test_the_firings_are_those_of_the_encoded_windows(suite, firings, alive):
+    scan = Scan(suite, "small")
     for target in ("state", "write"):
-        choices = pages.choices(target)
-        own = alive[alive.target == target].set_index("atom")
-        assert sorted(atom for _, (_, atom) in choices) == sorted(own.index)
-        label, (_, atom) = choices[3]
-        kind, cosine = own["class"][atom], own.cosine[atom]
-        assert label == f"{atom}: {kind}, cosine {cosine:.2f}, {own.firings[atom]:,} firings"
-    assert pages.choices("state")[0][1] == ("state", alive.atom.iloc[1])
+        wanted, columns = scan.firings(*CELL, target, "main")[1], ["window", "passage", "position", "atom"]
+        part = firings[firings.target == target]
+        assert part[columns].to_numpy().tolist() == wanted[columns].to_numpy().tolist()
+        assert part.coefficient.to_numpy() == pytest.approx(wanted.coefficient.to_numpy(), rel=1e-5)
+        counts = alive[alive.target == target].set_index("atom").firings
+        assert part.groupby("atom").size().to_dict() == counts.to_dict()
 
 
-def test_firings_are_looked_for_where_they_are_not_known(pages, every_firing, alive):
-    assert set(zip(alive.target, alive.atom)) == set(zip(every_firing.target, every_firing.atom))
-    for target in ("state", "write"):
-        for _, (_, atom) in pages.choices(target)[:3]:
-            wanted = every_firing[(every_firing.target == target) & (every_firing.atom == atom)]
-            found = pages.firings(target, atom)
-            columns = ["window", "position", "coefficient"]
-            assert found[columns].to_numpy().tolist() == wanted[columns].to_numpy().tolist()
+def test_every_alive_atom_can_be_chosen_the_most_firing_first(suite, alive, firings, shown):
+    widgets.atoms(suite, alive, firings)
+    labels = [label for label, _ in shown[1][0].children[0].options]
+    assert len(labels) == len(alive)
+    wanted = [label for target in ("state", "write") for label in alive_labels(alive[alive.target == target])]
+    assert labels == wanted
 
 
-def test_promoted_tokens_are_those_of_the_mean_over_all_atoms(suite, pages, every_firing):
-    target, atom = pages.choices("write")[0][1]
-    own = every_firing[(every_firing.target == target) & (every_firing.atom == atom)]
-    found = pages.tokens(target, atom, own)
+def alive_labels(rows):
+    rows = rows.sort_values("firings", ascending=False, kind="stable")
+    return [
+        f"trained on {r.target}, atom {r.atom}: {kind}, cosine {r.cosine:.2f}, {r.firings:,} firings"
+        for r, kind in zip(rows.itertuples(), rows["class"])
+    ]
+
+
+def test_promoted_tokens_are_those_of_the_mean_over_all_atoms(suite, alive, firings):
+    row = most_firing(alive, "write")
+    own = of_atom(firings, row)
+    found = promoted_page.measure(suite, "small", own, widgets.TOKENS)
     host, windows = suite.host("small"), suite.windows("small", "heldout")
     largest = own.sort_values("coefficient", ascending=False, kind="stable").drop_duplicates("passage").head(3)
-    sae = suite.sae("small", *CELL, target)
-    dictionary = promoted.Dictionary(*CELL, target, sae, largest)
-    shifts = promoted.mean_shifts(host, windows, [dictionary], "added", 4)[0]
+    saes = [(CELL, suite.sae("small", *CELL, "write"), largest)]
+    shifts = promoted.mean_shifts(host, windows, saes, "added", 4)[0]
     for kind in promoted.KINDS:
         rows = found[(found.kind == kind) & (found.direction == "promoted")]
-        top = shifts[kind][atom].topk(widgets.TOKENS)
+        top = shifts[kind][row.atom].topk(widgets.TOKENS)
         assert rows.token.tolist() == top.indices.tolist()
         assert rows["shift"].to_numpy() == pytest.approx(top.values.numpy(), rel=1e-3)
     assert (found.n == len(largest)).all()
 
 
-def test_the_page_says_what_the_table_says_and_marks_every_firing(suite, pages, alive):
-    target, atom = pages.choices("state")[0][1]
-    page, row = pages.page(target, atom), pages.line(target, atom)
-    assert f"Atom {atom} (layer 1 head 2 of small, trained on state)" in page
+def test_tokens_of_one_atom_are_those_of_the_browser_s_table(suite, alive, firings):
+    table, row = promoted_page.run(suite, "small", firings, widgets.TOKENS), most_firing(alive, "state")
+    keys = ["kind", "direction", "rank"]
+    one = promoted_page.measure(suite, "small", of_atom(firings, row), widgets.TOKENS).sort_values(keys)
+    wanted = of_atom(table, row).sort_values(keys)
+    assert one["shift"].to_numpy() == pytest.approx(wanted["shift"].to_numpy(), rel=1e-3)
+    assert one.n.tolist() == wanted.n.tolist() and len(one) == 3 * 2 * widgets.TOKENS
+
+
+def test_the_page_says_what_the_table_says_and_marks_every_firing(suite, alive, firings):
+    row = most_firing(alive, "state")
+    page = widgets.atom_page(suite, row, of_atom(firings, row))
+    assert f"Atom {row.atom} (layer 1 head 2 of small, trained on state)" in page
     for value in (row["class"], f"{row.cosine:.3g}", f"{row.rate:.2%}", str(row.firings)):
         assert f"<td>{value}</td>" in page
     contexts = re.findall("<pre>(.*?)</pre>", page)
     assert 1 <= len(contexts) <= widgets.CONTEXTS and all("<mark>" in text for text in contexts)
+    heads = re.findall("<th>((?:pro|de)moted, .*?)</th>", page)
+    assert heads == [f"{side}, {kind}" for side in ("promoted", "demoted") for kind in promoted.KINDS]
     assert "<script>" not in page and "<table" in page
-    with pytest.raises(ValueError, match="Atom 999 of the SAE trained on state never fires"):
-        pages.page("state", 999)
 
 
 def test_text_is_escaped():
-    assert html.marked_html(["a<b\n", [HOSTILE, 0.5, 1]]) == f"a&lt;b⏎<mark>{widgets.html.escape(HOSTILE)}</mark>"
+    assert html.marked_html(["a<b\n", [HOSTILE, 0.5, 1]]) == f"a&lt;b⏎<mark>{html.html.escape(HOSTILE)}</mark>"
     assert "&lt;script&gt;" in html.table_html(pd.DataFrame([dict(x=HOSTILE)]))
 
 
@@ -206,24 +232,23 @@ PROMPT = "w20 w21 w22 w23 w24 w25 w26"
         ((PROMPT, "w7", float("nan")), "The magnitude is nan: give one above 0"),
     ],
 )
-def test_what_cannot_be_used_is_one_sentence(installs, arguments, sentence):
+def test_what_cannot_be_used_is_one_sentence(suite, arguments, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        installs.run(*arguments)
-    assert widgets.answer(installs.page, *arguments).startswith("<p><b>")
+        widgets.install_word(suite, *arguments)
 
 
-def test_the_exact_prediction_is_what_a_small_write_does(installs):
-    small, _ = installs.run(PROMPT, "w7", 1e-2)
+def test_the_exact_prediction_is_what_a_small_write_does(suite):
+    small, _ = widgets.install_word(suite, PROMPT, "w7", 1e-2)
     assert small.predicted_exact.to_numpy() == pytest.approx(small.measured.to_numpy(), rel=2e-2)
     assert not np.allclose(small.predicted_paper, small.measured, rtol=0.2)
-    large, _ = installs.run(PROMPT, "w7", 2e-2)
+    large, _ = widgets.install_word(suite, PROMPT, "w7", 2e-2)
     for name in ("predicted_exact", "predicted_paper"):
         assert large[name].to_numpy() == pytest.approx(2 * small[name].to_numpy(), rel=1e-4)
 
 
-def test_the_papers_prediction_is_its_formula_by_a_loop(installs):
-    table, _ = installs.run(PROMPT, "w7", 3.0)
-    host, cell, settings = installs.host, installs.cell, installs.settings
+def test_the_papers_prediction_is_its_formula_by_a_loop(suite):
+    table, _ = widgets.install_word(suite, PROMPT, "w7", 3.0)
+    host, cell, settings = suite.host("small"), CELL, INSTALL
     tokens = torch.tensor([[0, 20, 21, 22, 23, 24, 25, 26]])
     run = host.run(tokens)
     factors = host.factors(run, *cell)
@@ -238,9 +263,9 @@ def test_the_papers_prediction_is_its_formula_by_a_loop(installs):
     assert table.set_index("direction").predicted_paper["paper"] == pytest.approx(total, rel=1e-4)
 
 
-def test_ranks_and_texts_are_those_of_the_runs(installs):
-    table, texts = installs.run(PROMPT, "w7", 50.0)
-    host = installs.host
+def test_ranks_and_texts_are_those_of_the_runs(suite):
+    table, texts = widgets.install_word(suite, PROMPT, "w7", 50.0)
+    host = suite.host("small")
     native = host.logits(host.run(torch.tensor([[0, 20, 21, 22, 23, 24, 25, 26]])).final[:, -1])
     assert (table.rank_native == int((native > native[0, 7]).sum()) + 1).all()
     assert set(texts) == {"unedited", *install.DIRECTIONS}
@@ -249,11 +274,11 @@ def test_ranks_and_texts_are_those_of_the_runs(installs):
         assert (row.rank_edited == 1) == (texts[row.direction][0] == 7)
 
 
-def test_the_page_marks_the_target_and_nothing_else(installs, monkeypatch):
-    table, texts = installs.run(PROMPT, "w7", 3.0)
+def test_the_page_marks_the_target_and_nothing_else(suite, monkeypatch):
+    table, texts = widgets.install_word(suite, PROMPT, "w7", 3.0)
     texts = dict(texts, gamma=[3, 7, 1, 7, 5])
-    monkeypatch.setattr(installs, "run", lambda *_: (table, texts))
-    page = installs.page(PROMPT, "w7", 3.0)
+    monkeypatch.setattr(widgets, "install_word", lambda *_: (table, texts))
+    page = widgets.install_page(suite, PROMPT, "w7", 3.0)
     assert page.count("<mark> w7</mark>") == sum(text.count(7) for text in texts.values())
     assert "<script>" not in page and "native rank" in page
 
@@ -261,37 +286,51 @@ def test_the_page_marks_the_target_and_nothing_else(installs, monkeypatch):
 # Controls
 
 
-def test_choosing_an_atom_draws_its_page(pages):
-    first = pages.choices("state")[0][1]
-    box = widgets.atom_controls(pages, "the first page")
-    (target, atom), page = box.children[0].children, box.children[1]
-    assert page.value == "the first page" and atom.value == first
-    atom.value = pages.choices("state")[2][1]
-    assert page.value == pages.page(*atom.value)
-    target.value = "write"
-    assert atom.value == pages.choices("write")[0][1]
-    assert page.value == pages.page(*atom.value)
+def press(widget):
+    """Press the button, and return what is then displayed."""
+    displayed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ipywidgets.widgets.interaction.display", displayed.append)
+        widget.manual_button.click()
+    return [output.data for output in displayed]
 
 
-def test_the_button_writes_what_was_typed_or_says_what_is_wrong(installs):
-    box = widgets.install_controls(installs, "the first page")
-    prompt, row, page = box.children
-    word, magnitude, button = row.children
-    prompt.value, word.value, magnitude.value = PROMPT, "w7", 2.0
-    assert page.value == "the first page"
-    button.click()
-    assert page.value == installs.page(PROMPT, "w7", 2.0)
-    word.value = "abc"
-    button.click()
-    assert page.value.startswith("<p><b>The target must be one token")
+def test_choosing_an_atom_shows_its_page(suite, alive, firings, shown):
+    widgets.atoms(suite, alive, firings)
+    (output,), (widget,) = shown
+    row = most_firing(alive, "state")
+    assert output["text/html"] == widgets.atom_page(suite, row, of_atom(firings, row))
+    widget.children[0].index = int((alive.target == "state").sum())  # the first of the other SAE
+    row = most_firing(alive, "write")
+    assert press(widget) == [widgets.atom_page(suite, row, of_atom(firings, row))]
 
 
-def test_the_output_holds_the_page_beside_the_widget_and_alone_without_ipywidgets(installs, monkeypatch):
-    shown = []
-    monkeypatch.setattr(widgets, "display", lambda data, raw: shown.append(data))
-    widgets.show("<p>page</p>", lambda: widgets.install_controls(installs, "<p>page</p>"))
-    assert shown[0]["text/html"] == "<p>page</p>"
-    assert "model_id" in shown[0]["application/vnd.jupyter.widget-view+json"]
-    monkeypatch.setitem(__import__("sys").modules, "ipywidgets", None)
-    widgets.show("<p>page</p>", lambda: widgets.install_controls(installs, "<p>page</p>"))
-    assert set(shown[1]) == {"text/html", "text/plain"}
+def test_the_button_installs_what_was_typed_or_says_what_is_wrong(suite, shown, monkeypatch):
+    monkeypatch.setattr(widgets, "PROMPT", PROMPT)
+    monkeypatch.setattr(widgets, "TARGET", "w7")
+    widgets.installs(suite)
+    (output,), (widget,) = shown
+    assert output["text/html"] == widgets.install_page(suite, PROMPT, "w7", 3.0)
+    prompt, word, magnitude = widget.children[:3]
+    prompt.value, magnitude.value = PROMPT + " w27", 2.0
+    assert press(widget) == [widgets.install_page(suite, PROMPT + " w27", "w7", 2.0)]
+    word.unobserve_all()
+    for wrong, sentence in (
+        ("abc", "The target must be one token, and &#x27;abc&#x27; is 3"),
+        ("", "Type a target word"),
+    ):
+        word.value = wrong
+        assert press(widget)[0].startswith(f"<p><b>{sentence}")
+
+
+def test_the_output_holds_the_page_beside_the_widget(shown):
+    widgets.show(lambda x: f"<p>{x}</p>", x=ipywidgets.IntText(3))
+    (output,), _ = shown
+    assert output["text/html"] == "<p>3</p>"
+    assert "model_id" in output["application/vnd.jupyter.widget-view+json"]
+    assert output["text/plain"] == "An HTML page, with controls where the notebook runs in JupyterLab."
+
+
+def test_the_first_page_is_a_sentence_where_the_default_cannot_be_used(suite, shown):
+    widgets.installs(suite)  # the words of PROMPT are no tokens here
+    assert shown[0][0]["text/html"].startswith("<p><b>")

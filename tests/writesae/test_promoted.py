@@ -4,8 +4,8 @@ import pandas as pd
 import pytest
 import torch
 from helpers import assert_close
+from sklearn.metrics import r2_score
 
-from replication.statistics import r2
 from writesae.edit import edited_hidden, make_edit
 from writesae.evaluate import promoted
 from writesae.sae.model import SAE
@@ -67,8 +67,7 @@ def test_means_are_over_an_atom_s_firings_one_at_a_time(gated_deltanet, tokens):
     torch.manual_seed(1)
     sae = SAE(5, 2, host.d_k, host.d_v).double()
     firings = pd.DataFrame(dict(window=[0, 1, 2, 2], position=[30, 40, 20, 60], atom=[3, 1, 3, 3]))
-    own = promoted.Dictionary(*CELL, "write", sae, firings)
-    found = promoted.mean_shifts(host, windows, [own, own], "added", batch=2)
+    found = promoted.mean_shifts(host, windows, [(CELL, sae, firings)] * 2, "added", batch=2)
     run, (key, value) = host.run(tokens), sae.atoms()
     for kind in promoted.KINDS:
         wanted = torch.zeros(5, host.vocabulary, dtype=torch.float64)
@@ -94,5 +93,6 @@ def test_top_tokens_by_hand():
     assert told.loc[("paper", "promoted")].token.tolist() == [3, 1]
     assert told.loc[("exact", "demoted")]["shift"].tolist() == [-2, -0.5]
     fits = table.groupby("kind").r2.first()
-    assert fits["exact"] == pytest.approx(r2(measured[1], measured[1] / 2)) == pytest.approx(0.75)
+    assert fits["exact"] == pytest.approx(r2_score(measured[1], measured[1] / 2)) == pytest.approx(0.75)
+    assert fits["paper"] == pytest.approx(r2_score(measured[1], -measured[1])) == pytest.approx(-3)
     assert table[table.kind == "measured"].r2.isna().all()

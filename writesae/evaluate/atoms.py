@@ -1,4 +1,5 @@
-"""Atoms one by one: the same atom in another SAE, the contexts of its firings, the tokens at which it fires."""
+"""Atoms one by one: the same atom in another SAE, the contexts of its firings, the tokens at which it
+fires."""
 
 from __future__ import annotations
 
@@ -14,24 +15,26 @@ from writesae.sae.model import SAE
 from writesae.text import Windows
 
 CLASSES = ("register", "bundle")
-MATCH = 0.9  # an atom is found again in another seed where its best |cosine| exceeds this
+MATCH = 0.9  # an atom recurs in the SAE of another seed if its best |cosine| there exceeds this
 ATOM_KEYS = ["host", "layer", "head", "target", "atom"]
 
 
 def best_match(atoms: tuple, others: tuple) -> torch.Tensor:
-    """[n]: the largest |cosine| of each atom (key [n, d_k], value [n, d_v], of unit norm) with any of the others."""
+    """Return [n]: the largest |cosine| of each atom (unit key [n, d_k], unit value [n, d_v]) with any of the
+    others."""
     return ((atoms[0] @ others[0].T) * (atoms[1] @ others[1].T)).abs().amax(1)
 
 
 def matches(seeds: dict[int, SAE], seed: int = 0) -> pd.DataFrame:
-    """A line for every atom of each SAE and every other SAE: `best`, its best |cosine| there, and `chance`, the best
-    where the other's values are dealt out to its keys anew."""
+    """Return one row per atom of each SAE and other SAE: `best`, its best |cosine| there, and `chance`, its
+    best |cosine| after the other SAE's values are permuted over its keys."""
     tables = []
-    for own, other in permutations(seeds, 2):
-        mine, (key, value) = seeds[own].atoms(), seeds[other].atoms()
-        dealt = value[torch.randperm(len(value), generator=torch.Generator().manual_seed(seed))]
-        found = dict(best=best_match(mine, (key, value)).numpy(), chance=best_match(mine, (key, dealt)).numpy())
-        tables.append(pd.DataFrame(dict(seed=own, other_seed=other, atom=range(len(mine[0])), **found)))
+    for number, other in permutations(seeds, 2):
+        atoms, (key, value) = seeds[number].atoms(), seeds[other].atoms()
+        permuted = value[torch.randperm(len(value), generator=torch.Generator().manual_seed(seed))]
+        best, chance = (best_match(atoms, (key, side)).numpy() for side in (value, permuted))
+        table = dict(seed=number, other_seed=other, atom=range(len(atoms[0])), best=best, chance=chance)
+        tables.append(pd.DataFrame(table))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -39,13 +42,15 @@ def matches(seeds: dict[int, SAE], seed: int = 0) -> pd.DataFrame:
 
 
 def choose_exemplars(alive: pd.DataFrame, counts: dict[str, int], fewest_passages: int) -> pd.DataFrame:
-    """The most-firing atoms of each class, as many as counts[class], among those that fire in enough passages."""
+    """Return the counts[class] atoms of each class with the most firings, among those that fire in enough
+    passages."""
     able = alive[alive.passages >= fewest_passages]
-    return pd.concat([able[able["class"] == name].nlargest(count, "firings") for name, count in counts.items()])
+    tables = [able[able["class"] == name].nlargest(count, "firings") for name, count in counts.items()]
+    return pd.concat(tables)
 
 
 def marked(tokenizer, tokens: Sequence[int], position: int, before: int = 14, after: int = 6) -> str:
-    """The text around a position, its token between ⟦ and ⟧, line breaks as ⏎."""
+    """Return the text around a position, its token between ⟦ and ⟧, line breaks as ⏎."""
     parts = tokens[max(0, position - before) : position], [tokens[position]], tokens[position + 1 :][:after]
     left, token, right = (_text(tokenizer, part) for part in parts)
     return f"{left}⟦{token}⟧{right}"
@@ -55,27 +60,36 @@ def _text(tokenizer, tokens: Sequence[int]) -> str:
     return tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False).replace("\n", "⏎")
 
 
-def top_contexts(tokenizer, windows: Windows, firings: pd.DataFrame, count: int) -> pd.DataFrame:
-    """The `count` firings of each atom with the largest coefficients, one a passage, with their text."""
+def top_firings(firings: pd.DataFrame, count: int) -> pd.DataFrame:
+    """Return the `count` firings per atom with the largest coefficients, at most one per passage, with their
+    `rank`."""
     largest = firings.sort_values("coefficient", ascending=False, kind="stable")
     top = largest.drop_duplicates([*ATOM_KEYS, "passage"]).groupby(ATOM_KEYS).head(count)
-    top = top.assign(rank=top.groupby(ATOM_KEYS).cumcount() + 1).sort_values([*ATOM_KEYS, "rank"])
-    text = [marked(tokenizer, windows.tokens[row.window].tolist(), row.position) for row in top.itertuples()]
-    return top.assign(text=text).reset_index(drop=True)
+    top = top.assign(rank=top.groupby(ATOM_KEYS).cumcount() + 1)
+    return top.sort_values([*ATOM_KEYS, "rank"]).reset_index(drop=True)
+
+
+def top_contexts(tokenizer, windows: Windows, firings: pd.DataFrame, count: int) -> pd.DataFrame:
+    """Return `top_firings` with the `text` around each."""
+    top = top_firings(firings, count)
+    places = zip(top.window, top.position)
+    return top.assign(text=[marked(tokenizer, windows.tokens[row].tolist(), at) for row, at in places])
 
 
 def frequent_tokens(tokenizer, windows: Windows, firings: pd.DataFrame, count: int = 3) -> str:
-    """The tokens at which an atom fires most often, with their shares of its firings."""
-    tokens = windows.tokens[torch.tensor(firings.window.to_numpy()), torch.tensor(firings.position.to_numpy())]
+    """Return the tokens at which an atom fires most often, with their shares of its firings."""
+    window, position = (torch.tensor(firings[name].to_numpy()) for name in ("window", "position"))
+    tokens = windows.tokens[window, position]
     shares = pd.Series(tokens.numpy()).value_counts(normalize=True).head(count)
     return ", ".join(f"{_text(tokenizer, [token])!r} {share:.0%}" for token, share in shares.items())
 
 
 def sides(subject: Subject, firings: pd.DataFrame) -> pd.DataFrame:
-    """A line an atom: medians over its firings of |cosine| of its key to the write's key, and of its value."""
-    window, position, atom = (torch.tensor(firings[name].to_numpy()) for name in ("window", "position", "atom"))
-    found = {}
-    for name, own in zip(("key", "value"), subject.sae.atoms(), strict=True):
+    """Return one row per atom: medians over its firings of |cosine| of its key with the write's key, and of
+    its value with the write's value."""
+    places, cosines = firings[["window", "position", "atom"]].to_numpy().T, {}
+    window, position, atom = map(torch.tensor, places)
+    for name, side in zip(("key", "value"), subject.sae.atoms(), strict=True):
         native = F.normalize(getattr(subject.writes, name)[window, position], dim=-1)
-        found[f"cosine_{name}"] = (own[atom] * native).sum(-1).abs().numpy()
-    return firings[["atom"]].assign(**found).groupby("atom", as_index=False).median()
+        cosines[f"cosine_{name}"] = (side[atom] * native).sum(-1).abs().numpy()
+    return firings[["atom"]].assign(**cosines).groupby("atom", as_index=False).median()
