@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from scipy.special import logsumexp
-from sklearn.mixture import GaussianMixture
 
-from replication.statistics import Mixture, cluster_bootstrap, gaussian_mixture_bic, wilson
+from replication.statistics import Mixture, cluster_bootstrap, fit_mixture, gaussian_mixture_bic, wilson
 from replication.study.firings import firing_windows, firings_of
 from replication.study.study import Suite
 from writesae.evaluate.atoms import CLASSES, sides
@@ -139,7 +138,7 @@ def classify(cosines: pd.Series, seed: int) -> pd.Series:
     write (the paper's Sec. 3.1): registers are of the component with the higher mean, and lie above the lower mean (the
     far low tail is of the wider component, whichever that is)."""
     values = cosines.to_numpy()[:, None]
-    mixture = GaussianMixture(2, random_state=seed, n_init=5).fit(values)
+    mixture = fit_mixture(values, 2, seed)
     upper = mixture.predict(values) == int(np.argmax(mixture.means_[:, 0]))
     register = upper & (values[:, 0] > mixture.means_.min())
     return pd.Series(np.where(register, "register", "bundle"), index=cosines.index, name="class")

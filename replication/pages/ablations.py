@@ -29,7 +29,7 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 from tqdm import tqdm
 
 from replication import classes as atoms
-from replication.statistics import cluster_bootstrap, difference, resampled, wilson
+from replication.statistics import beats, cluster_bootstrap, difference_bootstrap, rate_row, wider, wilson
 from replication.study.ablation_training import asked, role, variants
 from replication.study.firings import firings_of, run_firings
 from replication.study.stages import rows_with
@@ -138,7 +138,7 @@ def summarise(windows: pd.DataFrame, classes: pd.DataFrame, firings: pd.DataFram
     for values, part in windows.groupby(KEYS, sort=False):
         where, first = dict(zip(KEYS, values, strict=True)), part.iloc[0]
         of, count = fvu(part), int(part.tokens.sum())
-        low, high = resampled(of, part.passage, resamples, seed)
+        low, high = cluster_bootstrap(of, part.passage, resamples=resamples, seed=seed)
         row = where | dict(n_atoms=first.n_atoms, k=first.k, fvu=of(np.arange(len(part))), fvu_low=low, fvu_high=high)
         row |= dict(n_tokens=count, n_passages=part.passage.nunique(), l0=part.active.sum() / count)
         low, high = wilson(int(first.dead), int(first.n_atoms))
@@ -155,16 +155,13 @@ def summarise(windows: pd.DataFrame, classes: pd.DataFrame, firings: pd.DataFram
 
 def wins(firings: pd.DataFrame, resamples: int, seed: int) -> dict:
     """Share of firings at which the atom beats deletion, and where there is one the whole atom of a higher rank."""
-    win = firings.kl_atom < firings.kl_delete
-    low, high = wilson(int(win.sum()), len(win))
-    boot = cluster_bootstrap(win, firings.atom, resamples=resamples, seed=seed)
-    found = dict(win_rate=win.mean(), ci_low=low, ci_high=high, boot_low=boot.low, boot_high=boot.high)
-    found |= dict(win_random=(firings.kl_random < firings.kl_delete).mean())
+    row = rate_row(beats(firings), resamples, seed, boot=firings.atom)
+    row["win_random"] = beats(firings, "random").mean()
     if "kl_whole_atom" in firings and firings.kl_whole_atom.notna().all():
-        whole = int((firings.kl_whole_atom < firings.kl_delete).sum())
-        found["whole_win_rate"] = whole / len(win)
-        found["whole_low"], found["whole_high"] = wilson(whole, len(win))
-    return found
+        whole = int(beats(firings, "whole_atom").sum())
+        row["whole_win_rate"] = whole / len(firings)
+        row["whole_low"], row["whole_high"] = wilson(whole, len(firings))
+    return row
 
 
 def contrasts(windows: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
@@ -186,7 +183,9 @@ def contrasts(windows: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed
             line = where | dict(variant=variant, reference=REFERENCE)
             part = part.reset_index(drop=True)
             a, b, every = fvu(part), fvu(base), np.arange(len(base))
-            low, high = resampled(lambda x, a=a, b=b: a(x) / b(x), base.passage, resamples, seed)
+            low, high = cluster_bootstrap(
+                lambda rows, a=a, b=b: a(rows) / b(rows), base.passage, np.mean, resamples, seed
+            )
             ratio = dict(quantity="fvu_ratio", value=a(every) / b(every), ci_low=low, ci_high=high)
             rows.append(line | ratio | dict(n=int(part.tokens.sum())))
             rows.append(line | _dead_contrast(part.iloc[0], base.iloc[0]))
@@ -206,11 +205,11 @@ def _dead_contrast(a: pd.Series, b: pd.Series) -> dict:
 
 
 def _win_contrast(a: pd.DataFrame, b: pd.DataFrame, amplitude: str, resamples: int, seed: int) -> dict:
-    wins = [x.kl_atom < x.kl_delete for x in (a, b)]
-    by = [difference(*wins, (a[name], b[name]), resamples, seed) for name in ("passage", "atom")]
-    interval = dict(ci_low=min(x.low for x in by), ci_high=max(x.high for x in by))
+    wins = beats(a), beats(b)
+    by = (difference_bootstrap(*wins, (a[name], b[name]), resamples, seed) for name in ("passage", "atom"))
+    low, high = wider(*by)
     value = wins[0].mean() - wins[1].mean()
-    return dict(quantity=f"win_rate_{amplitude}", value=value, **interval, n=len(a) + len(b))
+    return dict(quantity=f"win_rate_{amplitude}", value=value, ci_low=low, ci_high=high, n=len(a) + len(b))
 
 
 def tables(suite: Suite, windows, classes, firings) -> tuple[pd.DataFrame, pd.DataFrame]:

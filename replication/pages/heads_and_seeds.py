@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from replication.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, permutation_test, wilson
+from replication.statistics import beats, cliffs_delta, cluster_bootstrap, paired_wilcoxon, permutation_test, rate_row
 from replication.study import training as saes
 from replication.study import variant_training
 from replication.study.firings import firings_of, heldout_subjects, run_firings
@@ -103,19 +103,14 @@ def per(by: list[str], firings: pd.DataFrame, resamples: int, seed: int) -> pd.D
     rows = []
     for values, part in firings.groupby([*GROUP, *by], sort=False):
         row = dict(zip([*GROUP, *by], values, strict=True))
-        row |= _rate(part.kl_atom < part.kl_delete, part, "win_rate", resamples, seed)
+        row |= _rate(beats(part), part, "win_rate", resamples, seed)
         rows.append(row | {f"kl_{name}": part[f"kl_{name}"].median() for name in ("atom", "delete", "random")})
     return pd.DataFrame(rows)
 
 
 def _rate(happened: pd.Series, part: pd.DataFrame, name: str, resamples: int, seed: int) -> dict:
-    """A share of firings: n, the rate, Wilson's interval, and the bootstraps by atom and by passage."""
-    low, high = wilson(int(happened.sum()), len(part))
-    row = {"n": len(part), name: happened.mean(), "ci_low": low, "ci_high": high}
-    for kind, clusters in (("boot", atom_names(part)), ("passage", part.passage)):
-        ends = cluster_bootstrap(happened.to_numpy(dtype=float), clusters, resamples=resamples, seed=seed)
-        row |= {f"{kind}_low": ends[0], f"{kind}_high": ends[1]}
-    return row
+    """Return n and the share of firings, with Wilson's interval and the bootstraps by atom and by passage."""
+    return dict(n=len(part)) | rate_row(happened, resamples, seed, name, boot=atom_names(part), passage=part.passage)
 
 
 def over_heads(table: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
@@ -166,9 +161,8 @@ def failures(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: 
             ("quartile within cell", within),
         ):
             for name, group in part.groupby(level, observed=True):
-                failed = group.kl_atom >= group.kl_delete
                 row = dict(zip(GROUP, values, strict=True), by=by, level=name)
-                rows.append(row | _rate(failed, group, "failure_rate", resamples, seed))
+                rows.append(row | _rate(~beats(group), group, "failure_rate", resamples, seed))
     return pd.DataFrame(rows)
 
 
@@ -186,12 +180,11 @@ def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -
         by_atom = ratio.groupby(atom_names(part)).mean().to_numpy()
         failed, quarter = (atom >= delete).astype(float), quartiles(part.kl_delete).to_numpy()
 
-        def delta(picked, atom=atom, delete=delete):
-            return cliffs_delta(delete[picked.astype(int)], atom[picked.astype(int)])
+        def delta(rows, atom=atom, delete=delete):
+            return cliffs_delta(delete[rows], atom[rows])
 
-        def gap(picked, failed=failed, quarter=quarter):
-            picked = picked.astype(int)
-            return failed[picked][quarter[picked] == "Q1"].mean() - failed[picked][quarter[picked] == "Q4"].mean()
+        def gap(rows, failed=failed, quarter=quarter):
+            return failed[rows][quarter[rows] == "Q1"].mean() - failed[rows][quarter[rows] == "Q4"].mean()
 
         every, options = np.arange(len(part)), dict(resamples=permutations, seed=seed)
         row = dict(zip(GROUP, values, strict=True), n=len(part), n_atoms=len(by_atom))
@@ -200,7 +193,7 @@ def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -
         row["permutation_p"] = permutation_test(ratio, np.zeros(len(ratio)), paired=True, **options).p
         row["permutation_by_atom_p"] = permutation_test(by_atom, np.zeros(len(by_atom)), paired=True, **options).p
         for name, statistic in (("cliffs_delta", delta), ("q1_minus_q4", gap)):
-            low, high = cluster_bootstrap(every, part.passage, statistic=statistic, resamples=resamples, seed=seed)
+            low, high = cluster_bootstrap(statistic, part.passage, resamples=resamples, seed=seed)
             row |= {name: statistic(every), f"{name}_low": low, f"{name}_high": high}
         outer = [failed[quarter == name] for name in ("Q1", "Q4")]
         enough = min(map(len, outer)) > 1  # a dry run's quartiles hold one firing each

@@ -29,7 +29,7 @@ import statsmodels.api as sm
 import torch
 import torch.nn.functional as F
 
-from replication.statistics import bootstrap_columns, cluster_bootstrap, wilson
+from replication.statistics import cluster_bootstrap, wilson
 from replication.study.firings import run_firings
 from replication.study.other_training import _sae, definitions, train_other
 from replication.study.study import Suite
@@ -223,8 +223,8 @@ def universes(won: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
         firing, win = wide.index.to_frame(index=False), (wide > 0).to_numpy(dtype=float)
         wins, n = win.sum(0).astype(int).tolist(), len(win)
         low, high = np.array([wilson(count, n) for count in wins]).T
-        by_atom = bootstrap_columns(win, atom_names(firing), resamples, seed)
-        by_passage = bootstrap_columns(win, firing.passage, resamples, seed)
+        by_atom = cluster_bootstrap(win, atom_names(firing), resamples=resamples, seed=seed)
+        by_passage = cluster_bootstrap(win, firing.passage, resamples=resamples, seed=seed)
         table = wide.columns.to_frame(index=False).assign(
             **dict(zip(["host", *DRAWN], values, strict=True)), n=n, win_rate=win.mean(0), ci_low=low, ci_high=high
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from replication.statistics import cluster_bootstrap
+from replication.statistics import beats, cluster_bootstrap
 from replication.study.study import Suite
 
 PLACE = "middle"
@@ -36,7 +36,7 @@ def against_flat(firings: pd.DataFrame, cells: pd.DataFrame) -> list[dict]:
     part = part[(part.target == "state") & (part.amplitude == "matched_norm") & (part.read == "write")]
     rows = []
     for host, group in part.groupby("host", sort=False):
-        gap = 100.0 * ((group.kl_atom < group.kl_delete).astype(float) - (group.kl_flat_svd < group.kl_delete))
+        gap = 100.0 * (beats(group).astype(float) - beats(group, "flat_svd"))
         low, high = cluster_bootstrap(gap.to_numpy(), group.atom.to_numpy(), resamples=1000)
         rows.append(_line(host, "atom less flat SVD (pp)", "state, matched_norm", gap.mean(), low, high, len(group)))
     return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from replication.classes import alive_atoms
-from replication.statistics import cluster_bootstrap
+from replication.statistics import beats, cluster_bootstrap
 from replication.study.firings import firing_windows, firings_of, heldout_subjects, run_firings
 from replication.study.study import Suite
 from writesae.evaluate.firings import draw_atoms
@@ -13,7 +13,7 @@ from writesae.evaluate.firings import draw_atoms
 
 def per_atom(firings: pd.DataFrame, classes: pd.Series) -> pd.DataFrame:
     """One line an (atom, amplitude): firings, median cosine, class, win rate of atom over delete and over random."""
-    marked = firings.assign(win=firings.kl_atom < firings.kl_delete, win_random=firings.kl_atom < firings.kl_random)
+    marked = firings.assign(win=beats(firings), win_random=beats(firings, "atom", "random"))
     keys = ["host", "layer", "head", "target", "atom", "amplitude"]
     table = marked.groupby(keys, as_index=False).agg(
         cosine=("cosine", "median"),

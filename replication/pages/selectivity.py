@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from replication.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, wilson
+from replication.statistics import beats, cliffs_delta, cluster_bootstrap, paired_wilcoxon, rate_row, wider
 from replication.study.ablation_training import asked
 from replication.study.firings import firing_windows, firings_of, heldout_subjects, run_firings
 from replication.study.study import Suite
@@ -136,18 +136,12 @@ def selectivity_tables(suite: Suite, firings: pd.DataFrame) -> tuple[pd.DataFram
 def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict:
     """How often the atom's KL to the native run is below the control's: Wilson's interval, the bootstrap by atom, a paired
     Wilcoxon test of the two, and Cliff's delta, positive where the control's KL is the larger."""
-    other = part[f"kl_{control}"]
-    closer = part.kl_atom < other
-    low, high = wilson(int(closer.sum()), len(closer))
-    boot = cluster_bootstrap(closer, atom_names(part), resamples=resamples, seed=seed)
+    other, atoms = part[f"kl_{control}"], atom_names(part)
+    rate = rate_row(beats(part, "atom", control), resamples, seed, "atom_closer", boot=atoms)
     return dict(
         n=len(part),
-        n_atoms=atom_names(part).nunique(),
-        atom_closer=closer.mean(),
-        ci_low=low,
-        ci_high=high,
-        boot_low=boot.low,
-        boot_high=boot.high,
+        n_atoms=atoms.nunique(),
+        **rate,
         kl_atom=part.kl_atom.median(),
         kl_control=other.median(),
         kl_delete=part.kl_delete.median(),
@@ -160,7 +154,8 @@ def _overlaps(part: pd.DataFrame, control: str, resamples: int, seed: int) -> li
     rows, prefix = [], f"overlap_{control}_"
     for column in [name for name in part if name.startswith(prefix)]:
         selective = 1 - part[column]
-        by = [cluster_bootstrap(selective, c, resamples=resamples, seed=seed) for c in (atom_names(part), part.passage)]
-        interval = dict(ci_low=min(x.low for x in by), ci_high=max(x.high for x in by))
-        rows.append(dict(top=int(column[len(prefix) :]), selectivity=selective.mean(), **interval, n=len(part)))
+        by = (cluster_bootstrap(selective, c, resamples=resamples, seed=seed) for c in (atom_names(part), part.passage))
+        low, high = wider(*by)
+        top = int(column[len(prefix) :])
+        rows.append(dict(top=top, selectivity=selective.mean(), ci_low=low, ci_high=high, n=len(part)))
     return rows
