@@ -34,41 +34,46 @@ from writesae.harvesting import harvest
 
 
 def median(values: pd.Series, seed: int = 0) -> tuple[float, float, float]:
-    """(median, low, high), resampled one by one; the interval of fewer than two values is unknown."""
+    """Return (median, low, high) with the bootstrap over single values; the ends are nan for fewer than two values."""
     if not len(values):
         return np.nan, np.nan, np.nan
     return float(values.median()), *cluster_bootstrap(values, np.arange(len(values)), np.median, seed=seed)
 
 
 def bimodality(values: Sequence[float]) -> float:
-    """(skewness^2 + 1) / kurtosis, both without bias: 1/3 for a Gaussian, 5/9 for a uniform; two humps lie above 5/9."""
+    """Return (skewness^2 + 1) / kurtosis, unbiased: 1/3 for a Gaussian, 5/9 for a uniform, more for two humps."""
     n = len(values)
     kurtosis = stats.kurtosis(values, bias=False) + 3 * (n - 1) ** 2 / ((n - 2) * (n - 3))
     return float((stats.skew(values, bias=False) ** 2 + 1) / kurtosis)
 
 
 def partition(alive: pd.DataFrame, seed: int = 0) -> dict:
-    """One SAE's counts of classes, share of registers among its alive atoms (Wilson), median cosine of each class, and of
-    all at other atoms' firings. `alive` is a line an atom with cosine, elsewhere, class, n_atoms."""
+    """Return the classes of one SAE: their counts, the share of registers among alive atoms (Wilson), median cosines.
+
+    alive: one row per alive atom, with the columns cosine, elsewhere (the cosine at other atoms' firings), class, n_atoms.
+    """
     counts = alive["class"].value_counts().reindex(CLASSES, fill_value=0)
     row = dict(alive=len(alive), registers=int(counts["register"]), bundles=int(counts["bundle"]))
     row |= dict(null=int(alive.n_atoms.iloc[0]) - len(alive), register_share=counts["register"] / len(alive))
     row["ci_low"], row["ci_high"] = wilson(row["registers"], len(alive))
     for name in CLASSES:
-        found = median(alive.cosine[alive["class"] == name], seed)
-        row |= zip((f"{name}_cosine", f"{name}_low", f"{name}_high"), found, strict=True)
+        cosine = median(alive.cosine[alive["class"] == name], seed)
+        row |= zip((f"{name}_cosine", f"{name}_low", f"{name}_high"), cosine, strict=True)
     return row | dict(elsewhere_cosine=alive.elsewhere.median(), bimodality=bimodality(alive.cosine))
 
 
 def log_density(mixture: Mixture, values: np.ndarray) -> np.ndarray:
-    """log p of each value [n] under a mixture."""
+    """Return log p [n] of the values [n] under a mixture."""
     parts = stats.norm.logpdf(values[:, None], mixture.means, mixture.deviations)
     return logsumexp(parts + np.log(mixture.weights), axis=1)
 
 
 def mixtures(cosines: Sequence[float], seed: int = 0) -> pd.DataFrame:
-    """A line for one, two and three components: BIC, and delta_bic against one fewer, below 0 where the larger is
-    preferred. Its interval resamples the values and keeps both fits: delta BIC is a sum over values, and a penalty."""
+    """Return the BIC of mixtures of one, two and three components, one row each.
+
+    delta_bic is the BIC minus that of one component fewer; it is below 0 where the larger mixture is preferred. Its
+    interval resamples the values and keeps both fits, because delta BIC is a sum over values plus a penalty.
+    """
     values = np.asarray(cosines, dtype=np.float64)
     n, fits = len(values), gaussian_mixture_bic(cosines, (1, 2, 3), seed)
     rows = [dict(components=1, bic=fits[0].bic, n=n)]
@@ -82,7 +87,10 @@ def mixtures(cosines: Sequence[float], seed: int = 0) -> pd.DataFrame:
 
 
 def thresholds(cosines: pd.Series, taus: Iterable[float]) -> pd.DataFrame:
-    """A line a tau: registers are the alive atoms whose median cosine is at least tau (Table 15), their share by Wilson."""
+    """Return the share of registers with Wilson's interval, one row per tau (Table 15).
+
+    A register is here an alive atom with a median cosine of at least tau.
+    """
     rows, n = [], len(cosines)
     for tau in taus:
         registers = int((cosines >= tau).sum())
@@ -134,9 +142,11 @@ class Scan:
 
 
 def classify(cosines: pd.Series, seed: int) -> pd.Series:
-    """register or bundle for each alive atom, by a two-component Gaussian mixture on its median cosine to the native
-    write (the paper's Sec. 3.1): registers are of the component with the higher mean, and lie above the lower mean (the
-    far low tail is of the wider component, whichever that is)."""
+    """Return "register" or "bundle" per alive atom, by a two-component Gaussian mixture on the median cosines (Sec. 3.1).
+
+    Registers belong to the component with the higher mean and are above the lower mean: without the second condition,
+    the far low tail would belong to the wider component, whichever that is.
+    """
     values = cosines.to_numpy()[:, None]
     mixture = fit_mixture(values, 2, seed)
     upper = mixture.predict(values) == int(np.argmax(mixture.means_[:, 0]))

@@ -235,16 +235,17 @@ def r2(actual, predicted) -> float:
     return float(r2_score(actual, predicted))
 
 
-def _undefined(a: np.ndarray, b: np.ndarray) -> bool:
-    """Return whether there are fewer than four pairs, or one side is constant."""
-    return a.size < 4 or np.ptp(a) == 0 or np.ptp(b) == 0
+def _undefined(a: np.ndarray, b: np.ndarray) -> Correlation | None:
+    """Return nan for fewer than four pairs, and where one side is constant."""
+    defined = a.size >= 4 and np.ptp(a) > 0 and np.ptp(b) > 0
+    return None if defined else Correlation(np.nan, np.nan, np.nan, np.nan, a.size)
 
 
 def pearson(a, b) -> Correlation:
     """Pearson's r with Fisher's interval; all nan for fewer than four pairs, and where one side is constant."""
     a, b = _pair(a, b)
-    if _undefined(a, b):
-        return Correlation(np.nan, np.nan, np.nan, np.nan, a.size)
+    if undefined := _undefined(a, b):
+        return undefined
     result = stats.pearsonr(a, b)
     low, high = result.confidence_interval(0.95)
     return Correlation(float(result.statistic), float(low), float(high), float(result.pvalue), a.size)
@@ -253,8 +254,8 @@ def pearson(a, b) -> Correlation:
 def spearman(a, b) -> Correlation:
     """Spearman's rho with Bonett and Wright's interval; infinity has a rank. All nan where `pearson` is."""
     a, b = _pair(*(stats.rankdata(x, nan_policy="omit") for x in (a, b)))
-    if _undefined(a, b):
-        return Correlation(np.nan, np.nan, np.nan, np.nan, a.size)
+    if undefined := _undefined(a, b):
+        return undefined
     result = stats.spearmanr(a, b)
     rho = float(np.clip(result.statistic, -1, 1))
     if abs(rho) == 1:

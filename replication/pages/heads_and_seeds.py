@@ -84,7 +84,7 @@ def seeds_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """One line a (host, target, amplitude) of `per` by seed: mean, sd and range of the seeds' win rates."""
+    """Return one row per (host, target, amplitude) of the table of `per` by seed: mean, sd and range of win rates."""
     rows = []
     for values, part in table.groupby(GROUP, sort=False):
         rate = part.win_rate
@@ -98,8 +98,10 @@ HEAD = ["layer", "head"]
 
 
 def per(by: list[str], firings: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """One line a (host, target, amplitude, values of `by`), as Table 12 for heads: n, the atom's win rate over deletion
-    with its intervals (bootstraps by atom and by passage), median KLs. A head without firings has none."""
+    """Return one row per (host, target, amplitude, values of `by`) that has firings, as Table 12 does for heads.
+
+    Columns: n, the atom's win rate over deletion with its intervals (`_rate`), and median KLs.
+    """
     rows = []
     for values, part in firings.groupby([*GROUP, *by], sort=False):
         row = dict(zip([*GROUP, *by], values, strict=True))
@@ -114,21 +116,20 @@ def _rate(happened: pd.Series, part: pd.DataFrame, name: str, resamples: int, se
 
 
 def over_heads(table: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
-    """One line a (host, target, amplitude), as the text of App. F.1: mean and sd of the heads' win rates, their range, the
-    bootstrap over heads, how many heads have an interval above or below one half, and how many sd the middle cell's
-    own head lies from the mean."""
+    """Return one row per (host, target, amplitude) over the heads of a layer, as the text of App. F.1 does.
+
+    Columns: mean, sd and range of the heads' win rates, the bootstrap interval over heads, the numbers of heads whose
+    interval is above and below one half, and the distance in sd of the middle cell's head from the mean.
+    """
     middle, rows = places[places.place == "middle"].set_index("host")["head"], []
     for values, part in table.groupby(GROUP, sort=False):
         mean, sd = part.win_rate.mean(), part.win_rate.std()
         low, high = cluster_bootstrap(part.win_rate, part["head"])
-        own = part[part["head"] == middle[values[0]]].win_rate
-        rows.append(
-            dict(zip(GROUP, values, strict=True))
-            | dict(heads=len(part), n=int(part.n.sum()), mean_win_rate=mean, ci_low=low, ci_high=high, sd=sd)
-            | dict(lowest=part.win_rate.min(), highest=part.win_rate.max())
-            | dict(above_half=int((part.ci_low > 0.5).sum()), below_half=int((part.ci_high < 0.5).sum()))
-            | dict(own_head_in_sd=(own.item() - mean) / sd if len(own) else np.nan)
-        )
+        chosen = part[part["head"] == middle[values[0]]].win_rate
+        row = dict(zip(GROUP, values, strict=True), heads=len(part), n=int(part.n.sum()), mean_win_rate=mean)
+        row |= dict(ci_low=low, ci_high=high, sd=sd, lowest=part.win_rate.min(), highest=part.win_rate.max())
+        row |= dict(above_half=int((part.ci_low > 0.5).sum()), below_half=int((part.ci_high < 0.5).sum()))
+        rows.append(row | dict(own_head_in_sd=(chosen.item() - mean) / sd if len(chosen) else np.nan))
     return pd.DataFrame(rows)
 
 
@@ -136,30 +137,28 @@ def over_heads(table: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
 
 
 def log_ratio(firings: pd.DataFrame) -> pd.Series:
-    """log KL(atom) - log KL(delete): positive where the atom fails."""
+    """Return log KL(atom) - log KL(delete), which is positive where the atom fails."""
     return np.log(firings.kl_atom.clip(lower=SMALLEST)) - np.log(firings.kl_delete.clip(lower=SMALLEST))
 
 
 def quartiles(effect: pd.Series) -> pd.Series:
-    """Q1 (small) to Q4 (large) by rank; equal values go by their order."""
+    """Return Q1 (small) to Q4 (large) by rank; equal values are ranked by their order."""
     names = ["Q1", "Q2", "Q3", "Q4"]
     return pd.qcut(effect.rank(method="first"), 4, labels=names).astype(str)
 
 
 def failures(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """One line a (host, target, amplitude, by, level): how often deletion beats the atom, by place, by quartile of
-    KL(delete) over all cells as in Fig. 14, and by quartile within each cell, so that a layer whose effects are small
-    does not stand for small effects."""
+    """Return one row per (host, target, amplitude, by, level): how often the atom does not beat deletion.
+
+    `by` is all firings, the place, the quartile of KL(delete) over all cells as in Fig. 14, and the quartile within each
+    cell, which keeps layers with small effects from filling the lowest quartile.
+    """
     named, rows = firings.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"]), []
     named["place"] = pd.Categorical(named.place, list(dict.fromkeys(places.place)))
     for values, part in named.groupby(GROUP, sort=False):
         within = part.groupby("place", observed=True).kl_delete.transform(quartiles)
-        for by, level in (
-            ("all", pd.Series("all", index=part.index)),
-            ("place", part.place),
-            ("quartile", quartiles(part.kl_delete)),
-            ("quartile within cell", within),
-        ):
+        levels = dict(all=pd.Series("all", index=part.index), place=part.place, quartile=quartiles(part.kl_delete))
+        for by, level in (levels | {"quartile within cell": within}).items():
             for name, group in part.groupby(level, observed=True):
                 row = dict(zip(GROUP, values, strict=True), by=by, level=name)
                 rows.append(row | _rate(~beats(group), group, "failure_rate", resamples, seed))
@@ -167,12 +166,12 @@ def failures(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: 
 
 
 def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -> pd.DataFrame:
-    """One line a (host, target, amplitude), the tests that the paper names in Sec. 3.2 and App. G, on atom against delete.
+    """Return one row per (host, target, amplitude): the paper's tests of atom against deletion (Sec. 3.2, App. G).
 
-    wilcoxon_p: signed ranks of paired KLs; permutation_p: mean log ratio, exchanging atom and deletion within firings
-    (taken as independent), and permutation_by_atom_p, within whole atoms; Cliff's delta of KL(delete) over KL(atom) with
-    its bootstrap by passage; the failure rate of the lowest quartile of KL(delete) less that of the highest, with the
-    same bootstrap and a permutation of the quartiles' labels (nan where they hold fewer than two firings each).
+    wilcoxon_p: signed ranks of paired KLs. permutation_p: mean log ratio, exchanging atom and deletion within firings, as
+    if those were independent; permutation_by_atom_p: within whole atoms. cliffs_delta: of KL(delete) over KL(atom), with
+    its bootstrap by passage. q1_minus_q4: the failure rate in the lowest quartile of KL(delete) minus that in the highest,
+    with the same bootstrap and a permutation of the quartiles' labels (nan for fewer than two firings in a quartile).
     """
     rows = []
     for values, part in firings.groupby(GROUP, sort=False):
@@ -196,6 +195,6 @@ def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -
             low, high = cluster_bootstrap(statistic, part.passage, resamples=resamples, seed=seed)
             row |= {name: statistic(every), f"{name}_low": low, f"{name}_high": high}
         outer = [failed[quarter == name] for name in ("Q1", "Q4")]
-        enough = min(map(len, outer)) > 1  # a dry run's quartiles hold one firing each
+        enough = min(map(len, outer)) > 1  # not in a dry run, whose quartiles have one firing each
         rows.append(row | dict(q1_minus_q4_p=permutation_test(*outer, **options).p if enough else np.nan))
     return pd.DataFrame(rows)

@@ -116,32 +116,32 @@ def selectivity(suite: Suite) -> pd.DataFrame:
 
 
 def selectivity_tables(suite: Suite, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """results selectivity_summary.csv (the atom against each control) and selectivity_overlap.csv (1 - overlap by K)."""
+    """Write and return results selectivity_summary.csv (the atom against each control) and selectivity_overlap.csv."""
     resamples, seed = suite.profile.ablations.bootstrap, suite.profile.seed
     named = firings.merge(suite.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
-    told, overlaps = [], []
+    rows, overlaps = [], []
     for (host, target, placement), group in named.groupby(["host", "target", "placement"], sort=False):
         for cells, part in [("pooled", group), *group.groupby("place", sort=False)]:
             where = dict(host=host, target=target, cells=cells)
             for control in CONTROLS:
                 line = where | dict(placement=placement, control=control)
-                told.append(line | against(part, control, resamples, seed))
+                rows.append(line | against(part, control, resamples, seed))
                 if placement == "added":
                     overlaps += [where | dict(control=control) | x for x in _overlaps(part, control, resamples, seed)]
-    return suite.write("selectivity_summary", pd.DataFrame(told)), suite.write(
-        "selectivity_overlap", pd.DataFrame(overlaps)
-    )
+    tables = dict(selectivity_summary=rows, selectivity_overlap=overlaps)
+    return tuple(suite.write(name, pd.DataFrame(table)) for name, table in tables.items())
 
 
 def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict:
-    """How often the atom's KL to the native run is below the control's: Wilson's interval, the bootstrap by atom, a paired
-    Wilcoxon test of the two, and Cliff's delta, positive where the control's KL is the larger."""
+    """Return how often the atom's KL is below the control's, with Wilson's interval (ci) and the bootstrap by atom (boot).
+
+    Also the p-value of a paired Wilcoxon test, and Cliff's delta, which is positive where the control's KL is larger.
+    """
     other, atoms = part[f"kl_{control}"], atom_names(part)
-    rate = rate_row(beats(part, "atom", control), resamples, seed, "atom_closer", boot=atoms)
     return dict(
         n=len(part),
         n_atoms=atoms.nunique(),
-        **rate,
+        **rate_row(beats(part, "atom", control), resamples, seed, "atom_closer", boot=atoms),
         kl_atom=part.kl_atom.median(),
         kl_control=other.median(),
         kl_delete=part.kl_delete.median(),
@@ -151,6 +151,7 @@ def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict
 
 
 def _overlaps(part: pd.DataFrame, control: str, resamples: int, seed: int) -> list[dict]:
+    """Return one row per K: 1 - overlap, with the wider of the bootstraps by atom and by passage."""
     rows, prefix = [], f"overlap_{control}_"
     for column in [name for name in part if name.startswith(prefix)]:
         selective = 1 - part[column]

@@ -1,11 +1,13 @@
 """The measures of the scorecard: our number for a claim, with its interval and count.
 
-Each measure is a function of `tables` (tables(NAME) returns results/PROFILE/NAME.csv), a host, and the arguments that
-paper/criteria.yaml gives. It returns None where the host has no rows, or too few atoms, for the claim.
+Each public function is a measure, which paper/criteria.yaml names. It takes `tables` (tables(NAME) returns
+results/PROFILE/NAME.csv), a host, and the arguments given there. It returns None where the host has no rows, or too few
+atoms, for the claim.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,7 +23,6 @@ FEWEST_ATOMS = 5  # of a class: an interval over fewer atoms means nothing, so t
 CHOICES = dict(target="state", amplitude="coefficient")  # the paper's own
 MIDDLE = dict(place="middle", target="state", role="main")  # the cell and the SAE that the paper's claims are about
 
-MEASURES: dict[str, Callable] = {}
 Tables = Callable[[str], pd.DataFrame]
 
 
@@ -34,13 +35,7 @@ class Answer(NamedTuple):
     n: int
 
 
-def measure(function: Callable) -> Callable:
-    """Register a measure by its name, so that paper/criteria.yaml can name it."""
-    MEASURES[function.__name__] = function
-    return function
-
-
-def only_row(table: pd.DataFrame, **where) -> pd.Series:
+def _row(table: pd.DataFrame, **where) -> pd.Series:
     """Return the only row with these values. Raises KeyError where there is no such row, or more than one."""
     rows = rows_with(table, **where)
     if len(rows) != 1:
@@ -73,11 +68,10 @@ def _difference_of_shares(counts: tuple[int, int], others: tuple[int, int]) -> A
 # Rows of summary tables
 
 
-@measure
 def summary(tables: Tables, host: str, table: str, value: str, where: dict, **columns) -> Answer | None:
     """Return the numbers in one row of a summary table; `columns` are those of `_answer`."""
     rows = rows_with(tables(table), host=host, **where)
-    return None if rows.empty else _answer(only_row(rows, host=host), value, **columns)
+    return None if rows.empty else _answer(_row(rows, host=host), value, **columns)
 
 
 def _answer(row: pd.Series, value: str, low="ci_low", high="ci_high", n="n", atoms=()) -> Answer | None:
@@ -89,31 +83,27 @@ def _answer(row: pd.Series, value: str, low="ci_low", high="ci_high", n="n", ato
     return Answer(row[value], row[low], row[high], np.sum(row[n])) if enough else None
 
 
-@measure
 def win_rate(tables: Tables, host: str, cells: str) -> Answer | None:
     """Win rate of the atom over deletion, with the wider of the bootstraps by atom and by passage."""
     rows = rows_with(tables("replacement_summary"), host=host, cells=cells)
     if rows.empty:
         return None
-    row = only_row(rows, read="write", **CHOICES)
+    row = _row(rows, read="write", **CHOICES)
     return Answer(row.win_rate, min(row.boot_low, row.passage_low), max(row.boot_high, row.passage_high), row.n)
 
 
-@measure
 def population(tables: Tables, host: str, atoms: str) -> Answer | None:
     """Mean over the atoms of a class (or all) of their win rates."""
     columns = dict(n="n_atoms", atoms=["n_atoms"], where=CHOICES | {"class": atoms})
     return summary(tables, host, "population_summary", "mean_win_rate", **columns)
 
 
-@measure
 def class_axis(tables: Tables, host: str, axis: str) -> Answer | None:
     """Cliff's delta of registers against bundles on an axis of the paper's Table 17, over the drawn atoms."""
     counts = ["n_register", "n_bundle"]
     return summary(tables, host, "population_axes", "cliffs_delta", CHOICES | dict(axis=axis), n=counts, atoms=counts)
 
 
-@measure
 def lowest_bin(tables: Tables, host: str) -> Answer | None:
     """The lowest win rate of the cosine bins that have enough atoms."""
     part = rows_with(tables("population_by_cosine"), host=host, **CHOICES)
@@ -121,7 +111,6 @@ def lowest_bin(tables: Tables, host: str) -> Answer | None:
     return None if part.empty else _answer(part.loc[part.win_rate.idxmin()], "win_rate", n="n_firings")
 
 
-@measure
 def contrast(tables: Tables, host: str, variant: str, quantity: str, place: str = "middle") -> Answer | None:
     """A variant of the state-trained SAE against the bilinear SAE of rank 1."""
     where = dict(target="state", variant=variant, quantity=quantity, place=place)
@@ -135,21 +124,18 @@ def _firings(tables: Tables, host: str, **where) -> pd.DataFrame:
     return rows_with(tables("replacement"), host=host, read="write", **CHOICES | where)
 
 
-@measure
 def strict_chain(tables: Tables, host: str) -> Answer:
     """Share of firings with KL(atom) < KL(deletion) < KL(random)."""
     part = _firings(tables, host)
     return _by_atom_and_passage(beats(part) & beats(part, "delete", "random"), part)
 
 
-@measure
 def median_of_ratios(tables: Tables, host: str, control: str) -> Answer:
     """Median over firings of the KL of a control over the atom's."""
     part = _firings(tables, host)
     return _by_atom_and_passage(part[f"kl_{control}"] / part.kl_atom, part, np.median)
 
 
-@measure
 def ratio_of_medians(tables: Tables, host: str, control: str) -> Answer:
     """Median KL of a control over the median KL of the atom, bootstrap by passage."""
     part = _firings(tables, host)
@@ -162,7 +148,6 @@ def ratio_of_medians(tables: Tables, host: str, control: str) -> Answer:
     return Answer(ratio(slice(None)), *interval, len(part))
 
 
-@measure
 def failure_gap(tables: Tables, host: str) -> Answer:
     """Failure rate in the lowest quartile of KL(deletion) minus that in the highest."""
     part = _firings(tables, host)
@@ -170,10 +155,9 @@ def failure_gap(tables: Tables, host: str) -> Answer:
     return _difference_of_means(failed[quartile == 0], failed[quartile == 3])
 
 
-@measure
 def against_flat(tables: Tables, host: str) -> Answer:
     """Win rate of the atom minus that of the flat SAE's top singular pair, middle cell, matched norm, in points."""
-    cell = only_row(tables("cells"), host=host, place="middle")
+    cell = _row(tables("cells"), host=host, place="middle")
     part = _firings(tables, host, layer=cell.layer, head=cell["head"], amplitude="matched_norm")
     gap = 100.0 * (beats(part).astype(float) - beats(part, "flat_svd"))
     by_atom, by_passage = (_bootstrapped(gap, clusters) for clusters in (part.atom, part.passage))
@@ -183,7 +167,6 @@ def against_flat(tables: Tables, host: str) -> Answer:
 # Atoms and their classes
 
 
-@measure
 def class_difference(tables: Tables, host: str) -> Answer | None:
     """Mean win rate of registers minus that of bundles."""
     part = rows_with(tables("population"), host=host, **CHOICES)
@@ -191,7 +174,6 @@ def class_difference(tables: Tables, host: str) -> Answer | None:
     return _difference_of_means(registers, bundles) if min(len(registers), len(bundles)) >= FEWEST_ATOMS else None
 
 
-@measure
 def cosine_correlation(tables: Tables, host: str) -> Answer:
     """Pearson's r, over atoms, of the cosine to the native write with the win rate."""
     part = rows_with(tables("population"), host=host, **CHOICES)
@@ -199,21 +181,18 @@ def cosine_correlation(tables: Tables, host: str) -> Answer:
     return Answer(r.value, r.low, r.high, r.n)
 
 
-@measure
 def register_cosine(tables: Tables, host: str) -> Answer | None:
     """Median over register atoms of their median cosine to the native write."""
     part = rows_with(tables("alive_atoms"), host=host, target="state", **{"class": "register"})
     return _bootstrapped(part.cosine, part.atom, np.median) if len(part) >= FEWEST_ATOMS else None
 
 
-@measure
 def class_share(tables: Tables, host: str, of: str, among: str) -> Answer:
     """One count of atoms as a share of another (columns of atom_partition), with Wilson's interval."""
-    row = only_row(tables("atom_partition"), host=host, **MIDDLE)
+    row = _row(tables("atom_partition"), host=host, **MIDDLE)
     return Answer(row[of] / row[among], *wilson(int(row[of]), int(row[among])), row[among])
 
 
-@measure
 def busiest_register(tables: Tables, host: str) -> Answer | None:
     """Share of the held-out tokens at which the register fires that fires most, with Wilson's interval."""
     part = rows_with(tables("atoms"), host=host, **MIDDLE, **{"class": "register"})
@@ -224,7 +203,6 @@ def busiest_register(tables: Tables, host: str) -> Answer | None:
     return Answer(row.rate, *wilson(int(row.firings), scanned), scanned)
 
 
-@measure
 def threshold_ratio(tables: Tables, host: str) -> Answer:
     """Registers at a threshold of 0.02 over those at 0.10, bootstrap over atoms."""
 
@@ -235,7 +213,6 @@ def threshold_ratio(tables: Tables, host: str) -> Answer:
     return _bootstrapped(cosines, range(len(cosines)), ratio)
 
 
-@measure
 def alive_by_k(tables: Tables, host: str) -> Answer | None:
     """Share of alive atoms at the largest k of the sweep minus that at the smallest, with Newcombe's interval."""
     part = rows_with(tables("atom_partition"), host=host, target="state")
@@ -248,7 +225,6 @@ def alive_by_k(tables: Tables, host: str) -> Answer | None:
     return _difference_of_shares(many, few)
 
 
-@measure
 def sigma_decrease(tables: Tables, host: str) -> Answer | None:
     """Mean log sigma1/sigma2 of all heads of the early cell's layer minus that of the late cell's layer."""
     cells, chosen = (rows_with(tables(name), host=host) for name in ("all_cells", "cells"))
@@ -262,14 +238,12 @@ def sigma_decrease(tables: Tables, host: str) -> Answer | None:
 # Logit shifts and the install
 
 
-@measure
 def logit_r2(tables: Tables, host: str, predictor: str) -> Answer:
     """Median R2 of a predictor over (atom, eps), bootstrap over atoms."""
     part = rows_with(tables("logit_shift"), host=host, predictor=predictor)
     return _bootstrapped(part.r2, part.atom, np.median, resamples=500)
 
 
-@measure
 def sign_agreement(tables: Tables, host: str) -> Answer:
     """Share of shifts that have the sign of the paper's formula, with Wilson's interval."""
     part = rows_with(tables("logit_shift_summary"), host=host, predictor="paper")
@@ -283,24 +257,25 @@ def _trials(tables: Tables, host: str, targets: str, magnitude: float = 3.0) -> 
     return part if targets == "all" else part[part.target_class == targets]
 
 
-@measure
 def installed(tables: Tables, host: str, targets: str) -> Answer:
     """Inclusion at 3x with the paper's direction minus native inclusion, paired over trials, bootstrap by prompt."""
     part = _trials(tables, host, targets)
     return _bootstrapped(part.included_edited - part.included_native, part.prompt)
 
 
-@measure
 def native_inclusion(tables: Tables, host: str) -> Answer:
     """Share of targets of native rank 101 to 1,000 that come without an edit, bootstrap by prompt."""
     part = _trials(tables, host, "middle")
     return _bootstrapped(part.included_native, part.prompt)
 
 
-@measure
 def saturation(tables: Tables, host: str) -> Answer:
     """Inclusion at 3x minus inclusion at 6x, with the paper's direction, bootstrap by prompt."""
     order = ["prompt", "position", "target"]
     three, six = (_trials(tables, host, "all", magnitude).sort_values(order) for magnitude in (3.0, 6.0))
     change = three.included_edited.to_numpy(dtype=float) - six.included_edited.to_numpy(dtype=float)
     return _bootstrapped(change, three.prompt)
+
+
+MEASURES = {name: x for name, x in list(globals().items()) if inspect.isfunction(x) and x.__module__ == __name__}
+MEASURES = {name: function for name, function in MEASURES.items() if not name.startswith("_")}

@@ -230,7 +230,7 @@ def test_no_row_is_not_run_and_several_rows_are_an_error():
 def test_a_missing_row_is_an_error_not_a_number():
     table = pd.DataFrame(dict(host=["a"], value=[1.0]))
     with pytest.raises(KeyError, match="0 rows"):
-        measures.only_row(table, host="b")
+        measures._row(table, host="b")
 
 
 def test_failure_gap_by_hand():
