@@ -34,23 +34,25 @@ from writesae.harvesting import harvest
 
 
 def median(values: pd.Series, seed: int = 0) -> tuple[float, float, float]:
-    """Return (median, low, high) with the bootstrap over single values; the ends are nan for fewer than two values."""
+    """Return (median, low, high), bootstrap over single values; the ends are nan for fewer than two."""
     if not len(values):
         return np.nan, np.nan, np.nan
     return float(values.median()), *cluster_bootstrap(values, np.arange(len(values)), np.median, seed=seed)
 
 
 def bimodality(values: Sequence[float]) -> float:
-    """Return (skewness^2 + 1) / kurtosis, unbiased: 1/3 for a Gaussian, 5/9 for a uniform, more for two humps."""
+    """Return (skewness^2 + 1) / kurtosis, unbiased: 1/3 for a Gaussian, above 5/9 for two humps."""
     n = len(values)
     kurtosis = stats.kurtosis(values, bias=False) + 3 * (n - 1) ** 2 / ((n - 2) * (n - 3))
     return float((stats.skew(values, bias=False) ** 2 + 1) / kurtosis)
 
 
 def partition(alive: pd.DataFrame, seed: int = 0) -> dict:
-    """Return the classes of one SAE: their counts, the share of registers among alive atoms (Wilson), median cosines.
+    """Return the classes of one SAE: their counts, the share of registers among alive atoms (Wilson),
+    cosines.
 
-    alive: one row per alive atom, with the columns cosine, elsewhere (the cosine at other atoms' firings), class, n_atoms.
+    alive: one row per alive atom, with the columns cosine, elsewhere (the cosine at other atoms' firings),
+    class, n_atoms.
     """
     counts = alive["class"].value_counts().reindex(CLASSES, fill_value=0)
     row = dict(alive=len(alive), registers=int(counts["register"]), bundles=int(counts["bundle"]))
@@ -71,8 +73,9 @@ def log_density(mixture: Mixture, values: np.ndarray) -> np.ndarray:
 def mixtures(cosines: Sequence[float], seed: int = 0) -> pd.DataFrame:
     """Return the BIC of mixtures of one, two and three components, one row each.
 
-    delta_bic is the BIC minus that of one component fewer; it is below 0 where the larger mixture is preferred. Its
-    interval resamples the values and keeps both fits, because delta BIC is a sum over values plus a penalty.
+    delta_bic is the BIC minus that of one component fewer; it is below 0 where the larger mixture is
+    preferred. Its interval resamples the values and keeps both fits, because delta BIC is a sum over values
+    plus a penalty.
     """
     values = np.asarray(cosines, dtype=np.float64)
     n, fits = len(values), gaussian_mixture_bic(cosines, (1, 2, 3), seed)
@@ -104,7 +107,7 @@ def thresholds(cosines: pd.Series, taus: Iterable[float]) -> pd.DataFrame:
 
 
 class Scan:
-    """A host's cells over the held-out windows; they are harvested once, and only where something asks for them."""
+    """A host's cells over the held-out windows, harvested once and only when needed."""
 
     def __init__(self, suite: Suite, host: str):
         self.suite, self.host, self.windows = suite, host, firing_windows(suite, host)
@@ -116,12 +119,12 @@ class Scan:
         return harvest(self.suite.host(self.host), self.windows.tokens, list(self.places), batch)
 
     def scanned(self) -> int:
-        """How many tokens firings are looked for in."""
+        """Return the number of tokens in which firings are looked for."""
         windows, tokens = self.windows.tokens.shape
         return windows * (tokens - STEPS - self.suite.profile.data.first_position)
 
     def firings(self, layer: int, head: int, target: str, role: str) -> tuple[Subject, pd.DataFrame]:
-        """A cell with its SAE of that role, and all of its firings."""
+        """Return a cell with its SAE of that role, and all firings."""
         factors, write = self.factors[layer, head], self.suite.profile.saes.write
         subject = make_subject(
             (layer, head), target, write, self.suite.sae(self.host, layer, head, target, role), factors
@@ -129,7 +132,7 @@ class Scan:
         return subject, firings_of(self.suite, subject, self.windows)
 
     def alive(self, group: tuple) -> pd.DataFrame:
-        """A line an alive atom of one SAE: class, median cosines, `elsewhere`: that at as many firings of other atoms."""
+        """Return one row per alive atom of an SAE; `elsewhere` is its cosine at firings of other atoms."""
         *found_at, role, seed = group
         subject, firings = self.firings(*found_at, role)
         table = alive_atoms(self.suite, self.host, subject, firings)
@@ -142,10 +145,11 @@ class Scan:
 
 
 def classify(cosines: pd.Series, seed: int) -> pd.Series:
-    """Return "register" or "bundle" per alive atom, by a two-component Gaussian mixture on the median cosines (Sec. 3.1).
+    """Return "register" or "bundle" per alive atom, by a two-component Gaussian mixture (Sec. 3.1).
 
-    Registers belong to the component with the higher mean and are above the lower mean: without the second condition,
-    the far low tail would belong to the wider component, whichever that is.
+    The mixture is one of the median cosines to the native write. Registers belong to the component with the
+    higher mean and are above the lower mean: without the second condition, the far low tail would belong to
+    the wider component, whichever that is.
     """
     values = cosines.to_numpy()[:, None]
     mixture = fit_mixture(values, 2, seed)
@@ -158,7 +162,7 @@ def classify(cosines: pd.Series, seed: int) -> pd.Series:
 
 
 def alive_atoms(suite: Suite, host: str, subject: Subject, firings: pd.DataFrame) -> pd.DataFrame:
-    """One line an alive atom: its firings on the held-out windows, its median cosine to the native write, its class."""
+    """Return one row per alive atom: its firings, its median cosine to the native write, its class."""
     writes = subject.writes
     window, position = (torch.tensor(firings[name].to_numpy()) for name in ("window", "position"))
     atom = torch.tensor(firings.atom.to_numpy())

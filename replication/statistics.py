@@ -1,7 +1,8 @@
 """Statistics from numpy, scipy, statsmodels and scikit-learn. All intervals are 95% intervals.
 
-Unless a docstring says otherwise, a function takes anything that numpy reads as a vector, computes in fp64, and raises
-ValueError for empty input, for values that are not finite, and for paired vectors of different lengths.
+Unless a docstring says otherwise, a function takes anything that numpy reads as a vector, computes in fp64,
+and raises ValueError for empty input, for values that are not finite, and for paired vectors of different
+lengths.
 """
 
 from __future__ import annotations
@@ -121,11 +122,11 @@ def cluster_bootstrap(
 ) -> Interval:
     """Return the percentile interval of a statistic when whole clusters are drawn with replacement.
 
-    clusters: one label of any kind per row. values: a vector [n]; a matrix [n, m], for the means of all columns from the
-    same draws (statistic is then not used, the ends are [m]); or a function of row numbers, for a statistic of several
-    columns. draw: "multinomial" draws the counts of the clusters, "integers" their numbers; both are the same scheme from
-    other random numbers. Both ends are nan where there is only one cluster.
-    Raises ValueError also where the numbers of values and labels differ, and for resamples < 1.
+    clusters: one label of any kind per row. values: a vector [n]; a matrix [n, m], for the means of all
+    columns from the same draws (statistic is then not used, the ends are [m]); or a function of row numbers,
+    for a statistic of several columns. draw: "multinomial" draws the counts of the clusters, "integers" their
+    numbers; both are the same scheme from other random numbers. Both ends are nan where there is only one
+    cluster. Raises ValueError also where the numbers of values and labels differ, and for resamples < 1.
     """
     if resamples < 1:
         raise ValueError(f"A bootstrap takes at least one resample, not {resamples}.")
@@ -146,7 +147,7 @@ def cluster_bootstrap(
 
 
 def difference_bootstrap(a, b, clusters: tuple[Sequence, Sequence], resamples: int, seed: int) -> Interval:
-    """Return the percentile interval of mean(a) - mean(b); the clusters of a and of b are drawn independently."""
+    """Return the percentile interval of mean(a) - mean(b); clusters are drawn independently in a and b."""
     generator, means = np.random.default_rng(seed), []
     for values, labels in zip((a, b), clusters, strict=True):
         codes, count = _codes(labels)
@@ -170,8 +171,8 @@ def beats(firings: pd.DataFrame, condition: str = "atom", control: str = "delete
 def rate_row(happened, resamples: int, seed: int, name: str = "win_rate", **clusters: Sequence) -> dict:
     """Return the share of True values as the columns of a table.
 
-    The columns are `name`, Wilson's interval (ci_low, ci_high), and for each keyword KIND=labels the bootstrap interval
-    over these clusters (KIND_low, KIND_high).
+    The columns are `name`, Wilson's interval (ci_low, ci_high), and for each keyword KIND=labels the
+    bootstrap interval over these clusters (KIND_low, KIND_high).
     """
     happened = np.asarray(happened, dtype=bool)
     low, high = wilson(int(happened.sum()), len(happened))
@@ -228,7 +229,7 @@ def permutation_test(a, b, paired: bool = False, resamples: int = 10_000, seed: 
 
 
 def r2(actual, predicted) -> float:
-    """Return 1 - residual / total sum of squares; no slope or offset is fitted. ValueError for fewer than two pairs."""
+    """Return 1 - residual / total sum of squares, nothing fitted. ValueError for fewer than two pairs."""
     actual, predicted = _pair(actual, predicted)
     if actual.size < 2:
         raise ValueError("R2 needs at least two pairs.")
@@ -242,7 +243,7 @@ def _undefined(a: np.ndarray, b: np.ndarray) -> Correlation | None:
 
 
 def pearson(a, b) -> Correlation:
-    """Pearson's r with Fisher's interval; all nan for fewer than four pairs, and where one side is constant."""
+    """Pearson's r with Fisher's interval; all nan for fewer than four pairs or a constant side."""
     a, b = _pair(a, b)
     if undefined := _undefined(a, b):
         return undefined

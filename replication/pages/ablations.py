@@ -125,7 +125,7 @@ def _weights(suite: Suite, host: str, place: str, target: str, variant: str) -> 
 
 
 def fvu(windows: pd.DataFrame) -> Callable[[np.ndarray], float]:
-    """Return the fraction of variance unexplained (FVU) as a function of row numbers of a table of windows."""
+    """Return the fraction of variance unexplained (FVU) as a function of row numbers."""
     squared, energy = windows.squared.to_numpy(), windows.energy.to_numpy()
     return lambda rows: squared[rows].sum() / energy[rows].sum()
 
@@ -133,9 +133,10 @@ def fvu(windows: pd.DataFrame) -> Callable[[np.ndarray], float]:
 def summarise(windows: pd.DataFrame, classes: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed: int):
     """Return one row per (place, target, variant).
 
-    Columns: FVU with its bootstrap interval by passage; L0; dead atoms (never active) and Wilson's interval of their share;
-    the classes of the others; and per amplitude the atom's win rate over deletion with Wilson's interval (ci) and the
-    bootstrap by atom (boot). Classes or win rates are missing where there are too few atoms or no firings.
+    Columns: FVU with its bootstrap interval by passage; L0; dead atoms (never active) and Wilson's interval
+    of their share; the classes of the others; and per amplitude the atom's win rate over deletion with
+    Wilson's interval (ci) and the bootstrap by atom (boot). Classes or win rates are missing where there are
+    too few atoms or no firings.
     """
     rows = []
     for values, part in windows.groupby(KEYS, sort=False):
@@ -157,7 +158,7 @@ def summarise(windows: pd.DataFrame, classes: pd.DataFrame, firings: pd.DataFram
 
 
 def wins(firings: pd.DataFrame, resamples: int, seed: int) -> dict:
-    """Return the win rates over deletion: of the atom, the random atom, and the whole atom where its rank is above 1."""
+    """Return win rates over deletion: of the atom, the random atom, and the whole atom of rank above 1."""
     row = rate_row(beats(firings), resamples, seed, boot=firings.atom)
     row["win_random"] = beats(firings, "random").mean()
     if "kl_whole_atom" in firings and firings.kl_whole_atom.notna().all():
@@ -170,11 +171,11 @@ def wins(firings: pd.DataFrame, resamples: int, seed: int) -> dict:
 def contrasts(windows: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per quantity: every variant against REFERENCE at the same place and target.
 
-    | quantity                        | value                                  | interval                               |
-    |---------------------------------|----------------------------------------|----------------------------------------|
-    | fvu_ratio                       | FVU of the variant / of the reference  | bootstrap by passage, paired           |
-    | dead_fraction                   | difference of the shares of dead atoms | Newcombe                               |
-    | win_rate_coefficient, _matched_norm | difference of the win rates        | wider of the bootstraps by passage and by atom |
+    | quantity           | value                                  | interval                                       |
+    |--------------------|----------------------------------------|------------------------------------------------|
+    | fvu_ratio          | FVU of the variant / of the reference  | bootstrap by passage, paired                   |
+    | dead_fraction      | difference of the shares of dead atoms | Newcombe                                       |
+    | win_rate_AMPLITUDE | difference of the win rates            | wider of the bootstraps by passage and by atom |
     """
     rows, keys = [], ["host", "place", "layer", "head", "target"]
     for values, group in windows.groupby(keys, sort=False):

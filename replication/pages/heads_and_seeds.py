@@ -1,4 +1,4 @@
-"""Notebook 11 (multiverse): every head of a layer, every seed, and where the atom fails (App. F.1, Table 12, Fig. 14)."""
+"""Notebook 11: every head of a layer, every seed, and where the atom fails (App. F.1, Table 12, Fig. 14)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def seeds_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude) of the table of `per` by seed: mean, sd and range of win rates."""
+    """Return mean, sd and range over seeds of the win rates of `per`, per host, target and amplitude."""
     rows = []
     for values, part in table.groupby(GROUP, sort=False):
         rate = part.win_rate
@@ -98,7 +98,7 @@ HEAD = ["layer", "head"]
 
 
 def per(by: list[str], firings: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude, values of `by`) that has firings, as Table 12 does for heads.
+    """Return one row per (host, target, amplitude, values of `by`) that has firings, like Table 12.
 
     Columns: n, the atom's win rate over deletion with its intervals (`_rate`), and median KLs.
     """
@@ -118,8 +118,9 @@ def _rate(happened: pd.Series, part: pd.DataFrame, name: str, resamples: int, se
 def over_heads(table: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
     """Return one row per (host, target, amplitude) over the heads of a layer, as the text of App. F.1 does.
 
-    Columns: mean, sd and range of the heads' win rates, the bootstrap interval over heads, the numbers of heads whose
-    interval is above and below one half, and the distance in sd of the middle cell's head from the mean.
+    Columns: mean, sd and range of the heads' win rates, the bootstrap interval over heads, the numbers of
+    heads whose interval is above and below one half, and the distance in sd of the middle cell's head from
+    the mean.
     """
     middle, rows = places[places.place == "middle"].set_index("host")["head"], []
     for values, part in table.groupby(GROUP, sort=False):
@@ -150,8 +151,8 @@ def quartiles(effect: pd.Series) -> pd.Series:
 def failures(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per (host, target, amplitude, by, level): how often the atom does not beat deletion.
 
-    `by` is all firings, the place, the quartile of KL(delete) over all cells as in Fig. 14, and the quartile within each
-    cell, which keeps layers with small effects from filling the lowest quartile.
+    `by` is all firings, the place, the quartile of KL(delete) over all cells as in Fig. 14, and the quartile
+    within each cell, which keeps layers with small effects from filling the lowest quartile.
     """
     named, rows = firings.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"]), []
     named["place"] = pd.Categorical(named.place, list(dict.fromkeys(places.place)))
@@ -166,12 +167,13 @@ def failures(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: 
 
 
 def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude): the paper's tests of atom against deletion (Sec. 3.2, App. G).
+    """Return one row per (host, target, amplitude): the paper's tests (Sec. 3.2, App. G).
 
-    wilcoxon_p: signed ranks of paired KLs. permutation_p: mean log ratio, exchanging atom and deletion within firings, as
-    if those were independent; permutation_by_atom_p: within whole atoms. cliffs_delta: of KL(delete) over KL(atom), with
-    its bootstrap by passage. q1_minus_q4: the failure rate in the lowest quartile of KL(delete) minus that in the highest,
-    with the same bootstrap and a permutation of the quartiles' labels (nan for fewer than two firings in a quartile).
+    wilcoxon_p: signed ranks of paired KLs. permutation_p: mean log ratio, exchanging atom and deletion within
+    firings, as if those were independent; permutation_by_atom_p: within whole atoms. cliffs_delta: of
+    KL(delete) over KL(atom), with its bootstrap by passage. q1_minus_q4: the failure rate in the lowest
+    quartile of KL(delete) minus that in the highest, with the same bootstrap and a permutation of the
+    quartiles' labels (nan for fewer than two firings in a quartile).
     """
     rows = []
     for values, part in firings.groupby(GROUP, sort=False):

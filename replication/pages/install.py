@@ -19,7 +19,7 @@ def _classes(group: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Return one row per (host, direction, target class or all, magnitude).
 
-    Columns: inclusion with Wilson's interval of the edited one, the median lift in nats, and how ranks change.
+    Columns: inclusion with Wilson's interval of the edited one, the median lift in nats, change of ranks.
     """
     rows = []
     for (host, direction, magnitude), group in table.groupby(["host", "direction", "magnitude"]):

@@ -1,4 +1,4 @@
-"""Notebook 04: predicted against measured logit shifts over a profile's hosts (the paper's Sec. 2, App. A)."""
+"""Notebook 04: predicted against measured logit shifts (the paper's Sec. 2, App. A)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _median(scores: pd.DataFrame) -> dict:
 
 
 def summarise(scores: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per (predictor, eps): median and quartiles of R2 over atoms, pooled R2, share of correct signs."""
+    """Return quartiles of R2 over atoms, pooled R2 and the share of correct signs per (predictor, eps)."""
     prompts, atoms = shifts.prompt.nunique(), shifts.atom.nunique()
     rows = []
     for (name, eps), group in scores.groupby(["predictor", "eps"], sort=False):
@@ -105,7 +105,7 @@ def run(suite: Suite) -> pd.DataFrame:
 
 
 def tables(suite: Suite, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Write and return results logit_shift.csv and logit_shift_summary.csv (top-1 token), and logit_shift_ranks.csv."""
+    """Write and return results logit_shift and logit_shift_summary (top-1 token), and logit_shift_ranks."""
     scores, summaries = [], []
     for (name, layer, head), part in points[points["rank"] == 1].groupby(["host", "layer", "head"]):
         scored = score(part)

@@ -204,7 +204,7 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def gains(firings: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per (firing, universe): the choices and `gain`, the control's KL minus the atom's, in nats."""
+    """Return one row per (firing, universe) with `gain`: the control's KL minus the atom's, in nats."""
     kept, parts = ["host", "place", *FIRING, *DRAWN, "amplitude"], []
     for reading, direction, control in product(CHOICES["reading"], DIRECTIONS, CONTROLS):
         scope, horizon = reading.split(", ")
@@ -217,8 +217,8 @@ def gains(firings: pd.DataFrame) -> pd.DataFrame:
 def universes(won: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per universe, pooled over the host's cells.
 
-    win_rate is the share of firings with a positive gain, with Wilson's interval (ci) and the bootstraps by atom (boot) and
-    by passage; then the median gain and the numbers of atoms and passages.
+    win_rate is the share of firings with a positive gain, with Wilson's interval (ci) and the bootstraps by
+    atom (boot) and by passage; then the median gain and the numbers of atoms and passages.
     """
     tables, rest = [], [choice for choice in CHOICES if choice not in DRAWN]
     for values, part in won.groupby(["host", *DRAWN], sort=False):
@@ -246,17 +246,17 @@ def is_(universe: dict, table: pd.DataFrame) -> pd.Series:
 def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per (host, choice, level), for the choices that have several levels on the host.
 
-    mean_win_rate: over the universes with that level (bootstrap by atom). difference: from the default level, by one
-    least-squares fit of wins on all choices, with errors clustered by atom (ci) and by passage. share: the part of the
-    variance of win rates over universes that the choice explains alone. decides: the share of settings of all other
-    choices in which this choice alone moves the win rate across one half.
+    mean_win_rate: over the universes with that level (bootstrap by atom). difference: from the default level,
+    by one least-squares fit of wins on all choices, with errors clustered by atom (ci) and by passage. share:
+    the part of the variance of win rates over universes that the choice explains alone. decides: the share of
+    settings of all other choices in which this choice alone moves the win rate across one half.
     """
     rows = []
     for host, part in won.groupby("host", sort=False):
         of_host, win = lines[lines.host == host], (part.gain > 0).to_numpy(dtype=float)
         levels = {c: [x for x in possible if (of_host[c] == x).any()] for c, possible in CHOICES.items()}
         levels = {choice: several for choice, several in levels.items() if len(several) > 1}
-        sae = part.target + part.write.where(part.target == "write", "")  # one SAE of states serves both definitions
+        sae = part.target + part.write.where(part.target == "write", "")  # states have one SAE for both definitions
         atoms, passages = (np.unique(x, return_inverse=True)[1] for x in (atom_names(part) + sae, part.passage))
         fitted = _fit(win, part, levels, (atoms, passages))
         for choice, several in levels.items():

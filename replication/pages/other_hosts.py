@@ -1,6 +1,8 @@
-"""Notebook 08: the same experiments on every architecture, side by side (the paper's Sec. 3.3, App. F.4, Sec. 6.2).
+"""Notebook 08: the same experiments on every architecture, side by side (the paper's Sec. 3.3, App. F.4, Sec.
+6.2).
 
-All numbers are those of the cell called `middle`, so that hosts with one cell and hosts with three can be compared.
+All numbers are those of the cell called `middle`, so that hosts with one cell and hosts with three can be
+compared.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ def _line(host: str, quantity: str, choice: str, value: float, low: float, high:
 
 
 def win_rates(summary: pd.DataFrame) -> list[dict]:
-    """Return the atom's win rate over deletion in the middle cell, per target and amplitude; bootstrap by atom."""
+    """Return the atom's win rate over deletion, per target and amplitude; bootstrap by atom."""
     part = summary[(summary.cells == PLACE) & (summary.read == "write")]
     return [
         _line(r.host, "win rate", f"{r.target}, {r.amplitude}", r.win_rate, r.boot_low, r.boot_high, r.n)
@@ -29,7 +31,8 @@ def win_rates(summary: pd.DataFrame) -> list[dict]:
 
 
 def against_flat(firings: pd.DataFrame, cells: pd.DataFrame) -> list[dict]:
-    """Return the win rate of the state-trained atom minus that of the flat SAE's top singular pair (claims X11 to X13).
+    """Return the win rate of the state-trained atom minus that of the flat SAE's top singular pair (claims
+    X11 to X13).
 
     In percentage points, on the same firings at matched norm; bootstrap by atom.
     """
@@ -53,7 +56,7 @@ def r2(summary: pd.DataFrame) -> list[dict]:
 
 
 def installs(trials: pd.DataFrame) -> list[dict]:
-    """Return the median lift of the target's log-probability and the increase of inclusion at 3x; bootstrap by prompt."""
+    """Return the median lift of the target and the increase of inclusion at 3x; bootstrap by prompt."""
     rows = []
     for (host, direction), part in trials[trials.magnitude == MAGNITUDE].groupby(["host", "direction"], sort=False):
         lift = part.first_step_lift.to_numpy()
@@ -65,7 +68,8 @@ def installs(trials: pd.DataFrame) -> list[dict]:
 
 
 def cosines(alive: pd.DataFrame) -> list[dict]:
-    """Return the median over the atoms of a class of their median cosine to the native write (claims X2 to X8).
+    """Return the median over the atoms of a class of their median cosine to the native write (claims X2 to
+    X8).
 
     Bootstrap over atoms.
     """
@@ -79,7 +83,7 @@ def cosines(alive: pd.DataFrame) -> list[dict]:
 
 
 def side_by_side(suite: Suite) -> pd.DataFrame:
-    """Write and return results other_hosts.csv: one row per (host, quantity, choice), with a 95% interval and n."""
+    """Write and return results other_hosts.csv: one row per (host, quantity, choice)."""
     rows = win_rates(suite.table("replacement_summary"))
     rows += against_flat(suite.table("replacement"), suite.cells)
     rows += r2(suite.table("logit_shift_summary"))

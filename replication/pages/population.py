@@ -1,4 +1,4 @@
-"""Atoms as a population (the paper's Sec. 3.2 and App. F.2): classes by cosine, and the win rate of each atom."""
+"""Notebook 07: classes of atoms by cosine, and the win rate of each atom (the paper's Sec. 3.2, App. F.2)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from writesae.evaluate.firings import draw_atoms
 
 
 def per_atom(firings: pd.DataFrame, classes: pd.Series) -> pd.DataFrame:
-    """Return one row per (atom, amplitude): firings, median cosine, class, win rates over deletion and over random."""
+    """Return one row per (atom, amplitude): firings, median cosine, class, and win rates."""
     marked = firings.assign(win=beats(firings), win_random=beats(firings, "atom", "random"))
     keys = ["host", "layer", "head", "target", "atom", "amplitude"]
     table = marked.groupby(keys, as_index=False).agg(

@@ -62,9 +62,10 @@ CONTROLS = tuple(name for name in CONDITIONS if name not in ("delete", "atom"))
 def summarise(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per (host, cell or all cells pooled, target, amplitude, read scope).
 
-    Columns: the atom's win rate over deletion with Wilson's interval (ci) and the bootstrap intervals by atom (boot) and by
-    passage; median KLs; the share of firings with KL(atom) < KL(delete) < KL(random); each control's win rate over
-    deletion; the share of the KL of deletion that the atom and the reconstruction recover.
+    Columns: the atom's win rate over deletion with Wilson's interval (ci) and the bootstrap intervals by atom
+    (boot) and by passage; median KLs; the share of firings with KL(atom) < KL(delete) < KL(random); each
+    control's win rate over deletion; the share of the KL of deletion that the atom and the reconstruction
+    recover.
     """
     named = firings.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     keys, rows = ["host", "target", "amplitude", "read"], []
@@ -102,7 +103,7 @@ def _summary(part: pd.DataFrame, resamples: int, seed: int) -> dict:
 
 
 def by_cell(firings: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per (host, cell, target, amplitude): win rates with Wilson's intervals, and the cell's memory."""
+    """Return win rates with Wilson's intervals, and the cell's memory, per cell, target and amplitude."""
     keys, rows = ["host", "layer", "head", "target", "amplitude"], []
     for values, part in firings.groupby(keys, sort=False):
         row = dict(zip(keys, values, strict=True), n=len(part))
@@ -116,7 +117,8 @@ def by_cell(firings: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def trend(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude) of the table of `by_cell`: Spearman's rho over the host's cells.
+    """Return one row per (host, target, amplitude) of the table of `by_cell`: Spearman's rho over the host's
+    cells.
 
     rho is that of the atom's win rate with the cell's half-life, and with sigma1/sigma2 of its states.
     """

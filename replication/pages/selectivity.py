@@ -116,7 +116,7 @@ def selectivity(suite: Suite) -> pd.DataFrame:
 
 
 def selectivity_tables(suite: Suite, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Write and return results selectivity_summary.csv (the atom against each control) and selectivity_overlap.csv."""
+    """Write and return results selectivity_summary.csv (atom against controls) and selectivity_overlap."""
     resamples, seed = suite.profile.ablations.bootstrap, suite.profile.seed
     named = firings.merge(suite.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     rows, overlaps = [], []
@@ -133,9 +133,11 @@ def selectivity_tables(suite: Suite, firings: pd.DataFrame) -> tuple[pd.DataFram
 
 
 def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict:
-    """Return how often the atom's KL is below the control's, with Wilson's interval (ci) and the bootstrap by atom (boot).
+    """Return how often the atom's KL is below the control's, with Wilson's interval (ci) and the bootstrap by
+    atom (boot).
 
-    Also the p-value of a paired Wilcoxon test, and Cliff's delta, which is positive where the control's KL is larger.
+    Also the p-value of a paired Wilcoxon test, and Cliff's delta, which is positive where the control's KL is
+    larger.
     """
     other, atoms = part[f"kl_{control}"], atom_names(part)
     return dict(

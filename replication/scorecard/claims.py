@@ -1,4 +1,4 @@
-"""The paper's numbers: paper/claims.csv has its claims, paper/figures.csv further numbers that figures show."""
+"""The paper's numbers: its claims in paper/claims.csv, and more that figures show in paper/figures.csv."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def _values() -> dict[str, float]:
 
 
 def papers_value(*names: str) -> float | list[float]:
-    """Return the paper's number for an id of claims.csv or figures.csv, or the list of numbers for several ids.
+    """Return the paper's number for an id of claims.csv or figures.csv, or the list of numbers for several
+    ids.
 
     Raises KeyError for an id that has no number there.
     """

@@ -1,4 +1,4 @@
-"""The criterion of each claim of paper/claims.csv: paper/criteria.yaml, written before any run, as checked objects."""
+"""The criteria of the claims: paper/criteria.yaml, written before any run, read and checked."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ from replication.study.paths import ROOT
 class Criterion(BaseModel):
     """How a claim is judged.
 
-    The claim is that what `measure` measures, with these arguments, is above or below the point of indifference, or
-    ("equal") that it does not differ from it. A claim about one architecture names its `family`; a claim about one size
-    of it names the `model`, which is the path in hosts.csv. Only such hosts are asked.
+    The claim is that what `measure` measures, with these arguments, is above or below the point of
+    indifference, or ("equal") that it does not differ from it. A claim about one architecture names its
+    `family`; a claim about one size of it names the `model`, which is the path in hosts.csv. Only such hosts
+    are asked.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -55,7 +56,7 @@ class Criterion(BaseModel):
         return MEASURES[self.measure](tables, host, **self.arguments)
 
     def status(self, answer: Answer) -> str:
-        """Return the verdict on an answer whose interval is above, below, or across the point of indifference."""
+        """Return the verdict: the interval is above, below, or across the point of indifference."""
         above, below = answer.low > self.indifference, answer.high < self.indifference
         if self.claimed == "equal":
             return "opposite" if above or below else "same direction"
@@ -68,8 +69,8 @@ class Criterion(BaseModel):
 def read_criteria(path: Path = ROOT / "paper" / "criteria.yaml", claims: Path = CLAIMS) -> dict[str, Criterion]:
     """Return the criterion of every claim by its id, in the order of claims.csv.
 
-    Raises ValueError, in one sentence, for a claim without a criterion, a criterion without a claim, and a criterion with
-    a field, measure or argument that is missing or unknown.
+    Raises ValueError, in one sentence, for a claim without a criterion, a criterion without a claim, and a
+    criterion with a field, measure or argument that is missing or unknown.
     """
     content, criteria = yaml.safe_load(Path(path).read_text(encoding="utf-8")), {}
     for name in pd.read_csv(claims).id:

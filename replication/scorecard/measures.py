@@ -1,8 +1,8 @@
 """The measures of the scorecard: our number for a claim, with its interval and count.
 
 Each public function is a measure, which paper/criteria.yaml names. It takes `tables` (tables(NAME) returns
-results/PROFILE/NAME.csv), a host, and the arguments given there. It returns None where the host has no rows, or too few
-atoms, for the claim.
+results/PROFILE/NAME.csv), a host, and the arguments given there. It returns None where the host has no rows,
+or too few atoms, for the claim.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from writesae.evaluate.firings import atom_names
 
 FEWEST_ATOMS = 5  # of a class: an interval over fewer atoms means nothing, so that the claim is "not run"
 CHOICES = dict(target="state", amplitude="coefficient")  # the paper's own
-MIDDLE = dict(place="middle", target="state", role="main")  # the cell and the SAE that the paper's claims are about
+MIDDLE = dict(place="middle", target="state", role="main")  # what the paper's claims are about
 
 Tables = Callable[[str], pd.DataFrame]
 
@@ -156,7 +156,7 @@ def failure_gap(tables: Tables, host: str) -> Answer:
 
 
 def against_flat(tables: Tables, host: str) -> Answer:
-    """Win rate of the atom minus that of the flat SAE's top singular pair, middle cell, matched norm, in points."""
+    """Win rate of the atom minus that of the flat SAE's top singular pair at matched norm, in points."""
     cell = _row(tables("cells"), host=host, place="middle")
     part = _firings(tables, host, layer=cell.layer, head=cell["head"], amplitude="matched_norm")
     gap = 100.0 * (beats(part).astype(float) - beats(part, "flat_svd"))
@@ -214,7 +214,7 @@ def threshold_ratio(tables: Tables, host: str) -> Answer:
 
 
 def alive_by_k(tables: Tables, host: str) -> Answer | None:
-    """Share of alive atoms at the largest k of the sweep minus that at the smallest, with Newcombe's interval."""
+    """Share of alive atoms at the largest k minus that at the smallest, with Newcombe's interval."""
     part = rows_with(tables("atom_partition"), host=host, target="state")
     part = part[part.role != "main"].sort_values("k")
     if part.k.nunique() < 2:
@@ -258,7 +258,7 @@ def _trials(tables: Tables, host: str, targets: str, magnitude: float = 3.0) -> 
 
 
 def installed(tables: Tables, host: str, targets: str) -> Answer:
-    """Inclusion at 3x with the paper's direction minus native inclusion, paired over trials, bootstrap by prompt."""
+    """Inclusion at 3x with the paper's direction minus native inclusion, paired, bootstrap by prompt."""
     part = _trials(tables, host, targets)
     return _bootstrapped(part.included_edited - part.included_native, part.prompt)
 

@@ -1,10 +1,10 @@
 """Do other runs come to the same verdicts? Tables of whole runs side by side, for notebook 12.
 
-The intervals of the scorecard are over the atoms, passages or prompts of one run. Another seed trains other SAEs and draws
-other firings and prompts; another processor takes sums in another order, which training amplifies until other atoms come
-out. `make repeats` (`replication.commands.repeats`) takes the runs of a profile with other seeds, or on other machines,
-and writes two tables to results/PROFILE: their scorecards (repeats-scorecard.csv) and their replacement_summary.csv
-(repeats-replacement.csv).
+The intervals of the scorecard are over the atoms, passages or prompts of one run. Another seed trains other
+SAEs and draws other firings and prompts; another processor takes sums in another order, which training
+amplifies until other atoms come out. `make repeats` (`replication.commands.repeats`) takes the runs of a
+profile with other seeds, or on other machines, and writes two tables to results/PROFILE: their scorecards
+(repeats-scorecard.csv) and their replacement_summary.csv (repeats-replacement.csv).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from replication.study.stages import read_table
 from writesae.files import read_sidecar
 
 WIDTH = 2 * 1.959964  # of a 95% interval, in standard errors
-EXPECTED = 0.834  # share of repeats in a correct 95% interval: |z| < 1.96 / sqrt(2), because both are estimates
+EXPECTED = 0.834  # share of repeats in a correct interval: |z| < 1.96 / sqrt(2), as both are estimates
 RUN = ["seed", "device", "commit"]
-KEYS = ["host", "cells", "target", "amplitude", "write", "read", "kl_direction"]  # of a row of replacement_summary
+KEYS = ["host", "cells", "target", "amplitude", "write", "read", "kl_direction"]  # of replacement_summary
 COLUMNS = dict(
     scorecard=["id", "host", "value", "ci_low", "ci_high", "n", "status"],
     replacement=[*KEYS, "n", "win_rate", "ci_low", "ci_high"],
@@ -42,8 +42,8 @@ def _answered(scorecard: pd.DataFrame) -> pd.DataFrame:
 def read_run(folder: Path, profile: str, kind: str) -> pd.DataFrame:
     """Return one table of a run (`kind`: a key of COLUMNS) with the run's seed, device and commit in front.
 
-    Of the scorecard, only the claims that were asked. Raises ArtifactError where the table is missing or damaged,
-    RepeatsError where the run's profile differs from `profile` in more than its seed.
+    Of the scorecard, only the claims that were asked. Raises ArtifactError where the table is missing or
+    damaged, RepeatsError where the run's profile differs from `profile` in more than its seed.
     """
     path = Path(folder) / f"{FILES[kind]}.csv"
     table, record = read_table(path), read_sidecar(path)
@@ -77,10 +77,10 @@ def gather(folders: list[Path], profile: str, kind: str) -> pd.DataFrame:
 def stability(scorecard: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
     """Return one row per (claim, host) that this run's scorecard answers.
 
-    runs: the number of runs that answer it, including this one; agree: how many of them have this run's verdict; turned:
-    whether any has another; least, most: the range of their values; standard_error: that of this run, from the width of
-    its interval; z_most: the largest distance of a repeat's value from this run's, in standard errors (nan where the
-    interval has no width).
+    runs: the number of runs that answer it, including this one; agree: how many of them have this run's
+    verdict; turned: whether any has another; least, most: the range of their values; standard_error: that of
+    this run, from the width of its interval; z_most: the largest distance of a repeat's value from this
+    run's, in standard errors (nan where the interval has no width).
     """
     rows = []
     for line in _answered(scorecard).itertuples():
@@ -95,11 +95,12 @@ def stability(scorecard: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
 
 
 def held(scorecard: pd.DataFrame, seed: int, repeats: pd.DataFrame) -> pd.DataFrame:
-    """Return how often the interval of one run holds the value of another: one row per host, and one for all hosts.
+    """Return how often the interval of one run holds the value of another: one row per host, and one for all
+    hosts.
 
-    share has a bootstrap interval over claims; n counts pairs; `expected` is the share for correct intervals. All ordered
-    pairs of runs with different seeds count (runs of one seed draw the same firings and prompts), without intervals that
-    have no width.
+    share has a bootstrap interval over claims; n counts pairs; `expected` is the share for correct intervals.
+    All ordered pairs of runs with different seeds count (runs of one seed draw the same firings and prompts),
+    without intervals that have no width.
     """
     pairs, runs = [], {seed: _answered(scorecard)}
     for other, run in repeats.groupby("seed"):

@@ -1,8 +1,8 @@
 """The scorecard: each claim of paper/claims.csv against our numbers, by its criterion in paper/criteria.yaml.
 
-A result on an embedded host never replicates a number of another model. It goes in the *same direction* as the paper's
-claim, in the *opposite* direction, or shows *no effect* (its interval holds the point of indifference). Claims that no
-host here can answer are *not run*.
+A result on an embedded host never replicates a number of another model. It goes in the *same direction* as
+the paper's claim, in the *opposite* direction, or shows *no effect* (its interval holds the point of
+indifference). Claims that no host here can answer are *not run*.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ COLUMNS += ["status", "direction", "criterion", "notebook", "note"]
 def scorecard(read_table: Callable[[str], pd.DataFrame], hosts: list[str]) -> pd.DataFrame:
     """Return one row per (claim, host that is asked), and one per claim that no host is asked.
 
-    read_table(name) returns a result table; each is read once, where a measure asks for it. Raises ValueError for a host
-    that hosts.csv does not have, KeyError where a table has several rows for a claim.
+    read_table(name) returns a result table; each is read once, where a measure asks for it. Raises ValueError
+    for a host that hosts.csv does not have, KeyError where a table has several rows for a claim.
     """
     tables = cache(read_table)
     known, rows = tables("hosts").set_index("host"), []

@@ -58,8 +58,9 @@ def single_writes(site: Site, rows, t0, targets: torch.Tensor, magnitude: float,
 def summarise_single(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return one row per (host, direction, predictor).
 
-    Columns: sign agreement (the wider of Wilson's interval and the bootstrap by passage); Pearson's r, median of
-    measured / predicted and pooled R2, with bootstrap intervals by passage; the share of trials whose logit increases.
+    Columns: sign agreement (the wider of Wilson's interval and the bootstrap by passage); Pearson's r, median
+    of measured / predicted and pooled R2, with bootstrap intervals by passage; the share of trials whose
+    logit increases.
     """
     rows = []
     for (host, direction), part in table.groupby(["host", "direction"], sort=False):
