@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from scipy.special import logsumexp
-from sklearn.mixture import GaussianMixture
 
-from replication.statistics import Mixture, cluster_bootstrap, gaussian_mixture_bic, wilson
+from replication.statistics import Mixture, cluster_bootstrap, fit_mixture, gaussian_mixture_bic, wilson
 from replication.study.firings import firing_windows, firings_of
 from replication.study.study import Suite
 from writesae.evaluate.atoms import CLASSES, sides
@@ -35,41 +34,49 @@ from writesae.harvesting import harvest
 
 
 def median(values: pd.Series, seed: int = 0) -> tuple[float, float, float]:
-    """(median, low, high), resampled one by one; the interval of fewer than two values is unknown."""
+    """Return (median, low, high), bootstrap over single values; the ends are nan for fewer than two."""
     if not len(values):
         return np.nan, np.nan, np.nan
     return float(values.median()), *cluster_bootstrap(values, np.arange(len(values)), np.median, seed=seed)
 
 
 def bimodality(values: Sequence[float]) -> float:
-    """(skewness^2 + 1) / kurtosis, both without bias: 1/3 for a Gaussian, 5/9 for a uniform; two humps lie above 5/9."""
+    """Return (skewness^2 + 1) / kurtosis, unbiased: 1/3 for a Gaussian, above 5/9 for two humps."""
     n = len(values)
     kurtosis = stats.kurtosis(values, bias=False) + 3 * (n - 1) ** 2 / ((n - 2) * (n - 3))
     return float((stats.skew(values, bias=False) ** 2 + 1) / kurtosis)
 
 
 def partition(alive: pd.DataFrame, seed: int = 0) -> dict:
-    """One SAE's counts of classes, share of registers among its alive atoms (Wilson), median cosine of each class, and of
-    all at other atoms' firings. `alive` is a line an atom with cosine, elsewhere, class, n_atoms."""
+    """Return the classes of one SAE: their counts, the share of registers among alive atoms (Wilson),
+    cosines.
+
+    alive: one row per alive atom, with the columns cosine, elsewhere (the cosine at other atoms' firings),
+    class, n_atoms.
+    """
     counts = alive["class"].value_counts().reindex(CLASSES, fill_value=0)
     row = dict(alive=len(alive), registers=int(counts["register"]), bundles=int(counts["bundle"]))
     row |= dict(null=int(alive.n_atoms.iloc[0]) - len(alive), register_share=counts["register"] / len(alive))
     row["ci_low"], row["ci_high"] = wilson(row["registers"], len(alive))
     for name in CLASSES:
-        found = median(alive.cosine[alive["class"] == name], seed)
-        row |= zip((f"{name}_cosine", f"{name}_low", f"{name}_high"), found, strict=True)
+        cosine = median(alive.cosine[alive["class"] == name], seed)
+        row |= zip((f"{name}_cosine", f"{name}_low", f"{name}_high"), cosine, strict=True)
     return row | dict(elsewhere_cosine=alive.elsewhere.median(), bimodality=bimodality(alive.cosine))
 
 
 def log_density(mixture: Mixture, values: np.ndarray) -> np.ndarray:
-    """log p of each value [n] under a mixture."""
+    """Return log p [n] of the values [n] under a mixture."""
     parts = stats.norm.logpdf(values[:, None], mixture.means, mixture.deviations)
     return logsumexp(parts + np.log(mixture.weights), axis=1)
 
 
 def mixtures(cosines: Sequence[float], seed: int = 0) -> pd.DataFrame:
-    """A line for one, two and three components: BIC, and delta_bic against one fewer, below 0 where the larger is
-    preferred. Its interval resamples the values and keeps both fits: delta BIC is a sum over values, and a penalty."""
+    """Return the BIC of mixtures of one, two and three components, one row each.
+
+    delta_bic is the BIC minus that of one component fewer; it is below 0 where the larger mixture is
+    preferred. Its interval resamples the values and keeps both fits, because delta BIC is a sum over values
+    plus a penalty.
+    """
     values = np.asarray(cosines, dtype=np.float64)
     n, fits = len(values), gaussian_mixture_bic(cosines, (1, 2, 3), seed)
     rows = [dict(components=1, bic=fits[0].bic, n=n)]
@@ -83,7 +90,10 @@ def mixtures(cosines: Sequence[float], seed: int = 0) -> pd.DataFrame:
 
 
 def thresholds(cosines: pd.Series, taus: Iterable[float]) -> pd.DataFrame:
-    """A line a tau: registers are the alive atoms whose median cosine is at least tau (Table 15), their share by Wilson."""
+    """Return the share of registers with Wilson's interval, one row per tau (Table 15).
+
+    A register is here an alive atom with a median cosine of at least tau.
+    """
     rows, n = [], len(cosines)
     for tau in taus:
         registers = int((cosines >= tau).sum())
@@ -97,7 +107,7 @@ def thresholds(cosines: pd.Series, taus: Iterable[float]) -> pd.DataFrame:
 
 
 class Scan:
-    """A host's cells over the held-out windows; they are harvested once, and only where something asks for them."""
+    """A host's cells over the held-out windows, harvested once and only when needed."""
 
     def __init__(self, suite: Suite, host: str):
         self.suite, self.host, self.windows = suite, host, firing_windows(suite, host)
@@ -109,12 +119,12 @@ class Scan:
         return harvest(self.suite.host(self.host), self.windows.tokens, list(self.places), batch)
 
     def scanned(self) -> int:
-        """How many tokens firings are looked for in."""
+        """Return the number of tokens in which firings are looked for."""
         windows, tokens = self.windows.tokens.shape
         return windows * (tokens - STEPS - self.suite.profile.data.first_position)
 
     def firings(self, layer: int, head: int, target: str, role: str) -> tuple[Subject, pd.DataFrame]:
-        """A cell with its SAE of that role, and all of its firings."""
+        """Return a cell with its SAE of that role, and all firings."""
         factors, write = self.factors[layer, head], self.suite.profile.saes.write
         subject = make_subject(
             (layer, head), target, write, self.suite.sae(self.host, layer, head, target, role), factors
@@ -122,7 +132,7 @@ class Scan:
         return subject, firings_of(self.suite, subject, self.windows)
 
     def alive(self, group: tuple) -> pd.DataFrame:
-        """A line an alive atom of one SAE: class, median cosines, `elsewhere`: that at as many firings of other atoms."""
+        """Return one row per alive atom of an SAE; `elsewhere` is its cosine at firings of other atoms."""
         *found_at, role, seed = group
         subject, firings = self.firings(*found_at, role)
         table = alive_atoms(self.suite, self.host, subject, firings)
@@ -135,11 +145,14 @@ class Scan:
 
 
 def classify(cosines: pd.Series, seed: int) -> pd.Series:
-    """register or bundle for each alive atom, by a two-component Gaussian mixture on its median cosine to the native
-    write (the paper's Sec. 3.1): registers are of the component with the higher mean, and lie above the lower mean (the
-    far low tail is of the wider component, whichever that is)."""
+    """Return "register" or "bundle" per alive atom, by a two-component Gaussian mixture (Sec. 3.1).
+
+    The mixture is one of the median cosines to the native write. Registers belong to the component with the
+    higher mean and are above the lower mean: without the second condition, the far low tail would belong to
+    the wider component, whichever that is.
+    """
     values = cosines.to_numpy()[:, None]
-    mixture = GaussianMixture(2, random_state=seed, n_init=5).fit(values)
+    mixture = fit_mixture(values, 2, seed)
     upper = mixture.predict(values) == int(np.argmax(mixture.means_[:, 0]))
     register = upper & (values[:, 0] > mixture.means_.min())
     return pd.Series(np.where(register, "register", "bundle"), index=cosines.index, name="class")
@@ -149,7 +162,7 @@ def classify(cosines: pd.Series, seed: int) -> pd.Series:
 
 
 def alive_atoms(suite: Suite, host: str, subject: Subject, firings: pd.DataFrame) -> pd.DataFrame:
-    """One line an alive atom: its firings on the held-out windows, its median cosine to the native write, its class."""
+    """Return one row per alive atom: its firings, its median cosine to the native write, its class."""
     writes = subject.writes
     window, position = (torch.tensor(firings[name].to_numpy()) for name in ("window", "position"))
     atom = torch.tensor(firings.atom.to_numpy())

@@ -1,13 +1,14 @@
-"""The statistics of the suite, from scipy, statsmodels and scikit-learn. Intervals are of 95%.
+"""Statistics from numpy, scipy, statsmodels and scikit-learn. All intervals are 95% intervals.
 
-Every function takes anything that numpy reads as a vector, works in fp64, and raises ValueError for empty input, for
-a value that is not finite, and for vectors whose lengths should agree and do not.
+Unless a docstring says otherwise, a function takes anything that numpy reads as a vector, computes in fp64,
+and raises ValueError for empty input, for values that are not finite, and for paired vectors of different
+lengths.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,49 +17,16 @@ from sklearn.metrics import r2_score
 from sklearn.mixture import GaussianMixture
 from statsmodels.stats.proportion import proportion_confint
 
-# Tables
-
-
-def resampled(statistic: Callable[[np.ndarray], float], clusters, resamples: int, seed: int) -> Interval:
-    """The bootstrap interval by cluster of a statistic of row numbers, for what is no function of one column."""
-    rows = np.arange(len(clusters))
-    return cluster_bootstrap(rows, clusters, lambda drawn: statistic(drawn.astype(int)), resamples, seed)
-
-
-def difference(a: pd.Series, b: pd.Series, clusters: tuple, resamples: int, seed: int) -> Interval:
-    """The bootstrap interval of mean(a) - mean(b), whole clusters of each drawn on their own."""
-    generator, means = np.random.default_rng(seed), []
-    for values, labels in zip((a, b), clusters, strict=True):
-        _, codes = np.unique(labels, return_inverse=True)
-        count = codes.max() + 1
-        draws = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
-        means.append((draws @ np.bincount(codes, weights=values)) / (draws @ np.bincount(codes)))
-    low, high = np.quantile(means[0] - means[1], [0.025, 0.975])
-    return Interval(float(low), float(high))
-
-
-def bootstrap_columns(values: np.ndarray, clusters, resamples: int, seed: int) -> np.ndarray:
-    """statistics.cluster_bootstrap of the mean of every column of `values` [n, m], all from the same draws: [2, m]; nan from
-    one cluster."""
-    _, codes = np.unique(np.asarray(clusters), return_inverse=True)
-    count = int(codes.max()) + 1
-    if count < 2:
-        return np.full((2, values.shape[1]), np.nan)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
-    sums = np.zeros((count, values.shape[1]))
-    np.add.at(sums, codes, values)
-    return np.quantile((draws @ sums) / (draws @ np.bincount(codes))[:, None], [0.025, 0.975], axis=0)
-
 
 class Interval(NamedTuple):
-    """A 95% interval."""
+    """A 95% interval; arrays [m] where the statistic has m columns."""
 
     low: float
     high: float
 
 
 class Correlation(NamedTuple):
-    """A correlation with its 95% interval and the p of no correlation."""
+    """A correlation with its 95% interval and the p-value of the hypothesis that it is zero."""
 
     value: float
     low: float
@@ -68,7 +36,7 @@ class Correlation(NamedTuple):
 
 
 class Test(NamedTuple):
-    """A test's statistic and p; n counts all values, or pairs in a paired test."""
+    """The statistic and p-value of a test; n counts all values, or the pairs of a paired test."""
 
     __test__ = False  # not a test case of pytest
 
@@ -78,7 +46,7 @@ class Test(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """A one-dimensional Gaussian mixture, components in order of their means."""
+    """A one-dimensional Gaussian mixture, its components in order of their means."""
 
     components: int
     bic: float
@@ -88,13 +56,17 @@ class Mixture(NamedTuple):
     n: int
 
 
-def _vector(values, name: str = "the values") -> np.ndarray:
-    vector = np.asarray(values, dtype=np.float64).ravel()
-    if not vector.size:
-        raise ValueError(f"A statistic needs data: {name} are empty.")
-    if not np.isfinite(vector).all():
-        raise ValueError(f"{int((~np.isfinite(vector)).sum())} of {vector.size} values are not finite.")
-    return vector
+def _finite(values) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if not values.size:
+        raise ValueError("A statistic needs data: the values are empty.")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{int((~np.isfinite(values)).sum())} of {values.size} values are not finite.")
+    return values
+
+
+def _vector(values) -> np.ndarray:
+    return _finite(values).ravel()
 
 
 def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
@@ -104,47 +76,114 @@ def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
+# Intervals
+
+
 def wilson(successes: int, n: int) -> Interval:
-    """Wilson's interval of a proportion. Raises ValueError for n = 0 or successes outside 0..n."""
+    """Return Wilson's interval of a proportion. Raises ValueError for n = 0 or successes outside 0..n."""
     if n <= 0 or not 0 <= successes <= n:
         raise ValueError(f"A proportion needs 0 <= successes <= n and n > 0, not {successes} of {n}.")
     low, high = proportion_confint(successes, n, alpha=0.05, method="wilson")
     return Interval(float(low), float(high))
 
 
-def _resampled_means(values: np.ndarray, codes: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Means of bootstrap samples; `draws` [resamples, clusters] says how often each cluster was drawn."""
-    sums, counts = np.bincount(codes, weights=values), np.bincount(codes)
-    return (draws @ sums) / (draws @ counts)
+def _percentiles(samples: np.ndarray) -> Interval:
+    low, high = np.quantile(samples, [0.025, 0.975], axis=-1)
+    return Interval(low, high) if low.ndim else Interval(float(low), float(high))
 
 
-def _resampled(statistic: Callable, values: np.ndarray, codes: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    return np.array([statistic(np.repeat(values, row[codes])) for row in draws])
+def _codes(clusters) -> tuple[np.ndarray, int]:
+    """Return the number of each label's cluster, and the number of clusters."""
+    codes = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    return codes, int(codes.max()) + 1
+
+
+def _draws(count: int, resamples: int, generator: np.random.Generator, draw: str = "multinomial") -> np.ndarray:
+    """Return [resamples, count]: how often each cluster is in each bootstrap sample."""
+    if draw == "multinomial":
+        return generator.multinomial(count, np.full(count, 1 / count), size=resamples)
+    return np.stack([np.bincount(x, minlength=count) for x in generator.integers(0, count, (resamples, count))])
+
+
+def _means(values: np.ndarray, codes: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Return the means of bootstrap samples, [resamples] for values [n] and [m, resamples] for [n, m]."""
+    sums = np.zeros((draws.shape[1], *values.shape[1:]))
+    np.add.at(sums, codes, values)
+    return (draws @ sums).T / (draws @ np.bincount(codes))
 
 
 def cluster_bootstrap(
-    values, clusters: Sequence, statistic: Callable = np.mean, resamples: int = 2000, seed: int = 0
+    values,
+    clusters: Sequence,
+    statistic: Callable = np.mean,
+    resamples: int = 2000,
+    seed: int = 0,
+    draw: Literal["multinomial", "integers"] = "multinomial",
 ) -> Interval:
-    """The percentile interval of a statistic when whole clusters are drawn with replacement.
+    """Return the percentile interval of a statistic when whole clusters are drawn with replacement.
 
-    `values` [n], `clusters` [n] labels of any kind. Means go by cluster sums, without a loop. From one cluster nothing is
-    known: both ends are nan. Raises ValueError for labels that are not one a value, and no resamples.
+    clusters: one label of any kind per row. values: a vector [n]; a matrix [n, m], for the means of all
+    columns from the same draws (statistic is then not used, the ends are [m]); or a function of row numbers,
+    for a statistic of several columns. draw: "multinomial" draws the counts of the clusters, "integers" their
+    numbers; both are the same scheme from other random numbers. Both ends are nan where there is only one
+    cluster. Raises ValueError also where the numbers of values and labels differ, and for resamples < 1.
     """
     if resamples < 1:
         raise ValueError(f"A bootstrap takes at least one resample, not {resamples}.")
-    values = _vector(values)
-    labels = np.asarray(clusters)
-    if labels.shape != values.shape:
-        raise ValueError(f"Each value needs one cluster: {values.size} values, {labels.size} labels.")
-    _, codes = np.unique(labels, return_inverse=True)
-    count = int(codes.max()) + 1
+    if callable(values):
+        values, statistic = np.arange(len(clusters)), values
+    else:
+        values = _finite(values)
+    if len(values) != len(clusters):
+        raise ValueError(f"Each value needs one cluster: {len(values)} values, {len(clusters)} labels.")
+    codes, count = _codes(clusters)
     if count < 2:
-        return Interval(np.nan, np.nan)
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
-    mean = statistic is np.mean
-    found = _resampled_means(values, codes, draws) if mean else _resampled(statistic, values, codes, draws)
-    low, high = np.quantile(found, [0.025, 0.975])
-    return Interval(float(low), float(high))
+        unknown = np.full(values.shape[1:], np.nan) if values.ndim > 1 else np.nan
+        return Interval(unknown, unknown)
+    draws = _draws(count, resamples, np.random.default_rng(seed), draw)
+    if statistic is np.mean:
+        return _percentiles(_means(values, codes, draws))
+    return _percentiles(np.array([statistic(np.repeat(values, row[codes])) for row in draws]))
+
+
+def difference_bootstrap(a, b, clusters: tuple[Sequence, Sequence], resamples: int, seed: int) -> Interval:
+    """Return the percentile interval of mean(a) - mean(b); clusters are drawn independently in a and b."""
+    generator, means = np.random.default_rng(seed), []
+    for values, labels in zip((a, b), clusters, strict=True):
+        codes, count = _codes(labels)
+        means.append(_means(_vector(values), codes, _draws(count, resamples, generator)))
+    return _percentiles(means[0] - means[1])
+
+
+def wider(*intervals: Interval) -> Interval:
+    """Return the lowest of the low ends and the highest of the high ends."""
+    return Interval(min(x.low for x in intervals), max(x.high for x in intervals))
+
+
+# Win rates
+
+
+def beats(firings: pd.DataFrame, condition: str = "atom", control: str = "delete") -> pd.Series:
+    """Return at which firings the KL of a condition is below that of a control."""
+    return firings[f"kl_{condition}"] < firings[f"kl_{control}"]
+
+
+def rate_row(happened, resamples: int, seed: int, name: str = "win_rate", **clusters: Sequence) -> dict:
+    """Return the share of True values as the columns of a table.
+
+    The columns are `name`, Wilson's interval (ci_low, ci_high), and for each keyword KIND=labels the
+    bootstrap interval over these clusters (KIND_low, KIND_high).
+    """
+    happened = np.asarray(happened, dtype=bool)
+    low, high = wilson(int(happened.sum()), len(happened))
+    row = {name: happened.mean(), "ci_low": low, "ci_high": high}
+    for kind, labels in clusters.items():
+        low, high = cluster_bootstrap(happened, labels, resamples=resamples, seed=seed)
+        row |= {f"{kind}_low": low, f"{kind}_high": high}
+    return row
+
+
+# Tests and correlations
 
 
 def paired_wilcoxon(a, b, alternative: str = "two-sided") -> Test:
@@ -164,73 +203,15 @@ def mann_whitney(a, b, alternative: str = "two-sided") -> Test:
 
 
 def cliffs_delta(a, b) -> float:
-    """P(a > b) - P(a < b) over all pairs, by way of U."""
+    """Return P(a > b) - P(a < b) over all pairs, computed from U."""
     a, b = _vector(a), _vector(b)
     return float(2 * stats.mannwhitneyu(a, b).statistic / (a.size * b.size) - 1)
 
 
-def r2(actual, predicted) -> float:
-    """1 - residual / total sum of squares, no fitted slope or offset. Raises ValueError for fewer than two pairs."""
-    actual, predicted = _pair(actual, predicted)
-    if actual.size < 2:
-        raise ValueError("R2 needs at least two pairs.")
-    return float(r2_score(actual, predicted))
-
-
-def _unknown(a: np.ndarray, b: np.ndarray) -> Correlation | None:
-    """What is said of fewer than four pairs, or where a side is constant: all nan."""
-    known = a.size >= 4 and np.ptp(a) > 0 and np.ptp(b) > 0
-    return None if known else Correlation(np.nan, np.nan, np.nan, np.nan, a.size)
-
-
-def pearson(a, b) -> Correlation:
-    """Pearson's r, Fisher's interval. From fewer than four pairs, or a constant side, nothing is known: all are nan."""
-    a, b = _pair(a, b)
-    if unknown := _unknown(a, b):
-        return unknown
-    result = stats.pearsonr(a, b)
-    low, high = result.confidence_interval(0.95)
-    return Correlation(float(result.statistic), float(low), float(high), float(result.pvalue), a.size)
-
-
-def spearman(a, b) -> Correlation:
-    """Spearman's rho, Bonett and Wright's interval; infinity has a rank. All are nan where `pearson`'s are."""
-    a, b = _pair(*(stats.rankdata(x, nan_policy="omit") for x in (a, b)))
-    if unknown := _unknown(a, b):
-        return unknown
-    result = stats.spearmanr(a, b)
-    rho = float(np.clip(result.statistic, -1, 1))
-    if abs(rho) == 1:
-        return Correlation(rho, rho, rho, float(result.pvalue), a.size)
-    reach = stats.norm.ppf(0.975) * np.sqrt((1 + rho**2 / 2) / (a.size - 3))
-    low, high = np.tanh(np.arctanh(rho) + np.array([-reach, reach]))
-    return Correlation(rho, float(low), float(high), float(result.pvalue), a.size)
-
-
-def gaussian_mixture_bic(values, components: Sequence[int] = (1, 2, 3), seed: int = 0) -> list[Mixture]:
-    """A Gaussian mixture for each number of components; the lowest BIC is the one to prefer.
-
-    Raises ValueError where there are fewer values than components, and for no number of components, as well.
-    """
-    values = _vector(values)[:, None]
-    if not components or min(components) < 1:
-        raise ValueError(f"A mixture has at least one component, not {list(components)}.")
-    if len(values) < max(components):
-        raise ValueError(f"{len(values)} values cannot make a mixture of {max(components)} components.")
-    return [_mixture(values, count, seed) for count in components]
-
-
-def _mixture(values: np.ndarray, count: int, seed: int) -> Mixture:
-    model = GaussianMixture(count, n_init=5, random_state=seed).fit(values)
-    order = np.argsort(model.means_[:, 0])
-    parts = (model.weights_, model.means_[:, 0], np.sqrt(model.covariances_[:, 0, 0]))
-    return Mixture(count, float(model.bic(values)), *(tuple(map(float, part[order])) for part in parts), len(values))
-
-
 def permutation_test(a, b, paired: bool = False, resamples: int = 10_000, seed: int = 0) -> Test:
-    """Two-sided permutation test of the difference of means a - b, by exchanging labels, or within pairs.
+    """Two-sided permutation test of mean(a) - mean(b), which exchanges labels, or the two sides of pairs.
 
-    Raises ValueError for fewer than two values on a side as well.
+    Raises ValueError also for fewer than two values on a side.
     """
     a, b = _pair(a, b) if paired else (_vector(a), _vector(b))
     if min(a.size, b.size) < 2:
@@ -245,3 +226,69 @@ def permutation_test(a, b, paired: bool = False, resamples: int = 10_000, seed: 
         rng=np.random.default_rng(seed),
     )
     return Test(float(result.statistic), float(result.pvalue), a.size if paired else a.size + b.size)
+
+
+def r2(actual, predicted) -> float:
+    """Return 1 - residual / total sum of squares, nothing fitted. ValueError for fewer than two pairs."""
+    actual, predicted = _pair(actual, predicted)
+    if actual.size < 2:
+        raise ValueError("R2 needs at least two pairs.")
+    return float(r2_score(actual, predicted))
+
+
+def _undefined(a: np.ndarray, b: np.ndarray) -> Correlation | None:
+    """Return nan for fewer than four pairs, and where one side is constant."""
+    defined = a.size >= 4 and np.ptp(a) > 0 and np.ptp(b) > 0
+    return None if defined else Correlation(np.nan, np.nan, np.nan, np.nan, a.size)
+
+
+def pearson(a, b) -> Correlation:
+    """Pearson's r with Fisher's interval; all nan for fewer than four pairs or a constant side."""
+    a, b = _pair(a, b)
+    if undefined := _undefined(a, b):
+        return undefined
+    result = stats.pearsonr(a, b)
+    low, high = result.confidence_interval(0.95)
+    return Correlation(float(result.statistic), float(low), float(high), float(result.pvalue), a.size)
+
+
+def spearman(a, b) -> Correlation:
+    """Spearman's rho with Bonett and Wright's interval; infinity has a rank. All nan where `pearson` is."""
+    a, b = _pair(*(stats.rankdata(x, nan_policy="omit") for x in (a, b)))
+    if undefined := _undefined(a, b):
+        return undefined
+    result = stats.spearmanr(a, b)
+    rho = float(np.clip(result.statistic, -1, 1))
+    if abs(rho) == 1:
+        return Correlation(rho, rho, rho, float(result.pvalue), a.size)
+    reach = stats.norm.ppf(0.975) * np.sqrt((1 + rho**2 / 2) / (a.size - 3))
+    low, high = np.tanh(np.arctanh(rho) + np.array([-reach, reach]))
+    return Correlation(rho, float(low), float(high), float(result.pvalue), a.size)
+
+
+# Mixtures
+
+
+def fit_mixture(values: np.ndarray, components: int, seed: int) -> GaussianMixture:
+    """Return scikit-learn's Gaussian mixture of values [n, 1], fitted in the dtype that they have."""
+    return GaussianMixture(components, n_init=5, random_state=seed).fit(values)
+
+
+def gaussian_mixture_bic(values, components: Sequence[int] = (1, 2, 3), seed: int = 0) -> list[Mixture]:
+    """Return one Gaussian mixture per number of components; the one with the lowest BIC is to be preferred.
+
+    Raises ValueError also where there are fewer values than components, and where `components` is empty.
+    """
+    values = _vector(values)[:, None]
+    if not components or min(components) < 1:
+        raise ValueError(f"A mixture has at least one component, not {list(components)}.")
+    if len(values) < max(components):
+        raise ValueError(f"{len(values)} values cannot make a mixture of {max(components)} components.")
+    return [_mixture(fit_mixture(values, count, seed), values) for count in components]
+
+
+def _mixture(model: GaussianMixture, values: np.ndarray) -> Mixture:
+    order = np.argsort(model.means_[:, 0])
+    parts = (model.weights_, model.means_[:, 0], np.sqrt(model.covariances_[:, 0, 0]))
+    parts = (tuple(map(float, part[order])) for part in parts)
+    return Mixture(model.n_components, float(model.bic(values)), *parts, len(values))

@@ -29,7 +29,7 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 from tqdm import tqdm
 
 from replication import classes as atoms
-from replication.statistics import cluster_bootstrap, difference, resampled, wilson
+from replication.statistics import beats, cluster_bootstrap, difference_bootstrap, rate_row, wider, wilson
 from replication.study.firings import firings_of, run_firings
 from replication.study.stages import rows_with
 from replication.study.study import Suite
@@ -127,75 +127,79 @@ def _weights(suite: Suite, host: str, place: str, target: str, variant: str) -> 
 
 
 def fvu(windows: pd.DataFrame) -> Callable[[np.ndarray], float]:
-    """The fraction of variance unexplained, of row numbers of a table of windows."""
+    """Return the fraction of variance unexplained (FVU) as a function of row numbers."""
     squared, energy = windows.squared.to_numpy(), windows.energy.to_numpy()
     return lambda rows: squared[rows].sum() / energy[rows].sum()
 
 
 def summarise(windows: pd.DataFrame, classes: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed: int):
-    """A line a variant, place and target: FVU with its interval by passage; L0; atoms that are never active (dead), with
-    Wilson's interval of their share; the classes of the rest; and for each amplitude how often the atom beats deletion, with
-    Wilson's interval (ci) and the bootstrap by atom (boot). What cannot be told (no class, no firing) is missing."""
+    """Return one row per (place, target, variant).
+
+    Columns: FVU with its bootstrap interval by passage; L0; dead atoms (never active) and Wilson's interval
+    of their share; the classes of the others; and per amplitude the atom's win rate over deletion with
+    Wilson's interval (ci) and the bootstrap by atom (boot). Classes or win rates are missing where there are
+    too few atoms or no firings.
+    """
     rows = []
     for values, part in windows.groupby(KEYS, sort=False):
         where, first = dict(zip(KEYS, values, strict=True)), part.iloc[0]
-        of, count = fvu(part), int(part.tokens.sum())
-        low, high = resampled(of, part.passage, resamples, seed)
-        row = where | dict(n_atoms=first.n_atoms, k=first.k, fvu=of(np.arange(len(part))), fvu_low=low, fvu_high=high)
-        row |= dict(n_tokens=count, n_passages=part.passage.nunique(), l0=part.active.sum() / count)
+        fvu_of, tokens = fvu(part), int(part.tokens.sum())
+        low, high = cluster_bootstrap(fvu_of, part.passage, resamples=resamples, seed=seed)
+        row = where | dict(n_atoms=first.n_atoms, k=first.k, fvu=fvu_of(slice(None)), fvu_low=low, fvu_high=high)
+        row |= dict(n_tokens=tokens, n_passages=part.passage.nunique(), l0=part.active.sum() / tokens)
         low, high = wilson(int(first.dead), int(first.n_atoms))
         row |= dict(dead=first.dead, dead_fraction=first.dead / first.n_atoms, dead_low=low, dead_high=high)
-        own = rows_with(classes, **where)
-        if len(own):
-            row |= atoms.partition(own, seed)
-        for amplitude, tried in rows_with(firings, **where).groupby("amplitude", sort=False):
-            row |= {f"{name}_{amplitude}": x for name, x in wins(tried, resamples, seed).items()}
-            row |= dict(n_firings=len(tried), n_firing_atoms=tried.atom.nunique())
+        alive = rows_with(classes, **where)
+        if len(alive):
+            row |= atoms.partition(alive, seed)
+        for amplitude, fired in rows_with(firings, **where).groupby("amplitude", sort=False):
+            row |= {f"{name}_{amplitude}": x for name, x in wins(fired, resamples, seed).items()}
+            row |= dict(n_firings=len(fired), n_firing_atoms=fired.atom.nunique())
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def wins(firings: pd.DataFrame, resamples: int, seed: int) -> dict:
-    """Share of firings at which the atom beats deletion, and where there is one the whole atom of a higher rank."""
-    win = firings.kl_atom < firings.kl_delete
-    low, high = wilson(int(win.sum()), len(win))
-    boot = cluster_bootstrap(win, firings.atom, resamples=resamples, seed=seed)
-    found = dict(win_rate=win.mean(), ci_low=low, ci_high=high, boot_low=boot.low, boot_high=boot.high)
-    found |= dict(win_random=(firings.kl_random < firings.kl_delete).mean())
+    """Return win rates over deletion: of the atom, the random atom, and the whole atom of rank above 1."""
+    row = rate_row(beats(firings), resamples, seed, boot=firings.atom)
+    row["win_random"] = beats(firings, "random").mean()
     if "kl_whole_atom" in firings and firings.kl_whole_atom.notna().all():
-        whole = int((firings.kl_whole_atom < firings.kl_delete).sum())
-        found["whole_win_rate"] = whole / len(win)
-        found["whole_low"], found["whole_high"] = wilson(whole, len(win))
-    return found
+        whole = int(beats(firings, "whole_atom").sum())
+        row["whole_win_rate"] = whole / len(firings)
+        row["whole_low"], row["whole_high"] = wilson(whole, len(firings))
+    return row
 
 
 def contrasts(windows: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Every variant against REFERENCE at the same place and target, a line a quantity:
+    """Return one row per quantity: every variant against REFERENCE at the same place and target.
 
-    | quantity                        | value                                  | interval                               |
-    |---------------------------------|----------------------------------------|----------------------------------------|
-    | fvu_ratio                       | FVU of the variant / of the reference  | bootstrap by passage, paired           |
-    | dead_fraction                   | difference of the shares of dead atoms | Newcombe                               |
-    | win_rate_coefficient, _matched_norm | difference of the win rates        | wider of the bootstraps by passage and by atom |
+    | quantity           | value                                  | interval                                       |
+    |--------------------|----------------------------------------|------------------------------------------------|
+    | fvu_ratio          | FVU of the variant / of the reference  | bootstrap by passage, paired                   |
+    | dead_fraction      | difference of the shares of dead atoms | Newcombe                                       |
+    | win_rate_AMPLITUDE | difference of the win rates            | wider of the bootstraps by passage and by atom |
     """
     rows, keys = [], ["host", "place", "layer", "head", "target"]
     for values, group in windows.groupby(keys, sort=False):
         where = dict(zip(keys, values, strict=True))
-        base = group[group.variant == REFERENCE].reset_index(drop=True)
+        base = group[group.variant == REFERENCE]
         if base.empty:
             continue
+        reference, base_fvu = rows_with(firings, **where, variant=REFERENCE), fvu(base)
         for variant, part in group[group.variant != REFERENCE].groupby("variant", sort=False):
-            line = where | dict(variant=variant, reference=REFERENCE)
-            part = part.reset_index(drop=True)
-            a, b, every = fvu(part), fvu(base), np.arange(len(base))
-            low, high = resampled(lambda x, a=a, b=b: a(x) / b(x), base.passage, resamples, seed)
-            ratio = dict(quantity="fvu_ratio", value=a(every) / b(every), ci_low=low, ci_high=high)
-            rows.append(line | ratio | dict(n=int(part.tokens.sum())))
+            line, part_fvu = where | dict(variant=variant, reference=REFERENCE), fvu(part)
+
+            def ratio(rows, fvu_of=part_fvu, base_fvu=base_fvu):
+                return fvu_of(rows) / base_fvu(rows)
+
+            low, high = cluster_bootstrap(ratio, base.passage, resamples=resamples, seed=seed)
+            row = dict(quantity="fvu_ratio", value=ratio(slice(None)), ci_low=low, ci_high=high)
+            rows.append(line | row | dict(n=int(part.tokens.sum())))
             rows.append(line | _dead_contrast(part.iloc[0], base.iloc[0]))
-            tried = [rows_with(firings, **where, variant=name) for name in (variant, REFERENCE)]
+            fired = rows_with(firings, **where, variant=variant)
             for amplitude in AMPLITUDES:
-                pair = [x[x.amplitude == amplitude] for x in tried]
-                if all(len(x) for x in pair):
+                pair = [x[x.amplitude == amplitude] for x in (fired, reference)]
+                if all(map(len, pair)):
                     rows.append(line | _win_contrast(*pair, amplitude, resamples, seed))
     return pd.DataFrame(rows)
 
@@ -208,20 +212,19 @@ def _dead_contrast(a: pd.Series, b: pd.Series) -> dict:
 
 
 def _win_contrast(a: pd.DataFrame, b: pd.DataFrame, amplitude: str, resamples: int, seed: int) -> dict:
-    wins = [x.kl_atom < x.kl_delete for x in (a, b)]
-    by = [difference(*wins, (a[name], b[name]), resamples, seed) for name in ("passage", "atom")]
-    interval = dict(ci_low=min(x.low for x in by), ci_high=max(x.high for x in by))
+    wins = beats(a), beats(b)
+    by = (difference_bootstrap(*wins, (a[name], b[name]), resamples, seed) for name in ("passage", "atom"))
+    low, high = wider(*by)
     value = wins[0].mean() - wins[1].mean()
-    return dict(quantity=f"win_rate_{amplitude}", value=value, **interval, n=len(a) + len(b))
+    return dict(quantity=f"win_rate_{amplitude}", value=value, ci_low=low, ci_high=high, n=len(a) + len(b))
 
 
 def tables(suite: Suite, windows, classes, firings) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """results ablations.csv and ablation_contrasts.csv."""
+    """Write and return results ablations.csv and ablation_contrasts.csv."""
     resamples, seed = suite.profile.ablations.bootstrap, suite.profile.seed
-    table = summarise(windows, classes, firings, resamples, seed)
+    keys = [name for name in KEYS if name != "place"]
     trained = suite.table("ablation_saes").rename(columns=dict(seconds="training_seconds"))
-    told = trained[[*(name for name in KEYS if name != "place"), "activation", "rank", "seed", "training_seconds"]]
-    table = table.merge(told, on=[name for name in KEYS if name != "place"], validate="one_to_one")
-    return suite.write("ablations", table), suite.write(
-        "ablation_contrasts", contrasts(windows, firings, resamples, seed)
-    )
+    trained = trained[[*keys, "activation", "rank", "seed", "training_seconds"]]
+    table = summarise(windows, classes, firings, resamples, seed).merge(trained, on=keys, validate="one_to_one")
+    compared = contrasts(windows, firings, resamples, seed)
+    return suite.write("ablations", table), suite.write("ablation_contrasts", compared)

@@ -1,11 +1,11 @@
-"""Notebook 11 (multiverse): every head of a layer, every seed, and where the atom fails (App. F.1, Table 12, Fig. 14)."""
+"""Notebook 11: every head of a layer, every seed, and where the atom fails (App. F.1, Table 12, Fig. 14)."""
 
 from __future__ import annotations
 
 import numpy as np
 import pandas as pd
 
-from replication.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, permutation_test, wilson
+from replication.statistics import beats, cliffs_delta, cluster_bootstrap, paired_wilcoxon, permutation_test, rate_row
 from replication.study import training
 from replication.study.firings import firings_of, heldout_subjects, run_firings
 from replication.study.study import Suite
@@ -81,7 +81,7 @@ def seeds_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """One line a (host, target, amplitude) of `per` by seed: mean, sd and range of the seeds' win rates."""
+    """Return mean, sd and range over seeds of the win rates of `per`, per host, target and amplitude."""
     rows = []
     for values, part in table.groupby(GROUP, sort=False):
         rate = part.win_rate
@@ -95,42 +95,39 @@ HEAD = ["layer", "head"]
 
 
 def per(by: list[str], firings: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """One line a (host, target, amplitude, values of `by`), as Table 12 for heads: n, the atom's win rate over deletion
-    with its intervals (bootstraps by atom and by passage), median KLs. A head without firings has none."""
+    """Return one row per (host, target, amplitude, values of `by`) that has firings, like Table 12.
+
+    Columns: n, the atom's win rate over deletion with its intervals (`_rate`), and median KLs.
+    """
     rows = []
     for values, part in firings.groupby([*GROUP, *by], sort=False):
         row = dict(zip([*GROUP, *by], values, strict=True))
-        row |= _rate(part.kl_atom < part.kl_delete, part, "win_rate", resamples, seed)
+        row |= _rate(beats(part), part, "win_rate", resamples, seed)
         rows.append(row | {f"kl_{name}": part[f"kl_{name}"].median() for name in ("atom", "delete", "random")})
     return pd.DataFrame(rows)
 
 
 def _rate(happened: pd.Series, part: pd.DataFrame, name: str, resamples: int, seed: int) -> dict:
-    """A share of firings: n, the rate, Wilson's interval, and the bootstraps by atom and by passage."""
-    low, high = wilson(int(happened.sum()), len(part))
-    row = {"n": len(part), name: happened.mean(), "ci_low": low, "ci_high": high}
-    for kind, clusters in (("boot", atom_names(part)), ("passage", part.passage)):
-        ends = cluster_bootstrap(happened.to_numpy(dtype=float), clusters, resamples=resamples, seed=seed)
-        row |= {f"{kind}_low": ends[0], f"{kind}_high": ends[1]}
-    return row
+    """Return n and the share of firings, with Wilson's interval and the bootstraps by atom and by passage."""
+    return dict(n=len(part)) | rate_row(happened, resamples, seed, name, boot=atom_names(part), passage=part.passage)
 
 
 def over_heads(table: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
-    """One line a (host, target, amplitude), as the text of App. F.1: mean and sd of the heads' win rates, their range, the
-    bootstrap over heads, how many heads have an interval above or below one half, and how many sd the middle cell's
-    own head lies from the mean."""
+    """Return one row per (host, target, amplitude) over the heads of a layer, as the text of App. F.1 does.
+
+    Columns: mean, sd and range of the heads' win rates, the bootstrap interval over heads, the numbers of
+    heads whose interval is above and below one half, and the distance in sd of the middle cell's head from
+    the mean.
+    """
     middle, rows = places[places.place == "middle"].set_index("host")["head"], []
     for values, part in table.groupby(GROUP, sort=False):
         mean, sd = part.win_rate.mean(), part.win_rate.std()
         low, high = cluster_bootstrap(part.win_rate, part["head"])
-        own = part[part["head"] == middle[values[0]]].win_rate
-        rows.append(
-            dict(zip(GROUP, values, strict=True))
-            | dict(heads=len(part), n=int(part.n.sum()), mean_win_rate=mean, ci_low=low, ci_high=high, sd=sd)
-            | dict(lowest=part.win_rate.min(), highest=part.win_rate.max())
-            | dict(above_half=int((part.ci_low > 0.5).sum()), below_half=int((part.ci_high < 0.5).sum()))
-            | dict(own_head_in_sd=(own.item() - mean) / sd if len(own) else np.nan)
-        )
+        chosen = part[part["head"] == middle[values[0]]].win_rate
+        row = dict(zip(GROUP, values, strict=True), heads=len(part), n=int(part.n.sum()), mean_win_rate=mean)
+        row |= dict(ci_low=low, ci_high=high, sd=sd, lowest=part.win_rate.min(), highest=part.win_rate.max())
+        row |= dict(above_half=int((part.ci_low > 0.5).sum()), below_half=int((part.ci_high < 0.5).sum()))
+        rows.append(row | dict(own_head_in_sd=(chosen.item() - mean) / sd if len(chosen) else np.nan))
     return pd.DataFrame(rows)
 
 
@@ -138,44 +135,42 @@ def over_heads(table: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
 
 
 def log_ratio(firings: pd.DataFrame) -> pd.Series:
-    """log KL(atom) - log KL(delete): positive where the atom fails."""
+    """Return log KL(atom) - log KL(delete), which is positive where the atom fails."""
     return np.log(firings.kl_atom.clip(lower=SMALLEST)) - np.log(firings.kl_delete.clip(lower=SMALLEST))
 
 
 def quartiles(effect: pd.Series) -> pd.Series:
-    """Q1 (small) to Q4 (large) by rank; equal values go by their order."""
+    """Return Q1 (small) to Q4 (large) by rank; equal values are ranked by their order."""
     names = ["Q1", "Q2", "Q3", "Q4"]
     return pd.qcut(effect.rank(method="first"), 4, labels=names).astype(str)
 
 
 def failures(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """One line a (host, target, amplitude, by, level): how often deletion beats the atom, by place, by quartile of
-    KL(delete) over all cells as in Fig. 14, and by quartile within each cell, so that a layer whose effects are small
-    does not stand for small effects."""
+    """Return one row per (host, target, amplitude, by, level): how often the atom does not beat deletion.
+
+    `by` is all firings, the place, the quartile of KL(delete) over all cells as in Fig. 14, and the quartile
+    within each cell, which keeps layers with small effects from filling the lowest quartile.
+    """
     named, rows = firings.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"]), []
     named["place"] = pd.Categorical(named.place, list(dict.fromkeys(places.place)))
     for values, part in named.groupby(GROUP, sort=False):
         within = part.groupby("place", observed=True).kl_delete.transform(quartiles)
-        for by, level in (
-            ("all", pd.Series("all", index=part.index)),
-            ("place", part.place),
-            ("quartile", quartiles(part.kl_delete)),
-            ("quartile within cell", within),
-        ):
+        levels = dict(all=pd.Series("all", index=part.index), place=part.place, quartile=quartiles(part.kl_delete))
+        for by, level in (levels | {"quartile within cell": within}).items():
             for name, group in part.groupby(level, observed=True):
-                failed = group.kl_atom >= group.kl_delete
                 row = dict(zip(GROUP, values, strict=True), by=by, level=name)
-                rows.append(row | _rate(failed, group, "failure_rate", resamples, seed))
+                rows.append(row | _rate(~beats(group), group, "failure_rate", resamples, seed))
     return pd.DataFrame(rows)
 
 
 def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -> pd.DataFrame:
-    """One line a (host, target, amplitude), the tests that the paper names in Sec. 3.2 and App. G, on atom against delete.
+    """Return one row per (host, target, amplitude): the paper's tests (Sec. 3.2, App. G).
 
-    wilcoxon_p: signed ranks of paired KLs; permutation_p: mean log ratio, exchanging atom and deletion within firings
-    (taken as independent), and permutation_by_atom_p, within whole atoms; Cliff's delta of KL(delete) over KL(atom) with
-    its bootstrap by passage; the failure rate of the lowest quartile of KL(delete) less that of the highest, with the
-    same bootstrap and a permutation of the quartiles' labels (nan where they hold fewer than two firings each).
+    wilcoxon_p: signed ranks of paired KLs. permutation_p: mean log ratio, exchanging atom and deletion within
+    firings, as if those were independent; permutation_by_atom_p: within whole atoms. cliffs_delta: of
+    KL(delete) over KL(atom), with its bootstrap by passage. q1_minus_q4: the failure rate in the lowest
+    quartile of KL(delete) minus that in the highest, with the same bootstrap and a permutation of the
+    quartiles' labels (nan for fewer than two firings in a quartile).
     """
     rows = []
     for values, part in firings.groupby(GROUP, sort=False):
@@ -183,12 +178,11 @@ def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -
         by_atom = ratio.groupby(atom_names(part)).mean().to_numpy()
         failed, quarter = (atom >= delete).astype(float), quartiles(part.kl_delete).to_numpy()
 
-        def delta(picked, atom=atom, delete=delete):
-            return cliffs_delta(delete[picked.astype(int)], atom[picked.astype(int)])
+        def delta(rows, atom=atom, delete=delete):
+            return cliffs_delta(delete[rows], atom[rows])
 
-        def gap(picked, failed=failed, quarter=quarter):
-            picked = picked.astype(int)
-            return failed[picked][quarter[picked] == "Q1"].mean() - failed[picked][quarter[picked] == "Q4"].mean()
+        def gap(rows, failed=failed, quarter=quarter):
+            return failed[rows][quarter[rows] == "Q1"].mean() - failed[rows][quarter[rows] == "Q4"].mean()
 
         every, options = np.arange(len(part)), dict(resamples=permutations, seed=seed)
         row = dict(zip(GROUP, values, strict=True), n=len(part), n_atoms=len(by_atom))
@@ -197,9 +191,9 @@ def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -
         row["permutation_p"] = permutation_test(ratio, np.zeros(len(ratio)), paired=True, **options).p
         row["permutation_by_atom_p"] = permutation_test(by_atom, np.zeros(len(by_atom)), paired=True, **options).p
         for name, statistic in (("cliffs_delta", delta), ("q1_minus_q4", gap)):
-            low, high = cluster_bootstrap(every, part.passage, statistic=statistic, resamples=resamples, seed=seed)
+            low, high = cluster_bootstrap(statistic, part.passage, resamples=resamples, seed=seed)
             row |= {name: statistic(every), f"{name}_low": low, f"{name}_high": high}
         outer = [failed[quarter == name] for name in ("Q1", "Q4")]
-        enough = min(map(len, outer)) > 1  # a dry run's quartiles hold one firing each
+        enough = min(map(len, outer)) > 1  # not in a dry run, whose quartiles have one firing each
         rows.append(row | dict(q1_minus_q4_p=permutation_test(*outer, **options).p if enough else np.nan))
     return pd.DataFrame(rows)

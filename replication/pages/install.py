@@ -12,28 +12,25 @@ from replication.study.study import Suite
 from writesae.evaluate.install import doses, draw_targets, native_continuations, setting, trials
 
 
+def _classes(group: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    return [("all", group), *group.groupby("target_class", sort=False)]
+
+
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """One line a (host, direction, class or all, magnitude): inclusion with its Wilson interval, lift, ranks."""
+    """Return one row per (host, direction, target class or all, magnitude).
+
+    Columns: inclusion with Wilson's interval of the edited one, the median lift in nats, change of ranks.
+    """
     rows = []
     for (host, direction, magnitude), group in table.groupby(["host", "direction", "magnitude"]):
-        for name, part in [("all", group), *group.groupby("target_class", sort=False)]:
+        for name, part in _classes(group):
             low, high = wilson(int(part.included_edited.sum()), len(part))
-            rows.append(
-                dict(
-                    host=host,
-                    direction=direction,
-                    target_class=name,
-                    magnitude=magnitude,
-                    n=len(part),
-                    included_native=part.included_native.mean(),
-                    included_edited=part.included_edited.mean(),
-                    ci_low=low,
-                    ci_high=high,
-                    median_lift=part.first_step_lift.median(),
-                    rank_improved=(part.edited_rank < part.native_rank).mean(),
-                    median_rank_shift=(part.native_rank - part.edited_rank).median(),
-                )
-            )
+            row = dict(host=host, direction=direction, target_class=name, magnitude=magnitude, n=len(part))
+            row |= dict(included_native=part.included_native.mean(), included_edited=part.included_edited.mean())
+            row |= dict(ci_low=low, ci_high=high, median_lift=part.first_step_lift.median())
+            row["rank_improved"] = (part.edited_rank < part.native_rank).mean()
+            row["median_rank_shift"] = (part.native_rank - part.edited_rank).median()
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -78,21 +75,17 @@ def _stage(suite: Suite, name: str, table: str, work) -> pd.DataFrame:
 
 
 def summarise_doses(table: pd.DataFrame, settings: Install) -> pd.DataFrame:
-    """One line a (host, direction, class or all): the share of trials with any dose, and quantiles of the dose; a
-    quantile beyond the largest dose is infinite."""
+    """Return one row per (host, direction, target class or all): the share of trials that some dose reaches.
+
+    Wilson's interval, and quartiles of the dose, which are infinite beyond the largest dose.
+    """
     rows = []
     for (host, direction), group in table.groupby(["host", "direction"]):
-        for name, part in [("all", group), *group.groupby("target_class", sort=False)]:
+        for name, part in _classes(group):
             reached = int(np.isfinite(part.dose).sum())
             low, high = wilson(reached, len(part))
-            quantiles = dict(zip(("dose_p25", "dose_median", "dose_p75"), _quantiles(part.dose), strict=True))
-            rows.append(
-                dict(host=host, direction=direction, target_class=name, n=len(part), reached=reached / len(part))
-                | dict(ci_low=low, ci_high=high, largest_dose=max(settings.doses))
-                | quantiles
-            )
+            quartiles = np.quantile(part.dose.to_numpy(), [0.25, 0.5, 0.75], method="inverted_cdf")
+            row = dict(host=host, direction=direction, target_class=name, n=len(part), reached=reached / len(part))
+            row |= dict(ci_low=low, ci_high=high, largest_dose=max(settings.doses))
+            rows.append(row | dict(zip(("dose_p25", "dose_median", "dose_p75"), quartiles, strict=True)))
     return pd.DataFrame(rows)
-
-
-def _quantiles(doses: pd.Series) -> np.ndarray:
-    return np.quantile(doses.to_numpy(), [0.25, 0.5, 0.75], method="inverted_cdf")

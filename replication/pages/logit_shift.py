@@ -1,4 +1,4 @@
-"""Notebook 04: predicted against measured logit shifts over a profile's hosts (the paper's Sec. 2, App. A)."""
+"""Notebook 04: predicted against measured logit shifts (the paper's Sec. 2, App. A)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from writesae.evaluate.shifts import ATOM_WINDOWS, GROUP, PREDICTORS, draw_posit
 
 
 def score(shifts: pd.DataFrame) -> pd.DataFrame:
-    """R2 of every predictor for each (atom, eps) over its prompts: one line an (atom, eps, predictor)."""
+    """Return R2 over prompts, one row per (atom, eps, predictor)."""
     rows = []
     for (atom, eps), group in shifts.groupby(["atom", "eps"]):
         for name in PREDICTORS:
@@ -22,41 +22,37 @@ def score(shifts: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _median(scores: pd.DataFrame) -> dict:
+    """Return the median R2 with its bootstrap interval over atoms."""
+    low, high = cluster_bootstrap(scores.r2, scores.atom, np.median)
+    return dict(r2_median=scores.r2.median(), ci_low=low, ci_high=high)
+
+
 def summarise(scores: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
-    """One line a (predictor, eps): quartiles of R2 over atoms, the bootstrap interval of its median, the pooled R2."""
+    """Return quartiles of R2 over atoms, pooled R2 and the share of correct signs per (predictor, eps)."""
     prompts, atoms = shifts.prompt.nunique(), shifts.atom.nunique()
     rows = []
     for (name, eps), group in scores.groupby(["predictor", "eps"], sort=False):
-        these = shifts[shifts.eps == eps]
-        low, high = cluster_bootstrap(group.r2.to_numpy(), group.atom.to_numpy(), statistic=np.median, seed=0)
-        rows.append(
-            dict(
-                predictor=name,
-                fitted_parameters=prompts * atoms if name == "paper_fitted" else 0,
-                eps=eps,
-                n_fits=len(group),
-                n_prompts=prompts,
-                r2_median=group.r2.median(),
-                r2_p25=group.r2.quantile(0.25),
-                r2_p75=group.r2.quantile(0.75),
-                ci_low=low,
-                ci_high=high,
-                r2_pooled=r2(these.measured, these[name]),
-                sign_agreement=float((np.sign(these.measured) == np.sign(these[name])).mean()),
-            )
-        )
+        part, median = shifts[shifts.eps == eps], _median(group)
+        row = dict(predictor=name, fitted_parameters=prompts * atoms if name == "paper_fitted" else 0, eps=eps)
+        row |= dict(n_fits=len(group), n_prompts=prompts, r2_median=median["r2_median"])
+        row |= dict(r2_p25=group.r2.quantile(0.25), r2_p75=group.r2.quantile(0.75)) | median
+        row["r2_pooled"] = r2(part.measured, part[name])
+        row["sign_agreement"] = float((np.sign(part.measured) == np.sign(part[name])).mean())
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
 def by_rank(points: pd.DataFrame) -> pd.DataFrame:
-    """One line a (host, predictor, native rank of the token): the median over (atom, eps) of R2 over prompts, with its
-    bootstrap interval by atom, as the paper's App. A gives for the tokens after the first."""
+    """Return the median R2 over (atom, eps), one row per (host, predictor, native rank of the token).
+
+    The paper's App. A gives it for the tokens after the first.
+    """
     rows = []
     for (host, rank), part in points.groupby(["host", "rank"]):
         for name, group in score(part).groupby("predictor", sort=False):
-            low, high = cluster_bootstrap(group.r2.to_numpy(), group.atom.to_numpy(), statistic=np.median, seed=0)
             row = dict(host=host, predictor=name, rank=rank, n=len(group), n_prompts=part.prompt.nunique())
-            rows.append(row | dict(r2_median=group.r2.median(), ci_low=low, ci_high=high))
+            rows.append(row | _median(group))
     return pd.DataFrame(rows)
 
 
@@ -109,7 +105,7 @@ def run(suite: Suite) -> pd.DataFrame:
 
 
 def tables(suite: Suite, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """results logit_shift.csv and logit_shift_summary.csv, of the top-1 token, and logit_shift_ranks.csv."""
+    """Write and return results logit_shift and logit_shift_summary (top-1 token), and logit_shift_ranks."""
     scores, summaries = [], []
     for (name, layer, head), part in points[points["rank"] == 1].groupby(["host", "layer", "head"]):
         scored = score(part)

@@ -29,7 +29,7 @@ import statsmodels.api as sm
 import torch
 import torch.nn.functional as F
 
-from replication.statistics import bootstrap_columns, cluster_bootstrap, wilson
+from replication.statistics import cluster_bootstrap, wilson
 from replication.study.firings import run_firings
 from replication.study.study import Suite
 from replication.study.training import other_specs, train_all, write_definitions
@@ -212,7 +212,7 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def gains(firings: pd.DataFrame) -> pd.DataFrame:
-    """One line a (firing, universe): the choices and `gain`, the control's divergence less the atom's, in nats."""
+    """Return one row per (firing, universe) with `gain`: the control's KL minus the atom's, in nats."""
     kept, parts = ["host", "place", *FIRING, *DRAWN, "amplitude"], []
     for reading, direction, control in product(CHOICES["reading"], DIRECTIONS, CONTROLS):
         scope, horizon = reading.split(", ")
@@ -223,16 +223,19 @@ def gains(firings: pd.DataFrame) -> pd.DataFrame:
 
 
 def universes(won: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """One line a universe, pooled over the host's cells: the share of firings with a positive gain, with Wilson's
-    interval and the bootstraps by atom and by passage, and the median gain."""
+    """Return one row per universe, pooled over the host's cells.
+
+    win_rate is the share of firings with a positive gain, with Wilson's interval (ci) and the bootstraps by
+    atom (boot) and by passage; then the median gain and the numbers of atoms and passages.
+    """
     tables, rest = [], [choice for choice in CHOICES if choice not in DRAWN]
     for values, part in won.groupby(["host", *DRAWN], sort=False):
         wide = part.pivot(index=FIRING, columns=rest, values="gain")
         firing, win = wide.index.to_frame(index=False), (wide > 0).to_numpy(dtype=float)
         wins, n = win.sum(0).astype(int).tolist(), len(win)
         low, high = np.array([wilson(count, n) for count in wins]).T
-        by_atom = bootstrap_columns(win, atom_names(firing), resamples, seed)
-        by_passage = bootstrap_columns(win, firing.passage, resamples, seed)
+        by_atom = cluster_bootstrap(win, atom_names(firing), resamples=resamples, seed=seed)
+        by_passage = cluster_bootstrap(win, firing.passage, resamples=resamples, seed=seed)
         table = wide.columns.to_frame(index=False).assign(
             **dict(zip(["host", *DRAWN], values, strict=True)), n=n, win_rate=win.mean(0), ci_low=low, ci_high=high
         )
@@ -244,35 +247,35 @@ def universes(won: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
 
 
 def is_(universe: dict, table: pd.DataFrame) -> pd.Series:
-    """Which lines of a table of universes are this one (one a host)."""
+    """Return a mask of the rows of a table that are this universe."""
     return np.logical_and.reduce([table[choice] == level for choice, level in universe.items()])
 
 
 def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Which choices matter: one line a (host, choice, level), for choices that are open on the host.
+    """Return one row per (host, choice, level), for the choices that have several levels on the host.
 
-    mean_win_rate: over the universes with that level (bootstrap by atom). difference: to the default level, from one
-    least-squares fit of win on all choices, with errors clustered by atom (ci) and by passage. share: of the variance
-    of win rates over universes, what the choice explains alone. decides: the share of settings of all other choices in
-    which this one alone moves the win rate across one half.
+    mean_win_rate: over the universes with that level (bootstrap by atom). difference: from the default level,
+    by one least-squares fit of wins on all choices, with errors clustered by atom (ci) and by passage. share:
+    the part of the variance of win rates over universes that the choice explains alone. decides: the share of
+    settings of all other choices in which this choice alone moves the win rate across one half.
     """
     rows = []
     for host, part in won.groupby("host", sort=False):
         of_host, win = lines[lines.host == host], (part.gain > 0).to_numpy(dtype=float)
-        levels = {c: [x for x in known if (of_host[c] == x).any()] for c, known in CHOICES.items()}
-        levels = {choice: found for choice, found in levels.items() if len(found) > 1}
-        sae = part.target + part.write.where(part.target == "write", "")  # one SAE of states serves both definitions
+        levels = {c: [x for x in possible if (of_host[c] == x).any()] for c, possible in CHOICES.items()}
+        levels = {choice: several for choice, several in levels.items() if len(several) > 1}
+        sae = part.target + part.write.where(part.target == "write", "")  # states have one SAE for both definitions
         atoms, passages = (np.unique(x, return_inverse=True)[1] for x in (atom_names(part) + sae, part.passage))
         fitted = _fit(win, part, levels, (atoms, passages))
-        for choice, found in levels.items():
+        for choice, several in levels.items():
             means = of_host.groupby(choice).win_rate
             share = means.mean().var(ddof=0) / of_host.win_rate.var(ddof=0)
             others = [other for other in CHOICES if other != choice]
             above = of_host.pivot(index=others, columns=choice, values="win_rate") > 0.5
             decides = (above.any(axis=1) & ~above.all(axis=1)).mean()
-            for level in found:
-                here = (part[choice] == level).to_numpy()
-                low, high = cluster_bootstrap(win[here], atoms[here], resamples=resamples, seed=seed)
+            for level in several:
+                picked = (part[choice] == level).to_numpy()
+                low, high = cluster_bootstrap(win[picked], atoms[picked], resamples=resamples, seed=seed)
                 row = dict(host=host, choice=choice, level=level, universes=int(means.size()[level]))
                 row |= dict(mean_win_rate=means.mean()[level], mean_low=low, mean_high=high)
                 row |= dict(lowest=means.min()[level], highest=means.max()[level])
@@ -281,8 +284,11 @@ def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -
 
 
 def _fit(win: np.ndarray, part: pd.DataFrame, levels: dict, clusterings) -> dict:
-    """(choice, level) -> difference to the choice's first level, with the interval of each clustering; nan from one cluster."""
-    names = [(choice, level) for choice, found in levels.items() for level in found[1:]]
+    """Return (choice, level) -> difference from the choice's first level, with one interval per clustering.
+
+    The interval is nan where a clustering has one cluster only.
+    """
+    names = [(choice, level) for choice, several in levels.items() for level in several[1:]]
     design = sm.add_constant(np.stack([(part[c] == x).to_numpy(dtype=float) for c, x in names], 1))
     model, ends = sm.OLS(win, design), []
     for groups in clusterings:
@@ -290,6 +296,6 @@ def _fit(win: np.ndarray, part: pd.DataFrame, levels: dict, clusterings) -> dict
         result = model.fit(cov_type="cluster", cov_kwds=dict(groups=groups)) if several else model.fit()
         ends.append(result.conf_int()[1:] if several else np.full((len(names), 2), np.nan))
     columns = ["difference", "ci_low", "ci_high", "passage_low", "passage_high"]
-    found = {(choice, levels_[0]): dict.fromkeys(columns, 0.0) for choice, levels_ in levels.items()}
+    first = {(choice, several[0]): dict.fromkeys(columns, 0.0) for choice, several in levels.items()}
     values = np.c_[result.params[1:], *ends]
-    return found | {name: dict(zip(columns, row, strict=True)) for name, row in zip(names, values, strict=True)}
+    return first | {name: dict(zip(columns, row, strict=True)) for name, row in zip(names, values, strict=True)}

@@ -1,6 +1,8 @@
-"""Notebook 08: the same experiments on every architecture, put side by side (the paper's Sec. 3.3, App. F.4, Sec. 6.2).
+"""Notebook 08: the same experiments on every architecture, side by side (the paper's Sec. 3.3, App. F.4, Sec.
+6.2).
 
-All numbers are of the cell called `middle`, so that hosts with one cell and hosts with three are compared on equal terms.
+All numbers are those of the cell called `middle`, so that hosts with one cell and hosts with three can be
+compared.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from replication.statistics import cluster_bootstrap
+from replication.statistics import beats, cluster_bootstrap
 from replication.study.study import Suite
 
 PLACE = "middle"
@@ -20,7 +22,7 @@ def _line(host: str, quantity: str, choice: str, value: float, low: float, high:
 
 
 def win_rates(summary: pd.DataFrame) -> list[dict]:
-    """Atom against deletion at the middle cell, for every target and amplitude; bootstrap by atom."""
+    """Return the atom's win rate over deletion, per target and amplitude; bootstrap by atom."""
     part = summary[(summary.cells == PLACE) & (summary.read == "write")]
     return [
         _line(r.host, "win rate", f"{r.target}, {r.amplitude}", r.win_rate, r.boot_low, r.boot_high, r.n)
@@ -29,21 +31,24 @@ def win_rates(summary: pd.DataFrame) -> list[dict]:
 
 
 def against_flat(firings: pd.DataFrame, cells: pd.DataFrame) -> list[dict]:
-    """Win rate of the state-trained atom less that of the flat SAE's top singular pair, on the same firings at matched
-    norm, in percentage points; bootstrap by atom (claims X11 to X13)."""
+    """Return the win rate of the state-trained atom minus that of the flat SAE's top singular pair (claims
+    X11 to X13).
+
+    In percentage points, on the same firings at matched norm; bootstrap by atom.
+    """
     middle = cells[cells.place == PLACE]
     part = firings.merge(middle[["host", "layer", "head"]], on=["host", "layer", "head"])
     part = part[(part.target == "state") & (part.amplitude == "matched_norm") & (part.read == "write")]
     rows = []
     for host, group in part.groupby("host", sort=False):
-        gap = 100.0 * ((group.kl_atom < group.kl_delete).astype(float) - (group.kl_flat_svd < group.kl_delete))
-        low, high = cluster_bootstrap(gap.to_numpy(), group.atom.to_numpy(), resamples=1000)
+        gap = 100.0 * (beats(group).astype(float) - beats(group, "flat_svd"))
+        low, high = cluster_bootstrap(gap, group.atom, resamples=1000)
         rows.append(_line(host, "atom less flat SVD (pp)", "state, matched_norm", gap.mean(), low, high, len(group)))
     return rows
 
 
 def r2(summary: pd.DataFrame) -> list[dict]:
-    """Median R2 of every predictor at every size; bootstrap over atoms."""
+    """Return the median R2 per predictor and size of the write; bootstrap over atoms."""
     return [
         _line(r.host, "R2", f"{r.predictor}, {r.eps:g}", r.r2_median, r.ci_low, r.ci_high, r.n_fits)
         for r in summary.itertuples()
@@ -51,30 +56,34 @@ def r2(summary: pd.DataFrame) -> list[dict]:
 
 
 def installs(trials: pd.DataFrame) -> list[dict]:
-    """Median lift of the target's log-probability, and the rise of inclusion, at 3x; bootstrap by prompt."""
+    """Return the median lift of the target and the increase of inclusion at 3x; bootstrap by prompt."""
     rows = []
     for (host, direction), part in trials[trials.magnitude == MAGNITUDE].groupby(["host", "direction"], sort=False):
-        rise = (part.included_edited - part.included_native).to_numpy(dtype=float)
         lift = part.first_step_lift.to_numpy()
-        for name, values, statistic in (("lift (nats)", lift, np.median), ("rise of inclusion", rise, np.mean)):
-            low, high = cluster_bootstrap(values, part.prompt.to_numpy(), statistic=statistic, resamples=1000)
+        increase = (part.included_edited - part.included_native).to_numpy(dtype=float)
+        for name, values, statistic in (("lift (nats)", lift, np.median), ("rise of inclusion", increase, np.mean)):
+            low, high = cluster_bootstrap(values, part.prompt, statistic, resamples=1000)
             rows.append(_line(host, name, direction, statistic(values), low, high, len(part)))
     return rows
 
 
 def cosines(alive: pd.DataFrame) -> list[dict]:
-    """Median over atoms of a class of their median cosine to the native write; bootstrap over atoms (claims X2 to X8)."""
+    """Return the median over the atoms of a class of their median cosine to the native write (claims X2 to
+    X8).
+
+    Bootstrap over atoms.
+    """
     rows = []
     for (host, target, name), part in alive.groupby(["host", "target", "class"], sort=False):
         if len(part) < 2:
             continue  # no interval
-        low, high = cluster_bootstrap(part.cosine.to_numpy(), part.atom.to_numpy(), statistic=np.median, resamples=1000)
+        low, high = cluster_bootstrap(part.cosine, part.atom, np.median, resamples=1000)
         rows.append(_line(host, "cosine to the write", f"{target}, {name}", part.cosine.median(), low, high, len(part)))
     return rows
 
 
 def side_by_side(suite: Suite) -> pd.DataFrame:
-    """results other_hosts.csv: a line a (host, quantity, choice), with its 95% interval and n."""
+    """Write and return results other_hosts.csv: one row per (host, quantity, choice)."""
     rows = win_rates(suite.table("replacement_summary"))
     rows += against_flat(suite.table("replacement"), suite.cells)
     rows += r2(suite.table("logit_shift_summary"))

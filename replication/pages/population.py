@@ -1,19 +1,19 @@
-"""Atoms as a population (the paper's Sec. 3.2 and App. F.2): classes by cosine, and the win rate of each atom."""
+"""Notebook 07: classes of atoms by cosine, and the win rate of each atom (the paper's Sec. 3.2, App. F.2)."""
 
 from __future__ import annotations
 
 import pandas as pd
 
 from replication.classes import alive_atoms
-from replication.statistics import cluster_bootstrap
+from replication.statistics import beats, cluster_bootstrap
 from replication.study.firings import firing_windows, firings_of, heldout_subjects, run_firings
 from replication.study.study import Suite
 from writesae.evaluate.firings import draw_atoms
 
 
 def per_atom(firings: pd.DataFrame, classes: pd.Series) -> pd.DataFrame:
-    """One line an (atom, amplitude): firings, median cosine, class, win rate of atom over delete and over random."""
-    marked = firings.assign(win=firings.kl_atom < firings.kl_delete, win_random=firings.kl_atom < firings.kl_random)
+    """Return one row per (atom, amplitude): firings, median cosine, class, and win rates."""
+    marked = firings.assign(win=beats(firings), win_random=beats(firings, "atom", "random"))
     keys = ["host", "layer", "head", "target", "atom", "amplitude"]
     table = marked.groupby(keys, as_index=False).agg(
         cosine=("cosine", "median"),
@@ -27,29 +27,20 @@ def per_atom(firings: pd.DataFrame, classes: pd.Series) -> pd.DataFrame:
 
 
 def summarise(atoms: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """One line a (host, target, amplitude, class or all): mean over atoms of the win rate, with its bootstrap interval."""
-    rows = []
-    for (host, target, amplitude), group in atoms.groupby(["host", "target", "amplitude"]):
+    """Return one row per (host, target, amplitude, class or all) with two atoms or more.
+
+    mean_win_rate is the mean of the atoms' win rates, with its bootstrap interval over atoms.
+    """
+    keys, rows = ["host", "target", "amplitude"], []
+    for values, group in atoms.groupby(keys):
         for name, part in [("all", group), *group.groupby("class")]:
             if len(part) < 2:
                 continue  # no interval
-            low, high = cluster_bootstrap(part.win_rate.to_numpy(), part.atom.to_numpy(), seed=seed)
-            rows.append(
-                {
-                    "host": host,
-                    "target": target,
-                    "amplitude": amplitude,
-                    "class": name,
-                    "n_atoms": len(part),
-                    "n_firings": int(part.firings.sum()),
-                    "mean_win_rate": part.win_rate.mean(),
-                    "ci_low": low,
-                    "ci_high": high,
-                    "median_win_rate": part.win_rate.median(),
-                    "lowest": part.win_rate.min(),
-                    "highest": part.win_rate.max(),
-                }
-            )
+            rate, row = part.win_rate, dict(zip([*keys, "class"], [*values, name], strict=True))
+            low, high = cluster_bootstrap(rate, part.atom, seed=seed)
+            row |= dict(n_atoms=len(part), n_firings=int(part.firings.sum()), mean_win_rate=rate.mean())
+            row |= dict(ci_low=low, ci_high=high, median_win_rate=rate.median())
+            rows.append(row | dict(lowest=rate.min(), highest=rate.max()))
     return pd.DataFrame(rows)
 
 
@@ -75,7 +66,7 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def tables(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """results population.csv and population_summary.csv."""
+    """Write and return results population.csv and population_summary.csv."""
     atoms = pd.concat(
         per_atom(part, alive[(alive.host == host) & (alive.target == target)].set_index("atom")["class"])
         for (host, target), part in firings.groupby(["host", "target"])

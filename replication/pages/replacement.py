@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from replication.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, spearman, wilson
+from replication.statistics import beats, cliffs_delta, paired_wilcoxon, rate_row, spearman, wilson
 from replication.study.firings import firing_windows, firings_of, heldout_subjects, run_firings
 from replication.study.study import Suite
 from writesae.evaluate.firings import atom_names, draw_atoms, draw_in_rounds
@@ -60,40 +60,30 @@ CONTROLS = tuple(name for name in CONDITIONS if name not in ("delete", "atom"))
 
 
 def summarise(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """One line a (host, cells or all pooled, target, amplitude, read scope): the win rate of the atom over deletion with
-    its Wilson interval and the bootstrap intervals by atom and by passage, median KLs, the strict chain, the wins of
-    every control, and the loss recovered by atom and reconstruction."""
+    """Return one row per (host, cell or all cells pooled, target, amplitude, read scope).
+
+    Columns: the atom's win rate over deletion with Wilson's interval (ci) and the bootstrap intervals by atom
+    (boot) and by passage; median KLs; the share of firings with KL(atom) < KL(delete) < KL(random); each
+    control's win rate over deletion; the share of the KL of deletion that the atom and the reconstruction
+    recover.
+    """
     named = firings.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
-    rows = []
-    for keys, group in named.groupby(["host", "target", "amplitude", "read"], sort=False):
+    keys, rows = ["host", "target", "amplitude", "read"], []
+    for values, group in named.groupby(keys, sort=False):
         for cells, part in [("pooled", group), *group.groupby("place", sort=False)]:
-            rows.append(
-                dict(zip(["host", "target", "amplitude", "read"], keys, strict=True), cells=cells)
-                | _summary(part, resamples, seed)
-            )
+            row = dict(zip(keys, values, strict=True), cells=cells)
+            rows.append(row | _summary(part, resamples, seed))
     return pd.DataFrame(rows)
 
 
 def _summary(part: pd.DataFrame, resamples: int, seed: int) -> dict:
-    win = (part.kl_atom < part.kl_delete).to_numpy()
-    low, high = wilson(int(win.sum()), len(win))
-    atom = atom_names(part)
-    by_atom = cluster_bootstrap(win, atom, resamples=resamples, seed=seed)
-    by_passage = cluster_bootstrap(win, part.passage, resamples=resamples, seed=seed)
-    row = dict(
-        write=part.write.iloc[0],
-        kl_direction="native_patched",
-        n=len(part),
-        win_rate=win.mean(),
-        ci_low=low,
-        ci_high=high,
-        boot_low=by_atom.low,
-        boot_high=by_atom.high,
-        passage_low=by_passage.low,
-        passage_high=by_passage.high,
+    win, atom = beats(part), atom_names(part)
+    row = dict(write=part.write.iloc[0], kl_direction="native_patched", n=len(part))
+    row |= rate_row(win, resamples, seed, boot=atom, passage=part.passage)
+    row |= dict(
         n_atoms=atom.nunique(),
         n_passages=part.passage.nunique(),
-        strict_chain=((part.kl_atom < part.kl_delete) & (part.kl_delete < part.kl_random)).mean(),
+        strict_chain=(win & beats(part, "delete", "random")).mean(),
         median_ratio_delete_over_atom=(part.kl_delete / part.kl_atom).median(),
         median_ratio_random_over_atom=(part.kl_random / part.kl_atom).median(),
         wilcoxon_p=paired_wilcoxon(part.kl_atom, part.kl_delete).p,
@@ -104,23 +94,21 @@ def _summary(part: pd.DataFrame, resamples: int, seed: int) -> dict:
     for name in there:
         row[f"kl_{name}"] = part[f"kl_{name}"].median()
     for name in (name for name in there if name in CONTROLS):
-        row[f"win_{name}"] = (part[f"kl_{name}"] < part.kl_delete).mean()
-        row[f"atom_beats_{name}"] = (part.kl_atom < part[f"kl_{name}"]).mean()
-    lost = part.nll_delete.mean() - part.nll_native.mean()
-    row["loss_lost_by_deletion"] = lost
+        row[f"win_{name}"] = beats(part, name).mean()
+        row[f"atom_beats_{name}"] = beats(part, "atom", name).mean()
+    row["loss_lost_by_deletion"] = part.nll_delete.mean() - part.nll_native.mean()
     for name in ("atom", "reconstruction"):
         row[f"kl_recovered_{name}"] = 1 - part[f"kl_{name}"].mean() / part.kl_delete.mean()
     return row
 
 
 def by_cell(firings: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """One line a (host, cell, target, amplitude): win rates with Wilson intervals beside the cell's memory."""
-    rows = []
-    keys = ["host", "layer", "head", "target", "amplitude"]
+    """Return win rates with Wilson's intervals, and the cell's memory, per cell, target and amplitude."""
+    keys, rows = ["host", "layer", "head", "target", "amplitude"], []
     for values, part in firings.groupby(keys, sort=False):
         row = dict(zip(keys, values, strict=True), n=len(part))
         for name in ("atom", "random", "mean_write"):
-            wins = int((part[f"kl_{name}"] < part.kl_delete).sum())
+            wins = int(beats(part, name).sum())
             row[f"win_{name}"] = wins / len(part)
             row[f"ci_low_{name}"], row[f"ci_high_{name}"] = wilson(wins, len(part))
         rows.append(row)
@@ -129,14 +117,17 @@ def by_cell(firings: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def trend(cells: pd.DataFrame) -> pd.DataFrame:
-    """One line a (host, target, amplitude): Spearman's rho, over the host's cells, of the atom's win rate with the cell's
-    half-life and with sigma1/sigma2 of its states. cells: the table of `by_cell`."""
-    rows = []
-    for values, part in cells.groupby(["host", "target", "amplitude"], sort=False):
-        row = dict(zip(["host", "target", "amplitude"], values, strict=True), n_cells=len(part), n=int(part.n.sum()))
+    """Return one row per (host, target, amplitude) of the table of `by_cell`: Spearman's rho over the host's
+    cells.
+
+    rho is that of the atom's win rate with the cell's half-life, and with sigma1/sigma2 of its states.
+    """
+    keys, rows = ["host", "target", "amplitude"], []
+    for values, part in cells.groupby(keys, sort=False):
+        row = dict(zip(keys, values, strict=True), n_cells=len(part), n=int(part.n.sum()))
         row |= dict(win_lowest=part.win_atom.min(), win_median=part.win_atom.median(), win_highest=part.win_atom.max())
         for name in ("half_life_median", "sigma1_over_sigma2"):
-            found = spearman(part.win_atom, part[name])
-            row |= {f"rho_{name}": found.value, f"rho_{name}_low": found.low, f"rho_{name}_high": found.high}
+            rho = spearman(part.win_atom, part[name])
+            row |= {f"rho_{name}": rho.value, f"rho_{name}_low": rho.low, f"rho_{name}_high": rho.high}
         rows.append(row)
     return pd.DataFrame(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from replication.statistics import cliffs_delta, cluster_bootstrap, paired_wilcoxon, wilson
+from replication.statistics import beats, cliffs_delta, cluster_bootstrap, paired_wilcoxon, rate_row, wider
 from replication.study.firings import firing_windows, firings_of, heldout_subjects, run_firings
 from replication.study.study import Suite
 from replication.study.training import ablation_hosts
@@ -116,38 +116,34 @@ def selectivity(suite: Suite) -> pd.DataFrame:
 
 
 def selectivity_tables(suite: Suite, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """results selectivity_summary.csv (the atom against each control) and selectivity_overlap.csv (1 - overlap by K)."""
+    """Write and return results selectivity_summary.csv (atom against controls) and selectivity_overlap."""
     resamples, seed = suite.profile.ablations.bootstrap, suite.profile.seed
     named = firings.merge(suite.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
-    told, overlaps = [], []
+    rows, overlaps = [], []
     for (host, target, placement), group in named.groupby(["host", "target", "placement"], sort=False):
         for cells, part in [("pooled", group), *group.groupby("place", sort=False)]:
             where = dict(host=host, target=target, cells=cells)
             for control in CONTROLS:
                 line = where | dict(placement=placement, control=control)
-                told.append(line | against(part, control, resamples, seed))
+                rows.append(line | against(part, control, resamples, seed))
                 if placement == "added":
                     overlaps += [where | dict(control=control) | x for x in _overlaps(part, control, resamples, seed)]
-    return suite.write("selectivity_summary", pd.DataFrame(told)), suite.write(
-        "selectivity_overlap", pd.DataFrame(overlaps)
-    )
+    tables = dict(selectivity_summary=rows, selectivity_overlap=overlaps)
+    return tuple(suite.write(name, pd.DataFrame(table)) for name, table in tables.items())
 
 
 def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict:
-    """How often the atom's KL to the native run is below the control's: Wilson's interval, the bootstrap by atom, a paired
-    Wilcoxon test of the two, and Cliff's delta, positive where the control's KL is the larger."""
-    other = part[f"kl_{control}"]
-    closer = part.kl_atom < other
-    low, high = wilson(int(closer.sum()), len(closer))
-    boot = cluster_bootstrap(closer, atom_names(part), resamples=resamples, seed=seed)
+    """Return how often the atom's KL is below the control's, with Wilson's interval (ci) and the bootstrap by
+    atom (boot).
+
+    Also the p-value of a paired Wilcoxon test, and Cliff's delta, which is positive where the control's KL is
+    larger.
+    """
+    other, atoms = part[f"kl_{control}"], atom_names(part)
     return dict(
         n=len(part),
-        n_atoms=atom_names(part).nunique(),
-        atom_closer=closer.mean(),
-        ci_low=low,
-        ci_high=high,
-        boot_low=boot.low,
-        boot_high=boot.high,
+        n_atoms=atoms.nunique(),
+        **rate_row(beats(part, "atom", control), resamples, seed, "atom_closer", boot=atoms),
         kl_atom=part.kl_atom.median(),
         kl_control=other.median(),
         kl_delete=part.kl_delete.median(),
@@ -157,10 +153,12 @@ def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict
 
 
 def _overlaps(part: pd.DataFrame, control: str, resamples: int, seed: int) -> list[dict]:
+    """Return one row per K: 1 - overlap, with the wider of the bootstraps by atom and by passage."""
     rows, prefix = [], f"overlap_{control}_"
     for column in [name for name in part if name.startswith(prefix)]:
         selective = 1 - part[column]
-        by = [cluster_bootstrap(selective, c, resamples=resamples, seed=seed) for c in (atom_names(part), part.passage)]
-        interval = dict(ci_low=min(x.low for x in by), ci_high=max(x.high for x in by))
-        rows.append(dict(top=int(column[len(prefix) :]), selectivity=selective.mean(), **interval, n=len(part)))
+        by = (cluster_bootstrap(selective, c, resamples=resamples, seed=seed) for c in (atom_names(part), part.passage))
+        low, high = wider(*by)
+        top = int(column[len(prefix) :])
+        rows.append(dict(top=top, selectivity=selective.mean(), ci_low=low, ci_high=high, n=len(part)))
     return rows

@@ -1,24 +1,33 @@
-"""What the scorecard measures: our number for a claim, with its interval and count."""
+"""The measures of the scorecard: our number for a claim, with its interval and count.
+
+Each public function is a measure, which paper/criteria.yaml names. It takes `tables` (tables(NAME) returns
+results/PROFILE/NAME.csv), a host, and the arguments given there. It returns None where the host has no rows,
+or too few atoms, for the claim.
+"""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from replication.statistics import cluster_bootstrap, pearson, wilson
+from replication.statistics import beats, cluster_bootstrap, pearson, wider, wilson
 from replication.study.stages import rows_with
 from writesae.evaluate.firings import atom_names
 
-FEWEST_ATOMS = 5  # of a class, below which no interval over its atoms means anything: such a claim counts as not run
+FEWEST_ATOMS = 5  # of a class: an interval over fewer atoms means nothing, so that the claim is "not run"
+CHOICES = dict(target="state", amplitude="coefficient")  # the paper's own
+MIDDLE = dict(place="middle", target="state", role="main")  # what the paper's claims are about
+
+Tables = Callable[[str], pd.DataFrame]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Our number for a claim, with its interval and count."""
+class Answer(NamedTuple):
+    """Our number for a claim, with its 95% interval and count."""
 
     value: float
     low: float
@@ -26,242 +35,167 @@ class Answer:
     n: int
 
 
-@dataclass(frozen=True)
-class Rule:
-    """How a claim is answered. measure(tables, host) gives the Answer, or None where the host was not asked; the claim's
-    direction is that of `claimed` ("above" or "below") against `indifference`; "equal" means the claim is that there is
-    no difference. A claim about one architecture names its `family` and is asked of hosts of that family only; a claim about
-    one size of it names the `model`, the path that hosts.csv has."""
-
-    criterion: str
-    notebook: str
-    indifference: float
-    claimed: str
-    measure: Callable[[dict[str, pd.DataFrame], str], Answer | None]
-    family: str = ""
-    model: str = ""
-
-    def asks(self, host: pd.Series) -> bool:
-        """Whether the claim is about the host of this line of hosts.csv."""
-        return self.family in ("", host.family) and self.model in ("", host.path)
-
-
-# What is measured.
-
-
 def _row(table: pd.DataFrame, **where) -> pd.Series:
-    """The only row with these values. Raises KeyError where there is none or more than one."""
-    found = rows_with(table, **where)
-    if len(found) != 1:
-        raise KeyError(f"{len(found)} rows have {where}.")
-    return found.iloc[0]
+    """Return the only row with these values. Raises KeyError where there is no such row, or more than one."""
+    rows = rows_with(table, **where)
+    if len(rows) != 1:
+        raise KeyError(f"{len(rows)} rows have {where}.")
+    return rows.iloc[0]
 
 
-PAPERS = dict(target="state", amplitude="coefficient", read="write")  # the paper's own choices
+def _bootstrapped(values, clusters, statistic=np.mean, resamples: int = 1000) -> Answer:
+    values = np.asarray(values, dtype=float)
+    return Answer(statistic(values), *cluster_bootstrap(values, clusters, statistic, resamples), len(values))
 
 
-def win_rate(cells: str) -> Callable:
-    def measure(tables, host) -> Answer | None:
-        table = tables["replacement_summary"]
-        if not ((table.host == host) & (table.cells == cells)).any():
-            return None
-        row = _row(table, host=host, cells=cells, **PAPERS)
-        return Answer(row.win_rate, min(row.boot_low, row.passage_low), max(row.boot_high, row.passage_high), row.n)
-
-    return measure
+def _by_atom_and_passage(values, part: pd.DataFrame, statistic=np.mean, resamples: int = 500) -> Answer:
+    """Return a statistic over firings with the wider of the bootstraps by atom and by passage."""
+    by_atom, by_passage = (_bootstrapped(values, x, statistic, resamples) for x in (atom_names(part), part.passage))
+    return Answer(by_atom.value, *wider(by_atom, by_passage), len(part))
 
 
-def _papers_firings(tables, host) -> pd.DataFrame:
-    return rows_with(tables["replacement"], host=host, **PAPERS)
+def _difference_of_means(a: pd.Series, b: pd.Series) -> Answer:
+    gap, reach = a.mean() - b.mean(), 1.96 * np.sqrt(a.var() / len(a) + b.var() / len(b))
+    return Answer(gap, gap - reach, gap + reach, len(a) + len(b))
 
 
-def per_firing(values: Callable[[pd.DataFrame], pd.Series], statistic=np.mean) -> Callable:
-    """A statistic over the paper's-choice firings, with the wider of the bootstraps by atom and by passage."""
-
-    def measure(tables, host) -> Answer:
-        part = _papers_firings(tables, host)
-        found = values(part).to_numpy(dtype=float)
-        by = [cluster_bootstrap(found, c, statistic=statistic, resamples=500) for c in (atom_names(part), part.passage)]
-        return Answer(float(statistic(found)), min(b.low for b in by), max(b.high for b in by), len(part))
-
-    return measure
+def _difference_of_shares(counts: tuple[int, int], others: tuple[int, int]) -> Answer:
+    """Return the difference of two shares (count, of how many) with Newcombe's interval."""
+    interval = confint_proportions_2indep(*counts, *others, method="newcomb")
+    return Answer(counts[0] / counts[1] - others[0] / others[1], *interval, counts[1] + others[1])
 
 
-def ratio_of_medians(other: str) -> Callable:
-    """log ratio of the median KL of a condition over the atom's, resampled by passage."""
-
-    def measure(tables, host) -> Answer:
-        part = _papers_firings(tables, host)
-        atom, control = part.kl_atom.to_numpy(), part[f"kl_{other}"].to_numpy()
-        codes = np.unique(part.passage, return_inverse=True)[1]
-        groups = [np.flatnonzero(codes == c) for c in range(codes.max() + 1)]
-        generator = np.random.default_rng(0)
-        ratios = []
-        for _ in range(500):
-            drawn = np.concatenate([groups[c] for c in generator.integers(0, len(groups), len(groups))])
-            ratios.append(np.median(control[drawn]) / np.median(atom[drawn]))
-        return Answer(float(np.median(control) / np.median(atom)), *np.quantile(ratios, [0.025, 0.975]), len(part))
-
-    return measure
+# Rows of summary tables
 
 
-def failure_gap(tables, host) -> Answer:
-    """Failure rate in the lowest quartile of KL(delete) less that in the highest."""
-    part = _papers_firings(tables, host)
-    quartile = pd.qcut(part.kl_delete, 4, labels=False)
-    fail = part.kl_atom >= part.kl_delete
-    low, high = fail[quartile == 0], fail[quartile == 3]
-    reach = 1.96 * np.sqrt(low.var() / len(low) + high.var() / len(high))
-    gap = low.mean() - high.mean()
-    return Answer(gap, gap - reach, gap + reach, len(low) + len(high))
+def summary(tables: Tables, host: str, table: str, value: str, where: dict, **columns) -> Answer | None:
+    """Return the numbers in one row of a summary table; `columns` are those of `_answer`."""
+    rows = rows_with(tables(table), host=host, **where)
+    return None if rows.empty else _answer(_row(rows, host=host), value, **columns)
 
 
-def population(name: str) -> Callable:
-    def measure(tables, host) -> Answer | None:
-        where = {"host": host, "target": "state", "amplitude": "coefficient", "class": name}
-        found = rows_with(tables["population_summary"], **where)
-        if found.empty or found.iloc[0].n_atoms < FEWEST_ATOMS:
-            return None
-        row = found.iloc[0]
-        return Answer(row.mean_win_rate, row.ci_low, row.ci_high, row.n_atoms)
+def _answer(row: pd.Series, value: str, low="ci_low", high="ci_high", n="n", atoms=()) -> Answer | None:
+    """Return the Answer in these columns, or None where one of the counts `atoms` is below FEWEST_ATOMS.
 
-    return measure
+    Where n names several columns, it is their sum.
+    """
+    enough = all(row[name] >= FEWEST_ATOMS for name in atoms)
+    return Answer(row[value], row[low], row[high], np.sum(row[n])) if enough else None
 
 
-def _papers_atoms(tables, host) -> pd.DataFrame:
-    table = tables["population"]
-    return table[(table.host == host) & (table.target == "state") & (table.amplitude == "coefficient")]
-
-
-def class_difference(tables, host) -> Answer | None:
-    """Mean win rate of registers less that of bundles."""
-    part = _papers_atoms(tables, host)
-    a, b = (part[part["class"] == name].win_rate for name in ("register", "bundle"))
-    if min(len(a), len(b)) < FEWEST_ATOMS:
+def win_rate(tables: Tables, host: str, cells: str) -> Answer | None:
+    """Win rate of the atom over deletion, with the wider of the bootstraps by atom and by passage."""
+    rows = rows_with(tables("replacement_summary"), host=host, cells=cells)
+    if rows.empty:
         return None
-    reach = 1.96 * np.sqrt(a.var() / len(a) + b.var() / len(b))
-    return Answer(a.mean() - b.mean(), a.mean() - b.mean() - reach, a.mean() - b.mean() + reach, len(part))
+    row = _row(rows, read="write", **CHOICES)
+    return Answer(row.win_rate, min(row.boot_low, row.passage_low), max(row.boot_high, row.passage_high), row.n)
 
 
-def cosine_correlation(tables, host) -> Answer:
-    part = _papers_atoms(tables, host)
-    found = pearson(part.cosine, part.win_rate)
-    return Answer(found.value, found.low, found.high, found.n)
+def population(tables: Tables, host: str, atoms: str) -> Answer | None:
+    """Mean over the atoms of a class (or all) of their win rates."""
+    columns = dict(n="n_atoms", atoms=["n_atoms"], where=CHOICES | {"class": atoms})
+    return summary(tables, host, "population_summary", "mean_win_rate", **columns)
 
 
-def logit_r2(predictor: str) -> Callable:
-    def measure(tables, host) -> Answer:
-        table = tables["logit_shift"]
-        part = table[(table.host == host) & (table.predictor == predictor)]
-        low, high = cluster_bootstrap(part.r2.to_numpy(), part.atom.to_numpy(), statistic=np.median, resamples=500)
-        return Answer(part.r2.median(), low, high, len(part))
-
-    return measure
+def class_axis(tables: Tables, host: str, axis: str) -> Answer | None:
+    """Cliff's delta of registers against bundles on an axis of the paper's Table 17, over the drawn atoms."""
+    counts = ["n_register", "n_bundle"]
+    return summary(tables, host, "population_axes", "cliffs_delta", CHOICES | dict(axis=axis), n=counts, atoms=counts)
 
 
-def sign_agreement(tables, host) -> Answer:
-    table = tables["logit_shift_summary"]
-    part = table[(table.host == host) & (table.predictor == "paper")]
-    n = int(part.n_fits.iloc[0] * part.n_prompts.iloc[0])
-    wins = round(part.sign_agreement.mean() * n)
-    return Answer(wins / n, *wilson(wins, n), n)
+def lowest_bin(tables: Tables, host: str) -> Answer | None:
+    """The lowest win rate of the cosine bins that have enough atoms."""
+    part = rows_with(tables("population_by_cosine"), host=host, **CHOICES)
+    part = part[part.n_atoms >= FEWEST_ATOMS]
+    return None if part.empty else _answer(part.loc[part.win_rate.idxmin()], "win_rate", n="n_firings")
 
 
-def installed(target_class: str, magnitude: float = 3.0) -> Callable:
-    """Inclusion under the paper's direction less native inclusion, paired over trials, resampled by prompt."""
-
-    def measure(tables, host) -> Answer:
-        part = _trials(tables, host, target_class, magnitude)
-        change = (part.included_edited - part.included_native).to_numpy(dtype=float)
-        low, high = cluster_bootstrap(change, part.prompt.to_numpy(), resamples=1000)
-        return Answer(change.mean(), low, high, len(part))
-
-    return measure
+def contrast(tables: Tables, host: str, variant: str, quantity: str, place: str = "middle") -> Answer | None:
+    """A variant of the state-trained SAE against the bilinear SAE of rank 1."""
+    where = dict(target="state", variant=variant, quantity=quantity, place=place)
+    return summary(tables, host, "ablation_contrasts", "value", where)
 
 
-def _trials(tables, host, target_class: str, magnitude: float) -> pd.DataFrame:
-    table = tables["install"]
-    where = (table.host == host) & (table.direction == "paper") & (table.magnitude == magnitude)
-    return table[where & ((table.target_class == target_class) | (target_class == "all"))]
+# The replacement test
 
 
-def lift(tables, host) -> Answer:
-    part = _trials(tables, host, "all", 3.0)
-    low, high = cluster_bootstrap(part.first_step_lift, part.prompt, statistic=np.median, resamples=500)
-    return Answer(part.first_step_lift.median(), low, high, len(part))
+def _firings(tables: Tables, host: str, **where) -> pd.DataFrame:
+    return rows_with(tables("replacement"), host=host, read="write", **CHOICES | where)
 
 
-def saturation(tables, host) -> Answer:
-    """Inclusion at the middle magnitude less that at the largest, with the paper's direction."""
-    large, middle = (_trials(tables, host, "all", m).sort_values(["prompt", "position", "target"]) for m in (6.0, 3.0))
-    change = middle.included_edited.to_numpy(dtype=float) - large.included_edited.to_numpy(dtype=float)
-    low, high = cluster_bootstrap(change, middle.prompt.to_numpy(), resamples=1000)
-    return Answer(change.mean(), low, high, len(change))
+def strict_chain(tables: Tables, host: str) -> Answer:
+    """Share of firings with KL(atom) < KL(deletion) < KL(random)."""
+    part = _firings(tables, host)
+    return _by_atom_and_passage(beats(part) & beats(part, "delete", "random"), part)
 
 
-def sigma_falls(tables, host) -> Answer | None:
-    """log of the ratio of sigma1/sigma2, all heads of the early cell's layer over all heads of the late one's."""
-    cells, chosen = (table[table.host == host] for table in (tables["all_cells"], tables["cells"]))
-    layers = chosen.set_index("place").layer
-    if not {"early", "late"} <= set(layers.index):
-        return None
-    early, late = (np.log(cells[cells.layer == layers[place]].sigma1_over_sigma2) for place in ("early", "late"))
-    gap, error = early.mean() - late.mean(), np.sqrt(early.var() / len(early) + late.var() / len(late))
-    return Answer(gap, gap - 1.96 * error, gap + 1.96 * error, len(early) + len(late))
+def median_of_ratios(tables: Tables, host: str, control: str) -> Answer:
+    """Median over firings of the KL of a control over the atom's."""
+    part = _firings(tables, host)
+    return _by_atom_and_passage(part[f"kl_{control}"] / part.kl_atom, part, np.median)
 
 
-def register_cosine(tables, host) -> Answer | None:
+def ratio_of_medians(tables: Tables, host: str, control: str) -> Answer:
+    """Median KL of a control over the median KL of the atom, bootstrap by passage."""
+    part = _firings(tables, host)
+    atom, other = part.kl_atom.to_numpy(), part[f"kl_{control}"].to_numpy()
+
+    def ratio(rows: np.ndarray) -> float:
+        return np.median(other[rows]) / np.median(atom[rows])
+
+    interval = cluster_bootstrap(ratio, part.passage, resamples=500, draw="integers")
+    return Answer(ratio(slice(None)), *interval, len(part))
+
+
+def failure_gap(tables: Tables, host: str) -> Answer:
+    """Failure rate in the lowest quartile of KL(deletion) minus that in the highest."""
+    part = _firings(tables, host)
+    failed, quartile = part.kl_atom >= part.kl_delete, pd.qcut(part.kl_delete, 4, labels=False)
+    return _difference_of_means(failed[quartile == 0], failed[quartile == 3])
+
+
+def against_flat(tables: Tables, host: str) -> Answer:
+    """Win rate of the atom minus that of the flat SAE's top singular pair at matched norm, in points."""
+    cell = _row(tables("cells"), host=host, place="middle")
+    part = _firings(tables, host, layer=cell.layer, head=cell["head"], amplitude="matched_norm")
+    gap = 100.0 * (beats(part).astype(float) - beats(part, "flat_svd"))
+    by_atom, by_passage = (_bootstrapped(gap, clusters) for clusters in (part.atom, part.passage))
+    return Answer(by_atom.value, *wider(by_atom, by_passage), len(part))
+
+
+# Atoms and their classes
+
+
+def class_difference(tables: Tables, host: str) -> Answer | None:
+    """Mean win rate of registers minus that of bundles."""
+    part = rows_with(tables("population"), host=host, **CHOICES)
+    registers, bundles = (part[part["class"] == name].win_rate for name in ("register", "bundle"))
+    return _difference_of_means(registers, bundles) if min(len(registers), len(bundles)) >= FEWEST_ATOMS else None
+
+
+def cosine_correlation(tables: Tables, host: str) -> Answer:
+    """Pearson's r, over atoms, of the cosine to the native write with the win rate."""
+    part = rows_with(tables("population"), host=host, **CHOICES)
+    r = pearson(part.cosine, part.win_rate)
+    return Answer(r.value, r.low, r.high, r.n)
+
+
+def register_cosine(tables: Tables, host: str) -> Answer | None:
     """Median over register atoms of their median cosine to the native write."""
-    table = tables["alive_atoms"]
-    part = table[(table.host == host) & (table.target == "state") & (table["class"] == "register")]
-    if len(part) < FEWEST_ATOMS:
-        return None
-    low, high = cluster_bootstrap(part.cosine.to_numpy(), part.atom.to_numpy(), statistic=np.median, resamples=1000)
-    return Answer(part.cosine.median(), low, high, len(part))
+    part = rows_with(tables("alive_atoms"), host=host, target="state", **{"class": "register"})
+    return _bootstrapped(part.cosine, part.atom, np.median) if len(part) >= FEWEST_ATOMS else None
 
 
-def against_flat(tables, host) -> Answer:
-    """Win rate of the atom less that of the flat SAE's top singular pair at matched norm, middle cell, in points."""
-    cell = _row(tables["cells"], host=host, place="middle")
-    where = dict(host=host, layer=cell.layer, head=cell["head"]) | PAPERS | dict(amplitude="matched_norm")
-    part = rows_with(tables["replacement"], **where)
-    gap = 100.0 * ((part.kl_atom < part.kl_delete).astype(float) - (part.kl_flat_svd < part.kl_delete))
-    by = [cluster_bootstrap(gap.to_numpy(), c, resamples=1000) for c in (part.atom, part.passage)]
-    return Answer(gap.mean(), min(b.low for b in by), max(b.high for b in by), len(part))
+def class_share(tables: Tables, host: str, of: str, among: str) -> Answer:
+    """One count of atoms as a share of another (columns of atom_partition), with Wilson's interval."""
+    row = _row(tables("atom_partition"), host=host, **MIDDLE)
+    return Answer(row[of] / row[among], *wilson(int(row[of]), int(row[among])), row[among])
 
 
-OWN = dict(place="middle", target="state", role="main")  # the cell and the SAE that the paper's claims are asked of
-
-
-def class_share(of: str, among: str) -> Callable:
-    def measure(tables, host) -> Answer:
-        row = _row(tables["atom_partition"], host=host, **OWN)
-        return Answer(row[of] / row[among], *wilson(int(row[of]), int(row[among])), row[among])
-
-    return measure
-
-
-def second_component(tables, host) -> Answer:
-    row = _row(tables["atom_mixtures"], host=host, components=2, **OWN)
-    return Answer(row.delta_bic, row.ci_low, row.ci_high, row.n)
-
-
-def seed_overlap(tables, host) -> Answer | None:
-    table = tables["atom_match_shares"]
-    if host not in set(table.host):
-        return None
-    row = _row(table, host=host, target="state", **{"class": "all"})
-    return Answer(row["share"], row.ci_low, row.ci_high, row.n)
-
-
-def _own_atoms(tables, host):
-    return rows_with(tables["atoms"], host=host, **OWN)
-
-
-def busiest_register(tables, host) -> Answer | None:
-    """Share of the held-out tokens at which the most-firing register fires."""
-    part = _own_atoms(tables, host)
-    part = part[part["class"] == "register"]
+def busiest_register(tables: Tables, host: str) -> Answer | None:
+    """Share of the held-out tokens at which the register fires that fires most, with Wilson's interval."""
+    part = rows_with(tables("atoms"), host=host, **MIDDLE, **{"class": "register"})
     if part.empty:
         return None
     row = part.loc[part.firings.idxmax()]
@@ -269,92 +203,79 @@ def busiest_register(tables, host) -> Answer | None:
     return Answer(row.rate, *wilson(int(row.firings), scanned), scanned)
 
 
-def threshold_ratio(tables, host) -> Answer:
-    """Registers at a threshold of 0.02 over those at 0.10, resampled by atom."""
-    cosines = _own_atoms(tables, host).cosine.to_numpy()
+def threshold_ratio(tables: Tables, host: str) -> Answer:
+    """Registers at a threshold of 0.02 over those at 0.10, bootstrap over atoms."""
 
-    def ratio(x):
-        return (x >= 0.02).sum() / max(1, (x >= 0.10).sum())
+    def ratio(cosines: np.ndarray) -> float:
+        return (cosines >= 0.02).sum() / max(1, (cosines >= 0.10).sum())
 
-    low, high = cluster_bootstrap(cosines, np.arange(len(cosines)), statistic=ratio, resamples=1000)
-    return Answer(ratio(cosines), low, high, len(cosines))
+    cosines = rows_with(tables("atoms"), host=host, **MIDDLE).cosine
+    return _bootstrapped(cosines, range(len(cosines)), ratio)
 
 
-def alive_by_k(tables, host) -> Answer | None:
-    """Share of alive atoms at the largest k of the sweep less that at the smallest."""
-    table = tables["atom_partition"]
-    part = table[(table.host == host) & (table.target == "state") & (table.role != "main")].sort_values("k")
+def alive_by_k(tables: Tables, host: str) -> Answer | None:
+    """Share of alive atoms at the largest k minus that at the smallest, with Newcombe's interval."""
+    part = rows_with(tables("atom_partition"), host=host, target="state")
+    part = part[part.role != "main"].sort_values("k")
     if part.k.nunique() < 2:
         return None
-    seeds = part.groupby("k").seed.apply(set)
-    part = part[part.seed == min(set.intersection(*seeds))]  # the one seed that every k was trained with
-    few, many = part.iloc[0], part.iloc[-1]
-    counts = int(many.alive), int(many.n_atoms), int(few.alive), int(few.n_atoms)
-    low, high = confint_proportions_2indep(*counts, method="newcomb")
-    return Answer(many.alive / many.n_atoms - few.alive / few.n_atoms, low, high, counts[1] + counts[3])
+    shared = set.intersection(*part.groupby("k").seed.apply(set))
+    part = part[part.seed == min(shared)]  # the one seed that every k was trained with
+    few, many = ((int(row.alive), int(row.n_atoms)) for row in (part.iloc[0], part.iloc[-1]))
+    return _difference_of_shares(many, few)
 
 
-def class_axis(axis: str) -> Callable:
-    """Cliff's delta of registers against bundles on an axis of the paper's Table 17, over the drawn atoms."""
-
-    def measure(tables, host) -> Answer | None:
-        row = _row(tables["population_axes"], host=host, target="state", amplitude="coefficient", axis=axis)
-        if min(row.n_register, row.n_bundle) < FEWEST_ATOMS:
-            return None
-        return Answer(row.cliffs_delta, row.ci_low, row.ci_high, row.n_register + row.n_bundle)
-
-    return measure
-
-
-def lowest_bin(tables, host) -> Answer | None:
-    """The lowest win rate of the cosine bins that have enough atoms."""
-    table = tables["population_by_cosine"]
-    part = table[(table.host == host) & (table.target == "state") & (table.amplitude == "coefficient")]
-    part = part[part.n_atoms >= FEWEST_ATOMS]
-    if part.empty:
+def sigma_decrease(tables: Tables, host: str) -> Answer | None:
+    """Mean log sigma1/sigma2 of all heads of the early cell's layer minus that of the late cell's layer."""
+    cells, chosen = (rows_with(tables(name), host=host) for name in ("all_cells", "cells"))
+    layers = chosen.set_index("place").layer
+    if not {"early", "late"} <= set(layers.index):
         return None
-    row = part.loc[part.win_rate.idxmin()]
-    return Answer(row.win_rate, row.ci_low, row.ci_high, row.n_firings)
+    sides = (np.log(cells[cells.layer == layers[place]].sigma1_over_sigma2) for place in ("early", "late"))
+    return _difference_of_means(*sides)
 
 
-def summary(table: str, value: str, low: str, high: str, **where) -> Callable:
-    """The number of one line of a summary table, with the interval that stands beside it; None where there is no line."""
-
-    def measure(tables, host) -> Answer | None:
-        found = rows_with(tables[table], host=host, **where)
-        if found.empty:
-            return None
-        row = found.squeeze()
-        return Answer(row[value], row[low], row[high], row.n)
-
-    return measure
+# Logit shifts and the install
 
 
-def contrast(variant: str, quantity: str, place: str = "middle") -> Callable:
-    """A variant of the state-trained SAE against the bilinear one of rank 1."""
-    return summary(
-        "ablation_contrasts",
-        "value",
-        "ci_low",
-        "ci_high",
-        target="state",
-        variant=variant,
-        quantity=quantity,
-        place=place,
-    )
+def logit_r2(tables: Tables, host: str, predictor: str) -> Answer:
+    """Median R2 of a predictor over (atom, eps), bootstrap over atoms."""
+    part = rows_with(tables("logit_shift"), host=host, predictor=predictor)
+    return _bootstrapped(part.r2, part.atom, np.median, resamples=500)
 
 
-def jumprelu_registers(tables, host) -> Answer | None:
-    """Median cosine of the registers of the JumpReLU SAE."""
-    found = rows_with(tables["ablations"], host=host, target="state", place="middle", variant="bilinear+rank1+jumprelu")
-    if found.empty or not found.registers.iloc[0] >= FEWEST_ATOMS:
-        return None
-    row = found.iloc[0]
-    return Answer(row.register_cosine, row.register_low, row.register_high, row.registers)
+def sign_agreement(tables: Tables, host: str) -> Answer:
+    """Share of shifts that have the sign of the paper's formula, with Wilson's interval."""
+    part = rows_with(tables("logit_shift_summary"), host=host, predictor="paper")
+    n = int(part.n_fits.iloc[0] * part.n_prompts.iloc[0])
+    agree = round(part.sign_agreement.mean() * n)
+    return Answer(agree / n, *wilson(agree, n), n)
 
 
-def native_inclusion(tables, host) -> Answer:
-    """Share of targets of native rank 101 to 1,000 that come without an edit, resampled by prompt."""
-    part = _trials(tables, host, "middle", 3.0)
-    included = part.included_native.to_numpy(dtype=float)
-    return Answer(included.mean(), *cluster_bootstrap(included, part.prompt.to_numpy(), resamples=1000), len(part))
+def _trials(tables: Tables, host: str, targets: str, magnitude: float = 3.0) -> pd.DataFrame:
+    part = rows_with(tables("install"), host=host, direction="paper", magnitude=magnitude)
+    return part if targets == "all" else part[part.target_class == targets]
+
+
+def installed(tables: Tables, host: str, targets: str) -> Answer:
+    """Inclusion at 3x with the paper's direction minus native inclusion, paired, bootstrap by prompt."""
+    part = _trials(tables, host, targets)
+    return _bootstrapped(part.included_edited - part.included_native, part.prompt)
+
+
+def native_inclusion(tables: Tables, host: str) -> Answer:
+    """Share of targets of native rank 101 to 1,000 that come without an edit, bootstrap by prompt."""
+    part = _trials(tables, host, "middle")
+    return _bootstrapped(part.included_native, part.prompt)
+
+
+def saturation(tables: Tables, host: str) -> Answer:
+    """Inclusion at 3x minus inclusion at 6x, with the paper's direction, bootstrap by prompt."""
+    order = ["prompt", "position", "target"]
+    three, six = (_trials(tables, host, "all", magnitude).sort_values(order) for magnitude in (3.0, 6.0))
+    change = three.included_edited.to_numpy(dtype=float) - six.included_edited.to_numpy(dtype=float)
+    return _bootstrapped(change, three.prompt)
+
+
+MEASURES = {name: x for name, x in list(globals().items()) if inspect.isfunction(x) and x.__module__ == __name__}
+MEASURES = {name: function for name, function in MEASURES.items() if not name.startswith("_")}

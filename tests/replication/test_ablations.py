@@ -75,7 +75,7 @@ def firings_of(variant: str, wins, atoms=None) -> pd.DataFrame:
 def test_the_interval_of_a_ratio_draws_whole_passages():
     energy = np.array([1.0, 5.0, 2.0, 2.0, 1.0, 4.0])
     table = windows_of("a", energy * [0.1, 0.2, 0.9, 0.5, 0.4, 0.3], energy)
-    low, high = statistics.resampled(ablations.fvu(table), table.passage, 4000, seed=1)
+    low, high = statistics.cluster_bootstrap(ablations.fvu(table), table.passage, resamples=4000, seed=1)
     generator, found = np.random.default_rng(2), []
     passages = [part[["squared", "energy"]].to_numpy() for _, part in table.groupby("passage")]
     for _ in range(4000):

@@ -19,7 +19,7 @@ from replication.commands import run as run_notebook
 from replication.commands import sweep
 from replication.commands.train_host import read_recipe
 from replication.pages import install as install_module
-from replication.scorecard.table import TABLES, scorecard
+from replication.scorecard.table import scorecard
 from replication.study import fingerprint, stages
 from replication.study.profile import Install, load_profile
 from replication.study.study import open_suite, split_windows
@@ -772,7 +772,7 @@ CASES = [
     ),
     Case("r2: one pair", lambda x: statistics.r2([1], [2]), ValueError, "at least two pairs"),
     # Scorecard, notebooks
-    Case("scorecard: no results", score_without_results, ArtifactError, f"{TABLES[0]}.csv is missing: run the stage"),
+    Case("scorecard: no results", score_without_results, ArtifactError, "hosts.csv is missing: run the stage"),
     Case("scorecard: a host", lambda x: scored(x, ["tiny", "gpt"]), ValueError, "no host 'gpt': choose one of tiny"),
     Case(
         "notebook",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from replication.scorecard import criteria, measures, table
+from replication.scorecard import measures
 from replication.study.study import Suite
 from writesae.hosts import base, load
 
@@ -35,9 +35,7 @@ def test_the_guide_names_code_that_is_there():
         (load.adapter("mamba2"), ("model_classes", "decay_parameters", "build", "before_training")),
         (base, ("Host",)),
         (Suite, ("staged", "gather", "write")),
-        (measures, ("Rule", "summary")),
-        (criteria, ("RULES",)),
-        (table, ("TABLES",)),
+        (measures, ("summary",)),
     ):
         for name in names:
             assert name in GUIDE and hasattr(owner, name), name

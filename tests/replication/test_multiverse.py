@@ -12,7 +12,6 @@ import torch
 from helpers import train_sae
 from pydantic import BaseModel
 
-from replication import statistics
 from replication.pages import heads_and_seeds, multiverse
 from replication.statistics import cluster_bootstrap
 from replication.study import training
@@ -219,11 +218,11 @@ def test_a_tie_is_no_win():
 def test_one_bootstrap_for_all_columns():
     generator = np.random.default_rng(0)
     values, clusters = generator.random((50, 3)), generator.integers(0, 7, 50).astype(str)
-    low, high = statistics.bootstrap_columns(values, clusters, 300, seed=4)
+    low, high = cluster_bootstrap(values, clusters, resamples=300, seed=4)
     for column in range(3):
         wanted = cluster_bootstrap(values[:, column], clusters, resamples=300, seed=4)
         assert (low[column], high[column]) == pytest.approx(tuple(wanted), rel=1e-12)
-    assert np.isnan(statistics.bootstrap_columns(values, ["one"] * 50, 10, 0)).all()
+    assert np.isnan(cluster_bootstrap(values, ["one"] * 50)).all()
 
 
 def with_effects(**probabilities):

@@ -5,12 +5,16 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
-from replication.scorecard import criteria, measures
+from replication.scorecard import claims, criteria, measures
 from replication.scorecard import table as table_module
 from replication.study import docstrings, paths
 from replication.study.profile import load_profile
 from writesae.hosts import hub, load
+
+QWEN_4B, QWEN_27B = "Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-27B"
+FAILURES = [f"failure_rate_q{quartile}" for quartile in (2, 3, 4)]
 
 
 def test_mini_keeps_the_papers_counts():
@@ -45,7 +49,7 @@ def test_a_profile_has_the_fields_of_the_one_it_extends_but_for_its_own(tmp_path
     assert more.model_dump(exclude={"name", "hosts"}) == below.model_dump(exclude={"name", "hosts"})
     scale = load_profile("scale")
     cells = {host.path: (host.cells["middle"].layer, host.cells["middle"].head) for host in scale.hosts.values()}
-    assert cells == {"Qwen/Qwen3.5-0.8B": (9, 4), criteria.QWEN_4B: (12, 8), criteria.QWEN_27B: (32, 16)}, "the paper's"
+    assert cells == {"Qwen/Qwen3.5-0.8B": (9, 4), QWEN_4B: (12, 8), QWEN_27B: (32, 16)}, "the paper's"
     assert all(scale.model_dump()["hosts"][name]["revision"] for name in scale.hosts)
     (tmp_path / "odd.yaml").write_text("extends: even\nseed: 3\n")
     with pytest.raises(ValueError, match=r"Profile odd extends 'even', which is not there: write even\.yaml beside it"):
@@ -89,7 +93,7 @@ def test_tokenizer_round_trips_bytes():
     assert tokenizer.token_to_id(docstrings.END_OF_TEXT) == 0
 
 
-RULE = measures.Rule("above one half", "x", 0.5, "above", lambda *_: None)
+CRITERION = dict(criterion="above one half", notebook="x", indifference=0.5, claimed="above", measure="failure_gap")
 
 
 @pytest.mark.parametrize(
@@ -105,24 +109,55 @@ RULE = measures.Rule("above one half", "x", 0.5, "above", lambda *_: None)
     ],
 )
 def test_status_by_interval(low, high, claimed, status):
-    rule = dataclasses.replace(RULE, claimed=claimed)
-    assert table_module.status(measures.Answer((low + high) / 2, low, high, 10), rule) == status
+    criterion = criteria.Criterion(**CRITERION | dict(claimed=claimed))
+    assert criterion.status(measures.Answer((low + high) / 2, low, high, 10)) == status
+    assert status in table_module.STATUSES
 
 
-def test_every_claim_has_a_rule_and_every_rule_can_be_asked():
-    claims = pd.read_csv(paths.ROOT / "paper" / "claims.csv")
-    assert set(criteria.RULES) == set(claims.id)
-    assert claims.id.is_unique
-    assert {rule.family for rule in criteria.RULES.values()} <= {"", *load.FAMILIES}
-    assert {rule.model for rule in criteria.RULES.values()} <= {"", *hub.KNOWN}
-    assert {rule.claimed for rule in criteria.RULES.values()} <= {"above", "below", "equal"}
+def test_every_claim_has_a_criterion_that_can_be_asked():
+    ids = pd.read_csv(claims.CLAIMS).id
+    assert list(criteria.read_criteria()) == list(ids) and ids.is_unique
+    asked = criteria.read_criteria().values()
+    assert {criterion.family for criterion in asked} <= {"", *load.FAMILIES}
+    assert {criterion.model for criterion in asked} <= {"", *hub.KNOWN}
+    assert {criterion.measure for criterion in asked} == set(measures.MEASURES), "no measure that nothing asks for"
+    assert all((paths.ROOT / "notebooks" / f"{criterion.notebook}.ipynb").is_file() for criterion in asked)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(measure="failure_gab"), r"A1: there is no measure 'failure_gab': choose one of summary, "),
+        (dict(arguments=dict(cell="early")), r"A1: measure failure_gap: got an unexpected keyword argument 'cell'\.$"),
+        (dict(measure="win_rate"), r"A1: measure win_rate: missing a required argument: 'cells'\.$"),
+        (dict(famly="mamba2"), r"A1\.famly: Extra inputs are not permitted\.$"),
+        (dict(claimed="more"), r"A1\.claimed: Input should be 'above', 'below' or 'equal'\.$"),
+    ],
+)
+def test_a_criterion_that_says_too_little_or_too_much_is_refused(tmp_path, change, sentence):
+    (tmp_path / "claims.csv").write_text("id,value\nA1,1\n")
+    path = tmp_path / "criteria.yaml"
+    path.write_text(yaml.safe_dump(dict(A1=CRITERION | change)))
+    with pytest.raises(ValueError, match=r"criteria\.yaml: " + sentence):
+        criteria.read_criteria(path, tmp_path / "claims.csv")
+
+
+def test_claims_and_criteria_belong_together(tmp_path):
+    path, listed = tmp_path / "criteria.yaml", tmp_path / "claims.csv"
+    path.write_text(yaml.safe_dump(dict(A1=CRITERION)))
+    listed.write_text("id,value\nA1,1\nA2,1\n")
+    with pytest.raises(ValueError, match="claim A2 has no criterion"):
+        criteria.read_criteria(path, listed)
+    path.write_text(yaml.safe_dump(dict(A1=CRITERION, A2=CRITERION, A3=CRITERION)))
+    with pytest.raises(ValueError, match=r"claims\.csv has no claim A3"):
+        criteria.read_criteria(path, listed)
 
 
 def test_claims_about_an_architecture_or_a_size_are_asked_of_it_alone():
     hosts = pd.DataFrame(
         [
             ("small", "gated_deltanet", "models/gated_deltanet"),
-            ("large", "gated_deltanet", criteria.QWEN_4B),
+            ("large", "gated_deltanet", QWEN_4B),
             ("delta", "delta_net", "fla-hub/delta_net-1.3B-100B"),
             ("gla", "gla", "fla-hub/gla-1.3B-100B"),
         ],
@@ -130,13 +165,66 @@ def test_claims_about_an_architecture_or_a_size_are_asked_of_it_alone():
     ).set_index("host")
 
     def asked(name):
-        return [host for host, line in hosts.iterrows() if criteria.RULES[name].asks(line)]
+        return [host for host, line in hosts.iterrows() if criteria.read_criteria()[name].asks(line)]
 
     assert asked("R1") == ["small", "large", "delta", "gla"]
     assert asked("X2") == ["small", "large"]
     assert asked("C5") == asked("X7") == asked("X10") == ["large"]
     assert asked("X9") == asked("X6") == ["delta"] and asked("X5") == ["gla"]
     assert asked("X8") == asked("X1") == []
+
+
+def test_the_papers_numbers_are_found_by_id():
+    assert claims.papers_value("R1") == 0.924
+    assert claims.papers_value("C1", "failure_rate_q2") == [0.983, 0.081]
+    with pytest.raises(KeyError, match="A8"):
+        claims.papers_value("A8")  # a claim without a single number
+
+
+def test_figures_of_the_paper_add_to_its_claims_and_do_not_repeat_them():
+    table, figures = (pd.read_csv(path).set_index("id") for path in (claims.CLAIMS, claims.FIGURES))
+    assert figures.index.is_unique and not set(figures.index) & set(table.index)
+    assert figures[["where", "value"]].notna().all(axis=None)
+    taus = "/".join(f"{value:g}" for name, value in figures.value.items() if name.startswith("registers_tau"))
+    assert f"tau 0.02/0.03/0.05/0.10: {taus};" in table.note["A7"]
+    failures = ", ".join(f"{claims.papers_value(x):.1%}" for x in ("R10", *FAILURES))
+    assert f"by quartile of KL(delete): {failures};" in table.note["R10"]
+    assert "CV 4-12%" in table.note["A5"] and claims.papers_value("counts_cv_low", "counts_cv_high") == [0.04, 0.12]
+
+
+def test_a_table_is_read_once_and_only_where_a_measure_asks_for_it(monkeypatch):
+    reads = []
+
+    def read_table(name):
+        reads.append(name)
+        return dict(
+            hosts=pd.DataFrame(dict(host=["tiny"], family=["mamba2"], path=["models/tiny"])),
+            install_summary=pd.DataFrame(dict(host=["tiny"], share=[0.7], ci_low=[0.6], ci_high=[0.8], n=[9])),
+        )[name]
+
+    install = dict(measure="summary", arguments=dict(table="install_summary", value="share", where={}))
+    elsewhere = CRITERION | dict(family="rwkv7")
+    every = {name: criteria.Criterion(**elsewhere) for name in criteria.read_criteria()}
+    every |= {name: criteria.Criterion(**CRITERION | install) for name in ("I2", "I4")}
+    monkeypatch.setattr(table_module, "read_criteria", lambda: every)
+    found = table_module.scorecard(read_table, ["tiny"]).set_index("id")
+    assert reads == ["hosts", "install_summary"]
+    assert found.loc["I4", ["value", "n", "status", "direction"]].tolist() == [0.7, 9, "same direction", 1]
+    assert found.loc["R1", "status"] == "not run" and found.loc["R1", "criterion"] == ""
+
+
+def test_no_row_is_not_run_and_several_rows_are_an_error():
+    table = pd.DataFrame(dict(host=["a", "b", "b"], value=[1.0, 2, 3], ci_low=0.0, ci_high=4.0, n=[5, 6, 7]))
+
+    def summary(host, **columns):
+        return measures.summary(lambda name: table, host, "any", "value", {}, **columns)
+
+    assert summary("a") == (1.0, 0.0, 4.0, 5)
+    assert summary("a", n=["n", "value"]) == (1.0, 0.0, 4.0, 6)
+    assert summary("c") is None
+    assert summary("a", atoms=["n"]) == summary("a") and summary("a", atoms=["value"]) is None, "too few atoms"
+    with pytest.raises(KeyError, match="2 rows"):
+        summary("b")
 
 
 def test_a_missing_row_is_an_error_not_a_number():
@@ -150,8 +238,9 @@ def test_failure_gap_by_hand():
     kl_delete = np.sort(generator.exponential(size=400))
     fail = np.r_[np.ones(50), np.zeros(50), np.zeros(200), np.ones(10), np.zeros(90)].astype(bool)
     table = pd.DataFrame(
-        dict(host="h", kl_delete=kl_delete, kl_atom=np.where(fail, kl_delete + 1, kl_delete / 2), **measures.PAPERS)
+        dict(host="h", read="write", kl_delete=kl_delete, kl_atom=np.where(fail, kl_delete + 1, kl_delete / 2))
     )
-    answer = measures.failure_gap({"replacement": table}, "h")
+    table = table.assign(**measures.CHOICES)
+    answer = measures.failure_gap(lambda name: table, "h")
     assert answer.value == pytest.approx(0.5 - 0.1)
     assert answer.low < 0.4 < answer.high

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats as scipy_stats
 
@@ -52,6 +53,46 @@ def test_bootstrap_of_means_is_the_loop_over_resampled_values():
     fast = statistics.cluster_bootstrap(A, labels, resamples=300, seed=5)
     slow = statistics.cluster_bootstrap(A, labels, statistic=lambda x: x.mean(), resamples=300, seed=5)
     assert fast == pytest.approx(slow, abs=1e-12)
+
+
+def test_a_bootstrap_of_integers_is_the_loop_over_drawn_clusters():
+    labels = np.arange(30) % 7
+    drawn = statistics.cluster_bootstrap(A, labels, np.median, resamples=100, seed=5, draw="integers")
+    generator, medians = np.random.default_rng(5), []
+    for _ in range(100):
+        medians.append(np.median(np.concatenate([A[labels == c] for c in generator.integers(0, 7, 7)])))
+    assert drawn == tuple(np.quantile(medians, [0.025, 0.975]))
+
+
+def test_a_bootstrap_of_a_function_of_rows_is_that_of_the_values():
+    labels = RNG.integers(0, 7, size=30)
+    rows = statistics.cluster_bootstrap(lambda rows: np.median(A[rows]), labels, resamples=100, seed=5)
+    assert rows == statistics.cluster_bootstrap(A, labels, np.median, resamples=100, seed=5)
+
+
+def test_the_bootstrap_of_a_difference_draws_both_sides_on_their_own():
+    a, b = np.repeat(A, 2), np.repeat(B, 3)
+    clusters = np.repeat(range(30), 2), np.repeat(range(30), 3)
+    low, high = statistics.difference_bootstrap(a, b, clusters, resamples=4000, seed=0)
+    reach = 1.96 * math.sqrt(A.var() / 30 + B.var() / 30)
+    assert (low, high) == pytest.approx((A.mean() - B.mean() - reach, A.mean() - B.mean() + reach), abs=0.08)
+
+
+def test_the_row_of_a_rate_has_wilsons_interval_and_one_bootstrap_per_clustering():
+    won, atom, passage = A > 0, np.arange(30) % 6, np.arange(30) % 9
+    row = statistics.rate_row(won, 200, 3, "rate", boot=atom, passage=passage)
+    assert list(row) == ["rate", "ci_low", "ci_high", "boot_low", "boot_high", "passage_low", "passage_high"]
+    assert (row["rate"], row["ci_low"], row["ci_high"]) == (won.mean(), *statistics.wilson(won.sum(), 30))
+    by_passage = statistics.cluster_bootstrap(won, passage, resamples=200, seed=3)
+    assert (row["passage_low"], row["passage_high"]) == by_passage
+    ends = [statistics.Interval(0.1, 0.4), statistics.Interval(0.2, 0.5)]
+    assert statistics.wider(*ends) == (0.1, 0.5)
+
+
+def test_a_condition_beats_a_control_where_its_kl_is_smaller():
+    firings = pd.DataFrame(dict(kl_atom=[1.0, 2, 3], kl_delete=[2.0, 2, 2], kl_random=[0.5, 3, 1]))
+    assert statistics.beats(firings).tolist() == [True, False, False]
+    assert statistics.beats(firings, "random", "atom").tolist() == [True, False, True]
 
 
 def test_bootstrap_knows_nothing_from_one_cluster_and_needs_a_label_each():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
 from replication.pages.cache_edits.site import Site, interval
-from replication.statistics import Interval, r2, wilson
+from replication.statistics import r2, wider, wilson
 from writesae.edit import head_change, make_edit
 from writesae.evaluate.install import DIRECTIONS, ranks
 from writesae.shift import cache_gamma, logit_gradient
@@ -54,20 +56,25 @@ def single_writes(site: Site, rows, t0, targets: torch.Tensor, magnitude: float,
 
 
 def summarise_single(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A line a (host, direction, predictor): sign agreement (the wider of Wilson and bootstrap by passage), Pearson's r,
-    median measured / predicted and pooled R2 with bootstrap intervals by passage, and how often the logit rose."""
+    """Return one row per (host, direction, predictor).
+
+    Columns: sign agreement (the wider of Wilson's interval and the bootstrap by passage); Pearson's r, median
+    of measured / predicted and pooled R2, with bootstrap intervals by passage; the share of trials whose
+    logit increases.
+    """
     rows = []
     for (host, direction), part in table.groupby(["host", "direction"], sort=False):
         rose = part.measured > 0
         for name in PREDICTORS:
             agree = np.sign(part.measured) == np.sign(part[name])
-            by = wilson(int(agree.sum()), len(agree)), interval(agree, part.passage, seed=seed)
+            low, high = wider(wilson(int(agree.sum()), len(agree)), interval(agree, part.passage, seed=seed))
             row = dict(host=host, direction=direction, predictor=name, n=len(part), sign_agreement=agree.mean())
-            row |= dict(ci_low=min(x.low for x in by), ci_high=max(x.high for x in by))
+            row |= dict(ci_low=low, ci_high=high)
+            measured, predicted = part.measured.to_numpy(), part[name].to_numpy()
             for label, statistic in PAIR_STATISTICS.items():
-                pair = part.measured.to_numpy(), part[name].to_numpy()
-                row[label] = statistic(*pair)
-                row[f"{label}_low"], row[f"{label}_high"] = pair_interval(statistic, *pair, part.passage, seed)
+                row[label] = statistic(measured, predicted)
+                at = partial(_of_rows, statistic, measured, predicted)
+                row[f"{label}_low"], row[f"{label}_high"] = interval(at, part.passage, seed=seed)
             row["rose"], (row["rose_low"], row["rose_high"]) = rose.mean(), wilson(int(rose.sum()), len(rose))
             rows.append(row)
     return pd.DataFrame(rows)
@@ -78,10 +85,5 @@ PAIR_STATISTICS = dict(
 )
 
 
-def pair_interval(statistic, measured, predicted, passages, seed: int) -> Interval:
-    """The bootstrap interval by passage of a statistic of (measured, predicted)."""
-
-    def at(index: np.ndarray) -> float:
-        return statistic(measured[index.astype(int)], predicted[index.astype(int)])
-
-    return interval(np.arange(len(measured)), passages, at, seed)
+def _of_rows(statistic, measured: np.ndarray, predicted: np.ndarray, rows: np.ndarray) -> float:
+    return statistic(measured[rows], predicted[rows])
