@@ -43,9 +43,9 @@ def adapter(family: str) -> type[Host]:
 def without_triton() -> None:
     """Without CUDA, hide kernel packages from transformers.
 
-    transformers binds the kernels of every such package that it can import, and they fail at the first run where there
-    is no GPU. The adapters call none of them. A package that was imported before stays: the library's own forward then
-    fails on a CPU, and everything here runs.
+    transformers binds the kernels of every such package that it can import, and they fail at the first run
+    where there is no GPU. The adapters call none of them. A package that was imported before stays: the
+    library's own forward then fails on a CPU, and everything here runs.
     """
     if not torch.cuda.is_available():
         for name in KERNEL_PACKAGES:
@@ -62,13 +62,14 @@ def load_host(
 ) -> Host:
     """The adapter around a model and its tokenizer, from a folder or a hub id (at a `revision`).
 
-    A folder is one of save_pretrained, or a Mamba-2 in its authors' own format. `tokenizer`: a tokenizer or its folder or
-    hub id, where the model's does not hold one.
+    A folder is one of save_pretrained, or a Mamba-2 in its authors' own format. `tokenizer`: a tokenizer or
+    its folder or hub id, where the model's does not hold one.
 
-    Raises FileNotFoundError for a folder without config.json, weights or tokenizer; ValueError for a bare .pth file, where
-    no family has the model's class, where weights are missing (the tied-embedding trap of multimodal checkpoints
-    included), unexpected, misshapen, damaged or not finite, where the tokenizer is another model's, and for a device that
-    is not there; for hub ids also what `writesae.hosts.hub.fetch` raises.
+    Raises FileNotFoundError for a folder without config.json, weights or tokenizer; ValueError for a bare
+    .pth file, where no family has the model's class, where weights are missing (the tied-embedding trap of
+    multimodal checkpoints included), unexpected, misshapen, damaged or not finite, where the tokenizer is
+    another model's, and for a device that is not there; for hub ids also what `writesae.hosts.hub.fetch`
+    raises.
     """
     without_triton()
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -182,8 +183,8 @@ def _tokenizer(folder: Path, name: str | Path, given: str | Path | PreTrainedTok
 
 
 def _check_tokenizer(tokenizer, vocabulary: int, name: str | Path) -> None:
-    """Raise ValueError for one that makes ids which the model does not have, or not half of those that it has: models
-    pad their vocabulary, but not to the double."""
+    """Raise ValueError for one that makes ids which the model does not have, or not half of those that it
+    has: models pad their vocabulary, but not to the double."""
     count = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if not vocabulary / 2 <= count <= vocabulary:
         raise ValueError(

@@ -1,8 +1,9 @@
 """Mamba-2 as its authors release it (state-spaces/mamba2-*), read into transformers' Mamba2ForCausalLM.
 
-A release is a config.json of the package mamba_ssm and a pytorch_model.bin (or model.safetensors). The names of its tensors
-are the library's but for the embedding; what its config leaves out has the defaults of mamba_ssm's modules/mamba2.py. It
-has no tokenizer: those models were trained with that of EleutherAI/gpt-neox-20b.
+A release is a config.json of the package mamba_ssm and a pytorch_model.bin (or model.safetensors). The names
+of its tensors are the library's but for the embedding; what its config leaves out has the defaults of
+mamba_ssm's modules/mamba2.py. It has no tokenizer: those models were trained with that of
+EleutherAI/gpt-neox-20b.
 """
 
 from __future__ import annotations
@@ -74,9 +75,9 @@ def library_config(settings: dict[str, Any]):
 def from_release(folder: str | Path, dtype: torch.dtype = torch.float32):
     """Mamba2ForCausalLM of a release's folder.
 
-    Raises FileNotFoundError where config.json or the weights are missing, ValueError for a config that the library's class
-    cannot follow, a damaged file, a pickle with code in it, and naming the first tensor that is missing, unexpected or of
-    another size.
+    Raises FileNotFoundError where config.json or the weights are missing, ValueError for a config that the
+    library's class cannot follow, a damaged file, a pickle with code in it, and naming the first tensor that
+    is missing, unexpected or of another size.
     """
     from transformers import Mamba2ForCausalLM
 

@@ -13,10 +13,11 @@ from writesae.recurrence import Groups
 class Record:
     """What one layer did in a native run over [B, T] tokens; enough to start again anywhere in it.
 
-    hidden: [B, T, D] the layer's input; outputs: [B, T, heads, d] and whatever `finish` takes beside them (beside,
-    each [B, T, ...]). A recurrent layer has the family's own factors, each [B, T, ...], and end, the last state
-    [B, H, d_k, d_v]; an attention layer has keys, values [B, H_kv, T, d]. windows: inputs of short convolutions and
-    token shifts (name -> ([B, T, C], how many positions back they reach)), of `mix` and of `finish`.
+    hidden: [B, T, D] the layer's input; outputs: [B, T, heads, d] and whatever `finish` takes beside them
+    (beside, each [B, T, ...]). A recurrent layer has the family's own factors, each [B, T, ...], and end, the
+    last state [B, H, d_k, d_v]; an attention layer has keys, values [B, H_kv, T, d]. windows: inputs of short
+    convolutions and token shifts (name -> ([B, T, C], how many positions back they reach)), of `mix` and of
+    `finish`.
     """
 
     hidden: torch.Tensor
@@ -31,8 +32,9 @@ class Record:
 
 @dataclass
 class Prefix:
-    """Keys and values before each of R rows: those of U distinct prefixes, [U, H_kv, L, d] with `seen` [U, L], which
-    the rows share, and those that each row has added since, own_keys and own_values [R, H_kv, M, d]."""
+    """Keys and values before each of R rows: those of U distinct prefixes, [U, H_kv, L, d] with `seen` [U,
+    L], which the rows share, and those that each row has added since, own_keys and own_values [R, H_kv, M,
+    d]."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -49,8 +51,8 @@ class Prefix:
 
 
 def attend(query: torch.Tensor, prefix: Prefix, scale: float) -> torch.Tensor:
-    """Causal attention [R, H, T, d] of queries [R, H, T, d] to shared prefixes and to the rows' own keys, whose last T
-    are those of the queries. No prefix is copied row by row."""
+    """Causal attention [R, H, T, d] of queries [R, H, T, d] to shared prefixes and to the rows' own keys,
+    whose last T are those of the queries. No prefix is copied row by row."""
     steps, own, groups = query.shape[2], prefix.own_keys.shape[2], prefix.groups
     stacked = (
         (query * scale).unflatten(1, (prefix.keys.shape[1], -1)).flatten(2, 3)
@@ -75,8 +77,9 @@ class SharedState:
 
 @dataclass
 class Past:
-    """What a layer needs of the tokens before, row by row: a state, or a Prefix, and the last inputs [R, reach, C] of
-    short convolutions and token shifts. `last`: no tokens come after these, so that no end state is asked for."""
+    """What a layer needs of the tokens before, row by row: a state, or a Prefix, and the last inputs [R,
+    reach, C] of short convolutions and token shifts. `last`: no tokens come after these, so that no end state
+    is asked for."""
 
     own_state: torch.Tensor | None = None
     shared: SharedState | None = None

@@ -1,8 +1,8 @@
 """The tokenizer of the RWKV "World" models, read from their vocabulary file, rwkv_vocab_v20230424.txt.
 
-At every place the longest token that the text goes on with, over UTF-8 bytes. The models' repositories bring it as Python
-code of their own, which is not run here; the file has all that it takes: on every line an id, a Python literal (str or
-bytes), and the number of its bytes. Id 0, which the file leaves out, ends a text.
+At every place the longest token that the text goes on with, over UTF-8 bytes. The models' repositories bring
+it as Python code of their own, which is not run here; the file has all that it takes: on every line an id, a
+Python literal (str or bytes), and the number of its bytes. Id 0, which the file leaves out, ends a text.
 """
 
 from __future__ import annotations
@@ -61,5 +61,6 @@ class WorldTokenizer:
         return {"input_ids": self.encode(text)}
 
     def decode(self, ids, **options) -> str:
-        """The text of ids; bytes that are no UTF-8 show as replacement characters, ids of no token not at all."""
+        """The text of ids; bytes that are no UTF-8 show as replacement characters, ids of no token not at
+        all."""
         return b"".join(self.tokens.get(int(i), b"") for i in ids).decode(errors="replace")
