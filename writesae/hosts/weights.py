@@ -12,9 +12,10 @@ from torch import Tensor
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a state dict that torch.save wrote.
+    """Return the tensors of a .safetensors file, or of a state dict that torch.save wrote.
 
-    Raises ValueError for a damaged file, and for a pickle that holds more than tensors; such a one is not executed.
+    Raises ValueError for a damaged file, and for a pickle that holds more than tensors; the pickle is not
+    executed.
     """
     try:
         if path.suffix == ".safetensors":
