@@ -46,8 +46,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
-            f"{path} could not be written ({getattr(error, 'strerror', None) or error}): nothing that was stored "
-            "is lost, so free some space or make the folder writable, and run again."
+            f"{path} could not be written ({getattr(error, 'strerror', None) or error}): nothing that was "
+            "stored is lost, so free some space or make the folder writable, and run again."
         ) from error
     finally:
         with contextlib.suppress(OSError):  # in a read-only folder there is nothing to remove
@@ -109,7 +109,7 @@ def _store(path: Path, write: Callable[[Path], None], fields: Mapping[str, Any])
 
     def write_both(partial: Path) -> None:
         write(partial)
-        record = {"format_version": FORMAT_VERSION, "sha256": file_hash(partial), "fingerprint": None, **fields}
+        record = {"format_version": FORMAT_VERSION, "sha256": file_hash(partial), "fingerprint": None} | fields
         text = json.dumps(record, default=_plain, allow_nan=False, indent=2) + "\n"
         write_atomically(sidecar(path), lambda beside: beside.write_text(text, encoding="utf-8"))
 
@@ -128,7 +128,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         record = json.loads(sidecar(path).read_text(encoding="utf-8"))
         version, checksum = record["format_version"], record["sha256"]
     except OSError as error:
-        raise ArtifactError(f"{sidecar(path)}, which vouches for {path.name}, is missing: {AGAIN}.") from error
+        raise ArtifactError(f"{sidecar(path)}, which vouches for the file, is missing: {AGAIN}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{sidecar(path)} is damaged: {AGAIN}.") from error
     if version != FORMAT_VERSION:

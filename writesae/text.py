@@ -83,8 +83,7 @@ class Corpus(BaseModel):
         return sorted(path for path in paths if path.is_file())
 
     def identity(self) -> dict:
-        """Return what identifies the text in a fingerprint: the local files, or the data set's id and
-        revision."""
+        """Return what identifies the text in a fingerprint: the fields, and the content of local files."""
         return self.model_dump() | {"files": self.files()}
 
     def documents(self) -> Iterator[str]:
@@ -128,9 +127,7 @@ class Corpus(BaseModel):
         if self.place.suffix == ".parquet" and files:
             return self._rows("parquet", data_files=list(map(str, files)), split="train")
         if self.place.is_file():
-            raise ValueError(
-                f"{self.place} is not a corpus: give a folder of .txt files, a pattern or another file type."
-            )
+            raise ValueError(f"{self.place} is not a corpus: give a folder of .txt files, a pattern, a .jsonl.")
         return _text_files(files)
 
     def _rows(self, *which, **options) -> Iterator[str]:
@@ -156,8 +153,8 @@ class Corpus(BaseModel):
             ) from error
         except (ConnectionError, TimeoutError) as error:
             raise ConnectionError(
-                f"The data set {self} cannot be reached ({error}): go online, or copy its files into a folder and give "
-                "that as the corpus."
+                f"The data set {self} cannot be reached ({error}): go online, or copy its files into a folder "
+                "and give that as the corpus."
             ) from error
         except ValueError as error:  # an unknown config or split, a damaged file
             raise ValueError(f"The corpus {self} cannot be read: {error}") from error
@@ -196,15 +193,13 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
 
 @dataclass
 class Windows:
-    """Windows of tokens. tokens: [N, T] int64; passage: [N] int64, the number of the text that each was cut
-    from."""
+    """Windows of tokens [N, T] int64, and the number [N] of the text that each was cut from (passage)."""
 
     tokens: torch.Tensor
     passage: torch.Tensor
 
     def kept(self) -> float:
-        """Return the share of texts long enough for a window, among those up to the last one with a
-        window."""
+        """Return the share of texts long enough for a window, of those up to the last one with a window."""
         return len(self.passage.unique()) / (int(self.passage.max()) + 1)
 
     def __len__(self) -> int:
@@ -214,19 +209,17 @@ class Windows:
         return Windows(self.tokens[index], self.passage[index])
 
     def beginnings(self, length: int) -> Windows:
-        """Return the first `length` tokens of each window, as prompts. Raises ValueError for shorter
-        windows."""
+        """Return the first `length` tokens of each window. Raises ValueError for shorter windows."""
         if not 1 <= length <= self.tokens.shape[1]:
             raise ValueError(
-                f"Prompts of {length} tokens are asked for, and windows have {self.tokens.shape[1]}: lower the one "
-                "(prompt_tokens in a profile) or raise the other (data.window)."
+                f"Prompts of {length} tokens are asked for, and windows have {self.tokens.shape[1]}: lower "
+                "prompt_tokens, or cut longer windows (data.window in a profile)."
             )
         return Windows(self.tokens[:, :length], self.passage)
 
 
 def cut_windows(tokenizer, texts: Iterable[str], length: int, limit: int | None = None, of: str = "") -> Windows:
-    """Cut each text into whole windows of `length` tokens; the first window of a text begins with
-    end-of-text.
+    """Cut each text into windows of `length` tokens; the first window of a text begins with end-of-text.
 
     Texts shorter than a window give none. At most `limit` windows are cut, and no more texts are read than
     they need. Raises ValueError where there are fewer than `limit` windows, or none (`of` names the source of
@@ -240,8 +233,8 @@ def cut_windows(tokenizer, texts: Iterable[str], length: int, limit: int | None 
     if len(windows) < (limit or 1):
         wanted = f"{limit} are" if limit else "at least one is"
         raise ValueError(
-            f"{next(numbers)} passages{of} give {len(windows)} windows of {length} tokens where {wanted} asked for: "
-            "passages shorter than the window give none; lower the window or the number."
+            f"{next(numbers)} passages{of} give {len(windows)} windows of {length} tokens where {wanted} "
+            "asked for: passages shorter than the window give none; lower the window or the number."
         )
     passage, tokens = zip(*windows, strict=True)
     return Windows(torch.tensor(tokens), torch.tensor(passage))

@@ -126,7 +126,7 @@ class Host(ABC):
             choices = ", ".join(map(str, self.recurrent_layers))
             raise ValueError(f"Layer {layer} of {self.name} is not recurrent: choose one of {choices}.")
         if not 0 <= head < self.heads:
-            raise ValueError(f"{self.name} has no head {head}: its recurrent layers have heads 0 to {self.heads - 1}.")
+            raise ValueError(f"{self.name} has no head {head}: choose one of 0 to {self.heads - 1}.")
 
     def check_tokens(self, tokens: torch.Tensor) -> None:
         """Raise ValueError where there are no tokens, or where some are not ids of the host's vocabulary."""
@@ -154,7 +154,7 @@ class Host(ABC):
         if tokens.dim() != 2:
             raise ValueError(f"A run takes tokens [windows, time], not of shape {list(tokens.shape)}.")
         if upto is not None and not 0 <= upto <= self.layers:
-            raise ValueError(f"{self.name} has {self.layers} layers: upto lies between 0 and that, and is {upto}.")
+            raise ValueError(f"{self.name} has {self.layers} layers: upto is at most that, and not {upto}.")
         tokens = tokens.to(self.device)
         hidden = self.embed(tokens)
         positions = self._positions(tokens)
@@ -220,7 +220,8 @@ class Host(ABC):
         This method is for scalar decays.
         """
         longest = max(1, int(starts.max()))
-        key, effective, log_decay = (record.factors[n][rows, :longest] for n in ("key", "effective", "log_decay"))
+        names = "key", "effective", "log_decay"
+        key, effective, log_decay = (record.factors[name][rows, :longest] for name in names)
         return states_before(self.expand_heads(key), effective, log_decay, starts)
 
     @staticmethod
@@ -280,12 +281,13 @@ class Host(ABC):
         """Raise ValueError for arguments that `branch` does not take."""
         self.check_cell(layer, head)
         if len(run.records) < self.layers:
-            raise ValueError(f"This run ends below layer {len(run.records)}: an edited run needs all {self.layers}.")
+            reached = len(run.records)
+            raise ValueError(f"This run ends below layer {reached}: an edited run needs all {self.layers}.")
         steps = change.shape[1]
         if not len(rows) or rows.shape != starts.shape or change.shape != (len(rows), steps, self.d_v):
             raise ValueError(
-                f"An edited run takes rows [R], starts [R] and change [R, steps, {self.d_v}] with R of 1 or more; got "
-                f"{list(rows.shape)}, {list(starts.shape)} and {list(change.shape)}."
+                f"An edited run takes rows [R], starts [R] and change [R, steps, {self.d_v}] with R of 1 or "
+                f"more; got {list(rows.shape)}, {list(starts.shape)} and {list(change.shape)}."
             )
         check_places(rows, starts, run.tokens)
         if int(starts.max()) + steps > run.tokens.shape[1]:
@@ -309,7 +311,7 @@ class Host(ABC):
         return torch.stack(chosen, 1)
 
 
-def _edited(native: Record, rows: torch.Tensor, positions: torch.Tensor, head: int, change: torch.Tensor) -> Record:
+def _edited(native: Record, rows, positions, head: int, change: torch.Tensor) -> Record:
     """Return the record of a layer at positions [R, steps] of windows rows [R, 1], with the head's output
     changed."""
     outputs = native.outputs[rows, positions]

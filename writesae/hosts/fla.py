@@ -114,7 +114,8 @@ class GLA(FLAHost):
         """Return the states [R, H, d_k, d_v] before position starts[r] of window rows[r], by one batched
         product."""
         longest = max(1, int(starts.max()))
-        key, added, log_decay = (record.factors[name][rows, :longest] for name in ("key", "added", "log_decay"))
+        names = "key", "added", "log_decay"
+        key, added, log_decay = (record.factors[name][rows, :longest] for name in names)
         seen = (torch.arange(longest, device=starts.device) < starts[:, None])[..., None, None]
         key = key * decay_until(log_decay, seen)
         return key.permute(0, 2, 3, 1) @ added.transpose(1, 2)

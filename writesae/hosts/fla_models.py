@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig
 from writesae.hosts.layers import PlainCausalLM, PlainModel, short_convolution, split_heads, unit, wide
 from writesae.recurrence import diagonal_chunks, gated_delta_chunks
 
-GATE_RANK = GATE_NORMALIZER = 16  # of GLA's decays: constants of that package's layer, not fields of its config
+GATE_RANK = GATE_NORMALIZER = 16  # of GLA's decays; constants in that package, not config fields
 
 
 class FLAConfig(PreTrainedConfig):
@@ -83,9 +83,7 @@ def check(config: PreTrainedConfig) -> None:
     for name, expected in IMPLEMENTED[kind].items():
         value = getattr(config, name, expected)
         if value != expected:
-            raise ValueError(
-                f"A {kind} host has {name} {expected!r}, as the published checkpoints, and this one {value!r}."
-            )
+            raise ValueError(f"A {kind} host has {name} {expected!r}, as the published models, and this one {value!r}.")
     key_heads = getattr(config, "num_kv_heads", None) or heads
     if key_heads != heads:
         raise ValueError(f"A {kind} host has keys and values for each of its {heads} heads, and this one {key_heads}.")
@@ -97,7 +95,8 @@ def check(config: PreTrainedConfig) -> None:
 
 def head_dims(config: PreTrainedConfig) -> tuple[int, int]:
     """Return d_k and d_v of a head."""
-    return tuple(round(config.hidden_size * share) // config.num_heads for share in (config.expand_k, config.expand_v))
+    widths = (round(config.hidden_size * factor) for factor in (config.expand_k, config.expand_v))
+    return tuple(width // config.num_heads for width in widths)
 
 
 def rms(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -134,7 +133,7 @@ def project_gla(mixer: nn.Module, x: torch.Tensor) -> tuple[dict[str, torch.Tens
     """Return the recurrence's query, key, log_decay [B, T, H, d_k] and added [B, T, H, d_v], in fp32 or
     better, and the outputs' gate [B, T, H d_v], of normed inputs x [B, T, D]."""
     projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gk_proj)
-    query, key, added, decay_logit = (split_heads(projection(x), mixer.num_heads) for projection in projections)
+    query, key, added, decay_logit = (split_heads(layer(x), mixer.num_heads) for layer in projections)
     query = query * query.shape[-1] ** -0.5
     log_decay = F.logsigmoid(decay_logit) / GATE_NORMALIZER
     return dict(query=query, key=key, added=added, log_decay=log_decay), mixer.g_proj(x)
@@ -167,8 +166,9 @@ class DeltaNetMixer(nn.Module):
         self.num_heads = config.num_heads
         for name, width in dict(q=d_k, k=d_k, v=d_v).items():
             width *= self.num_heads
+            convolution = nn.Conv1d(width, width, config.conv_size, groups=width, bias=False)
             setattr(self, f"{name}_proj", nn.Linear(d, width, bias=False))
-            setattr(self, f"{name}_conv1d", nn.Conv1d(width, width, config.conv_size, groups=width, bias=False))
+            setattr(self, f"{name}_conv1d", convolution)
         self.b_proj = nn.Linear(d, self.num_heads, bias=False)
         self.o_norm = nn.RMSNorm(d_v, config.norm_eps)
         self.o_proj = nn.Linear(self.num_heads * d_v, d, bias=False)

@@ -46,7 +46,8 @@ class GatedDeltaNet(Host):
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
         config = model.config
-        self.recurrent_layers = tuple(i for i, kind in enumerate(config.layer_types) if kind == "linear_attention")
+        kinds = enumerate(config.layer_types)
+        self.recurrent_layers = tuple(layer for layer, kind in kinds if kind == "linear_attention")
         self.heads = config.linear_num_value_heads
         self.d_k = config.linear_key_head_dim
         self.d_v = config.linear_value_head_dim
@@ -64,7 +65,7 @@ class GatedDeltaNet(Host):
             return self._recur(block.linear_attn, hidden, normed, past)
         return self._attend(block.self_attn, hidden, normed, past, positions)
 
-    def _recur(self, mixer, hidden: torch.Tensor, normed: torch.Tensor, past: Past | None) -> Record:
+    def _recur(self, mixer, hidden, normed, past: Past | None) -> Record:
         """Return the record of a recurrent layer. hidden, normed: its input [B, T, D] before and after the
         norm."""
         raw = mixer.in_proj_qkv(normed)
@@ -77,15 +78,14 @@ class GatedDeltaNet(Host):
         beta = wide(mixer.in_proj_b(normed).sigmoid())
         step = F.softplus(wide(mixer.in_proj_a(normed)) + mixer.dt_bias)
         log_decay = -wide(mixer.A_log).exp() * step
-        heads_first = (
-            x.transpose(1, 2) for x in (self.expand_heads(query), self.expand_heads(key), value, beta, log_decay)
-        )
+        expanded = self.expand_heads(query), self.expand_heads(key)
+        heads_first = (x.transpose(1, 2) for x in (*expanded, value, beta, log_decay))
         outputs, effective, end = gated_delta_chunks(*heads_first, **self.carried(past))
-        factors = dict(query=query, key=key, added=beta[..., None] * value, effective=effective.transpose(1, 2))
-        factors |= dict(beta=beta, log_decay=log_decay)
+        factors = dict(query=query, key=key, added=beta[..., None] * value)
+        factors |= dict(effective=effective.transpose(1, 2), beta=beta, log_decay=log_decay)
         return Record(hidden, outputs.transpose(1, 2), factors, end, windows={"conv": (raw, reach)})
 
-    def _attend(self, attention, hidden: torch.Tensor, normed: torch.Tensor, past: Past | None, positions) -> Record:
+    def _attend(self, attention, hidden, normed, past: Past | None, positions: torch.Tensor) -> Record:
         """Return the record of an attention layer. hidden, normed: its input [B, T, D] before and after the
         norm."""
         width = attention.head_dim

@@ -117,9 +117,8 @@ class PlainCausalLM(PreTrainedModel):
         """Return the logits [B, T, vocabulary] of ids [B, T]; with labels [B, T] also the mean next-token
         loss, nats."""
         if use_cache:
-            raise ValueError(
-                f"This {self.config.model_type} has no cache: pass use_cache=False, or decode with its host adapter."
-            )
+            kind = self.config.model_type
+            raise ValueError(f"This {kind} has no cache: pass use_cache=False, or decode with its adapter.")
         logits, loss = self.lm_head(self.final_hidden(input_ids)), None
         if labels is not None:
             loss = F.cross_entropy(wide(logits[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())

@@ -74,8 +74,8 @@ def load_host(
     device = _checked_device(device)
     if Path(name_or_path).suffix == ".pth":
         raise ValueError(
-            f"{name_or_path} is one file of weights: read it with writesae.hosts.rwkv7_model.from_pth, save the model "
-            "to a folder with save_pretrained, and put its tokenizer into the same folder."
+            f"{name_or_path} is one file of weights: read it with writesae.hosts.rwkv7_model.from_pth, save "
+            "the model to a folder with save_pretrained, and put its tokenizer into the same folder."
         )
     folder = fetch(name_or_path, MODEL_FILES, revision)
     if not any(folder.glob("*.safetensors")):  # older models have pickles only
@@ -86,7 +86,7 @@ def load_host(
         family, model = _model(folder, name_or_path, dtype)
     damaged = next((key for key, x in model.named_parameters() if not torch.isfinite(x).all()), None)
     if damaged is not None:
-        raise ValueError(f"The weights of {name_or_path} are damaged: {damaged} has values that are not finite.")
+        raise ValueError(f"The weights of {name_or_path} are damaged: {damaged} is not finite.")
     tokenizer = _tokenizer(folder, name_or_path, tokenizer)
     _check_tokenizer(tokenizer, model.config.vocab_size, name_or_path)
     return adapter(family)(model.to(device), tokenizer, host_name(Path(name_or_path)))
@@ -117,7 +117,7 @@ def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, tor
     """Return the family and the model of a folder in transformers' format."""
     import transformers
 
-    classes = {family: adapter(family).model_classes for family in FAMILIES}  # importing them registers their classes
+    classes = {family: adapter(family).model_classes for family in FAMILIES}  # importing registers classes
     choices = "; ".join(f"{', '.join(names)} ({family})" for family, names in classes.items())
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
@@ -132,12 +132,12 @@ def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, tor
     family = next((family for family in FAMILIES if class_name in classes[family]), None)
     if family is None:
         raise ValueError(f"{name} is a {class_name}, and no host family has that class: {choices}.")
-    text.tie_word_embeddings |= config.tie_word_embeddings  # multimodal configs may declare it only at the top level
+    text.tie_word_embeddings |= config.tie_word_embeddings  # multimodal configs may say it at the top only
     options = dict(config=text, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     try:
         model, info = model_class.from_pretrained(folder, **options)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"The weights of {name} are damaged, or a pickle with code in it: {error}") from error
+        raise ValueError(f"The weights of {name} are damaged or a pickle with code in it: {error}") from error
     except OSError as error:
         raise FileNotFoundError(f"{name} holds no weights, or only a part of them: {error}") from error
     _check_weights(model, info, name)
@@ -149,9 +149,9 @@ def _check_weights(model: torch.nn.Module, info: dict, name: str | Path) -> None
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     missing = sorted(key for key in info["missing_keys"] if not (tied and key == "lm_head.weight"))
     if info["mismatched_keys"]:
-        key, shape, wanted = min(info["mismatched_keys"])
-        count = len(info["mismatched_keys"])
-        problem = f"has {count} weights of another size than its config says, first {key}: {[*shape]}, not {[*wanted]}"
+        key, shape, expected = min(info["mismatched_keys"])
+        problem = f"has {len(info['mismatched_keys'])} weights of another size than its config says, "
+        problem += f"first {key}: {[*shape]}, not {[*expected]}"
     elif missing:
         problem = f"lacks {len(missing)} weights, first {missing[0]}"
     elif info["unexpected_keys"]:
@@ -171,15 +171,16 @@ def _tokenizer(folder: Path, name: str | Path, given: str | Path | PreTrainedTok
     world = next(place.glob(rwkv7_tokenizer.VOCABULARY), None)
     if world is not None and not (place / "tokenizer.json").is_file():
         return rwkv7_tokenizer.WorldTokenizer(world)
-    if not any(path.match(pattern) for path in place.iterdir() for pattern in ("tokenizer*", "vocab*", "*.model")):
+    patterns = "tokenizer*", "vocab*", "*.model"
+    if not any(path.match(pattern) for path in place.iterdir() for pattern in patterns):
         raise FileNotFoundError(
-            f"{given or name} holds no tokenizer: put its files there, or pass tokenizer= (the Mamba-2 releases of "
-            f"its authors take {mamba2_release.TOKENIZER!r})."
+            f"{given or name} holds no tokenizer: put its files there, or pass tokenizer= (the Mamba-2 "
+            f"releases of its authors take {mamba2_release.TOKENIZER!r})."
         )
     try:
         return transformers.AutoTokenizer.from_pretrained(place)
     except (ValueError, OSError) as error:
-        raise ValueError(f"The tokenizer of {given or name} cannot be read (pass tokenizer=): {error}") from error
+        raise ValueError(f"The tokenizer of {given or name} is damaged (pass tokenizer=): {error}") from error
 
 
 def _check_tokenizer(tokenizer, vocabulary: int, name: str | Path) -> None:

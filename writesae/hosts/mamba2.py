@@ -40,9 +40,10 @@ class Mamba2(Host):
         """Scale the gradients of the rows of in_proj that set the steps dt, and so the decays, by 0.05."""
         heads = model.config.num_heads
         for block in model.backbone.layers:
-            scale = torch.ones(len(block.mixer.in_proj.weight), 1)
+            weight = block.mixer.in_proj.weight
+            scale = torch.ones(len(weight), 1)
             scale[-heads:] = 0.05
-            block.mixer.in_proj.weight.register_hook(lambda gradient, scale=scale: gradient * scale.to(gradient))
+            weight.register_hook(lambda gradient, scale=scale: gradient * scale.to(gradient))
 
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
@@ -75,7 +76,8 @@ class Mamba2(Host):
         read, end = decayed_chunks(query, key, added, log_decay, **self.carried(past))
         skip = wide(mixer.D)[:, None] * value
         factors = dict(query=query, key=key, added=added, effective=added, log_decay=log_decay, skip=skip)
-        return Record(hidden, read + skip, factors, end, windows={"conv": (raw, reach)}, beside={"gate": gate})
+        windows, beside = {"conv": (raw, reach)}, {"gate": gate}
+        return Record(hidden, read + skip, factors, end, windows=windows, beside=beside)
 
     def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
         block, mixer, gate = self.blocks[layer], self.blocks[layer].mixer, record.beside["gate"]

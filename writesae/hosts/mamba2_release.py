@@ -31,16 +31,8 @@ FIELDS = {
     "conv_bias": ("use_conv_bias", True),
 }
 # fields for which transformers' class implements one value only
-FIXED = {
-    "layer": "Mamba2",
-    "rmsnorm": True,
-    "norm_before_gate": False,
-    "D_has_hdim": False,
-    "d_ssm": None,
-    "d_intermediate": 0,
-    "attn_layer_idx": [],
-    "rms_norm": True,
-}
+FIXED = dict(layer="Mamba2", rmsnorm=True, rms_norm=True, norm_before_gate=False, D_has_hdim=False)
+FIXED |= dict(d_ssm=None, d_intermediate=0, attn_layer_idx=[])
 # fields for initial values and speed, which do not change the function of a trained model
 IGNORED = {"conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor", "use_mem_eff_path"}
 
@@ -56,7 +48,7 @@ def library_config(settings: dict[str, Any]):
     from transformers import Mamba2Config
 
     if not is_release(settings):
-        raise ValueError("This is no config.json of mamba_ssm: it lacks d_model, n_layer, vocab_size or ssm_cfg.")
+        raise ValueError("This is no config.json of mamba_ssm, which has d_model, n_layer and ssm_cfg.")
     ssm = settings["ssm_cfg"]
     fixed = {"layer": "Mamba1"} | {k: x for k, x in (settings | ssm).items() if k in FIXED and x is not None}
     for name, value in fixed.items():

@@ -60,7 +60,7 @@ def attend(query: torch.Tensor, prefix: Prefix, scale: float) -> torch.Tensor:
     """
     steps, own, groups = query.shape[2], prefix.own_keys.shape[2], prefix.groups
     key_heads = prefix.keys.shape[1]
-    stacked = (query * scale).unflatten(1, (key_heads, -1)).flatten(2, 3)  # [R, H_kv, query heads per key head * T, d]
+    stacked = (query * scale).unflatten(1, (key_heads, -1)).flatten(2, 3)  # [R, H_kv, H / H_kv * T, d]
     unseen = ~prefix.seen[groups.which][:, None, None]
     to_prefix = groups.read(stacked, prefix.keys.mT).masked_fill(unseen, -torch.inf)
     later = torch.ones(steps, own, dtype=torch.bool, device=query.device).triu(own - steps + 1)

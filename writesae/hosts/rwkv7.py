@@ -67,7 +67,8 @@ class RWKV7(Host):
         factors, beside, v_first = project(block.attn, normed, past and past.windows["attn"], v_first)
         outputs, end, before = recur(factors, **self.carried(past))
         factors["before"] = before  # [B, H, chunks, d_k, d_v]: the states before each chunk
-        return Record(torch.cat([x, v_first], -1), outputs, factors, end, windows={"attn": (normed, 1)}, beside=beside)
+        hidden = torch.cat([x, v_first], -1)
+        return Record(hidden, outputs, factors, end, windows={"attn": (normed, 1)}, beside=beside)
 
     def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
         """Return the next layer's input, with the values of layer 0 appended except after the last layer."""
@@ -89,7 +90,7 @@ class RWKV7(Host):
         chunk = (starts // CHUNK).clamp(max=before.shape[2] - 1)
         positions = chunk[:, None] * CHUNK + torch.arange(CHUNK, device=starts.device)
         index = rows[:, None], positions.clamp(max=record.outputs.shape[1] - 1)
-        earlier = (positions < starts[:, None])[..., None, None]  # zeros of all factors leave a state as it is
+        earlier = (positions < starts[:, None])[..., None, None]  # zero factors leave a state as it is
         factors = {name: x[index] * earlier for name, x in factors.items()}
         return recur(factors, state=before[rows, :, chunk])[1]
 

@@ -11,7 +11,7 @@ channel:
 | added                | v = W_v mix_v, above layer 0 blended with that layer's own v (v_first)             |
 | log_decay            | log w = -e^-0.5 sigmoid(w_lora(mix_w)), one per channel, always above -0.61         |
 | erase, probe         | a kk and kk = k k_k / |k k_k|; a = sigmoid(a_lora(mix_a))                           |
-| state                | S_t = diag(w_t) S_{t-1} - (a_t kk_t)(kk_t^T S_{t-1}) + k~_t v_t^T, S in [d_k, d_v]    |
+| state                | S_t = diag(w_t) S_{t-1} - (a_t kk_t)(kk_t^T S_{t-1}) + k~_t v_t^T, [d_k, d_v]       |
 | output               | o_t = S_t^T r_t; then GroupNorm per head, + bonus (sum of r k~ r_k) v, times gate   |
 
 The functions below also work on flash-linear-attention's own modules, because all parameter names are the
@@ -77,7 +77,7 @@ class RWKV7Config(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = math.ceil(int(self.hidden_size * (self.hidden_ratio or 4)) / 32) * 32
         if self.attn or self.hidden_act != "sqrelu" or len(set(self.value_dim)) != 1:
-            raise ValueError("An RWKV-7 host has no attention layers, the activation sqrelu and one value_dim.")
+            raise ValueError("An RWKV-7 host has no attention layers, the activation sqrelu, one value_dim.")
         if self.num_heads * self.head_dim != self.hidden_size or self.value_dim[0] % self.num_heads:
             widths = f"hidden_size {self.hidden_size} and value_dim {self.value_dim[0]}"
             raise ValueError(f"Heads of {self.head_dim} do not divide {widths}.")
@@ -128,7 +128,7 @@ def recur(factors: dict[str, torch.Tensor], **carried):
     return outputs.transpose(1, 2), end, before
 
 
-def read_out(attention: nn.Module, outputs: torch.Tensor, bonus: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def read_out(attention: nn.Module, outputs, bonus, gate: torch.Tensor) -> torch.Tensor:
     """Return the layer's update [B, T, D] of the heads' outputs [B, T, H, d_v] and of `project`'s bonus and
     gate."""
     normed = attention.g_norm(outputs.to(gate.dtype).flatten(0, 1).flatten(1)).view_as(gate)
@@ -146,7 +146,8 @@ class LowRank(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, rank: int, activation: nn.Module, bias: bool = True):
         super().__init__()
-        self.lora = nn.Sequential(nn.Linear(d_in, rank, bias=False), activation, nn.Linear(rank, d_out, bias=bias))
+        down, up = nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=bias)
+        self.lora = nn.Sequential(down, activation, up)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.lora(x)
@@ -235,7 +236,8 @@ class RWKV7ForCausalLM(PlainCausalLM):
             size = 1e-4 if not self.config.tie_word_embeddings else self.config.initializer_range
             init.uniform_(module.weight, -size, size)
         elif module is self.lm_head and not self.config.tie_word_embeddings:
-            init.orthogonal_(module.weight, 0.5 * max(1, self.config.vocab_size / self.config.hidden_size) ** 0.5)
+            ratio = self.config.vocab_size / self.config.hidden_size
+            init.orthogonal_(module.weight, 0.5 * max(1, ratio) ** 0.5)
 
 
 def init_mix(module: RWKV7Attention | RWKV7FeedForward, config: RWKV7Config) -> None:
@@ -310,7 +312,8 @@ def from_pth(path: str | Path, dtype: torch.dtype = torch.float32) -> RWKV7ForCa
     tensors = Tensors(read_weights(Path(path)))
     with torch.device("meta"):
         model = RWKV7ForCausalLM(_release_config(tensors))
-    weights, unused = {}, set(tensors) - {f"blocks.0.att.v{i}" for i in range(3)}  # layer 0 does not use its v_lora
+    weights = {}
+    unused = set(tensors) - {f"blocks.0.att.v{i}" for i in range(3)}  # layer 0 does not use its v_lora
     for name, parameter in model.state_dict().items():
         theirs = release_name(name)
         tensor = tensors[theirs].T if ".lora." in name and parameter.ndim == 2 else tensors[theirs]

@@ -31,13 +31,15 @@ class WorldTokenizer:
                     raise ValueError(f"{len(token)} bytes")
                 self.tokens[int(token_id)] = token
             except (ValueError, SyntaxError, TypeError) as error:
-                expected = "an id, a token and its number of bytes"
-                raise ValueError(f"{path} is no RWKV vocabulary: line {number} is not {expected} ({error}).") from None
+                raise ValueError(
+                    f"{path} is no RWKV vocabulary: line {number} is not an id, a token and its number of "
+                    f"bytes ({error})."
+                ) from None
         self.ids = {token: i for i, token in self.tokens.items()}
         missing = [byte for byte in range(256) if bytes([byte]) not in self.ids]
         if missing:
             raise ValueError(f"{path} is no RWKV vocabulary: it has no token for the byte {missing[0]:#04x}.")
-        self._longest: dict[bytes, int] = {}  # first two bytes -> length of the longest token that begins with them
+        self._longest: dict[bytes, int] = {}  # two bytes -> the longest token that begins with them
         for token in self.ids:
             self._longest[token[:2]] = max(self._longest.get(token[:2], 1), len(token))
 
