@@ -1,8 +1,9 @@
-"""Text other than the docstrings: files of text, a .jsonl or .parquet file, or a data set of the Hub, streamed.
+"""Texts of the user's own: text files, a .jsonl or .parquet file, or a streamed data set of the Hugging Face
+Hub.
 
-A *document* is one file, one line or one row. Documents are read one at a time, in the order of their source, and only as
-many as are asked for. The hash of a document's text alone says whether SAEs train on it or every experiment reads it, so
-the two never overlap; a text that comes again is passed over.
+A *document* is one file, one line or one row. Documents are read in order, and only as many as are needed.
+The hash of a document's text decides its split: SAEs train on `sae`, experiments read `heldout`. A repeated
+text is used once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
 from itertools import chain, count, islice
@@ -18,28 +18,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from replication.study.paths import ROOT
+SPLITS = {"sae": range(0, 80), "heldout": range(80, 100)}  # buckets of the hash of a text
 
 
 def split_of(sha256: str, splits: dict[str, range]) -> str:
-    """The split that a text belongs to, by its hash alone; `splits`: its buckets of 0 to 99."""
+    """Return the split of a text with this hash. `splits`: for each split its buckets, from 0 to 99."""
     bucket = int(sha256[:8], 16) % 100
     return next(name for name, buckets in splits.items() if bucket in buckets)
-
-
-SPLITS = {"sae": range(0, 80), "heldout": range(80, 100)}  # no host is trained on these texts here
 
 
 class Corpus(BaseModel):
     """Where documents come from: a `path`, or a `dataset` that the library `datasets` reads.
 
-    path: a .jsonl or a .parquet file, a folder (every .txt in it and below is a document), or a pattern of files such as
-    docs/**/*.md; relative to the repository.
-    dataset: an id of the Hub, or a folder in the Hub's format; revision, config, split: which part of it.
+    path: a .jsonl or .parquet file, a folder (its .txt files are the documents), or a pattern such as
+        docs/**/*.md.
+    dataset: an id of the Hub, or a folder in the Hub's format; revision, config, split: the part of it to
+        read. Scripts of a data set are never run; such data sets usually have the revision
+        refs/convert/parquet.
     column: the field or column that holds the text.
+    root: the folder that relative paths start from; by default the current folder.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,145 +49,122 @@ class Corpus(BaseModel):
     config: str | None = None
     split: str | None = None
     column: str = "text"
+    root: Path = Field(Path(), exclude=True)  # not part of what identifies the text
 
     @model_validator(mode="before")
     @classmethod
-    def _path_alone(cls, given: Any) -> Any:
+    def _accept_a_path(cls, given: Any) -> Any:
         return {"path": given} if isinstance(given, str) else given
 
     @model_validator(mode="after")
-    def _one_source(self) -> Corpus:
+    def _has_one_source(self) -> Corpus:
         if (self.path is None) == (self.dataset is None):
             raise ValueError("a corpus is either a path or a dataset: give one of the two")
         if self.path and (self.revision or self.config or self.split):
             raise ValueError("revision, config and split are for a dataset: leave them out beside a path")
         return self
 
-    @property
-    def place(self) -> Path:
-        """The file, folder or pattern here, if it is one."""
-        return ROOT / Path(self.path or self.dataset).expanduser()
-
-    def files(self) -> list[Path]:
-        """The files here that it is read from, in order; none for a data set of the Hub."""
-        if self.place.is_file():
-            return [self.place]
-        if self.path and "*" in self.path:
-            found = map(Path, glob(str(self.place), recursive=True))
-        else:
-            found = self.place.rglob("*.txt" if self.path else "*")
-        return sorted(x for x in found if x.is_file())
-
     def __str__(self) -> str:
         return self.path or self.dataset
 
-    def documents(self) -> Iterator[str]:
-        """The texts, one at a time.
+    @property
+    def place(self) -> Path:
+        """The local file, folder or pattern; it does not exist for a data set of the Hub."""
+        return self.root / Path(str(self)).expanduser()
 
-        Raises FileNotFoundError for a path, data set or revision that does not exist, ConnectionError where the Hub is not
-        reached, ModuleNotFoundError where `datasets` is needed and not installed, and ValueError for a column that is
-        missing, a text that is none, a damaged file (with its line, where it has lines) and a source without a document.
+    def files(self) -> list[Path]:
+        """Return the local files of the corpus, in order; none for a data set of the Hub."""
+        if self.place.is_file():
+            return [self.place]
+        if self.path and "*" in self.path:
+            paths = map(Path, glob(str(self.place), recursive=True))
+        else:
+            paths = self.place.rglob("*.txt" if self.path else "*")
+        return sorted(path for path in paths if path.is_file())
+
+    def identity(self) -> dict:
+        """Return what identifies the text in a fingerprint: the fields, and the content of local files."""
+        return self.model_dump() | {"files": self.files()}
+
+    def documents(self) -> Iterator[str]:
+        """Yield the texts one at a time.
+
+        Raises FileNotFoundError for a path, data set or revision that does not exist, ConnectionError where
+        the Hub cannot be reached, ModuleNotFoundError where `datasets` is needed and not installed, and
+        ValueError for a missing field, a text that is not a string, a damaged file and a corpus without
+        documents.
         """
-        empty = True
-        for text in self._read():
-            empty = False
-            yield text
-        if empty:
+        texts = self._read()
+        first = next(texts, None)
+        if first is None:
             raise ValueError(f"The corpus {self} is empty: it holds no document.")
+        yield first
+        yield from texts
 
     def texts(self, split: str) -> Iterator[str]:
-        """The documents of one split ("sae" or "heldout"), without repeats. Raises as `documents`, and ValueError for
-        another split."""
+        """Yield the documents of a split, `sae` or `heldout`, without repeats.
+
+        Raises what `documents` raises, and ValueError for another split.
+        """
         if split not in SPLITS:
             raise ValueError(f"The corpus {self} has no split {split!r}: choose one of {', '.join(SPLITS)}.")
         seen = set()
         for text in self.documents():
-            sha = hashlib.sha256(text.encode()).digest()
-            if sha not in seen and split_of(sha.hex(), SPLITS) == split:
-                seen.add(sha)
+            sha256 = hashlib.sha256(text.encode()).digest()
+            if sha256 not in seen and split_of(sha256.hex(), SPLITS) == split:
+                seen.add(sha256)
                 yield text
 
-    def identity(self) -> dict:
-        """What identifies the text in a fingerprint: the contents of the files here, or the data set's id and revision."""
-        return self.model_dump() | {"files": self.files()}
-
     def _read(self) -> Iterator[str]:
-        if self.path and not self.place.exists() and "*" not in self.path:
-            raise FileNotFoundError(f"There is no file or folder {self.place}: give the corpus another path.")
         if self.dataset:
             name = str(self.place) if self.place.exists() else self.dataset
             return self._rows(name, name=self.config, revision=self.revision, split=self.split or "train")
+        if not self.place.exists() and "*" not in self.path:
+            raise FileNotFoundError(f"There is no file or folder {self.place}: give the corpus another path.")
         files = self.files()
         if self.place.suffix == ".jsonl":
             return chain.from_iterable(_json_lines(path, self.column) for path in files)
         if self.place.suffix == ".parquet" and files:
             return self._rows("parquet", data_files=list(map(str, files)), split="train")
         if self.place.is_file():
-            raise ValueError(
-                f"{self.place} is no corpus: give a folder of .txt files, a pattern such as docs/**/*.md, a .jsonl or a .parquet "
-                "file, or a dataset."
-            )
+            raise ValueError(f"{self.place} is not a corpus: give a folder of .txt files, a pattern, a .jsonl.")
         return _text_files(files)
 
     def _rows(self, *which, **options) -> Iterator[str]:
-        """The column of every row of a data set, streamed: nothing is downloaded but what is read."""
+        """Yield the text of every row of a data set."""
+        for number, row in enumerate(self._stream(*which, **options), start=1):
+            if self.column not in row:
+                raise ValueError(f"The corpus {self} has no column {self.column!r}: it has {', '.join(row)}.")
+            yield _checked(row[self.column], f"{self}, row {number}")
+
+    def _stream(self, *which, **options) -> Iterator[dict]:
+        """Yield the rows of a data set; only what is read is downloaded."""
         try:
             import datasets
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"The corpus {self} needs the package datasets: pip install datasets.") from error
-        with _one_sentence(self):
+            raise ModuleNotFoundError(f"The corpus {self} needs `pip install datasets`.") from error
+        try:
             rows = datasets.load_dataset(*which, streaming=True, **options)
-            columns = rows.column_names or list(next(iter(rows), {self.column: None}))
-            if self.column not in columns:
-                raise _Said(f"The corpus {self} has no column {self.column!r}: it has {', '.join(columns)}.")
-            for number, row in enumerate(rows.select_columns([self.column]), start=1):
-                yield _text(row[self.column], f"{self}, row {number}")
+            known = self.column in (rows.column_names or ())
+            yield from rows.select_columns([self.column]) if known else rows
+        except datasets.exceptions.DatasetNotFoundError as error:
+            raise FileNotFoundError(
+                f"{error} Give another dataset or revision, or log in (`hf auth login`)."
+            ) from error
+        except (ConnectionError, TimeoutError) as error:
+            raise ConnectionError(
+                f"The data set {self} cannot be reached ({error}): go online, or copy its files into a folder "
+                "and give that as the corpus."
+            ) from error
+        except ValueError as error:  # an unknown config or split, a damaged file
+            raise ValueError(f"The corpus {self} cannot be read: {error}") from error
 
 
-class _Said(ValueError):
-    """A ValueError that says already what is wrong."""
-
-
-@contextmanager
-def _one_sentence(corpus: Corpus) -> Iterator[None]:
-    """What `datasets` raises, as one sentence that says what would be right."""
-    import datasets
-
-    try:
-        yield
-    except _Said:
-        raise
-    except datasets.exceptions.DatasetNotFoundError as error:
-        raise FileNotFoundError(
-            f"{error} Give the corpus another dataset or revision, or log in with `hf auth login`."
-        ) from error
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"The corpus {corpus} holds no data that can be read: {error}.") from error
-    except RuntimeError as error:
-        if "scripts are no longer supported" not in str(error):
-            raise
-        raise ValueError(
-            f"{corpus} is read by a script of its own, and no such code is run here: give a revision without one, which the "
-            "Hub usually keeps as `revision: refs/convert/parquet`."
-        ) from error
-    except (ConnectionError, TimeoutError) as error:
-        offline = constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE
-        reason = "HF_HUB_OFFLINE is set" if offline else f"{constants.ENDPOINT} does not answer"
-        raise ConnectionError(
-            f"The data set {corpus} is no folder here, and {reason}: go online, or copy its files into a folder and give "
-            f"that as the corpus ({error})."
-        ) from error
-    except ValueError as error:  # an unknown config or split, a damaged file
-        raise ValueError(f"The corpus {corpus} cannot be read: {error}") from error
-
-
-def _text(value: Any, where: str) -> str:
-    """The value, where it is a text; an empty one for null."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise _Said(f"{where}: the text is a {type(value).__name__}, not a string.")
-    return value
+def _checked(text: Any, place: str) -> str:
+    """Return the text; an empty one for null. Raises ValueError, which names the place, for anything else."""
+    if not isinstance(text, str | None):
+        raise ValueError(f"{place}: the text is a {type(text).__name__}, not a string.")
+    return text or ""
 
 
 def _text_files(files: list[Path]) -> Iterator[str]:
@@ -199,31 +175,31 @@ def _text_files(files: list[Path]) -> Iterator[str]:
             raise ValueError(f"{path} is not text in UTF-8: byte {error.start} is not.") from error
 
 
-def _json_lines(path: Path, column: str) -> Iterator[str]:
+def _json_lines(path: Path, field: str) -> Iterator[str]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            where = f"{path}, line {number}"
+            place = f"{path}, line {number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:  # UnicodeDecodeError is one
-                raise ValueError(f"{where} is not JSON: {error}.") from error
-            if not isinstance(row, dict) or column not in row:
-                has = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
-                raise ValueError(f"{where} has no field {column!r}: {has}.")
-            yield _text(row[column], where)
+            except ValueError as error:  # also bytes that are not UTF-8
+                raise ValueError(f"{place} is not JSON: {error}.") from error
+            if not isinstance(row, dict) or field not in row:
+                content = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
+                raise ValueError(f"{place} has no field {field!r}: {content}.")
+            yield _checked(row[field], place)
 
 
 @dataclass
 class Windows:
-    """tokens [N, T] int64; passage [N] the number of the passage each was cut from (windows of one passage are related)."""
+    """Windows of tokens [N, T] int64, and the number [N] of the text that each was cut from (passage)."""
 
     tokens: torch.Tensor
     passage: torch.Tensor
 
     def kept(self) -> float:
-        """The share of passages, of those read in order up to the last one here, that are long enough for a window."""
+        """Return the share of texts long enough for a window, of those up to the last one with a window."""
         return len(self.passage.unique()) / (int(self.passage.max()) + 1)
 
     def __len__(self) -> int:
@@ -233,44 +209,49 @@ class Windows:
         return Windows(self.tokens[index], self.passage[index])
 
     def beginnings(self, length: int) -> Windows:
-        """The first `length` tokens of each window, as prompts. Raises ValueError where the windows are shorter."""
+        """Return the first `length` tokens of each window. Raises ValueError for shorter windows."""
         if not 1 <= length <= self.tokens.shape[1]:
             raise ValueError(
-                f"Prompts of {length} tokens are asked for, and windows have {self.tokens.shape[1]}: shorten prompt_tokens, or "
-                "raise data.window in the profile."
+                f"Prompts of {length} tokens are asked for, and windows have {self.tokens.shape[1]}: lower "
+                "prompt_tokens, or cut longer windows (data.window in a profile)."
             )
         return Windows(self.tokens[:, :length], self.passage)
 
 
 def cut_windows(tokenizer, texts: Iterable[str], length: int, limit: int | None = None, of: str = "") -> Windows:
-    """Whole windows of `length` tokens cut from each text on its own; a text's first window begins with end-of-text.
+    """Cut each text into windows of `length` tokens; the first window of a text begins with end-of-text.
 
-    Texts shorter than a window are passed over; no more texts are read than `limit` windows need. Raises ValueError where
-    fewer than `limit` windows come out, or none, and as `each_window` does; `of`: what the texts are of, for its sentence.
+    Texts shorter than a window give none. At most `limit` windows are cut, and no more texts are read than
+    they need. Raises ValueError where there are fewer than `limit` windows, or none (`of` names the source of
+    the texts in that sentence), and what `each_window` raises.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"At least one window must be asked for, not {limit}.")
     numbers = count()
     counted = texts if isinstance(texts, str) else (text for text, _ in zip(texts, numbers))
-    cut = [(n, torch.tensor(window)) for n, window in islice(each_window(tokenizer, counted, length), limit)]
-    if not cut or (limit and len(cut) < limit):
+    windows = list(islice(each_window(tokenizer, counted, length), limit))
+    if len(windows) < (limit or 1):
+        wanted = f"{limit} are" if limit else "at least one is"
         raise ValueError(
-            f"{next(numbers)} passages{of} give {len(cut)} windows of {length} tokens where {limit or 'at least one'} "
-            f"{'are' if limit else 'is'} asked for: passages shorter than the window give none; lower the window or the number."
+            f"{next(numbers)} passages{of} give {len(windows)} windows of {length} tokens where {wanted} "
+            "asked for: passages shorter than the window give none; lower the window or the number."
         )
-    passage, tokens = zip(*cut, strict=True)
-    return Windows(torch.stack(tokens), torch.tensor(passage))
+    passage, tokens = zip(*windows, strict=True)
+    return Windows(torch.tensor(tokens), torch.tensor(passage))
 
 
 def each_window(tokenizer, texts: Iterable[str], length: int) -> Iterator[tuple[int, list[int]]]:
-    """(number of the text, `length` token ids) of every whole window, one at a time, as `cut_windows` says; the texts may
-    be a stream. Raises ValueError for a length below 1, one text in place of several, and a tokenizer without end-of-text."""
+    """Yield (number of the text, `length` token ids) for every whole window, cut as `cut_windows` says.
+
+    The texts may be a stream. Raises ValueError for a length below 1, for one text instead of several, and
+    for a tokenizer without end-of-text.
+    """
     if length < 1:
         raise ValueError(f"A window takes at least one token, not {length}.")
     if isinstance(texts, str):
         raise ValueError("Windows are cut from a list of texts, and this is one text: put it into a list.")
     if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no end-of-text token, with which windows begin: set its eos_token.")
+        raise ValueError("The tokenizer has no end-of-text token to begin windows with: set its eos_token.")
     for number, text in enumerate(texts):
         ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
         for start in range(0, len(ids) - length + 1, length):

@@ -405,7 +405,6 @@ def run_sweep(profile: Profile, grid: Grid, dask: str | None = None, jobs: int |
     """
     sweep = Sweep(profile, grid)
     expected, suite = {point: sweep.expected(point) for point in sweep.points()}, sweep.suite
-    files_module.workspace()  # made here, so that no two workers make it
     waiting = [point for point in expected if not files_module.up_to_date(sweep.record(point), expected[point])]
     unknown = [point for point in expected if not sweep.memory(point.host, point.layer).is_file()]
     layers = list(dict.fromkeys((point.host, point.layer) for point in waiting + unknown))

@@ -1,11 +1,13 @@
-"""Text that every environment of this project already has: the docstrings of its pinned packages.
+"""The text of the embedded hosts: the docstrings of the packages that this project pins.
 
-The paper reads OpenWebText; a machine without a network cannot. Docstrings of the scientific Python stack and of the
-standard library, with `pydoc_data.topics`, give some 20 MB of English and code. The text is never stored in the
-repository: it is read from the installed packages, and a manifest of versions and hashes says whether it is the same.
+The paper reads OpenWebText, which a machine without a network cannot. The docstrings of the scientific Python
+packages and of the standard library, with `pydoc_data.topics`, are about 20 MB of English and code. The
+repository does not hold the text: it is read from the installed packages, and a manifest of versions and
+hashes says whether it is the same text.
 
-Words: a *passage* is one docstring; its *split* (host / sae / heldout) follows from the hash of its text alone, so
-that the text a host was trained on, the text its SAEs see and the text of every evaluation never overlap.
+A *passage* is one docstring. Its *split* (host, sae or heldout) follows from the hash of its text alone, so
+that the texts that a host is trained on, that its SAEs are trained on and that experiments read never
+overlap.
 """
 
 from __future__ import annotations
@@ -30,13 +32,13 @@ from writesae.text import split_of
 
 PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "sklearn", "sympy", "networkx", "statsmodels")
 SPLITS = {"host": range(0, 78), "sae": range(78, 92), "heldout": range(92, 100)}
-SHORTEST = 200  # characters; shorter docstrings are mostly signatures
+MIN_CHARACTERS = 200  # shorter docstrings are mostly signatures
 END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
 class Passage:
-    """One docstring: its text, where it stands (package/file:line) and the sha256 of the text."""
+    """One docstring: its text, its source (package/file:line) and the sha256 of the text."""
 
     text: str
     source: str
@@ -49,7 +51,8 @@ class Passage:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the text is, without the text: versions of its sources, how much there is, and a hash over all of it."""
+    """A description of the text: versions of its sources, passages per split, characters, and a hash of all
+    of it."""
 
     python: str
     packages: dict[str, str]
@@ -58,7 +61,8 @@ class Manifest:
     sha256: str
 
     def differences(self, other: Manifest) -> list[str]:
-        """One sentence for each source whose version differs from `other`; empty where the text is the same."""
+        """Return a sentence for each source whose version differs from `other`; none where the text is the
+        same."""
         if self.sha256 == other.sha256:
             return []
         mine, theirs = ({"python": m.python, **m.packages} for m in (self, other))
@@ -70,14 +74,14 @@ class Manifest:
 
 
 def _docstrings(path: Path) -> Iterator[tuple[int, str]]:
-    """(line, text) of each docstring in a Python file, and of each string given to an `add_newdoc`-like call."""
+    """Yield (line, text) of each docstring in a Python file, and of each string in an `add_newdoc` call."""
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # templates and deliberately broken test files
+    except (SyntaxError, ValueError):  # templates and test files that are broken on purpose
         return
-    todo: list[ast.AST] = [tree]
-    while todo:  # statements only: expressions hold no docstrings, and there are many
-        node = todo.pop()
+    nodes: list[ast.AST] = [tree]
+    while nodes:  # statements only: the many expressions hold no docstrings
+        node = nodes.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node, clean=True)
             if text:
@@ -87,17 +91,18 @@ def _docstrings(path: Path) -> Iterator[tuple[int, str]]:
                 if isinstance(part, ast.Constant) and isinstance(part.value, str):
                     yield part.lineno, inspect.cleandoc(part.value)
         for block in ("body", "orelse", "finalbody", "handlers", "cases"):
-            todo += getattr(node, block, [])
+            nodes += getattr(node, block, [])
 
 
 def _called(node: ast.AST) -> str:
-    """The last name of a called function; empty where `node` is no call."""
+    """Return the last part of a called function's name; empty where `node` is not a call."""
     function = getattr(node, "func", None)
     return getattr(function, "attr", getattr(function, "id", ""))
 
 
 def _files() -> Iterator[tuple[str, Path]]:
-    """(name, path) of every Python file of the standard library and of PACKAGES, sorted, without their tests."""
+    """Yield (name, path) of each Python file of the standard library and of PACKAGES, sorted, without
+    tests."""
     roots = [("python", Path(sysconfig.get_path("stdlib")))]
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
@@ -106,14 +111,14 @@ def _files() -> Iterator[tuple[str, Path]]:
         roots.append((package, Path(spec.submodule_search_locations[0])))
     for name, root in roots:
         for path in sorted(root.rglob("*.py")):
-            inside = path.relative_to(root)
-            if not {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(inside.parts):
-                yield f"{name}/{inside.as_posix()}", path
+            relative = path.relative_to(root)
+            if not {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(relative.parts):
+                yield f"{name}/{relative.as_posix()}", path
 
 
 @contextmanager
 def _without_collection() -> Iterator[None]:
-    """No search for reference cycles: syntax trees have none, and so many nodes that it takes as long as parsing."""
+    """Switch off the search for reference cycles, which takes as long as the parsing of these many nodes."""
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -125,39 +130,40 @@ def _without_collection() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def passages() -> tuple[Passage, ...]:
-    """All passages, without repeats, in order of their hash (an order that owes nothing to file names)."""
-    found: dict[str, Passage] = {}
+    """Return all passages without repeats, in the order of their hashes (which does not depend on file
+    names)."""
+    by_hash: dict[str, Passage] = {}
     with _without_collection():
         for name, path in _files():
             for line, text in _docstrings(path):
-                if len(text) >= SHORTEST:
+                if len(text) >= MIN_CHARACTERS:
                     sha = hashlib.sha256(text.encode()).hexdigest()
-                    found.setdefault(sha, Passage(text, f"{name}:{line}", sha))
+                    by_hash.setdefault(sha, Passage(text, f"{name}:{line}", sha))
     from pydoc_data.topics import topics
 
     for topic, text in sorted(topics.items()):
         text = inspect.cleandoc(text)
         sha = hashlib.sha256(text.encode()).hexdigest()
-        found.setdefault(sha, Passage(text, f"pydoc_data.topics:{topic}", sha))
-    return tuple(found[sha] for sha in sorted(found))
+        by_hash.setdefault(sha, Passage(text, f"pydoc_data.topics:{topic}", sha))
+    return tuple(by_hash[sha] for sha in sorted(by_hash))
 
 
 def texts(split: str) -> list[str]:
-    """The texts of one split. Raises ValueError for a name other than host, sae, heldout."""
+    """Return the texts of a split. Raises ValueError for a name other than host, sae and heldout."""
     if split not in SPLITS:
         raise ValueError(f"The corpus has no split {split!r}: choose one of {', '.join(SPLITS)}.")
     return [p.text for p in passages() if p.split == split]
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages whose docstrings are the text, which need not be read for this."""
+    """Return the versions of Python and of PACKAGES, without reading the text."""
     distribution = {"sklearn": "scikit-learn"}
-    found = {p: importlib.metadata.version(distribution.get(p, p)) for p in PACKAGES}
-    return {"python": platform.python_version()} | found
+    packages = {p: importlib.metadata.version(distribution.get(p, p)) for p in PACKAGES}
+    return {"python": platform.python_version()} | packages
 
 
 def manifest() -> Manifest:
-    """The manifest of the text that is installed here."""
+    """Return the manifest of the installed text."""
     counts = dict.fromkeys(SPLITS, 0)
     total = hashlib.sha256()
     for passage in passages():
@@ -178,18 +184,18 @@ def write_manifest(path: Path) -> None:
 
 
 def check_manifest(path: Path) -> list[str]:
-    """Sentences on how the text here differs from the manifest at `path`; they are also printed to stderr."""
+    """Return sentences on how the installed text differs from the manifest at `path`; also print them to
+    stderr."""
     differences = manifest().differences(Manifest(**json.loads(Path(path).read_text())))
     if differences:
-        print(
-            "The corpus is not the reference corpus, so numbers will differ somewhat: " + "; ".join(differences) + ".",
-            file=sys.stderr,
-        )
+        sentence = "The corpus is not the reference corpus, so numbers will differ somewhat: "
+        print(f"{sentence}{'; '.join(differences)}.", file=sys.stderr)
     return differences
 
 
 def train_tokenizer(documents: Iterable[str], vocabulary: int):
-    """A byte-level BPE of `vocabulary` tokens, the first of which is END_OF_TEXT (a `tokenizers.Tokenizer`)."""
+    """Return a byte-level BPE (`tokenizers.Tokenizer`) of `vocabulary` tokens; the first one is
+    END_OF_TEXT."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from replication.study.paths import ROOT, dry_run, output_root
 from writesae.sae.parts import check_parts
@@ -245,6 +254,11 @@ class Profile(Section):
     cache_edits: CacheEdits
     multiverse: Multiverse
     ablations: Ablations
+
+    @field_validator("corpus")
+    @classmethod
+    def _relative_to_the_repository(cls, corpus: Corpus | None) -> Corpus | None:
+        return corpus and corpus.model_copy(update=dict(root=ROOT))
 
     @model_validator(mode="after")
     def _overrides_fit(self) -> Profile:

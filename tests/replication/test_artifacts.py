@@ -17,6 +17,8 @@ from helpers import assert_close
 
 from replication.study import fingerprint, paths, stages
 from replication.study.paths import Paths
+from replication.study.profile import load_profile
+from replication.study.study import Suite
 from writesae import files
 from writesae.files import ArtifactError
 
@@ -155,11 +157,33 @@ def test_up_to_date_wants_the_fingerprint_of_every_file(output):
     assert not files.up_to_date([output / "a.csv", output / "b.csv"], "f1")
 
 
-def test_a_table_of_another_working_copy_is_read_but_not_taken_for_done(output):
+def test_sidecars_with_the_fields_of_earlier_versions_are_read(output):
     stages.write_table(FRAME, output / "a.csv", PROVENANCE)
-    (output / "build" / "workspace").unlink()
+    record = json.loads(files.sidecar(output / "a.csv").read_text())
+    assert not {"seal", "workspace"} & set(record)
+    files.sidecar(output / "a.csv").write_text(json.dumps(record | {"workspace": "0a", "seal": "1b"}))
     assert len(stages.read_table(output / "a.csv")) == 3
-    assert not files.up_to_date(output / "a.csv", "f1")
+    assert files.up_to_date(output / "a.csv", "f1")
+
+
+def test_a_stage_does_not_take_the_committed_results_for_its_own(output, monkeypatch):
+    suite = Suite(load_profile("smoke"))
+    monkeypatch.setattr(suite, "host_fingerprint", lambda name: {"host": name})
+    computed = []
+
+    def staged():
+        return suite.staged("t", "toy", [1], lambda group: computed.append(group) or _group(group), [], {})
+
+    staged(), staged()
+    assert computed == [1]
+    parts = sorted(suite.paths.build.rglob("t-toy.csv*"))
+    assert [part.name for part in parts] == ["t-toy.csv", "t-toy.csv.json"]
+    suite.paths.results.mkdir(parents=True)
+    for part in parts:  # results/ has the same rows with the same fingerprint, under every name they could have
+        (suite.paths.results / part.name.replace("t-toy", "t")).write_bytes(part.read_bytes())
+        part.rename(suite.paths.results / part.name)
+    staged()
+    assert computed == [1, 1]
 
 
 def test_fingerprint_counts_values_files_and_code(output):

@@ -206,7 +206,7 @@ def test_a_new_model_is_the_identity_with_slow_decays(tokens):
     ("fields", "says"),
     [
         (dict(attn=dict(layers=[1])), "no attention layers"),
-        (dict(hidden_act="gelu"), "no other activation"),
+        (dict(hidden_act="gelu"), "the activation sqrelu"),
         (dict(value_dim=[80, 80, 80, 80, 160]), "one value_dim"),
         (dict(head_dim=13), "Heads of 13 do not divide"),
     ],

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted(p for name in ("writesae", "benchmarks", "notebooks") for p in (ROOT / name).rglob("*.py"))
+FOLDERS = ("writesae", "replication", "benchmarks", "notebooks")
+SOURCES = sorted(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 UNPICKLERS = {"load", "loads", "Unpickler"}
 FORBIDDEN = {f"{module}.{name}" for module in ("pickle", "_pickle", "dill", "cloudpickle") for name in UNPICKLERS}

@@ -1,12 +1,10 @@
 """DeltaNet and GLA hosts: checkpoints in flash-linear-attention's format.
 
-DeltaNet (Yang et al. 2024, arXiv 2406.06484) is a Gated DeltaNet that never decays: only the erase along its key takes
-anything out of a state, so that log decays are zero and half-lives infinite. In GLA (gated linear attention, Yang et
-al. 2024, arXiv 2312.06635) a state decays by one factor per channel and nothing is erased, so that the added write is
-the effective one; its factors have an erase of zeros, because all factors with vector decays have an erase.
-
-Blocks are run from the weights of their modules alone (writesae.hosts.fla_models).
-tests/writesae/test_delta_net_gla.py compares both with a step loop in fp64 and with the package's models.
+DeltaNet (Yang et al. 2024, arXiv 2406.06484) is a Gated DeltaNet without decay: log decays are zero,
+half-lives infinite, and a state loses only what is erased along a key. In GLA (gated linear attention, Yang
+et al. 2024, arXiv 2312.06635) a state decays by one factor per channel and nothing is erased, so that the
+added write is the effective write; its erase is zero. tests/writesae/test_delta_net_gla.py compares both with
+a step loop in fp64 and with that package's models.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ from writesae.recurrence import Factors, decay_until
 
 
 def register(model_class: type[PreTrainedModel]) -> None:
-    """Tell transformers' Auto classes of a model that the library does not have."""
+    """Register a model that transformers does not have with its Auto classes."""
     config = model_class.config_class
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, model_class, exist_ok=True)
@@ -46,20 +44,14 @@ register(GLAForCausalLM)
 
 
 class FLAHost(Host):
-    """What both families share: everything but the mixer."""
+    """What both families share: everything except the mixer. Raises ValueError for a config that `check`
+    refuses."""
 
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
-        """Raises ValueError for a config that `fla_models.check` refuses."""
         super().__init__(model, tokenizer, name)
-        config = model.config
-        check(config)
-        self.blocks = model.model.layers
-        self.layers, self.vocabulary = config.num_hidden_layers, config.vocab_size
-        self.recurrent_layers = tuple(range(self.layers))
-        self.heads, (self.d_k, self.d_v) = config.num_heads, head_dims(config)
-
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model.model.embeddings(tokens)
+        check(model.config)
+        self.heads = model.config.num_heads
+        self.d_k, self.d_v = head_dims(model.config)
 
     def unembed(self, final: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(rms(self.model.model.norm, final))
@@ -81,11 +73,12 @@ class DeltaNet(FLAHost):
 
     @staticmethod
     def build(architecture: dict) -> torch.nn.Module:
-        """A DeltaNet with random weights. `architecture`: fields of DeltaNetConfig."""
+        """Return a DeltaNet with random weights. `architecture`: fields of DeltaNetConfig."""
         return DeltaNetForCausalLM(DeltaNetConfig(**architecture))
 
     def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
-        mixer, normed = self.blocks[layer].attn, rms(self.blocks[layer].attn_norm, hidden)
+        mixer = self.blocks[layer].attn
+        normed = rms(self.blocks[layer].attn_norm, hidden)
         query, key, value, beta, raw = project_delta(mixer, normed, past and past.windows["conv"])
         outputs, effective, end = recur_delta(query, key, value, beta, **self.carried(past))
         factors = dict(query=query, key=key, added=beta[..., None] * value, effective=effective, beta=beta)
@@ -95,8 +88,8 @@ class DeltaNet(FLAHost):
 
     def cell_factors(self, record: Record, head: int) -> Factors:
         f = {name: x[:, :, head] for name, x in record.factors.items()}
-        key, beta, log_decay = f["key"], f["beta"][..., None], f["log_decay"][..., None]
-        return Factors(f["query"], key, f["added"], log_decay, effective=f["effective"], erase=beta * key, probe=key)
+        beta, log_decay = f.pop("beta")[..., None], f.pop("log_decay")[..., None]
+        return Factors(**f, log_decay=log_decay, erase=beta * f["key"], probe=f["key"])
 
 
 class GLA(FLAHost):
@@ -107,23 +100,27 @@ class GLA(FLAHost):
 
     @staticmethod
     def build(architecture: dict) -> torch.nn.Module:
-        """A GLA with random weights, whose decays start at half-lives of about 16 tokens. `architecture`: fields of GLAConfig."""
+        """Return a GLA with random weights and half-lives of about 16 tokens. `architecture`: fields of
+        GLAConfig."""
         return GLAForCausalLM(GLAConfig(**architecture))
 
     def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
-        factors, gate = project_gla(self.blocks[layer].attn, rms(self.blocks[layer].attn_norm, hidden))
+        normed = rms(self.blocks[layer].attn_norm, hidden)
+        factors, gate = project_gla(self.blocks[layer].attn, normed)
         outputs, end = recur_gla(factors, **self.carried(past))
         return Record(hidden, outputs, factors, end, beside={"gate": gate})
 
     def state_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """The states [R, H, d_k, d_v] before starts[r] of window rows[r], from the factors by one batched product."""
+        """Return the states [R, H, d_k, d_v] before position starts[r] of window rows[r], by one batched
+        product."""
         longest = max(1, int(starts.max()))
-        key, added, log_decay = (record.factors[name][rows, :longest] for name in ("key", "added", "log_decay"))
+        names = "key", "added", "log_decay"
+        key, added, log_decay = (record.factors[name][rows, :longest] for name in names)
         seen = (torch.arange(longest, device=starts.device) < starts[:, None])[..., None, None]
         key = key * decay_until(log_decay, seen)
         return key.permute(0, 2, 3, 1) @ added.transpose(1, 2)
 
     def cell_factors(self, record: Record, head: int) -> Factors:
         f = {name: x[:, :, head] for name, x in record.factors.items()}
-        nothing = torch.zeros_like(f["key"])
-        return Factors(**f, effective=f["added"], erase=nothing, probe=nothing)
+        zeros = torch.zeros_like(f["key"])
+        return Factors(**f, effective=f["added"], erase=zeros, probe=zeros)

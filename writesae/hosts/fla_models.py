@@ -1,19 +1,21 @@
 """DeltaNet and GLA in plain PyTorch, with the parameter names of flash-linear-attention's checkpoints.
 
-DeltaNet: Yang et al. 2024, arXiv 2406.06484; GLA: Yang et al. 2024, arXiv 2312.06635. Fields and formulas follow that
-package (its layers/delta_net.py, layers/gla.py), which itself runs on CUDA alone. For one head, x the normed input:
+DeltaNet: Yang et al. 2024, arXiv 2406.06484; GLA: Yang et al. 2024, arXiv 2312.06635. Config fields and
+formulas follow that package (its layers/delta_net.py, layers/gla.py), which runs on CUDA only. For one head,
+with x the normed input:
 
 | here      | DeltaNet                                        | GLA                                        |
 |-----------|-------------------------------------------------|--------------------------------------------|
 | query     | conv(W_q x), unit norm, times d_k^-0.5          | W_q x times d_k^-0.5                       |
 | key       | conv(W_k x), unit norm                          | W_k x                                      |
 | added     | beta v, v = conv(W_v x), beta = sigmoid(W_b x)  | v = W_v x                                  |
-| log_decay | 0                                               | logsigmoid(W_2 W_1 x + b) / 16, one a channel |
+| log_decay | 0                                               | logsigmoid(W_2 W_1 x + b) / 16, per channel |
 | erase     | beta key, along key                             | none                                       |
-| output    | RMS norm a head                                 | RMS norm a head, times silu(W_g x)         |
+| output    | RMS norm per head                               | RMS norm per head, times silu(W_g x)       |
 
-conv is a causal convolution a channel over four tokens, then SiLU. Around both mixers stand pre-norms and a SwiGLU.
-The functions below read nothing but weights, and so work on flash-linear-attention's own modules as well.
+conv is a causal convolution of each channel over four tokens, then SiLU. Both mixers have pre-norms, and a
+SwiGLU follows. The functions below use only the weights of a module, and therefore also work on
+flash-linear-attention's own modules.
 """
 
 from __future__ import annotations
@@ -21,18 +23,20 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import PreTrainedConfig
 
-from writesae.hosts.layers import short_convolution, unit, wide
+from writesae.hosts.layers import PlainCausalLM, PlainModel, short_convolution, split_heads, unit, wide
 from writesae.recurrence import diagonal_chunks, gated_delta_chunks
 
-GATE_RANK = GATE_NORMALIZER = 16  # of GLA's decays: constants of the package's layer, in no config
+GATE_RANK = GATE_NORMALIZER = 16  # of GLA's decays; constants in that package, not config fields
 
 
 class FLAConfig(PreTrainedConfig):
-    """The fields that DeltaNet and GLA share. Keys are expand_k, values expand_v times as wide as hidden_size, over all
-    heads. hidden_ratio counts where intermediate_size is None."""
+    """The fields that DeltaNet and GLA share.
+
+    expand_k, expand_v: the width of all heads' keys and values together, in units of hidden_size.
+    hidden_ratio is used where intermediate_size is None.
+    """
 
     vocab_size: int = 32000
     hidden_size: int = 2048
@@ -63,7 +67,7 @@ class GLAConfig(FLAConfig):
 
 
 COMMON = dict(attn=None, attnres_block_size=None, hidden_act="swish")
-IMPLEMENTED = {  # fields that change the model, and their one value here, which the published checkpoints have
+IMPLEMENTED = {  # config fields that change the model; the published checkpoints have these values
     "delta_net": COMMON
     | dict(use_short_conv=True, use_beta=True, use_gate=False, allow_neg_eigval=False)
     | dict(qk_norm="l2", qk_activation="silu"),
@@ -74,17 +78,15 @@ IMPLEMENTED = {  # fields that change the model, and their one value here, which
 
 
 def check(config: PreTrainedConfig) -> None:
-    """Raises ValueError, in one sentence, for a config whose model is not the one that is implemented here."""
+    """Raise ValueError for a config of a model that is not implemented here."""
     kind, heads = config.model_type, config.num_heads
-    shared = getattr(config, "num_kv_heads", None) or heads
-    for name, value in IMPLEMENTED[kind].items():
-        found = getattr(config, name, value)
-        if found != value:
-            raise ValueError(
-                f"A {kind} host has {name} {value!r}, as the published checkpoints, and this one {found!r}."
-            )
-    if shared != heads:
-        raise ValueError(f"A {kind} host has keys and values for each of its {heads} heads, and this one {shared}.")
+    for name, expected in IMPLEMENTED[kind].items():
+        value = getattr(config, name, expected)
+        if value != expected:
+            raise ValueError(f"A {kind} host has {name} {expected!r}, as the published models, and this one {value!r}.")
+    key_heads = getattr(config, "num_kv_heads", None) or heads
+    if key_heads != heads:
+        raise ValueError(f"A {kind} host has keys and values for each of its {heads} heads, and this one {key_heads}.")
     for name in ("expand_k", "expand_v"):
         width = config.hidden_size * getattr(config, name)
         if width % heads:
@@ -92,23 +94,21 @@ def check(config: PreTrainedConfig) -> None:
 
 
 def head_dims(config: PreTrainedConfig) -> tuple[int, int]:
-    """d_k and d_v of a head."""
-    return tuple(round(config.hidden_size * share) // config.num_heads for share in (config.expand_k, config.expand_v))
+    """Return d_k and d_v of a head."""
+    widths = (round(config.hidden_size * factor) for factor in (config.expand_k, config.expand_v))
+    return tuple(width // config.num_heads for width in widths)
 
 
 def rms(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """RMS norm over the last dimension with a module's weight and eps, in the weight's type."""
+    """Return the RMS norm of x over its last dimension with a module's weight and eps, in the weight's
+    dtype."""
     return F.rms_norm(x.to(norm.weight.dtype), norm.weight.shape, norm.weight, norm.eps)
 
 
-def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, T, H d] to [B, T, H, d], in fp32 or better."""
-    return wide(x).unflatten(-1, (heads, -1))
-
-
 def project_delta(mixer: nn.Module, x: torch.Tensor, before: torch.Tensor | None):
-    """From normed inputs x [B, T, D] to query, key [B, T, H, d_k], value [B, T, H, d_v], beta [B, T, H], in fp32 or better;
-    and the inputs of the convolutions [B, T, C]. before: the last ones of the tokens before, [B, reach, C]."""
+    """Return query, key [B, T, H, d_k], value [B, T, H, d_v] and beta [B, T, H], in fp32 or better, and the
+    inputs of the convolutions [B, T, C], of normed inputs x [B, T, D]. before: the last convolution inputs
+    before x, [B, reach, C]."""
     projections = [getattr(mixer, f"{name}_proj")(x) for name in "qkv"]
     raw = torch.cat(projections, -1)
     weight = torch.cat([getattr(mixer, f"{name}_conv1d").weight for name in "qkv"])
@@ -120,61 +120,69 @@ def project_delta(mixer: nn.Module, x: torch.Tensor, before: torch.Tensor | None
 
 
 def recur_delta(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, beta: torch.Tensor, **carried):
-    """Outputs and effective writes, each [B, T, H, d_v], and the last state [B, H, d_k, d_v] of `project_delta`'s factors.
-    carried: state, groups and end, as gated_delta_chunks takes them."""
+    """Return outputs and effective writes, each [B, T, H, d_v], and the last state [B, H, d_k, d_v].
+
+    query, key, value, beta: of `project_delta`; carried: state, groups and end, for gated_delta_chunks.
+    """
     heads_first = [x.transpose(1, 2) for x in (query, key, value, beta, torch.zeros_like(beta))]
     outputs, effective, end = gated_delta_chunks(*heads_first, **carried)
     return outputs.transpose(1, 2), effective.transpose(1, 2), end
 
 
 def project_gla(mixer: nn.Module, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """From normed inputs x [B, T, D] to the recurrence's query, key, log_decay [B, T, H, d_k] and added [B, T, H, d_v], in fp32
-    or better; and the outputs' gate [B, T, H d_v]."""
-    query, key, added, gate = (
-        split_heads(layer(x), mixer.num_heads) for layer in (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gk_proj)
-    )
-    log_decay = F.logsigmoid(gate) / GATE_NORMALIZER
-    factors = dict(query=query * query.shape[-1] ** -0.5, key=key, added=added, log_decay=log_decay)
-    return factors, mixer.g_proj(x)
+    """Return the recurrence's query, key, log_decay [B, T, H, d_k] and added [B, T, H, d_v], in fp32 or
+    better, and the outputs' gate [B, T, H d_v], of normed inputs x [B, T, D]."""
+    projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gk_proj)
+    query, key, added, decay_logit = (split_heads(layer(x), mixer.num_heads) for layer in projections)
+    query = query * query.shape[-1] ** -0.5
+    log_decay = F.logsigmoid(decay_logit) / GATE_NORMALIZER
+    return dict(query=query, key=key, added=added, log_decay=log_decay), mixer.g_proj(x)
 
 
 def recur_gla(factors: dict[str, torch.Tensor], **carried) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Outputs [B, T, H, d_v] and last state [B, H, d_k, d_v] of `project_gla`'s factors. carried: as for diagonal_chunks."""
+    """Return outputs [B, T, H, d_v] and the last state [B, H, d_k, d_v]. carried: options of
+    diagonal_chunks."""
     outputs, end = diagonal_chunks(**{name: x.transpose(1, 2) for name, x in factors.items()}, **carried)
     return outputs.transpose(1, 2), end
 
 
 def read_out(mixer: nn.Module, outputs: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-    """From the heads' outputs [B, T, H, d_v], and GLA's gate [B, T, H d_v], to the layer's update [B, T, D]."""
+    """Return the layer's update [B, T, D] of the heads' outputs [B, T, H, d_v] and of GLA's gate [B, T, H
+    d_v]."""
     if gate is None:
         return mixer.o_proj(rms(mixer.o_norm, outputs).flatten(-2))
     return mixer.o_proj(rms(mixer.g_norm_swish_gate, outputs).flatten(-2) * F.silu(gate))
 
 
 def feed_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The SwiGLU of normed inputs x [B, T, D]."""
+    """Return the SwiGLU of normed inputs x [B, T, D]."""
     return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 
 
 class DeltaNetMixer(nn.Module):
     def __init__(self, config: DeltaNetConfig):
         super().__init__()
-        d, self.num_heads, (d_k, d_v) = config.hidden_size, config.num_heads, head_dims(config)
+        d, (d_k, d_v) = config.hidden_size, head_dims(config)
+        self.num_heads = config.num_heads
         for name, width in dict(q=d_k, k=d_k, v=d_v).items():
             width *= self.num_heads
+            convolution = nn.Conv1d(width, width, config.conv_size, groups=width, bias=False)
             setattr(self, f"{name}_proj", nn.Linear(d, width, bias=False))
-            setattr(self, f"{name}_conv1d", nn.Conv1d(width, width, config.conv_size, groups=width, bias=False))
-        self.b_proj, self.o_norm = nn.Linear(d, self.num_heads, bias=False), nn.RMSNorm(d_v, config.norm_eps)
+            setattr(self, f"{name}_conv1d", convolution)
+        self.b_proj = nn.Linear(d, self.num_heads, bias=False)
+        self.o_norm = nn.RMSNorm(d_v, config.norm_eps)
         self.o_proj = nn.Linear(self.num_heads * d_v, d, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return read_out(self, recur_delta(*project_delta(self, x, None)[:4])[0])
+        query, key, value, beta, _ = project_delta(self, x, None)
+        return read_out(self, recur_delta(query, key, value, beta)[0])
 
 
 class GLAMixer(nn.Module):
     def __init__(self, config: GLAConfig):
         super().__init__()
-        d, self.num_heads, (d_k, d_v) = config.hidden_size, config.num_heads, head_dims(config)
+        d, (d_k, d_v) = config.hidden_size, head_dims(config)
+        self.num_heads = config.num_heads
         keys, values = self.num_heads * d_k, self.num_heads * d_v
         for name, width in dict(q=keys, k=keys, v=values, g=values).items():
             setattr(self, f"{name}_proj", nn.Linear(d, width, bias=False))
@@ -191,64 +199,44 @@ MIXERS = {"delta_net": DeltaNetMixer, "gla": GLAMixer}
 
 
 class FLAMLP(nn.Module):
-    """Parameters of the SwiGLU; `feed_forward` is its forward."""
+    """Parameters of the SwiGLU; its forward is `feed_forward`."""
 
     def __init__(self, config: FLAConfig):
         super().__init__()
         d, width = config.hidden_size, config.intermediate_size
         if width is None:  # two thirds of hidden_ratio, up to the next multiple of 256
             width = -(int(d * (config.hidden_ratio or 4) * 2 / 3) // -256) * 256
-        self.gate_proj, self.up_proj = nn.Linear(d, width, bias=False), nn.Linear(d, width, bias=False)
+        self.gate_proj = nn.Linear(d, width, bias=False)
+        self.up_proj = nn.Linear(d, width, bias=False)
         self.down_proj = nn.Linear(width, d, bias=False)
 
 
 class FLABlock(nn.Module):
     def __init__(self, config: FLAConfig):
         super().__init__()
-        self.attn_norm, self.mlp_norm = (nn.RMSNorm(config.hidden_size, config.norm_eps) for _ in range(2))
-        self.attn, self.mlp = MIXERS[config.model_type](config), FLAMLP(config)
+        self.attn_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn = MIXERS[config.model_type](config)
+        self.mlp = FLAMLP(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.attn(rms(self.attn_norm, x))
         return x + feed_forward(self.mlp, rms(self.mlp_norm, x))
 
 
-class FLAModel(nn.Module):
-    def __init__(self, config: FLAConfig):
-        super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(FLABlock(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+class FLAForCausalLM(PlainCausalLM):
+    """The language model of both families. Raises ValueError for a config that `check` refuses."""
 
-
-class FLAForCausalLM(PreTrainedModel):
-    """The language model, for training and loading; it has no cache (the host adapters decode with states). ValueError for a
-    config that `check` refuses."""
-
-    base_model_prefix = "model"
-    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
-    _input_embed_layer = "embeddings"
-
-    def __init__(self, config: FLAConfig):
-        super().__init__(config)
+    @staticmethod
+    def build_model(config: FLAConfig) -> PlainModel:
         check(config)
-        self.model = FLAModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        return PlainModel(config, lambda _: FLABlock(config), nn.RMSNorm(config.hidden_size, config.norm_eps))
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, use_cache: bool = False):
-        """Logits [B, T, vocabulary] of ids [B, T], and the mean next-token loss in nats where labels [B, T] are given."""
-        if use_cache:
-            raise ValueError(
-                f"This {self.config.model_type} has no cache: pass use_cache=False, or decode with its host."
-            )
+    def final_hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         x = self.model.embeddings(input_ids)
         for block in self.model.layers:
             x = block(x)
-        logits, loss = self.lm_head(rms(self.model.norm, x)), None
-        if labels is not None:
-            loss = F.cross_entropy(wide(logits[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutput(loss=loss, logits=logits)
+        return rms(self.model.norm, x)
 
 
 class DeltaNetForCausalLM(FLAForCausalLM):

@@ -1,55 +1,63 @@
-"""What the layers of several families are made of."""
+"""Parts that several families share: norms, heads, short convolutions, initial decays, and the model around
+blocks."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 
-def slow_decays(heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A_log, dt_bias), each [heads]: A uniform in [1, 16], dt log-uniform in [1e-3, 0.1], as in Mamba's training.
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Return x in fp32 where it is bf16 or fp16, else unchanged."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
-    With alpha = exp(-A softplus(. + dt_bias)) heads then start with half-lives from about 1 to 600 tokens; the
-    classes' own initial values give alphas near zero, and a state that holds a single write.
-    """
-    step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)))
-    inverse_softplus = step + torch.log(-torch.expm1(-step))
-    return torch.empty(heads).uniform_(1, 16).log(), inverse_softplus
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return x [..., heads * d] as [..., heads, d], in fp32 or better."""
+    return wide(x).unflatten(-1, (heads, -1))
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
-    """The library's L2 norm over the last dimension, in fp32 or better."""
+    """Return x over its L2 norm along the last dimension, as transformers computes it, in fp32 or better."""
     x = wide(x)
     return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """In fp32, or as it is where that is no less."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 def normalized(x: torch.Tensor, eps: float, groups: int = 1) -> torch.Tensor:
-    """x over its root mean square, in each of `groups` equal parts of the last dimension, in fp32 or better.
+    """Return x over its root mean square in each of `groups` equal parts of the last dimension, in fp32 or
+    better.
 
-    The library's norms take it in fp32 in fp64 models too, and the gates that multiply it. There the last bit depends on
-    where an element stands among those that the processor takes at once, so that a row's result depends on the others.
+    The norms of transformers compute in fp32 even in fp64 models. Their last bit then depends on where an
+    element is among those that the processor handles at once, so that the result of a row depends on the
+    other rows.
     """
     parts = wide(x).unflatten(-1, (groups, -1))
     return (parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2)
 
 
+def rms_norm(x: torch.Tensor, norm: nn.Module, groups: int = 1) -> torch.Tensor:
+    """Return `normalized` x times the norm's weight, in the dtype of x."""
+    return norm.weight * normalized(x, norm.variance_epsilon, groups).to(x.dtype)
+
+
 def short_convolution(
     inputs: torch.Tensor, before: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The causal convolution of each channel over inputs [B, T, C], after the last inputs before them [B, K - 1, C] (None:
-    zeros). weight [C, 1, K] and bias [C] are those of an nn.Conv1d.
+    """Return the causal convolution of each channel over inputs [B, T, C], in the dtype of the inputs.
 
-    A sum of K shifted products, taken in fp32 or better and returned in the inputs' type. The channels stay last, where
-    the layers before and after have them: on a CPU 1.5 to 1.7 times as fast as conv1d on transposed inputs, of which a
-    whole run sees next to nothing (benchmarks/short_convolution.py).
+    before: the last inputs before these, [B, K - 1, C]; None: zeros. weight [C, 1, K] and bias [C]: those of
+    an nn.Conv1d. The result is a sum of K shifted products in fp32 or better. The channels stay in the last
+    dimension, where the layers before and after have them: on a CPU 1.5 to 1.7 times as fast as conv1d on
+    transposed inputs, which is little of the time of a whole run (benchmarks/short_convolution.py).
     """
-    taps, length = wide(weight[:, 0].T).contiguous(), inputs.shape[1]
+    taps = wide(weight[:, 0].T).contiguous()
+    length = inputs.shape[1]
     if before is None:
         before = inputs.new_zeros(len(inputs), len(taps) - 1, inputs.shape[-1])
     padded = wide(torch.cat([before, inputs], 1))
@@ -57,3 +65,61 @@ def short_convolution(
     for place, tap in enumerate(taps[1:], 1):
         mixed = torch.addcmul(mixed, padded[:, place : place + length], tap)
     return (mixed if bias is None else mixed + wide(bias)).to(inputs.dtype)
+
+
+def slow_decays(heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw (A_log, dt_bias), each [heads]: A uniform in [1, 16], dt log-uniform in [1e-3, 0.1], as Mamba is
+    trained.
+
+    With alpha = exp(-A softplus(. + dt_bias)) the half-lives of the heads are then about 1 to 600 tokens. The
+    initial values of the classes in transformers give alphas near zero: a state then holds a single write.
+    """
+    step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)))
+    inverse_softplus = step + torch.log(-torch.expm1(-step))
+    return torch.empty(heads).uniform_(1, 16).log(), inverse_softplus
+
+
+class PlainModel(nn.Module):
+    """Embeddings, blocks and a final norm, with the parameter names of flash-linear-attention's
+    checkpoints."""
+
+    def __init__(self, config, block: Callable[[int], nn.Module], norm: nn.Module):
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(block(layer) for layer in range(config.num_hidden_layers))
+        self.norm = norm
+
+
+class PlainCausalLM(PreTrainedModel):
+    """A language model in plain PyTorch, for training and loading; it has no cache (host adapters decode with
+    states)."""
+
+    base_model_prefix = "model"
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+    _input_embed_layer = "embeddings"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.build_model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @staticmethod
+    def build_model(config) -> PlainModel:
+        """Return the model below the head."""
+        raise NotImplementedError
+
+    def final_hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the hidden states [B, T, D] after the final norm."""
+        raise NotImplementedError
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, use_cache: bool = False):
+        """Return the logits [B, T, vocabulary] of ids [B, T]; with labels [B, T] also the mean next-token
+        loss, nats."""
+        if use_cache:
+            kind = self.config.model_type
+            raise ValueError(f"This {kind} has no cache: pass use_cache=False, or decode with its adapter.")
+        logits, loss = self.lm_head(self.final_hidden(input_ids)), None
+        if labels is not None:
+            loss = F.cross_entropy(wide(logits[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)

@@ -1,29 +1,29 @@
-"""Hosts: the recurrent language models under study. `load_host` finds the adapter by the model's class."""
+"""Load a host: `load_host` reads a model and its tokenizer, and returns the adapter for the model's class."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-import importlib
-import sys
-
 from writesae.hosts import mamba2_release, rwkv7_tokenizer
 from writesae.hosts.base import Host
 from writesae.hosts.hub import fetch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
 PICKLED_FILES = (*TOKENIZER_FILES, "pytorch_model*.bin")
 KERNEL_PACKAGES = ("fla", "mamba_ssm", "causal_conv1d")
-FAMILIES = {  # where the adapter of each family is
+FAMILIES = {  # module and class of each family's adapter
     "gated_deltanet": "writesae.hosts.gated_deltanet:GatedDeltaNet",
     "mamba2": "writesae.hosts.mamba2:Mamba2",
     "rwkv7": "writesae.hosts.rwkv7:RWKV7",
@@ -33,7 +33,7 @@ FAMILIES = {  # where the adapter of each family is
 
 
 def adapter(family: str) -> type[Host]:
-    """The adapter class of a family. Raises ValueError for a name that is not one."""
+    """Return the adapter class of a family. Raises ValueError for an unknown family."""
     if family not in FAMILIES:
         raise ValueError(f"There is no host family {family!r}: choose one of {', '.join(FAMILIES)}.")
     module, name = FAMILIES[family].split(":")
@@ -53,11 +53,11 @@ def family_of(folder: Path) -> str:
 
 
 def without_triton() -> None:
-    """Without CUDA, hide kernel packages from transformers.
+    """Hide kernel packages from transformers where there is no GPU.
 
-    transformers binds the kernels of every such package that it can import, and they fail at the first run where there
-    is no GPU. The adapters call none of them. A package that was imported before stays: the library's own forward then
-    fails on a CPU, and everything here runs.
+    transformers uses the kernels of every such package that it can import, and they fail without a GPU. The
+    adapters use none of them. A package that was imported before stays visible: then only transformers' own
+    forward fails.
     """
     if not torch.cuda.is_available():
         for name in KERNEL_PACKAGES:
@@ -72,48 +72,52 @@ def load_host(
     revision: str | None = None,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
 ) -> Host:
-    """The adapter around a model and its tokenizer, from a folder or a hub id (at a `revision`).
+    """Return the adapter of a model from a local folder, or from a Hub id (at a `revision`).
 
-    A folder is one of save_pretrained, or a Mamba-2 in its authors' own format. `tokenizer`: a tokenizer or its folder or
-    hub id, where the model's does not hold one.
+    A folder is one that save_pretrained wrote, or a Mamba-2 release of its authors. device: cuda where there
+    is a GPU, else cpu. tokenizer: a tokenizer, or its folder or Hub id, for models without one.
 
-    Raises FileNotFoundError for a folder without config.json, weights or tokenizer; ValueError for a bare .pth file, where
-    no family has the model's class, where weights are missing (the tied-embedding trap of multimodal checkpoints
-    included), unexpected, misshapen, damaged or not finite, where the tokenizer is another model's, and for a device that
-    is not there; for hub ids also what `writesae.hosts.hub.fetch` raises.
+    Raises FileNotFoundError where config.json, weights or tokenizer are missing; ValueError for a class of no
+    family, for weights that are missing (also a tied head that a multimodal checkpoint does not declare),
+    unexpected, of another shape, damaged or not finite, for the tokenizer of another model, for a device that
+    does not exist and for a single .pth file; for Hub ids also what `writesae.hosts.hub.fetch` raises.
     """
     without_triton()
+    device = _checked_device(device)
+    if Path(name_or_path).suffix == ".pth":
+        raise ValueError(
+            f"{name_or_path} is one file of weights: read it with writesae.hosts.rwkv7_model.from_pth, save "
+            "the model to a folder with save_pretrained, and put its tokenizer into the same folder."
+        )
+    folder = fetch(name_or_path, MODEL_FILES, revision)
+    if not any(folder.glob("*.safetensors")):  # older models have pickles only
+        folder = fetch(name_or_path, PICKLED_FILES, revision)
+    if mamba2_release.is_release(_settings(folder, name_or_path)):
+        family, model = "mamba2", mamba2_release.from_release(folder, dtype)
+    else:
+        family, model = _model(folder, name_or_path, dtype)
+    damaged = next((key for key, x in model.named_parameters() if not torch.isfinite(x).all()), None)
+    if damaged is not None:
+        raise ValueError(f"The weights of {name_or_path} are damaged: {damaged} is not finite.")
+    tokenizer = _tokenizer(folder, name_or_path, tokenizer)
+    _check_tokenizer(tokenizer, model.config.vocab_size, name_or_path)
+    return adapter(family)(model.to(device), tokenizer, host_name(Path(name_or_path)))
+
+
+def _checked_device(device: str | None) -> str:
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"There is no device {device!r} here: choose cpu, or cuda where there is a GPU.") from error
-    if Path(name_or_path).suffix == ".pth":
-        raise ValueError(
-            f"{name_or_path} is one file of weights: save writesae.hosts.rwkv7_model.from_pth of it to a folder with "
-            "save_pretrained, and put its tokenizer into the same folder."
-        )
-    folder = fetch(name_or_path, MODEL_FILES, revision)
-    if not any(folder.glob("*.safetensors")):  # older models have pickles alone
-        folder = fetch(name_or_path, PICKLED_FILES, revision)
-    settings = _settings(folder, name_or_path)
-    if mamba2_release.is_release(settings):
-        family, model = "mamba2", mamba2_release.from_release(folder, dtype)
-    else:
-        family, model = _model(folder, name_or_path, dtype)
-    bad = next((key for key, x in model.named_parameters() if not torch.isfinite(x).all()), None)
-    if bad is not None:
-        raise ValueError(f"The weights of {name_or_path} are not all finite, first in {bad}: it is damaged.")
-    tokenizer = _tokenizer(folder, name_or_path, tokenizer)
-    _check_tokenizer(tokenizer, model.config.vocab_size, name_or_path)
-    return adapter(family)(model.to(chosen), tokenizer, host_name(Path(name_or_path)))
+        raise ValueError(f"There is no device {device!r} here: choose cpu, or cuda with a GPU.") from error
+    return chosen
 
 
 def _settings(folder: Path, name: str | Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{name} holds no config.json: give a model folder, or train the embedded hosts with `make hosts`."
+            f"{name} holds no config.json: give a model folder (`make hosts` trains the embedded hosts)."
         )
     try:
         return dict(json.loads(path.read_text()))
@@ -122,16 +126,16 @@ def _settings(folder: Path, name: str | Path) -> dict:
 
 
 def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, torch.nn.Module]:
-    """The family and the model of a folder in the library's format, every weight of it from the file."""
+    """Return the family and the model of a folder in transformers' format."""
     import transformers
 
-    classes = {family: adapter(family).model_classes for family in FAMILIES}  # this also registers RWKV-7's class
-    known = "; ".join(f"{', '.join(names)} ({family})" for family, names in classes.items())
+    classes = {family: adapter(family).model_classes for family in FAMILIES}  # importing registers classes
+    choices = "; ".join(f"{', '.join(names)} ({family})" for family, names in classes.items())
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError) as error:
         raise ValueError(
-            f"{name} is no model that transformers knows, and no host family has that class: {known}."
+            f"{name} is not a model that transformers knows, and no host family has that class: {choices}."
         ) from error
     text = config.get_text_config()
     auto = transformers.AutoModelForCausalLM._model_mapping
@@ -139,36 +143,35 @@ def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, tor
     class_name = getattr(model_class, "__name__", type(config).__name__)
     family = next((family for family in FAMILIES if class_name in classes[family]), None)
     if family is None:
-        raise ValueError(f"{name} is a {class_name}, and no host family has that class: {known} are there.")
-    text.tie_word_embeddings |= config.tie_word_embeddings  # multimodal configs may say it at the top alone
+        raise ValueError(f"{name} is a {class_name}, and no host family has that class: {choices}.")
+    text.tie_word_embeddings |= config.tie_word_embeddings  # multimodal configs may say it at the top only
+    options = dict(config=text, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     try:
-        model, info = model_class.from_pretrained(
-            folder, config=text, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        model, info = model_class.from_pretrained(folder, **options)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"The weights of {name} are damaged, or a pickle with code in it: {error}") from error
+        raise ValueError(f"The weights of {name} are damaged or a pickle with code in it: {error}") from error
     except OSError as error:
-        raise FileNotFoundError(f"{name} holds no weights, or not all of them: {error}") from error
+        raise FileNotFoundError(f"{name} holds no weights, or only a part of them: {error}") from error
     _check_weights(model, info, name)
     return family, model
 
 
 def _check_weights(model: torch.nn.Module, info: dict, name: str | Path) -> None:
-    """Raise ValueError unless the checkpoint has the model's weights, all of them and no others."""
+    """Raise ValueError unless the checkpoint had exactly the model's weights."""
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     missing = sorted(key for key in info["missing_keys"] if not (tied and key == "lm_head.weight"))
-    sizes = sorted(info["mismatched_keys"])
-    unexpected = sorted(info["unexpected_keys"])
-    if sizes:
-        key, has, wanted = sizes[0]
-        says = f"has {len(sizes)} weights of another size than its config says, first {key}: {list(has)}, not {list(wanted)}"
+    if info["mismatched_keys"]:
+        key, shape, expected = min(info["mismatched_keys"])
+        problem = f"has {len(info['mismatched_keys'])} weights of another size than its config says, "
+        problem += f"first {key}: {[*shape]}, not {[*expected]}"
     elif missing:
-        says = f"lacks {len(missing)} weights, first {missing[0]}"
-    elif unexpected:
-        says = f"has {len(unexpected)} weights that its class does not take, first {unexpected[0]}"
+        problem = f"lacks {len(missing)} weights, first {missing[0]}"
+    elif info["unexpected_keys"]:
+        unexpected = sorted(info["unexpected_keys"])
+        problem = f"has {len(unexpected)} weights that its class does not take, first {unexpected[0]}"
     else:
         return
-    raise ValueError(f"{name} {says}: it is damaged or of another model.")
+    raise ValueError(f"{name} {problem}: it is damaged or of another model.")
 
 
 def _tokenizer(folder: Path, name: str | Path, given: str | Path | PreTrainedTokenizerBase | None):
@@ -180,22 +183,23 @@ def _tokenizer(folder: Path, name: str | Path, given: str | Path | PreTrainedTok
     world = next(place.glob(rwkv7_tokenizer.VOCABULARY), None)
     if world is not None and not (place / "tokenizer.json").is_file():
         return rwkv7_tokenizer.WorldTokenizer(world)
-    if not any(path.match(p) for path in place.iterdir() for p in ("tokenizer*", "vocab*", "*.model")):
+    patterns = "tokenizer*", "vocab*", "*.model"
+    if not any(path.match(pattern) for path in place.iterdir() for pattern in patterns):
         raise FileNotFoundError(
-            f"{given or name} holds no tokenizer: put its files there, or pass tokenizer= (the models that Mamba-2's authors "
-            f"released take {mamba2_release.TOKENIZER!r})."
+            f"{given or name} holds no tokenizer: put its files there, or pass tokenizer= (the Mamba-2 "
+            f"releases of its authors take {mamba2_release.TOKENIZER!r})."
         )
     try:
         return transformers.AutoTokenizer.from_pretrained(place)
     except (ValueError, OSError) as error:
-        raise ValueError(
-            f"The tokenizer of {given or name} cannot be read; pass another, tokenizer=: {error}"
-        ) from error
+        raise ValueError(f"The tokenizer of {given or name} is damaged (pass tokenizer=): {error}") from error
 
 
 def _check_tokenizer(tokenizer, vocabulary: int, name: str | Path) -> None:
-    """Raise ValueError for one that makes ids which the model does not have, or not half of those that it has: models
-    pad their vocabulary, but not to the double."""
+    """Raise ValueError for a tokenizer with more ids than the model, or with fewer than half of the model's.
+
+    Models pad their vocabulary, but they do not double it.
+    """
     count = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if not vocabulary / 2 <= count <= vocabulary:
         raise ValueError(
@@ -204,6 +208,6 @@ def _check_tokenizer(tokenizer, vocabulary: int, name: str | Path) -> None:
 
 
 def host_name(folder: Path) -> str:
-    """The name that results carry: the one in the folder's training.json, or the folder's own."""
+    """Return the name for tables: the one in the folder's training.json, or else the folder's name."""
     record = folder / "training.json"
     return json.loads(record.read_text()).get("name", folder.name) if record.is_file() else folder.name

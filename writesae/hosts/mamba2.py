@@ -1,9 +1,10 @@
-"""Mamba-2 hosts: transformers' Mamba2ForCausalLM (Dao and Gu 2024).
+"""Mamba-2 hosts: Mamba2ForCausalLM of transformers (Dao and Gu 2024).
 
-A head's state takes a rank-1 write a token, S_t = alpha_t S_{t-1} + B_t (dt_t x_t)^T with alpha_t = exp(dt_t A), and is
-read by C_t; nothing is erased, so the added write is the effective one. The library stores the state transposed. The
-skip D x does not pass through the state; it is part of a record's outputs, and kept apart among its factors.
-tests/test_mamba2.py holds this against the library's forward, its decoding, and a step loop in fp64.
+Each token adds a rank-1 write to a head's state, S_t = alpha_t S_{t-1} + B_t (dt_t x_t)^T with alpha_t =
+exp(dt_t A), and reads it with C_t. Nothing is erased, so that the added write is the effective write.
+transformers stores the state transposed. The skip D x does not pass through the state: it is part of a
+record's outputs, and one of its factors. tests/writesae/test_mamba2.py compares the adapter with
+transformers' forward and decoding, and with a step loop in fp64.
 """
 
 from __future__ import annotations
@@ -12,14 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from writesae.hosts.base import Host
-from writesae.hosts.layers import normalized, short_convolution, slow_decays, wide
+from writesae.hosts.layers import rms_norm, short_convolution, slow_decays, split_heads, wide
 from writesae.hosts.past import Past, Record
 from writesae.recurrence import Factors, decayed_chunks
-
-
-def rms_norm(x: torch.Tensor, norm: torch.nn.Module, groups: int = 1) -> torch.Tensor:
-    """The library's RMS norm with its weight, over each of `groups` equal parts of the last dimension."""
-    return norm.weight * normalized(x, norm.variance_epsilon, groups).to(x.dtype)
 
 
 class Mamba2(Host):
@@ -30,7 +26,8 @@ class Mamba2(Host):
 
     @staticmethod
     def build(architecture: dict) -> torch.nn.Module:
-        """A Mamba-2 model with random weights and slow decays. `architecture`: fields of Mamba2Config."""
+        """Return a Mamba-2 model with random weights and slow decays. `architecture`: fields of
+        Mamba2Config."""
         from transformers import Mamba2Config, Mamba2ForCausalLM
 
         model = Mamba2ForCausalLM(Mamba2Config(**architecture))
@@ -40,23 +37,19 @@ class Mamba2(Host):
 
     @staticmethod
     def before_training(model: torch.nn.Module) -> None:
-        """Let the rows of in_proj that set the steps dt, and with them the decays, learn slowly: a twentieth of the gradient."""
+        """Scale the gradients of the rows of in_proj that set the steps dt, and so the decays, by 0.05."""
         heads = model.config.num_heads
         for block in model.backbone.layers:
-            slow = torch.ones(len(block.mixer.in_proj.weight), 1)
-            slow[-heads:] = 0.05
-            block.mixer.in_proj.weight.register_hook(lambda gradient, slow=slow: gradient * slow.to(gradient))
+            weight = block.mixer.in_proj.weight
+            scale = torch.ones(len(weight), 1)
+            scale[-heads:] = 0.05
+            weight.register_hook(lambda gradient, scale=scale: gradient * scale.to(gradient))
 
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
-        config = model.config
-        self.blocks = model.backbone.layers
-        self.layers, self.vocabulary = config.num_hidden_layers, config.vocab_size
-        self.recurrent_layers = tuple(range(self.layers))
-        self.heads, self.d_k, self.d_v = config.num_heads, config.state_size, config.head_dim
-
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model.backbone.embeddings(tokens)
+        self.heads = model.config.num_heads
+        self.d_k = model.config.state_size
+        self.d_v = model.config.head_dim
 
     def unembed(self, final: torch.Tensor) -> torch.Tensor:
         normed = rms_norm(final, self.model.backbone.norm_f)
@@ -66,23 +59,25 @@ class Mamba2(Host):
         return self.blocks[layer].mixer.out_proj
 
     def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
-        block, mixer = self.blocks[layer], self.blocks[layer].mixer
-        projected = mixer.in_proj(rms_norm(hidden.to(block.norm.weight.dtype), block.norm))
+        norm, mixer = self.blocks[layer].norm, self.blocks[layer].mixer
+        projected = mixer.in_proj(rms_norm(hidden.to(norm.weight.dtype), norm))
         gate, raw, step = projected.split([mixer.intermediate_size, mixer.conv_dim, self.heads], -1)
         reach = mixer.conv_kernel_size - 1
-        before, conv = past and past.windows["conv"], mixer.conv1d
-        mixed = mixer.act(short_convolution(raw, before, conv.weight, conv.bias))
+        before = past and past.windows["conv"]
+        mixed = mixer.act(short_convolution(raw, before, mixer.conv1d.weight, mixer.conv1d.bias))
         width = mixer.n_groups * self.d_k
-        value, key, query = wide(mixed).split([mixer.intermediate_size, width, width], -1)
-        value, key, query = (
-            x.unflatten(-1, (-1, d)) for x, d in ((value, self.d_v), (key, self.d_k), (query, self.d_k))
-        )
+        value, key, query = mixed.split([mixer.intermediate_size, width, width], -1)
+        value = split_heads(value, self.heads)
+        key = split_heads(key, mixer.n_groups)
+        query = split_heads(query, mixer.n_groups)
         step = F.softplus(wide(step) + wide(mixer.dt_bias)).clamp(*mixer.time_step_limit)
-        log_decay, added = -wide(mixer.A_log).exp() * step, step[..., None] * value
+        log_decay = -wide(mixer.A_log).exp() * step
+        added = step[..., None] * value
         read, end = decayed_chunks(query, key, added, log_decay, **self.carried(past))
         skip = wide(mixer.D)[:, None] * value
         factors = dict(query=query, key=key, added=added, effective=added, log_decay=log_decay, skip=skip)
-        return Record(hidden, read + skip, factors, end, windows={"conv": (raw, reach)}, beside={"gate": gate})
+        windows, beside = {"conv": (raw, reach)}, {"gate": gate}
+        return Record(hidden, read + skip, factors, end, windows=windows, beside=beside)
 
     def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
         block, mixer, gate = self.blocks[layer], self.blocks[layer].mixer, record.beside["gate"]
@@ -91,6 +86,7 @@ class Mamba2(Host):
         return (wide(record.hidden) if block.residual_in_fp32 else record.hidden) + update
 
     def cell_factors(self, record: Record, head: int) -> Factors:
-        f, key_head = record.factors, head // (self.heads // record.factors["key"].shape[2])
+        f = record.factors
+        key_head = head // (self.heads // f["key"].shape[2])
         query, key, added = f["query"][:, :, key_head], f["key"][:, :, key_head], f["added"][:, :, head]
         return Factors(query, key, added, f["log_decay"][:, :, head, None], effective=added)

@@ -1,8 +1,9 @@
 """Mamba-2 as its authors release it (state-spaces/mamba2-*), read into transformers' Mamba2ForCausalLM.
 
-A release is a config.json of the package mamba_ssm and a pytorch_model.bin (or model.safetensors). The names of its tensors
-are the library's but for the embedding; what its config leaves out has the defaults of mamba_ssm's modules/mamba2.py. It
-has no tokenizer: those models were trained with that of EleutherAI/gpt-neox-20b.
+A release has a config.json of the package mamba_ssm and a pytorch_model.bin (or model.safetensors). Its
+tensors have the names of transformers except for the embedding; fields that its config leaves out have the
+defaults of mamba_ssm's modules/mamba2.py. A release has no tokenizer: the models were trained with that of
+EleutherAI/gpt-neox-20b.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from writesae.hosts.weights import read_weights
 
 TOKENIZER = "EleutherAI/gpt-neox-20b"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# what a release may say and the library's class has: ssm_cfg's name -> (Mamba2Config's name, mamba_ssm's default)
+# fields of ssm_cfg that may vary: mamba_ssm's name -> (name in Mamba2Config, mamba_ssm's default)
 FIELDS = {
     "d_state": ("state_size", 128),
     "d_conv": ("conv_kernel", 4),
@@ -29,29 +30,31 @@ FIELDS = {
     "bias": ("use_bias", False),
     "conv_bias": ("use_conv_bias", True),
 }
-# what the library's class does in one way alone
-ONE_WAY = {"layer": "Mamba2", "rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False, "d_ssm": None}
-ONE_WAY |= {"d_intermediate": 0, "attn_layer_idx": [], "rms_norm": True}
-INITIAL = {"conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor", "use_mem_eff_path"}  # not of the function
+# fields for which transformers' class implements one value only
+FIXED = dict(layer="Mamba2", rmsnorm=True, rms_norm=True, norm_before_gate=False, D_has_hdim=False)
+FIXED |= dict(d_ssm=None, d_intermediate=0, attn_layer_idx=[])
+# fields for initial values and speed, which do not change the function of a trained model
+IGNORED = {"conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor", "use_mem_eff_path"}
 
 
 def is_release(settings: dict[str, Any]) -> bool:
-    """Whether a config.json is one of mamba_ssm."""
+    """Return whether the content of a config.json is a config of mamba_ssm."""
     return "model_type" not in settings and {"d_model", "n_layer", "vocab_size", "ssm_cfg"} <= settings.keys()
 
 
 def library_config(settings: dict[str, Any]):
-    """Mamba2Config of a release's config.json. Raises ValueError for what the library's class does not do."""
+    """Return the Mamba2Config of a release's config.json. Raises ValueError for what transformers does not
+    implement."""
     from transformers import Mamba2Config
 
     if not is_release(settings):
-        raise ValueError("This is no config.json of mamba_ssm: those have d_model, n_layer, vocab_size and ssm_cfg.")
+        raise ValueError("This is no config.json of mamba_ssm, which has d_model, n_layer and ssm_cfg.")
     ssm = settings["ssm_cfg"]
-    said = {"layer": "Mamba1"} | {k: x for k, x in (settings | ssm).items() if k in ONE_WAY and x is not None}
-    for name, value in said.items():
-        if value != ONE_WAY[name]:
-            raise ValueError(f"This Mamba release has {name} = {value}, and only {ONE_WAY[name]} can be read.")
-    unknown = ssm.keys() - FIELDS.keys() - ONE_WAY.keys() - INITIAL
+    fixed = {"layer": "Mamba1"} | {k: x for k, x in (settings | ssm).items() if k in FIXED and x is not None}
+    for name, value in fixed.items():
+        if value != FIXED[name]:
+            raise ValueError(f"This Mamba release has {name} = {value}, and only {FIXED[name]} can be read.")
+    unknown = ssm.keys() - FIELDS.keys() - FIXED.keys() - IGNORED
     if unknown:
         raise ValueError(f"This Mamba release has the unknown settings {', '.join(sorted(unknown))}.")
     fields = {ours: ssm.get(name, default) for name, (ours, default) in FIELDS.items()}
@@ -72,11 +75,11 @@ def library_config(settings: dict[str, Any]):
 
 
 def from_release(folder: str | Path, dtype: torch.dtype = torch.float32):
-    """Mamba2ForCausalLM of a release's folder.
+    """Return the Mamba2ForCausalLM of a release's folder.
 
-    Raises FileNotFoundError where config.json or the weights are missing, ValueError for a config that the library's class
-    cannot follow, a damaged file, a pickle with code in it, and naming the first tensor that is missing, unexpected or of
-    another size.
+    Raises FileNotFoundError where config.json or the weights are missing. Raises ValueError for a config that
+    transformers does not implement, for a damaged file, for a pickle with code in it, and, with its name, for
+    the first tensor that is missing, unexpected or of another shape.
     """
     from transformers import Mamba2ForCausalLM
 
@@ -85,24 +88,28 @@ def from_release(folder: str | Path, dtype: torch.dtype = torch.float32):
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} holds no weights: one of {', '.join(WEIGHTS)} belongs there.")
-    found = {name.replace("backbone.embedding.", "backbone.embeddings."): x for name, x in read_weights(path).items()}
-    with torch.device("meta"):
-        model = Mamba2ForCausalLM(config)
+    weights = read_weights(path)
+    weights = {name.replace("backbone.embedding.", "backbone.embeddings."): x for name, x in weights.items()}
     embedding, head = "backbone.embeddings.weight", "lm_head.weight"
     if config.tie_word_embeddings:
-        if head in found and embedding in found and not torch.equal(found[head], found[embedding]):
+        if {head, embedding} <= weights.keys() and not torch.equal(weights[head], weights[embedding]):
             raise ValueError(f"{path} has a {head} of its own, and its config says that it is the embedding.")
-        found[head] = found.get(embedding, found.get(head))
-    shapes = {name: x.shape for name, x in model.state_dict().items()}
-    for name, shape in shapes.items():
-        if found.get(name) is None:
-            raise ValueError(f"{path} is not the Mamba-2 that its config describes: it lacks the tensor {name}.")
-        if found[name].shape != shape:
-            has = f"{name} has shape {list(found[name].shape)}, not {list(shape)}"
-            raise ValueError(f"{path} is not the Mamba-2 that its config describes: {has}.")
-    unused = sorted(found.keys() - shapes.keys())
-    if unused:
-        raise ValueError(f"{path} is not the Mamba-2 that its config describes: nothing takes its tensor {unused[0]}.")
-    model.load_state_dict({name: x.to(dtype) for name, x in found.items()}, assign=True)
+        weights[head] = weights.get(embedding, weights.get(head))
+    with torch.device("meta"):
+        model = Mamba2ForCausalLM(config)
+    problem = _difference(weights, {name: x.shape for name, x in model.state_dict().items()})
+    if problem:
+        raise ValueError(f"{path} is not the Mamba-2 that its config describes: {problem}.")
+    model.load_state_dict({name: x.to(dtype) for name, x in weights.items()}, assign=True)
     model.tie_weights()
     return model.eval()
+
+
+def _difference(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> str | None:
+    """Return how the weights first differ from the model's parameters; None where they do not."""
+    for name, shape in shapes.items():
+        if weights.get(name) is None:
+            return f"it lacks the tensor {name}"
+        if weights[name].shape != shape:
+            return f"{name} has shape {[*weights[name].shape]}, not {[*shape]}"
+    return next((f"nothing takes its tensor {name}" for name in sorted(weights.keys() - shapes.keys())), None)

@@ -1,4 +1,4 @@
-"""What a layer remembers: the record of a native run, and the past that an edited run starts from."""
+"""What is kept of a layer: the record of a native run, and the past that an edited run starts from."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from writesae.recurrence import Groups
 
 @dataclass
 class Record:
-    """What one layer did in a native run over [B, T] tokens; enough to start again anywhere in it.
+    """What one layer computed in a run over tokens [B, T]: enough to start again at any position.
 
-    hidden: [B, T, D] the layer's input; outputs: [B, T, heads, d] and whatever `finish` takes beside them (beside,
-    each [B, T, ...]). A recurrent layer has the family's own factors, each [B, T, ...], and end, the last state
-    [B, H, d_k, d_v]; an attention layer has keys, values [B, H_kv, T, d]. windows: inputs of short convolutions and
-    token shifts (name -> ([B, T, C], how many positions back they reach)), of `mix` and of `finish`.
+    hidden: the layer's input [B, T, D]. outputs: of the heads, [B, T, heads, d]. beside: what `Host.finish`
+    needs besides them, each [B, T, ...]. factors: of a recurrent layer, by the family's names, each [B, T,
+    ...]. end: the last state of a recurrent layer, [B, H, d_k, d_v]. keys, values: of an attention layer, [B,
+    H_kv, T, d]. windows: the inputs of short convolutions and token shifts, name -> ([B, T, C], number of
+    positions they look back).
     """
 
     hidden: torch.Tensor
@@ -31,8 +32,11 @@ class Record:
 
 @dataclass
 class Prefix:
-    """Keys and values before each of R rows: those of U distinct prefixes, [U, H_kv, L, d] with `seen` [U, L], which
-    the rows share, and those that each row has added since, own_keys and own_values [R, H_kv, M, d]."""
+    """The keys and values before each of R rows.
+
+    keys, values: those of U distinct prefixes, [U, H_kv, L, d], which rows share as `groups` says; seen [U,
+    L]: which of them exist. own_keys, own_values: those that each row has added since, [R, H_kv, M, d].
+    """
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -42,32 +46,36 @@ class Prefix:
     own_values: torch.Tensor | None = None
 
     def with_own(self, keys: torch.Tensor, values: torch.Tensor) -> Prefix:
-        """The same with further keys and values [R, H_kv, T, d] of the rows themselves."""
+        """Return this prefix with further keys and values [R, H_kv, T, d] of the rows."""
         if self.own_keys is not None:
             keys, values = torch.cat([self.own_keys, keys], 2), torch.cat([self.own_values, values], 2)
         return replace(self, own_keys=keys, own_values=values)
 
 
 def attend(query: torch.Tensor, prefix: Prefix, scale: float) -> torch.Tensor:
-    """Causal attention [R, H, T, d] of queries [R, H, T, d] to shared prefixes and to the rows' own keys, whose last T
-    are those of the queries. No prefix is copied row by row."""
+    """Return the causal attention [R, H, T, d] of queries [R, H, T, d] to the shared prefixes and the rows'
+    own keys.
+
+    The last T own keys are those of the queries. Prefixes are not copied per row.
+    """
     steps, own, groups = query.shape[2], prefix.own_keys.shape[2], prefix.groups
-    stacked = (
-        (query * scale).unflatten(1, (prefix.keys.shape[1], -1)).flatten(2, 3)
-    )  # [R, H_kv, heads of a group * T, d]
+    key_heads = prefix.keys.shape[1]
+    stacked = (query * scale).unflatten(1, (key_heads, -1)).flatten(2, 3)  # [R, H_kv, H / H_kv * T, d]
     unseen = ~prefix.seen[groups.which][:, None, None]
     to_prefix = groups.read(stacked, prefix.keys.mT).masked_fill(unseen, -torch.inf)
     later = torch.ones(steps, own, dtype=torch.bool, device=query.device).triu(own - steps + 1)
-    to_own = (stacked @ prefix.own_keys.mT).unflatten(2, (-1, steps)).masked_fill(later, -torch.inf).flatten(2, 3)
-    weight = torch.cat([to_prefix, to_own], -1).softmax(-1)
-    on_prefix, on_own = weight.split([to_prefix.shape[-1], own], -1)
+    to_own = (stacked @ prefix.own_keys.mT).unflatten(2, (-1, steps))
+    to_own = to_own.masked_fill(later, -torch.inf).flatten(2, 3)
+    weights = torch.cat([to_prefix, to_own], -1).softmax(-1)
+    on_prefix, on_own = weights.split([to_prefix.shape[-1], own], -1)
     read = groups.read(on_prefix, prefix.values) + on_own @ prefix.own_values
     return read.unflatten(2, (-1, steps)).flatten(1, 2)
 
 
 @dataclass
 class SharedState:
-    """States [U, H, d_k, d_v] before each of R rows, which rows share."""
+    """The states before each of R rows: U distinct states [U, H, d_k, d_v], which rows share as `groups`
+    says."""
 
     states: torch.Tensor
     groups: Groups
@@ -75,8 +83,11 @@ class SharedState:
 
 @dataclass
 class Past:
-    """What a layer needs of the tokens before, row by row: a state, or a Prefix, and the last inputs [R, reach, C] of
-    short convolutions and token shifts. `last`: no tokens come after these, so that no end state is asked for."""
+    """What a layer needs of earlier tokens, per row: a state (own or shared) or a prefix of keys and values.
+
+    windows: the last inputs of short convolutions and token shifts, [R, reach, C]. last: nothing continues
+    after the tokens that follow, so that their end state is not computed.
+    """
 
     own_state: torch.Tensor | None = None
     shared: SharedState | None = None
@@ -86,12 +97,12 @@ class Past:
 
     @property
     def state(self) -> torch.Tensor:
-        """[R, H, d_k, d_v]: the rows' own, or each row's copy of the one it shares."""
+        """[R, H, d_k, d_v]: the rows' own states, or for each row a copy of its shared state."""
         return self.shared.states[self.shared.groups.which] if self.own_state is None else self.own_state
 
 
 def extend(past: Past, record: Record) -> Past:
-    """What the layer needs after the tokens of `record`, which themselves came after `past`."""
+    """Return what the layer needs of the tokens of `past` and of `record`, which follow them."""
     longer = Past(own_state=record.end)
     if record.keys is not None:
         longer.prefix = past.prefix.with_own(record.keys, record.values)

@@ -1,9 +1,10 @@
-"""RWKV-7 hosts (Peng et al. 2025): checkpoints in flash-linear-attention's format, and the authors' own .pth files.
+"""RWKV-7 hosts (Peng et al. 2025): checkpoints in the format of flash-linear-attention.
 
-A state decays by one factor a channel and is erased along a direction of its own, so that the effective write has
-rank 2; the added write k~ v^T is the rank-1 one. The erase reads the state before its decay. Two things pass the state
-by: the bonus and the gate, which a record keeps beside its outputs, and layer 0's values, which all later layers take;
-they travel behind the hidden state. tests/test_rwkv7.py holds this against a step loop in fp64.
+A state decays by one factor per channel and is erased along a direction of its own, so that the effective
+write has rank 2; the added write k~ v^T has rank 1. The erase reads the state before its decay. Two things
+bypass the state: the bonus and the gate, which a record keeps in `beside`, and the values of layer 0, which
+every later layer uses; they are appended to the hidden states. tests/writesae/test_rwkv7.py compares the
+adapter with a step loop in fp64.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ class RWKV7(Host):
 
     @staticmethod
     def build(architecture: dict) -> torch.nn.Module:
-        """An RWKV-7 model with its authors' initial values. `architecture`: fields of RWKV7Config."""
+        """Return an RWKV-7 model with its authors' initial values. `architecture`: fields of RWKV7Config."""
         return RWKV7ForCausalLM(RWKV7Config(**architecture))
 
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
         config = model.config
-        self.blocks, self.width = model.model.layers, config.hidden_size
-        self.layers, self.vocabulary = config.num_hidden_layers, config.vocab_size
-        self.recurrent_layers = tuple(range(self.layers))
-        self.heads, self.d_k, self.d_v = config.num_heads, config.head_dim, config.value_dim[0] // config.num_heads
+        self.width = config.hidden_size
+        self.heads = config.num_heads
+        self.d_k = config.head_dim
+        self.d_v = config.value_dim[0] // config.num_heads
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return embed(self.model.model, tokens)
@@ -57,9 +58,11 @@ class RWKV7(Host):
         return self.blocks[layer].attn.o_proj
 
     def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
-        """hidden: [B, T, D], behind which every layer but the first finds layer 0's values, [B, T, H d_v]."""
+        """Run a layer up to its heads' outputs. hidden: [B, T, D]; above layer 0 [B, T, D + H d_v], with the
+        values of layer 0 appended."""
         block = self.blocks[layer]
-        x, v_first = hidden[..., : self.width], hidden[..., self.width :] if layer else None
+        x = hidden[..., : self.width]
+        v_first = hidden[..., self.width :] if layer else None
         normed = block.attn_norm(x)
         factors, beside, v_first = project(block.attn, normed, past and past.windows["attn"], v_first)
         outputs, end, before = recur(factors, **self.carried(past))
@@ -68,7 +71,7 @@ class RWKV7(Host):
         return Record(hidden, outputs, factors, end, windows={"attn": (normed, 1)}, beside=beside)
 
     def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
-        """The next layer's input, layer 0's values behind it; after the last layer they are dropped."""
+        """Return the next layer's input, with the values of layer 0 appended except after the last layer."""
         block = self.blocks[layer]
         x, v_first = record.hidden[..., : self.width], record.hidden[..., self.width :]
         x = x + read_out(block.attn, record.outputs, **record.beside)
@@ -78,14 +81,17 @@ class RWKV7(Host):
         return x if layer == self.layers - 1 else torch.cat([x, v_first], -1)
 
     def state_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """The states before starts[r] of window rows[r]: from the last recorded one on, over at most one chunk."""
+        """Return the states [R, H, d_k, d_v] before position starts[r] of window rows[r].
+
+        The recurrence runs from the last recorded state at or before that position, over at most one chunk.
+        """
         factors = dict(record.factors)
         before = factors.pop("before")
         chunk = (starts // CHUNK).clamp(max=before.shape[2] - 1)
-        places = chunk[:, None] * CHUNK + torch.arange(CHUNK, device=starts.device)
-        index = rows[:, None], places.clamp(max=record.outputs.shape[1] - 1)
-        past = (places < starts[:, None])[..., None, None]  # a token with no key, decay or erase leaves the state
-        factors = {name: x[index] * past for name, x in factors.items()}
+        positions = chunk[:, None] * CHUNK + torch.arange(CHUNK, device=starts.device)
+        index = rows[:, None], positions.clamp(max=record.outputs.shape[1] - 1)
+        earlier = (positions < starts[:, None])[..., None, None]  # zero factors leave a state as it is
+        factors = {name: x[index] * earlier for name, x in factors.items()}
         return recur(factors, state=before[rows, :, chunk])[1]
 
     def cell_factors(self, record: Record, head: int) -> Factors:

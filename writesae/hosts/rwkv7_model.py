@@ -1,18 +1,21 @@
-"""RWKV-7 in plain PyTorch (Peng et al. 2025), with the parameter names of flash-linear-attention's checkpoints.
+"""RWKV-7 in plain PyTorch (Peng et al. 2025), with the parameter names of flash-linear-attention's
+checkpoints.
 
-Equations and fields follow the paper and that package (its layers/rwkv7.py and models/rwkv7), which itself runs on
-CUDA alone. For one head, with x the normed input and mix_i a learned blend of x_t and x_{t-1} per channel:
+Equations and config fields follow the paper and that package (its layers/rwkv7.py and models/rwkv7), which
+runs on CUDA only. For one head, with x the normed input and mix_i a learned blend of x_t and x_{t-1} per
+channel:
 
 | here                 | RWKV-7                                                                            |
 |----------------------|-----------------------------------------------------------------------------------|
 | query, key           | r = W_r mix_r; k~ = k (1 + (a - 1) k_a), k = W_k mix_k                              |
 | added                | v = W_v mix_v, above layer 0 blended with that layer's own v (v_first)             |
-| log_decay            | log w = -e^-0.5 sigmoid(w_lora(mix_w)), one a channel, always above -0.61           |
+| log_decay            | log w = -e^-0.5 sigmoid(w_lora(mix_w)), one per channel, always above -0.61         |
 | erase, probe         | a kk and kk = k k_k / |k k_k|; a = sigmoid(a_lora(mix_a))                           |
-| state                | S_t = diag(w_t) S_{t-1} - (a_t kk_t)(kk_t^T S_{t-1}) + k~_t v_t^T, S in [d_k, d_v]    |
-| output               | o_t = S_t^T r_t; then GroupNorm a head, + bonus (r k~ r_k summed) v, times the gate |
+| state                | S_t = diag(w_t) S_{t-1} - (a_t kk_t)(kk_t^T S_{t-1}) + k~_t v_t^T, [d_k, d_v]       |
+| output               | o_t = S_t^T r_t; then GroupNorm per head, + bonus (sum of r k~ r_k) v, times gate   |
 
-The functions below work on flash-linear-attention's own modules as well, since all names agree.
+The functions below also work on flash-linear-attention's own modules, because all parameter names are the
+same.
 """
 
 from __future__ import annotations
@@ -23,11 +26,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 from transformers import initialization as init
-from transformers.modeling_outputs import CausalLMOutput
 
-from writesae.hosts.layers import wide
+from writesae.hosts.layers import PlainCausalLM, PlainModel, split_heads
 from writesae.hosts.weights import read_weights
 from writesae.recurrence import diagonal_delta_chunks
 
@@ -36,8 +38,12 @@ MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 
 
 class RWKV7Config(PreTrainedConfig):
-    """The fields of flash-linear-attention's RWKV7Config that change the model. value_dim: d_v times the heads (or a
-    list of it, one a layer, all equal); d_k is head_dim. hidden_ratio counts where intermediate_size is None."""
+    """The fields of flash-linear-attention's RWKV7Config that change the model.
+
+    value_dim: d_v times the number of heads (or a list with this number for each layer, all equal). head_dim:
+    d_k. hidden_ratio is used where intermediate_size is None. Raises ValueError for models that are not
+    implemented here.
+    """
 
     model_type = "rwkv7"
 
@@ -71,37 +77,43 @@ class RWKV7Config(PreTrainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = math.ceil(int(self.hidden_size * (self.hidden_ratio or 4)) / 32) * 32
         if self.attn or self.hidden_act != "sqrelu" or len(set(self.value_dim)) != 1:
-            raise ValueError("This RWKV-7 has no attention layers, no other activation than sqrelu, and one value_dim.")
+            raise ValueError("An RWKV-7 host has no attention layers, the activation sqrelu, one value_dim.")
         if self.num_heads * self.head_dim != self.hidden_size or self.value_dim[0] % self.num_heads:
-            raise ValueError(
-                f"Heads of {self.head_dim} do not divide hidden_size {self.hidden_size} and value_dim {self.value_dim[0]}."
-            )
+            widths = f"hidden_size {self.hidden_size} and value_dim {self.value_dim[0]}"
+            raise ValueError(f"Heads of {self.head_dim} do not divide {widths}.")
         super().__post_init__(**kwargs)
 
 
 def shifted(x: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
-    """Token shift: x [B, T, D] one position later, behind the last input before [B, 1, D] (zeros where there is none)."""
-    return torch.cat([torch.zeros_like(x[:, :1]) if before is None else before, x[:, :-1]], 1)
+    """Return x [B, T, D] moved one position later. before: the input before x, [B, 1, D]; None: zeros."""
+    first = torch.zeros_like(x[:, :1]) if before is None else before
+    return torch.cat([first, x[:, :-1]], 1)
 
 
 def project(attention: nn.Module, x: torch.Tensor, before: torch.Tensor | None, v_first: torch.Tensor | None):
-    """From normed inputs x [B, T, D] to the recurrence's factors, each [B, T, H, d], in fp32 or better; what by-passes
-    the state, bonus [B, T, H, d_v] and gate [B, T, H d_v]; and v_first [B, T, H d_v], which layer 0 is not given."""
-    change = shifted(x, before) - x
-    x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, change, getattr(attention, name)) for name in MIXES)
+    """Return (factors, beside, v_first) of normed inputs x [B, T, D].
+
+    factors: of the recurrence, each [B, T, H, d], in fp32 or better. beside: what bypasses the state, bonus
+    [B, T, H, d_v] and gate [B, T, H d_v]. v_first: the values of layer 0 [B, T, H d_v]; None is passed in
+    layer 0. before: the normed input before x, [B, 1, D]; None: zeros.
+    """
 
     def heads(y: torch.Tensor) -> torch.Tensor:
-        return wide(y).unflatten(-1, (attention.num_heads, -1))
+        return split_heads(y, attention.num_heads)
 
+    change = shifted(x, before) - x
+    x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, change, getattr(attention, name)) for name in MIXES)
     value = attention.v_proj(x_v)
     if v_first is None:
         v_first = value
     else:
         value = torch.lerp(value, v_first, attention.v_lora(x_v).sigmoid())
-    key, rate = heads(attention.k_proj(x_k)), heads(attention.a_lora(x_a)).sigmoid()
+    value = heads(value)
+    query = heads(attention.r_proj(x_r))
+    key = heads(attention.k_proj(x_k))
+    rate = heads(attention.a_lora(x_a)).sigmoid()
     probe = F.normalize(key * heads(attention.k_k), dim=-1)
     key = key * (1 + (rate - 1) * heads(attention.k_a))
-    query, value = heads(attention.r_proj(x_r)), heads(value)
     log_decay = -math.exp(-0.5) * heads(attention.w_lora(x_w)).sigmoid()
     bonus = (query * key * attention.r_k).sum(-1, keepdim=True) * value
     factors = dict(query=query, key=key, added=value, log_decay=log_decay, erase=rate * probe, probe=probe)
@@ -109,22 +121,24 @@ def project(attention: nn.Module, x: torch.Tensor, before: torch.Tensor | None, 
 
 
 def recur(factors: dict[str, torch.Tensor], **carried):
-    """Outputs [B, T, H, d_v], last state [B, H, d_k, d_v] and states before each chunk [B, H, chunks, d_k, d_v] of
-    `project`'s factors. carried: state, groups and end, as diagonal_delta_chunks takes them."""
+    """Return outputs [B, T, H, d_v], the last state [B, H, d_k, d_v] and the states before each chunk [B, H,
+    chunks, d_k, d_v]. factors: of `project`; carried: state, groups and end, for diagonal_delta_chunks."""
     heads_first = {name: x.transpose(1, 2) for name, x in factors.items()}
     outputs, end, before = diagonal_delta_chunks(**heads_first, chunk=CHUNK, **carried)
     return outputs.transpose(1, 2), end, before
 
 
-def read_out(attention: nn.Module, outputs: torch.Tensor, bonus: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """From the heads' outputs [B, T, H, d_v] to the layer's update [B, T, D]."""
+def read_out(attention: nn.Module, outputs, bonus, gate: torch.Tensor) -> torch.Tensor:
+    """Return the layer's update [B, T, D] of the heads' outputs [B, T, H, d_v] and of `project`'s bonus and
+    gate."""
     normed = attention.g_norm(outputs.to(gate.dtype).flatten(0, 1).flatten(1)).view_as(gate)
     return attention.o_proj((normed + bonus.flatten(2).to(gate.dtype)) * gate)
 
 
 def feed_forward(ffn: nn.Module, x: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
-    """The channel mix of normed inputs x [B, T, D]: W_value relu(W_key mix_k)^2."""
-    return ffn.value(F.relu(ffn.key(torch.addcmul(x, shifted(x, before) - x, ffn.x_k))).square())
+    """Return the channel mix W_value relu(W_key mix_k)^2 of normed inputs x [B, T, D]."""
+    mixed = torch.addcmul(x, shifted(x, before) - x, ffn.x_k)
+    return ffn.value(F.relu(ffn.key(mixed)).square())
 
 
 class LowRank(nn.Module):
@@ -132,24 +146,29 @@ class LowRank(nn.Module):
 
     def __init__(self, d_in: int, d_out: int, rank: int, activation: nn.Module, bias: bool = True):
         super().__init__()
-        self.lora = nn.Sequential(nn.Linear(d_in, rank, bias=False), activation, nn.Linear(rank, d_out, bias=bias))
+        down, up = nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=bias)
+        self.lora = nn.Sequential(down, activation, up)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.lora(x)
 
 
 class RWKV7Attention(nn.Module):
-    """Parameters of the time mix; `project`, `recur` and `read_out` are its forward."""
+    """Parameters of the time mix; its forward is `project`, `recur` and `read_out`."""
 
     def __init__(self, config: RWKV7Config, layer: int):
         super().__init__()
-        d, d_value, self.num_heads, self.layer_idx = config.hidden_size, config.value_dim[0], config.num_heads, layer
+        d, d_value = config.hidden_size, config.value_dim[0]
+        self.layer_idx, self.num_heads = layer, config.num_heads
         for name in MIXES:
             setattr(self, name, nn.Parameter(torch.zeros(1, 1, d)))
-        self.k_k, self.k_a = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
+        self.k_k = nn.Parameter(torch.zeros(d))
+        self.k_a = nn.Parameter(torch.zeros(d))
         self.r_k = nn.Parameter(torch.zeros(self.num_heads, config.head_dim))
-        self.r_proj, self.k_proj = nn.Linear(d, d, bias=False), nn.Linear(d, d, bias=False)
-        self.v_proj, self.o_proj = nn.Linear(d, d_value, bias=False), nn.Linear(d_value, d, bias=False)
+        self.r_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, d, bias=False)
+        self.v_proj = nn.Linear(d, d_value, bias=False)
+        self.o_proj = nn.Linear(d_value, d, bias=False)
         self.w_lora = LowRank(d, d, config.decay_low_rank_dim, nn.Tanh())
         self.a_lora = LowRank(d, d, config.a_low_rank_dim, nn.Identity())
         if layer:
@@ -159,7 +178,7 @@ class RWKV7Attention(nn.Module):
 
 
 class RWKV7FeedForward(nn.Module):
-    """Parameters of the channel mix; `feed_forward` is its forward."""
+    """Parameters of the channel mix; its forward is `feed_forward`."""
 
     def __init__(self, config: RWKV7Config, layer: int):
         super().__init__()
@@ -178,8 +197,10 @@ class RWKV7Block(nn.Module):
         super().__init__()
         if config.norm_first and layer == 0:
             self.pre_norm = layer_norm(config)
-        self.attn_norm, self.ffn_norm = layer_norm(config), layer_norm(config)
-        self.attn, self.ffn = RWKV7Attention(config, layer), RWKV7FeedForward(config, layer)
+        self.attn_norm = layer_norm(config)
+        self.ffn_norm = layer_norm(config)
+        self.attn = RWKV7Attention(config, layer)
+        self.ffn = RWKV7FeedForward(config, layer)
 
     def forward(self, x: torch.Tensor, v_first: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         factors, beside, v_first = project(self.attn, self.attn_norm(x), None, v_first)
@@ -187,69 +208,52 @@ class RWKV7Block(nn.Module):
         return x + feed_forward(self.ffn, self.ffn_norm(x), None), v_first
 
 
-class RWKV7Model(nn.Module):
-    def __init__(self, config: RWKV7Config):
-        super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(RWKV7Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = layer_norm(config)
-
-
-def embed(model: RWKV7Model, tokens: torch.Tensor) -> torch.Tensor:
-    """[B, T] ids to the first layer's input [B, T, D]."""
+def embed(model: PlainModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the first layer's input [B, T, D] of ids [B, T]."""
     x = model.embeddings(tokens)
     return model.layers[0].pre_norm(x) if hasattr(model.layers[0], "pre_norm") else x
 
 
-class RWKV7ForCausalLM(PreTrainedModel):
-    """The language model, for training and loading; it has no cache (writesae.hosts.rwkv7 decodes with states)."""
-
+class RWKV7ForCausalLM(PlainCausalLM):
     config_class = RWKV7Config
-    base_model_prefix = "model"
-    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
-    _input_embed_layer = "embeddings"
 
-    def __init__(self, config: RWKV7Config):
-        super().__init__(config)
-        self.model = RWKV7Model(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    @staticmethod
+    def build_model(config: RWKV7Config) -> PlainModel:
+        return PlainModel(config, lambda layer: RWKV7Block(config, layer), layer_norm(config))
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, use_cache: bool = False):
-        """Logits [B, T, vocabulary] of ids [B, T], and the mean next-token loss in nats where labels [B, T] are given."""
-        if use_cache:
-            raise ValueError("This RWKV-7 has no cache: pass use_cache=False, or decode with its host adapter.")
+    def final_hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
         x, v_first = embed(self.model, input_ids), None
         for block in self.model.layers:
             x, v_first = block(x, v_first)
-        logits, loss = self.lm_head(self.model.norm(x)), None
-        if labels is not None:
-            loss = F.cross_entropy(wide(logits[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())
-        return CausalLMOutput(loss=loss, logits=logits)
+        return self.model.norm(x)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As the authors' first release: slow decays, and layers that start as the identity."""
+        """Initialize as the authors' first release: slow decays, and layers that are the identity."""
         if isinstance(module, (RWKV7Attention, RWKV7FeedForward)):
             init_mix(module, self.config)
         elif isinstance(module, nn.Embedding):
             size = 1e-4 if not self.config.tie_word_embeddings else self.config.initializer_range
             init.uniform_(module.weight, -size, size)
         elif module is self.lm_head and not self.config.tie_word_embeddings:
-            init.orthogonal_(module.weight, 0.5 * max(1, self.config.vocab_size / self.config.hidden_size) ** 0.5)
+            ratio = self.config.vocab_size / self.config.hidden_size
+            init.orthogonal_(module.weight, 0.5 * max(1, ratio) ** 0.5)
 
 
 def init_mix(module: RWKV7Attention | RWKV7FeedForward, config: RWKV7Config) -> None:
-    """The authors' initial values. Decays go from exp(-0.0009) to exp(-0.11) a token over the channels of a layer."""
+    """Set the authors' initial values. Decays per token go from exp(-0.0009) to exp(-0.11) over a layer's
+    channels."""
     d, layers = config.hidden_size, config.num_hidden_layers
-    place, depth, left = torch.arange(d) / d, module.layer_idx / max(1, layers - 1), 1 - module.layer_idx / layers
+    channel = torch.arange(d) / d  # from 0 to 1, as depth; left goes from 1 towards 0
+    depth = module.layer_idx / max(1, layers - 1)
+    left = 1 - module.layer_idx / layers
     if isinstance(module, RWKV7FeedForward):
-        init.copy_(module.x_k, 1 - place**left**4)
+        init.copy_(module.x_k, 1 - channel**left**4)
         init.uniform_(module.key.weight, -0.5 * d**-0.5, 0.5 * d**-0.5)
         init.zeros_(module.value.weight)
         return
     for name, power, more in zip(MIXES, (0.2, 0.9, 0.9, 0.4, 0.9, 0.2), (0, 0, 0.4, 0.6, 0, 0)):
-        init.copy_(getattr(module, name), 1 - (place ** (power * left) + more * depth).view(1, 1, d))
+        init.copy_(getattr(module, name), 1 - (channel ** (power * left) + more * depth).view(1, 1, d))
     for projection, size in ((module.r_proj, 0.5), (module.k_proj, 0.05), (module.v_proj, 0.5)):
         init.uniform_(projection.weight, -size * d**-0.5, size * d**-0.5)
     init.zeros_(module.o_proj.weight)
@@ -286,49 +290,56 @@ RELEASE_NAMES = (
 
 
 def release_name(name: str) -> str:
-    """A parameter's name in the authors' own .pth releases, where low-rank matrices are [in, out], not [out, in]."""
+    """Return a parameter's name in the authors' .pth releases. Low-rank matrices are [in, out] there, not
+    [out, in]."""
     for ours, theirs in RELEASE_NAMES:
         name = name.replace(ours, theirs)
     return name
 
 
 def from_pth(path: str | Path, dtype: torch.dtype = torch.float32) -> RWKV7ForCausalLM:
-    """A model from one of the authors' releases (RWKV-x070-*.pth); its shapes say the architecture.
+    """Return the model of one of the authors' releases (RWKV-x070-*.pth).
 
-    For `load_host`, save it to a folder with save_pretrained and put a tokenizer beside it. Raises ValueError naming
-    the first tensor that is missing, unexpected or of another size, and as `read_weights` does.
+    For `load_host`, save it to a folder with save_pretrained and put a tokenizer into that folder. Raises
+    ValueError naming the first tensor that is missing, unexpected or of another size, and what `read_weights`
+    raises.
     """
 
     class Tensors(dict):
         def __missing__(self, name):
-            raise ValueError(f"{path} is no RWKV-7 release: it lacks the tensor {name}.")
+            raise ValueError(f"{path} is not an RWKV-7 release: it lacks the tensor {name}.")
 
-    found = Tensors(read_weights(Path(path)))
-    layers = 1 + max((int(name.split(".")[1]) for name in found if name.startswith("blocks.")), default=0)
-    heads, width = found["blocks.0.att.r_k"].shape
-    config = RWKV7Config(
-        vocab_size=found["emb.weight"].shape[0],
-        hidden_size=found["emb.weight"].shape[1],
-        num_hidden_layers=layers,
-        head_dim=width,
-        intermediate_size=found["blocks.0.ffn.key.weight"].shape[0],
-        decay_low_rank_dim=found["blocks.0.att.w1"].shape[1],
-        a_low_rank_dim=found["blocks.0.att.a1"].shape[1],
-        v_low_rank_dim=found["blocks.1.att.v1"].shape[1] if layers > 1 else 1,
-        gate_low_rank_dim=found["blocks.0.att.g1"].shape[1],
-        norm_first="blocks.0.ln0.weight" in found,
-    )
+    tensors = Tensors(read_weights(Path(path)))
     with torch.device("meta"):
-        model = RWKV7ForCausalLM(config)
-    weights, unused = {}, set(found) - {f"blocks.0.att.v{i}" for i in range(3)}  # layer 0 blends no values
+        model = RWKV7ForCausalLM(_release_config(tensors))
+    weights = {}
+    unused = set(tensors) - {f"blocks.0.att.v{i}" for i in range(3)}  # layer 0 does not use its v_lora
     for name, parameter in model.state_dict().items():
         theirs = release_name(name)
-        tensor = found[theirs].T if ".lora." in name and parameter.ndim == 2 else found[theirs]
+        tensor = tensors[theirs].T if ".lora." in name and parameter.ndim == 2 else tensors[theirs]
         if tensor.numel() != parameter.numel():
-            raise ValueError(f"{path} is no RWKV-7 release: its {theirs} has shape {list(found[theirs].shape)}.")
+            shape = list(tensors[theirs].shape)
+            raise ValueError(f"{path} is not an RWKV-7 release: its {theirs} has shape {shape}.")
         weights[name] = tensor.reshape(parameter.shape).to(dtype)
         unused.discard(theirs)
     if unused:
-        raise ValueError(f"{path} is no RWKV-7 release: nothing takes its tensor {min(unused)}.")
+        raise ValueError(f"{path} is not an RWKV-7 release: nothing takes its tensor {min(unused)}.")
     model.load_state_dict(weights, assign=True)
     return model
+
+
+def _release_config(tensors: dict[str, torch.Tensor]) -> RWKV7Config:
+    """Return the config that a release's tensors have the shapes of."""
+    layers = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=0)
+    return RWKV7Config(
+        vocab_size=tensors["emb.weight"].shape[0],
+        hidden_size=tensors["emb.weight"].shape[1],
+        num_hidden_layers=layers,
+        head_dim=tensors["blocks.0.att.r_k"].shape[1],
+        intermediate_size=tensors["blocks.0.ffn.key.weight"].shape[0],
+        decay_low_rank_dim=tensors["blocks.0.att.w1"].shape[1],
+        a_low_rank_dim=tensors["blocks.0.att.a1"].shape[1],
+        v_low_rank_dim=tensors["blocks.1.att.v1"].shape[1] if layers > 1 else 1,
+        gate_low_rank_dim=tensors["blocks.0.att.g1"].shape[1],
+        norm_first="blocks.0.ln0.weight" in tensors,
+    )

@@ -12,9 +12,10 @@ from torch import Tensor
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of a state dict that torch.save wrote.
+    """Return the tensors of a .safetensors file, or of a state dict that torch.save wrote.
 
-    Raises ValueError for a damaged file, and for a pickle that holds more than tensors; such a one is not executed.
+    Raises ValueError for a damaged file, and for a pickle that holds more than tensors; the pickle is not
+    executed.
     """
     try:
         if path.suffix == ".safetensors":
@@ -22,8 +23,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors, and was not loaded, since a pickle can run code: save its state dict alone, "
-            "where you trust it."
+            f"{path} holds more than tensors, and was not loaded, since a pickle can run code: where you trust "
+            "it, save its state dict alone."
         ) from error
     except (SafetensorError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is damaged or was cut short: {error}") from error
