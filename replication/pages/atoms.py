@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,6 +27,7 @@ from replication.study.firings import firing_windows
 from replication.study.study import Suite
 from replication.study.variant_training import host_variants, variant_name
 from writesae.evaluate.atoms import ATOM_KEYS, CLASSES, MATCH, choose_exemplars, frequent_tokens, matches, top_contexts
+from writesae.sae.model import WEIGHTS
 
 SAE_KEYS = ["host", "place", "layer", "head", "target", "role", "k", "seed", "n_atoms"]
 
@@ -156,7 +156,7 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
         cell, targets = suite.cell(name, own.place), profile.saes.targets
         groups = [(*place, target, "main", profile.seed) for place in scan.places for target in targets]
         groups += [(*cell, target, variant_name(v), v.seed) for v in host_variants(suite, name) for target in targets]
-        files = [Path(f"{suite.sae_stem(name, *group[:4])}.safetensors") for group in groups]
+        files = [suite.sae_folder(name, *group[:4]) / WEIGHTS for group in groups]
         inputs = dict(data=profile.data, seed=profile.seed, saes=files, groups=groups)
         tables.append(suite.staged("atoms", name, groups, scan.alive, [__name__], inputs))
         firings.append(_exemplar_firings(suite, scan, own, cell, tables[-1], inputs))

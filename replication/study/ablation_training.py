@@ -14,6 +14,7 @@ from replication.study import training as saes
 from replication.study.profile import Ablations
 from replication.study.study import Suite, open_suite
 from writesae import files as files_module
+from writesae.sae.config import Parts
 from writesae.sae.train import TrainingSettings
 
 NEED_NO_STATES = [("bilinear", "rank1", 1), ("tied", "rank1", 1)]
@@ -25,8 +26,9 @@ CHECK_WINDOWS = 8  # of the training windows, kept from training to see how it w
 
 def variants(own: Ablations, seed: int) -> list[tuple[str, str, TrainingSettings]]:
     """(place, target, settings) of every SAE, those that take longest first. Raises ValueError where two are the same."""
+    training = own.training.model_dump() | dict(seed=seed)
     found = [
-        (place, target, TrainingSettings(**own.training.model_dump() | one.parts() | dict(seed=seed)))
+        (place, target, TrainingSettings(**training | one.model_dump(include=set(Parts.model_fields))))
         for one in own.variants
         for place in one.places
         for target in one.targets
@@ -76,7 +78,8 @@ def _expected(suite: Suite, host: str, cell: tuple[int, int], target: str, setti
 
 
 def _record(suite: Suite, host: str, cell: tuple[int, int], target: str, settings: TrainingSettings):
-    return suite.sae_stem(host, *cell, target, role(settings.variant)).with_suffix(".csv")
+    folder = suite.sae_folder(host, *cell, target, role(settings.variant))
+    return folder.with_name(f"{folder.name}.csv")
 
 
 def train_task(profile: str, host: str, cell: tuple, target: str, settings: TrainingSettings, expected: str) -> None:

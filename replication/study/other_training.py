@@ -66,8 +66,8 @@ def _train_cell(suite: Suite, name: str, cell, write: str) -> pd.DataFrame:
         cell=cell,
         write=write,
     )
-    stem = suite.sae_stem(name, *cell, "write", "other")
-    record = stem.with_suffix(".csv")
+    folder = suite.sae_folder(name, *cell, "write", "other")
+    record = folder.with_name(f"{folder.name}.csv")
     if not files.up_to_date(record, expected):
         began = time.monotonic()
         checking = suite.windows(name, "heldout")[slice(0, saes.VALIDATION_WINDOWS)].tokens

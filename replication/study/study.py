@@ -24,7 +24,7 @@ from writesae import files as files_module
 from writesae.hosts.base import Host
 from writesae.hosts.hub import commit
 from writesae.hosts.load import load_host
-from writesae.sae import model
+from writesae.sae.model import SAE, WEIGHTS
 from writesae.text import Corpus, Windows, cut_windows
 
 
@@ -194,17 +194,17 @@ class Suite:
         row = found.iloc[0]
         return int(row.layer), int(row["head"])
 
-    def sae_stem(self, host: str, layer: int, head: int, target: str, role: str) -> Path:
+    def sae_folder(self, host: str, layer: int, head: int, target: str, role: str) -> Path:
         return self.paths.build / "saes" / f"{host}-L{layer}-H{head}-{target}-{role}"
 
-    def sae(self, host: str, layer: int, head: int, target: str, role: str = "main"):
+    def sae(self, host: str, layer: int, head: int, target: str, role: str = "main") -> SAE:
         """The trained SAE of a cell; refused where it is of another host, cell, target or write definition."""
         expect = dict(host=host, layer=layer, head=head, target=target, write=self.profile.saes.write)
-        return model.load(self.sae_stem(host, layer, head, target, role), expect)[0]
+        return SAE.load(self.sae_folder(host, layer, head, target, role), expect)
 
     def sae_files(self, host: str, role: str = "main") -> list[Path]:
         """The weights of all SAEs of a role, for fingerprints."""
-        return sorted((self.paths.build / "saes").glob(f"{host}-*-{role}.safetensors"))
+        return sorted((self.paths.build / "saes").glob(f"{host}-*-{role}/{WEIGHTS}"))
 
 
 @contextmanager

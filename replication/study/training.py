@@ -18,7 +18,7 @@ from replication.study import fingerprint, stages
 from replication.study.study import Suite, open_suite
 from writesae import files
 from writesae.harvesting import harvest, history
-from writesae.sae import model
+from writesae.history import Origin
 from writesae.sae.train import TrainingSettings, train
 
 VALIDATION_WINDOWS = 64
@@ -108,24 +108,24 @@ def train_task(
 
 def train_one(suite, host, role, cell, target, settings: TrainingSettings, factors, checking, expected: str) -> dict:
     """Train an SAE of a cell on its harvested factors, resumably, and save it; its line of saes.csv."""
-    data, validation = (history(x, target, suite.profile.saes.write).to(suite.device) for x in (factors, checking))
+    write = suite.profile.saes.write
+    origin = Origin(host, *cell, write)
+    data, validation = (history(x, target, write, origin).to(suite.device) for x in (factors, checking))
     return train_on(suite, host, role, cell, target, settings, data, validation, expected)
 
 
 def train_on(suite, host, role, cell, target, settings: TrainingSettings, data, validation, expected: str) -> dict:
     """The same on histories of the cell, in memory or in shards."""
-    stem = suite.sae_stem(host, *cell, target, role)
-    write, checkpoint = suite.profile.saes.write, stem.with_name(stem.name + f"-{expected[:8]}.checkpoint")
+    folder = suite.sae_folder(host, *cell, target, role)
+    checkpoint = folder.with_name(f"{folder.name}-{expected[:8]}.checkpoint")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     trained, record = train(data, settings, progress=False, checkpoint=checkpoint, validation=validation)
-    shape = settings.kind | dict(n_atoms=settings.n_atoms, k=settings.k)
-    place = dict(host=host, layer=cell[0], head=cell[1])
-    config = model.SAEConfig(
-        **place, target=target, write=write, **shape, d_k=data.d_k, d_v=data.d_v, seed=settings.seed
-    )
-    model.save(trained, config, stem)
+    trained.save(folder)
     checkpoint.unlink(missing_ok=True)
-    return place | dict(
+    return dict(
+        host=host,
+        layer=cell[0],
+        head=cell[1],
         role=role,
         variant=settings.variant,
         target=target,
