@@ -59,7 +59,7 @@ def new_run(side: int, n_atoms: int, k: int, windows: int, tokens: int, silent: 
     settings = TrainingSettings(
         n_atoms=n_atoms, k=k, tokens=100 * windows * tokens, batch_windows=windows, lr=1e-12, final_lr=0.0
     )
-    return _Run.start(history, settings)
+    return _Run(history, settings)
 
 
 def factored(silent: int, **sizes: int) -> Callable[[], float]:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import platform
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -182,3 +183,23 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if "metadata" not in record:
         raise ArtifactError(f"{path} holds no tensors: save_tensors writes those.")
     return load_file(path), record["metadata"]
+
+
+def read_pickle(path: Path) -> Any:
+    """Return what torch.save wrote, if it is tensors and plain values; a pickle of anything else is not executed.
+
+    Raises FileNotFoundError for a missing file, and ValueError for a damaged one and for one with other objects.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and plain values, and was not loaded, since a pickle can run code: save its "
+            "tensors alone, if you trust it."
+        ) from error
+    except (RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ValueError(f"{path} is damaged or was cut short, or torch.save did not write it: {error}") from error

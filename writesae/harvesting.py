@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from tqdm import tqdm
 
-from writesae.history import History, VectorHistory
+from writesae.history import History, Origin, VectorHistory
 from writesae.hosts.base import Host
 from writesae.recurrence import taken_by_erase
 
@@ -49,18 +49,19 @@ def harvest(host: Host, tokens: torch.Tensor, cells: list[Cell], batch: int, pro
     }
 
 
-def history(factors: dict, target: str, write: str = "added") -> History:
+def history(factors: dict, target: str, write: str = "added", origin: Origin | None = None) -> History:
     """A cell's harvest as what an SAE trains on: target "state" (the state itself) or "write" (the native write).
 
     Raises ValueError for another target, and for a write that was not harvested (where decays are vectors, the effective).
     """
     if target == "state" and "taken" in factors:
-        return VectorHistory(factors["key"], factors["added"], factors["log_decay"], factors["erase"], factors["taken"])
+        names = ("key", "added", "log_decay", "erase", "taken")
+        return VectorHistory(*(factors[name] for name in names), origin=origin)
     if target == "state":
-        return History(factors["key"], factors["effective"], factors["log_decay"])
+        return History(factors["key"], factors["effective"], factors["log_decay"], origin=origin)
     if target == "write":
         if write not in ("added", "effective") or write not in factors:
             known = [name for name in ("added", "effective") if name in factors]
             raise ValueError(f"This harvest has no rank-1 write {write!r}: choose {' or '.join(known)}.")
-        return History(factors["key"], factors[write], None)
+        return History(factors["key"], factors[write], None, origin=origin)
     raise ValueError(f"There is no training target {target!r}: choose state or write.")

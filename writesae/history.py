@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
@@ -31,6 +31,15 @@ VECTOR_GROUP = 8  # windows, where their states are rebuilt
 VECTOR_NUMBERS = 2**26  # in the states that are rebuilt at once, if they are of more than one window
 
 
+class Origin(NamedTuple):
+    """The cell that a history is of. write: added or effective, the definition of the write that it uses."""
+
+    host: str | None
+    layer: int
+    head: int
+    write: str
+
+
 class Chunks(NamedTuple):
     """A history cut into C chunks of L tokens, the last one padded with zeros."""
 
@@ -44,13 +53,15 @@ class Chunks(NamedTuple):
 class History:
     """N windows of T tokens of one cell, each from a zero state; floating point, fp32 in a harvest.
 
-    key [N, T, d_k]; value [N, T, d_v]; log_decay [N, T] (target "state") or None (target "write").
+    key [N, T, d_k]; value [N, T, d_v]; log_decay [N, T] (target "state") or None (target "write"). origin: where the data
+    come from, if that is known; an SAE that is trained on them records it.
     Raises ValueError on shapes that do not belong together, several dtypes, and values that are not finite.
     """
 
     key: Tensor
     value: Tensor
     log_decay: Tensor | None = None
+    origin: Origin | None = field(default=None, kw_only=True)
 
     factored: ClassVar[bool] = True  # inner products with rank-1 matrices need no X_t
 
@@ -65,7 +76,8 @@ class History:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by the names of their fields."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in values.items() if isinstance(x, Tensor)}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> History:
         return replace(self, **{name: change(x) for name, x in self.tensors().items()})

@@ -27,7 +27,7 @@ from torch import Tensor
 from replication.study import fingerprint as fingerprint_module
 from writesae import files
 from writesae.harvesting import Cell, harvest, history
-from writesae.history import GROUP, VECTOR_GROUP, History, at_once
+from writesae.history import GROUP, VECTOR_GROUP, History, Origin, at_once
 from writesae.hosts.base import Host
 
 FORMAT_VERSION = 1
@@ -67,7 +67,7 @@ def harvest_shards(
     if not count:
         raise ValueError("There is nothing to harvest: the stream holds no window.")
     for place in places.values():
-        _close(place, count)
+        _close(place, count, host.name)
     return count
 
 
@@ -95,7 +95,7 @@ def _store(host: Host, tokens: Tensor, paths: dict[Cell, Path], batch: int, expe
         files.save_tensors(path, found.pop(cell), {"fingerprint": expected})
 
 
-def _close(place: Path, count: int) -> None:
+def _close(place: Path, count: int, host: str) -> None:
     """Write shards.json over the first `count` shards, and remove those of a longer harvest before."""
     for path in sorted(place.glob("*.safetensors"))[count:]:
         path.unlink()
@@ -105,7 +105,7 @@ def _close(place: Path, count: int) -> None:
         with safe_open(path, framework="pt") as file:
             shape = file.get_slice("key").get_shape()
         shards.append(dict(windows=shape[0], length=shape[1], sha256=files.read_sidecar(path)["sha256"]))
-    text = json.dumps(dict(format_version=FORMAT_VERSION, shards=shards), indent=1) + "\n"
+    text = json.dumps(dict(format_version=FORMAT_VERSION, host=host, shards=shards), indent=1) + "\n"
     files.write_atomically(place / "shards.json", lambda partial: partial.write_text(text))
 
 
@@ -119,7 +119,8 @@ class ShardedHistory:
 
     def __init__(self, folder: Path | str, cell: Cell, target: str, write: str = "added", limit: int | None = None):
         self.place, self.target, self.write = cell_folder(folder, cell), target, write
-        shards = self._manifest()
+        host, shards = self._manifest()
+        self.origin = Origin(host, *cell, write)
         whole = sum(shard["windows"] for shard in shards)
         if (limit or 0) > whole:
             raise ValueError(f"{limit} windows are asked for and {self.place} has {whole}.")
@@ -137,8 +138,8 @@ class ShardedHistory:
         self._per_window = sum(x.numel() for x in first.tensors().values())
         self.key = first.key[:0]  # no window, but dtype and device
 
-    def _manifest(self) -> list[dict]:
-        """The shards, each compared with its checksum."""
+    def _manifest(self) -> tuple[str | None, list[dict]]:
+        """The host's name, and the shards, each compared with its checksum."""
         path = self.place / "shards.json"
         try:
             content = json.loads(path.read_text())
@@ -152,7 +153,7 @@ class ShardedHistory:
         for number, shard in enumerate(shards):
             if files.read_sidecar(_shard(self.place, number))["sha256"] != shard["sha256"]:
                 raise files.ArtifactError(f"{_shard(self.place, number)} is of another harvest than shards.json.")
-        return shards
+        return content.get("host"), shards
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -177,7 +178,7 @@ class ShardedHistory:
                 part = file.get_slice(name)
                 for row, place in zip(rows, places):
                     read[name][place] = part[row : row + 1]
-        return history({name: torch.cat(parts) for name, parts in read.items()}, self.target, self.write)
+        return history({name: torch.cat(parts) for name, parts in read.items()}, self.target, self.write, self.origin)
 
     def _files(self, window: Tensor) -> Iterator[tuple[list[int], list[int], safe_open]]:
         """For each shard that has some of the windows: their rows in it, their places among `window`, and the file."""

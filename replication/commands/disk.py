@@ -18,6 +18,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from replication.study import paths as artifacts
 from replication.study.profile import Profile
 from writesae.hosts import hub
+from writesae.sae.model import WEIGHTS
 from writesae.sae.train import TrainingSettings
 
 OTHER = 500e6  # bytes: tables, figures, executed notebooks, groups of unfinished stages (mini leaves a tenth of that)
@@ -87,7 +88,7 @@ def still_needed(profile: Profile, paths: artifacts.Paths) -> list[Need]:
             needs.append(Need(f"the weights of {section.path}", Path(constants.HF_HUB_CACHE), size))
         cells = len(section.cells)
         factors = harvest_bytes(shape, data.sae_windows * data.window)
-        needs.append(_rest(f"harvests of {name}", paths.build / "harvest", f"{name}-*", cells, factors))
+        needs.append(_rest(f"harvests of {name}", paths.build / "harvest", f"{name}-*.safetensors", cells, factors))
         saes, targets = profile.section("saes", name), len(profile.saes.targets)
         counts = dict(main=cells * targets, flat=cells)
         survey = profile.section("replacement", name)
@@ -95,12 +96,14 @@ def still_needed(profile: Profile, paths: artifacts.Paths) -> list[Need]:
             counts["survey"] = -(-shape.layers // survey.survey_every) * shape.heads * targets
         for role, count in counts.items():
             size = sae_bytes(shape, getattr(saes, role))
-            needs.append(_rest(f"{role} SAEs of {name}", paths.build / "saes", f"{name}-*-{role}", count, size))
+            needs.append(
+                _rest(f"{role} SAEs of {name}", paths.build / "saes", f"{name}-*-{role}/{WEIGHTS}", count, size)
+            )
     return needs
 
 
 def _rest(what: str, folder: Path, pattern: str, count: int, size: int) -> Need:
-    return Need(what, folder, max(0, count - len(list(folder.glob(pattern + ".safetensors")))) * size)
+    return Need(what, folder, max(0, count - len(list(folder.glob(pattern)))) * size)
 
 
 def check(profile: Profile, paths: artifacts.Paths, free: Callable[[Path], int] | None = None) -> None:

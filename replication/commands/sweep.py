@@ -320,9 +320,7 @@ def train_points(sweep: Sweep, expected: dict[Point, str]) -> list[str]:
         made = dict(seconds=seconds + shared, fingerprint=expected[point])
         stages.write_table(whole, sweep.record(point), suite.provenance(point.host, **made))
         if not sweep.grid.keep:
-            stem = suite.sae_stem(*_place(sweep, point))
-            for suffix in (".json", ".safetensors"):
-                stem.with_name(stem.name + suffix).unlink(missing_ok=True)
+            shutil.rmtree(suite.sae_folder(*_place(sweep, point)))
     return failed
 
 

@@ -37,6 +37,7 @@ from replication.study.training import ablation_hosts, ablation_role, ablation_v
 from writesae.evaluate.firings import Encoded, draw_in_rounds
 from writesae.evaluate.replacement import AMPLITUDES, Subject
 from writesae.harvesting import history
+from writesae.sae.model import WEIGHTS
 from writesae.sae.train import by_group
 
 REFERENCE = "bilinear+rank1"  # the variant that the others are compared with
@@ -122,8 +123,7 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
 
 
 def _weights(suite: Suite, host: str, place: str, target: str, variant: str) -> Path:
-    stem = suite.sae_stem(host, *suite.cell(host, place), target, ablation_role(variant))
-    return stem.with_name(stem.name + ".safetensors")
+    return suite.sae_folder(host, *suite.cell(host, place), target, ablation_role(variant)) / WEIGHTS
 
 
 def fvu(windows: pd.DataFrame) -> Callable[[np.ndarray], float]:

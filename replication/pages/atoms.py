@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -30,6 +29,7 @@ from replication.study.firings import firing_windows
 from replication.study.study import Suite
 from replication.study.training import host_variants, variant_name
 from writesae.evaluate.atoms import ATOM_KEYS, CLASSES, MATCH, choose_exemplars, frequent_tokens, matches, top_contexts
+from writesae.sae.model import WEIGHTS
 
 SAE_KEYS = ["host", "place", "layer", "head", "target", "role", "k", "seed", "n_atoms"]
 
@@ -162,7 +162,7 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
         targets, variants = profile.saes.targets, host_variants(suite, name)
         groups = [(*place, target, "main", profile.seed) for place in scan.places for target in targets]
         groups += [(*cell, target, variant_name(v), v.seed) for v in variants for target in targets]
-        saes = [Path(f"{suite.sae_stem(name, *group[:4])}.safetensors") for group in groups]
+        saes = [suite.sae_folder(name, *group[:4]) / WEIGHTS for group in groups]
         inputs = dict(data=profile.data, seed=profile.seed, saes=saes, groups=groups)
         tables.append(suite.staged("atoms", name, groups, scan.alive, [__name__], inputs))
         every.append(main_firings(suite, name, scan))

@@ -12,6 +12,7 @@ from replication.study.study import Suite
 from writesae.evaluate.firings import atom_names, draw_in_rounds
 from writesae.evaluate.replacement import make_subject
 from writesae.harvesting import harvest
+from writesae.sae.model import WEIGHTS
 
 SMALLEST = 1e-12  # nats; below this a divergence is rounding
 
@@ -39,8 +40,8 @@ def heads_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
     for subject in heldout_subjects(suite, name, cells, "survey", windows):
         every = firings_of(suite, subject, windows)
         drawn.append((subject, draw_in_rounds(every, min(settings.head_firings, len(every)), suite.profile.seed)))
-    stems = [suite.sae_stem(name, s.layer, s.head, s.target, "survey") for s, _ in drawn]
-    weights = [stem.with_suffix(".safetensors") for stem in stems]
+    folders = [suite.sae_folder(name, s.layer, s.head, s.target, "survey") for s, _ in drawn]
+    weights = [folder / WEIGHTS for folder in folders]
     inputs = dict(settings=settings, data=suite.profile.data, saes=weights)
     options = dict(conditions=("delete", "atom", "random", "mean_write"), scopes=("write",))
     return run_firings(

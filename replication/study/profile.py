@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from replication.study.paths import ROOT, dry_run, output_root
-from writesae.sae.parts import check_parts
+from writesae.sae.config import Parts
 from writesae.sae.train import TrainingSettings
 from writesae.text import Corpus
 
@@ -176,22 +176,9 @@ class Multiverse(Section):
     permutations: PositiveInt
 
 
-class Variant(Section):
-    encoder: str = "bilinear"
-    decoder: str = "rank1"
-    activation: str = "topk"
-    rank: PositiveInt = 1
+class Variant(Parts):
     targets: list[Target] = ["state"]
     places: list[Place] = ["middle"]
-
-    @model_validator(mode="after")
-    def _exists(self) -> Variant:
-        check_parts(**self.parts())
-        return self
-
-    def parts(self) -> dict:
-        """What it changes in the settings of the training."""
-        return dict(encoder=self.encoder, decoder=self.decoder, activation=self.activation, rank=self.rank)
 
 
 class Selectivity(Section):

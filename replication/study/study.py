@@ -24,7 +24,7 @@ from writesae.files import file_hash, load_tensors, read_sidecar, save_tensors, 
 from writesae.hosts.base import Host
 from writesae.hosts.hub import commit
 from writesae.hosts.load import adapter, family_of, load_host
-from writesae.sae import model
+from writesae.sae.model import SAE, WEIGHTS
 from writesae.text import Corpus, Windows, cut_windows
 
 
@@ -240,18 +240,19 @@ class Suite:
         """Return the path of the factors of a cell of the headline over the windows of the SAE split."""
         return self.paths.build / "harvest" / f"{host}-L{layer}-H{head}.safetensors"
 
-    def sae_stem(self, host: str, layer: int, head: int, target: str, role: str) -> Path:
+    def sae_folder(self, host: str, layer: int, head: int, target: str, role: str) -> Path:
+        """Return the folder of an SAE."""
         return self.paths.build / "saes" / f"{host}-L{layer}-H{head}-{target}-{role}"
 
-    def sae(self, host: str, layer: int, head: int, target: str, role: str = "main", write: str | None = None):
+    def sae(self, host: str, layer: int, head: int, target: str, role: str = "main", write: str | None = None) -> SAE:
         """Return the trained SAE of a cell. Raises ValueError where it is of another host, cell, target or write."""
         write = write or self.profile.saes.write
         expect = dict(host=host, layer=layer, head=head, target=target, write=write)
-        return model.load(self.sae_stem(host, layer, head, target, role), expect)[0]
+        return SAE.load(self.sae_folder(host, layer, head, target, role), expect)
 
     def sae_files(self, host: str, role: str = "main") -> list[Path]:
         """The weights of all SAEs of a role, for fingerprints."""
-        return sorted((self.paths.build / "saes").glob(f"{host}-*-{role}.safetensors"))
+        return sorted((self.paths.build / "saes").glob(f"{host}-*-{role}/{WEIGHTS}"))
 
 
 @contextmanager

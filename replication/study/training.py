@@ -23,8 +23,8 @@ from replication.study.profile import Ablations
 from replication.study.study import Suite, threads
 from writesae.files import load_tensors, up_to_date
 from writesae.harvesting import harvest, history
-from writesae.history import History
-from writesae.sae import model
+from writesae.history import History, Origin
+from writesae.sae.config import Parts
 from writesae.sae.train import TrainingSettings, train
 
 VALIDATION_WINDOWS = 64  # held-out windows on which an SAE's FVU is measured
@@ -149,8 +149,9 @@ def ablation_variants(section: Ablations, seed: int) -> list[tuple[str, str, Tra
 
     Raises ValueError where two are the same.
     """
+    training = section.training.model_dump() | dict(seed=seed)
     every = [
-        (place, target, TrainingSettings(**section.training.model_dump() | one.parts() | dict(seed=seed)))
+        (place, target, TrainingSettings(**training | one.model_dump(include=set(Parts.model_fields))))
         for one in section.variants
         for place in one.places
         for target in one.targets
@@ -242,8 +243,8 @@ def expected(study: Suite, spec: SaeSpec) -> str:
 
 def _record(study: Suite, spec: SaeSpec) -> Path:
     """Return the path of an SAE's one-row table."""
-    stem = study.sae_stem(spec.host, *spec.cell, spec.target, spec.role)
-    return stem.with_name(stem.name + ".csv")
+    folder = study.sae_folder(spec.host, *spec.cell, spec.target, spec.role)
+    return folder.with_name(f"{folder.name}.csv")
 
 
 def train_task(study: Suite, specs: list[SaeSpec]) -> None:
@@ -282,21 +283,22 @@ def _harvest(study: Suite, host: str, specs: list[SaeSpec], tokens: torch.Tensor
 
 def _history(study: Suite, spec: SaeSpec, factors: dict, windows: slice) -> History:
     chosen = {name: x[windows] for name, x in factors.items()}
-    return history(chosen, spec.target, spec.write).to(study.device)
+    origin = Origin(spec.host, *spec.cell, spec.write)
+    return history(chosen, spec.target, spec.write, origin).to(study.device)
 
 
 def train_one(study: Suite, spec: SaeSpec, data: History, validation: History, fingerprint: str) -> dict:
     """Train an SAE on histories of its cell, in memory or in shards, resumably; save it and return its row."""
-    settings, stem = spec.settings, study.sae_stem(spec.host, *spec.cell, spec.target, spec.role)
-    checkpoint = stem.with_name(f"{stem.name}-{fingerprint[:8]}.checkpoint")
+    settings, folder = spec.settings, study.sae_folder(spec.host, *spec.cell, spec.target, spec.role)
+    checkpoint = folder.with_name(f"{folder.name}-{fingerprint[:8]}.checkpoint")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     sae, record = train(data, settings, progress=False, checkpoint=checkpoint, validation=validation)
-    shape = settings.kind | dict(n_atoms=settings.n_atoms, k=settings.k, d_k=data.d_k, d_v=data.d_v)
-    place = dict(host=spec.host, layer=spec.layer, head=spec.head)
-    config = model.SAEConfig(**place, target=spec.target, write=spec.write, **shape, seed=settings.seed)
-    model.save(sae, config, stem)
+    sae.save(folder)
     checkpoint.unlink(missing_ok=True)
-    return place | dict(
+    return dict(
+        host=spec.host,
+        layer=spec.layer,
+        head=spec.head,
         role=spec.role,
         variant=settings.variant,
         target=spec.target,

@@ -20,6 +20,7 @@ from replication.study.profile import CellRule, Data, HostSection, Saes
 from writesae import files
 from writesae.evaluate import atoms as atoms_module
 from writesae.harvesting import harvest, history
+from writesae.sae.config import Architecture
 from writesae.sae.model import SAE
 from writesae.sae.train import TrainingSettings
 from writesae.text import Windows
@@ -111,7 +112,7 @@ def test_variation_by_hand():
 
 def random_sae(seed, n=40):
     torch.manual_seed(seed)
-    return SAE(n, 4, 12, 20)
+    return SAE(Architecture(n_atoms=n, k=4), 12, 20)
 
 
 def permuted(sae):
@@ -364,7 +365,7 @@ def test_a_stage_is_read_until_an_sae_changes(suite, scanned, monkeypatch):
     again = atoms.run(suite)
     for a, b in zip(again, scanned, strict=True):
         pd.testing.assert_frame_equal(a, b)
-    weights = suite.sae_stem("small", *CELL, "write", "k6-seed42").with_suffix(".safetensors")
+    weights = suite.sae_folder("small", *CELL, "write", "k6-seed42") / "model.safetensors"
     content = weights.read_bytes()
     try:
         weights.write_bytes(content + b" ")

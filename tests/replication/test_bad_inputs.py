@@ -12,7 +12,6 @@ import torch
 from conftest import SMALL
 from helpers import Malicious, SmallSuite
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
 
 from replication import statistics
 from replication.commands import run as run_notebook
@@ -32,10 +31,9 @@ from writesae.hosts import load
 from writesae.hosts.load import load_host
 from writesae.hosts.rwkv7_model import from_pth
 from writesae.recurrence import Factors
-from writesae.sae import model as sae_module
-from writesae.sae.model import SAE, SAEConfig
-from writesae.sae.pretrained import PretrainedSAE
-from writesae.sae.published import read_published
+from writesae.sae.config import Architecture, SAEConfig
+from writesae.sae.model import SAE
+from writesae.sae.published import load_authors_sae
 from writesae.sae.train import TrainingSettings, evaluate, train
 from writesae.text import Windows, cut_windows
 
@@ -89,34 +87,34 @@ def a_file(x, content: bytes = b"weights", name: str = "file"):
     return x.path / name
 
 
-def saved(x):
-    sae_module.save(SAE(12, 3, 5, 7), SAEConfig(**CONFIG), x.path / "sae")
+def new_sae(d_k=5, d_v=7, **architecture) -> SAE:
+    return SAE(Architecture(**dict(n_atoms=12, k=3) | architecture), d_k, d_v)
+
+
+def saved(x, *harmed: str):
+    """The path of a saved SAE; the files named in `harmed` are removed."""
+    SAE(SAEConfig(**CONFIG), 5, 7).save(x.path / "sae")
+    for name in harmed:
+        (x.path / "sae" / name).unlink()
     return x.path / "sae"
 
 
-def load_without(x, suffix: str):
-    saved(x).with_suffix(suffix).unlink()
-    return sae_module.load(x.path / "sae")
-
-
 def load_with_nan(x):
-    sae = SAE(12, 3, 5, 7)
+    sae = SAE(SAEConfig(**CONFIG), 5, 7)
     sae.decoder.value.data[4, 2] = torch.nan
-    sae_module.save(sae, SAEConfig(**CONFIG), x.path / "sae")
-    return sae_module.load(x.path / "sae")
+    sae.save(x.path / "sae")
+    return SAE.load(x.path / "sae")
 
 
 def load_other_text(x):
-    saved(x).with_suffix(".json").write_bytes(b"\xff\xfe{}")
-    return sae_module.load(x.path / "sae")
+    (saved(x) / "config.json").write_bytes(b"\xff\xfe{}")
+    return SAE.load(x.path / "sae")
 
 
-def pretrained(x, fields: dict | None = None, **tensors):
-    PretrainedSAE(**CONFIG).save_pretrained(x.path)
-    weights, config = x.path / "model.safetensors", x.path / "config.json"
-    save_file(load_file(weights) | tensors, weights)
-    config.write_text(json.dumps(json.loads(config.read_text()) | (fields or {})))
-    return PretrainedSAE.from_pretrained(x.path)
+def load_changed(x, **fields):
+    config = saved(x) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    return SAE.load(x.path / "sae")
 
 
 def published(x, config: dict | None = None, **tensors):
@@ -124,7 +122,7 @@ def published(x, config: dict | None = None, **tensors):
     state = {name: torch.ones(shape) for name, shape in shapes.items()} | tensors
     said = dict(sae_type="bilinear", layer=9, head=4, k=3, seed=42, d_k=5, d_v=7) | (config or {})
     torch.save(dict(model_state_dict=state, config=said), x.path / "best.pt")
-    return read_published(x.path / "best.pt", "host")
+    return load_authors_sae(x.path / "best.pt", "host")
 
 
 def table(x, **changes):
@@ -320,7 +318,10 @@ CASES = [
         r"not all finite, first in backbone\.layers\.3\.mixer\.dt_b",
     ),
     Case(
-        "RWKV-7 release: a pickle with code", pickled_release, ValueError, "holds more than tensors, and was not loaded"
+        "RWKV-7 release: a pickle with code",
+        pickled_release,
+        ValueError,
+        "holds more than tensors and plain values, and was",
     ),
     Case("RWKV-7 release: damaged", lambda x: from_pth(a_file(x, b"")), ValueError, "file is damaged or was cut short"),
     Case("RWKV-7 release: no dict", lambda x: released(x, torch.ones(2)), ValueError, "no state dict, but a Tensor"),
@@ -331,12 +332,13 @@ CASES = [
         "no host family 'lstm': choose one of gated",
     ),
     # SAEs
-    Case("SAE: k of 0", lambda x: SAE(12, 0, 5, 7), ValueError, "k must lie between 1 and n_atoms = 12, not 0"),
-    Case("SAE: no sides", lambda x: SAE(12, 3, 0, 7), ValueError, "sides of 1 or more, not 0 x 7"),
+    Case("SAE: k of 0", lambda x: new_sae(k=0), ValidationError, "(?s)k.*greater than 0"),
+    Case("SAE: k above n_atoms", lambda x: new_sae(k=13), ValidationError, "k = 13 exceeds n_atoms = 12"),
+    Case("SAE: no sides", lambda x: new_sae(d_k=0), ValidationError, "(?s)d_k.*greater than 0"),
     Case(
         "SAE: rank of a flat one",
-        lambda x: SAE(9, 3, 5, 7, decoder="flat", rank=2),
-        ValueError,
+        lambda x: new_sae(decoder="flat", rank=2),
+        ValidationError,
         "only bilinear . rank1",
     ),
     Case(
@@ -380,38 +382,38 @@ CASES = [
     Case("settings: no tokens", lambda x: settings(tokens=0), ValidationError, "(?s)tokens.*greater than 0"),
     # Checkpoints
     Case(
-        "checkpoint: none", lambda x: sae_module.load(x.path / "sae"), FileNotFoundError, r"sae: sae\.json is missing"
+        "checkpoint: none",
+        lambda x: SAE.load(x.path / "sae"),
+        FileNotFoundError,
+        "There is no folder .*sae, and it is no hub id either",
     ),
     Case(
         "checkpoint: no weights",
-        lambda x: load_without(x, ".safetensors"),
+        lambda x: SAE.load(saved(x, "model.safetensors")),
         FileNotFoundError,
-        r"sae\.safetensors is miss",
+        r"holds no model\.safetensors",
     ),
     Case(
         "checkpoint: NaN", load_with_nan, ValueError, r"safetensors holds values .* not finite, first in decoder\.value"
     ),
-    Case("checkpoint: no text", load_other_text, ValueError, r"sae\.json is damaged: it is not a JSON object"),
+    Case("checkpoint: no text", load_other_text, ValueError, r"config\.json is damaged: it is not a JSON object"),
     Case(
-        "folder: NaN",
-        lambda x: pretrained(x, mean=torch.full((5, 7), torch.nan)),
-        ValueError,
-        "not finite, first in mean",
-    ),
-    Case(
-        "folder: k in words",
-        lambda x: pretrained(x, dict(k="three")),
+        "checkpoint: k in words",
+        lambda x: load_changed(x, k="three"),
         ValueError,
         r"config\.json does not .*: k: Input",
     ),
     Case(
-        "folder: another host",
-        lambda x: PretrainedSAE.from_pretrained(x.path),
+        "checkpoint: an empty folder",
+        lambda x: SAE.load(x.path),
         FileNotFoundError,
         "holds no config.json",
     ),
     Case(
-        "published: a folder", lambda x: read_published(x.path, "host"), ValueError, "damaged or no file of torch.save"
+        "published: a folder",
+        lambda x: load_authors_sae(x.path, "host"),
+        ValueError,
+        "damaged or was cut short, or torch.save did not",
     ),
     Case(
         "published: NaN",
@@ -423,7 +425,10 @@ CASES = [
         "published: layer in words",
         lambda x: published(x, dict(layer="nine")),
         ValueError,
-        "layer of .* is 'nine', where a",
+        "layer of .* is 'nine', and must be",
+    ),
+    Case(
+        "published: k", lambda x: published(x, dict(k=12)), ValueError, "best.pt is no SAE: k = 12 exceeds n_atoms = 11"
     ),
     Case(
         "published: no atoms",
@@ -723,7 +728,7 @@ CASES = [
         "train: validation on writes",
         lambda x: trained(target="write"),
         ValueError,
-        "of states, and the validation .*writes",
+        "training data are states, the validation data writes",
     ),
     Case(
         "train: a checkpoint of text",
@@ -791,7 +796,7 @@ def things(gated_deltanet):
     cell = host.factors(run, *CELL)
     factors = harvest(host, tokens, [CELL], 3, progress=False)[CELL]
     torch.manual_seed(0)
-    return dict(host=host, tokens=tokens, run=run, factors=factors, cell=cell, sae=SAE(12, 3, 5, 7)) | dict(
+    return dict(host=host, tokens=tokens, run=run, factors=factors, cell=cell, sae=new_sae()) | dict(
         vector=Factors(cell.query, cell.key, cell.added, cell.log_decay.expand_as(cell.key))
     )
 

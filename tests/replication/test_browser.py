@@ -22,7 +22,8 @@ from replication.study.profile import CellRule, Data, HostSection
 from writesae import files
 from writesae.evaluate import atoms
 from writesae.evaluate.replacement import CONDITIONS
-from writesae.sae.model import SAE, SAEConfig, save
+from writesae.sae.config import SAEConfig
+from writesae.sae.model import SAE
 
 CELL, N_ATOMS = (1, 2), 24
 HOSTILE = "</script><img src=x onerror=\"document.title='run'\">"
@@ -92,10 +93,9 @@ def suite(gated_deltanet, tmp_path_factory):
     made.write("cells", pd.DataFrame([where | dict(place="middle", half_life_median=9.5, sigma1_over_sigma2=2.0)]))
     for target, role in itertools.product(("state", "write"), ("main", "survey")):
         torch.manual_seed(len(target + role))
-        sae = SAE(N_ATOMS, 3, single.d_k, single.d_v)
-        shape = dict(n_atoms=N_ATOMS, k=3, d_k=single.d_k, d_v=single.d_v, encoder="bilinear", decoder="rank1")
+        shape = dict(n_atoms=N_ATOMS, k=3, d_k=single.d_k, d_v=single.d_v)
         config = SAEConfig(**where, target=target, write="added", seed=0, **shape)
-        save(sae, config, made.sae_stem("small", *CELL, target, role))
+        SAE(config, single.d_k, single.d_v).save(made.sae_folder("small", *CELL, target, role))
     saes = [
         where | dict(role=role, target=target, n_atoms=N_ATOMS, k=3, fvu=0.5)
         for target, role in itertools.product(("state", "write"), ("main", "survey"))
@@ -295,14 +295,14 @@ def test_failures_are_one_sentence(suite, without, monkeypatch, capsys):
     monkeypatch.setattr(browser, "MAXIMUM_BYTES", 100)
     assert browser.main(["--profile", "small"]) == 1
     assert re.fullmatch(r"The page would have [\d,]+ bytes, more than 100: .*\n", capsys.readouterr().err)
-    stem = suite.sae_stem("small", *CELL, "write", "main").with_suffix(".json")
-    stem.rename(stem.with_suffix(".away"))
+    config = suite.sae_folder("small", *CELL, "write", "main") / "config.json"
+    config.rename(config.with_suffix(".away"))
     monkeypatch.setattr(browser, "TOKENS", 3)  # so that promoted tokens are computed again
     try:
         assert browser.main(["--profile", "small"]) == 1
         assert "`make 02_train_saes PROFILE=small` makes it." in capsys.readouterr().err.splitlines()[-1]
     finally:
-        stem.with_suffix(".away").rename(stem)
+        config.with_suffix(".away").rename(config)
 
 
 def test_a_page_is_made_from_tables_without_an_sae_or_a_run_of_the_host(suite, page, monkeypatch):

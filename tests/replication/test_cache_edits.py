@@ -19,6 +19,7 @@ from writesae.evaluate.firings import Encoded, all_firings, encode
 from writesae.harvesting import harvest, history
 from writesae.hosts.past import Record
 from writesae.recurrence import step_states
+from writesae.sae.config import Architecture
 from writesae.sae.model import SAE
 from writesae.text import Windows
 
@@ -29,7 +30,7 @@ N, K = 24, 12
 def small_sae(host, seed=0):
     """An untrained SAE in the hosts' precision: its atoms are as good as any."""
     torch.manual_seed(seed)
-    return SAE(N, K, host.d_k, host.d_v).requires_grad_(False).double()
+    return SAE(Architecture(n_atoms=N, k=K), host.d_k, host.d_v).requires_grad_(False).double()
 
 
 def site_of(host, tokens):

@@ -53,7 +53,7 @@ def test_a_harvest_is_as_large_as_its_file(host, tmp_path):
 @pytest.mark.parametrize("parts", [{}, dict(rank=2), dict(encoder="dense", decoder="flat"), dict(encoder="tied")])
 def test_an_sae_is_as_large_as_its_file(parts, tmp_path):
     settings = TrainingSettings(n_atoms=64, k=4, tokens=100, batch_windows=1, **parts)
-    save_file(SAE(64, 4, 12, 20, **settings.kind).state_dict(), tmp_path / "file")
+    save_file(SAE(settings, 12, 20).state_dict(), tmp_path / "file")
     estimate = disk.sae_bytes(hub.Shape(1, 1, 12, 20), settings)
     assert (tmp_path / "file").stat().st_size == pytest.approx(estimate, abs=1500)
 

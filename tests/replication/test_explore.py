@@ -19,7 +19,8 @@ from replication.pages import atoms as atoms_page
 from replication.pages import promoted as promoted_page
 from replication.study.profile import CellRule, Data, HostSection, Install
 from writesae.evaluate import install, promoted
-from writesae.sae.model import SAE, SAEConfig, save
+from writesae.sae.config import SAEConfig
+from writesae.sae.model import SAE
 
 CELL, N_ATOMS = (1, 2), 24
 HOSTILE = "</pre><script>alert(1)</script>"
@@ -86,9 +87,9 @@ def suite(gated_deltanet, tmp_path_factory):
     made.write("cells", pd.DataFrame([where | dict(place="middle", half_life_median=9.5, sigma1_over_sigma2=2.0)]))
     for target in ("state", "write"):
         torch.manual_seed(len(target))
-        shape = dict(n_atoms=N_ATOMS, k=3, d_k=host.d_k, d_v=host.d_v, encoder="bilinear", decoder="rank1")
+        shape = dict(n_atoms=N_ATOMS, k=3, d_k=host.d_k, d_v=host.d_v)
         config = SAEConfig(**where, target=target, write="added", seed=0, **shape)
-        save(SAE(N_ATOMS, 3, host.d_k, host.d_v), config, made.sae_stem("small", *CELL, target, "main"))
+        SAE(config, host.d_k, host.d_v).save(made.sae_folder("small", *CELL, target, "main"))
     yield made
     patch.undo()
 

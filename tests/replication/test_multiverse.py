@@ -21,6 +21,7 @@ from writesae import files
 from writesae.edit import edited_hidden, kl, make_edit
 from writesae.evaluate import firings, replacement
 from writesae.harvesting import harvest, history
+from writesae.sae.config import Architecture
 from writesae.sae.model import SAE
 from writesae.sae.train import TrainingSettings
 from writesae.text import Windows
@@ -48,7 +49,7 @@ def subject_of(host, tokens, target, write):
     torch.manual_seed(2)
     factors = harvest(host, tokens, [CELL], batch=3, progress=False)[CELL]
     data, writes = history(factors, target, write), history(factors, "write", write)
-    sae = SAE(24, 4, data.d_k, data.d_v)
+    sae = SAE(Architecture(n_atoms=24, k=4), data.d_k, data.d_v)
     encoded = firings.encode(sae, data)
     return replacement.Subject(*CELL, target, write, sae, encoded, writes, writes.mean(), encoded.alive())
 

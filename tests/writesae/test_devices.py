@@ -18,6 +18,7 @@ from replication.pages.cache_edits.site import Site
 from writesae.edit import generate, make_edit
 from writesae.evaluate import replacement
 from writesae.harvesting import harvest
+from writesae.sae.config import Architecture
 from writesae.sae.model import SAE
 from writesae.shift import gamma, logit_gradient
 
@@ -120,7 +121,7 @@ def test_all_that_is_asked_of_a_host_elsewhere_is_what_it_says_here(host, tokens
 def test_replacement_on_a_host_elsewhere(host, tokens):
     cell = host.recurrent_layers[1], 0
     torch.manual_seed(0)
-    sae = SAE(24, 3, host.d_k, host.d_v).requires_grad_(False)
+    sae = SAE(Architecture(n_atoms=24, k=3), host.d_k, host.d_v).requires_grad_(False)
     firings = pd.DataFrame(dict(row=[0, 1], window=[0, 1], position=[20, 30], atom=[3, 4], coefficient=[0.5, 1.0]))
 
     def replaced(host):

@@ -1,11 +1,13 @@
 """writesae.history against the plain recurrence, in fp64 unless the point is fp32; d_k != d_v, T not in CHUNKs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import assert_close
 
 from writesae import history as history_module
-from writesae.history import History, VectorHistory
+from writesae.history import History, Origin, VectorHistory
 from writesae.recurrence import Factors, step_states, taken_by_erase
 from writesae.sae.train import TrainingSettings, train
 
@@ -78,6 +80,16 @@ def test_indexing_picks_windows():
     assert_close(picked.steps(), history.steps()[[2, 0]], "picked windows", 0.0)
     assert len(history[1]) == 1 and torch.equal(history[1].key[0], history.key[1])
     assert [len(part) for part in history.groups(2)] == [2, 1]
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_a_history_keeps_its_origin(vector):
+    plain, origin = vector_history()[1] if vector else make(), Origin("toy", 3, 1, "added")
+    known = replace(plain, origin=origin)
+    for history in (known, known[1], known[[0]], known.double(), known.to("cpu"), *known.groups(2)):
+        assert history.origin == origin
+    assert plain.origin is None and known.tensors().keys() == plain.tensors().keys()
+    assert known.fingerprint() == plain.fingerprint()
 
 
 def test_values_that_are_not_finite_are_located():

@@ -149,7 +149,7 @@ def test_damaged_releases_are_refused(tmp_path):
     with pytest.raises(ValueError, match="damaged or was cut short"):
         from_release(tmp_path)
     torch.save({"x": Malicious(tmp_path / "ran")}, path)
-    with pytest.raises(ValueError, match="more than tensors, and was not loaded"):
+    with pytest.raises(ValueError, match="more than tensors and plain values, and was not loaded"):
         from_release(tmp_path)
     assert not (tmp_path / "ran").exists()
 

@@ -85,14 +85,14 @@ def allowed():
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("products", ["fp32", "tf32", "bf16"])
 def test_tf32_is_allowed_for_the_step_and_as_it_was_afterwards(products, before, allowed, monkeypatch):
-    data, seen, real = history_of("write"), [], train_module._loss
+    data, seen, real = history_of("write"), [], train_module.loss_of
 
     def loss(*arguments, **more):
         seen.append(allowed.allow_tf32)
         return real(*arguments, **more)
 
-    run = train_module._Run.start(data, TrainingSettings(**SETTINGS, products=products))
-    monkeypatch.setattr(train_module, "_loss", loss)
+    run = train_module._Run(data, TrainingSettings(**SETTINGS, products=products))
+    monkeypatch.setattr(train_module, "loss_of", loss)
     allowed.allow_tf32 = before
     run.advance()
     assert seen == [before or products != "fp32"] and allowed.allow_tf32 == before

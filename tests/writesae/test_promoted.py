@@ -8,6 +8,7 @@ from sklearn.metrics import r2_score
 
 from writesae.edit import edited_hidden, make_edit
 from writesae.evaluate import promoted
+from writesae.sae.config import Architecture
 from writesae.sae.model import SAE
 from writesae.text import Windows
 
@@ -65,7 +66,7 @@ def test_the_paper_s_prediction_is_its_formula(host, run):
 def test_means_are_over_an_atom_s_firings_one_at_a_time(gated_deltanet, tokens):
     host, windows = gated_deltanet, Windows(tokens, torch.arange(len(tokens)))
     torch.manual_seed(1)
-    sae = SAE(5, 2, host.d_k, host.d_v).double()
+    sae = SAE(Architecture(n_atoms=5, k=2), host.d_k, host.d_v).double()
     firings = pd.DataFrame(dict(window=[0, 1, 2, 2], position=[30, 40, 20, 60], atom=[3, 1, 3, 3]))
     found = promoted.mean_shifts(host, windows, [(CELL, sae, firings)] * 2, "added", batch=2)
     run, (key, value) = host.run(tokens), sae.atoms()

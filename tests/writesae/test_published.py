@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers import Malicious, assert_close
 
-from writesae.sae.pretrained import PretrainedSAE
-from writesae.sae.published import KINDS, read_published
+from writesae.sae.model import SAE
+from writesae.sae.published import KINDS, load_authors_sae
 
 N, K, D_1, D_2 = 11, 3, 5, 7
 
@@ -66,7 +66,7 @@ def their_atom(kind: str, t: dict, i: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_function_is_theirs(kind, transposed, tmp_path):
     """transposed: d_k of the file's config is its first axis, our d_v, and our states are the transpose of theirs."""
-    sae = read_published(written(tmp_path / "best.pt", kind), "Qwen3.5-0.8B", transposed=transposed)
+    sae = load_authors_sae(written(tmp_path / "best.pt", kind), "Qwen3.5-0.8B", transposed=transposed)
     t = {name: x.double() for name, x in tensors_of(kind).items()}
     for x in torch.randn(4, D_1, D_2, generator=torch.Generator().manual_seed(5)).double():
         top = torch.stack(their_pre(kind, t, x)).topk(K)
@@ -80,9 +80,9 @@ def test_the_function_is_theirs(kind, transposed, tmp_path):
 
 
 def test_it_can_be_passed_on_in_our_format(tmp_path):
-    sae = read_published(written(tmp_path / "best.pt"), "Qwen3.5-0.8B")
-    sae.save_pretrained(tmp_path / "sae")
-    again = PretrainedSAE.from_pretrained(tmp_path / "sae", expect=dict(host="Qwen3.5-0.8B", layer=9, head=4, seed=42))
+    sae = load_authors_sae(written(tmp_path / "best.pt"), "Qwen3.5-0.8B")
+    sae.save(tmp_path / "sae")
+    again = SAE.load(tmp_path / "sae", expect=dict(host="Qwen3.5-0.8B", layer=9, head=4, seed=42))
     assert again.config == sae.config and again.config.target == "state"
     x = torch.randn(3, D_1, D_2)
     assert torch.equal(again.decode(*again.encode(x)), sae.decode(*sae.encode(x)))
@@ -93,10 +93,10 @@ def test_older_files_have_factors_without_a_rank_axis(kind, tmp_path):
     """And a config that says less: what is missing is read off the tensors, or passed."""
     tensors = {name: x[:, 0] if name[0] in "VW" else x for name, x in tensors_of(kind).items()}
     old = written(tmp_path / "old.pt", kind, tensors, dict(layer=9, k=K))
-    new = read_published(written(tmp_path / "new.pt", kind), "host")
+    new = load_authors_sae(written(tmp_path / "new.pt", kind), "host")
     with pytest.raises(ValueError, match=r"does not say head: pass head="):
-        read_published(old, "host", seed=42)
-    made = read_published(old, "host", head=4, seed=42)
+        load_authors_sae(old, "host", seed=42)
+    made = load_authors_sae(old, "host", head=4, seed=42)
     assert made.config == new.config
     for name, x in new.state_dict().items():
         assert torch.equal(made.state_dict()[name], x), name
@@ -116,16 +116,16 @@ def without(*names):
         (without("W_dec"), r"lacks W_dec: an SAE of the type bilinear has V_enc, W_enc, b_enc, V_dec, W_dec, bias"),
         (without("b_enc", "bias"), r"lacks b_enc, bias: "),
         (changed(b_gate=torch.ones(N)), r"has b_gate besides"),
-        (changed(V_dec=torch.ones(N, 1, D_2)), r"has a V_dec of \[11, 1, 7\], where \[11, 5\] belongs"),
+        (changed(V_dec=torch.ones(N, 1, D_2)), r"has a V_dec of \[11, 1, 7\] instead of \[11, 5\]"),
         (changed(W_enc=torch.ones(N, 1, D_2, 1)), r"has a W_enc of \[11, 1, 7, 1\]"),
-        (changed(bias=torch.ones(D_2, D_1)), r"has a bias of \[7, 5\], where \[5, 7\] belongs"),
+        (changed(bias=torch.ones(D_2, D_1)), r"has a bias of \[7, 5\] instead of \[5, 7\]"),
         (changed(V_dec=torch.ones(N, 2, D_1), W_dec=torch.ones(N, 2, D_2)), "atoms of rank 2"),
         (changed(bias="none"), "its bias is not a tensor"),
     ],
 )
 def test_other_tensors_are_refused(change, says, tmp_path):
     with pytest.raises(ValueError, match=says):
-        read_published(written(tmp_path / "best.pt", tensors=change(tensors_of("bilinear"))), "host")
+        load_authors_sae(written(tmp_path / "best.pt", tensors=change(tensors_of("bilinear"))), "host")
 
 
 @pytest.mark.parametrize(
@@ -135,26 +135,26 @@ def test_other_tensors_are_refused(change, says, tmp_path):
         (dict(sae_type="flat"), {}, "lacks decoder.bias, decoder.weight, encoder.bias, encoder.weight and has V_dec"),
         (dict(use_batchtopk=True), {}, "was trained with BatchTopK"),
         (dict(n_features=2048), {}, "says n_features = 2048, its tensors have 11"),
-        (dict(d_k=D_2), {}, r"has a V_enc of \[11, 1, 5\], where \[11, 7\] belongs"),
+        (dict(d_k=D_2), {}, r"has a V_dec of \[11, 1, 5\] instead of \[11, 7\]"),
         (dict(k=None), {}, "does not say k: pass k="),
-        (dict(k=N + 1), {}, "k must lie between 1 and n_atoms = 11, not 12"),
+        (dict(k=N + 1), {}, "k = 12 exceeds n_atoms = 11"),
         ({}, dict(layer=3), "is of layer 9, but layer 3 was given"),
-        ({}, dict(width=3), "width is nothing that a published file lacks"),
+        ({}, dict(width=3), "width is not needed: a file of the author may lack layer"),
     ],
 )
 def test_other_configs_are_refused(change, given, says, tmp_path):
     with pytest.raises(ValueError, match=says):
-        read_published(written(tmp_path / "best.pt", config=config_of(**change)), "host", **given)
+        load_authors_sae(written(tmp_path / "best.pt", config=config_of(**change)), "host", **given)
 
 
 def test_a_pickle_with_code_is_not_executed(tmp_path):
     content = dict(model_state_dict=tensors_of("bilinear"), config=config_of() | {"note": Malicious(tmp_path / "ran")})
     torch.save(content, tmp_path / "best.pt")
     with pytest.raises(ValueError, match="holds more than tensors and plain values, and was not loaded"):
-        read_published(tmp_path / "best.pt", "host")
+        load_authors_sae(tmp_path / "best.pt", "host")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
     with pytest.raises(ValueError, match="was not loaded|is damaged"):
-        read_published(tmp_path / "plain.pt", "host")
+        load_authors_sae(tmp_path / "plain.pt", "host")
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "best.pt", weights_only=False)
     assert (tmp_path / "ran").exists(), "the pickle of this test does run where it is let"
@@ -167,10 +167,10 @@ def test_damaged_files_are_refused(tmp_path):
         archive.writestr("readme.txt", "no checkpoint")
     for content in (whole[:-200], b"", other.getvalue()):
         (tmp_path / "bad.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="is damaged or no file of torch.save"):
-            read_published(tmp_path / "bad.pt", "host")
+        with pytest.raises(ValueError, match="is damaged or was cut short, or torch.save did not write it"):
+            load_authors_sae(tmp_path / "bad.pt", "host")
     torch.save(tensors_of("bilinear"), tmp_path / "bad.pt")
     with pytest.raises(ValueError, match="those hold model_state_dict and config, this one V_enc, W_enc"):
-        read_published(tmp_path / "bad.pt", "host")
+        load_authors_sae(tmp_path / "bad.pt", "host")
     with pytest.raises(FileNotFoundError):
-        read_published(tmp_path / "none.pt", "host")
+        load_authors_sae(tmp_path / "none.pt", "host")

@@ -1,7 +1,6 @@
-"""writesae.sae: encoding and decoding against matrices, and checkpoints that refuse what they should."""
+"""writesae.sae.model: encoding and decoding against matrices."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -9,7 +8,9 @@ from helpers import assert_close
 
 from writesae.history import History
 from writesae.sae import model
-from writesae.sae.model import SAE, SAEConfig, load, save
+from writesae.sae.config import Architecture
+from writesae.sae.model import SAE
+from writesae.sae.train import TrainingSettings
 
 PARTS = [("bilinear", "rank1"), ("bilinear", "flat"), ("dense", "rank1"), ("dense", "flat"), ("tied", "rank1")]
 KINDS = [dict(encoder=a, decoder=b) for a, b in PARTS] + [dict(rank=2), dict(rank=3)]
@@ -25,16 +26,11 @@ def history_of(target: str) -> History:
 
 def sae_of(**kind) -> SAE:
     torch.manual_seed(2)
-    sae = SAE(N, K, D_K, D_V, **kind)
+    sae = SAE(Architecture(n_atoms=N, k=K, **kind), D_K, D_V)
     sae.mean.normal_()
     sae.scale.fill_(2.5)
     sae.encoder.bias.data.normal_(std=0.1)
     return sae
-
-
-def config_of(**changes) -> SAEConfig:
-    fields = dict(host="toy", layer=3, head=1, target="state", write="added", encoder="bilinear", decoder="rank1")
-    return SAEConfig(**fields | dict(n_atoms=N, k=K, d_k=D_K, d_v=D_V, seed=0) | changes)
 
 
 @pytest.mark.parametrize("target", ["state", "write"])
@@ -47,7 +43,7 @@ def test_a_history_is_encoded_as_its_matrices_are(kind, target, monkeypatch):
     assert active.any() and torch.equal(got.indices[active], wanted.indices[active])
     assert_close(got.coefficients, wanted.coefficients, "coefficients", 1e-12)
     assert (got.coefficients[..., :-1] >= got.coefficients[..., 1:]).all(), "the largest coefficient comes first"
-    assert sae.factored == (sae.rank == 1 and sae.kind["encoder"] != "dense" and sae.kind["decoder"] == "rank1")
+    assert sae.factored == (sae.rank == 1 and sae.config.encoder != "dense" and sae.config.decoder == "rank1")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "activation" not in kind])
@@ -80,7 +76,7 @@ def test_norms(kind):
     before = sae.encoder.weight().detach().clone()
     sae.normalise()
     assert_close(sae.decoder.weight().flatten(1).norm(dim=1), torch.ones(N), "norms of the atoms", 1e-6)
-    if sae.kind["encoder"] == "dense":
+    if sae.config.encoder == "dense":
         assert torch.equal(sae.encoder.weight(), before), "a dense encoder is free"
     elif sae.rank > 1:
         assert_close(sae.encoder.weight().flatten(1).norm(dim=1), torch.ones(N), "norms of the filters", 1e-6)
@@ -119,14 +115,39 @@ def test_a_tied_encoder_is_the_decoder_and_has_only_a_bias_of_its_own():
     assert not torch.equal(again.decoder.key, sae.decoder.key)
 
 
-IMPOSSIBLE = [dict(encoder="bilinear?"), dict(decoder="rank2"), dict(activation="relu"), dict(k=0), dict(k=N + 1)]
-IMPOSSIBLE += [dict(encoder="tied", decoder="flat"), dict(rank=0), dict(rank=2, encoder="dense")]
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (dict(encoder="bilinear?"), "encoder\n.*'bilinear', 'dense' or 'tied'"),
+        (dict(decoder="rank2"), "decoder\n.*'rank1' or 'flat'"),
+        (dict(activation="relu"), "activation\n.*'topk', 'batch_topk', 'jumprelu' or 'gated'"),
+        (dict(k=0), "k\n.*greater than 0"),
+        (dict(k=N + 1), "k = 13 exceeds n_atoms = 12"),
+        (dict(encoder="tied", decoder="flat"), "No SAE tied . flat"),
+        (dict(rank=0), "rank\n.*greater than 0"),
+        (dict(rank=2, encoder="dense"), "No SAE dense . rank1 of rank 2"),
+        (dict(width=3), "width\n.*not permitted"),
+    ],
+)
+def test_impossible_architectures_are_refused(fields, says):
+    with pytest.raises(ValueError, match=says):
+        Architecture(**dict(n_atoms=N, k=K) | fields)
 
 
-@pytest.mark.parametrize("arguments", IMPOSSIBLE)
-def test_impossible_saes_are_refused(arguments):
-    with pytest.raises(ValueError, match="No SAE|k must lie"):
-        SAE(N, arguments.pop("k", K), D_K, D_V, **arguments)
+def test_any_description_of_an_architecture_makes_an_sae():
+    settings = TrainingSettings(n_atoms=N, k=K, encoder="tied", tokens=100, seed=7)
+    config = SAE(settings, D_K, D_V).config
+    expected = dict(n_atoms=N, k=K, encoder="tied", decoder="rank1", d_k=D_K, d_v=D_V, seed=7, host=None, target=None)
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert SAE(config.model_copy(update=dict(host="toy")), D_K, D_V).config.host == "toy"
+
+
+@pytest.mark.parametrize("name", ["batch_topk", "gated"])
+def test_encoding_changes_no_sae(name):
+    sae = sae_of(activation=name)
+    before = copy.deepcopy(sae.state_dict())
+    sae.encode(torch.randn(6, D_K, D_V))
+    assert all(torch.equal(x, before[name]) for name, x in sae.state_dict().items())
 
 
 def test_matrices_of_another_shape_are_refused():
@@ -135,91 +156,3 @@ def test_matrices_of_another_shape_are_refused():
     swapped = History(torch.zeros(1, 2, D_V), torch.zeros(1, 2, D_K))
     with pytest.raises(ValueError, match="5 x 7 matrices, not 7 x 5"):
         sae_of().encode_history(swapped)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_save_and_load(kind, tmp_path):
-    sae, config = sae_of(**kind), config_of(**kind)
-    save(sae, config, tmp_path / "cell.1")
-    again, read = load(tmp_path / "cell.1", expect=dict(host="toy", layer=3, head=1, target="state", d_k=D_K))
-    assert read == config
-    for name, x in sae.state_dict().items():
-        assert torch.equal(again.state_dict()[name], x), name
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cell.1.json", "cell.1.safetensors"]
-    x = torch.randn(4, D_K, D_V)
-    for a, b in zip(again.encode(x), sae.encode(x)):
-        assert torch.equal(a, b)
-
-
-def test_a_checkpoint_from_before_activations_and_ranks_is_read(tmp_path):
-    sae = sae_of()
-    save(sae, config_of(), tmp_path / "sae")
-    content = json.loads((tmp_path / "sae.json").read_text())
-    del content["activation"], content["rank"]
-    (tmp_path / "sae.json").write_text(json.dumps(content))
-    again, config = load(tmp_path / "sae")
-    assert (config.activation, config.rank) == ("topk", 1) and torch.equal(again.decoder.key, sae.decoder.key)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("host", "other"), ("layer", 4), ("head", 0), ("target", "write"), ("d_k", 7), ("write", "effective")],
-)
-def test_a_wrong_pairing_is_refused(name, value, tmp_path):
-    save(sae_of(), config_of(), tmp_path / "sae")
-    has = getattr(config_of(), name)
-    with pytest.raises(ValueError, match=f"is an SAE of {name} {has}, but {name} {value} was asked for"):
-        load(tmp_path / "sae", expect={name: value})
-
-
-def test_an_unknown_expectation_is_refused(tmp_path):
-    save(sae_of(), config_of(), tmp_path / "sae")
-    with pytest.raises(ValueError, match="no field cell"):
-        load(tmp_path / "sae", expect={"cell": (3, 1)})
-
-
-def flip(content: bytes) -> bytes:
-    return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
-
-
-@pytest.mark.parametrize("harm", [lambda b: b[:-9], flip, lambda b: b""])
-def test_damaged_weights_are_refused(harm, tmp_path):
-    save(sae_of(), config_of(), tmp_path / "sae")
-    path = tmp_path / "sae.safetensors"
-    path.write_bytes(harm(path.read_bytes()))
-    with pytest.raises(ValueError, match="damaged or was cut short"):
-        load(tmp_path / "sae")
-
-
-def test_damaged_or_older_descriptions_are_refused(tmp_path):
-    save(sae_of(), config_of(), tmp_path / "sae")
-    path = tmp_path / "sae.json"
-    good = json.loads(path.read_text())
-    for bad, message in [
-        (good | {"format_version": 0}, "format version 0, this code reads 1"),
-        (good | {"k": 0}, "does not describe an SAE"),
-        (good | {"rank": 2, "encoder": "dense"}, "does not describe an SAE"),
-        (good | {"d_k": D_K + 1}, "does not hold the tensors"),
-        ([good], "not a JSON object"),
-    ]:
-        path.write_text(json.dumps(bad))
-        with pytest.raises(ValueError, match=message):
-            load(tmp_path / "sae")
-    path.write_text(json.dumps(good)[:-20])
-    with pytest.raises(ValueError, match="not a JSON object"):
-        load(tmp_path / "sae")
-    path.unlink()
-    with pytest.raises(FileNotFoundError):
-        load(tmp_path / "sae")
-
-
-def test_a_config_of_another_sae_is_not_saved(tmp_path):
-    wrong = [(dict(k=4), "k = 4, the SAE has 3"), (dict(decoder="flat"), "decoder = flat, the SAE has rank1")]
-    wrong += [
-        (dict(activation="gated"), "activation = gated, the SAE has topk"),
-        (dict(rank=2), "rank = 2, the SAE has 1"),
-    ]
-    for change, message in wrong:
-        with pytest.raises(ValueError, match=message):
-            save(sae_of(), config_of(**change), tmp_path / "sae")
-    assert not list(tmp_path.iterdir())

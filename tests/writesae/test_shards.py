@@ -58,6 +58,8 @@ def test_training_from_disk_gives_the_sae_of_training_in_memory(host, tokens, tm
         (sae, record), (wanted, expected) = (train(x, settings_of(), progress=False) for x in (disk, memory))
         assert_same_tensors(wanted.state_dict(), sae.state_dict())
         assert record.loss == expected.loss
+        config = sae.config
+        assert (config.host, config.layer, config.head, config.write) == (host.name, *cell, "added")
         assert evaluate(sae, disk) == evaluate(wanted, memory)
 
 
@@ -206,7 +208,7 @@ from writesae.shards import ShardedHistory, harvest_shards
 from writesae.sae.train import TrainingSettings, train
 
 class Host:
-    scalar_decay = True
+    name, scalar_decay = "random", True
     def check_cell(self, layer, head): pass
     def check_tokens(self, tokens): pass
     def run(self, rows, upto=None): return SimpleNamespace(records=[rows])

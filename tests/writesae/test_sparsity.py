@@ -59,7 +59,7 @@ def test_batch_topk_keeps_k_a_token_on_average_in_training():
 
 
 def test_batch_topk_uses_its_threshold_outside_training():
-    rule, pre = rule_of("batch_topk"), pre_of(3, 5)
+    rule, pre = rule_of("batch_topk").eval(), pre_of(3, 5)
     rule.start(pre, None)
     threshold = rule.threshold.item()
     assert threshold == sorted(pre.flatten().tolist(), reverse=True)[K * 15 - 1]
@@ -117,7 +117,7 @@ def test_gated_by_its_definition():
     assert rule.penalty(pre).item() == pytest.approx(before * pre.detach().relu().sum(-1).mean().item())
     pace = sparsity.L1_PACE * max(-1, min(1, active / K - 1))
     assert rule.l1.item() == pytest.approx(before * (1 + pace)) and active > K
-    rule.penalty(pre.detach())
+    rule.eval().penalty(pre)
     assert rule.l1.item() == pytest.approx(before * (1 + pace)), "nothing is learnt outside training"
 
 

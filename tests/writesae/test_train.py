@@ -1,6 +1,7 @@
 """writesae.sae.train: the factored loss against the dense one, and what training promises."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 from helpers import assert_close
 from pydantic import ValidationError
 
-from writesae.history import History
+from writesae.history import History, Origin
 from writesae.sae import train as train_module
+from writesae.sae.config import Architecture
 from writesae.sae.losses import dense_loss, factored_loss
 from writesae.sae.model import SAE
 from writesae.sae.train import TrainingSettings, evaluate, top_singular_pair, train
@@ -29,6 +31,10 @@ def settings_of(**changes) -> TrainingSettings:
     base = dict(n_atoms=16, k=3, tokens=40 * 140, batch_windows=2, lr=1e-2, final_lr=1e-3, warmup=5)
     periods = dict(dead_after=3, resample_every=8, renormalise_every=7)
     return TrainingSettings(**base | periods | changes)
+
+
+def small_sae(**kind) -> SAE:
+    return SAE(Architecture(n_atoms=6, k=2, **kind), D_K, D_V)
 
 
 def planted() -> tuple[History, torch.Tensor, torch.Tensor]:
@@ -53,7 +59,7 @@ def test_factored_loss_and_gradients_are_those_of_the_dense_step(target, looked_
     torch.manual_seed(5)
     atoms, k = (12, 3) if looked_up else (150, 2)
     history = history_of(target, windows=3, dtype=torch.float64)
-    sae = SAE(atoms, k, D_K, D_V, **kind).double()
+    sae = SAE(Architecture(n_atoms=atoms, k=k, **kind), D_K, D_V).double().train()
     assert (atoms * atoms <= 2 * 3 * 70 * k * k) == looked_up, "the case that this test is meant for"
     sae.mean.copy_(history.mean())
     sae.scale.fill_(3.0)
@@ -78,7 +84,7 @@ def test_factored_loss_and_gradients_are_those_of_the_dense_step(target, looked_
 
 def test_the_dense_loss_is_what_its_name_says():
     torch.manual_seed(6)
-    sae, states = SAE(6, 2, D_K, D_V).double(), torch.randn(2, 3, D_K, D_V, dtype=torch.float64)
+    sae, states = small_sae().double(), torch.randn(2, 3, D_K, D_V, dtype=torch.float64)
     error = states - sae.decode(*sae.encode(states))
     loss = dense_loss(sae, states, torch.tensor([1, 5]), aux_weight=0.5)
     pre = torch.einsum("btkv,nk,nv->btn", states, sae.encoder.key, sae.encoder.value)[..., [1, 5]].relu()
@@ -92,7 +98,7 @@ def test_the_dense_loss_is_what_its_name_says():
 def test_what_a_sparsity_rule_adds_to_the_loss(activation):
     """By a loop over tokens and atoms, with the atoms held fixed where they must be."""
     torch.manual_seed(6)
-    sae, states = SAE(6, 2, D_K, D_V, activation=activation).double(), torch.randn(3, 4, D_K, D_V).double()
+    sae, states = small_sae(activation=activation).double(), torch.randn(3, 4, D_K, D_V).double()
     sae.requires_grad_(False)
     loss, pre = dense_loss(sae, states), sae.encoder.dense(states)
     expected = loss.fvu + sae.activation.penalty(pre)
@@ -102,7 +108,7 @@ def test_what_a_sparsity_rule_adds_to_the_loss(activation):
             expected = expected + (x - alone).square().sum() / 12
     assert_close(loss.total, expected, "total", 1e-12)
     assert (loss.total > loss.fvu) == (activation != "batch_topk")
-    sae.requires_grad_(True)
+    sae.requires_grad_(True).train()
     sae.activation.coefficients = lambda pre, bias: torch.zeros_like(pre)  # the gate's own task remains
     by_atoms = torch.autograd.grad(dense_loss(sae, states).total, sae.decoder.key, allow_unused=True)[0]
     assert by_atoms is None or not by_atoms.any(), "the gate does not move the atoms"
@@ -110,7 +116,7 @@ def test_what_a_sparsity_rule_adds_to_the_loss(activation):
 
 @pytest.mark.parametrize("dead", [None, torch.tensor([], dtype=torch.int64)])
 def test_without_silent_atoms_there_is_no_dead_atom_loss(dead):
-    history, sae = history_of(), SAE(6, 2, D_K, D_V)
+    history, sae = history_of(), small_sae()
     for loss in (factored_loss(sae, history, history.energy(sae.mean), dead), dense_loss(sae, history.steps(), dead)):
         assert loss.total.item() == loss.fvu.item()
 
@@ -207,7 +213,7 @@ def test_the_seed_decides():
 
 def test_resampling_revives_silent_atoms():
     history = history_of()
-    run = train_module._Run.start(history, settings_of(resample_every=1000, aux_weight=0.0, dead_after=5))
+    run = train_module._Run(history, settings_of(resample_every=1000, aux_weight=0.0, dead_after=5))
     lost = torch.tensor([2, 9])
     with torch.no_grad():
         run.sae.encoder.bias[lost] = -1e3
@@ -228,7 +234,7 @@ def test_resampling_revives_silent_atoms():
 
 def test_resampled_atoms_are_top_pairs_of_residuals():
     history = history_of()
-    run = train_module._Run.start(history, settings_of())
+    run = train_module._Run(history, settings_of())
     x = run.sae.standardise(history.steps())
     residual = x - run.sae.decoder.dense(*dense_loss(run.sae, history.steps())[3:])
     got = train_module._worst_residuals(run.sae, history, run.energy, 5, torch.Generator().manual_seed(0))
@@ -260,11 +266,27 @@ def test_resampled_atoms_of_rank_r_are_the_r_top_pairs_of_residuals():
     best = sum(size[:, r, None, None] * left[:, :, r, None] * right[:, r, None] for r in range(2))
     expected = best / best.flatten(1).norm(dim=1)[:, None, None]
     assert_close(key.transpose(1, 2) @ value, expected, "nearest matrices of rank 2, of unit norm", 1e-12)
-    run = train_module._Run.start(history_of(), settings_of(rank=2))
+    run = train_module._Run(history_of(), settings_of(rank=2))
     run.advance()
     run.resample(torch.tensor([2, 9]))
     assert_close(run.sae.decoder.weight()[[2, 9]].flatten(1).norm(dim=1), torch.ones(2), "norms", 1e-5)
     assert torch.equal(run.sae.encoder.key[[2, 9]], run.sae.decoder.key[[2, 9]])
+
+
+def test_the_config_tells_what_the_sae_was_trained_on():
+    settings, history = settings_of(tokens=140, seed=9), history_of("write")
+    unknown, known = (
+        train(replace(history, origin=origin), settings, progress=False)[0].config
+        for origin in (None, Origin("toy", 3, 1, "effective"))
+    )
+    for config, place in ((unknown, (None,) * 4), (known, ("toy", 3, 1, "effective"))):
+        assert (config.host, config.layer, config.head, config.write) == place
+        assert (config.target, config.seed, config.n_atoms, config.d_v) == ("write", 9, 16, D_V)
+
+
+def test_a_trained_sae_no_longer_adapts():
+    sae = train(history_of(), settings_of(tokens=140, activation="batch_topk"), progress=False)[0]
+    assert not sae.training and not any(part.training for part in sae.modules())
 
 
 def test_variants_are_named():
@@ -295,7 +317,7 @@ def test_data_that_cannot_be_trained_on_are_refused():
 
 def test_evaluate_counts_what_fires():
     history = planted()[0]
-    sae = train_module._Run.start(history, settings_of(n_atoms=8, k=1)).sae
+    sae = train_module._Run(history, settings_of(n_atoms=8, k=1)).sae
     with torch.no_grad():
         sae.encoder.bias[3:] = -1e3
     fvu, alive = evaluate(sae, history)

@@ -1,13 +1,13 @@
-"""The loss of a sparse autoencoder of matrices, without states where the parts allow it, and on states for all others.
+"""The loss of a sparse autoencoder of matrices: without states where the parts allow it, else on states.
 
-For a bilinear or tied encoder and a rank-1 decoder the squared error of a token needs no d_k x d_v matrix. With
-x = (X - mean) / scale, atoms v_i w_i^T, coefficients c and G_ij = (v_i . v_j)(w_i . w_j),
+For a bilinear or tied encoder and a rank-1 decoder the squared error of a token needs no d_k x d_v matrix.
+With x = (X - mean) / scale, atoms v_i w_i^T, coefficients c and G_ij = (v_i . v_j)(w_i . w_j),
 
     ||x - sum_i c_i v_i w_i^T||^2 = ||x||^2 - 2 sum_i c_i <v_i w_i^T, x> + c^T G c.
 
-Its mean over tokens is the fraction of variance unexplained (FVU), because the mean of ||x||^2 is 1. The dead-atom loss
-follows Gao et al. 2024 (Scaling and evaluating sparse autoencoders, App. A.2): atoms that have long been silent
-reconstruct the residual e = x - xhat.
+Its mean over tokens is the fraction of variance unexplained (FVU), because the mean of ||x||^2 is 1. The
+dead-atom loss follows Gao et al. 2024 (Scaling and evaluating sparse autoencoders, App. A.2): atoms that have
+not fired for long reconstruct the residual e = x - xhat. Sparsity rules add terms (writesae.sae.sparsity).
 """
 
 from __future__ import annotations
@@ -22,17 +22,28 @@ from torch import Tensor
 
 from writesae.history import History
 from writesae.sae.model import SAE
-from writesae.sae.parts import RankOneDecoder
 
 
 class Loss(NamedTuple):
-    """One batch: total (with gradient), and detached parts. Coefficients are in scaled units."""
+    """One batch: the total (with gradient) and detached parts. Coefficients are in scaled units."""
 
     total: Tensor  # scalar
     fvu: Tensor  # scalar
     squared: Tensor  # [N, T], ||x - xhat||^2
     indices: Tensor  # [N, T, slots]
     coefficients: Tensor  # [N, T, slots]
+
+
+def loss_of(
+    sae: SAE, history: History, energy: Tensor, dead: Tensor | None = None, bf16: bool = False, **weights: float
+) -> Loss:
+    """Return the loss on every token of a history, by the factored path where SAE and history allow it.
+
+    Arguments as for `factored_loss`; the dense path uses neither energy nor bf16.
+    """
+    if sae.factored and history.factored:
+        return factored_loss(sae, history, energy, dead, **weights, bf16=bf16)
+    return dense_loss(sae, history.steps(), dead, **weights)
 
 
 def factored_loss(
@@ -44,10 +55,10 @@ def factored_loss(
     k_aux: int = 256,
     bf16: bool = False,
 ) -> Loss:
-    """The loss of a bilinear or tied + rank-1 SAE on every token, without states.
+    """Return the loss of a bilinear or tied + rank-1 SAE on every token, without states.
 
-    energy [N, T] is history.energy(sae.mean), in raw units; dead [D] int64 are the silent atoms (None or empty: no
-    dead-atom loss). bf16: as History.read takes it.
+    energy [N, T] is history.energy(sae.mean), in raw units; dead [D] int64 are the silent atoms, None or empty
+    for no dead-atom loss; bf16 as in History.read.
     """
     encoder, decoder = sae.encoder, sae.decoder
     pre = sae.overlaps(encoder, history, encoder.bias, bf16)
@@ -55,48 +66,50 @@ def factored_loss(
     overlaps = sae.overlaps(decoder, history, bf16=bf16)
     scaled = energy / sae.scale**2
     if sae.activation.every:
-        squared = _squared_error(scaled, overlaps, coefficients, _gram(decoder))
+        gram = _gram(decoder.key, decoder.value)
+        squared = _squared_error(scaled, overlaps, coefficients, gram)
         fvu = squared.mean()
         total, gate = fvu + sae.activation.penalty(pre), sae.activation.gate(pre)
         if gate is not None:
-            total = total + _squared_error(scaled, overlaps.detach(), gate, _gram(decoder).detach()).mean()
+            total = total + _squared_error(scaled, overlaps.detach(), gate, gram.detach()).mean()
     else:
         cross = (coefficients * overlaps.gather(-1, indices)).sum(-1)
-        squared = scaled - 2 * cross + _quadratic(decoder, indices, coefficients)
+        squared = scaled - 2 * cross + _quadratic(decoder.key, decoder.value, indices, coefficients)
         fvu = total = squared.mean()
     if dead is not None and len(dead) and aux_weight > 0:
         firing = top_positive(pre.index_select(-1, dead), k_aux)
-        left = overlaps.index_select(-1, dead) - _explained(sae, indices, coefficients, dead)
-        total = total + aux_weight * _dead_loss(sae, squared.detach(), left, firing, dead)
+        residual_overlaps = overlaps.index_select(-1, dead) - _explained(sae, indices, coefficients, dead)
+        gram = _gram(decoder.key[dead], decoder.value[dead])
+        total = total + aux_weight * _squared_error(squared.detach(), residual_overlaps, firing, gram).mean()
     return Loss(total, fvu.detach(), squared.detach(), indices, coefficients.detach())
 
 
 def _squared_error(energy: Tensor, overlaps: Tensor, coefficients: Tensor, gram: Tensor) -> Tensor:
-    """||x - sum_i c_i atom_i||^2, [N, T], from energy ||x||^2, overlaps <atom_i, x>, c [N, T, n] and G [n, n]."""
+    """Return ||x - sum_i c_i atom_i||^2, [N, T], from ||x||^2, <atom_i, x>, c [N, T, n] and G [n, n]."""
     return energy - 2 * (coefficients * overlaps).sum(-1) + ((coefficients @ gram) * coefficients).sum(-1)
 
 
-def _gram(decoder: RankOneDecoder) -> Tensor:
-    """G, [n, n]."""
-    return (decoder.key @ decoder.key.T) * (decoder.value @ decoder.value.T)
+def _gram(key: Tensor, value: Tensor) -> Tensor:
+    """Return G, [n, n]."""
+    return (key @ key.T) * (value @ value.T)
 
 
-def _quadratic(decoder: RankOneDecoder, indices: Tensor, coefficients: Tensor) -> Tensor:
-    """c^T G c of every token's active atoms, [N, T]; G is looked up in the table of all pairs if that is small."""
-    atoms, k = len(decoder.key), indices.shape[-1]
+def _quadratic(key: Tensor, value: Tensor, indices: Tensor, coefficients: Tensor) -> Tensor:
+    """Return c^T G c of every token's active atoms, [N, T]; G is looked up in a table if pairs are few."""
+    atoms, k = len(key), indices.shape[-1]
     if atoms * atoms <= 2 * indices.numel() * k:
-        table = _gram(decoder)
+        table = _gram(key, value)
         pairs = indices[..., :, None] * atoms + indices[..., None, :]
         gram = table.flatten().index_select(0, pairs.flatten()).view(pairs.shape)
         return ((gram * coefficients[..., None, :]).sum(-1) * coefficients).sum(-1)
-    key, value = (F.embedding(indices.flatten(0, -2), factor) for factor in (decoder.key, decoder.value))
-    return _Quadratic.apply(coefficients.flatten(0, -2), key, value).view(indices.shape[:-1])
+    active = (F.embedding(indices.flatten(0, -2), factor) for factor in (key, value))
+    return _Quadratic.apply(coefficients.flatten(0, -2), *active).view(indices.shape[:-1])
 
 
 class _Quadratic(torch.autograd.Function):
     """c^T ((K K^T) * (V V^T)) c for c [B, k], K [B, k, d_k], V [B, k, d_v] -> [B].
 
-    The products are symmetric, so one matrix product gives each gradient where autograd needs two and a sum.
+    The products are symmetric, so each gradient takes one matrix product; autograd would take two and a sum.
     """
 
     @staticmethod
@@ -115,7 +128,7 @@ class _Quadratic(torch.autograd.Function):
 
 
 def _explained(sae: SAE, indices: Tensor, coefficients: Tensor, dead: Tensor) -> Tensor:
-    """<xhat, atom_j> for the silent atoms j, [N, T, D]: k rows of G a token; xhat is held constant."""
+    """Return <xhat, atom_j> for the silent atoms j, [N, T, D], from k rows of G per token, xhat constant."""
     key, value = sae.decoder.key, sae.decoder.value
     gram = (key.detach() @ key[dead].T) * (value.detach() @ value[dead].T)
     weights = coefficients.detach().flatten(0, -2)
@@ -123,17 +136,10 @@ def _explained(sae: SAE, indices: Tensor, coefficients: Tensor, dead: Tensor) ->
     return summed.view(*indices.shape[:-1], len(dead))
 
 
-def _dead_loss(sae: SAE, squared: Tensor, left: Tensor, firing: Tensor, dead: Tensor) -> Tensor:
-    """mean ||e - sum_j firing_j atom_j||^2, from ||e||^2 = squared and <e, atom_j> = left."""
-    key, value = sae.decoder.key[dead], sae.decoder.value[dead]
-    gram = (key @ key.T) * (value @ value.T)
-    return (squared - 2 * (firing * left).sum(-1) + ((firing @ gram) * firing).sum(-1)).mean()
-
-
 def dense_loss(
     sae: SAE, matrices: Tensor, dead: Tensor | None = None, aux_weight: float = 1e-2, k_aux: int = 256
 ) -> Loss:
-    """The same loss for any SAE, on matrices [N, T, d_k, d_v]: the oracle of `factored_loss`, and the dense path."""
+    """Return the same loss for any SAE, on matrices [N, T, d_k, d_v]; the oracle of `factored_loss`."""
     x = sae.standardise(matrices)
     pre = sae.encoder.dense(x)
     indices, coefficients = sae.select(pre, ordered=False)
@@ -153,24 +159,16 @@ def dense_loss(
 
 
 def top_positive(pre: Tensor, k: int) -> Tensor:
-    """ReLU of the k largest of [..., n], zero elsewhere; all of them where n <= k."""
+    """Return the ReLU of the k largest of [..., n], and zero elsewhere; of all of them where n <= k."""
     if pre.shape[-1] <= k:
         return pre.relu()
     indices = pre.detach().topk(k, dim=-1, sorted=False).indices
     return torch.zeros_like(pre).scatter(-1, indices, pre.gather(-1, indices).relu())
 
 
-def _loss(
-    sae: SAE, history: History, energy: Tensor, dead: Tensor | None = None, bf16: bool = False, **weights: float
-) -> Loss:
-    if sae.factored and history.factored:
-        return factored_loss(sae, history, energy, dead, **weights, bf16=bf16)
-    return dense_loss(sae, history.steps(), dead, **weights)
-
-
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Matrix products on CUDA in TF32, or as they are; as before afterwards. Without CUDA nothing changes."""
+    """Allow TF32 in matrix products on CUDA if `allowed`, and restore the setting afterwards."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = allowed or before
     try:

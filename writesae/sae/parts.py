@@ -1,4 +1,8 @@
-"""Encoders and decoders of a sparse autoencoder of matrices (the paper's Table 10)."""
+"""Encoders and decoders of a sparse autoencoder of matrices (the paper's Table 10).
+
+Every part holds n matrices, one per atom: `weight()` returns them, [n, d_k, d_v]; `normalise()` applies the
+norm constraint of Table 10; `assign(rows, key, value)` makes the matrices `rows` [r] equal to key value^T.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from writesae.sae.sparsity import ACTIVATIONS
+from writesae.sae.config import Parts
 
 
-class _Factors(nn.Module):
-    """n rank-1 matrices key_i value_i^T."""
+class _RankOne(nn.Module):
+    """n matrices key_i value_i^T of unit factors: key [n, d_k], value [n, d_v]."""
 
     def __init__(self, n_atoms: int, d_k: int, d_v: int) -> None:
         super().__init__()
@@ -18,23 +22,23 @@ class _Factors(nn.Module):
         self.value = nn.Parameter(F.normalize(torch.randn(n_atoms, d_v), dim=-1))
 
     def weight(self) -> Tensor:
-        """The matrices themselves, [n, d_k, d_v]."""
         return self.key[:, :, None] * self.value[:, None, :]
 
     @torch.no_grad()
     def normalise(self) -> None:
-        """Unit key and value factors (Table 10)."""
         for factor in (self.key, self.value):
             factor.copy_(F.normalize(factor, dim=-1))
 
     @torch.no_grad()
     def assign(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
-        """Make the atoms `rows` [r] the matrices key value^T: key [r, d_k], value [r, d_v]."""
         self.key[rows], self.value[rows] = key.to(self.key), value.to(self.value)
 
 
 class _LowRank(nn.Module):
-    """n matrices sum_r key_ir value_ir^T of a higher rank."""
+    """n matrices sum_r key_ir value_ir^T of unit Frobenius norm: key [n, rank, d_k], value [n, rank, d_v].
+
+    `assign` takes key [m, rank, d_k] and value [m, rank, d_v].
+    """
 
     def __init__(self, n_atoms: int, d_k: int, d_v: int, rank: int) -> None:
         super().__init__()
@@ -43,46 +47,44 @@ class _LowRank(nn.Module):
         self.normalise()
 
     def weight(self) -> Tensor:
-        """The matrices themselves, [n, d_k, d_v]."""
         return self.key.transpose(1, 2) @ self.value
 
     @torch.no_grad()
     def normalise(self) -> None:
-        """Matrices of unit Frobenius norm."""
         size = self.weight().flatten(1).norm(dim=1).clamp_min(1e-12).sqrt()[:, None, None]
         for factor in (self.key, self.value):
             factor.div_(size)
 
-    @torch.no_grad()
-    def assign(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
-        """Make the matrices `rows` [m] equal sum_r key_r value_r^T: key [m, rank, d_k], value [m, rank, d_v]."""
-        self.key[rows], self.value[rows] = key.to(self.key), value.to(self.value)
+    assign = _RankOne.assign
 
 
 class _Matrices(nn.Module):
-    """n matrices without structure."""
+    """n matrices without structure: matrix [n, d_k, d_v]."""
 
     def __init__(self, n_atoms: int, d_k: int, d_v: int) -> None:
         super().__init__()
-        self.matrix = nn.Parameter(F.normalize(torch.randn(n_atoms, d_k * d_v), dim=-1).view(n_atoms, d_k, d_v))
+        matrix = F.normalize(torch.randn(n_atoms, d_k * d_v), dim=-1)
+        self.matrix = nn.Parameter(matrix.view(n_atoms, d_k, d_v))
 
     def weight(self) -> Tensor:
-        """The matrices themselves, [n, d_k, d_v]."""
         return self.matrix
 
     @torch.no_grad()
     def assign(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
-        """Make the matrices `rows` [r] equal key value^T: key [r, d_k], value [r, d_v]."""
         self.matrix[rows] = (key[:, :, None] * value[:, None, :]).to(self.matrix)
 
 
 class _Encoder:
-    """What encoders add to their matrices: the bias, and the pre-activations of matrices."""
+    """A bias [n] beside the matrices, and the pre-activations of data."""
 
-    factored = False  # whether its filters are key_i value_i^T, so that a history is encoded without its states
+    factored = False  # whether filters are key_i value_i^T: a history is then encoded without its states
+
+    def __init__(self, n_atoms: int, *sizes: int) -> None:
+        super().__init__(n_atoms, *sizes)
+        self.bias = nn.Parameter(torch.zeros(n_atoms))
 
     def dense(self, x: Tensor) -> Tensor:
-        """<weight_i, x> + bias_i for x [..., d_k, d_v] -> [..., n]."""
+        """Return <weight_i, x> + bias_i for x [..., d_k, d_v] as [..., n]."""
         return F.linear(x.flatten(-2), self.weight().flatten(1), self.bias)
 
     @torch.no_grad()
@@ -90,69 +92,44 @@ class _Encoder:
         self.bias[rows] = 0
 
 
-class BilinearEncoder(_Encoder, _Factors):
-    """The paper's matched filter: key [n, d_k], value [n, d_v], bias [n]."""
+class BilinearEncoder(_Encoder, _RankOne):
+    """The paper's matched filter."""
 
     factored = True
-
-    def __init__(self, n_atoms: int, d_k: int, d_v: int) -> None:
-        super().__init__(n_atoms, d_k, d_v)
-        self.bias = nn.Parameter(torch.zeros(n_atoms))
-
-
-class TiedEncoder(_Encoder, nn.Module):
-    """The decoder's own atoms as matched filters; bias [n]. What changes the atoms changes the filters."""
-
-    factored = True
-
-    def __init__(self, decoder: RankOneDecoder) -> None:
-        super().__init__()
-        object.__setattr__(self, "decoder", decoder)  # not a submodule: the parameters are the decoder's
-        self.bias = nn.Parameter(torch.zeros(len(decoder.key)))
-
-    @property
-    def key(self) -> Tensor:
-        return self.decoder.key
-
-    @property
-    def value(self) -> Tensor:
-        return self.decoder.value
-
-    def weight(self) -> Tensor:
-        """The matrices themselves, [n, d_k, d_v]."""
-        return self.decoder.weight()
-
-    def normalise(self) -> None:
-        """Nothing: the decoder does."""
-
-    def assign(self, rows: Tensor, key: Tensor, value: Tensor) -> None:
-        """Nothing: the decoder does."""
 
 
 class LowRankEncoder(_Encoder, _LowRank):
-    """Matched filters of a higher rank: key [n, rank, d_k], value [n, rank, d_v], bias [n]."""
-
-    def __init__(self, n_atoms: int, d_k: int, d_v: int, rank: int) -> None:
-        super().__init__(n_atoms, d_k, d_v, rank)
-        self.bias = nn.Parameter(torch.zeros(n_atoms))
+    """Matched filters of a higher rank."""
 
 
 class DenseEncoder(_Encoder, _Matrices):
-    """A linear map of vec(x): matrix [n, d_k, d_v], bias [n]. Table 10 puts no norm on it."""
-
-    def __init__(self, n_atoms: int, d_k: int, d_v: int) -> None:
-        super().__init__(n_atoms, d_k, d_v)
-        self.bias = nn.Parameter(torch.zeros(n_atoms))
+    """A linear map of vec(x)."""
 
     def normalise(self) -> None:
-        """Nothing: a dense encoder is free."""
+        """Do nothing: Table 10 puts no norm on a dense encoder."""
 
 
-class RankOneDecoder(_Factors):
-    """Atoms key_i value_i^T: key [n, d_k], value [n, d_v]."""
+class TiedEncoder(_Encoder, _RankOne):
+    """The decoder's own atoms as matched filters: its parameters, and a bias."""
+
+    factored = True
+    key = property(lambda self: self.decoder.key)
+    value = property(lambda self: self.decoder.value)
+
+    def __init__(self, decoder: RankOneDecoder) -> None:
+        nn.Module.__init__(self)
+        object.__setattr__(self, "decoder", decoder)  # not registered as a submodule
+        self.bias = nn.Parameter(torch.zeros(len(decoder.key)))
+
+    def normalise(self) -> None:
+        """Do nothing: the decoder does."""
+
+
+class RankOneDecoder(_RankOne):
+    """Atoms key_i value_i^T."""
 
     def dense(self, indices: Tensor, coefficients: Tensor) -> Tensor:
-        """sum_j coefficients_j atom_indices_j for [..., k] -> [..., d_k, d_v]."""
+        """Return sum_j coefficients_j atom_indices_j for [..., k] as [..., d_k, d_v]."""
         key, value = F.embedding(indices, self.key), F.embedding(indices, self.value)
         return (key * coefficients[..., None]).transpose(-1, -2) @ value
 
@@ -161,36 +138,30 @@ class _WholeDecoder:
     """Decoding with the atoms multiplied out."""
 
     def dense(self, indices: Tensor, coefficients: Tensor) -> Tensor:
-        """sum_j coefficients_j atom_indices_j for [..., k] -> [..., d_k, d_v]."""
+        """Return sum_j coefficients_j atom_indices_j for [..., k] as [..., d_k, d_v]."""
         weight = self.weight()
         spread = coefficients.new_zeros(*indices.shape[:-1], len(weight)).scatter(-1, indices, coefficients)
         return (spread @ weight.flatten(1)).unflatten(-1, weight.shape[1:])
 
 
 class LowRankDecoder(_WholeDecoder, _LowRank):
-    """Atoms of a higher rank: key [n, rank, d_k], value [n, rank, d_v]."""
+    """Atoms of a higher rank."""
 
 
 class FlatDecoder(_WholeDecoder, _Matrices):
-    """Atoms without structure: matrix [n, d_k, d_v]."""
+    """Atoms without structure."""
 
     @torch.no_grad()
     def normalise(self) -> None:
-        """Atoms of unit Frobenius norm (Table 10)."""
         self.matrix.div_(self.matrix.flatten(1).norm(dim=1).clamp_min(1e-12)[:, None, None])
 
 
-ENCODERS = {"bilinear": BilinearEncoder, "dense": DenseEncoder, "tied": TiedEncoder}
-DECODERS = {"rank1": RankOneDecoder, "flat": FlatDecoder}
-
-
-def check_parts(encoder: str, decoder: str, activation: str, rank: int) -> None:
-    """Raises ValueError, in one sentence, for parts that do not exist or do not fit together."""
-    if encoder not in ENCODERS or decoder not in DECODERS:
-        raise ValueError(f"No SAE {encoder} + {decoder}: encoders {list(ENCODERS)}, decoders {list(DECODERS)}.")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"No SAE with the activation {activation}: choose one of {list(ACTIVATIONS)}.")
-    if encoder == "tied" and decoder != "rank1":
-        raise ValueError(f"No SAE tied + {decoder}: a tied encoder takes the atoms of a rank1 decoder.")
-    if rank < 1 or rank > 1 and (encoder, decoder) != ("bilinear", "rank1"):
-        raise ValueError(f"No SAE {encoder} + {decoder} of rank {rank}: above 1 only bilinear + rank1 has one.")
+def make_parts(parts: Parts, n_atoms: int, d_k: int, d_v: int) -> tuple[nn.Module, nn.Module]:
+    """Return a new encoder and decoder with random weights."""
+    if parts.rank > 1:
+        return tuple(part(n_atoms, d_k, d_v, parts.rank) for part in (LowRankEncoder, LowRankDecoder))
+    if parts.encoder == "tied":
+        decoder = RankOneDecoder(n_atoms, d_k, d_v)
+        return TiedEncoder(decoder), decoder
+    encoder = {"bilinear": BilinearEncoder, "dense": DenseEncoder}[parts.encoder](n_atoms, d_k, d_v)
+    return encoder, {"rank1": RankOneDecoder, "flat": FlatDecoder}[parts.decoder](n_atoms, d_k, d_v)

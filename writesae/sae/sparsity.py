@@ -1,15 +1,15 @@
-"""Sparsity rules: from the pre-activations of all atoms to the coefficients of a few (the paper's App. B, Table 5).
+"""Sparsity rules: from the pre-activations of all atoms to a few coefficients (the paper's App. B, Table 5).
 
-| rule       | active are                                                       | reference                   |
-|------------|------------------------------------------------------------------|-----------------------------|
-| topk       | the k largest of a token                                         | Gao et al. 2024             |
-| batch_topk | the k * tokens largest of a batch; later, those above a threshold | Bussmann et al. 2024        |
-| jumprelu   | those above a learnt threshold of the atom                       | Rajamanoharan et al. 2024b  |
-| gated      | those that a gate lets through; a rescaled copy says how much    | Rajamanoharan et al. 2024a  |
+| rule       | active atoms                                                     | reference                  |
+|------------|------------------------------------------------------------------|----------------------------|
+| topk       | the k largest of a token                                         | Gao et al. 2024            |
+| batch_topk | the k * tokens largest of a batch; after training by a threshold | Bussmann et al. 2024       |
+| jumprelu   | those above a learnt threshold per atom                          | Rajamanoharan et al. 2024b |
+| gated      | those whose gate is open; a rescaled copy gives the coefficient  | Rajamanoharan et al. 2024a |
 
-All are held to k active atoms a token on average, so that they are compared at one sparsity. (The paper's JumpReLU is
-not: at 1,142 of 2,048.) Pre-activations are in scaled units, and so are thresholds; only positive ones make an atom
-active. A training step is told by pre-activations that carry a gradient.
+All are held to k active atoms per token on average, so that they are compared at one sparsity. (The paper's
+JumpReLU is not: it has 1,142 of 2,048.) Pre-activations and thresholds are in scaled units; only positive
+ones make an atom active. A rule adapts to every batch in training mode and is fixed in evaluation mode.
 """
 
 from __future__ import annotations
@@ -19,57 +19,56 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-FOLLOW = 0.01  # BatchTopK: weight of one batch in the running mean of its threshold
-WIDTH = 0.05  # JumpReLU: width of the kernel through which thresholds learn
-PACE = 10.0  # JumpReLU: how much faster than other parameters the logarithms of thresholds move; runs here are short
+FOLLOW = 0.01  # BatchTopK: weight of one batch in the running mean of the threshold
+WIDTH = 0.05  # JumpReLU: width of the kernel that gives thresholds their gradient
+PACE = 10.0  # JumpReLU: log thresholds move this much faster than other parameters, since runs are short
 L1 = 0.1  # Gated: weight of the sparsity term at the start
-L1_PACE = 0.05  # Gated: by which share that weight changes in a step, at most
+L1_PACE = 0.05  # Gated: maximum relative change of that weight in one step
 
 
 class Active(NamedTuple):
-    """Some atoms of every token, and their coefficients."""
+    """Some atoms of every token and their coefficients."""
 
     indices: Tensor  # [..., slots] int64
     coefficients: Tensor  # [..., slots], 0 where the atom is not active
 
 
 class Activation(nn.Module):
-    """A rule that gives every atom a coefficient, most of them 0: slots = n_atoms. TopK alone gives k slots."""
+    """A rule that gives every atom a coefficient, most of them 0."""
 
-    every = True
+    every = True  # slots = n_atoms; only TopK returns k slots
 
     def __init__(self, n_atoms: int, k: int) -> None:
         super().__init__()
         self.k = k
 
     def forward(self, pre: Tensor, bias: Tensor, ordered: bool = True) -> Active:
-        """Pre-activations [..., n] (of which bias [n] is a part) -> the active atoms; largest first, if `ordered`."""
+        """Return the active atoms for pre [..., n], which includes bias [n]; largest first if `ordered`."""
         coefficients = self.coefficients(pre, bias)
         if ordered:
             return Active(*reversed(coefficients.sort(-1, descending=True)))
         return Active(torch.arange(pre.shape[-1], device=pre.device).expand(pre.shape), coefficients)
 
     def coefficients(self, pre: Tensor, bias: Tensor) -> Tensor:
-        """[..., n]."""
-        raise NotImplementedError
+        """Return the coefficient of every atom, [..., n]; each rule has its own."""
 
     def penalty(self, pre: Tensor) -> Tensor | float:
-        """What the rule adds to the loss of a batch."""
+        """Return what the rule adds to the loss of a batch."""
         return 0.0
 
     def gate(self, pre: Tensor) -> Tensor | None:
-        """Coefficients [..., n] that are to reconstruct as well, with the atoms held fixed; None for most rules."""
+        """Return coefficients [..., n] that must reconstruct too, with fixed atoms; None for most rules."""
         return None
 
     def start(self, pre: Tensor, bias: Tensor) -> None:
-        """Make about k atoms a token active: pre [..., n] of some tokens, and the encoder's bias [n], before training."""
+        """Set thresholds before training, so that about k atoms are active per token of pre [..., n]."""
 
     def restart(self, atoms: Tensor, bias: Tensor) -> None:
-        """Make atoms [r] that start anew as easily active as the median atom; their entries of bias [n] are 0."""
+        """Make restarted atoms [r], whose bias is 0, as easily active as the median atom."""
 
 
 def batch_threshold(pre: Tensor, k: int) -> Tensor:
-    """The smallest of the k * tokens largest positive values of [..., n]; 0 where there are fewer."""
+    """Return the smallest of the k * tokens largest positive values of [..., n]; 0 where there are fewer."""
     values = pre.detach().flatten()
     return values.topk(k * (values.numel() // pre.shape[-1])).values[-1].clamp_min(0)
 
@@ -85,8 +84,10 @@ class TopK(Activation):
 
 
 class BatchTopK(Activation):
-    """k a token on average. A token alone cannot know its batch, so outside training what reaches a fixed threshold is
-    active: the running mean of the smallest coefficient that a batch kept."""
+    """The k * tokens largest of a batch; outside training, those that reach a fixed threshold.
+
+    The threshold is the running mean of the smallest coefficient kept in a batch.
+    """
 
     def __init__(self, n_atoms: int, k: int) -> None:
         super().__init__(n_atoms, k)
@@ -94,7 +95,7 @@ class BatchTopK(Activation):
 
     def coefficients(self, pre: Tensor, bias: Tensor) -> Tensor:
         threshold = self.threshold
-        if pre.requires_grad:
+        if self.training:
             threshold = batch_threshold(pre, self.k)
             self.threshold.lerp_(threshold, FOLLOW)
         return pre.relu() * (pre.detach() >= threshold)
@@ -105,7 +106,7 @@ class BatchTopK(Activation):
 
 
 class _Jump(torch.autograd.Function):
-    """pre * H(pre - theta), or H(pre - theta) itself; thresholds get their gradient through a kernel of WIDTH."""
+    """pre * H(pre - theta), or H(pre - theta) if `step`; theta gets its gradient by a kernel of WIDTH."""
 
     @staticmethod
     def forward(ctx, pre: Tensor, theta: Tensor, step: bool) -> Tensor:
@@ -123,14 +124,14 @@ class _Jump(torch.autograd.Function):
 
 
 class JumpReLU(Activation):
-    """A learnt positive threshold an atom, and (L0 / k - 1)^2 in the loss, with L0 the active atoms of a token."""
+    """A learnt threshold per atom; (L0 / k - 1)^2 is added to the loss, L0 the active atoms per token."""
 
     def __init__(self, n_atoms: int, k: int) -> None:
         super().__init__(n_atoms, k)
         self.level = nn.Parameter(torch.full((n_atoms,), WIDTH).log() / PACE)
 
     def threshold(self) -> Tensor:
-        """[n], exp(PACE level)."""
+        """Return exp(PACE level), [n]."""
         return (PACE * self.level).exp()
 
     def coefficients(self, pre: Tensor, bias: Tensor) -> Tensor:
@@ -150,8 +151,11 @@ class JumpReLU(Activation):
 
 
 class Gated(Activation):
-    """exp(log_scale) (pre - bias) + offset where the gate pre > 0, after ReLU. The gate learns from an L1 term and by
-    reconstructing alone; the weight of that term rises and falls until k atoms a token are active."""
+    """exp(log_scale) (pre - bias) + offset where the gate pre > 0, after ReLU.
+
+    The gate learns from an L1 term and from reconstructing by itself; the weight of the L1 term adapts until
+    k atoms per token are active.
+    """
 
     def __init__(self, n_atoms: int, k: int) -> None:
         super().__init__(n_atoms, k)
@@ -165,7 +169,7 @@ class Gated(Activation):
 
     def penalty(self, pre: Tensor) -> Tensor:
         weight = self.l1.clone()
-        if pre.requires_grad:
+        if self.training:
             excess = (pre.detach() > 0).sum(-1).to(pre).mean() / self.k - 1
             self.l1.mul_(1 + L1_PACE * excess.clamp(-1, 1))
         return weight * self.gate(pre).sum(-1).mean()

@@ -1,14 +1,7 @@
-"""Training sparse autoencoders of a cell's history by the paper's recipe (its App. D), without forming states.
+"""Training sparse autoencoders of a cell's history by the paper's recipe (its App. D).
 
-For a bilinear or tied encoder and a rank-1 decoder the squared error of a token needs no d_k x d_v matrix. With
-x = (X - mean) / scale, atoms v_i w_i^T, coefficients c and G_ij = (v_i . v_j)(w_i . w_j),
-
-    ||x - sum_i c_i v_i w_i^T||^2 = ||x||^2 - 2 sum_i c_i <v_i w_i^T, x> + c^T G c.
-
-Its mean over tokens is the fraction of variance unexplained (FVU), because the mean of ||x||^2 is 1. The dead-atom loss
-follows Gao et al. 2024 (Scaling and evaluating sparse autoencoders, App. A.2): what is left, e = x - xhat, is
-reconstructed by atoms that have long been silent. Every other pair of parts takes the dense path: the
-same losses, on states. What a sparsity rule adds to the loss is in writesae.sae.sparsity.
+Each step of Adam takes the loss (writesae.sae.losses) of all tokens of some windows. Atoms that have not
+fired for long get a dead-atom loss, and at regular steps they restart from badly reconstructed tokens.
 """
 
 from __future__ import annotations
@@ -17,13 +10,13 @@ import hashlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -31,12 +24,12 @@ from tqdm import tqdm
 
 from writesae.files import write_atomically
 from writesae.history import History
-from writesae.sae.losses import _loss, tf32
+from writesae.sae.config import Architecture, SAEConfig
+from writesae.sae.losses import loss_of, tf32
 from writesae.sae.model import SAE
-from writesae.sae.parts import check_parts
 
 CHECKPOINT_SECONDS = 60.0
-RESAMPLE_UNTIL = 0.8  # of all steps
+RESAMPLE_UNTIL = 0.8  # fraction of all steps
 RESAMPLE_BATCHES = 4  # batches from whose worst tokens silent atoms are restarted
 POWER_ITERATIONS = 20
 INIT_NOISE = 0.2  # norm of the noise on the unit factors of the tokens that atoms start from
@@ -44,75 +37,53 @@ CURVE_POINTS = 200
 START_WINDOWS = 4  # in which sparsity rules with thresholds count active atoms before training
 
 
-class TrainingSettings(BaseModel):
-    """What a training run depends on, beside its data. The defaults are the paper's (Sec. 3, App. D, Table 10)."""
+class TrainingSettings(Architecture):
+    """An architecture and its training. The defaults are the paper's (Sec. 3, App. D, Table 10)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    n_atoms: PositiveInt
-    k: PositiveInt
-    encoder: Literal["bilinear", "dense", "tied"] = "bilinear"
-    decoder: Literal["rank1", "flat"] = "rank1"
-    activation: Literal["topk", "batch_topk", "jumprelu", "gated"] = "topk"
-    rank: PositiveInt = Field(1, description="outer products in an atom and in a filter, for bilinear + rank1")
-    tokens: PositiveInt = Field(description="training tokens seen in all, rounded up to whole batches")
-    batch_windows: PositiveInt
+    tokens: PositiveInt = Field(description="training tokens seen in total, rounded up to whole batches")
+    batch_windows: PositiveInt = 4
     lr: PositiveFloat = Field(3e-4, description="peak learning rate of Adam")
-    final_lr: NonNegativeFloat = Field(3e-5, description="where the cosine ends")
+    final_lr: NonNegativeFloat = Field(3e-5, description="learning rate at the end of the cosine")
     warmup: int = Field(50, ge=0, description="steps of linear warm-up")
     aux_weight: NonNegativeFloat = Field(1e-2, description="weight of the dead-atom loss")
     k_aux: PositiveInt = Field(256, description="silent atoms that reconstruct the residual of a token")
-    dead_after: PositiveInt = Field(100, description="steps without firing after which an atom counts as silent")
+    dead_after: PositiveInt = Field(100, description="steps without firing until an atom counts as silent")
     resample_every: PositiveInt = 250
     renormalise_every: PositiveInt = 100
     products: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32",
-        description="how a step's matrix products are taken; bf16: the factored loss's with tokens, of rounded factors and "
-        "with sums in fp32, and the others in tf32 (which is fp32 without CUDA)",
+        description="of matrix products; bf16: the factored loss rounds factors of products with tokens and "
+        "sums in fp32, all other products are in tf32 (fp32 without CUDA)",
     )
     seed: int = 0
 
     @model_validator(mode="after")
-    def _consistent(self) -> TrainingSettings:
-        if self.k > self.n_atoms:
-            raise ValueError(f"k = {self.k} exceeds n_atoms = {self.n_atoms}")
+    def _rates_fit(self) -> TrainingSettings:
         if self.final_lr > self.lr:
             raise ValueError(f"final_lr = {self.final_lr} exceeds lr = {self.lr}")
-        check_parts(**self.kind)
         return self
 
-    @property
-    def kind(self) -> dict[str, str | int]:
-        """Which SAE: encoder, decoder, activation and rank, as SAE and SAEConfig take them."""
-        return dict(encoder=self.encoder, decoder=self.decoder, activation=self.activation, rank=self.rank)
-
-    @property
-    def variant(self) -> str:
-        """Its name in tables: encoder+decoder, and +activation where it is not topk."""
-        decoder = self.decoder if self.rank == 1 else f"rank{self.rank}"
-        return "+".join([self.encoder, decoder] + [self.activation] * (self.activation != "topk"))
-
     def steps(self, window_tokens: int) -> int:
-        """Steps of batch_windows windows of `window_tokens` tokens."""
+        """Return the steps of batch_windows windows of `window_tokens` tokens."""
         return -(-self.tokens // (self.batch_windows * window_tokens))
 
 
 @dataclass
 class TrainingRecord:
-    """How a run went. A curve is a list of (last step, mean over the steps since the point before)."""
+    """How a run went. A curve is a list of (last step, mean over the steps since the previous point)."""
 
     seconds: float
     tokens: int
     steps: int
     loss: list[tuple[int, float]]
     fvu: list[tuple[int, float]]
-    validation_fvu: float | None = None  # None: no validation data were given
-    alive: int | None = None  # atoms that fire (are in some top k with a positive coefficient) on the validation data
+    validation_fvu: float | None = None  # None without validation data
+    alive: int | None = None  # atoms with a positive coefficient somewhere in the validation data
     dead: int | None = None
 
 
 def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine from lr to final_lr; `step` counts from 0."""
+    """Return the learning rate of a step, from 0: linear warm-up, then a cosine from lr to final_lr."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(1, steps - 1 - settings.warmup)
@@ -120,7 +91,7 @@ def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
 
 
 def batch_of(settings: TrainingSettings, windows: int, step: int) -> Tensor:
-    """The windows of a step, [batch_windows]: a seeded shuffle an epoch; a function of (seed, step) alone."""
+    """Return the windows of a step, [batch_windows], from one seeded shuffle per epoch."""
     per_epoch = windows // settings.batch_windows
     epoch, place = divmod(step, per_epoch)
     order = torch.randperm(windows, generator=_generator(settings.seed, "epoch", epoch))
@@ -140,42 +111,38 @@ def train(
     checkpoint: Path | str | None = None,
     validation: History | None = None,
 ) -> tuple[SAE, TrainingRecord]:
-    """Train an SAE on every X_t of `history`; the same seed and thread count give the same result, bit for bit. A
-    writesae.shards.ShardedHistory, which stays on disk, does as well.
+    """Train an SAE on every X_t of `history` (or of a writesae.shards.ShardedHistory, which stays on disk).
 
-    `checkpoint` is a file that is written now and then and at the end: a run that was killed goes on from there when it
-    is started again, to the result it would have had. Remove it once the SAE is saved.
-    Raises ValueError on fewer windows than a batch, data that never vary, validation data of another kind, and a checkpoint
-    of another run; FloatingPointError when the loss is not finite.
+    The same seed and thread count give the same result, bit for bit. The SAE's config has target and origin.
+    checkpoint: a file that is written every minute and at the end; a killed run that is started again
+    continues from it, to the same result. Remove it once the SAE is saved.
+
+    Raises ValueError for fewer windows than a batch, constant data, validation data of another kind, and a
+    checkpoint of another run; FloatingPointError when the loss is not finite.
     """
     if len(history) < settings.batch_windows:
         raise ValueError(f"A batch takes {settings.batch_windows} windows, the history has {len(history)}.")
-    if checkpoint and Path(checkpoint).is_dir():
+    checkpoint = Path(checkpoint) if checkpoint else None
+    if checkpoint and checkpoint.is_dir():
         raise ValueError(f"The checkpoint {checkpoint} is a folder: give the path of a file.")
-    run = _Run.start(history, settings)
-    if validation is not None:  # before the training, not after it
+    run = _Run(history, settings)
+    if validation is not None:
         run.sae.check_history(validation)
         if validation.target != history.target:
-            raise ValueError(
-                f"The SAE is to be of {history.target}s, and the validation data are {validation.target}s."
-            )
+            raise ValueError(f"The training data are {history.target}s, the validation data {validation.target}s.")
     identity = f"{settings.model_dump_json()} {history.fingerprint()}" if checkpoint else ""
-    if checkpoint and Path(checkpoint).exists():
-        run.restore(Path(checkpoint), identity)
+    if checkpoint and checkpoint.exists():
+        run.restore(checkpoint, identity)
     began, saved = time.monotonic() - run.seconds, time.monotonic()
-    bar = tqdm(total=run.steps, initial=run.step, disable=not progress, desc="SAE", unit="step", mininterval=1.0)
-    while run.step < run.steps:
+    for step in tqdm(range(run.step, run.steps), disable=not progress, desc="SAE", unit="step", mininterval=1.0):
         run.advance()
-        bar.update()
-        last = run.step == run.steps
-        if checkpoint and (last or time.monotonic() - saved >= CHECKPOINT_SECONDS):
-            run.seconds = time.monotonic() - began
-            run.save(Path(checkpoint), identity)
+        run.seconds = time.monotonic() - began
+        if checkpoint and (step + 1 == run.steps or time.monotonic() - saved >= CHECKPOINT_SECONDS):
+            run.save(checkpoint, identity)
             saved = time.monotonic()
-    bar.close()
-    run.seconds = time.monotonic() - began
-    run.sae.requires_grad_(False)
-    record = run.record()
+    run.sae.requires_grad_(False).eval()
+    tokens = run.steps * settings.batch_windows * history.shape[1]
+    record = TrainingRecord(run.seconds, tokens, run.steps, *map(_curve, run.losses.unbind(1)))
     if validation is not None:
         record.validation_fvu, record.alive = evaluate(run.sae, validation)
         record.dead = settings.n_atoms - record.alive
@@ -193,17 +160,17 @@ class Tokens(NamedTuple):
 
 @torch.no_grad()
 def by_group(sae: SAE, history: History) -> Iterator[Tokens]:
-    """The errors and the active atoms of a history, some windows at a time, in order. ValueError as `SAE.check_history`."""
+    """Yield errors and active atoms of a few windows at a time, in order. Raises as `SAE.check_history`."""
     sae.check_history(history)
     for group in history.groups(sae.group_size(history)):
         energy = group.energy(sae.mean)
-        loss = _loss(sae, group, energy)
+        loss = loss_of(sae, group, energy)
         squared = loss.squared.double() * sae.scale.item() ** 2
         yield Tokens(squared, energy, loss.indices, loss.coefficients * sae.scale)
 
 
 def evaluate(sae: SAE, history: History) -> tuple[float, int]:
-    """(FVU, atoms that fire) on every token of a history; the variance is taken about the SAE's own mean."""
+    """Return (FVU about the SAE's own mean, number of atoms that fire) over all tokens of a history."""
     error, variance, fired = 0.0, 0.0, torch.zeros(sae.n_atoms, dtype=torch.bool)
     for tokens in by_group(sae, history):
         error += tokens.squared.sum().item()
@@ -212,48 +179,35 @@ def evaluate(sae: SAE, history: History) -> tuple[float, int]:
     return error / variance, int(fired.sum())
 
 
-@dataclass
 class _Run:
-    """A training run between two steps."""
+    """The state of a training run between two steps."""
 
-    settings: TrainingSettings
-    history: History
-    energy: Tensor  # [N, T], ||X_t - mean||^2
-    sae: SAE
-    optimiser: torch.optim.Adam
-    steps: int
-    silent: Tensor  # [n] steps since each atom last fired
-    losses: Tensor  # [steps, 2]: loss, FVU
-    step: int = 0
-    seconds: float = field(default=0.0)
-
-    @classmethod
-    def start(cls, history: History, settings: TrainingSettings) -> _Run:
-        sae = SAE(settings.n_atoms, settings.k, history.d_k, history.d_v, **settings.kind).to(history.key)
-        sae.mean.copy_(history.mean())
-        energy = history.energy(sae.mean)
-        sae.scale.copy_(energy.double().mean().sqrt())
-        if not sae.scale > 0:
+    def __init__(self, history: History, settings: TrainingSettings) -> None:
+        self.settings, self.history, self.steps = settings, history, settings.steps(history.shape[1])
+        self.sae = SAE(_config(history, settings), history.d_k, history.d_v).to(history.key).train()
+        self.sae.mean.copy_(history.mean())
+        self.energy = history.energy(self.sae.mean)  # [N, T], ||X_t - mean||^2
+        self.sae.scale.copy_(self.energy.double().mean().sqrt())
+        if not self.sae.scale > 0:
             raise ValueError("The matrices of this history are all the same: there is nothing to train on.")
-        initialise(sae, history, settings.seed)
-        optimiser = torch.optim.Adam(sae.parameters(), lr=settings.lr, fused=True)
-        steps = settings.steps(history.shape[1])
-        silent = torch.zeros(settings.n_atoms, dtype=torch.int64, device=history.key.device)
-        return cls(settings, history, energy, sae, optimiser, steps, silent, torch.zeros(steps, 2))
+        initialise(self.sae, history, settings.seed)
+        self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=settings.lr, fused=True)
+        self.silent = torch.zeros(settings.n_atoms, dtype=torch.int64, device=history.key.device)
+        self.losses = torch.zeros(self.steps, 2)  # loss, FVU; `silent` counts the steps since each atom fired
+        self.step, self.seconds = 0, 0.0
 
     def advance(self) -> None:
-        """One step: gradient, Adam, and on their days normalisation and resampling."""
+        """Take one step: gradient, Adam, and every so many steps normalisation and resampling."""
         settings = self.settings
         windows = batch_of(settings, len(self.history), self.step)
         dead = (self.silent >= settings.dead_after).nonzero().squeeze(-1)
         batch, energy = self.history[windows], self.energy[windows]
         weights = dict(aux_weight=settings.aux_weight, k_aux=settings.k_aux)
         with tf32(settings.products != "fp32"):
-            loss = _loss(self.sae, batch, energy, dead, settings.products == "bf16", **weights)
+            loss = loss_of(self.sae, batch, energy, dead, settings.products == "bf16", **weights)
             if not torch.isfinite(loss.total):
-                raise FloatingPointError(
-                    f"The loss is {loss.total.item()} at step {self.step}: lower lr = {settings.lr}."
-                )
+                value = loss.total.item()
+                raise FloatingPointError(f"The loss is {value} at step {self.step}: lower lr = {settings.lr}.")
             self.optimiser.zero_grad(set_to_none=True)
             loss.total.backward()
         self.optimiser.param_groups[0]["lr"] = learning_rate(settings, self.step, self.steps)
@@ -269,17 +223,17 @@ class _Run:
 
     @torch.no_grad()
     def resample(self, dead: Tensor) -> None:
-        """Restart atoms [D] as top singular pairs of residuals, drawn with probability proportional to their energy."""
+        """Restart atoms [D] as top singular pairs of residuals, drawn in proportion to their energy."""
         if not len(dead):
             return
         generator = _generator(self.settings.seed, "resample", self.step)
         count = min(len(self.history), RESAMPLE_BATCHES * self.settings.batch_windows)
         windows = torch.randperm(len(self.history), generator=generator)[:count]
+        self.sae.eval()
         residuals = _worst_residuals(self.sae, self.history[windows], self.energy[windows], len(dead), generator)
-        dead = dead[: len(residuals)]
-        key, value = (
-            top_singular_pair(residuals) if self.sae.rank == 1 else top_singular_pairs(residuals, self.sae.rank)
-        )
+        self.sae.train()
+        dead, rank = dead[: len(residuals)], self.sae.rank
+        key, value = top_singular_pair(residuals) if rank == 1 else top_singular_pairs(residuals, rank)
         for part in (self.sae.encoder, self.sae.decoder):
             part.assign(dead, key, value)
         self.sae.encoder.clear_bias(dead)
@@ -289,18 +243,13 @@ class _Run:
             state["exp_avg_sq"][dead] = 0
         self.silent[dead] = 0
 
-    def record(self) -> TrainingRecord:
-        loss, fvu = (_curve(column) for column in self.losses.unbind(1))
-        windows = self.steps * self.settings.batch_windows
-        return TrainingRecord(self.seconds, windows * self.history.shape[1], self.steps, loss, fvu)
-
     def _named_moments(self) -> Iterator[tuple[str, torch.nn.Parameter, str]]:
         for name, parameter in self.sae.named_parameters():
             for moment in ("exp_avg", "exp_avg_sq", "step"):
                 yield f"adam.{name}.{moment}", parameter, moment
 
     def save(self, path: Path, identity: str) -> None:
-        """Everything the next step depends on, as safetensors; `identity` names settings and data."""
+        """Write all that the next step depends on as safetensors; `identity` is of settings and data."""
         tensors = {f"sae.{name}": x for name, x in self.sae.state_dict().items()}
         tensors |= {name: self.optimiser.state[p][moment] for name, p, moment in self._named_moments()}
         tensors |= {"silent": self.silent, "losses": self.losses}
@@ -309,7 +258,7 @@ class _Run:
         write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
 
     def restore(self, path: Path, identity: str) -> None:
-        """Go on from what `save` wrote; ValueError when it belongs to other settings or data."""
+        """Continue from what `save` wrote. Raises ValueError when it belongs to other settings or data."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -318,8 +267,7 @@ class _Run:
             raise ValueError(f"{path} is damaged ({error}); remove it to start again.") from error
         if metadata.get("identity") != identity:
             raise ValueError(f"{path} is the checkpoint of a run with other settings or other data; remove it.")
-        prefix = "sae."
-        self.sae.load_state_dict({n[len(prefix) :]: x for n, x in tensors.items() if n.startswith(prefix)})
+        self.sae.load_state_dict({n[4:]: x for n, x in tensors.items() if n.startswith("sae.")})
         for name, parameter, moment in self._named_moments():
             self.optimiser.state[parameter][moment] = tensors[name].to(parameter.device)
         self.silent.copy_(tensors["silent"])
@@ -327,12 +275,19 @@ class _Run:
         self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
 
 
+def _config(history: History, settings: TrainingSettings) -> SAEConfig:
+    """Return the config of the SAE that the settings and the data make."""
+    fields = settings.model_dump(include=set(SAEConfig.model_fields))
+    origin = history.origin._asdict() if history.origin else {}
+    return SAEConfig(**fields, **origin, target=history.target, d_k=history.d_k, d_v=history.d_v)
+
+
 @torch.no_grad()
 def initialise(sae: SAE, history: History, seed: int) -> None:
-    """Start atom i at the unit factors of a random token's write plus noise; the encoder starts as the decoder.
+    """Start each atom at the unit factors of a random token's write plus noise; the encoder starts the same.
 
-    Atoms then point where the data lie, so few are dead from the start; the noise keeps repeated tokens apart. An atom
-    of rank r starts as the sum of r tokens' writes. Sparsity rules with thresholds set them on a few windows.
+    Atoms then point where the data are, so few are dead from the start; the noise separates repeated tokens.
+    An atom of rank r starts as the sum of r tokens' writes. Sparsity rules set thresholds on a few windows.
     """
     generator = _generator(seed, "initialise")
     windows, tokens = history.shape
@@ -356,11 +311,11 @@ def initialise(sae: SAE, history: History, seed: int) -> None:
         sae.activation.start(sae.encoder.dense(sae.standardise(few.steps())), sae.encoder.bias)
 
 
-def _worst_residuals(sae: SAE, history: History, energy: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """x - xhat of at most `count` different tokens, drawn in proportion to ||x - xhat||^2: [count, d_k, d_v]."""
+def _worst_residuals(sae: SAE, history: History, energy: Tensor, count: int, generator) -> Tensor:
+    """Return x - xhat of at most `count` tokens, drawn in proportion to its energy, [count, d_k, d_v]."""
     size, start, losses = sae.group_size(history), 0, []
     for group in history.groups(size):
-        losses.append(_loss(sae, group, energy[start : start + size]))
+        losses.append(loss_of(sae, group, energy[start : start + size]))
         start += size
     odds = torch.cat([loss.squared for loss in losses]).flatten().double().clamp_min(0).cpu()
     count = min(count, int((odds > 0).sum()))
@@ -371,9 +326,9 @@ def _worst_residuals(sae: SAE, history: History, energy: Tensor, count: int, gen
 
 
 def top_singular_pair(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit left [r, d_k] and right [r, d_v] singular vectors of the largest singular value, by power iteration.
+    """Return the unit left [r, d_k] and right [r, d_v] top singular vectors of matrices, by power iteration.
 
-    It starts from each matrix's longest row; after POWER_ITERATIONS a nearly equal second pair may still be mixed in.
+    It starts from each matrix's longest row; a nearly equal second pair may remain mixed in.
     """
     longest = matrices.norm(dim=2).argmax(1)
     right = F.normalize(matrices[torch.arange(len(matrices), device=matrices.device), longest], dim=-1)
@@ -384,13 +339,16 @@ def top_singular_pair(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def top_singular_pairs(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`rank` leading singular pairs of [m, d_k, d_v], each times the root of its share of their energy: key
-    [m, rank, d_k], value [m, rank, d_v] with sum_r key_r value_r^T of unit Frobenius norm."""
+    """Return key [m, rank, d_k] and value [m, rank, d_v] of the top singular pairs of [m, d_k, d_v].
+
+    sum_r key_r value_r^T has unit Frobenius norm; the pairs keep the proportions of their singular values.
+    """
     left, size, right = torch.linalg.svd(matrices, full_matrices=False)
     weight = F.normalize(size[:, :rank], dim=-1).sqrt()[..., None]
     return left[:, :, :rank].transpose(1, 2) * weight, right[:, :rank] * weight
 
 
 def _curve(values: Tensor) -> list[tuple[int, float]]:
+    """Return at most CURVE_POINTS points of a curve over all steps."""
     size = max(1, -(-len(values) // CURVE_POINTS))
     return [(min((i + 1) * size, len(values)), part.mean().item()) for i, part in enumerate(values.split(size))]

@@ -1,0 +1,73 @@
+"""The description of a sparse autoencoder: parts, size, training data. Its fields are listed only here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+FORMAT_VERSION = 1
+
+
+class Parts(BaseModel):
+    """Encoder, decoder, sparsity rule. Raises ValidationError for unknown ones and pairs that do not fit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    encoder: Literal["bilinear", "dense", "tied"] = "bilinear"
+    decoder: Literal["rank1", "flat"] = "rank1"
+    activation: Literal["topk", "batch_topk", "jumprelu", "gated"] = "topk"
+    rank: PositiveInt = Field(1, description="outer products per atom; above 1 only for bilinear + rank1")
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Parts:
+        pair = f"{self.encoder} + {self.decoder}"
+        if pair == "tied + flat":
+            raise ValueError(f"No SAE {pair}: a tied encoder uses the atoms of a rank1 decoder")
+        if self.rank > 1 and pair != "bilinear + rank1":
+            raise ValueError(f"No SAE {pair} of rank {self.rank}: above 1 only bilinear + rank1 has one")
+        return self
+
+    @property
+    def variant(self) -> str:
+        """The name in tables: encoder+decoder, and +activation where it is not topk."""
+        decoder = self.decoder if self.rank == 1 else f"rank{self.rank}"
+        return "+".join([self.encoder, decoder] + [self.activation] * (self.activation != "topk"))
+
+
+class Architecture(Parts):
+    """The parts and the size. With the sides of the matrices this defines an SAE."""
+
+    n_atoms: PositiveInt
+    k: PositiveInt = Field(description="active atoms per token; on average for activations other than topk")
+
+    @model_validator(mode="after")
+    def _k_fits(self) -> Architecture:
+        if self.k > self.n_atoms:
+            raise ValueError(f"k = {self.k} exceeds n_atoms = {self.n_atoms}")
+        return self
+
+
+class SAEConfig(Architecture):
+    """The content of config.json; fields about the training data and the seed are None if unknown.
+
+    write: the definition of the native write, added or effective (the write minus what it erases).
+    """
+
+    host: str | None = None
+    layer: int | None = None
+    head: int | None = None
+    target: Literal["state", "write"] | None = None
+    write: Literal["added", "effective"] | None = None
+    seed: int | None = None
+    d_k: PositiveInt
+    d_v: PositiveInt
+    orientation: Literal["key_value"] = "key_value"
+    format_version: int = FORMAT_VERSION
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem as a clause: the field, and what is wrong with it."""
+    first = error.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    return ": ".join(filter(None, [field, first["msg"].removeprefix("Value error, ")]))
