@@ -204,8 +204,8 @@ class SAE(nn.Module):
         (token, cache_dir, ...). The older format, two files NAME.json and NAME.safetensors, is read as well.
 
         Raises FileNotFoundError for missing files; ValueError for another format version, a damaged file,
-        tensors that do not fit the config, values that are not finite, and fields that differ from `expect`; and
-        what `writesae.hosts.hub.fetch` raises.
+        tensors that do not fit the config, values that are not finite, and fields that differ from `expect`;
+        and what `writesae.hosts.hub.fetch` raises.
         """
         description, weights = _locate(name, revision, options)
         config, checksum = _read_config(description)
