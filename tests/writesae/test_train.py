@@ -232,6 +232,15 @@ def test_resampling_revives_silent_atoms():
     assert (run.silent[lost] < 4).all(), "they fire again"
 
 
+def test_rules_do_not_adapt_to_the_tokens_that_resampling_looks_at():
+    run = train_module._Run(history_of(), settings_of(activation="batch_topk"))
+    before = run.sae.activation.threshold.clone()
+    run.resample(torch.tensor([2, 9]))
+    assert torch.equal(run.sae.activation.threshold, before) and run.sae.activation.training
+    run.advance()
+    assert not torch.equal(run.sae.activation.threshold, before)
+
+
 def test_resampled_atoms_are_top_pairs_of_residuals():
     history = history_of()
     run = train_module._Run(history, settings_of())

@@ -66,8 +66,8 @@ class SAE(nn.Module):
 
     def __init__(self, architecture: Architecture, d_k: int, d_v: int) -> None:
         super().__init__()
-        known = architecture.model_dump(include=set(SAEConfig.model_fields))
-        self.config = SAEConfig(**known | dict(d_k=d_k, d_v=d_v))
+        fields = architecture.model_dump(include=set(SAEConfig.model_fields))
+        self.config = SAEConfig(**fields | dict(d_k=d_k, d_v=d_v))
         self.n_atoms, self.k, self.rank = architecture.n_atoms, architecture.k, architecture.rank
         self.d_k, self.d_v = d_k, d_v
         self.encoder, self.decoder = make_parts(architecture, self.n_atoms, d_k, d_v)
@@ -148,6 +148,7 @@ class SAE(nn.Module):
         return max(1, GROUP_ELEMENTS // (per_token * history.shape[1]))
 
     def _raw(self, pre: Tensor) -> Active:
+        """Return the active atoms in raw units, largest first."""
         indices, coefficients = self.select(pre)
         return Active(indices, coefficients * self.scale)
 
@@ -202,9 +203,9 @@ class SAE(nn.Module):
         expect: fields of SAEConfig and their required values. options: of huggingface_hub.snapshot_download
         (token, cache_dir, ...). The older format, two files NAME.json and NAME.safetensors, is read as well.
 
-        Raises FileNotFoundError for missing files; ValueError for another format version, a damaged file, tensors
-        that do not fit the config, values that are not finite, and fields that differ from `expect`; and what
-        `writesae.hosts.hub.fetch` raises.
+        Raises FileNotFoundError for missing files; ValueError for another format version, a damaged file,
+        tensors that do not fit the config, values that are not finite, and fields that differ from `expect`;
+        and what `writesae.hosts.hub.fetch` raises.
         """
         description, weights = _locate(name, revision, options)
         config, checksum = _read_config(description)

@@ -39,9 +39,9 @@ def load_authors_sae(path: Path | str, host: str, *, transposed: bool = False, *
     given: layer, head, k, seed, d_k, d_v where the file's config lacks them. transposed: the file's states
     are [d_v, d_k], as transformers keeps those of Mamba-2; d_k and d_v in `given` and in the result are ours.
 
-    Raises FileNotFoundError for a missing file, and ValueError for a damaged one, for one with more than tensors
-    and plain values (such a pickle is not executed), for missing, extra or misshapen tensors, for a config that
-    lacks a field or contradicts the tensors or `given`, for rank above 1, and for BatchTopK.
+    Raises FileNotFoundError for a missing file, and ValueError for a damaged one, for one with more than
+    tensors and plain values (such a pickle is not executed), for missing, extra or misshapen tensors, for a
+    config that lacks a field or contradicts the tensors or `given`, for rank above 1, and for BatchTopK.
     """
     state, config = _read(Path(path))
     kind = _kind(path, state, config)

@@ -230,7 +230,8 @@ class _Run:
         count = min(len(self.history), RESAMPLE_BATCHES * self.settings.batch_windows)
         windows = torch.randperm(len(self.history), generator=generator)[:count]
         self.sae.eval()
-        residuals = _worst_residuals(self.sae, self.history[windows], self.energy[windows], len(dead), generator)
+        history, energy = self.history[windows], self.energy[windows]
+        residuals = _worst_residuals(self.sae, history, energy, len(dead), generator)
         self.sae.train()
         dead, rank = dead[: len(residuals)], self.sae.rank
         key, value = top_singular_pair(residuals) if rank == 1 else top_singular_pairs(residuals, rank)
