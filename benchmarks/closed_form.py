@@ -1,13 +1,16 @@
-"""All atoms' logit shifts from one backward against one forward an atom: `python benchmarks/closed_form.py`.
+"""Logit shifts of all atoms from one backward, against one forward per atom: `python
+benchmarks/closed_form.py`.
 
-The shift of a token's logit, four tokens after each of n unit atoms is written at a tenth of the native write's norm:
+The shift of a token's logit, four tokens after each of n unit atoms is written at a tenth of the native
+write's norm:
 
 - backward: the exact first-order form of writesae.shift, one gradient for all atoms;
-- one by one: the library's whole model from a deep copy of the prefix's cache, an atom at a time;
-- batched: the project's exact edited runs, all atoms in one batch.
+- one by one: transformers' whole model from a deep copy of the prefix's cache, one atom at a time;
+- batched: the exact edited runs of this project, all atoms in one batch.
 
-The first predicts what the others measure: `r2` is its R2 of the one-by-one shifts, with nothing fitted. In fp32 such
-small shifts are noisy, so that R2 is also given in fp64. The two measured ways must agree (in fp64).
+The first one predicts what the others measure: `r2` is the R2 of its predictions for the one-by-one shifts,
+with nothing fitted. Such small shifts are noisy in fp32, so that R2 is also given in fp64. The two measured
+ways must agree in fp64.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ TOLERANCE = 1e-3
 
 @torch.no_grad()
 def backward(host: Host, tokens: Tensor, position: int, token: int, layer: int, head: int, key, value) -> Tensor:
-    """Predicted shifts [n] of the logit of `token`, HORIZON tokens after atoms key [n, d_k], value [n, d_v] at `position`."""
+    """Return the predicted shifts [n] of the logit of `token`, HORIZON tokens after atoms key [n, d_k], value
+    [n, d_v] at `position`."""
     run = host.run(tokens)
     row, start, wanted = (torch.tensor([x], device=host.device) for x in (0, position, token))
     gradient, _ = logit_gradient(host, run, layer, head, row, start + 1, HORIZON, wanted)
@@ -41,7 +45,7 @@ def backward(host: Host, tokens: Tensor, position: int, token: int, layer: int, 
 
 @torch.no_grad()
 def batched(host: Host, tokens: Tensor, position: int, token: int, layer: int, head: int, key, value) -> Tensor:
-    """The same shifts from edited runs, all at once."""
+    """Return the same shifts from edited runs, all at once."""
     run, n = host.run(tokens), len(key)
     rows = torch.zeros(n, dtype=torch.int64, device=host.device)
     edit = make_edit(rows, rows + position, key[:, None], value[:, None], "cache")
@@ -51,7 +55,7 @@ def batched(host: Host, tokens: Tensor, position: int, token: int, layer: int, h
 
 @torch.no_grad()
 def one_by_one(host: Host, tokens: Tensor, position: int, token: int, layer: int, head: int, key, value) -> Tensor:
-    """The same shifts from the library's own model, a forward an atom."""
+    """Return the same shifts from transformers' model, one forward per atom."""
     where = host, prefix_cache(host, tokens, position), tokens, position, layer, head
     native = logits_after(*where, torch.zeros_like(key[0, :, None] * value[0]), HORIZON)[token]
     found = [logits_after(*where, k[:, None] * v, HORIZON)[token] for k, v in zip(key, value, strict=True)]
@@ -62,7 +66,8 @@ WAYS = {"backward": backward, "one by one": one_by_one, "batched": batched}
 
 
 def problem(host: Host, length: int, atoms: int) -> tuple:
-    """(tokens, position, token, layer, head, key, value): a random window and random atoms of the wanted size."""
+    """Return (tokens, position, token, layer, head, key, value): a random window and random atoms of the
+    wanted size."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(host.vocabulary, (1, length), generator=generator).to(host.device)
     position, layer, head = length - HORIZON - 1, host.recurrent_layers[len(host.recurrent_layers) // 2], 0
@@ -75,7 +80,7 @@ def problem(host: Host, length: int, atoms: int) -> tuple:
 
 
 def case(way: str, dtype: torch.dtype = torch.float32, **size: int) -> Callable[[], Tensor]:
-    """One way, ready to run."""
+    """Return one of the ways, ready to run."""
     host = load(FOLDER, None, dtype)
     given = problem(host, **size)
     return lambda: WAYS[way](host, *given)
@@ -86,7 +91,8 @@ def r_squared(predicted: Tensor, measured: Tensor) -> float:
 
 
 def agreement(size: dict[str, int], results: dict[str, Tensor]) -> dict[str, float]:
-    """R2 of the prediction in fp32 and fp64, and how far the measured ways differ in fp64 (AssertionError where too far)."""
+    """Return the R2 of the prediction in fp32 and fp64, and the difference of the measured ways in fp64.
+    Raises AssertionError where they do not agree."""
     predicted, measured, ours = (case(way, torch.float64, **size)() for way in WAYS)
     off = apart(ours, measured)
     assert off < TOLERANCE, f"the measured shifts differ by {off:.1e}: the two ways do not do the same edit"

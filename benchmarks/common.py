@@ -1,19 +1,20 @@
-"""Comparisons as ratios within one run: the cases take turns, so that a noisy machine slows all of them alike.
+"""Comparisons as ratios within one run: the cases take turns, so that a noisy machine slows all of them
+equally.
 
-A benchmark lists its comparisons, and `main` measures them: one round that does not count, then the rounds, in each of
-which every case runs once (a short one several times in a row). results/bench/NAME.csv has a line a case:
+A benchmark lists its comparisons, and `main` measures them: one round to warm up, then the rounds, in each of
+which every case runs once (a short one several times in a row). results/bench/NAME.csv has one line per case:
 
-    seconds, fastest, slowest      of one run: median, least and most over the rounds
-    rate                           units of work (tokens, firings, atoms) a second
-    against, ratio, low, high      time a unit over that of the case `against`, in the same round: median, least, most
+    seconds, fastest, slowest      of one run: median, minimum and maximum over the rounds
+    rate                           units of work (tokens, firings, atoms) per second
+    against, ratio, low, high      time per unit over that of the case `against`, in the same round: median, minimum, maximum
     gflop, of_peak                 fp32 matrix products of one run, and their rate over that of one large product measured
                                    in the same rounds (only where asked for)
     peak_mib                       largest resident size of a fresh process that prepares the case and runs it once
-    device_mib                     the same of the GPU's memory, empty without one
+    device_mib                     the same for the GPU's memory; empty without a GPU
     imports_mib                    largest resident size of a process that only imports the same
 
-Options of every benchmark: `--quick` (everything tiny, into build/bench: only to see that it runs).
-OMP_NUM_THREADS sets the number of threads; without it there are as many as cores.
+Every benchmark has the option `--quick`: everything tiny, written to build/bench, to see only that it runs.
+OMP_NUM_THREADS sets the number of threads; the default is the number of cores.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ PEAK_SIDE = 2048  # of the matrices whose product is the machine's peak
 class Case:
     """`prepare()` returns what is timed, a function without arguments; `amount`: units of work of one call.
 
-    `against`: the case that its time is compared with, by default the first of the comparison.
+    `against`: the case that its time is compared with; by default the first case of the comparison.
     """
 
     name: str
@@ -63,7 +64,8 @@ class Case:
 
 @dataclass
 class Comparison:
-    """Cases that take turns. `agree(results by case)` raises where they should be equal and are not; it returns columns."""
+    """Cases that take turns. `agree(results by case)` raises where they should be equal and are not; it
+    returns columns."""
 
     labels: dict[str, Any]
     cases: list[Case]
@@ -73,7 +75,7 @@ class Comparison:
 
 
 def device() -> torch.device:
-    """The GPU where there is one, else the CPU."""
+    """Return the GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -102,7 +104,7 @@ def _product() -> Case:
 
 
 def measure(comparison: Comparison) -> pd.DataFrame:
-    """The lines of one comparison, without memory."""
+    """Return the lines of one comparison, without memory."""
     cases = comparison.cases + ([_product()] if comparison.count_products else [])
     runs = {case.name: case.prepare() for case in cases}
     repeats, results, gflop = {}, {}, {}
@@ -138,7 +140,8 @@ def _spread(values: pd.Series, *names: str) -> dict[str, float]:
 
 
 def _largest() -> float:
-    """The largest resident size of this process in MiB. On Linux ru_maxrss starts at what the parent had."""
+    """Return the largest resident size of this process in MiB. On Linux ru_maxrss starts at the parent's
+    value."""
     status = Path("/proc/self/status")
     if status.is_file():
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024
@@ -146,7 +149,7 @@ def _largest() -> float:
 
 
 def _peak_of(case: Case | None) -> dict[str, float]:
-    """What a fresh process reports: its largest resident size in MiB after one run of the case."""
+    """Return the largest resident size, in MiB, of a new process that runs the case once."""
     if case is not None:
         case.prepare()()
     found = dict(peak_mib=_largest())
@@ -162,7 +165,7 @@ def _peak(number: int, case: str, quick: bool) -> dict[str, float]:
 
 
 def start() -> argparse.Namespace:
-    """Options, threads and memory: the first thing every benchmark does."""
+    """Read the options and set threads and memory; every benchmark calls this first."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="everything tiny, to see that it runs")
     parser.add_argument("--peak", nargs=2, metavar=("NUMBER", "CASE"), help=argparse.SUPPRESS)
@@ -193,7 +196,7 @@ def main(name: str, comparisons: Callable[[bool], list[Comparison]]) -> None:
 
 
 def save(name: str, table: pd.DataFrame, quick: bool, seconds: float) -> None:
-    """results/bench/NAME.csv with its provenance; a quick run goes to build/bench."""
+    """Write results/bench/NAME.csv with its provenance; a quick run is written to build/bench."""
     paths = paths_module.Paths("bench")
     folder = paths.build if quick else paths.results
     table = table.assign(device=device_name(), threads=torch.get_num_threads())

@@ -19,7 +19,8 @@ GIB = (0.5, 1, 2, 4)
 
 
 def draw(table: pd.DataFrame) -> plt.Figure:
-    """Two panels against the state's side: milliseconds a token (median, range of the rounds) and peak memory."""
+    """Draw two panels against the side of the state: milliseconds per token (median, range of the rounds),
+    peak memory."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.5, 2.7))
     sides = sorted(table.side.unique())
     for method, (label, colour, marker) in METHODS.items():

@@ -1,7 +1,8 @@
-"""Harvest, replacement and training step on a GPU at Qwen3.5-0.8B's shape, random weights: `python benchmarks/gpu.py`.
+"""Harvest, replacement and training step on a GPU at Qwen3.5-0.8B's shape, random weights: `python
+benchmarks/gpu.py`.
 
-Each is measured with fp32 and TF32 products and in bf16: the model's weights, or the trainer's products.
-results/bench/gpu.csv has a line a case, with the columns of benchmarks/common.py and
+Each part is measured with fp32 and TF32 products, and in bf16 (the weights of the model, or the products of
+the trainer). results/bench/gpu.csv has one line per case, with the columns of benchmarks/common.py and
 
     part, products     what was measured, and how its matrix products were taken
     kernel             what the case's recurrence ran on: the project's own is torch's, the library's forward may have another
@@ -12,8 +13,8 @@ results/bench/gpu.csv has a line a case, with the columns of benchmarks/common.p
     agrees             of training steps: whether the loss is fp32's to 1e-4
     device_mib         largest allocated memory during one run, the model's included
 
-Without CUDA it says so and writes nothing. `--shape tiny --device cpu` (or `--quick`) runs the same code in seconds, into
-build/bench.
+Without CUDA it prints that, and writes nothing. `--shape tiny --device cpu` (or `--quick`) runs the same code
+in seconds, into build/bench.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def under(kind: str, run: Callable[[], Any]) -> Callable[[], Any]:
 
 @lru_cache
 def host_of(shape: str, bf16: bool) -> Host:
-    """A host with random weights on the device, in fp32 or the same in bf16."""
+    """Return a host with random weights on the device, in fp32, or the same host in bf16."""
     if bf16:
         model = copy.deepcopy(host_of(shape, False).model).bfloat16()
     else:
@@ -120,14 +121,15 @@ def host_of(shape: str, bf16: bool) -> Host:
 
 
 def windows(shape: str) -> Tensor:
-    """Random tokens [count, length]."""
+    """Return random tokens [count, length]."""
     size = SHAPES[shape]["tokens"]
     tokens = torch.randint(SHAPES[shape]["host"]["vocab_size"], size, generator=torch.Generator().manual_seed(0))
     return tokens.to(common.device())
 
 
 def harvesting(shape: str, kind: str) -> Callable[[], Tensor]:
-    """The harvest of all heads of the last recurrent layer; returns the values of one. bf16: the model's weights."""
+    """Harvest all heads of the last recurrent layer; the case returns the values of one. bf16: the model's
+    weights."""
     host, tokens = host_of(shape, kind == "bf16"), windows(shape)
     cells = [(host.recurrent_layers[-1], head) for head in range(host.heads)]
     run = under(kind, lambda: harvest(host, tokens, cells, len(tokens), progress=False))
@@ -135,7 +137,7 @@ def harvesting(shape: str, kind: str) -> Callable[[], Tensor]:
 
 
 def forward(shape: str, kind: str) -> Callable[[], Tensor]:
-    """The library's forward of the same windows, logits of the last position alone; returns those."""
+    """Run transformers' forward on the same windows; the case returns the logits of the last position."""
     host, tokens = host_of(shape, kind == "bf16"), windows(shape)
 
     @torch.no_grad()
@@ -146,7 +148,7 @@ def forward(shape: str, kind: str) -> Callable[[], Tensor]:
 
 
 def replacing(shape: str, way: str, kind: str) -> Callable[[], Tensor]:
-    """Replacements in batches or one by one; returns the KLs."""
+    """Run replacements in batches or one by one; the case returns the KLs."""
     host = host_of(shape, kind == "bf16")
     *where, left, right = replacement.problem(host, "late", **SHAPES[shape]["replacement"])
     if way == "batched":
@@ -157,8 +159,8 @@ def replacing(shape: str, way: str, kind: str) -> Callable[[], Tensor]:
 
 
 def training(shape: str, kind: str, compiled: bool = False) -> Callable[[], Tensor]:
-    """A step of the trainer on fp32 factors, some atoms silent; returns the loss. Nothing moves (training_step.py).
-    compiled: the loss goes through torch.compile."""
+    """A step of the trainer on fp32 factors, some atoms silent; returns the loss. Nothing moves
+    (training_step.py). compiled: the loss goes through torch.compile."""
     sizes, loss_of = SHAPES[shape]["training"], losses.factored_loss
     loss_of = torch.compile(loss_of) if compiled else loss_of
     run = training_step.new_run(**sizes)
@@ -176,7 +178,7 @@ def training(shape: str, kind: str, compiled: bool = False) -> Callable[[], Tens
 
 
 def product(shape: str, kind: str) -> Callable[[], Tensor]:
-    """One large matrix product."""
+    """Return the case of one large matrix product."""
     side = SHAPES[shape]["side"]
     a = torch.randn(side, side, device=common.device())
     a = a.bfloat16() if kind == "bf16" else a
@@ -214,7 +216,8 @@ def comparisons(shape: str) -> list[Comparison]:
 
 
 def differences(results: dict[str, Tensor]) -> dict[str, float]:
-    """How far each case's result is from the same in fp32, and the plain replacements' from the batched ones."""
+    """Return the difference of each case from the same case in fp32, and of plain replacements from batched
+    ones."""
     found = {}
     for name, result in results.items():
         part, kind = name.rsplit(" ", 1)
@@ -227,7 +230,7 @@ def differences(results: dict[str, Tensor]) -> dict[str, float]:
 
 
 def memory_of(case: Case) -> float:
-    """The largest allocated device memory of one run, in MiB; nan on a CPU."""
+    """Return the largest allocated device memory of one run, in MiB; nan on a CPU."""
     run = case.prepare()
     if common.device().type != "cuda":
         return float("nan")
@@ -237,7 +240,8 @@ def memory_of(case: Case) -> float:
 
 
 def tidy(table: pd.DataFrame, peaks: dict[str, float]) -> pd.DataFrame:
-    """One comparison's lines with a single `difference`, and the share of the peak in their own precision."""
+    """Return the lines of one comparison with a single column `difference` and the share of the peak of their
+    precision."""
     table = table[table.case != "matrix product"]
     rows = table.to_dict("records")
     table = table.assign(
@@ -250,7 +254,8 @@ def tidy(table: pd.DataFrame, peaks: dict[str, float]) -> pd.DataFrame:
 
 
 def measure(shape: str) -> pd.DataFrame:
-    """Every line. A part that does not fit the card's memory is left out, and a line says so."""
+    """Return all lines. A part that does not fit into the GPU's memory is left out, and a printed line says
+    so."""
     common.PEAK_SIDE, peaks, tables = SHAPES[shape]["side"], {}, []
     for comparison in comparisons(shape):
         try:

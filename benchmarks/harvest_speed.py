@@ -1,9 +1,10 @@
-"""Harvest against the plain forward of the same model, every embedded host: `python benchmarks/harvest_speed.py`.
+"""Harvest against the plain forward of the same model: `python benchmarks/harvest_speed.py`.
 
-Both take the same windows of random tokens in the same batches. The harvest keeps the factors of all heads of a layer;
-the last recurrent layer needs nearly the whole model, the middle one half of it. The forward is the library's own, with
-logits, on a CPU with its reference operators; `without head` is its body alone, nearer to what a harvest has to do.
-RWKV-7 is not in the library: its forward is that of writesae.hosts.rwkv7_model, which has no body of its own.
+Both take the same windows of random tokens in the same batches. The harvest keeps the factors of all heads of
+a layer; the last recurrent layer needs nearly the whole model, the middle one half of it. The forward is the
+library's own, with logits, on a CPU with its reference operators; `without head` is its body alone, nearer to
+what a harvest has to do. RWKV-7 is not in transformers: its forward is that of writesae.hosts.rwkv7_model,
+which has no separate body.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ load = lru_cache(load_host)
 
 
 def windows(host: Host, count: int, length: int) -> torch.Tensor:
-    """Random tokens [count, length] of the host's vocabulary."""
+    """Return random tokens [count, length] of the host's vocabulary."""
     return torch.randint(host.vocabulary, (count, length), generator=torch.Generator().manual_seed(0))
 
 
 def harvesting(folder: str, place: str, count: int, length: int, batch: int) -> Callable[[], None]:
-    """The harvest of all heads of the last or the middle recurrent layer."""
+    """Return the case that harvests all heads of the last or the middle recurrent layer."""
     host = load(ROOT / "models" / folder)
     layers = host.recurrent_layers
     layer = layers[-1] if place == "last" else layers[len(layers) // 2]
@@ -38,7 +39,7 @@ def harvesting(folder: str, place: str, count: int, length: int, batch: int) -> 
 
 
 def forward(folder: str, head: bool, count: int, length: int, batch: int) -> Callable[[], None]:
-    """The library's forward of the same windows."""
+    """Return the case that runs transformers' forward on the same windows."""
     host = load(ROOT / "models" / folder)
     model, tokens = host.model if head else host.model.base_model, windows(host, count, length)
 

@@ -1,18 +1,20 @@
-"""What the paper's sizes cost, from the rates that the other benchmarks measured: `python benchmarks/plan.py`.
+"""The cost of the paper's sizes, from the rates of the other benchmarks: `python benchmarks/plan.py`.
 
-The plan: TOKENS tokens harvested once and passed once through the training of every cell, LAYERS layers of HEADS heads of
-128 x 128, 2,048 atoms, on a model of PARAMETERS parameters of which the harvest runs DEPTH. Two ways: this project's
-(factors in shards, factored training) and the paper's (states on disk, its training step). A line a way and machine:
+The plan: TOKENS tokens harvested once and passed once through the training of every cell, LAYERS layers of
+HEADS heads of 128 x 128, 2,048 atoms, on a model of PARAMETERS parameters of which the harvest runs DEPTH.
+Two ways: this project's (factors in shards, factored training) and the paper's (states on disk, its training
+step). One line per way and machine:
 
-    disk_gb          what waits on disk, in fp32, for all cells and for those of one layer at a time
-    harvest_hours    2 operations a parameter and token, at the share of the matrix-product rate that the embedded Gated
+    disk_gb          data on disk, in fp32, for all cells and for those of one layer at a time
+    harvest_hours    2 operations per parameter and token, at the share of the matrix-product rate that the embedded Gated
                      DeltaNet's harvest was measured at
     training_hours   all cells, one after the other, at the measured rate of the step at 128 x 128
     memory_gib       peak of a training step, as measured (both ways read their data from disk)
 
-The first machine is the one of the measurements. The card is estimated, none was measured, twice: once as if all time went
-into matrix products (the same share of its peak, TF32), once as if all went into moving memory (the same share of its
-bandwidth; this machine's is measured here, by copying). Both peaks are the data sheet's. The truth should lie between.
+The first machine is the one of the measurements. The card is estimated, none was measured, twice: once as if
+all time went into matrix products (the same share of its peak, TF32), once as if all went into moving memory
+(the same share of its bandwidth; this machine's is measured here, by copying). Both peaks are the data
+sheet's. The truth should lie between.
 """
 
 from __future__ import annotations
@@ -35,12 +37,12 @@ COPIED, COPIES = 2**28, 9  # bytes
 
 
 def rate(table: pd.DataFrame, **where) -> float:
-    """Units of work a second of the one row with these values."""
+    """Return the units of work per second of the one row with these values."""
     return float(stages.rows_with(table, **where).rate.item())
 
 
 def bandwidth() -> float:
-    """GB/s that are read and written while memory is copied: the median of some copies."""
+    """Return the GB/s read and written while memory is copied: the median of some copies."""
     source = torch.ones(COPIED, dtype=torch.uint8)
     target, seconds = torch.empty_like(source), []
     for _ in range(COPIES):
@@ -53,8 +55,8 @@ def bandwidth() -> float:
 def plan(
     training: pd.DataFrame, harvests: pd.DataFrame, storage: pd.DataFrame, parameters: float, moved: float
 ) -> pd.DataFrame:
-    """The lines, from the tables training_step, harvest_speed and storage; `parameters` of the embedded host; GB/s that this
-    machine moves."""
+    """The lines, from the tables training_step, harvest_speed and storage; `parameters` of the embedded host;
+    GB/s that this machine moves."""
     cells = LAYERS * HEADS
     product = training[training.case == "matrix product"].iloc[0]
     peak = product.gflop / product.seconds  # GFLOP/s of this machine

@@ -1,15 +1,16 @@
 """Replacements in batches against the paper's protocol, firing by firing: `python benchmarks/replacement.py`.
 
-A firing is a window, a position and some conditions: the native write is taken out and a rank-1 matrix, or nothing, or
-another one is put in. Three conditions are the paper's; sixteen is about what notebook 05 asks of each firing (eight, at two
-amplitudes). Twelve firings to a window is what one SAE of the middle cell has in the profile `mini`.
+A firing is a window, a position and some conditions: the native write is taken out and a rank-1 matrix, or
+nothing, or another one is put in. Three conditions are the paper's; sixteen is about what notebook 05 asks of
+each firing (eight, at two amplitudes). Twelve firings to a window is what one SAE of the middle cell has in
+the profile `mini`.
 
-The plain way runs the library's whole model: the prefix once a firing, and for each condition, and once for none, a deep
-copy of the cache, the writing token, the edit of the cached state, and the next token. The batched way is the project's;
-its native run of all windows counts. Both read the edit from the next token on (scope "cache") and must give the same
-KLs. Small ones are differences of nearly equal logits, and the library works in fp32 here and there whatever the model's
-dtype: the differences are of all KLs together (norm of the difference over the norm), and the largest single one is
-taken over KLs above LEAST_KL.
+The plain way runs the library's whole model: the prefix once a firing, and for each condition, and once for
+none, a deep copy of the cache, the writing token, the edit of the cached state, and the next token. The
+batched way is the project's; its native run of all windows counts. Both read the edit from the next token on
+(scope "cache") and must give the same KLs. Small ones are differences of nearly equal logits, and the library
+works in fp32 here and there whatever the model's dtype: the differences are of all KLs together (norm of the
+difference over the norm), and the largest single one is taken over KLs above LEAST_KL.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ load = lru_cache(load_host)
 
 
 def prefix_cache(host: Host, window: Tensor, position: int):
-    """The library's cache after the first `position` tokens of window [1, T]."""
+    """Return transformers' cache after the first `position` tokens of window [1, T]."""
     return host.model(input_ids=window[:, :position], use_cache=True).past_key_values
 
 
 def logits_after(host: Host, prefix, window: Tensor, position: int, layer: int, head: int, delta, steps: int) -> Tensor:
-    """Logits [vocabulary] of the library's model `steps` tokens after a write at `position`, to which delta
-    [d_k, d_v] was added in the cache of one head."""
+    """Return the logits [vocabulary] of transformers' model `steps` tokens after a write at `position`, to
+    which delta [d_k, d_v] was added in the cache of one head."""
     cache = copy.deepcopy(prefix)
     host.model(input_ids=window[:, position : position + 1], past_key_values=cache, use_cache=True)
     cache.layers[layer].recurrent_states[0][0, head] += delta
@@ -50,7 +51,8 @@ def logits_after(host: Host, prefix, window: Tensor, position: int, layer: int, 
 
 @torch.no_grad()
 def plain(host: Host, tokens: Tensor, rows, positions, layer: int, head: int, deltas: Tensor) -> Tensor:
-    """KLs [firings, conditions] of the next token under deltas [firings, conditions, d_k, d_v], one at a time."""
+    """Return the KLs [firings, conditions] of the next token under deltas [firings, conditions, d_k, d_v],
+    one at a time."""
     found = []
     for row, position, changes in zip(rows.tolist(), positions.tolist(), deltas, strict=True):
         window = tokens[row : row + 1]
@@ -62,7 +64,8 @@ def plain(host: Host, tokens: Tensor, rows, positions, layer: int, head: int, de
 
 @torch.no_grad()
 def batched(host: Host, tokens: Tensor, rows, positions, layer: int, head: int, left: Tensor, right: Tensor) -> Tensor:
-    """The same for terms left [firings, conditions, r, d_k], right [firings, conditions, r, d_v], all at once."""
+    """Return the same for terms left [firings, conditions, r, d_k], right [firings, conditions, r, d_v], all
+    at once."""
     run, count = host.run(tokens), left.shape[1]
     where = rows.repeat_interleave(count), positions.repeat_interleave(count)
     edit = make_edit(*where, left.flatten(0, 1), right.flatten(0, 1), "cache")
@@ -71,8 +74,9 @@ def batched(host: Host, tokens: Tensor, rows, positions, layer: int, head: int, 
 
 
 def terms(host: Host, tokens: Tensor, rows, positions, layer: int, head: int, count: int) -> tuple[Tensor, Tensor]:
-    """`count` conditions as rank-2 terms: left [firings, count, 2, d_k], right [firings, count, 2, d_v]. The first puts nothing
-    in, the others a random direction with twice the norm of the write that is taken out."""
+    """`count` conditions as rank-2 terms: left [firings, count, 2, d_k], right [firings, count, 2, d_v]. The
+    first puts nothing in, the others a random direction with twice the norm of the write that is taken
+    out."""
     generator, n = torch.Generator().manual_seed(1), len(rows)
     factors = host.factors(host.run(tokens, upto=layer + 1), layer, head)
     key, value = factors.key[rows, positions], factors.added[rows, positions]
@@ -95,7 +99,7 @@ def problem(host: Host, depth: str, windows: int, length: int, firings: int, con
 
 
 def case(way: str, depth: str, dtype: torch.dtype = torch.float32, **size: int) -> Callable[[], Tensor]:
-    """One way, "batched" or "plain", ready to run."""
+    """Return one of the ways, "batched" or "plain", ready to run."""
     host = load(FOLDER, None, dtype)
     *where, left, right = problem(host, depth, **size)
     if way == "batched":
@@ -104,7 +108,8 @@ def case(way: str, depth: str, dtype: torch.dtype = torch.float32, **size: int) 
 
 
 def same_kls(depth: str, size: dict[str, int], results: dict[str, Tensor]) -> dict[str, float]:
-    """How far the KLs of the two ways are apart, in fp32 and fp64. AssertionError where that exceeds TOLERANCE in fp64."""
+    """Return the difference of the two ways' KLs in fp32 and fp64. Raises AssertionError where it exceeds
+    TOLERANCE in fp64."""
     ours, wanted = (case(way, depth, torch.float64, **size)() for way in ("batched", "plain"))
     found = dict(difference=apart(results["batched"], results["plain"]), difference_fp64=apart(ours, wanted))
     assert found["difference_fp64"] < TOLERANCE, f"the two ways do not do the same edit: {found}"

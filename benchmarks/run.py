@@ -1,4 +1,4 @@
-"""All benchmarks, each in a process of its own, and the figure: `make bench`, or `python benchmarks/run.py --quick`."""
+"""All benchmarks, each in its own process, and the figure: `make bench`, `python benchmarks/run.py --quick`."""
 
 from __future__ import annotations
 

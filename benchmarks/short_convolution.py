@@ -1,7 +1,7 @@
 """The short convolutions as shifted products against conv1d: `python benchmarks/short_convolution.py`.
 
-One layer's convolution on random inputs of the embedded hosts' widths, and the hosts' native run with either in all
-layers. Both must give the same numbers.
+One layer's convolution on random inputs of the embedded hosts' widths, and the hosts' native run with either
+in all layers. Both must give the same numbers.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ TOLERANCE = 1e-4  # of the largest number
 
 
 def with_conv1d(inputs: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What short_convolution does, by conv1d, which wants the channels before the time."""
+    """Do the same as short_convolution with conv1d, which takes the channels before the time."""
     if before is None:
         before = inputs.new_zeros(len(inputs), weight.shape[-1] - 1, inputs.shape[-1])
     return F.conv1d(torch.cat([before, inputs], 1).mT, weight, bias, groups=len(weight)).mT
 
 
 def convolution(way: Callable[..., Tensor], folder: str, batch: int, length: int) -> Callable[[], Tensor]:
-    """One convolution of the host's width, on random inputs."""
+    """Return the case of one convolution of the host's width, on random inputs."""
     conv = next(part for part in load(ROOT / "models" / folder).model.modules() if isinstance(part, torch.nn.Conv1d))
     inputs = torch.randn(batch, length, conv.in_channels, generator=torch.Generator().manual_seed(0))
     return torch.no_grad()(lambda: way(inputs, None, conv.weight, conv.bias).contiguous())
 
 
 def native_run(way: Callable[..., Tensor], folder: str, batch: int, length: int) -> Callable[[], Tensor]:
-    """The host's native run over random tokens, up to its last hidden states."""
+    """Return the case of the host's native run over random tokens, up to its last hidden states."""
     host = load(ROOT / "models" / folder)
     tokens = windows(host, batch, length)
 
@@ -52,7 +52,8 @@ def native_run(way: Callable[..., Tensor], folder: str, batch: int, length: int)
 
 
 def same_numbers(results: dict[str, Tensor]) -> dict[str, float]:
-    """The largest difference between the ways, of the largest number. Raises AssertionError where it exceeds TOLERANCE."""
+    """Return the largest difference of the ways over the largest number. Raises AssertionError above
+    TOLERANCE."""
     ours, conv1d = results.values()
     largest = ((ours - conv1d).abs().max() / conv1d.abs().max()).item()
     assert largest < TOLERANCE, f"shifted products and conv1d differ by {largest:.1e}"

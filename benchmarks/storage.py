@@ -1,7 +1,8 @@
-"""What is stored a token and cell, against its states: `python benchmarks/storage.py`. Nothing is timed.
+"""The numbers stored per token and cell, against the states (nothing is timed): `python benchmarks/storage.py`.
 
-The numbers are counted in what `harvest` returns, of the embedded hosts and of a Gated DeltaNet with random weights at
-the paper's 128 x 128. `kept`: state or write is what training on that target needs, both is all that a harvest holds.
+The numbers are counted in what `harvest` returns, of the embedded hosts and of a Gated DeltaNet with random
+weights at the paper's 128 x 128. `kept`: state or write is what training on that target needs, both is all
+that a harvest holds.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ WIDE = dict(
 
 
 def wide_host() -> Host:
-    """A Gated DeltaNet of the paper's head size, 128 x 128, with random weights."""
+    """Return a Gated DeltaNet of the paper's head size, 128 x 128, with random weights."""
     return load.adapter("gated_deltanet")(load.adapter("gated_deltanet").build(WIDE), None, "gated_deltanet_128")
 
 
 def stored(host: Host) -> list[dict]:
-    """Numbers and bytes a token of the host's first cell: one line for each thing kept."""
+    """Return the numbers and bytes per token of the host's first cell, one line for each target."""
     cell, tokens = host.cells[0], torch.arange(1, 33)[None]
     found = harvest(host, tokens, [cell], batch=1, progress=False)[cell]
     kept = dict(state=history(found, "state").tensors(), write=history(found, "write").tensors(), both=found)

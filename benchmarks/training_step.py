@@ -1,6 +1,7 @@
 """The factored training step against steps on stored states: `python benchmarks/training_step.py`.
 
-All do a whole step on the same tokens: pre-activations, top-k, reconstruction, dead-atom loss, gradient, Adam.
+All do a whole step on the same tokens: pre-activations, top-k, reconstruction, dead-atom loss, gradient,
+Adam.
 
 - factored: writesae.sae.train, a step as `train` takes it;
 - plain: the paper's recipe (Sec. 2, App. D, Table 10) written down: bilinear encoder by einsum over states, decoder over
@@ -9,9 +10,9 @@ All do a whole step on the same tokens: pre-activations, top-k, reconstruction, 
 - dense: `dense_loss`, the project's own path for states, which is better than the recipe (the encoder is one matrix
   product, the decoder sees active atoms only).
 
-States wait in memory: reading them from disk, which the paper's pipeline also does, is left out. Where steps on states go
-through them in parts, the gradients are added up, which takes less time than all at once, and less memory.
-The learning rate is so small that nothing moves, and every call of every case must give the same loss.
+The states are in memory; the paper's pipeline also reads them from disk. Steps on states that take them in
+parts add the gradients up, which takes less time and less memory than all states at once. The learning rate
+is so small that no parameter changes, and every call of every case must give the same loss.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ TOLERANCE = 1e-4
 
 
 def plain_loss(x: Tensor, parameters: list[Tensor], k: int, dead: Tensor) -> Tensor:
-    """The paper's loss on centred and scaled states x [B, d_k, d_v]. parameters: encoder key, value, bias; decoder key, value."""
+    """The paper's loss on centred and scaled states x [B, d_k, d_v]. parameters: encoder key, value, bias;
+    decoder key, value."""
     enc_key, enc_value, bias, dec_key, dec_value = parameters
     pre = torch.einsum("nk,bkv,nv->bn", enc_key, x, enc_value) + bias
     error = x - torch.einsum("bn,nk,nv->bkv", top(pre, k), dec_key, dec_value)
@@ -51,7 +53,7 @@ def top(pre: Tensor, k: int) -> Tensor:
 
 
 def new_run(side: int, n_atoms: int, k: int, windows: int, tokens: int, silent: int) -> _Run:
-    """A training run on a random history in which the first `silent` atoms count as dead."""
+    """Return a training run on a random history in which the first `silent` atoms count as dead."""
     generator = torch.Generator().manual_seed(0)
     key, value = (torch.randn(windows, tokens, side, generator=generator) for _ in range(2))
     log_decay = -0.1 * torch.rand(windows, tokens, generator=generator)
@@ -63,7 +65,7 @@ def new_run(side: int, n_atoms: int, k: int, windows: int, tokens: int, silent: 
 
 
 def factored(silent: int, **sizes: int) -> Callable[[], float]:
-    """A step of the trainer."""
+    """Return the case of one step of the trainer."""
     run = new_run(silent=silent, **sizes)
 
     def step() -> float:
@@ -77,7 +79,7 @@ def factored(silent: int, **sizes: int) -> Callable[[], float]:
 
 
 def on_states(kind: str, k: int, silent: int, **sizes: int) -> Callable[[], float]:
-    """A step of kind "plain", "whole" or "dense" from the same parameters."""
+    """Return the case of one step of kind "plain", "whole" or "dense" from the same parameters."""
     run = new_run(k=k, silent=silent, **sizes)
     sae, dead = run.sae, torch.arange(silent, device=device())
     states = run.history.steps().flatten(0, 1)
@@ -106,7 +108,8 @@ def on_states(kind: str, k: int, silent: int, **sizes: int) -> Callable[[], floa
 
 
 def same_losses(results: dict[str, float]) -> dict[str, float]:
-    """The largest relative difference between losses of one side. Raises AssertionError where it exceeds TOLERANCE."""
+    """Return the largest relative difference of the losses of one side. Raises AssertionError above
+    TOLERANCE."""
     largest = 0.0
     for name, loss in results.items():
         kind, _, side = name.partition(" ")
