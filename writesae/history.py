@@ -14,21 +14,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from writesae.recurrence import decay_until
+from writesae.recurrence import decay_between, decay_until, split_chunks
 
 CHUNK = 64
 STATE_CHUNK = 32
 GROUP = 64  # windows, or picked places, that are worked on at once
 VECTOR_GROUP = 8  # windows, where their states are rebuilt
 VECTOR_NUMBERS = 2**26  # in the states that are rebuilt at once, if they are of more than one window
+
+
+class Origin(NamedTuple):
+    """The cell that a history is of. write: added or effective, the definition of the write that it uses."""
+
+    host: str | None
+    layer: int
+    head: int
+    write: str
 
 
 class Chunks(NamedTuple):
@@ -44,13 +52,15 @@ class Chunks(NamedTuple):
 class History:
     """N windows of T tokens of one cell, each from a zero state; floating point, fp32 in a harvest.
 
-    key [N, T, d_k]; value [N, T, d_v]; log_decay [N, T] (target "state") or None (target "write").
+    key [N, T, d_k]; value [N, T, d_v]; log_decay [N, T] (target "state") or None (target "write"). origin: where the data
+    come from, if that is known; an SAE that is trained on them records it.
     Raises ValueError on shapes that do not belong together, several dtypes, and values that are not finite.
     """
 
     key: Tensor
     value: Tensor
     log_decay: Tensor | None = None
+    origin: Origin | None = field(default=None, kw_only=True)
 
     factored: ClassVar[bool] = True  # inner products with rank-1 matrices need no X_t
 
@@ -65,7 +75,8 @@ class History:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are there, by the names of their fields."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in values.items() if isinstance(x, Tensor)}
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> History:
         return replace(self, **{name: change(x) for name, x in self.tensors().items()})
@@ -156,15 +167,9 @@ class History:
     @cached_property
     def chunks(self) -> Chunks:
         """The padded chunks and their decays (target "state" only)."""
-        windows, tokens = self.shape
-        count = -(-tokens // CHUNK)
-        pad = count * CHUNK - tokens
-        key, value = (F.pad(x, (0, 0, 0, pad)).view(windows, count, CHUNK, -1) for x in (self.key, self.value))
-        total = F.pad(self.log_decay, (0, pad)).double().view(windows, count, CHUNK).cumsum(-1)
-        between = total[..., :, None] - total[..., None, :]
-        future = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=key.device).triu(1)
-        decay = between.to(key.dtype).masked_fill(future, -torch.inf).exp()
-        return Chunks(key, value, decay, total.exp().to(key.dtype))
+        key, value = (split_chunks(x, CHUNK) for x in (self.key, self.value))
+        total = split_chunks(self.log_decay, CHUNK, -1).double().cumsum(-1)
+        return Chunks(key, value, decay_between(total, key.dtype), total.exp().to(key.dtype))
 
     def read(self, left: Tensor, right: Tensor, bf16: bool = False) -> Tensor:
         """left_i^T X_t right_i for all i and t: left [n, d_k], right [n, d_v] -> [N, T, n]; differentiable in both.

@@ -36,7 +36,6 @@ from replication.study.stages import rows_with
 from replication.study.study import Suite
 from writesae.evaluate.firings import Encoded, draw_in_rounds
 from writesae.evaluate.replacement import AMPLITUDES, Subject
-from writesae.harvesting import history
 from writesae.sae.train import by_group
 
 REFERENCE = "bilinear+rank1"  # the variant that the others are compared with
@@ -63,9 +62,9 @@ class Bench(atoms.Scan):
         place, target, variant = group
         cell, write = self.suite.cell(self.host, place), self.suite.profile.saes.write
         sae, factors = self.suite.sae(self.host, *cell, target, role(variant)), self.factors[cell]
-        found = zip(*by_group(sae, history(factors, target, write)), strict=True)
+        found = zip(*by_group(sae, factors.history(target, write)), strict=True)
         squared, energy, indices, coefficients = (torch.cat(x) for x in found)
-        encoded, writes = Encoded(indices, coefficients), history(factors, "write", write)
+        encoded, writes = Encoded(indices, coefficients), factors.history("write", write)
         alive = encoded.alive()
         self.encoded[group] = Subject(*cell, target, write, sae, encoded, writes, writes.mean(), alive)
         sums = {name: x.double().sum(1).numpy() for name, x in dict(squared=squared, energy=energy).items()}

@@ -9,9 +9,9 @@ import torch
 
 from replication.study import fingerprint
 from replication.study.study import Suite
-from replication.study.training import harvest_path
+from replication.study.training import harvest_path, load_harvest
 from writesae import files
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 
 
 def harvest_cells(suite: Suite) -> pd.DataFrame:
@@ -28,11 +28,11 @@ def harvest_cells(suite: Suite) -> pd.DataFrame:
             found = harvest(suite.host(name), windows.tokens, cells, data.batch_windows)
             seconds = time.monotonic() - start
             for cell, path in zip(cells, paths, strict=True):
-                history(found[cell], "state"), history(found[cell], "write")  # refuses values that are not finite
-                files.save_tensors(path, found[cell], {"fingerprint": expected, "seconds": seconds})
+                found[cell].history("state"), found[cell].history("write")  # refuses values that are not finite
+                files.save_tensors(path, found[cell].tensors(), {"fingerprint": expected, "seconds": seconds})
         for cell, path in zip(cells, paths, strict=True):
-            found, metadata = files.load_tensors(path)
-            cell_history = history(found, "state")
+            factors, seconds = load_harvest(suite, name, *cell), files.read_sidecar(path)["metadata"]["seconds"]
+            cell_history = factors.history("state")
             tokens = cell_history.shape[0] * cell_history.shape[1]
             rows.append(
                 dict(
@@ -42,9 +42,9 @@ def harvest_cells(suite: Suite) -> pd.DataFrame:
                     tokens=tokens,
                     numbers_per_token=sum(x.numel() for x in cell_history.tensors().values()) // tokens,
                     numbers_per_state=cell_history.d_k * cell_history.d_v,
-                    median_write_norm=float(found["added"].norm(dim=-1).median()),
-                    median_effective_norm=_median_norm(found.get("effective")),
-                    tokens_per_second=tokens / metadata["seconds"],
+                    median_write_norm=_median_norm(factors.added),
+                    median_effective_norm=_median_norm(factors.effective),
+                    tokens_per_second=tokens / seconds,
                 )
             )
     return suite.write("harvest", pd.DataFrame(rows))

@@ -90,9 +90,9 @@ def train_variant(suite: Suite, host: str, cell, target: str, settings: Training
     record, began = _record(suite, host, cell, target, settings), time.monotonic()
     if files_module.up_to_date(record, expected):
         return
-    factors = files_module.load_tensors(saes.harvest_path(suite, host, *cell))[0]
+    factors = saes.load_harvest(suite, host, *cell)
     count = suite.profile.section("ablations", host).training_windows
-    training, checking = ({n: x[part] for n, x in factors.items()} for part in _split(count, len(factors["key"])))
+    training, checking = (factors.at(part) for part in _split(count, len(factors.key)))
     line = saes.train_one(
         suite, host, role(settings.variant), cell, target, settings, training, checking, expected
     ) | dict(activation=settings.activation, rank=settings.rank)

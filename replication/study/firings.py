@@ -9,7 +9,7 @@ import pandas as pd
 from replication.study.study import Suite
 from writesae.evaluate.firings import all_firings
 from writesae.evaluate.replacement import STEPS, Subject, make_subject, replace
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 from writesae.hosts.base import Host
 from writesae.text import Windows
 
@@ -26,7 +26,7 @@ def heldout_subjects(suite: Suite, host_name: str, cells, role: str, windows: Wi
             subject = make_subject((layer, head), target, profile.saes.write, sae, factors)
             if role == "main" and target == "state":
                 subject.flat = suite.sae(host_name, layer, head, target, "flat")
-                subject.states = history(factors, target)
+                subject.states = factors.history(target)
             subjects.append(subject)
     return subjects
 

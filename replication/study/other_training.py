@@ -14,13 +14,14 @@ from replication.study import training as saes
 from replication.study.study import Suite, threads
 from writesae import files
 from writesae.harvesting import harvest
+from writesae.recurrence import Factors
 
 # The stage: which firings, of which SAEs.
 
 
-def definitions(factors: dict) -> tuple[str, ...]:
+def definitions(factors: Factors) -> tuple[str, ...]:
     """The write definitions of a harvest that are of rank 1 and differ from one another, its first one first."""
-    if "effective" not in factors or torch.equal(factors["added"], factors["effective"]):
+    if factors.effective is None or torch.equal(factors.added, factors.effective):
         return ("added",)
     return ("added", "effective")
 
@@ -44,8 +45,7 @@ def train_other(suite: Suite, name: str) -> pd.DataFrame:
     """A write-trained SAE of each cell for the definition that notebook 02 has not used; empty where there is none."""
     tasks = []
     for cell in (suite.cell(name, place) for place in suite.profile.hosts[name].cells):
-        path = saes.harvest_path(suite, name, *cell)
-        for write in definitions(files.load_tensors(path)[0]):
+        for write in definitions(saes.load_harvest(suite, name, *cell)):
             if write != suite.profile.saes.write and "write" in suite.profile.saes.targets:
                 tasks.append((cell, write))
     if not tasks:
@@ -56,7 +56,7 @@ def train_other(suite: Suite, name: str) -> pd.DataFrame:
 
 def _train_cell(suite: Suite, name: str, cell, write: str) -> pd.DataFrame:
     """One SAE, trained as its sisters of notebook 02 are; skipped where it is there."""
-    profile, path = suite.profile, saes.harvest_path(suite, name, *cell)
+    profile = suite.profile
     settings = profile.section("saes", name).main.model_copy(update=dict(seed=profile.seed))
     expected = fingerprint.fingerprint(
         modules=[saes.__name__],
@@ -73,7 +73,7 @@ def _train_cell(suite: Suite, name: str, cell, write: str) -> pd.DataFrame:
         checking = suite.windows(name, "heldout")[slice(0, saes.VALIDATION_WINDOWS)].tokens
         with threads(1):
             validation = harvest(suite.host(name), checking, [cell], profile.data.batch_windows, progress=False)[cell]
-            training, under = files.load_tensors(path)[0], _under(suite, write)
+            training, under = saes.load_harvest(suite, name, *cell), _under(suite, write)
             line = saes.train_one(under, name, "other", cell, "write", settings, training, validation, expected)
         made = dict(seconds=time.monotonic() - began, fingerprint=expected)
         stages.write_table(pd.DataFrame([line | dict(write=write)]), record, suite.provenance(name, **made))

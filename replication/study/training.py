@@ -17,12 +17,20 @@ from tqdm import tqdm
 from replication.study import fingerprint, stages
 from replication.study.study import Suite, open_suite
 from writesae import files
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
+from writesae.history import Origin
+from writesae.recurrence import Factors
 from writesae.sae import model
 from writesae.sae.train import TrainingSettings, train
 
 VALIDATION_WINDOWS = 64
 SURVEY_PARTS = 4  # of a host's layers, harvested one after the other where the profile says how much is done at once
+
+
+def load_harvest(suite: Suite, host: str, layer: int, head: int) -> Factors:
+    """The factors of a cell that notebook 01 has harvested."""
+    tensors, _ = files.load_tensors(harvest_path(suite, host, layer, head))
+    return Factors(query=None, **tensors, origin=Origin(host, layer, head, suite.profile.saes.write))
 
 
 def harvest_path(suite: Suite, host: str, layer: int, head: int):
@@ -90,7 +98,7 @@ def train_task(
     checking = suite.windows(host, "heldout")[slice(0, VALIDATION_WINDOWS)].tokens
     validation = harvest(suite.host(host), checking, cells, profile.data.batch_windows, progress=False)
     if role != "survey":
-        training = {cell: files.load_tensors(harvest_path(suite, host, *cell))[0] for cell in cells}
+        training = {cell: load_harvest(suite, host, *cell) for cell in cells}
     else:
         tokens = suite.windows(host, "sae")[slice(0, profile.data.survey_windows)].tokens
         training = harvest(suite.host(host), tokens, cells, profile.data.batch_windows, progress=False)
@@ -108,7 +116,7 @@ def train_task(
 
 def train_one(suite, host, role, cell, target, settings: TrainingSettings, factors, checking, expected: str) -> dict:
     """Train an SAE of a cell on its harvested factors, resumably, and save it; its line of saes.csv."""
-    data, validation = (history(x, target, suite.profile.saes.write).to(suite.device) for x in (factors, checking))
+    data, validation = (x.history(target, suite.profile.saes.write).to(suite.device) for x in (factors, checking))
     return train_on(suite, host, role, cell, target, settings, data, validation, expected)
 
 

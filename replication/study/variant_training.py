@@ -82,7 +82,7 @@ def train_variant(suite: Suite, host: str, cell: tuple[int, int], settings: Trai
     began, data, targets = time.monotonic(), suite.profile.data, suite.profile.saes.targets
     checking = suite.windows(host, "heldout")[slice(0, saes.VALIDATION_WINDOWS)].tokens
     validation = harvest(suite.host(host), checking, [cell], data.batch_windows, progress=False)[cell]
-    training = files_module.load_tensors(saes.harvest_path(suite, host, *cell))[0]
+    training = saes.load_harvest(suite, host, *cell)
     lines = [
         saes.train_one(suite, host, variant_name(settings), cell, target, settings, training, validation, expected)
         for target in targets

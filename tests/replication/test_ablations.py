@@ -16,7 +16,7 @@ from replication.study.profile import Ablations, load_profile
 from replication.study.study import Suite
 from writesae import files
 from writesae.edit import edited_hidden, kl, make_edit
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 
 CELL, PLACE, HEADS = (1, 2), "middle", 8
 WINDOWS, TOKENS = 10, 50
@@ -140,7 +140,9 @@ def suite(gated_deltanet, tmp_path_factory):
     patch.setenv("WRITESAE_OUTPUT", str(tmp_path_factory.mktemp("ablations")))
     made = OneCell(single, tokens)
     factors = harvest(single, tokens, [CELL], 4, progress=False)[CELL]
-    files.save_tensors(training.harvest_path(made, "small", *CELL), factors, dict(fingerprint="harvest", seconds=1.0))
+    files.save_tensors(
+        training.harvest_path(made, "small", *CELL), factors.tensors(), dict(fingerprint="harvest", seconds=1.0)
+    )
     found = ablation_training.variants(made.profile.ablations, made.profile.seed)
     settings = next(s for *_, s in found if s.variant == REFERENCE)
     for target, name in (("state", "main"), ("write", "main"), ("state", "flat")):
@@ -171,7 +173,7 @@ def test_a_variant_is_trained_once_and_on_the_windows_that_are_not_kept(suite, m
     ablation_training.train_variant(suite, "small", CELL, target, settings, "expected")
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         ablation_training.train_variant(suite, "small", CELL, target, settings, "changed")
-    assert [len(x["key"]) for x in seen[0]] == [10, 8], "18 windows, of which 8 are kept"
+    assert [len(x.key) for x in seen[0]] == [10, 8], "18 windows, of which 8 are kept"
     with pytest.raises(ValueError, match="training_windows is 21, and data.sae_windows only 20"):
         ablation_training._split(21, 20)
 
@@ -181,7 +183,7 @@ def test_errors_are_those_of_the_decoded_matrices(suite, found, factors):
     assert len(windows) == 7 * WINDOWS
     for (target, variant), part in windows.groupby(["target", "variant"]):
         sae = suite.sae("small", *CELL, target, ablation_training.role(variant))
-        states = history(factors, target, "added").steps()
+        states = factors.history(target, "added").steps()
         active = sae.encode(states)
         squared = (states - sae.decode(*active)).square().sum((1, 2, 3))
         assert_close(part.squared.tolist(), squared, f"{variant}: squared error", 1e-4)
@@ -221,7 +223,7 @@ def test_whole_atoms_and_top_pairs_are_put_in_the_place_of_writes(suite, found, 
     for row in several.groupby(["variant", "amplitude"]).head(2).itertuples():
         sae = suite.sae("small", *CELL, row.target, ablation_training.role(row.variant))
         matrix = sae.decoder.weight()[row.atom]
-        key, write = factors["key"][row.window, row.position], factors["added"][row.window, row.position]
+        key, write = factors.key[row.window, row.position], factors.added[row.window, row.position]
         size = row.coefficient if row.amplitude == "coefficient" else (key.norm() * write.norm()).item()
         u, _, v = torch.linalg.svd(matrix)
         for name, atom in (("whole_atom", matrix / matrix.norm()), ("atom", u[:, :1] * v[:1])):
@@ -278,7 +280,7 @@ def test_controls_are_put_in_and_added_as_they_say(suite, compared, factors):
     assert len(compared) == 2 * 9 * 3
     for row in compared.groupby(["target", "placement"]).head(2).itertuples():
         sae = suite.sae("small", *CELL, row.target, "main")
-        key, write = factors["key"][row.window, row.position], factors["added"][row.window, row.position]
+        key, write = factors.key[row.window, row.position], factors.added[row.window, row.position]
         own = [x[row.atom] for x in sae.atoms()]
         frame = pd.DataFrame([dict(window=row.window, position=row.position)])
         drawn = selectivity.directions(frame, len(key) + len(write), suite.profile.seed)[0, 0].split(

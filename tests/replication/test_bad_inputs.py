@@ -26,7 +26,7 @@ from replication.study.study import open_suite, split_windows
 from writesae import edit, files, shift
 from writesae.evaluate import install
 from writesae.files import ArtifactError
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 from writesae.history import History
 from writesae.hosts import load
 from writesae.hosts.load import load_host
@@ -532,17 +532,20 @@ CASES = [
         "no head 4: .* heads 0 to 3",
     ),
     Case(
-        "history: target", lambda x: history({}, "key"), ValueError, "no training target 'key': choose state or write"
+        "history: target",
+        lambda x: x.factors.history("key"),
+        ValueError,
+        "no training target 'key': choose state or write",
     ),
     Case(
         "history: write",
-        lambda x: history(x.factors, "write", "whole"),
+        lambda x: x.factors.history("write", "whole"),
         ValueError,
         "'whole': choose added or effective",
     ),
     Case(
         "history: a write that RWKV-7 has not",
-        lambda x: history(dict(key=0, added=0, taken=0), "write", "effective"),
+        lambda x: x.vector.history("write", "effective"),
         ValueError,
         "no rank-1 write 'effective': choose added",
     ),
@@ -660,7 +663,7 @@ CASES = [
         "write that a host has not",
         lambda x: x.vector.write("effective"),
         ValueError,
-        "no rank-1 write 'effective' here",
+        "no rank-1 write 'effective': choose added",
     ),
     # Install
     Case(

@@ -19,7 +19,7 @@ from writesae.edit import edited_hidden, kl, make_edit
 from writesae.evaluate import cells as cells_module
 from writesae.evaluate import firings, install, shifts
 from writesae.evaluate import replacement as replacement_module
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 from writesae.sae.train import TrainingSettings, train
 from writesae.text import cut_windows
 
@@ -43,10 +43,10 @@ def factors(host, tokens):
 
 @pytest.fixture(scope="module", params=["state", "write"])
 def subject(request, factors):
-    data = history(factors, request.param)
+    data = factors.history(request.param)
     settings = TrainingSettings(n_atoms=24, k=4, tokens=90 * 60, batch_windows=3, lr=3e-3, final_lr=3e-4, seed=1)
     sae, _ = train(data, settings, progress=False)
-    encoded, writes = firings.encode(sae, data), history(factors, "write")
+    encoded, writes = firings.encode(sae, data), factors.history("write")
     cell = (*CELL, request.param, "added")
     return replacement_module.Subject(*cell, sae, encoded, writes, writes.mean(), encoded.alive())
 
@@ -395,14 +395,14 @@ def test_windows_never_cross_passages_and_short_ones_give_none():
 def test_harvest_refuses_what_is_not_a_cell_and_what_is_not_finite(host, tokens, factors):
     with pytest.raises(ValueError, match="not recurrent"):
         harvest(host, tokens, [(2, 0)], batch=2, progress=False)
-    broken = {name: x.clone() for name, x in factors.items()}
-    broken["effective"][1, 17, 0] = float("nan")
+    broken = factors.map(torch.clone)
+    broken.effective[1, 17, 0] = float("nan")
     with pytest.raises(ValueError, match="window 1, position 17"):
-        history(broken, "state")
+        broken.history("state")
 
 
 def test_harvest_is_the_run_s_factors(host, run, factors):
     f = host.factors(run, *CELL)
-    assert_close(factors["key"], f.key, "key", 1e-6)
-    assert_close(factors["effective"], f.effective, "effective", 1e-6)
-    assert_close(factors["log_decay"], f.log_decay[..., 0], "log decay", 1e-6)
+    assert_close(factors.key, f.key, "key", 1e-6)
+    assert_close(factors.effective, f.effective, "effective", 1e-6)
+    assert_close(factors.log_decay, f.log_decay, "log decay", 1e-6)

@@ -21,7 +21,7 @@ from replication.study.study import Suite
 from writesae import files
 from writesae.edit import edited_hidden, kl, make_edit
 from writesae.evaluate import firings, replacement
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 from writesae.sae.model import SAE
 from writesae.sae.train import TrainingSettings
 from writesae.text import Windows
@@ -48,7 +48,7 @@ def subject_of(host, tokens, target, write):
     """A cell with an SAE of random weights: what atoms are does not matter here."""
     torch.manual_seed(2)
     factors = harvest(host, tokens, [CELL], batch=3, progress=False)[CELL]
-    data, writes = history(factors, target, write), history(factors, "write", write)
+    data, writes = factors.history(target, write), factors.history("write", write)
     sae = SAE(24, 4, data.d_k, data.d_v)
     encoded = firings.encode(sae, data)
     return replacement.Subject(*CELL, target, write, sae, encoded, writes, writes.mean(), encoded.alive())
@@ -390,7 +390,7 @@ def suite(small, tokens, tmp_path, monkeypatch):
     changed = dict(hosts=hosts, saes=profile.saes.model_copy(update=dict(main=settings)))
     made = SmallSuite(profile.model_copy(update=changed), small, tokens)
     factors = harvest(small, tokens, [CELL], batch=3, progress=False)[CELL]
-    files.save_tensors(training.harvest_path(made, "small", *CELL), factors, {})
+    files.save_tensors(training.harvest_path(made, "small", *CELL), factors.tensors(), {})
     for target in ("state", "write"):
         training.train_one(made, "small", "main", CELL, target, settings, factors, factors, "0" * 16)
     return made

@@ -21,7 +21,7 @@ from replication.study import paths, study
 from replication.study.profile import Profile, load_profile
 from writesae.evaluate.firings import all_firings, draw_in_rounds, encode
 from writesae.evaluate.replacement import Subject, replace
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 from writesae.hosts import load
 from writesae.hosts.load import load_host
 from writesae.sae.train import train
@@ -114,12 +114,12 @@ def test_every_line_is_that_of_a_plain_run(output, profile, folder, serial):
     found = {s: harvest(host, x.tokens, [(3, 3)], batch=24, progress=False)[3, 3] for s, x in windows.items()}
     settings = profile.saes.main.model_copy(update=dict(k=3, seed=1))
     sae, record = train(
-        history(found["sae"], "write"), settings, progress=False, validation=history(found["heldout"], "write")
+        found["sae"].history("write"), settings, progress=False, validation=found["heldout"].history("write")
     )
     assert row.fvu == pytest.approx(record.validation_fvu, rel=1e-3)
     assert (row.k, row.alive, row.tokens) == (3, record.alive, 30 * 2 * LENGTH)
 
-    writes = history({name: x[:8] for name, x in found["heldout"].items()}, "write")
+    writes = found["heldout"].at(slice(8)).history("write")
     encoded = encode(sae, writes)
     subject = Subject(3, 3, "write", "added", sae, encoded, writes, writes.mean(), encoded.alive())
     heldout = windows["heldout"][slice(0, 8)]

@@ -96,7 +96,7 @@ def asked(host, tokens, dtype=torch.float64):
     firings = pd.DataFrame(dict(row=[0, 2], position=[20, 30], host="h", atom=0, window=[0, 2]))
     heard = readers.readers(site, (key[0], value[0]), firings, 3, 2, seed=0)
     harvested = harvest(host, tokens, [cell], 2, progress=False)[cell]
-    return harvested | dict(
+    return harvested.tensors() | dict(
         continued=continued,
         first=first,
         influence=gamma(factors, rows, position, gradient),
@@ -124,7 +124,7 @@ def test_replacement_on_a_host_elsewhere(host, tokens):
     firings = pd.DataFrame(dict(row=[0, 1], window=[0, 1], position=[20, 30], atom=[3, 4], coefficient=[0.5, 1.0]))
 
     def replaced(host):
-        single = {n: x.float() for n, x in harvest(host, tokens, [cell], 2, progress=False)[cell].items()}
+        single = harvest(host, tokens, [cell], 2, progress=False)[cell]
         subject = replacement.make_subject(cell, "write", "added", sae, single)
         return replacement.replace(host, host.run(tokens), subject, firings, seed=0, scopes=("write",))
 

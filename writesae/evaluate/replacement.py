@@ -29,7 +29,6 @@ import torch.nn.functional as F
 
 from writesae.edit import SCOPES, head_change, kl, make_edit
 from writesae.evaluate.firings import Encoded, encode
-from writesae.harvesting import history
 from writesae.history import History
 from writesae.hosts.base import Host, Run
 from writesae.recurrence import Factors
@@ -234,7 +233,7 @@ def _replace(host, run, subject, firings, seed, conditions, scopes) -> pd.DataFr
 # The stages of notebooks 05 and 07, over a suite's cells.
 
 
-def make_subject(cell: tuple[int, int], target: str, write: str, sae: SAE, factors: dict) -> Subject:
+def make_subject(cell: tuple[int, int], target: str, write: str, sae: SAE, factors: Factors) -> Subject:
     """The Subject of a cell from its harvested factors, its firings encoded."""
-    writes, encoded = history(factors, "write", write), encode(sae, history(factors, target, write))
+    writes, encoded = factors.history("write", write), encode(sae, factors.history(target, write))
     return Subject(*cell, target, write, sae, encoded, writes, writes.mean(), encoded.alive())

@@ -43,7 +43,7 @@ from writesae.evaluate.firings import Encoded, all_firings, draw_atoms, encode
 from writesae.evaluate.install import draw_targets
 from writesae.evaluate.replacement import STEPS
 from writesae.evaluate.shifts import draw_positions
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 from writesae.hosts.base import Host
 from writesae.sae.model import SAE
 from writesae.text import Windows
@@ -82,7 +82,7 @@ def find(suite: Suite, name: str, cell: tuple[int, int], split: str, count: int,
 def _find(suite: Suite, name: str, cell: tuple[int, int], split: str, count: int, target: str) -> Found:
     windows, factors = _harvest(suite, name, cell, split, count)
     sae, data = suite.sae(name, *cell, target), suite.profile.data
-    encoded = encode(sae, history(factors, target, suite.profile.saes.write))
+    encoded = encode(sae, factors.history(target, suite.profile.saes.write))
     last = windows.tokens.shape[1] - STEPS
     return Found(windows, sae, encoded, all_firings(encoded, windows.passage, data.first_position, last))
 
