@@ -42,8 +42,8 @@ from replication.study.study import Suite, threads
 from replication.study.training import VALIDATION_WINDOWS, train_on
 from writesae import files as files_module
 from writesae.evaluate.cells import survey_cells
-from writesae.evaluate.firings import draw_in_rounds
-from writesae.evaluate.replacement import AMPLITUDES, Subject, make_subject
+from writesae.evaluate.firings import CellSAE, draw_in_rounds, encode_cell
+from writesae.evaluate.replacement import AMPLITUDES
 from writesae.harvesting import harvest
 from writesae.recurrence import Factors
 from writesae.sae.train import TrainingSettings
@@ -353,13 +353,13 @@ def _heldout(sweep: Sweep, host: str, cell, count: int) -> tuple[Factors, Window
     return Factors(query=None, **tensors).at(slice(count)), windows[slice(count)]
 
 
-def draw_test(sweep: Sweep, point: Point) -> tuple[Windows, Subject, pd.DataFrame]:
-    """The held-out windows of the replacement test, the SAE's Subject on them, and the firings that are drawn: the grid's
+def draw_test(sweep: Sweep, point: Point) -> tuple[Windows, CellSAE, pd.DataFrame]:
+    """The held-out windows of the replacement test, the SAE on them, and the firings that are drawn: the grid's
     number, or all where there are fewer."""
     suite, (host, *cell, target, role) = sweep.suite, _place(sweep, point)
     profile, count = suite.profile, suite.profile.section("replacement", host).survey_windows
     factors, windows = _heldout(sweep, host, cell, count)
-    subject = make_subject(tuple(cell), target, profile.saes.write, suite.sae(host, *cell, target, role), factors)
+    subject = encode_cell(tuple(cell), target, profile.saes.write, suite.sae(host, *cell, target, role), factors)
     every = firings_of(suite, subject, windows)
     return windows, subject, draw_in_rounds(every, min(sweep.grid.firings, len(every)), profile.seed)
 

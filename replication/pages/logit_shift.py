@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from replication.statistics import cluster_bootstrap, r2
-from replication.study.firings import firings_of, heldout_subjects
+from replication.study.firings import encoded_saes, firings_of
 from replication.study.study import Suite
 from writesae.evaluate.firings import draw_atoms
 from writesae.evaluate.shifts import ATOM_WINDOWS, GROUP, PREDICTORS, draw_positions, fit_paper_scalar, measure_shifts
@@ -73,11 +73,11 @@ def run(suite: Suite) -> pd.DataFrame:
         if len(windows) < settings.prompts:
             raise ValueError(f"{settings.prompts} prompts are asked for and there are {len(windows)} held-out windows.")
         some = windows[slice(0, ATOM_WINDOWS)]
-        subjects = {s.target: s for s in heldout_subjects(suite, name, [cell], "main", some)}
-        subject = subjects[settings.target]
-        atoms = draw_atoms(firings_of(suite, subject, some), settings.atoms, 1, profile.seed)
+        cell_saes = {x.target: x for x in encoded_saes(suite, name, [cell], "main", some)}
+        cell_sae = cell_saes[settings.target]
+        atoms = draw_atoms(firings_of(suite, cell_sae, some), settings.atoms, 1, profile.seed)
         windows = windows[slice(0, settings.prompts)].beginnings(settings.prompt_tokens)
-        key, value = (x[torch.from_numpy(atoms)] for x in subject.sae.atoms())
+        key, value = (x[torch.from_numpy(atoms)] for x in cell_sae.sae.atoms())
         last = windows.tokens.shape[1] - settings.horizon
         t0 = draw_positions(settings.prompts, profile.data.first_position, last, profile.seed)
 

@@ -16,6 +16,7 @@ from replication.study.profile import Ablations, load_profile
 from replication.study.study import Suite
 from writesae import files
 from writesae.edit import edited_hidden, kl, make_edit
+from writesae.evaluate.firings import Places
 from writesae.harvesting import harvest
 
 CELL, PLACE, HEADS = (1, 2), "middle", 8
@@ -282,8 +283,8 @@ def test_controls_are_put_in_and_added_as_they_say(suite, compared, factors):
         sae = suite.sae("small", *CELL, row.target, "main")
         key, write = factors.key[row.window, row.position], factors.added[row.window, row.position]
         own = [x[row.atom] for x in sae.atoms()]
-        frame = pd.DataFrame([dict(window=row.window, position=row.position)])
-        drawn = selectivity.directions(frame, len(key) + len(write), suite.profile.seed)[0, 0].split(
+        places = Places.of(pd.DataFrame([dict(window=row.window, position=row.position, atom=0, coefficient=1.0)]))
+        drawn = selectivity.directions(places, len(key) + len(write), suite.profile.seed)[0].split(
             [len(key), len(write)]
         )
         square = [x - (x @ y) * y for x, y in zip(drawn, own)]
@@ -302,10 +303,11 @@ def test_controls_are_put_in_and_added_as_they_say(suite, compared, factors):
 
 
 def test_random_directions_follow_from_the_firing(suite, compared):
-    frame = pd.DataFrame(dict(window=[0, 0, 3], position=[5, 6, 5]))
-    a, b = selectivity.directions(frame, 4, 1), selectivity.directions(frame[::-1], 4, 1)
-    assert torch.equal(a, b.flip(0)) and len(a.flatten(1).unique(dim=0)) == 3
-    assert not torch.equal(a, selectivity.directions(frame, 4, 2))
+    frame = pd.DataFrame(dict(window=[0, 0, 3], position=[5, 6, 5], atom=0, coefficient=1.0))
+    places, backwards = Places.of(frame), Places.of(frame[::-1])
+    a, b = (selectivity.directions(x, 4, 1) for x in (places, backwards))
+    assert torch.equal(a, b.flip(0)) and len(a.unique(dim=0)) == 3
+    assert not torch.equal(a, selectivity.directions(places, 4, 2))
 
 
 def test_selectivity_tables(suite, compared):

@@ -42,13 +42,11 @@ def factors(host, tokens):
 
 
 @pytest.fixture(scope="module", params=["state", "write"])
-def subject(request, factors):
+def cell_sae(request, factors):
     data = factors.history(request.param)
     settings = TrainingSettings(n_atoms=24, k=4, tokens=90 * 60, batch_windows=3, lr=3e-3, final_lr=3e-4, seed=1)
     sae, _ = train(data, settings, progress=False)
-    encoded, writes = firings.encode(sae, data), factors.history("write")
-    cell = (*CELL, request.param, "added")
-    return replacement_module.Subject(*cell, sae, encoded, writes, writes.mean(), encoded.alive())
+    return firings.encode_cell(CELL, request.param, "added", sae, factors)
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +57,22 @@ def single(host):
     return type(host)(copy.deepcopy(host.model).float(), None, "small")
 
 
-def some_firings(subject, count=6):
-    every = firings.all_firings(subject.encoded, torch.tensor([0, 1, 2]), 8, 80)
+def some_firings(cell_sae, count=6):
+    every = firings.all_firings(cell_sae, torch.tensor([0, 1, 2]), 8, 80)
     drawn = firings.draw_in_rounds(every, count, seed=5)
-    return drawn.assign(row=drawn.window)
+    return drawn, firings.Places.of(drawn)
 
 
 # Firings
 
 
-def test_a_firing_is_the_largest_coefficient(subject):
-    every = firings.all_firings(subject.encoded, torch.tensor([7, 8, 9]), 8, 80)
+def test_a_firing_is_the_largest_coefficient(cell_sae):
+    every = firings.all_firings(cell_sae, torch.tensor([7, 8, 9]), 8, 80)
     assert len(every) <= 3 * 72
     for row in every.sample(20, random_state=0).itertuples():
-        coefficients = subject.encoded.coefficients[row.window, row.position]
+        coefficients = cell_sae.coefficients[row.window, row.position]
         assert row.coefficient == pytest.approx(coefficients.max().item())
-        assert subject.encoded.indices[row.window, row.position][coefficients.argmax()] == row.atom
+        assert cell_sae.indices[row.window, row.position][coefficients.argmax()] == row.atom
         assert row.passage == row.window + 7
 
 
@@ -100,26 +98,24 @@ def test_more_than_there_is_is_refused():
 # Replacement
 
 
-def test_replacement_is_one_edit_after_another(single, tokens, subject):
+def test_replacement_is_one_edit_after_another(single, tokens, cell_sae):
     """Every condition's KL against a run of that single edit, put together here by hand from matrices."""
-    run, drawn = single.run(tokens), some_firings(subject)
-    table = replacement_module.replace(single, run, subject, drawn, seed=3)
+    run = single.run(tokens)
+    table = replacement_module.replace(single, run, cell_sae, *some_firings(cell_sae), seed=3)
     f = single.factors(run, *CELL)
     for row in table.itertuples():
         w, t = torch.tensor([row.window]), torch.tensor([row.position])
         native = f.key[w, t][0, :, None] * f.added[w, t][0]
         norm = row.coefficient if row.amplitude == "coefficient" else native.norm().item()
-        atom = subject.sae.decoder.weight()[row.atom]
-        indices, amounts = (
-            x[row.window, row.position] for x in (subject.encoded.indices, subject.encoded.coefficients)
-        )
-        whole = torch.einsum("i,ikv->kv", amounts, subject.sae.decoder.weight()[indices])
-        whole = whole + subject.sae.mean if subject.target == "write" else whole
+        atom = cell_sae.sae.decoder.weight()[row.atom]
+        indices, amounts = (x[row.window, row.position] for x in (cell_sae.indices, cell_sae.coefficients))
+        whole = torch.einsum("i,ikv->kv", amounts, cell_sae.sae.decoder.weight()[indices])
+        whole = whole + cell_sae.sae.mean if cell_sae.target == "write" else whole
         put_in = dict(
             delete=0 * native,
             atom=norm * atom,
             native_rescaled=norm * native / native.norm(),
-            mean_write=norm * subject.mean_write / subject.mean_write.norm(),
+            mean_write=norm * cell_sae.mean_write / cell_sae.mean_write.norm(),
             reconstruction=whole if row.amplitude == "coefficient" else norm * whole / whole.norm(),
         )
         for name, matrix in put_in.items():
@@ -130,38 +126,36 @@ def test_replacement_is_one_edit_after_another(single, tokens, subject):
             assert getattr(row, f"kl_{name}") == pytest.approx(wanted.item(), rel=2e-3, abs=1e-9), name
 
 
-def test_native_write_at_its_own_norm_is_no_edit(single, tokens, subject):
-    table = replacement_module.replace(single, single.run(tokens), subject, some_firings(subject), seed=3)
+def test_native_write_at_its_own_norm_is_no_edit(single, tokens, cell_sae):
+    table = replacement_module.replace(single, single.run(tokens), cell_sae, *some_firings(cell_sae), seed=3)
     matched = table[table.amplitude == "matched_norm"]
     assert (matched.kl_native_rescaled < 1e-9).all()
     assert (matched.kl_delete > 1e-7).any()
 
 
-def test_random_controls_are_other_atoms_and_follow_the_seed(single, tokens, subject):
-    run, drawn = single.run(tokens), some_firings(subject)
-    key, value = subject.sae.atoms()
-    put_in = replacement_module.replacements(
-        subject, drawn, single.factors(run, *CELL), torch.tensor(drawn.row.to_numpy()), 3
-    )
+def test_random_controls_are_other_atoms_and_follow_the_seed(single, tokens, cell_sae):
+    run, (drawn, places) = single.run(tokens), some_firings(cell_sae)
+    key, value = cell_sae.sae.atoms()
+    put_in = replacement_module.replacements(cell_sae, places, single.factors(run, *CELL), 3)
     matrices = put_in["random"][0].mT @ put_in["random"][1]
     for i, atom in enumerate(drawn.atom):
         own = key[atom][:, None] * value[atom]
         assert abs((matrices[i] * own).sum()) < 0.9999
-    a, b = (replacement_module.replace(single, run, subject, drawn, seed=s).kl_random for s in (3, 4))
+    a, b = (replacement_module.replace(single, run, cell_sae, drawn, places, seed=s).kl_random for s in (3, 4))
     assert (a != b).any()
 
 
-def test_batches_do_not_change_the_table(single, tokens, subject):
-    run, drawn = single.run(tokens), some_firings(subject)
-    small, large = (replacement_module.replace(single, run, subject, drawn, 3, batch_rows=n) for n in (1, 4096))
+def test_batches_do_not_change_the_table(single, tokens, cell_sae):
+    run, some = single.run(tokens), some_firings(cell_sae)
+    small, large = (replacement_module.replace(single, run, cell_sae, *some, 3, batch_rows=n) for n in (1, 4096))
     order = ["window", "position", "amplitude", "read"]
     columns = [c for c in small if c.startswith("kl_")]
     a, b = (t.sort_values(order)[columns].to_numpy() for t in (small, large))
     np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-9)
 
 
-def test_summary_counts_wins(single, tokens, subject):
-    table = replacement_module.replace(single, single.run(tokens), subject, some_firings(subject), seed=3)
+def test_summary_counts_wins(single, tokens, cell_sae):
+    table = replacement_module.replace(single, single.run(tokens), cell_sae, *some_firings(cell_sae), seed=3)
     places = pd.DataFrame([dict(host="small", layer=CELL[0], head=CELL[1], place="middle")])
     summary = replacement_module_.summarise(table, places, resamples=50, seed=0)
     part = table[(table.amplitude == "coefficient") & (table.read == "cache")]

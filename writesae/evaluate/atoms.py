@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from writesae.evaluate.replacement import Subject
+from writesae.evaluate.firings import CellSAE
 from writesae.sae.model import SAE
 from writesae.text import Windows
 
@@ -71,7 +71,7 @@ def frequent_tokens(tokenizer, windows: Windows, firings: pd.DataFrame, count: i
     return ", ".join(f"{_text(tokenizer, [token])!r} {share:.0%}" for token, share in shares.items())
 
 
-def sides(subject: Subject, firings: pd.DataFrame) -> pd.DataFrame:
+def sides(subject: CellSAE, firings: pd.DataFrame) -> pd.DataFrame:
     """A line an atom: medians over its firings of |cosine| of its key to the write's key, and of its value."""
     window, position, atom = (torch.tensor(firings[name].to_numpy()) for name in ("window", "position", "atom"))
     found = {}
