@@ -200,12 +200,13 @@ class Installs:
         targets = torch.tensor([[one_token(self.host.tokenizer, word)]])
         run, distance = self.host.run(tokens), self.settings.writes
         labels = np.array(["typed"])
-        trial = install.setting(self.host, run, self.cell, targets, labels, distance, self.settings, self.write)
+        writes = dict(writes=self.settings.writes, write=self.write)
+        trial = install.setting(self.host, run, self.cell, targets, labels, distance, **writes)
         native = self.host.logits(run.final[:, -1])
-        texts = dict(unedited=install.native_continuations(self.host, run, self.settings)[0].tolist())
+        texts = dict(unedited=install.native_continuations(self.host, run, self.settings.new_tokens)[0].tolist())
         rows = []
         for name in install.DIRECTIONS:
-            key, value = install.directions(self.host, self.cell, trial, name, self.settings.writes)
+            key, value = install.directions(self.host, self.cell, trial, name)
             edit = install.write_edit(trial, key, value, torch.tensor([float(magnitude)]))
             made, logits = generate(self.host, run, *self.cell, edit, self.settings.new_tokens)
             texts[name] = made[0].tolist()

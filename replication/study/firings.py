@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import pandas as pd
 
 from replication.study.study import Suite
@@ -86,3 +87,16 @@ def run_firings(
 def firing_windows(suite: Suite, host_name: str) -> Windows:
     """Return the held-out windows in which firings are looked for."""
     return suite.windows(host_name, "heldout")[slice(0, suite.profile.data.firing_windows)]
+
+
+def passage_prompts(suite: Suite, host_name: str, count: int, tokens: int) -> Windows:
+    """Return the beginnings of `count` held-out passages, drawn at random. ValueError for fewer, or shorter, passages."""
+    windows = suite.windows(host_name, "heldout")
+    first = np.unique(windows.passage.numpy(), return_index=True)[1]
+    if len(first) < count:
+        raise ValueError(
+            f"{count} prompts are asked for and the held-out windows are of {len(first)} passages: ask for fewer prompts, "
+            "or raise data.heldout_windows in the profile."
+        )
+    picked = np.sort(np.random.default_rng(suite.profile.seed).choice(first, count, replace=False))
+    return windows[picked].beginnings(tokens)

@@ -192,7 +192,7 @@ INSTALL = Install(
 
 def installed(x, targets, distance=5):
     targets = torch.as_tensor(targets)
-    return install.setting(x.host, x.run, CELL, targets, np.array(["top"]), distance, INSTALL, "added")
+    return install.setting(x.host, x.run, CELL, targets, np.array(["top"]), distance, writes=3)
 
 
 def suite_with(x, cells: dict, **changes):
@@ -208,7 +208,7 @@ MIDDLE = dict(host=["gated_deltanet"], place=["middle"], layer=[LAYER], head=[HE
 
 
 def install_stage(x, **changes):
-    return install_module._stage(suite_with(x, MIDDLE, **changes), "gated_deltanet", "install", install.trials)
+    return install_module._stage(suite_with(x, MIDDLE, **changes), "gated_deltanet", "install")
 
 
 def random_history(windows=4, d_k=5, d_v=7, dtype=torch.float32, target="state") -> History:
@@ -690,9 +690,7 @@ CASES = [
     ),
     Case(
         "install: a class beyond the vocabulary",
-        lambda x: install.draw_targets(
-            torch.randn(3, 300), INSTALL.model_copy(update=dict(rank_classes=dict(far=(301, 999)))), 0
-        ),
+        lambda x: install.draw_targets(torch.randn(3, 300), dict(far=(301, 999)), 2, 0),
         ValueError,
         "2 targets are asked for, and the class far has 0 of the 300 tokens",
     ),

@@ -13,7 +13,7 @@ from sklearn.mixture import GaussianMixture
 from replication import classes as population
 from replication.pages import hosts
 from replication.pages import replacement as replacement_module_
-from replication.study.profile import HostSection, Install, LogitShift, load_profile
+from replication.study.profile import HostSection, load_profile
 from replication.study.study import Suite, open_suite, threads
 from writesae.edit import edited_hidden, kl, make_edit
 from writesae.evaluate import cells as cells_module
@@ -191,11 +191,9 @@ def test_the_trend_over_cells_is_of_ranks():
 def test_measured_shifts_are_edited_runs(single, tokens):
     torch.manual_seed(0)
     key, value = (torch.nn.functional.normalize(torch.randn(3, d), dim=-1) for d in (single.d_k, single.d_v))
-    settings = LogitShift(
-        place="middle", target="state", atoms=3, eps=[0.02, 2.0], prompts=3, prompt_tokens=90, horizon=4, ranks=[1, 3]
-    )
+    options = dict(eps=[0.02, 2.0], horizon=4, ranks=[1, 3], write="added", batch_rows=5)
     t0, windows = torch.tensor([10, 30, 50]), cut(tokens)
-    table = shifts.measure_shifts(single, windows, t0, CELL, key, value, settings, "added", batch_rows=5)
+    table = shifts.measure_shifts(single, windows, t0, CELL, key, value, **options)
     run = single.run(tokens)
     f = single.factors(run, *CELL)
     for row in table.itertuples():
@@ -246,31 +244,19 @@ def test_the_low_tail_of_a_wide_upper_component_is_not_register():
     assert classes[values.argmax()] == "register"
 
 
-INSTALL = Install(
-    place="middle",
-    prompts=3,
-    prompt_tokens=40,
-    distances=[5],
-    rank_classes=dict(top=(2, 10), far=(100, 9999)),
-    targets_per_class=2,
-    magnitudes=[3.0],
-    writes=3,
-    new_tokens=4,
-    doses=[1, 4, 16, 64, 256],
-    bisections=3,
-)
+RANK_CLASSES, DOSES = dict(top=(2, 10), far=(100, 9999)), [1, 4, 16, 64, 256]
 
 
 @pytest.fixture(scope="module")
 def trial(single, tokens):
     run = single.run(tokens[:, :40])
-    targets, labels = install.draw_targets(single.logits(run.final[:, -1]), INSTALL, seed=0)
-    return install.setting(single, run, CELL, targets, labels, 5, INSTALL, "added")
+    targets, labels = install.draw_targets(single.logits(run.final[:, -1]), RANK_CLASSES, 2, seed=0)
+    return install.setting(single, run, CELL, targets, labels, 5, writes=3)
 
 
 def test_targets_have_the_ranks_of_their_class(trial):
     for rank, label in zip(trial.native_rank.tolist(), trial.label, strict=True):
-        low, high = INSTALL.rank_classes[label]
+        low, high = RANK_CLASSES[label]
         assert low <= rank <= min(high, 300)
 
 
@@ -285,7 +271,7 @@ def test_gamma_is_the_best_of_all_unit_writes_to_first_order(single, trial):
         for d in (single.d_k, single.d_v)
     ]
     for name in ("paper", "gamma", "random"):
-        key, value = random if name == "random" else install.directions(single, CELL, trial, name, 3)
+        key, value = random if name == "random" else install.directions(single, CELL, trial, name)
         logits = install.first_logits(single, CELL, trial, install.write_edit(trial, key, value, small))
         lifts[name] = (logits.gather(-1, trial.target[:, None]) - native)[:, 0]
     assert (lifts["gamma"] > 0).all()
@@ -294,15 +280,15 @@ def test_gamma_is_the_best_of_all_unit_writes_to_first_order(single, trial):
 
 
 def test_a_dose_is_where_the_target_first_comes_next(single, trial):
-    table = install.doses(single, CELL, trial, INSTALL)
+    table = install.doses(single, CELL, trial, grid=DOSES, bisections=3)
     for name, part in table.groupby("direction"):
-        key, value = install.directions(single, CELL, trial, name, 3)
+        key, value = install.directions(single, CELL, trial, name)
         dose = torch.tensor(part.dose.to_numpy())
         won = torch.nonzero(dose.isfinite())[:, 0]
         at = torch.where(dose.isfinite(), dose, 1.0).float()
         logits = install.first_logits(single, CELL, trial, install.write_edit(trial, key, value, at))
         assert (logits.argmax(-1)[won] == trial.target[won]).all()
-        for grid in INSTALL.doses:  # no smaller grid point succeeds
+        for grid in DOSES:  # no smaller grid point succeeds
             logits = install.first_logits(
                 single, CELL, trial, install.write_edit(trial, key, value, torch.full_like(at, grid))
             )
@@ -310,11 +296,11 @@ def test_a_dose_is_where_the_target_first_comes_next(single, trial):
 
 
 def test_trials_say_what_was_generated(single, trial):
-    native = install.native_continuations(single, trial.run, INSTALL)
-    table = install.trials(single, CELL, trial, native, INSTALL)
-    assert len(table) == len(install.DIRECTIONS) * len(INSTALL.magnitudes) * len(trial.prompt)
+    native = install.native_continuations(single, trial.run, 4)
+    table = install.trials(single, CELL, trial, native, magnitudes=[3.0], new_tokens=4)
+    assert len(table) == len(install.DIRECTIONS) * len(trial.prompt)
     part = table[table.direction == "gamma"].reset_index(drop=True)
-    key, value = install.directions(single, CELL, trial, "gamma", 3)
+    key, value = install.directions(single, CELL, trial, "gamma")
     logits = install.first_logits(
         single, CELL, trial, install.write_edit(trial, key, value, torch.full((len(key),), 3.0))
     )

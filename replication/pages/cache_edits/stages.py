@@ -27,7 +27,7 @@ from replication.pages.cache_edits.readers import readers, summarise_readers, to
 from replication.pages.cache_edits.registers import erase_registers, summarise_registers
 from replication.pages.cache_edits.single_write import single_writes, summarise_single
 from replication.pages.cache_edits.site import Site
-from replication.study.firings import encoded_saes, firings_of
+from replication.study.firings import encoded_saes, firings_of, passage_prompts
 from replication.study.profile import Section
 from replication.study.stages import rows_with
 from replication.study.study import Suite
@@ -111,16 +111,7 @@ class Stages:
         return rows
 
     def prompts(self, count: int, tokens: int) -> Windows:
-        """Return the beginnings of `count` random held-out passages. ValueError for fewer, or shorter, passages."""
-        windows = self.suite.windows(self.name, "heldout")
-        first = np.unique(windows.passage.numpy(), return_index=True)[1]
-        if len(first) < count:
-            raise ValueError(
-                f"{count} prompts are asked for and the held-out windows are of {len(first)} passages: "
-                "ask for fewer prompts, or raise data.heldout_windows in the profile."
-            )
-        picked = np.sort(np.random.default_rng(self.seed).choice(first, count, replace=False))
-        return windows[picked].beginnings(tokens)
+        return passage_prompts(self.suite, self.name, count, tokens)
 
     @cached_property
     def erased(self) -> tuple[np.ndarray, pd.DataFrame]:
@@ -181,7 +172,7 @@ class Stages:
             part, t0, site = windows[group], drawn[group].flatten(), self.site(windows[group])
             rows = torch.arange(len(part)).repeat_interleave(settings.positions)
             native = site.logits(rows, t0 + settings.horizon)
-            targets, labels = draw_targets(native, install, self.seed + start)
+            targets, labels = draw_targets(native, install.rank_classes, install.targets_per_class, self.seed + start)
             table = single_writes(site, rows, t0, targets, settings.magnitude, settings.horizon)
             row = rows.numpy()[table.pop("place")]
             table["target_class"] = np.tile(labels, len(table) // len(labels))
