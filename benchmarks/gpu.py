@@ -133,7 +133,7 @@ def harvesting(shape: str, kind: str) -> Callable[[], Tensor]:
     host, tokens = host_of(shape, kind == "bf16"), windows(shape)
     cells = [(host.recurrent_layers[-1], head) for head in range(host.heads)]
     run = under(kind, lambda: harvest(host, tokens, cells, len(tokens), progress=False))
-    return lambda: run()[cells[0]]["added"]
+    return lambda: run()[cells[0]].added
 
 
 def forward(shape: str, kind: str) -> Callable[[], Tensor]:

@@ -14,7 +14,7 @@ import torch
 from common import save, start
 
 from replication.study.paths import ROOT
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 from writesae.hosts import load
 from writesae.hosts.base import Host
 from writesae.hosts.load import load_host
@@ -45,7 +45,7 @@ def stored(host: Host) -> list[dict]:
     """Return the numbers and bytes per token of the host's first cell, one line for each target."""
     cell, tokens = host.cells[0], torch.arange(1, 33)[None]
     found = harvest(host, tokens, [cell], batch=1, progress=False)[cell]
-    kept = dict(state=history(found, "state").tensors(), write=history(found, "write").tensors(), both=found)
+    kept = dict(state=found.history("state").tensors(), write=found.history("write").tensors(), both=found.tensors())
     lines = []
     for name, tensors in kept.items():
         numbers = sum(x[0, 0].numel() for x in tensors.values())

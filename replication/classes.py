@@ -18,7 +18,6 @@ from itertools import pairwise
 
 import numpy as np
 import pandas as pd
-import torch
 import torch.nn.functional as F
 from scipy import stats
 from scipy.special import logsumexp
@@ -27,8 +26,10 @@ from replication.statistics import Mixture, cluster_bootstrap, fit_mixture, gaus
 from replication.study.firings import firing_windows, firings_of
 from replication.study.study import Suite
 from writesae.evaluate.atoms import CLASSES, sides
-from writesae.evaluate.replacement import STEPS, Subject, make_subject
-from writesae.harvesting import harvest
+from writesae.evaluate.firings import CellSAE, Places, encode_cell
+from writesae.evaluate.replacement import STEPS
+from writesae.harvesting import Cell, harvest
+from writesae.recurrence import Factors
 
 # Classes: how many atoms there are of each, and how much better two Gaussians fit their cosines than one
 
@@ -107,14 +108,14 @@ def thresholds(cosines: pd.Series, taus: Iterable[float]) -> pd.DataFrame:
 
 
 class Scan:
-    """A host's cells over the held-out windows, harvested once and only when needed."""
+    """A host's cells over the held-out windows. The cells are harvested once, when something first asks for them."""
 
     def __init__(self, suite: Suite, host: str):
         self.suite, self.host, self.windows = suite, host, firing_windows(suite, host)
         self.places = {suite.cell(host, place): place for place in suite.profile.hosts[host].cells}
 
     @cached_property
-    def factors(self) -> dict:
+    def factors(self) -> dict[Cell, Factors]:
         batch = self.suite.profile.data.batch_windows
         return harvest(self.suite.host(self.host), self.windows.tokens, list(self.places), batch)
 
@@ -123,25 +124,24 @@ class Scan:
         windows, tokens = self.windows.tokens.shape
         return windows * (tokens - STEPS - self.suite.profile.data.first_position)
 
-    def firings(self, layer: int, head: int, target: str, role: str) -> tuple[Subject, pd.DataFrame]:
-        """Return a cell with its SAE of that role, and all firings."""
-        factors, write = self.factors[layer, head], self.suite.profile.saes.write
-        subject = make_subject(
-            (layer, head), target, write, self.suite.sae(self.host, layer, head, target, role), factors
-        )
-        return subject, firings_of(self.suite, subject, self.windows)
+    def firings(self, layer: int, head: int, target: str, role: str) -> tuple[CellSAE, pd.DataFrame]:
+        """Return the SAE of that role on a cell, and all its firings."""
+        sae, write = self.suite.sae(self.host, layer, head, target, role), self.suite.profile.saes.write
+        cell_sae = encode_cell((layer, head), target, write, sae, self.factors[layer, head])
+        return cell_sae, firings_of(self.suite, cell_sae, self.windows)
 
     def alive(self, group: tuple) -> pd.DataFrame:
-        """Return one row per alive atom of an SAE; `elsewhere` is its cosine at firings of other atoms."""
-        *found_at, role, seed = group
-        subject, firings = self.firings(*found_at, role)
-        table = alive_atoms(self.suite, self.host, subject, firings)
+        """Return one row per alive atom of an SAE: class, median cosines, and `elsewhere`, the median cosine at as many
+        firings of other atoms. group: layer, head, target, role, seed."""
+        *place, role, seed = group
+        cell_sae, firings = self.firings(*place, role)
+        table = alive_atoms(self.suite, self.host, cell_sae, firings)
         shuffled = np.random.default_rng(self.suite.profile.seed).permutation(firings.atom.to_numpy())
-        elsewhere = alive_atoms(self.suite, self.host, subject, firings.assign(atom=shuffled))
+        elsewhere = alive_atoms(self.suite, self.host, cell_sae, firings.assign(atom=shuffled))
         table["elsewhere"] = table.atom.map(elsewhere.set_index("atom").cosine)
-        table = table.merge(sides(subject, firings), on="atom")
-        made = dict(role=role, k=subject.sae.k, seed=seed, n_atoms=subject.sae.n_atoms)
-        return table.assign(rate=table.firings / self.scanned(), place=self.places[subject.layer, subject.head], **made)
+        table = table.merge(sides(cell_sae, firings), on="atom")
+        whole = dict(rate=table.firings / self.scanned(), place=self.places[cell_sae.layer, cell_sae.head])
+        return table.assign(**whole, role=role, k=cell_sae.sae.k, seed=seed, n_atoms=cell_sae.sae.n_atoms)
 
 
 def classify(cosines: pd.Series, seed: int) -> pd.Series:
@@ -161,15 +161,13 @@ def classify(cosines: pd.Series, seed: int) -> pd.Series:
 # The stage of notebook 07.
 
 
-def alive_atoms(suite: Suite, host: str, subject: Subject, firings: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per alive atom: its firings, its median cosine to the native write, its class."""
-    writes = subject.writes
-    window, position = (torch.tensor(firings[name].to_numpy()) for name in ("window", "position"))
-    atom = torch.tensor(firings.atom.to_numpy())
-    key, value = subject.sae.atoms()
-    left = (F.normalize(writes.key[window, position], dim=-1) * key[atom]).sum(-1)
-    right = (F.normalize(writes.value[window, position], dim=-1) * value[atom]).sum(-1)
+def alive_atoms(suite: Suite, host: str, cell_sae: CellSAE, firings: pd.DataFrame) -> pd.DataFrame:
+    """Return one row per alive atom: its held-out firings, its median cosine to the native write, its class."""
+    places, writes = Places.of(firings), cell_sae.writes
+    key, value = cell_sae.sae.atoms()
+    left = (F.normalize(writes.key[places.window, places.position], dim=-1) * key[places.atom]).sum(-1)
+    right = (F.normalize(writes.value[places.window, places.position], dim=-1) * value[places.atom]).sum(-1)
     table = firings.assign(cosine=(left * right).numpy()).groupby("atom", as_index=False)
     table = table.agg(cosine=("cosine", "median"), firings=("cosine", "size"), passages=("passage", "nunique"))
     table["class"] = classify(table.cosine, suite.profile.seed).to_numpy()
-    return table.assign(host=host, layer=subject.layer, head=subject.head, target=subject.target)
+    return table.assign(host=host, layer=cell_sae.layer, head=cell_sae.head, target=cell_sae.target)

@@ -138,11 +138,12 @@ def install_word(suite: Suite, prompt: str, word: str, magnitude: float) -> tupl
         raise ValueError(f"The prompt has {len(ids)} tokens: type one of {settings.writes} to {room}.")
     targets, write = torch.tensor([[one_token(host.tokenizer, word)]]), suite.profile.saes.write
     run = host.run(torch.tensor([[host.tokenizer.eos_token_id, *ids]]))
-    trial = install.setting(host, run, cell, targets, np.array(["typed"]), settings.writes, settings, write)
+    writes = dict(writes=settings.writes, write=write)
+    trial = install.setting(host, run, cell, targets, np.array(["typed"]), settings.writes, **writes)
     native = host.logits(run.final[:, -1])
-    texts, rows = dict(unedited=install.native_continuations(host, run, settings)[0].tolist()), []
+    texts, rows = dict(unedited=install.native_continuations(host, run, settings.new_tokens)[0].tolist()), []
     for name in install.DIRECTIONS:
-        key, value = install.directions(host, cell, trial, name, settings.writes)
+        key, value = install.directions(host, cell, trial, name)
         edit = install.write_edit(trial, key, value, torch.tensor([float(magnitude)]))
         tokens, edited = generate(host, run, *cell, edit, settings.new_tokens)
         texts[name] = tokens[0].tolist()

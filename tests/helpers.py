@@ -13,7 +13,6 @@ from replication.study.fingerprint import fingerprint
 from replication.study.profile import Data
 from replication.study.study import Suite
 from replication.study.training import SaeSpec, train_one
-from writesae.harvesting import history
 from writesae.history import Origin
 from writesae.recurrence import Factors, step_states
 from writesae.text import Windows
@@ -164,8 +163,8 @@ class SmallSuite(Suite):
         return fingerprint(tokens=self.split.tokens)
 
 
-def train_sae(study: Suite, role: str, cell: tuple[int, int], target: str, settings, factors: dict) -> None:
+def train_sae(study: Suite, role: str, cell: tuple[int, int], target: str, settings, factors: Factors) -> None:
     """Train an SAE of the small host on a cell's factors, which validate it as well."""
-    spec = SaeSpec("small", *cell, target, role, study.profile.saes.write, settings, len(factors["key"]))
-    data = history(factors, target, spec.write, Origin("small", *cell, spec.write))
+    spec = SaeSpec("small", *cell, target, role, study.profile.saes.write, settings, len(factors.key))
+    data = factors.history(target, spec.write, Origin("small", *cell, spec.write))
     train_one(study, spec, data, data, role.ljust(8, "0"))

@@ -28,7 +28,7 @@ def outputs(library: bool) -> dict:
         host = load_host(ROOT / "models" / name, "cpu")
         found[f"{name} final"] = host.run(tokens).final
         for cell, factors in harvest(host, tokens, CELLS, batch=2, progress=False).items():
-            found |= {f"{name} {cell} {factor}": x for factor, x in factors.items()}
+            found |= {f"{name} {cell} {factor}": x for factor, x in factors.tensors().items()}
         if library:
             try:
                 with torch.no_grad():

@@ -6,62 +6,71 @@ extraction keeps states of 16,384.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import overload
+
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from writesae.history import History, Origin, VectorHistory
+from writesae.history import Origin
 from writesae.hosts.base import Host
-from writesae.recurrence import taken_by_erase
+from writesae.recurrence import Factors
+from writesae.text import Windows
 
-Cell = tuple[int, int]
+Cell = tuple[int, int]  # layer, head
+
+
+@overload
+def harvest(
+    host: Host, windows: Windows | Tensor, *, layer: int, head: int, batch: int = ..., progress: bool = ...
+) -> Factors: ...
+@overload
+def harvest(
+    host: Host, windows: Windows | Tensor, cells: list[Cell], batch: int = ..., progress: bool = ...
+) -> dict[Cell, Factors]: ...
 
 
 @torch.no_grad()
-def harvest(host: Host, tokens: torch.Tensor, cells: list[Cell], batch: int, progress: bool = True) -> dict[Cell, dict]:
-    """Factors of the cells over tokens [N, T]: per cell key [N, T, d_k], added, effective [N, T, d_v], log_decay [N, T];
-    where decays are vectors, key, log_decay, erase [N, T, d_k], added and taken [N, T, d_v] (VectorHistory).
+def harvest(host, windows, cells=None, batch=16, progress=True, *, layer=None, head=None):
+    """The factors of one cell (`layer`, `head`), or by cell those of `cells`, over windows or their tokens [N, T].
 
-    Only the layers up to the last cell are run. Raises ValueError for no cell or one that the host does not have, a batch
-    below 1 and tokens that Host.run refuses, and, through History, where a value is not finite.
+    `batch` windows are run at once, through the layers up to the last cell. The factors are in fp32 on the CPU: key,
+    added and log_decay; effective where decays are scalar; erase and taken where they are vectors.
+
+    Raises ValueError for no cell, or one that the host does not have, a batch below 1, and tokens that Host.run refuses.
     """
-    if not cells:
+    if (layer is None) != (head is None) or (layer is None) == (cells is None):
+        raise ValueError("A harvest is of one cell (layer and head) or of a list of cells.")
+    chosen = list(cells) if layer is None else [(layer, head)]
+    if not chosen:
         raise ValueError(f"A harvest needs at least one cell: {host.name} has them in layers {host.recurrent_layers}.")
     if batch < 1:
         raise ValueError(f"A batch takes at least one window, not {batch}.")
+    tokens = windows if isinstance(windows, Tensor) else windows.tokens
     host.check_tokens(tokens)
-    for layer, head in cells:
-        host.check_cell(layer, head)
-    upto = max(layer for layer, _ in cells) + 1
-    parts: dict[Cell, list[dict]] = {cell: [] for cell in cells}
+    for cell in chosen:
+        host.check_cell(*cell)
+    parts: dict[Cell, list[Factors]] = {cell: [] for cell in chosen}
     for rows in tqdm(tokens.split(batch), desc="harvest", disable=not progress):
-        run = host.run(rows, upto=upto)
-        for cell in cells:
-            f = host.cell_factors(run.records[cell[0]], cell[1])
-            part = dict(key=f.key, added=f.added)
-            if host.scalar_decay:
-                part |= dict(effective=f.effective, log_decay=f.log_decay[..., 0])
-            else:
-                part |= dict(log_decay=f.log_decay, erase=f.erase, taken=taken_by_erase(f))
-            parts[cell].append({name: x.float().cpu() for name, x in part.items()})
-    return {
-        cell: {name: torch.cat([part.pop(name) for part in found]) for name in list(found[0])}
-        for cell, found in parts.items()
-    }
+        run = host.run(rows, upto=max(cell[0] for cell in chosen) + 1)
+        for cell in chosen:
+            factors = host.cell_factors(run.records[cell[0]], cell[1])
+            parts[cell].append(_kept(factors, host.scalar_decay).map(lambda x: x.float().cpu()))
+    whole = {cell: _joined(parts.pop(cell), Origin(host.name, *cell, "added")) for cell in chosen}
+    return whole if layer is None else whole[layer, head]
 
 
-def history(factors: dict, target: str, write: str = "added", origin: Origin | None = None) -> History:
-    """A cell's harvest as what an SAE trains on: target "state" (the state itself) or "write" (the native write).
+def _kept(factors: Factors, scalar_decay: bool) -> Factors:
+    """What a harvest keeps: that from which states and writes follow."""
+    if scalar_decay:
+        return replace(factors, query=None, erase=None, probe=None)
+    return replace(factors, query=None, effective=None, probe=None, taken=factors.taken_by_erase())
 
-    Raises ValueError for another target, and for a write that was not harvested (where decays are vectors, the effective).
-    """
-    if target == "state" and "taken" in factors:
-        names = ("key", "added", "log_decay", "erase", "taken")
-        return VectorHistory(*(factors[name] for name in names), origin=origin)
-    if target == "state":
-        return History(factors["key"], factors["effective"], factors["log_decay"], origin=origin)
-    if target == "write":
-        if write not in ("added", "effective") or write not in factors:
-            known = [name for name in ("added", "effective") if name in factors]
-            raise ValueError(f"This harvest has no rank-1 write {write!r}: choose {' or '.join(known)}.")
-        return History(factors["key"], factors[write], None, origin=origin)
-    raise ValueError(f"There is no training target {target!r}: choose state or write.")
+
+def _joined(parts: list[Factors], origin: Origin) -> Factors:
+    """The factors of all batches, in order. Empties `parts`, so that memory holds only one field twice."""
+    tensors = [part.tensors() for part in parts]
+    parts.clear()
+    whole = {name: torch.cat([x.pop(name) for x in tensors]) for name in list(tensors[0])}
+    return Factors(query=None, **whole, origin=origin)

@@ -19,10 +19,9 @@ from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from writesae.recurrence import decay_until
+from writesae.recurrence import decay_between, decay_until, split_chunks
 
 CHUNK = 64
 STATE_CHUNK = 32
@@ -168,15 +167,9 @@ class History:
     @cached_property
     def chunks(self) -> Chunks:
         """The padded chunks and their decays (target "state" only)."""
-        windows, tokens = self.shape
-        count = -(-tokens // CHUNK)
-        pad = count * CHUNK - tokens
-        key, value = (F.pad(x, (0, 0, 0, pad)).view(windows, count, CHUNK, -1) for x in (self.key, self.value))
-        total = F.pad(self.log_decay, (0, pad)).double().view(windows, count, CHUNK).cumsum(-1)
-        between = total[..., :, None] - total[..., None, :]
-        future = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=key.device).triu(1)
-        decay = between.to(key.dtype).masked_fill(future, -torch.inf).exp()
-        return Chunks(key, value, decay, total.exp().to(key.dtype))
+        key, value = (split_chunks(x, CHUNK) for x in (self.key, self.value))
+        total = split_chunks(self.log_decay, CHUNK, -1).double().cumsum(-1)
+        return Chunks(key, value, decay_between(total, key.dtype), total.exp().to(key.dtype))
 
     def read(self, left: Tensor, right: Tensor, bf16: bool = False) -> Tensor:
         """left_i^T X_t right_i for all i and t: left [n, d_k], right [n, d_v] -> [N, T, n]; differentiable in both.

@@ -1,4 +1,4 @@
-"""The recurrence of every host here, as data: S_t = A_t S_{t-1} + key_t added_t^T with A_t = diag(decay_t) - erase_t probe_t^T.
+"""The recurrence of every host as data: S_t = A_t S_{t-1} + key_t added_t^T, A_t = diag(decay_t) - erase_t probe_t^T.
 
 Symbols against the paper (Sec. 2, Eq. 2-3), for one cell, S always [d_k, d_v] and o_t = S_t^T q_t:
 
@@ -8,8 +8,9 @@ Symbols against the paper (Sec. 2, Eq. 2-3), for one cell, S always [d_k, d_v] a
 | key         | k_t, unit norm                          |
 | added       | beta_t v_t: the write is key added^T    |
 | effective   | u_t = beta_t (v_t - alpha_t S_{t-1}^T k_t): S_t = alpha_t S_{t-1} + k_t u_t^T |
-| log_decay   | log alpha_t, one number a head          |
+| log_decay   | log alpha_t, one number per token       |
 | erase, probe| alpha_t beta_t k_t and k_t              |
+| taken       | S_{t-1}^T probe_t, what the erase finds |
 
 `step_states` is the slow loop that everything else is tested against.
 """
@@ -17,139 +18,191 @@ Symbols against the paper (Sec. 2, Eq. 2-3), for one cell, S always [d_k, d_v] a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from writesae.history import History, Origin
 
 
 class Groups:
-    """R rows of which many share one of U things (`which` [R]): work on them side by side instead of copying the thing."""
+    """R rows that share U things: row r has thing which[r] (int64 [R]). Rows of one thing are worked on side by side."""
 
-    def __init__(self, which: torch.Tensor, count: int):
+    def __init__(self, which: Tensor, count: int):
         same = which[:, None] == torch.arange(count, device=which.device)
         place = same.cumsum(0).gather(1, which[:, None])[:, 0] - 1
-        self.which, self.count, self.place, self.most = which, count, place, int(place.max()) + 1
+        self.which, self.count, self.place, self.largest = which, count, place, int(place.max()) + 1
 
-    def read(self, x: torch.Tensor, shared: torch.Tensor) -> torch.Tensor:
-        """x[r] @ shared[which[r]] for x [R, H, L, d] and shared [U, H, d, e] -> [R, H, L, e]."""
+    def read(self, x: Tensor, shared: Tensor) -> Tensor:
+        """x[r] @ shared[which[r]] for x [R, H, L, d] and shared [U, H, d, e] -> [R, H, L, e], without copying shared."""
         rows, heads, length, width = x.shape
-        side = x.new_zeros(self.count, self.most, *x.shape[1:]).index_put((self.which, self.place), x)
-        made = side.transpose(1, 2).reshape(self.count, heads, self.most * length, width) @ shared
-        return made.view(self.count, heads, self.most, length, -1)[self.which, :, self.place]
+        side = x.new_zeros(self.count, self.largest, *x.shape[1:]).index_put((self.which, self.place), x)
+        products = side.transpose(1, 2).reshape(self.count, heads, self.largest * length, width) @ shared
+        return products.view(self.count, heads, self.largest, length, -1)[self.which, :, self.place]
 
 
 @dataclass
 class Factors:
-    """One cell's history over [batch, time]; a rank-1 write and a transition a token, never a state.
+    """One cell over [B, T]: per token a rank-1 write and a transition, never a state. In a run, and as a harvest.
 
-    query, key: [B, T, d_k]; added: [B, T, d_v]; log_decay: [B, T, 1] (or [B, T, d_k] where decays are vectors);
-    effective: [B, T, d_v] or None where the effective write is not rank 1; erase, probe: [B, T, d_k] or None.
+    query, key, erase, probe [B, T, d_k]; added, effective, taken [B, T, d_v]; log_decay [B, T, 1], or [B, T, d_k] where
+    decays are vectors. None: query and probe, which a harvest does not keep; effective, where it is not of rank 1; erase
+    and probe, where nothing is erased; taken, but in a harvest with vector decays. origin: the host and the cell.
     """
 
-    query: torch.Tensor
-    key: torch.Tensor
-    added: torch.Tensor
-    log_decay: torch.Tensor
-    effective: torch.Tensor | None = None
-    erase: torch.Tensor | None = None
-    probe: torch.Tensor | None = None
+    query: Tensor | None
+    key: Tensor
+    added: Tensor
+    log_decay: Tensor
+    effective: Tensor | None = None
+    erase: Tensor | None = None
+    probe: Tensor | None = None
+    taken: Tensor | None = None
+    origin: Origin | None = None
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Factors:
-        found = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Factors(**{name: None if x is None else change(x) for name, x in found.items()})
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are not None, by field."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: x for name, x in parts.items() if isinstance(x, Tensor)}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
+        """The same factors with every tensor changed."""
+        return replace(self, **{name: change(x) for name, x in self.tensors().items()})
 
     def at(self, *index) -> Factors:
         """The same factors at an index of the leading dimensions, e.g. `.at(rows, positions)`."""
-        return self._map(lambda x: x[index])
+        return self.map(lambda x: x[index])
 
     def to(self, device: torch.device | str) -> Factors:
         """The same factors on a device."""
-        return self._map(lambda x: x.to(device))
+        return self.map(lambda x: x.to(device))
 
-    def write(self, definition: str) -> torch.Tensor:
-        """The value side [B, T, d_v] of the native write under a definition, "added" or "effective"."""
-        if definition == "added":
-            return self.added
-        if definition == "effective" and self.effective is not None:
-            return self.effective
-        raise ValueError(
-            f"There is no rank-1 write {definition!r} here: choose added (or effective, for scalar decays)."
-        )
+    def write(self, definition: str) -> Tensor:
+        """The value side [B, T, d_v] of the native write by its definition: "added", or "effective" (less the erase).
 
-    def transition(self, x: torch.Tensor) -> torch.Tensor:
+        Raises ValueError for an effective write that is not of rank 1 or was not harvested, and for another name."""
+        kept = dict(added=self.added, effective=self.effective)
+        if kept.get(definition) is None:
+            known = " or ".join(name for name, x in kept.items() if x is not None)
+            raise ValueError(f"There is no rank-1 write {definition!r}: choose {known}.")
+        return kept[definition]
+
+    def history(self, target: str, write: str = "added", origin: Origin | None = None) -> History:
+        """What an SAE trains on: the target "state" (the state itself) or "write" (the native write of that definition).
+
+        origin: what the history says that it is of; by default these factors' own, with the write's definition.
+        Raises ValueError for another target or write, and for values that are not finite."""
+        from writesae.history import History, VectorHistory  # that module is built on this one
+
+        origin = origin or (self.origin and self.origin._replace(write=write))
+        if target == "write":
+            return History(self.key, self.write(write), None, origin=origin)
+        if target != "state":
+            raise ValueError(f"There is no training target {target!r}: choose state or write.")
+        if self.log_decay.shape[-1] == 1 and self.effective is not None:
+            return History(self.key, self.effective, self.log_decay[..., 0], origin=origin)
+        taken = self.taken_by_erase() if self.taken is None else self.taken
+        return VectorHistory(self.key, self.added, self.log_decay, self.erase, taken, origin=origin)
+
+    def transition(self, x: Tensor) -> Tensor:
         """A_t x, for factors of single positions [R, d] and x [R, r, d_k]."""
         moved = self.log_decay.exp()[:, None] * x
         if self.erase is not None:
             moved = moved - (x @ self.probe[:, :, None]) * self.erase[:, None]
         return moved
 
-    def transition_transposed(self, y: torch.Tensor) -> torch.Tensor:
+    def transition_transposed(self, y: Tensor) -> Tensor:
         """A_t^T Y, for factors of single positions [R, d] and Y [R, d_k, d_v]."""
         moved = self.log_decay.exp()[:, :, None] * y
         if self.erase is not None:
             moved = moved - self.probe[:, :, None] * (self.erase[:, None] @ y)
         return moved
 
+    def taken_by_erase(self) -> Tensor:
+        """What each erase finds, probe_t^T S_{t-1}: [B, T, d_v], by the step loop, which keeps one state at a time."""
+        batch, length, d_k = self.key.shape
+        state, taken = self.key.new_zeros(batch, d_k, self.added.shape[-1]), []
+        for t in range(length):
+            now = self.at(slice(None), t)
+            taken.append((now.probe[:, None] @ state)[:, 0])
+            state = now.log_decay.exp()[:, :, None] * state + now.key[:, :, None] * now.added[:, None]
+            state = state - now.erase[:, :, None] * taken[-1][:, None]
+        return torch.stack(taken, 1)
 
-def step_states(factors: Factors, state: torch.Tensor | None = None) -> torch.Tensor:
+
+def step_states(factors: Factors, state: Tensor | None = None) -> Tensor:
     """All states [B, T, d_k, d_v] by the plain loop over tokens (slow; the oracle). `state`: [B, d_k, d_v] before."""
     batch, length, d_k = factors.key.shape
     if state is None:
         state = factors.key.new_zeros(batch, d_k, factors.added.shape[-1])
-    history = []
+    states = []
     for t in range(length):
         now = factors.at(slice(None), t)
         before = state
         state = now.log_decay.exp()[:, :, None] * before + now.key[:, :, None] * now.added[:, None]
         if now.erase is not None:
             state = state - now.erase[:, :, None] * (now.probe[:, None] @ before)
-        history.append(state)
-    return torch.stack(history, 1)
+        states.append(state)
+    return torch.stack(states, 1)
 
 
-def taken_by_erase(factors: Factors) -> torch.Tensor:
-    """What each erase finds, probe_t^T S_{t-1}: [B, T, d_v], by the step loop, which keeps one state at a time."""
-    batch, length, d_k = factors.key.shape
-    state, found = factors.key.new_zeros(batch, d_k, factors.added.shape[-1]), []
-    for t in range(length):
-        now = factors.at(slice(None), t)
-        taken = (now.probe[:, None] @ state)[:, 0]
-        found.append(taken)
-        state = now.log_decay.exp()[:, :, None] * state + now.key[:, :, None] * now.added[:, None]
-        state = state - now.erase[:, :, None] * taken[:, None]
-    return torch.stack(found, 1)
+def split_chunks(x: Tensor, chunk: int, axis: int = -2) -> Tensor:
+    """Time, at a negative axis, in chunks of `chunk` tokens: [..., T, ...] -> [..., C, chunk, ...], padded with zeros."""
+    pad = -x.shape[axis] % chunk
+    x = F.pad(x, [0, 0] * (-axis - 1) + [0, pad]) if pad else x
+    return x.unflatten(axis, (-1, chunk))
+
+
+def decay_between(total: Tensor, dtype: torch.dtype, axis: int = -1) -> Tensor:
+    """exp(total_t - total_s) from token s to token t of a chunk, 0 where s > t, [..., t, s, ...] in `dtype`.
+
+    total: log decays summed since the chunk began, in fp64 where many are; time at a negative axis.
+    """
+    tokens = total.shape[axis]
+    later = torch.ones(tokens, tokens, dtype=torch.bool, device=total.device).triu(1)
+    later = later[(...,) + (None,) * (-axis - 1)]
+    between = total.unsqueeze(axis) - total.unsqueeze(axis - 1)
+    return between.to(dtype).masked_fill(later, -torch.inf).exp()
+
+
+def _read(x: Tensor, state: Tensor, groups: Groups | None) -> Tensor:
+    """x @ state, of each row's own state or of those that the rows share."""
+    return x @ state if groups is None else groups.read(x, state)
+
+
+def _each(state: Tensor, groups: Groups | None) -> Tensor:
+    """The state of each row."""
+    return state if groups is None else state[groups.which]
 
 
 def gated_delta_chunks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    beta: torch.Tensor,
-    log_decay: torch.Tensor,
-    state: torch.Tensor | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None = None,
     chunk: int = 64,
-    groups=None,
+    groups: Groups | None = None,
     end: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gated delta rule by chunks: outputs o and effective writes u [..., T, d_v], last state [..., d_k, d_v].
 
     query, key: [..., T, d_k] (keys of unit norm, queries scaled); value: [..., T, d_v]; beta, log_decay: [..., T].
-    state: the one to start from; with `groups` (hosts.base.Groups) those that the rows share, read without a copy a
-    row. Without `end` no last state is worked out.
+    state: the one to start from, [..., d_k, d_v]; with `groups` those that the rows share, [U, H, d_k, d_v], which are
+    read without a copy per row. Without `end` the last state is not computed.
     Within a chunk, (I + tril(beta_t (k_t . k_s) prod alpha, -1)) u = beta (v - decayed read of the carried state).
     """
     length, d_k, d_v = key.shape[-2], key.shape[-1], value.shape[-1]
     chunk = min(chunk, length)
-    pad = -length % chunk
-    if pad:
-        query, key, value = (F.pad(x, (0, 0, 0, pad)) for x in (query, key, value))
-        beta, log_decay = (F.pad(x, (0, pad)) for x in (beta, log_decay))
-    split = [x.unflatten(-2, (-1, chunk)) for x in (query, key, value)]
-    query, key, value = split
-    beta, within = beta.unflatten(-1, (-1, chunk)), log_decay.unflatten(-1, (-1, chunk)).cumsum(-1)
-    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=key.device).tril()
-    decay = (within[..., :, None] - within[..., None, :]).masked_fill(~causal, -torch.inf).exp()
+    query, key, value = (split_chunks(x, chunk) for x in (query, key, value))
+    beta, log_decay = (split_chunks(x, chunk, -1) for x in (beta, log_decay))
+    within, chunks = log_decay.cumsum(-1), key.shape[-3]
+    decay = decay_between(within, key.dtype)
     system = (beta[..., None] * decay * (key @ key.transpose(-1, -2))).tril(-1)
     system = system + torch.eye(chunk, dtype=key.dtype, device=key.device)
     from_start = within.exp()[..., None]
@@ -161,96 +214,84 @@ def gated_delta_chunks(
     whole = within[..., -1].exp()[..., None, None]
     if state is None:
         state = key.new_zeros(*key.shape[:-3], d_k, d_v)
-    outputs, writes, chunks = [], [], key.shape[-3]
+    outputs, writes = [], []
     for c in range(chunks):
-        reads = torch.cat([of_state[..., c, :, :], query[..., c, :, :]], -2)
-        reads = reads @ state if groups is None else groups.read(reads, state)
-        u = own[..., c, :, :] - reads[..., :chunk, :]
-        outputs.append(reads[..., chunk:, :] + attention[..., c, :, :] @ u)
+        read = _read(torch.cat([of_state[..., c, :, :], query[..., c, :, :]], -2), state, groups)
+        u = own[..., c, :, :] - read[..., :chunk, :]
+        outputs.append(read[..., chunk:, :] + attention[..., c, :, :] @ u)
         writes.append(u)
         if end or c < chunks - 1:
-            state, groups = state if groups is None else state[groups.which], None
-            state = whole[..., c, :, :] * state
+            state, groups = whole[..., c, :, :] * _each(state, groups), None
             state.flatten(0, -3).baddbmm_(to_end[..., c, :, :].mT.flatten(0, -3), u.flatten(0, -3))
     return torch.cat(outputs, -2)[..., :length, :], torch.cat(writes, -2)[..., :length, :], state if end else None
 
 
 def decayed_chunks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    added: torch.Tensor,
-    log_decay: torch.Tensor,
-    state: torch.Tensor | None = None,
+    query: Tensor,
+    key: Tensor,
+    added: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None = None,
     chunk: int = 64,
-    groups=None,
+    groups: Groups | None = None,
     end: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """S_t = alpha_t S_{t-1} + key_t added_t^T by chunks: outputs [B, T, H, d_v] and the last state [B, H, d_k, d_v].
 
-    query, key: [B, T, H_k, d_k], each of the H_k serving H / H_k consecutive heads, for which it is not copied: those
-    heads are columns of one matrix. added: [B, T, H, d_v]; log_decay: [B, T, H]; state [B, H, d_k, d_v], groups and end
-    as in `gated_delta_chunks`.
+    query, key: [B, T, H_k, d_k]; each of the H_k serves H / H_k consecutive heads, which are columns of one matrix, so
+    that it is not copied. added: [B, T, H, d_v]; log_decay: [B, T, H]; state [B, H, d_k, d_v], groups and end as in
+    `gated_delta_chunks`.
     """
     length, key_heads, d_v = key.shape[1], key.shape[2], added.shape[-1]
     chunk = min(chunk, length)
-    pad = -length % chunk
-    if pad:
-        query, key, added = (F.pad(x, (0, 0, 0, 0, 0, pad)) for x in (query, key, added))
-        log_decay = F.pad(log_decay, (0, 0, 0, pad))
-    added, log_decay = (x.unflatten(2, (key_heads, -1)) for x in (added, log_decay.double()))
-    # chunks and key heads first: [B, n, H_k, C, d_k], [B, n, H_k, C, heads of one key, d_v]
-    query, key, added, log_decay = (x.unflatten(1, (-1, chunk)).transpose(2, 3) for x in (query, key, added, log_decay))
-    total = log_decay.cumsum(3)  # differences of long sums follow: they are taken in fp64
-    within = total.mT
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=key.device).triu(1)
-    decay = (within[..., :, None] - within[..., None, :]).to(key.dtype).masked_fill(later, -torch.inf).exp()
-    attention = decay * (query @ key.mT)[:, :, :, None]
+    query, key, added = (split_chunks(x, chunk, -3) for x in (query, key, added))
+    log_decay = split_chunks(log_decay, chunk)
+    # the heads of one key side by side, key heads before tokens: [B, C, H_k, chunk, d_k], [B, C, H_k, chunk, H / H_k, d_v]
+    added, log_decay = (x.unflatten(3, (key_heads, -1)) for x in (added, log_decay.double()))
+    query, key, added, log_decay = (x.transpose(2, 3) for x in (query, key, added, log_decay))
+    total = log_decay.cumsum(3)  # in fp64, for differences of long sums follow
+    attention = decay_between(total.mT, key.dtype) * (query @ key.mT)[:, :, :, None]
     own = (attention @ added.transpose(3, 4)).transpose(3, 4)
     from_start, to_end = (x.to(key.dtype).exp()[..., None] for x in (total, total[..., -1:, :] - total))
     if state is not None:
-        state = state.unflatten(1, (key_heads, -1)).transpose(2, 3)  # [B, H_k, d_k, heads of one key, d_v]
+        state = state.unflatten(1, (key_heads, -1)).transpose(2, 3)  # [B, H_k, d_k, H / H_k, d_v]
     outputs, chunks = [], key.shape[1]
     parts = (x.unbind(1) for x in (query, key, added * to_end, own, from_start))
     for c, (query, key, added, output, passed) in enumerate(zip(*parts, strict=True)):
         if state is not None:
-            before = state.flatten(-2)
-            read = query @ before if groups is None else groups.read(query, before)
+            read = _read(query, state.flatten(-2), groups)
             output = output + passed * read.unflatten(-1, (-1, d_v))
         outputs.append(output)
         if end or c < chunks - 1:
             write = (key.mT @ added.flatten(-2)).unflatten(-1, (-1, d_v))
             if state is not None:
-                state, groups = state if groups is None else state[groups.which], None
-                write = passed[:, :, -1:] * state + write
-            state = write
+                write = passed[:, :, -1:] * _each(state, groups) + write
+            state, groups = write, None
     outputs = torch.stack(outputs, 1).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :length]
     return outputs, state.transpose(2, 3).flatten(1, 2) if end else None
 
 
 def diagonal_chunks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    added: torch.Tensor,
-    log_decay: torch.Tensor,
-    state: torch.Tensor | None = None,
+    query: Tensor,
+    key: Tensor,
+    added: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None = None,
     chunk: int = 16,
-    groups=None,
+    groups: Groups | None = None,
     end: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None]:
     """S_t = diag(exp(log_decay_t)) S_{t-1} + key_t added_t^T by chunks: outputs S_t^T q_t [..., T, d_v], last state
     [..., d_k, d_v].
 
-    query, key, log_decay: [..., T, d_k]; added: [..., T, d_v]; state, groups, end: as in `gated_delta_chunks`. The decays
-    from token to token of a chunk are formed themselves, [..., T, chunk, d_k] of them, so that none is too fast.
+    query, key, log_decay: [..., T, d_k]; added: [..., T, d_v]; state, groups, end: as in `gated_delta_chunks`. The
+    decays from token to token of a chunk are formed themselves, [..., T, chunk, d_k], so no decay is too fast.
     """
     length, d_k, d_v = key.shape[-2], key.shape[-1], added.shape[-1]
     chunk = min(chunk, length)
-    parts, pad = (query, key, added, log_decay), -length % chunk
-    parts = [F.pad(x, (0, 0, 0, pad)) for x in parts] if pad else parts
-    query, key, added, log_decay = (x.unflatten(-2, (-1, chunk)) for x in parts)
+    query, key, added, log_decay = (split_chunks(x, chunk) for x in (query, key, added, log_decay))
     within, chunks = log_decay.cumsum(-2), key.shape[-3]
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=key.device).triu(1)[..., None]
-    between = (within[..., :, None, :] - within[..., None, :, :]).masked_fill(later, -torch.inf).exp()
+    between = decay_between(within, within.dtype, -2)
     attention = ((between * key[..., None, :, :]) @ query[..., None])[..., 0]
     own, last = attention @ added, within[..., -1:, :]
     query, key, whole = query * within.exp(), key * (last - within).exp(), last.mT.exp()
@@ -258,16 +299,15 @@ def diagonal_chunks(
         state = key.new_zeros(*key.shape[:-3], d_k, d_v)
     outputs = []
     for c in range(chunks):
-        read = query[..., c, :, :] @ state if groups is None else groups.read(query[..., c, :, :], state)
-        outputs.append(own[..., c, :, :] + read)
+        outputs.append(own[..., c, :, :] + _read(query[..., c, :, :], state, groups))
         if end or c < chunks - 1:
-            state, groups = state if groups is None else state[groups.which], None
-            state = whole[..., c, :, :] * state + key[..., c, :, :].mT @ added[..., c, :, :]
+            write = key[..., c, :, :].mT @ added[..., c, :, :]
+            state, groups = whole[..., c, :, :] * _each(state, groups) + write, None
     return torch.cat(outputs, -2)[..., :length, :], state if end else None
 
 
-def decay_until(log_decay: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """What is left of each token's write at the last token that is seen: exp of the log decays after it, summed; 0 behind.
+def decay_until(log_decay: Tensor, seen: Tensor) -> Tensor:
+    """What is left of each token's write at the last seen token: exp of the sum of the later log decays; 0 after it.
 
     log_decay: [R, T, ...]; seen: bool, of a shape that broadcasts to it, true up to some token of each row.
     """
@@ -276,31 +316,30 @@ def decay_until(log_decay: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
 
 
 def diagonal_delta_chunks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    added: torch.Tensor,
-    log_decay: torch.Tensor,
-    erase: torch.Tensor,
-    probe: torch.Tensor,
-    state: torch.Tensor | None = None,
+    query: Tensor,
+    key: Tensor,
+    added: Tensor,
+    log_decay: Tensor,
+    erase: Tensor,
+    probe: Tensor,
+    state: Tensor | None = None,
     chunk: int = 32,
-    groups=None,
+    groups: Groups | None = None,
     end: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """S_t = diag(exp(log_decay_t)) S_{t-1} - erase_t (probe_t^T S_{t-1}) + key_t added_t^T by chunks: outputs
     S_t^T q_t [..., T, d_v], last state [..., d_k, d_v], and the state before each chunk [..., chunks, d_k, d_v].
 
     query, key, log_decay, erase, probe: [..., T, d_k]; added: [..., T, d_v]; state, groups, end: as above.
     With W_t the decay since the chunk began, diag(1/W_t) S_t has no decay left, so that the reads probe_t^T S_{t-1}
-    solve one unit triangular system a chunk; outputs and next state are then affine maps of the state before the chunk.
-    1/W is formed as it stands: ValueError where a channel decays below exp(-60) within a chunk, which no RWKV-7 does
-    (its log decays lie above -0.61) and torch.compile does not check.
+    solve one unit triangular system per chunk; outputs and next state are then affine in the state before the chunk.
+    Raises ValueError where a channel decays below exp(-60) within a chunk, for 1/W is formed. No RWKV-7 decays so fast
+    (its log decays are above -0.61), and torch.compile does not check it.
     """
     length, d_k, d_v = key.shape[-2], key.shape[-1], added.shape[-1]
     chunk = min(chunk, length)
-    parts, pad = (query, key, added, log_decay, erase, probe), -length % chunk
-    parts = [F.pad(x, (0, 0, 0, pad)) for x in parts] if pad else parts
-    query, key, added, log_decay, erase, probe = (x.unflatten(-2, (-1, chunk)) for x in parts)
+    parts = (query, key, added, log_decay, erase, probe)
+    query, key, added, log_decay, erase, probe = (split_chunks(x, chunk) for x in parts)
     within, chunks = log_decay.cumsum(-2), key.shape[-3]
     last = within[..., -1, :]
     if not torch.compiler.is_compiling() and last.min() < -60:
@@ -324,23 +363,19 @@ def diagonal_delta_chunks(
     outputs, before = [], []
     for c in range(chunks):
         before.append(state)
-        carried = read[0][c] @ state if groups is None else groups.read(read[0][c], state)
-        outputs.append(carried + read[1][c])
+        outputs.append(_read(read[0][c], state, groups) + read[1][c])
         if end or c < chunks - 1:
-            state, groups = state if groups is None else state[groups.which], None
-            state = moved[0][c] @ state + moved[1][c]
+            state, groups = moved[0][c] @ _each(state, groups) + moved[1][c], None
     outputs = torch.cat(outputs, -2)[..., :length, :]
     return (outputs, state, torch.stack(before, -3)) if end else (outputs, None, None)
 
 
-def states_before(
-    key: torch.Tensor, effective: torch.Tensor, log_decay: torch.Tensor, starts: torch.Tensor
-) -> torch.Tensor:
+def states_before(key: Tensor, effective: Tensor, log_decay: Tensor, starts: Tensor) -> Tensor:
     """The state before position starts[r] of each row: [R, H, d_k, d_v], from factors by one batched product.
 
     key: [R, T, H, d_k], effective: [R, T, H, d_v], log_decay: [R, T, H] (scalar decays), starts: [R]; zero at start 0.
     """
-    total = log_decay.double().cumsum(1)  # differences of long sums follow
+    total = log_decay.double().cumsum(1)  # in fp64, for differences of long sums follow
     last = (starts - 1).clamp(min=0)
     at_last = total[torch.arange(len(starts), device=starts.device), last][:, None]
     before = torch.arange(key.shape[1], device=starts.device) < starts[:, None]

@@ -1,14 +1,15 @@
 """Harvests that do not fit into memory: a cell's factors in shards on disk, and training from there.
 
-`harvest_shards` runs the host over a stream of windows and stores so many windows a file; killed and started again it
-goes on at the first shard that is not there. A `ShardedHistory` gives training the windows it asks for, each read when
-it is needed. Batches are drawn by a seeded shuffle of all windows of all shards, the one of a history in memory, so
-training gives the same SAE either way, and goes on from the same checkpoints.
+`harvest_shards` runs the host over a stream of windows and stores a fixed number of windows per file. A run that was
+killed and is started again continues at the first missing shard. A `ShardedHistory` reads windows when training asks for
+them. Batches are drawn by the same seeded shuffle of all windows as for a history in memory, so training gives the same
+SAE either way and continues from the same checkpoints.
 
-    harvest_shards(host, (tokens for _, tokens in each_window(host.tokenizer, texts, 1024)), [(9, 4)], folder, origin="0.8B")
+    windows = (tokens for _, tokens in each_window(host.tokenizer, texts, 1024))
+    harvest_shards(host, windows, [(9, 4)], folder, identity="0.8B")
     sae, record = train(ShardedHistory(folder, (9, 4), "state"), settings, checkpoint="run.safetensors")
 
-In memory are one shard of all cells during the harvest; a batch and one number a token, ||X_t - mean||^2, in training.
+Memory holds one shard of all cells during the harvest; in training a batch, and ||X_t - mean||^2 of every token.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from replication.study import fingerprint as fingerprint_module
 from writesae import files
-from writesae.harvesting import Cell, harvest, history
+from writesae.harvesting import Cell, harvest
 from writesae.history import GROUP, VECTOR_GROUP, History, Origin, at_once
 from writesae.hosts.base import Host
+from writesae.recurrence import Factors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: log_decay [N, T]
 SHARD_WINDOWS = 256
 
 
 def cell_folder(folder: Path | str, cell: Cell) -> Path:
-    """Where a cell's shards are: one safetensors file each, and shards.json, which is there once all of them are."""
+    """Return the folder of a cell's shards: a safetensors file each, and shards.json once all of them are written."""
     return Path(folder) / f"L{cell[0]}-H{cell[1]}"
 
 
@@ -44,24 +45,24 @@ def harvest_shards(
     windows: Iterable[Iterable[int]],
     cells: list[Cell],
     folder: Path | str,
-    origin: Any,
+    identity: Any,
     shard_windows: int = SHARD_WINDOWS,
     batch: int = 16,
 ) -> int:
-    """Harvest the cells over windows of T token ids, which may be a stream, in one pass; the number of shards.
+    """Harvest the cells over windows of T token ids, which may be a stream, in one pass; return the number of shards.
 
-    `origin` is what identifies the host's weights (plain values; a Path counts by the content of its file). Shards that
-    are there, from the same tokens, origin and code, are not computed again; all others are replaced. Raises ValueError
-    for no windows, windows of several lengths, a cell that the host does not have and values that are not finite.
+    identity: what identifies the host's weights and the code (plain values; a Path counts by the content of its file).
+    Shards from the same tokens and identity are kept, all others are replaced. Raises ValueError for no windows, windows
+    of several lengths, a cell that the host does not have, and values that are not finite.
     """
-    base = fingerprint_module.fingerprint(modules=["writesae.harvesting"], origin=origin)
+    base = json.dumps(identity, sort_keys=True, default=files._plain)
     places = {cell: cell_folder(folder, cell) for cell in cells}
     for place in places.values():
         (place / "shards.json").unlink(missing_ok=True)
     count = 0
     for count, tokens in enumerate(_stacked(windows, shard_windows), 1):
         paths = {cell: _shard(places[cell], count - 1) for cell in cells}
-        expected = fingerprint_module.fingerprint(base=base, tokens=hashlib.sha256(tokens.numpy()).hexdigest())
+        expected = hashlib.sha256(base.encode() + tokens.numpy().tobytes()).hexdigest()
         if not files.up_to_date(paths.values(), expected):
             _store(host, tokens, paths, batch, expected)
     if not count:
@@ -76,27 +77,28 @@ def _shard(place: Path, number: int) -> Path:
 
 
 def _stacked(windows: Iterable[Iterable[int]], count: int) -> Iterator[Tensor]:
-    """[count, T] int64, the last one shorter. ValueError where windows have several lengths."""
+    """Yield `count` windows at a time, [count, T] int64, and the rest. ValueError for windows of several lengths."""
     stream, length = iter(windows), None
     while part := [torch.as_tensor(window) for window in islice(stream, count)]:
         length = length or len(part[0])
-        if any(len(window) != length for window in part):
-            raise ValueError(f"All windows must have the same length: the first has {length} tokens, another has not.")
+        other = next((len(window) for window in part if len(window) != length), None)
+        if other is not None:
+            raise ValueError(f"All windows must have the same length: the first has {length} tokens, another {other}.")
         yield torch.stack(part)
 
 
 def _store(host: Host, tokens: Tensor, paths: dict[Cell, Path], batch: int, expected: str) -> None:
-    found = harvest(host, tokens, list(paths), batch, progress=False)
+    factors = harvest(host, tokens, list(paths), batch, progress=False)
     for cell, path in paths.items():
         try:
-            history(found[cell], "state"), history(found[cell], "write")  # refuses values that are not finite
+            factors[cell].history("state"), factors[cell].history("write")  # refuses values that are not finite
         except ValueError as error:
             raise ValueError(f"Cell {cell}, shard {path.stem}: {error}") from error
-        files.save_tensors(path, found.pop(cell), {"fingerprint": expected})
+        files.save_tensors(path, factors.pop(cell).tensors(), {"fingerprint": expected})
 
 
 def _close(place: Path, count: int, host: str) -> None:
-    """Write shards.json over the first `count` shards, and remove those of a longer harvest before."""
+    """Write shards.json for the first `count` shards, and remove the others, of a longer harvest before."""
     for path in sorted(place.glob("*.safetensors"))[count:]:
         path.unlink()
         files.sidecar(path).unlink(missing_ok=True)
@@ -110,28 +112,28 @@ def _close(place: Path, count: int, host: str) -> None:
 
 
 class ShardedHistory:
-    """What an SAE of a cell trains on, like a History, but on disk: windows are read when they are indexed.
+    """A cell's history on disk: windows are read when they are indexed. Training takes it in place of a History.
 
-    target and write as for `writesae.harvesting.history`; `limit`: only the first windows. Offers what training and
-    evaluation ask of a History. Raises ArtifactError where shards are missing, damaged or not all there, ValueError for
-    an unknown target, a write that was not harvested, and fewer windows than `limit`.
+    target, write: as for `Factors.history`; limit: only the first windows. Raises ArtifactError where shards are missing
+    or damaged, ValueError for an unknown target, a write that was not harvested, and fewer windows than `limit`.
     """
 
     def __init__(self, folder: Path | str, cell: Cell, target: str, write: str = "added", limit: int | None = None):
         self.place, self.target, self.write = cell_folder(folder, cell), target, write
         host, shards = self._manifest()
         self.origin = Origin(host, *cell, write)
-        whole = sum(shard["windows"] for shard in shards)
-        if (limit or 0) > whole:
-            raise ValueError(f"{limit} windows are asked for and {self.place} has {whole}.")
-        self.windows, self.length, self.per_shard = limit or whole, shards[0]["length"], shards[0]["windows"]
+        total = sum(shard["windows"] for shard in shards)
+        if (limit or 0) > total:
+            raise ValueError(f"{limit} windows are asked for and {self.place} has {total}.")
+        self.windows, self.length, self.per_shard = limit or total, shards[0]["length"], shards[0]["windows"]
         self._identity = str((self.windows, target, write, [shard["sha256"] for shard in shards]))
         with safe_open(_shard(self.place, 0), framework="pt") as file:
-            names = set(file.keys())
-        self.names = {"write": ["key", write], "state": ["key", "effective", "log_decay"]}.get(target, ["key"])
-        if target == "state" and "taken" in names:
-            self.names = ["key", "added", "log_decay", "erase", "taken"]
-        if lacking := set(self.names) - names:
+            stored = set(file.keys())
+        state = (
+            ["key", "added", "log_decay", "erase", "taken"] if "taken" in stored else ["key", "effective", "log_decay"]
+        )
+        self.names = {"write": ["key", write], "state": state}.get(target, ["key"])
+        if lacking := set(self.names) - stored:
             raise ValueError(f"{self.place} holds no {', '.join(sorted(lacking))}: choose write = added.")
         first = self[0]
         self.factored, self.d_k, self.d_v = first.factored, first.d_k, first.d_v
@@ -139,7 +141,7 @@ class ShardedHistory:
         self.key = first.key[:0]  # no window, but dtype and device
 
     def _manifest(self) -> tuple[str | None, list[dict]]:
-        """The host's name, and the shards, each compared with its checksum."""
+        """Return the host's name, and the shards, each compared with its checksum."""
         path = self.place / "shards.json"
         try:
             content = json.loads(path.read_text())
@@ -162,14 +164,14 @@ class ShardedHistory:
 
     @property
     def numbers(self) -> int:
-        """How many numbers all windows hold."""
+        """How many numbers the windows hold."""
         return self.windows * self._per_window
 
     def __len__(self) -> int:
         return self.windows
 
     def __getitem__(self, index: Tensor | slice | list[int] | int) -> History:
-        """The windows at `index`, in memory (one window stays a history, with N = 1)."""
+        """Return the windows at `index`, in memory; for an int a history with N = 1."""
         index = [index] if isinstance(index, int) else index
         chosen = torch.arange(self.windows)[index]
         read = {name: [None] * len(chosen) for name in self.names}
@@ -178,10 +180,12 @@ class ShardedHistory:
                 part = file.get_slice(name)
                 for row, place in zip(rows, places):
                     read[name][place] = part[row : row + 1]
-        return history({name: torch.cat(parts) for name, parts in read.items()}, self.target, self.write, self.origin)
+        unread = dict.fromkeys(("query", "key", "added", "log_decay"))  # no history needs all of them
+        factors = Factors(**unread | {name: torch.cat(parts) for name, parts in read.items()})
+        return factors.history(self.target, self.write, self.origin)
 
     def _files(self, window: Tensor) -> Iterator[tuple[list[int], list[int], safe_open]]:
-        """For each shard that has some of the windows: their rows in it, their places among `window`, and the file."""
+        """Yield, per shard with some of the windows, their rows in it, their places in `window`, and the open file."""
         shard, row = window // self.per_shard, window % self.per_shard
         for number in shard.unique().tolist():
             places = (shard == number).nonzero().squeeze(-1)
@@ -189,7 +193,7 @@ class ShardedHistory:
                 yield row[places].tolist(), places.tolist(), file
 
     def factors_at(self, window: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Key [M, d_k] and value [M, d_v] of chosen places: window [M], position [M] (int64)."""
+        """Return key [M, d_k] and value [M, d_v] at chosen places: window [M], position [M] (int64)."""
         key, value = (self.key.new_empty(len(window), d) for d in (self.d_k, self.d_v))
         for rows, places, file in self._files(window):
             for name, out in zip(self.names[:2], (key, value)):
@@ -200,11 +204,11 @@ class ShardedHistory:
         return key, value
 
     def groups(self, windows: int = GROUP) -> Iterator[History]:
-        """The history in parts of at most `windows` windows, in order, one of them in memory at a time."""
+        """Yield parts of at most `windows` windows, in order, each in memory."""
         return History.groups(self, windows if self.factored else min(windows, VECTOR_GROUP, at_once(self)))
 
     def fingerprint(self) -> str:
-        """A hash of all values, by the checksums of the shards."""
+        """Return a hash of all values, by the checksums of the shards."""
         return hashlib.sha256(self._identity.encode()).hexdigest()
 
-    mean, energy = History.mean, History.energy  # by groups, as they are
+    mean, energy = History.mean, History.energy  # they go group by group

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import pandas as pd
-import torch
 import yaml
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
@@ -43,9 +42,10 @@ from replication.study.study import Suite, threads
 from replication.study.training import VALIDATION_WINDOWS, SaeSpec, train_one
 from writesae import files as files_module
 from writesae.evaluate.cells import survey_cells
-from writesae.evaluate.firings import draw_in_rounds
-from writesae.evaluate.replacement import AMPLITUDES, Subject, make_subject
-from writesae.harvesting import harvest, history
+from writesae.evaluate.firings import CellSAE, draw_in_rounds, encode_cell
+from writesae.evaluate.replacement import AMPLITUDES
+from writesae.harvesting import harvest
+from writesae.recurrence import Factors
 from writesae.sae.train import TrainingSettings
 from writesae.shards import ShardedHistory, harvest_shards
 from writesae.text import Windows
@@ -290,7 +290,7 @@ def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> None:
     checking = suite.windows(host, "heldout")[slice(0, sweep.heldout_windows(host))]
     found = harvest(model, checking.tokens, cells, batch, progress=False)
     for cell, path in files.items():
-        tensors = found[cell] | dict(tokens=checking.tokens, passage=checking.passage)
+        tensors = found[cell].tensors() | dict(tokens=checking.tokens, passage=checking.passage)
         files_module.save_tensors(path, tensors, {"fingerprint": expected})
     run = model.run(windows.tokens[: data.cell_windows], upto=layer + 1)
     table = survey_cells(model, run, data.first_position, [layer]).assign(host=host)
@@ -338,27 +338,27 @@ def train_point(sweep: Sweep, point: Point, expected: str) -> dict:
     training = ShardedHistory(*shards)
     if training.numbers <= IN_MEMORY:
         training = training[:]
-    heldout, _ = files_module.load_tensors(sweep.heldout(host, *cell))
-    validation = history(_first(heldout, VALIDATION_WINDOWS), target, write)
+    validation = _heldout(sweep, host, cell, VALIDATION_WINDOWS)[0].history(target, write)
     settings = sweep.settings(point)
     spec = SaeSpec(host, *cell, target, role, suite.profile.saes.write, settings, len(training))
     line = train_one(suite, spec, training, validation, expected)
     return dict(name=point.variant) | line | dict(role=sweep.grid.variants[point.variant].role)
 
 
-def _first(tensors: dict[str, torch.Tensor], windows: int) -> dict[str, torch.Tensor]:
-    """The first windows of all tensors."""
-    return {name: x[:windows] for name, x in tensors.items()}
+def _heldout(sweep: Sweep, host: str, cell, count: int) -> tuple[Factors, Windows]:
+    """A cell's factors over the first `count` held-out windows, and those windows."""
+    tensors, _ = files_module.load_tensors(sweep.heldout(host, *cell))
+    windows = Windows(tensors.pop("tokens"), tensors.pop("passage"))
+    return Factors(query=None, **tensors).at(slice(count)), windows[slice(count)]
 
 
-def draw_test(sweep: Sweep, point: Point) -> tuple[Windows, Subject, pd.DataFrame]:
-    """The held-out windows of the replacement test, the SAE's Subject on them, and the firings that are drawn: the grid's
+def draw_test(sweep: Sweep, point: Point) -> tuple[Windows, CellSAE, pd.DataFrame]:
+    """The held-out windows of the replacement test, the SAE on them, and the firings that are drawn: the grid's
     number, or all where there are fewer."""
     suite, (host, *cell, target, role) = sweep.suite, _place(sweep, point)
     profile, count = suite.profile, suite.profile.section("replacement", host).survey_windows
-    heldout = _first(files_module.load_tensors(sweep.heldout(host, *cell))[0], count)
-    windows, sae = Windows(heldout["tokens"], heldout["passage"]), suite.sae(host, *cell, target, role)
-    subject = make_subject(tuple(cell), target, profile.saes.write, sae, heldout)
+    factors, windows = _heldout(sweep, host, cell, count)
+    subject = encode_cell(tuple(cell), target, profile.saes.write, suite.sae(host, *cell, target, role), factors)
     every = firings_of(suite, subject, windows)
     return windows, subject, draw_in_rounds(every, min(sweep.grid.firings, len(every)), profile.seed)
 

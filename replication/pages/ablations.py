@@ -34,9 +34,8 @@ from replication.study.firings import firings_of, run_firings
 from replication.study.stages import rows_with
 from replication.study.study import Suite
 from replication.study.training import ablation_hosts, ablation_role, ablation_variants
-from writesae.evaluate.firings import Encoded, draw_in_rounds
-from writesae.evaluate.replacement import AMPLITUDES, Subject
-from writesae.harvesting import history
+from writesae.evaluate.firings import CellSAE, draw_in_rounds
+from writesae.evaluate.replacement import AMPLITUDES
 from writesae.sae.model import WEIGHTS
 from writesae.sae.train import by_group
 
@@ -62,23 +61,22 @@ class Bench(atoms.Scan):
         self.encoded, self.errors = {}, {}
 
     def encode(self, group: tuple) -> None:
-        """Fill `encoded` (the Subject) and `errors` (a line a window) of (place, target, variant)."""
+        """Fill `encoded` (the CellSAE) and `errors` (a line a window) of (place, target, variant)."""
         place, target, variant = group
         cell, write = self.suite.cell(self.host, place), self.suite.profile.saes.write
         sae, factors = self.suite.sae(self.host, *cell, target, ablation_role(variant)), self.factors[cell]
-        found = zip(*by_group(sae, history(factors, target, write)), strict=True)
+        found = zip(*by_group(sae, factors.history(target, write)), strict=True)
         squared, energy, indices, coefficients = (torch.cat(x) for x in found)
-        encoded, writes = Encoded(indices, coefficients), history(factors, "write", write)
-        alive = encoded.alive()
-        self.encoded[group] = Subject(*cell, target, write, sae, encoded, writes, writes.mean(), alive)
+        writes = factors.history("write", write)
+        self.encoded[group] = CellSAE(*cell, target, write, sae, indices, coefficients, writes)
         sums = {name: x.double().sum(1).numpy() for name, x in dict(squared=squared, energy=energy).items()}
         active = (coefficients > 0).sum((1, 2)).numpy()
-        dead = dict(dead=sae.n_atoms - len(alive), n_atoms=sae.n_atoms, k=sae.k)
+        dead = dict(dead=sae.n_atoms - len(self.encoded[group].alive), n_atoms=sae.n_atoms, k=sae.k)
         where = dict(host=self.host, place=place, layer=cell[0], head=cell[1], target=target, variant=variant)
         frame = dict(window=range(len(active)), passage=self.windows.passage.numpy(), **sums, active=active)
         self.errors[group] = pd.DataFrame(where | frame | dead | dict(tokens=squared.shape[1]))
 
-    def firings(self, layer: int, head: int, target: str, variant: str) -> tuple[Subject, pd.DataFrame]:
+    def firings(self, layer: int, head: int, target: str, variant: str) -> tuple[CellSAE, pd.DataFrame]:
         """As for other SAEs, from what was encoded."""
         subject = self.encoded[self.places[layer, head], target, variant]
         return subject, firings_of(self.suite, subject, self.windows)
@@ -91,7 +89,7 @@ class Bench(atoms.Scan):
             return pd.DataFrame({"host": []})
         return self.alive((*cell, target, variant, self.suite.profile.seed)).rename(columns=dict(role="variant"))
 
-    def drawn(self) -> list[tuple[Subject, pd.DataFrame]]:
+    def drawn(self) -> list[tuple[CellSAE, pd.DataFrame]]:
         """The firings of every variant, at most as many as the profile asks for."""
         pairs = []
         for place, target, variant in self.groups:
@@ -115,9 +113,7 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
         classes = suite.staged(names[1], name, bench.groups, bench.classes, [__name__], inputs)
         options = dict(conditions=("delete", "atom", "random", "reconstruction", "whole_atom"), scopes=("write",))
         options["batch_rows"] = suite.profile.section("replacement", name).batch_rows
-        firings = run_firings(
-            suite, name, names[2], bench.windows, bench.drawn(), inputs, modules=(__name__,), **options
-        )
+        firings = run_firings(suite, name, names[2], bench.windows, bench.drawn(), inputs, **options)
         parts.append((windows, classes, firings))
     return tuple(suite.gather(name, list(part)) for name, part in zip(names, zip(*parts), strict=True))
 

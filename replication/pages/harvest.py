@@ -10,7 +10,7 @@ import torch
 from replication.study import fingerprint
 from replication.study.study import Suite
 from writesae import files
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 
 
 def harvest_cells(suite: Suite) -> pd.DataFrame:
@@ -27,11 +27,12 @@ def harvest_cells(suite: Suite) -> pd.DataFrame:
             seconds = time.monotonic() - start
             for cell, path in zip(cells, paths, strict=True):
                 for target in ("state", "write"):
-                    history(harvested[cell], target)  # refuses values that are not finite
-                files.save_tensors(path, harvested[cell], {"fingerprint": expected, "seconds": seconds})
+                    harvested[cell].history(target)  # refuses values that are not finite
+                content = {"fingerprint": expected, "seconds": seconds}
+                files.save_tensors(path, harvested[cell].tensors(), content)
         for cell, path in zip(cells, paths, strict=True):
-            factors, metadata = files.load_tensors(path)
-            cell_history = history(factors, "state")
+            factors, seconds = suite.harvested(name, *cell), files.read_sidecar(path)["metadata"]["seconds"]
+            cell_history = factors.history("state")
             tokens = cell_history.shape[0] * cell_history.shape[1]
             rows.append(
                 dict(
@@ -41,9 +42,9 @@ def harvest_cells(suite: Suite) -> pd.DataFrame:
                     tokens=tokens,
                     numbers_per_token=sum(x.numel() for x in cell_history.tensors().values()) // tokens,
                     numbers_per_state=cell_history.d_k * cell_history.d_v,
-                    median_write_norm=float(factors["added"].norm(dim=-1).median()),
-                    median_effective_norm=_median_norm(factors.get("effective")),
-                    tokens_per_second=tokens / metadata["seconds"],
+                    median_write_norm=_median_norm(factors.added),
+                    median_effective_norm=_median_norm(factors.effective),
+                    tokens_per_second=tokens / seconds,
                 )
             )
     return suite.write("harvest", pd.DataFrame(rows))

@@ -7,10 +7,9 @@ import pandas as pd
 
 from replication.statistics import beats, cliffs_delta, cluster_bootstrap, paired_wilcoxon, permutation_test, rate_row
 from replication.study import training
-from replication.study.firings import firings_of, heldout_subjects, run_firings
+from replication.study.firings import encoded_saes, firings_of, run_firings
 from replication.study.study import Suite
-from writesae.evaluate.firings import atom_names, draw_in_rounds
-from writesae.evaluate.replacement import make_subject
+from writesae.evaluate.firings import atom_names, draw_in_rounds, encode_cell
 from writesae.harvesting import harvest
 from writesae.sae.model import WEIGHTS
 
@@ -37,7 +36,7 @@ def heads_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
     windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
     cells = [(layer, head) for head in range(suite.host(name).heads)]
     drawn = []
-    for subject in heldout_subjects(suite, name, cells, "survey", windows):
+    for subject in encoded_saes(suite, name, cells, "survey", windows):
         every = firings_of(suite, subject, windows)
         drawn.append((subject, draw_in_rounds(every, min(settings.head_firings, len(every)), suite.profile.seed)))
     folders = [suite.sae_folder(name, s.layer, s.head, s.target, "survey") for s, _ in drawn]
@@ -71,7 +70,7 @@ def seeds_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
         weights += suite.sae_files(name, role)
         for target in suite.profile.saes.targets:
             sae = suite.sae(name, *cell, target, role)
-            subject = make_subject(cell, target, suite.profile.saes.write, sae, factors)
+            subject = encode_cell(cell, target, suite.profile.saes.write, sae, factors)
             firings = draw_in_rounds(firings_of(suite, subject, windows), settings.firings, suite.profile.seed)
             drawn.append((subject, firings.assign(seed=variant.seed)))
     inputs = dict(settings=settings, data=suite.profile.data, saes=weights)

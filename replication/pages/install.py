@@ -7,6 +7,7 @@ import pandas as pd
 import torch
 
 from replication.statistics import wilson
+from replication.study.firings import passage_prompts
 from replication.study.profile import Install
 from replication.study.study import Suite
 from writesae.evaluate.install import doses, draw_targets, native_continuations, setting, trials
@@ -38,39 +39,33 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """results install.csv (a line a trial) and install_dose.csv (a line a prompt, position, target and direction)."""
-    return tuple(
-        suite.gather(table, [_stage(suite, name, table, work) for name in suite.profile.hosts])
-        for table, work in (("install", trials), ("install_dose", doses))
-    )
+    """Return results install.csv (a row per trial) and install_dose.csv (per prompt, position, target and direction)."""
+    tables = ("install", "install_dose")
+    return tuple(suite.gather(x, [_stage(suite, name, x) for name in suite.profile.hosts]) for x in tables)
 
 
-def _stage(suite: Suite, name: str, table: str, work) -> pd.DataFrame:
-    """One of the two tables, a group of trials for each distance from the end of the prompt."""
+def _stage(suite: Suite, name: str, table: str) -> pd.DataFrame:
+    """Return one of the two tables of a host, a group of trials for each distance from the end of the prompt."""
     profile, settings = suite.profile, suite.profile.section("install", name)
     host, cell = suite.host(name), suite.cell(name, settings.place)
-    windows = suite.windows(name, "heldout")
-    first = np.unique(windows.passage.numpy(), return_index=True)[1]  # a prompt a passage
-    if len(first) < settings.prompts:
-        raise ValueError(
-            f"{settings.prompts} prompts are asked for and the held-out windows are of {len(first)} passages: "
-            "lower install.prompts, or raise data.heldout_windows in the profile."
-        )
-    picked = np.sort(np.random.default_rng(profile.seed).choice(first, settings.prompts, replace=False))
-    prompts = windows[picked].beginnings(settings.prompt_tokens)
+    prompts = passage_prompts(suite, name, settings.prompts, settings.prompt_tokens)
 
     def compute(distance: int) -> pd.DataFrame:
         run = host.run(prompts.tokens)
         with torch.no_grad():
-            targets, labels = draw_targets(host.logits(run.final[:, -1]), settings, profile.seed)
-        trial = setting(host, run, cell, targets, labels, distance, settings, profile.saes.write)
-        if work is trials:
-            found = work(host, cell, trial, native_continuations(host, run, settings), settings)
+            native = host.logits(run.final[:, -1])
+        targets, labels = draw_targets(native, settings.rank_classes, settings.targets_per_class, profile.seed)
+        writes = dict(writes=settings.writes, write=profile.saes.write)
+        trial = setting(host, run, cell, targets, labels, distance, **writes)
+        if table == "install":
+            native = native_continuations(host, run, settings.new_tokens)
+            options = dict(magnitudes=settings.magnitudes, new_tokens=settings.new_tokens)
+            rows = trials(host, cell, trial, native, **options)
         else:
-            found = work(host, cell, trial, settings)
-        return found.assign(host=name, layer=cell[0], head=cell[1], distance=distance)
+            rows = doses(host, cell, trial, grid=settings.doses, bisections=settings.bisections)
+        return rows.assign(host=name, layer=cell[0], head=cell[1], distance=distance)
 
-    inputs = dict(settings=settings, data=profile.data, cell=cell, write=profile.saes.write)
+    inputs = dict(settings=settings, data=profile.data, cell=cell, write=profile.saes.write, seed=profile.seed)
     return suite.staged(table, name, list(settings.distances), compute, [__name__], inputs)
 
 

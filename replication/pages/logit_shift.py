@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from replication.statistics import cluster_bootstrap, r2
-from replication.study.firings import firings_of, heldout_subjects
+from replication.study.firings import encoded_saes, firings_of
 from replication.study.study import Suite
 from writesae.evaluate.firings import draw_atoms
 from writesae.evaluate.shifts import ATOM_WINDOWS, GROUP, PREDICTORS, draw_positions, fit_paper_scalar, measure_shifts
@@ -60,48 +60,37 @@ def by_rank(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def run(suite: Suite) -> pd.DataFrame:
-    """Every (prompt, atom, eps, rank) of each host's cell, with the fitted predictor (tens of MB: kept in build/ only)."""
-    tables, profile = [], suite.profile
-    for name in suite.profile.hosts:
-        settings = profile.section("logit_shift", name)
-        host, cell = suite.host(name), suite.cell(name, settings.place)
-        windows = suite.windows(name, "heldout")
-        if len(windows) < settings.prompts:
-            raise ValueError(f"{settings.prompts} prompts are asked for and there are {len(windows)} held-out windows.")
-        some = windows[slice(0, ATOM_WINDOWS)]
-        subjects = {s.target: s for s in heldout_subjects(suite, name, [cell], "main", some)}
-        subject = subjects[settings.target]
-        atoms = draw_atoms(firings_of(suite, subject, some), settings.atoms, 1, profile.seed)
-        windows = windows[slice(0, settings.prompts)].beginnings(settings.prompt_tokens)
-        key, value = (x[torch.from_numpy(atoms)] for x in subject.sae.atoms())
-        last = windows.tokens.shape[1] - settings.horizon
-        t0 = draw_positions(settings.prompts, profile.data.first_position, last, profile.seed)
-
-        def compute(
-            start,
-            size=GROUP,
-            host=host,
-            cell=cell,
-            windows=windows,
-            t0=t0,
-            key=key,
-            value=value,
-            atoms=atoms,
-            name=name,
-            settings=settings,
-        ):
-            picked = slice(start, start + size)
-            part = measure_shifts(host, windows[picked], t0[picked], cell, key, value, settings, profile.saes.write)
-            part.insert(0, "prompt", part.pop("row") + start)
-            return part.assign(host=name, layer=cell[0], head=cell[1], atom=atoms[part.atom.to_numpy()])
-
-        inputs = dict(
-            settings=settings, data=profile.data, saes=suite.sae_files(name), cell=cell, write=profile.saes.write
-        )
-        groups = list(range(0, settings.prompts, GROUP))
-        tables.append(suite.staged("logit_shift_points", name, groups, compute, [__name__], inputs))
-    points = pd.concat(tables, ignore_index=True)
+    """Return every (prompt, atom, eps, rank) of each host's cell, with the fitted predictor (tens of MB: in build/ only)."""
+    points = pd.concat([measure(suite, name) for name in suite.profile.hosts], ignore_index=True)
     return points.assign(paper_fitted=fit_paper_scalar(points))
+
+
+def measure(suite: Suite, name: str) -> pd.DataFrame:
+    """Return the shifts of a host's cell, a group of prompts at a time."""
+    profile, settings = suite.profile, suite.profile.section("logit_shift", name)
+    host, cell = suite.host(name), suite.cell(name, settings.place)
+    windows = suite.windows(name, "heldout")
+    if len(windows) < settings.prompts:
+        raise ValueError(f"{settings.prompts} prompts are asked for and there are {len(windows)} held-out windows.")
+    some = windows[slice(0, ATOM_WINDOWS)]
+    cell_saes = {x.target: x for x in encoded_saes(suite, name, [cell], "main", some)}
+    cell_sae = cell_saes[settings.target]
+    atoms = draw_atoms(firings_of(suite, cell_sae, some), settings.atoms, 1, profile.seed)
+    windows = windows[slice(0, settings.prompts)].beginnings(settings.prompt_tokens)
+    sides = [x[torch.from_numpy(atoms)] for x in cell_sae.sae.atoms()]
+    last = windows.tokens.shape[1] - settings.horizon
+    t0 = draw_positions(settings.prompts, profile.data.first_position, last, profile.seed)
+    options = dict(eps=settings.eps, horizon=settings.horizon, ranks=settings.ranks, write=profile.saes.write)
+
+    def compute(start: int) -> pd.DataFrame:
+        group = slice(start, start + GROUP)
+        part = measure_shifts(host, windows[group], t0[group], cell, *sides, **options)
+        part.insert(0, "prompt", part.pop("row") + start)
+        return part.assign(host=name, layer=cell[0], head=cell[1], atom=atoms[part.atom.to_numpy()])
+
+    inputs = dict(settings=settings, data=profile.data, saes=suite.sae_files(name), cell=cell, write=profile.saes.write)
+    groups = list(range(0, settings.prompts, GROUP))
+    return suite.staged("logit_shift_points", name, groups, compute, [__name__], inputs | dict(seed=profile.seed))
 
 
 def tables(suite: Suite, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

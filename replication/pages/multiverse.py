@@ -34,9 +34,10 @@ from replication.study.firings import run_firings
 from replication.study.study import Suite
 from replication.study.training import other_specs, train_all, write_definitions
 from writesae.edit import SCOPES, head_change, make_edit
-from writesae.evaluate.firings import all_firings, atom_names, draw_in_rounds
-from writesae.evaluate.replacement import AMPLITUDES, Subject, make_subject, rank_one, replacements
+from writesae.evaluate.firings import CellSAE, Places, all_firings, atom_names, draw_in_rounds, encode_cell
+from writesae.evaluate.replacement import AMPLITUDES, rank_one, replacements
 from writesae.harvesting import harvest
+from writesae.hosts.base import Host, Run
 
 HORIZONS = ("next", "writing", "mean")
 DIRECTIONS = ("native_patched", "patched_native")
@@ -69,75 +70,82 @@ def both_ways(native: torch.Tensor, patched: torch.Tensor) -> torch.Tensor:
     return torch.stack([(p.exp() * gap).sum(-1), -(q.exp() * gap).sum(-1)])
 
 
-def fresh(seed: int, firings: pd.DataFrame, d_k: int, d_v: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random rank-1 terms of unit norm, [n, 1, d_k] and [n, 1, d_v], that follow from the seed and the firing alone."""
-    drawn = []
-    for window, position in zip(firings.window.tolist(), firings.position.tolist(), strict=True):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + window) * 4_099 + position)
-        drawn.append(torch.randn(d_k + d_v, generator=generator, dtype=torch.float64).float())
-    return rank_one(*torch.stack(drawn).split([d_k, d_v], -1))
+def fresh(seed: int, places: Places, d_k: int, d_v: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return random rank-1 terms of unit norm, [n, 1, d_k] and [n, 1, d_v], that depend on the seed and the firing only."""
+    drawn = places.draw(seed, lambda generator: torch.randn(d_k + d_v, generator=generator, dtype=torch.float64))
+    return rank_one(*drawn.float().split([d_k, d_v], -1))
 
 
 @torch.no_grad()
-def measure(host, run, subject: Subject, firings: pd.DataFrame, seed: int, horizon: int, batch_rows: int = 512):
-    """One line a (firing, read scope, amplitude); columns CONDITION.HORIZON.DIRECTION hold divergences in nats.
+def measure(
+    host: Host,
+    run: Run,
+    cell_sae: CellSAE,
+    firings: pd.DataFrame,
+    places: Places,
+    seed: int,
+    horizon: int,
+    batch_rows: int = 512,
+) -> pd.DataFrame:
+    """Return one row per (firing, read scope, amplitude); columns CONDITION.HORIZON.DIRECTION hold divergences in nats.
 
-    `firings` have a column `row`, their window within `run`, and `horizon` further tokens after their position.
+    places: where the firings are in the run, which has `horizon` further tokens after each.
     """
-    at_once = max(1, batch_rows // ROWS)
-    parts = [firings.iloc[i : i + at_once] for i in range(0, len(firings), at_once)]
-    table = pd.concat([_measure(host, run, subject, part, seed, horizon) for part in parts], ignore_index=True)
-    where = dict(host=host.name, layer=subject.layer, head=subject.head, target=subject.target, write=subject.write)
-    return table.assign(**where)
+    size = max(1, batch_rows // ROWS)
+    parts = [slice(i, i + size) for i in range(0, len(firings), size)]
+    tables = [_measure(host, run, cell_sae, firings.iloc[x], places.at(x), seed, horizon) for x in parts]
+    where = dict(host=host.name, layer=cell_sae.layer, head=cell_sae.head, target=cell_sae.target, write=cell_sae.write)
+    return pd.concat(tables, ignore_index=True).assign(**where)
 
 
-def _measure(host, run, subject, firings, seed, horizon) -> pd.DataFrame:
-    factors = host.factors(run, subject.layer, subject.head)
-    rows, position = torch.tensor(firings.row.to_numpy()), torch.tensor(firings.position.to_numpy())
-    change, labels = _changes(factors, rows, position, subject, firings, seed, horizon + 1)
+def _measure(host, run, cell_sae, firings, places, seed, horizon) -> pd.DataFrame:
+    factors = host.factors(run, cell_sae.layer, cell_sae.head)
+    change, labels = _changes(factors, cell_sae, places, seed, horizon + 1)
     repeat = change.shape[1] * change.shape[2]
-    at = rows.repeat_interleave(repeat), position.repeat_interleave(repeat)
-    hidden, _ = host.branch(run, subject.layer, subject.head, *at, change.flatten(0, 2))
+    rows, position = (x.repeat_interleave(repeat) for x in (places.row, places.position))
+    hidden, _ = host.branch(run, cell_sae.layer, cell_sae.head, rows, position, change.flatten(0, 2))
     hidden = hidden.unflatten(0, change.shape[:3])
     steps = []  # of [2 directions, n, scopes, conditions]
     for step in range(horizon + 1):
-        native = host.logits(run.final[rows, position + step])[:, None, None]
+        native = host.logits(run.final[places.row, places.position + step])[:, None, None]
         untouched = (change[..., : step + 1, :] == 0).flatten(-2).all(-1)  # then the run is the native one
         steps.append(both_ways(native, host.logits(hidden[..., step, :])).masked_fill(untouched, 0.0))
     steps = torch.stack(steps)
-    found = dict(writing=steps[0], next=steps[1], mean=steps[1:].mean(0))
+    divergences = dict(writing=steps[0], next=steps[1], mean=steps[1:].mean(0))
     tables = []
     for (s, scope), amplitude in product(enumerate(SCOPES), AMPLITUDES):
         columns = {
-            f"{name}.{horizon}.{direction}": found[horizon][d, :, s, c].numpy()
-            for c, (of, name) in enumerate(labels)
-            for horizon, (d, direction) in product(HORIZONS, enumerate(DIRECTIONS))
-            if of in ("", amplitude)
+            f"{name}.{reading}.{direction}": divergences[reading][d, :, s, c].numpy()
+            for c, (label, name) in enumerate(labels)
+            for reading, (d, direction) in product(HORIZONS, enumerate(DIRECTIONS))
+            if label in ("", amplitude)
         }
-        tables.append(firings.drop(columns="row").assign(read=scope, amplitude=amplitude, **columns))
+        tables.append(firings.assign(read=scope, amplitude=amplitude, **columns))
     return pd.concat(tables, ignore_index=True)
 
 
-def _changes(factors, rows, position, subject, firings, seed, steps) -> tuple[torch.Tensor, list]:
-    """The head's change under every edit, [n, scopes, conditions, steps, d_v], and the (amplitude, name) of each condition.
+def _changes(factors, cell_sae, places, seed, steps) -> tuple[torch.Tensor, list]:
+    """Return the head's change under every edit, [n, scopes, conditions, steps, d_v], and (amplitude, name) of each
+    condition.
 
-    A change is linear in what is put in: each is worked out once, at unit norm, and then scaled.
+    A change is linear in what is put in: each is computed once, at unit norm, and then scaled.
     """
-    put_in = replacements(subject, firings, factors, rows, seed)
-    put_in["fresh"] = fresh(seed, firings, factors.key.shape[-1], factors.added.shape[-1])
-    key, write = factors.key[rows, position], factors.write(subject.write)[rows, position]
+    put_in = replacements(cell_sae, places, factors, seed)
+    put_in["fresh"] = fresh(seed, places, factors.key.shape[-1], factors.added.shape[-1])
+    native = factors.at(places.row, places.position)
+    key, write = native.key, native.write(cell_sae.write)
     put_in["native"] = key[:, None], write[:, None]
     unit = {
-        name: head_change(factors, make_edit(rows, position, *put_in[name]), steps)[0] for name in (*PUT_IN, "native")
+        name: head_change(factors, make_edit(places.row, places.position, *put_in[name]), steps)[0]
+        for name in (*PUT_IN, "native")
     }
-    norms = dict(coefficient=torch.tensor(firings.coefficient.to_numpy(), dtype=write.dtype))
-    norms["matched_norm"] = key.norm(dim=-1) * write.norm(dim=-1)
-    labels, found = [("", "delete")], [-unit["native"]]
+    norms = dict(coefficient=places.coefficient.to(write), matched_norm=key.norm(dim=-1) * write.norm(dim=-1))
+    labels, parts = [("", "delete")], [-unit["native"]]
     for amplitude, name in product(AMPLITUDES, PUT_IN):
         labels.append((amplitude, name))
-        found.append(norms[amplitude][:, None, None] * unit[name] - unit["native"])
-    found = torch.stack(found, 1)
-    by_scope = torch.stack([found] * len(SCOPES), 1)
+        parts.append(norms[amplitude][:, None, None] * unit[name] - unit["native"])
+    whole = torch.stack(parts, 1)
+    by_scope = torch.stack([whole] * len(SCOPES), 1)
     by_scope[:, SCOPES.index("cache"), :, 0] = 0
     return by_scope, labels
 
@@ -149,26 +157,23 @@ def most_firing(firings: pd.DataFrame, atoms: int, count: int, seed: int) -> pd.
     return draw_in_rounds(shuffled.groupby("atom").head(MOST), count, seed)
 
 
-def draws(suite: Suite, name: str, settings) -> list[tuple[Subject, pd.DataFrame]]:
-    """(subject, firings with place and pooling) for every cell, target and definition of a host, before any outcome is
-    seen.
-
-    settings.firings are shared equally among the host's cells.
-    """
+def draws(suite: Suite, name: str, settings) -> list[tuple[CellSAE, pd.DataFrame]]:
+    """Return (SAE, firings with place and pooling) for every cell, target and definition of a host, before any outcome
+    is measured. settings.firings are shared equally among the host's cells."""
     profile, windows = suite.profile, suite.windows(name, "heldout")[slice(0, settings.windows)]
     places = {suite.cell(name, place): place for place in profile.hosts[name].cells}
-    found = harvest(suite.host(name), windows.tokens, list(places), profile.data.batch_windows, progress=False)
+    factors = harvest(suite.host(name), windows.tokens, list(places), profile.data.batch_windows, progress=False)
     count, last, drawn = settings.firings // len(places), windows.tokens.shape[1] - settings.horizon, []
     for cell, target in product(places, profile.saes.targets):
-        for write in write_definitions(found[cell]):
-            subject = make_subject(cell, target, write, _sae(suite, name, cell, target, write), found[cell])
-            every = all_firings(subject.encoded, windows.passage, profile.data.first_position, last)
+        for write in write_definitions(factors[cell]):
+            cell_sae = encode_cell(cell, target, write, _sae(suite, name, cell, target, write), factors[cell])
+            every = all_firings(cell_sae, windows.passage, profile.data.first_position, last)
             pools = dict(
                 rounds=draw_in_rounds(every, count, profile.seed),
                 most_firing=most_firing(every, settings.atoms, count, profile.seed),
             )
             drawn += [
-                (subject, pools[pooling].assign(place=places[cell], pooling=pooling)) for pooling in CHOICES["pooling"]
+                (cell_sae, pools[pooling].assign(place=places[cell], pooling=pooling)) for pooling in CHOICES["pooling"]
             ]
     return drawn
 
@@ -181,14 +186,13 @@ def _sae(suite: Suite, name: str, cell, target: str, write: str):
 
 
 def firings_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
-    """A host's firings under every condition (`measure`), with `place` and `pooling`: build/.../multiverse_firings."""
+    """Return a host's firings under every condition (`measure`), with `place` and `pooling`; kept in build/."""
     windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
     weights = suite.sae_files(name) + suite.sae_files(name, "other")
     inputs = dict(settings=settings, data=suite.profile.data, saes=weights, seed=suite.profile.seed)
     options = dict(horizon=settings.horizon, batch_rows=settings.batch_rows)
-    how = dict(measure=measure, modules=(__name__,))
     drawn = draws(suite, name, settings)
-    return run_firings(suite, name, "multiverse_firings", windows, drawn, inputs, **how, **options)
+    return run_firings(suite, name, "multiverse_firings", windows, drawn, inputs, measure, **options)
 
 
 def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:

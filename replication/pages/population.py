@@ -6,7 +6,7 @@ import pandas as pd
 
 from replication.classes import alive_atoms
 from replication.statistics import beats, cluster_bootstrap
-from replication.study.firings import firing_windows, firings_of, heldout_subjects, run_firings
+from replication.study.firings import encoded_saes, firing_windows, firings_of, run_firings
 from replication.study.study import Suite
 from writesae.evaluate.firings import draw_atoms
 
@@ -51,7 +51,7 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
         settings = profile.section("population", name)
         cell, windows = suite.cell(name, settings.place), firing_windows(suite, name)
         drawn = []
-        for subject in heldout_subjects(suite, name, [cell], "main", windows):
+        for subject in encoded_saes(suite, name, [cell], "main", windows):
             firings = firings_of(suite, subject, windows)
             alive.append(alive_atoms(suite, name, subject, firings))
             atoms = draw_atoms(firings, settings.atoms, settings.fewest_firings, profile.seed)

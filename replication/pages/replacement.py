@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from replication.statistics import beats, cliffs_delta, paired_wilcoxon, rate_row, spearman, wilson
-from replication.study.firings import firing_windows, firings_of, heldout_subjects, run_firings
+from replication.study.firings import encoded_saes, firing_windows, firings_of, run_firings
 from replication.study.study import Suite
 from writesae.evaluate.firings import atom_names, draw_atoms, draw_in_rounds
 from writesae.evaluate.replacement import CONDITIONS
@@ -17,14 +17,13 @@ def headline(suite: Suite) -> pd.DataFrame:
     for name in suite.profile.hosts:
         settings, windows = suite.profile.section("replacement", name), firing_windows(suite, name)
         cells = {suite.cell(name, place): count for place, count in settings.firings.items()}
-        subjects = heldout_subjects(suite, name, cells, "main", windows)
         drawn = []
-        for subject in subjects:
-            count, firings = cells[subject.layer, subject.head], firings_of(suite, subject, windows)
+        for cell_sae in encoded_saes(suite, name, cells, "main", windows):
+            count, firings = cells[cell_sae.layer, cell_sae.head], firings_of(suite, cell_sae, windows)
             if settings.atoms:
                 atoms = draw_atoms(firings, settings.atoms, -(-count // settings.atoms), suite.profile.seed)
                 firings = firings[firings.atom.isin(atoms)]
-            drawn.append((subject, draw_in_rounds(firings, count, suite.profile.seed)))
+            drawn.append((cell_sae, draw_in_rounds(firings, count, suite.profile.seed)))
         saes = suite.sae_files(name) + suite.sae_files(name, "flat")
         inputs = dict(settings=settings, data=suite.profile.data, saes=saes, cells=list(cells))
         options = dict(scopes=settings.scopes, batch_rows=settings.batch_rows)
@@ -41,10 +40,9 @@ def survey(suite: Suite) -> pd.DataFrame:
             continue
         windows = suite.windows(name, "heldout")[slice(0, settings.survey_windows)]
         cells = [cell for cell in suite.host(name).cells if cell[0] in layers]
-        subjects = heldout_subjects(suite, name, cells, "survey", windows)
         drawn = [
-            (s, draw_in_rounds(firings_of(suite, s, windows), settings.survey_firings, suite.profile.seed))
-            for s in subjects
+            (x, draw_in_rounds(firings_of(suite, x, windows), settings.survey_firings, suite.profile.seed))
+            for x in encoded_saes(suite, name, cells, "survey", windows)
         ]
         inputs = dict(settings=settings, data=suite.profile.data, saes=suite.sae_files(name, "survey"))
         options = dict(conditions=("delete", "atom", "random", "mean_write"), scopes=("write",))

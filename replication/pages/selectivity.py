@@ -6,12 +6,12 @@ import pandas as pd
 import torch
 
 from replication.statistics import beats, cliffs_delta, cluster_bootstrap, paired_wilcoxon, rate_row, wider
-from replication.study.firings import firing_windows, firings_of, heldout_subjects, run_firings
+from replication.study.firings import encoded_saes, firing_windows, firings_of, run_firings
 from replication.study.study import Suite
 from replication.study.training import ablation_hosts
 from writesae.edit import kl
-from writesae.evaluate.firings import atom_names, draw_in_rounds
-from writesae.evaluate.replacement import AMPLITUDES, STEPS, Subject, changes, rank_one, terms
+from writesae.evaluate.firings import CellSAE, Places, atom_names, draw_in_rounds
+from writesae.evaluate.replacement import AMPLITUDES, STEPS, changes, patched_logits, rank_one, side_by_side
 from writesae.hosts.base import Host, Run
 
 CONTROLS = ("random", "orthogonal")
@@ -21,72 +21,69 @@ PLACEMENTS = (*AMPLITUDES, "added")
 # Selectivity
 
 
-def directions(firings: pd.DataFrame, d: int, seed: int) -> torch.Tensor:
-    """Two Gaussian vectors [n, 2, d] for each firing, that follow from (seed, window, position)."""
-    found = []
-    for window, position in zip(firings.window, firings.position, strict=True):
-        generator = torch.Generator().manual_seed(((seed + 1) * 1_000_003 + window) * 4_099 + position)
-        found.append(torch.randn(2, d, generator=generator))
-    return torch.stack(found)
+def directions(places: Places, d: int, seed: int) -> torch.Tensor:
+    """Return a Gaussian vector [n, d] for each firing, that depends on the seed and the firing only."""
+    return places.draw(seed + 1, lambda generator: torch.randn(2, d, generator=generator)[0])
 
 
 def across(x: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """What of x [n, d] is orthogonal to the unit vectors [n, d]."""
+    """Return the part of x [n, d] that is orthogonal to the unit vectors [n, d]."""
     return x - (x * unit).sum(-1, keepdim=True) * unit
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor, top: int) -> torch.Tensor:
-    """[n]: the share of the `top` largest |a| of [n, V] that are among those of |b|."""
+    """Return [n]: the share of the `top` largest |a| of [n, V] that are among those of |b|."""
     first, second = (x.abs().topk(top, dim=-1).indices for x in (a, b))
     return (first[:, :, None] == second[:, None]).any(-1).double().mean(-1)
 
 
 @torch.no_grad()
 def compare(
-    host: Host, run: Run, subject: Subject, firings: pd.DataFrame, seed: int, tops: list[int], batch_rows: int = 512
+    host: Host,
+    run: Run,
+    cell_sae: CellSAE,
+    firings: pd.DataFrame,
+    places: Places,
+    seed: int,
+    tops: list[int],
+    batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Atom and controls at the firings, whose column `row` says their window within `run`: a line a firing and placement,
-    with kl_delete, kl_atom, kl_random, kl_orthogonal, and where added overlap_CONTROL_K for each K of `tops`."""
-    at_once = max(1, batch_rows // (1 + len(PLACEMENTS) * (1 + len(CONTROLS))))
-    parts = [firings.iloc[i : i + at_once] for i in range(0, len(firings), at_once)]
-    found = pd.concat([_compare(host, run, subject, part, seed, tops) for part in parts], ignore_index=True)
-    return found.assign(host=host.name, layer=subject.layer, head=subject.head, target=subject.target)
+    """Return one row per firing and placement: kl_delete, kl_atom, kl_random, kl_orthogonal, and where the direction is
+    added to the native write overlap_CONTROL_K for each K of `tops`. places: where the firings are in the run."""
+    size = max(1, batch_rows // (1 + len(PLACEMENTS) * (1 + len(CONTROLS))))
+    parts = [slice(i, i + size) for i in range(0, len(firings), size)]
+    tables = [_compare(host, run, cell_sae, firings.iloc[x], places.at(x), seed, tops) for x in parts]
+    where = dict(host=host.name, layer=cell_sae.layer, head=cell_sae.head, target=cell_sae.target)
+    return pd.concat(tables, ignore_index=True).assign(**where)
 
 
-def _compare(host: Host, run: Run, subject: Subject, firings: pd.DataFrame, seed: int, tops: list[int]):
-    factors = host.factors(run, subject.layer, subject.head)
-    row, position, atom = (torch.tensor(firings[name].to_numpy()) for name in ("row", "position", "atom"))
-    key, write = factors.key[row, position], factors.write(subject.write)[row, position]
-    own_key, own_value = (x[atom] for x in subject.sae.atoms())
-    random_key, random_value = (directions(firings, host.d_k + host.d_v, seed)[:, 0].to(key)).split(
-        [host.d_k, host.d_v], -1
-    )
+def _compare(host, run, cell_sae, firings, places, seed, tops) -> pd.DataFrame:
+    factors = host.factors(run, cell_sae.layer, cell_sae.head)
+    native = factors.at(places.row, places.position)
+    key, write = native.key, native.write(cell_sae.write)
+    atom_key, atom_value = (x[places.atom] for x in cell_sae.sae.atoms())
+    sides = [host.d_k, host.d_v]
+    random_key, random_value = directions(places, sum(sides), seed).to(key).split(sides, -1)
     put_in = dict(
-        atom=rank_one(own_key, own_value),
+        atom=rank_one(atom_key, atom_value),
         random=rank_one(random_key, random_value),
-        orthogonal=rank_one(across(random_key, own_key), across(random_value, own_value)),
+        orthogonal=rank_one(across(random_key, atom_key), across(random_value, atom_value)),
     )
     norm = key.norm(dim=-1) * write.norm(dim=-1)
-    scales = dict.fromkeys(PLACEMENTS, norm) | dict(coefficient=torch.tensor(firings.coefficient.to_numpy()).to(norm))
-    nothing = key[:, None], torch.zeros_like(write)[:, None]
-    native = key[:, None], -write[:, None]
-    scope, found = "write", []
-    found.append(changes(factors, row, position, native, *(x[:, None] for x in nothing), scope))
+    scales = dict.fromkeys(PLACEMENTS, norm) | dict(coefficient=places.coefficient.to(norm))
+    nothing, take_out = (key[:, None], torch.zeros_like(write)[:, None]), (key[:, None], -write[:, None])
+    parts = [changes(factors, places, take_out, [x[:, None] for x in nothing], "write")]
     for placement in PLACEMENTS:
-        taken = nothing if placement == "added" else native
-        there = terms(put_in, put_in, dict.fromkeys(put_in, scales[placement]))
-        found.append(changes(factors, row, position, taken, *there, scope))
-    change = torch.cat(found, 1)
-    rows, starts = (x.repeat_interleave(change.shape[1]) for x in (row, position))
-    hidden, _ = host.branch(run, subject.layer, subject.head, rows, starts, change.flatten(0, 1))
-    patched = host.logits(hidden[:, -1]).unflatten(0, (len(row), -1))
-    before = host.logits(run.final[row, position + STEPS - 1])
+        terms = side_by_side(put_in, list(put_in), dict.fromkeys(put_in, scales[placement]))
+        parts.append(changes(factors, places, nothing if placement == "added" else take_out, terms, "write"))
+    patched = patched_logits(host, run, cell_sae, places, torch.cat(parts, 1))
+    before = host.logits(run.final[places.row, places.position + STEPS - 1])
     divergence = kl(before[:, None], patched)
     tables = []
     for number, placement in enumerate(PLACEMENTS):
         first = 1 + number * len(put_in)
         columns = dict(zip(put_in, range(first, first + len(put_in)), strict=True))
-        table = firings.drop(columns="row").assign(placement=placement, kl_delete=divergence[:, 0].numpy())
+        table = firings.assign(placement=placement, kl_delete=divergence[:, 0].numpy())
         table = table.assign(**{f"kl_{name}": divergence[:, c].numpy() for name, c in columns.items()})
         if placement == "added":
             shift = {name: patched[:, c] - before for name, c in columns.items()}
@@ -104,14 +101,12 @@ def selectivity(suite: Suite) -> pd.DataFrame:
         windows = firing_windows(suite, name)[slice(0, own.selectivity.windows)]
         cells = [suite.cell(name, place) for place in suite.profile.hosts[name].cells]
         drawn = []
-        for subject in heldout_subjects(suite, name, cells, "main", windows):
-            firings = firings_of(suite, subject, windows)
-            drawn.append((subject, draw_in_rounds(firings, own.selectivity.firings, suite.profile.seed)))
+        for cell_sae in encoded_saes(suite, name, cells, "main", windows):
+            firings = firings_of(suite, cell_sae, windows)
+            drawn.append((cell_sae, draw_in_rounds(firings, own.selectivity.firings, suite.profile.seed)))
         inputs = dict(settings=own.selectivity, data=suite.profile.data, saes=suite.sae_files(name), cells=cells)
         options = dict(tops=own.selectivity.tops, batch_rows=suite.profile.section("replacement", name).batch_rows)
-        parts.append(
-            run_firings(suite, name, "selectivity", windows, drawn, inputs, compare, modules=(__name__,), **options)
-        )
+        parts.append(run_firings(suite, name, "selectivity", windows, drawn, inputs, compare, **options))
     return suite.gather("selectivity", parts)
 
 

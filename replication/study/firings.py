@@ -2,58 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import pandas as pd
 
 from replication.study.study import Suite
-from writesae.evaluate.firings import all_firings
-from writesae.evaluate.replacement import STEPS, Subject, make_subject, replace
-from writesae.harvesting import harvest, history
+from writesae.evaluate.firings import CellSAE, Places, all_firings, encode_cell
+from writesae.evaluate.replacement import STEPS, replace
+from writesae.harvesting import Cell, harvest
 from writesae.hosts.base import Host
 from writesae.text import Windows
 
 
-def heldout_subjects(suite: Suite, host_name: str, cells, role: str, windows: Windows) -> list[Subject]:
-    """A Subject for each (cell, target), its SAE's firings encoded on the windows."""
-    host, profile = suite.host(host_name), suite.profile
-    found = harvest(host, windows.tokens, list(cells), profile.data.batch_windows)
-    subjects = []
+def encoded_saes(suite: Suite, host_name: str, cells: Iterable[Cell], role: str, windows: Windows) -> list[CellSAE]:
+    """Return the SAE of each cell and target, with its active atoms on the windows."""
+    profile, saes = suite.profile, []
+    factors = harvest(suite.host(host_name), windows.tokens, list(cells), profile.data.batch_windows)
     for layer, head in cells:
-        factors = found[layer, head]
         for target in profile.saes.targets:
             sae = suite.sae(host_name, layer, head, target, role)
-            subject = make_subject((layer, head), target, profile.saes.write, sae, factors)
+            cell_sae = encode_cell((layer, head), target, profile.saes.write, sae, factors[layer, head])
             if role == "main" and target == "state":
-                subject.flat = suite.sae(host_name, layer, head, target, "flat")
-                subject.states = history(factors, target)
-            subjects.append(subject)
-    return subjects
+                cell_sae.flat = suite.sae(host_name, layer, head, target, "flat")
+                cell_sae.states = factors[layer, head].history(target)
+            saes.append(cell_sae)
+    return saes
 
 
-def firings_of(suite: Suite, subject: Subject, windows: Windows) -> pd.DataFrame:
-    """All of a subject's firings that leave room for the tokens that the test reads."""
+def firings_of(suite: Suite, cell_sae: CellSAE, windows: Windows) -> pd.DataFrame:
+    """Return all firings of an SAE that leave room for the tokens that the replacement test reads."""
     first, last = suite.profile.data.first_position, windows.tokens.shape[1] - STEPS
-    return all_firings(subject.encoded, windows.passage, first, last)
+    return all_firings(cell_sae, windows.passage, first, last)
 
 
 def measure_group(
     host: Host,
     windows: Windows,
-    drawn: list[tuple[Subject, pd.DataFrame]],
+    drawn: list[tuple[CellSAE, pd.DataFrame]],
     start: int,
     size: int,
     seed: int,
     measure: Callable[..., pd.DataFrame] = replace,
     **options,
 ) -> pd.DataFrame:
-    """`measure` those of the drawn firings that are in `size` windows from `start` on; one native run serves them all."""
+    """Return `measure` of the drawn firings in `size` windows from `start` on; one native run serves all of them."""
     tables, run = [], None
-    for subject, firings in drawn:
-        here = firings[(firings.window >= start) & (firings.window < start + size)]
-        if len(here):
+    for cell_sae, firings in drawn:
+        part = firings[(firings.window >= start) & (firings.window < start + size)]
+        if len(part):
             run = run or host.run(windows[slice(start, start + size)].tokens)
-            tables.append(measure(host, run, subject, here.assign(row=here.window - start), seed, **options))
+            places = Places.of(part, part.window.to_numpy() - start)
+            tables.append(measure(host, run, cell_sae, part, places, seed, **options))
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"host": []})
 
 
@@ -62,25 +63,40 @@ def run_firings(
     host_name: str,
     name: str,
     windows: Windows,
-    drawn: list,
+    drawn: list[tuple[CellSAE, pd.DataFrame]],
     inputs: dict,
     measure: Callable[..., pd.DataFrame] = replace,
-    modules: tuple[str, ...] = (__name__,),
     **options,
 ) -> pd.DataFrame:
-    """`measure` every drawn firing, window group by window group; the host's part of the table NAME.
+    """Return the host's part of the table NAME: `measure` of every drawn firing, one group of windows after another.
 
-    drawn: (subject, firings) pairs, made before any outcome is seen; modules: those that decide what `measure` gives.
+    drawn: made before any outcome is measured. The table depends on them, on the code of `measure`, its options and
+    `inputs`, which name the SAEs' files.
     """
     host, size = suite.host(host_name), suite.profile.data.batch_windows
+    places = [hashlib.sha256(firings.to_csv().encode()).hexdigest() for _, firings in drawn]
+    inputs = inputs | dict(drawn=places, options=options)
 
     def compute(start: int) -> pd.DataFrame:
         return measure_group(host, windows, drawn, start, size, suite.profile.seed, measure, **options)
 
     groups = list(range(0, len(windows), size))
-    return suite.staged(name, host_name, groups, compute, modules, inputs)
+    return suite.staged(name, host_name, groups, compute, [__name__, measure.__module__], inputs)
 
 
 def firing_windows(suite: Suite, host_name: str) -> Windows:
-    """The held-out windows in which firings are looked for."""
+    """Return the held-out windows in which firings are looked for."""
     return suite.windows(host_name, "heldout")[slice(0, suite.profile.data.firing_windows)]
+
+
+def passage_prompts(suite: Suite, host_name: str, count: int, tokens: int) -> Windows:
+    """Return the beginnings of `count` held-out passages, drawn at random. ValueError for fewer, or shorter, passages."""
+    windows = suite.windows(host_name, "heldout")
+    first = np.unique(windows.passage.numpy(), return_index=True)[1]
+    if len(first) < count:
+        raise ValueError(
+            f"{count} prompts are asked for and the held-out windows are of {len(first)} passages: ask for fewer prompts, "
+            "or raise data.heldout_windows in the profile."
+        )
+    picked = np.sort(np.random.default_rng(suite.profile.seed).choice(first, count, replace=False))
+    return windows[picked].beginnings(tokens)

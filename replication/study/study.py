@@ -21,9 +21,11 @@ from replication.study import docstrings, fingerprint, stages
 from replication.study import paths as paths_module
 from replication.study.profile import Profile, load_profile
 from writesae.files import file_hash, load_tensors, read_sidecar, save_tensors, up_to_date
+from writesae.history import Origin
 from writesae.hosts.base import Host
 from writesae.hosts.hub import commit
 from writesae.hosts.load import adapter, family_of, load_host
+from writesae.recurrence import Factors
 from writesae.sae.model import SAE, WEIGHTS
 from writesae.text import Corpus, Windows, cut_windows
 
@@ -239,6 +241,11 @@ class Suite:
     def harvest_path(self, host: str, layer: int, head: int) -> Path:
         """Return the path of the factors of a cell of the headline over the windows of the SAE split."""
         return self.paths.build / "harvest" / f"{host}-L{layer}-H{head}.safetensors"
+
+    def harvested(self, host: str, layer: int, head: int) -> Factors:
+        """Return the factors of a cell that notebook 01 has harvested."""
+        tensors, _ = load_tensors(self.harvest_path(host, layer, head))
+        return Factors(query=None, **tensors, origin=Origin(host, layer, head, self.profile.saes.write))
 
     def sae_folder(self, host: str, layer: int, head: int, target: str, role: str) -> Path:
         """Return the folder of an SAE."""

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from replication.study import fingerprint, stages
 from replication.study.profile import Ablations
 from replication.study.study import Suite, threads
-from writesae.files import load_tensors, up_to_date
-from writesae.harvesting import harvest, history
+from writesae.files import up_to_date
+from writesae.harvesting import harvest
 from writesae.history import History, Origin
+from writesae.recurrence import Factors
 from writesae.sae.config import Parts
 from writesae.sae.train import TrainingSettings, train
 
@@ -183,9 +184,9 @@ def ablation_specs(study: Suite) -> list[SaeSpec]:
     return specs
 
 
-def write_definitions(factors: dict) -> tuple[str, ...]:
+def write_definitions(factors: Factors) -> tuple[str, ...]:
     """Return the definitions of a write that are of rank 1 in a harvest and differ from one another."""
-    if "effective" not in factors or torch.equal(factors["added"], factors["effective"]):
+    if factors.effective is None or torch.equal(factors.added, factors.effective):
         return ("added",)
     return ("added", "effective")
 
@@ -196,7 +197,7 @@ def other_specs(study: Suite, host: str) -> list[SaeSpec]:
         return []
     specs, settings = [], _settings(study, host, "main")
     for cell in (study.cell(host, place) for place in study.profile.hosts[host].cells):
-        for write in write_definitions(load_tensors(study.harvest_path(host, *cell))[0]):
+        for write in write_definitions(study.harvested(host, *cell)):
             if write != study.profile.saes.write:
                 specs += _specs(study, host, [cell], "other", settings, targets=["write"], write=write)
     return specs
@@ -267,24 +268,22 @@ def train_task(study: Suite, specs: list[SaeSpec]) -> None:
             stages.write_table(pd.DataFrame([row]), _record(study, spec), study.provenance(spec.host, **details))
 
 
-def _factors(study: Suite, specs: list[SaeSpec]) -> dict:
+def _factors(study: Suite, specs: list[SaeSpec]) -> dict[tuple[int, int], Factors]:
     """Return the factors of the cells over the training windows: from their files, or harvested where there are none."""
     first = specs[0]
-    paths = {spec.cell: study.harvest_path(spec.host, *spec.cell) for spec in specs}
     if first.role != "survey":
-        return {cell: load_tensors(path)[0] for cell, path in paths.items()}
+        return {spec.cell: study.harvested(spec.host, *spec.cell) for spec in specs}
     return _harvest(study, first.host, specs, study.windows(first.host, "sae")[slice(0, first.windows)].tokens)
 
 
-def _harvest(study: Suite, host: str, specs: list[SaeSpec], tokens: torch.Tensor) -> dict:
+def _harvest(study: Suite, host: str, specs: list[SaeSpec], tokens: torch.Tensor) -> dict[tuple[int, int], Factors]:
     cells = list(dict.fromkeys(spec.cell for spec in specs))
     return harvest(study.host(host), tokens, cells, study.profile.data.batch_windows, progress=False)
 
 
-def _history(study: Suite, spec: SaeSpec, factors: dict, windows: slice) -> History:
-    chosen = {name: x[windows] for name, x in factors.items()}
+def _history(study: Suite, spec: SaeSpec, factors: Factors, windows: slice) -> History:
     origin = Origin(spec.host, *spec.cell, spec.write)
-    return history(chosen, spec.target, spec.write, origin).to(study.device)
+    return factors.at(windows).history(spec.target, spec.write, origin).to(study.device)
 
 
 def train_one(study: Suite, spec: SaeSpec, data: History, validation: History, fingerprint: str) -> dict:

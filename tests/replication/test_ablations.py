@@ -16,7 +16,8 @@ from replication.study.profile import Ablations, load_profile
 from replication.study.study import Suite
 from writesae import files
 from writesae.edit import edited_hidden, kl, make_edit
-from writesae.harvesting import harvest, history
+from writesae.evaluate.firings import Places
+from writesae.harvesting import harvest
 
 CELL, PLACE, HEADS = (1, 2), "middle", 8
 WINDOWS, TOKENS = 10, 50
@@ -143,7 +144,7 @@ def suite(gated_deltanet, tmp_path_factory):
     patch.setenv("WRITESAE_OUTPUT", str(tmp_path_factory.mktemp("ablations")))
     made = OneCell(single, tokens)
     factors = harvest(single, tokens, [CELL], 4, progress=False)[CELL]
-    files.save_tensors(made.harvest_path("small", *CELL), factors, dict(fingerprint="harvest", seconds=1.0))
+    files.save_tensors(made.harvest_path("small", *CELL), factors.tensors(), dict(fingerprint="harvest", seconds=1.0))
     found = training.ablation_variants(made.profile.ablations, made.profile.seed)
     settings = next(s for *_, s in found if s.variant == REFERENCE)
     for target, name in (("state", "main"), ("write", "main"), ("state", "flat")):
@@ -182,7 +183,7 @@ def test_errors_are_those_of_the_decoded_matrices(suite, found, factors):
     assert len(windows) == 7 * WINDOWS
     for (target, variant), part in windows.groupby(["target", "variant"]):
         sae = suite.sae("small", *CELL, target, training.ablation_role(variant))
-        states = history(factors, target, "added").steps()
+        states = factors.history(target, "added").steps()
         active = sae.encode(states)
         squared = (states - sae.decode(*active)).square().sum((1, 2, 3))
         assert_close(part.squared.tolist(), squared, f"{variant}: squared error", 1e-4)
@@ -222,7 +223,7 @@ def test_whole_atoms_and_top_pairs_are_put_in_the_place_of_writes(suite, found, 
     for row in several.groupby(["variant", "amplitude"]).head(2).itertuples():
         sae = suite.sae("small", *CELL, row.target, training.ablation_role(row.variant))
         matrix = sae.decoder.weight()[row.atom]
-        key, write = factors["key"][row.window, row.position], factors["added"][row.window, row.position]
+        key, write = factors.key[row.window, row.position], factors.added[row.window, row.position]
         size = row.coefficient if row.amplitude == "coefficient" else (key.norm() * write.norm()).item()
         u, _, v = torch.linalg.svd(matrix)
         for name, atom in (("whole_atom", matrix / matrix.norm()), ("atom", u[:, :1] * v[:1])):
@@ -279,10 +280,10 @@ def test_controls_are_put_in_and_added_as_they_say(suite, compared, factors):
     assert len(compared) == 2 * 9 * 3
     for row in compared.groupby(["target", "placement"]).head(2).itertuples():
         sae = suite.sae("small", *CELL, row.target, "main")
-        key, write = factors["key"][row.window, row.position], factors["added"][row.window, row.position]
+        key, write = factors.key[row.window, row.position], factors.added[row.window, row.position]
         own = [x[row.atom] for x in sae.atoms()]
-        frame = pd.DataFrame([dict(window=row.window, position=row.position)])
-        drawn = selectivity.directions(frame, len(key) + len(write), suite.profile.seed)[0, 0].split(
+        places = Places.of(pd.DataFrame([dict(window=row.window, position=row.position, atom=0, coefficient=1.0)]))
+        drawn = selectivity.directions(places, len(key) + len(write), suite.profile.seed)[0].split(
             [len(key), len(write)]
         )
         square = [x - (x @ y) * y for x, y in zip(drawn, own)]
@@ -301,10 +302,11 @@ def test_controls_are_put_in_and_added_as_they_say(suite, compared, factors):
 
 
 def test_random_directions_follow_from_the_firing(suite, compared):
-    frame = pd.DataFrame(dict(window=[0, 0, 3], position=[5, 6, 5]))
-    a, b = selectivity.directions(frame, 4, 1), selectivity.directions(frame[::-1], 4, 1)
-    assert torch.equal(a, b.flip(0)) and len(a.flatten(1).unique(dim=0)) == 3
-    assert not torch.equal(a, selectivity.directions(frame, 4, 2))
+    frame = pd.DataFrame(dict(window=[0, 0, 3], position=[5, 6, 5], atom=0, coefficient=1.0))
+    places, backwards = Places.of(frame), Places.of(frame[::-1])
+    a, b = (selectivity.directions(x, 4, 1) for x in (places, backwards))
+    assert torch.equal(a, b.flip(0)) and len(a.unique(dim=0)) == 3
+    assert not torch.equal(a, selectivity.directions(places, 4, 2))
 
 
 def test_selectivity_tables(suite, compared):

@@ -19,7 +19,7 @@ from replication.study import training
 from replication.study.profile import CellRule, Data, HostSection, Saes
 from writesae import files
 from writesae.evaluate import atoms as atoms_module
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 from writesae.sae.config import Architecture
 from writesae.sae.model import SAE
 from writesae.sae.train import TrainingSettings
@@ -307,7 +307,7 @@ def suite(host, tmp_path_factory):
     patch.setenv("WRITESAE_OUTPUT", str(tmp_path_factory.mktemp("atoms")))
     made = OneCell(single, tokens)
     factors = harvest(single, tokens, [CELL], 4, progress=False)[CELL]
-    files.save_tensors(made.harvest_path("small", *CELL), factors, dict(fingerprint="harvest", seconds=1.0))
+    files.save_tensors(made.harvest_path("small", *CELL), factors.tensors(), dict(fingerprint="harvest", seconds=1.0))
     for target in ("state", "write"):
         settings = SETTINGS.model_copy(update=dict(seed=42))
         train_sae(made, "main", CELL, target, settings, factors)
@@ -341,10 +341,10 @@ def test_alive_atoms_are_those_with_the_largest_coefficient(suite, scanned):
     table, _ = scanned
     assert len(table.groupby(atoms.SAE_KEYS)) == 2 * (1 + 3)
     found = harvest(suite.small, suite.split.tokens, [CELL], 4, progress=False)[CELL]
-    native = found["key"][..., None] * found["added"][..., None, :]
+    native = found.key[..., None] * found.added[..., None, :]
     for (target, role), part in table.groupby(["target", "role"]):
         sae = suite.sae("small", *CELL, target, role)
-        firing = sae.encode_history(history(found, target, "added"))
+        firing = sae.encode_history(found.history(target, "added"))
         best = firing.coefficients[:, 5:48].max(-1)
         atom = firing.indices[:, 5:48].gather(-1, best.indices[..., None])[..., 0]
         cosine = F.cosine_similarity(sae.decoder.weight()[atom].flatten(2), native[:, 5:48].flatten(2), dim=-1)

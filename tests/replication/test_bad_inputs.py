@@ -25,7 +25,7 @@ from replication.study.study import open_suite, split_windows
 from writesae import edit, files, shift
 from writesae.evaluate import install
 from writesae.files import ArtifactError
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 from writesae.history import History
 from writesae.hosts import load
 from writesae.hosts.load import load_host
@@ -190,7 +190,7 @@ INSTALL = Install(
 
 def installed(x, targets, distance=5):
     targets = torch.as_tensor(targets)
-    return install.setting(x.host, x.run, CELL, targets, np.array(["top"]), distance, INSTALL, "added")
+    return install.setting(x.host, x.run, CELL, targets, np.array(["top"]), distance, writes=3)
 
 
 def suite_with(x, cells: dict, **changes):
@@ -206,7 +206,7 @@ MIDDLE = dict(host=["gated_deltanet"], place=["middle"], layer=[LAYER], head=[HE
 
 
 def install_stage(x, **changes):
-    return install_module._stage(suite_with(x, MIDDLE, **changes), "gated_deltanet", "install", install.trials)
+    return install_module._stage(suite_with(x, MIDDLE, **changes), "gated_deltanet", "install")
 
 
 def random_history(windows=4, d_k=5, d_v=7, dtype=torch.float32, target="state") -> History:
@@ -531,17 +531,20 @@ CASES = [
         "no head 4: .* heads 0 to 3",
     ),
     Case(
-        "history: target", lambda x: history({}, "key"), ValueError, "no training target 'key': choose state or write"
+        "history: target",
+        lambda x: x.factors.history("key"),
+        ValueError,
+        "no training target 'key': choose state or write",
     ),
     Case(
         "history: write",
-        lambda x: history(x.factors, "write", "whole"),
+        lambda x: x.factors.history("write", "whole"),
         ValueError,
         "'whole': choose added or effective",
     ),
     Case(
         "history: a write that RWKV-7 has not",
-        lambda x: history(dict(key=0, added=0, taken=0), "write", "effective"),
+        lambda x: x.vector.history("write", "effective"),
         ValueError,
         "no rank-1 write 'effective': choose added",
     ),
@@ -659,7 +662,7 @@ CASES = [
         "write that a host has not",
         lambda x: x.vector.write("effective"),
         ValueError,
-        "no rank-1 write 'effective' here",
+        "no rank-1 write 'effective': choose added",
     ),
     # Install
     Case(
@@ -686,9 +689,7 @@ CASES = [
     ),
     Case(
         "install: a class beyond the vocabulary",
-        lambda x: install.draw_targets(
-            torch.randn(3, 300), INSTALL.model_copy(update=dict(rank_classes=dict(far=(301, 999)))), 0
-        ),
+        lambda x: install.draw_targets(torch.randn(3, 300), dict(far=(301, 999)), 2, 0),
         ValueError,
         "2 targets are asked for, and the class far has 0 of the 300 tokens",
     ),

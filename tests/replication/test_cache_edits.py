@@ -15,12 +15,13 @@ from replication.statistics import r2
 from replication.study.profile import HostSection, Install
 from replication.study.study import Suite
 from writesae.edit import Edit, edited_hidden, head_change, make_edit
-from writesae.evaluate.firings import Encoded, all_firings, encode
-from writesae.harvesting import harvest, history
+from writesae.evaluate.firings import all_firings, encode
+from writesae.harvesting import harvest
 from writesae.hosts.past import Record
 from writesae.recurrence import step_states
 from writesae.sae.config import Architecture
 from writesae.sae.model import SAE
+from writesae.sae.sparsity import Active
 from writesae.text import Windows
 
 LAYER, HEAD = 1, 2
@@ -59,7 +60,7 @@ def some_firings():
     """Firings in two of the three windows, one of them at the first position, one at the last."""
     places = [(0, 8, 3), (0, 20, 5), (0, 21, 3), (2, 30, 7), (2, 89, 5)]
     frame = pd.DataFrame(places, columns=["window", "position", "atom"])
-    return frame.assign(row=frame.window, passage=frame.window + 10, coefficient=[0.5, 1.0, 1.5, 2.0, 2.5])
+    return frame.assign(passage=frame.window + 10, coefficient=[0.5, 1.0, 1.5, 2.0, 2.5])
 
 
 # Erase
@@ -71,7 +72,7 @@ def test_preferred_tokens_fall_most_when_single_writes_are_deleted(lone):
     assert total.shape == (3, 300)
     wanted = torch.zeros_like(total)
     for row in firings.itertuples():
-        w, t = torch.tensor([row.row]), torch.tensor([row.position])
+        w, t = torch.tensor([row.window]), torch.tensor([row.position])
         edit = make_edit(w, t, lone.factors.key[w, t][:, None], -lone.factors.added[w, t][:, None])
         final = edited_hidden(lone.host, lone.run, LAYER, HEAD, edit, 2)[:, 1]
         before, after = (lone.host.logits(x).log_softmax(-1)[0] for x in (lone.run.final[w, t + 1], final))
@@ -82,7 +83,7 @@ def test_preferred_tokens_fall_most_when_single_writes_are_deleted(lone):
 
 def test_places_are_firings_and_silent_ones(lone, tokens):
     sae = small_sae(lone.host)
-    encoded = encode(sae, history(harvested(lone.host, tokens), "write").double())
+    encoded = encode(sae, harvested(lone.host, tokens).history("write").double())
     firings = all_firings(encoded, torch.tensor([4, 5, 6]), 8, 80)
     atoms = firings.atom.value_counts().index[:2].to_numpy()
     drawn = erase.draw_places(firings, encoded, atoms, 5, seed=1)
@@ -304,7 +305,7 @@ def test_atoms_of_line_ends_have_the_largest_difference():
     indices = torch.stack([torch.randperm(10)[:4] for _ in range(60)]).view(3, 20, 4)
     coefficients, ends = torch.rand(3, 20, 4), torch.rand(3, 20) < 0.3
     coefficients[ends] += 3.0 * (indices[ends] == 6)
-    means = newlines.boundary_means(Encoded(indices, coefficients), ends, 12)
+    means = newlines.boundary_means(Active(indices, coefficients), ends, 12)
     for atom in range(12):
         amount = (coefficients * (indices == atom)).sum(-1)
         assert means[0, atom] == pytest.approx(amount[ends].mean().item(), abs=1e-6)
@@ -368,11 +369,11 @@ def test_later_heads_are_those_of_a_whole_run(site):
 
 
 def test_signal_and_baseline_are_single_edits(lone):
-    host, firings, atom = lone.host, some_firings().query("row == 0"), [x[3] for x in small_sae(lone.host).atoms()]
+    host, firings, atom = lone.host, some_firings().query("window == 0"), [x[3] for x in small_sae(lone.host).atoms()]
     table = readers.readers(lone, atom, firings, steps=4, draws=2, seed=9)
     assert len(table) == 3 * 4 * (host.layers - LAYER - 1)
     at = firings.iloc[1]
-    w, t = torch.tensor([int(at.row)]), torch.tensor([int(at.position)])
+    w, t = torch.tensor([int(at.window)]), torch.tensor([int(at.position)])
     norm = (lone.factors.key[w, t].norm() * lone.factors.added[w, t].norm()).item()
     edit = make_edit(w, t, atom[0][None, None], norm * atom[1][None, None])
     heard = readers.later_heads(lone, w, t, head_change(lone.factors, edit, 4)[0])
@@ -437,11 +438,11 @@ def test_all_registers_at_once_are_a_loop_over_states_really_changed(site):
     for name, edit in edits.items():
         for i, row in enumerate((0, 2)):
             put_in = {}
-            for t in firings[firings.row == row].position:
+            for t in firings[firings.window == row].position:
                 added = site.factors.key[row, t][:, None] * site.factors.added[row, t]
                 terms = edit.positions[i] == t
                 put_in[t] = added + edit.left[i][terms].T @ edit.right[i][terms]
-                atom = sae.decoder.weight()[firings[(firings.row == row) & (firings.position == t)].atom.item()]
+                atom = sae.decoder.weight()[firings[(firings.window == row) & (firings.position == t)].atom.item()]
                 if name == "delete":
                     assert put_in[t].norm() < 1e-12
                 elif name == "atom":
@@ -462,7 +463,7 @@ def test_all_registers_at_once_are_a_loop_over_states_really_changed(site):
             line = table.loc[(row, name)]
             assert line.rise == pytest.approx((bits[0] - bits[1]).item(), rel=1e-5, abs=1e-9)
             assert line.bits_native == pytest.approx(bits[1].item(), rel=1e-5)
-            assert line.erased == (firings.row == row).sum()
+            assert line.erased == (firings.window == row).sum()
     assert (table.rise.abs() > 1e-5).all()
 
 
@@ -550,8 +551,8 @@ class TinySuite(Suite):
     def table(self, name):
         assert name == "alive_atoms"
         lines = []
-        for target in ("state", "write"):
-            firings = stages.find(self, "small", (LAYER, HEAD), "heldout", 8, target).firings
+        for target, text in stages.Stages(self, "small", SETTINGS).heldout.items():
+            firings = text.firings
             counts = (
                 firings.groupby("atom").agg(firings=("window", "size"), passages=("passage", "nunique")).reset_index()
             )

@@ -13,13 +13,13 @@ from sklearn.mixture import GaussianMixture
 from replication import classes as population
 from replication.pages import hosts
 from replication.pages import replacement as replacement_module_
-from replication.study.profile import HostSection, Install, LogitShift, load_profile
+from replication.study.profile import HostSection, load_profile
 from replication.study.study import Suite, open_suite, threads
 from writesae.edit import edited_hidden, kl, make_edit
 from writesae.evaluate import cells as cells_module
 from writesae.evaluate import firings, install, shifts
 from writesae.evaluate import replacement as replacement_module
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 from writesae.sae.train import TrainingSettings, train
 from writesae.text import cut_windows
 
@@ -42,13 +42,11 @@ def factors(host, tokens):
 
 
 @pytest.fixture(scope="module", params=["state", "write"])
-def subject(request, factors):
-    data = history(factors, request.param)
+def cell_sae(request, factors):
+    data = factors.history(request.param)
     settings = TrainingSettings(n_atoms=24, k=4, tokens=90 * 60, batch_windows=3, lr=3e-3, final_lr=3e-4, seed=1)
     sae, _ = train(data, settings, progress=False)
-    encoded, writes = firings.encode(sae, data), history(factors, "write")
-    cell = (*CELL, request.param, "added")
-    return replacement_module.Subject(*cell, sae, encoded, writes, writes.mean(), encoded.alive())
+    return firings.encode_cell(CELL, request.param, "added", sae, factors)
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +57,22 @@ def single(host):
     return type(host)(copy.deepcopy(host.model).float(), None, "small")
 
 
-def some_firings(subject, count=6):
-    every = firings.all_firings(subject.encoded, torch.tensor([0, 1, 2]), 8, 80)
+def some_firings(cell_sae, count=6):
+    every = firings.all_firings(cell_sae, torch.tensor([0, 1, 2]), 8, 80)
     drawn = firings.draw_in_rounds(every, count, seed=5)
-    return drawn.assign(row=drawn.window)
+    return drawn, firings.Places.of(drawn)
 
 
 # Firings
 
 
-def test_a_firing_is_the_largest_coefficient(subject):
-    every = firings.all_firings(subject.encoded, torch.tensor([7, 8, 9]), 8, 80)
+def test_a_firing_is_the_largest_coefficient(cell_sae):
+    every = firings.all_firings(cell_sae, torch.tensor([7, 8, 9]), 8, 80)
     assert len(every) <= 3 * 72
     for row in every.sample(20, random_state=0).itertuples():
-        coefficients = subject.encoded.coefficients[row.window, row.position]
+        coefficients = cell_sae.coefficients[row.window, row.position]
         assert row.coefficient == pytest.approx(coefficients.max().item())
-        assert subject.encoded.indices[row.window, row.position][coefficients.argmax()] == row.atom
+        assert cell_sae.indices[row.window, row.position][coefficients.argmax()] == row.atom
         assert row.passage == row.window + 7
 
 
@@ -100,26 +98,24 @@ def test_more_than_there_is_is_refused():
 # Replacement
 
 
-def test_replacement_is_one_edit_after_another(single, tokens, subject):
+def test_replacement_is_one_edit_after_another(single, tokens, cell_sae):
     """Every condition's KL against a run of that single edit, put together here by hand from matrices."""
-    run, drawn = single.run(tokens), some_firings(subject)
-    table = replacement_module.replace(single, run, subject, drawn, seed=3)
+    run = single.run(tokens)
+    table = replacement_module.replace(single, run, cell_sae, *some_firings(cell_sae), seed=3)
     f = single.factors(run, *CELL)
     for row in table.itertuples():
         w, t = torch.tensor([row.window]), torch.tensor([row.position])
         native = f.key[w, t][0, :, None] * f.added[w, t][0]
         norm = row.coefficient if row.amplitude == "coefficient" else native.norm().item()
-        atom = subject.sae.decoder.weight()[row.atom]
-        indices, amounts = (
-            x[row.window, row.position] for x in (subject.encoded.indices, subject.encoded.coefficients)
-        )
-        whole = torch.einsum("i,ikv->kv", amounts, subject.sae.decoder.weight()[indices])
-        whole = whole + subject.sae.mean if subject.target == "write" else whole
+        atom = cell_sae.sae.decoder.weight()[row.atom]
+        indices, amounts = (x[row.window, row.position] for x in (cell_sae.indices, cell_sae.coefficients))
+        whole = torch.einsum("i,ikv->kv", amounts, cell_sae.sae.decoder.weight()[indices])
+        whole = whole + cell_sae.sae.mean if cell_sae.target == "write" else whole
         put_in = dict(
             delete=0 * native,
             atom=norm * atom,
             native_rescaled=norm * native / native.norm(),
-            mean_write=norm * subject.mean_write / subject.mean_write.norm(),
+            mean_write=norm * cell_sae.mean_write / cell_sae.mean_write.norm(),
             reconstruction=whole if row.amplitude == "coefficient" else norm * whole / whole.norm(),
         )
         for name, matrix in put_in.items():
@@ -130,38 +126,36 @@ def test_replacement_is_one_edit_after_another(single, tokens, subject):
             assert getattr(row, f"kl_{name}") == pytest.approx(wanted.item(), rel=2e-3, abs=1e-9), name
 
 
-def test_native_write_at_its_own_norm_is_no_edit(single, tokens, subject):
-    table = replacement_module.replace(single, single.run(tokens), subject, some_firings(subject), seed=3)
+def test_native_write_at_its_own_norm_is_no_edit(single, tokens, cell_sae):
+    table = replacement_module.replace(single, single.run(tokens), cell_sae, *some_firings(cell_sae), seed=3)
     matched = table[table.amplitude == "matched_norm"]
     assert (matched.kl_native_rescaled < 1e-9).all()
     assert (matched.kl_delete > 1e-7).any()
 
 
-def test_random_controls_are_other_atoms_and_follow_the_seed(single, tokens, subject):
-    run, drawn = single.run(tokens), some_firings(subject)
-    key, value = subject.sae.atoms()
-    put_in = replacement_module.replacements(
-        subject, drawn, single.factors(run, *CELL), torch.tensor(drawn.row.to_numpy()), 3
-    )
+def test_random_controls_are_other_atoms_and_follow_the_seed(single, tokens, cell_sae):
+    run, (drawn, places) = single.run(tokens), some_firings(cell_sae)
+    key, value = cell_sae.sae.atoms()
+    put_in = replacement_module.replacements(cell_sae, places, single.factors(run, *CELL), 3)
     matrices = put_in["random"][0].mT @ put_in["random"][1]
     for i, atom in enumerate(drawn.atom):
         own = key[atom][:, None] * value[atom]
         assert abs((matrices[i] * own).sum()) < 0.9999
-    a, b = (replacement_module.replace(single, run, subject, drawn, seed=s).kl_random for s in (3, 4))
+    a, b = (replacement_module.replace(single, run, cell_sae, drawn, places, seed=s).kl_random for s in (3, 4))
     assert (a != b).any()
 
 
-def test_batches_do_not_change_the_table(single, tokens, subject):
-    run, drawn = single.run(tokens), some_firings(subject)
-    small, large = (replacement_module.replace(single, run, subject, drawn, 3, batch_rows=n) for n in (1, 4096))
+def test_batches_do_not_change_the_table(single, tokens, cell_sae):
+    run, some = single.run(tokens), some_firings(cell_sae)
+    small, large = (replacement_module.replace(single, run, cell_sae, *some, 3, batch_rows=n) for n in (1, 4096))
     order = ["window", "position", "amplitude", "read"]
     columns = [c for c in small if c.startswith("kl_")]
     a, b = (t.sort_values(order)[columns].to_numpy() for t in (small, large))
     np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-9)
 
 
-def test_summary_counts_wins(single, tokens, subject):
-    table = replacement_module.replace(single, single.run(tokens), subject, some_firings(subject), seed=3)
+def test_summary_counts_wins(single, tokens, cell_sae):
+    table = replacement_module.replace(single, single.run(tokens), cell_sae, *some_firings(cell_sae), seed=3)
     places = pd.DataFrame([dict(host="small", layer=CELL[0], head=CELL[1], place="middle")])
     summary = replacement_module_.summarise(table, places, resamples=50, seed=0)
     part = table[(table.amplitude == "coefficient") & (table.read == "cache")]
@@ -197,11 +191,9 @@ def test_the_trend_over_cells_is_of_ranks():
 def test_measured_shifts_are_edited_runs(single, tokens):
     torch.manual_seed(0)
     key, value = (torch.nn.functional.normalize(torch.randn(3, d), dim=-1) for d in (single.d_k, single.d_v))
-    settings = LogitShift(
-        place="middle", target="state", atoms=3, eps=[0.02, 2.0], prompts=3, prompt_tokens=90, horizon=4, ranks=[1, 3]
-    )
+    options = dict(eps=[0.02, 2.0], horizon=4, ranks=[1, 3], write="added", batch_rows=5)
     t0, windows = torch.tensor([10, 30, 50]), cut(tokens)
-    table = shifts.measure_shifts(single, windows, t0, CELL, key, value, settings, "added", batch_rows=5)
+    table = shifts.measure_shifts(single, windows, t0, CELL, key, value, **options)
     run = single.run(tokens)
     f = single.factors(run, *CELL)
     for row in table.itertuples():
@@ -252,31 +244,19 @@ def test_the_low_tail_of_a_wide_upper_component_is_not_register():
     assert classes[values.argmax()] == "register"
 
 
-INSTALL = Install(
-    place="middle",
-    prompts=3,
-    prompt_tokens=40,
-    distances=[5],
-    rank_classes=dict(top=(2, 10), far=(100, 9999)),
-    targets_per_class=2,
-    magnitudes=[3.0],
-    writes=3,
-    new_tokens=4,
-    doses=[1, 4, 16, 64, 256],
-    bisections=3,
-)
+RANK_CLASSES, DOSES = dict(top=(2, 10), far=(100, 9999)), [1, 4, 16, 64, 256]
 
 
 @pytest.fixture(scope="module")
 def trial(single, tokens):
     run = single.run(tokens[:, :40])
-    targets, labels = install.draw_targets(single.logits(run.final[:, -1]), INSTALL, seed=0)
-    return install.setting(single, run, CELL, targets, labels, 5, INSTALL, "added")
+    targets, labels = install.draw_targets(single.logits(run.final[:, -1]), RANK_CLASSES, 2, seed=0)
+    return install.setting(single, run, CELL, targets, labels, 5, writes=3)
 
 
 def test_targets_have_the_ranks_of_their_class(trial):
     for rank, label in zip(trial.native_rank.tolist(), trial.label, strict=True):
-        low, high = INSTALL.rank_classes[label]
+        low, high = RANK_CLASSES[label]
         assert low <= rank <= min(high, 300)
 
 
@@ -291,7 +271,7 @@ def test_gamma_is_the_best_of_all_unit_writes_to_first_order(single, trial):
         for d in (single.d_k, single.d_v)
     ]
     for name in ("paper", "gamma", "random"):
-        key, value = random if name == "random" else install.directions(single, CELL, trial, name, 3)
+        key, value = random if name == "random" else install.directions(single, CELL, trial, name)
         logits = install.first_logits(single, CELL, trial, install.write_edit(trial, key, value, small))
         lifts[name] = (logits.gather(-1, trial.target[:, None]) - native)[:, 0]
     assert (lifts["gamma"] > 0).all()
@@ -300,15 +280,15 @@ def test_gamma_is_the_best_of_all_unit_writes_to_first_order(single, trial):
 
 
 def test_a_dose_is_where_the_target_first_comes_next(single, trial):
-    table = install.doses(single, CELL, trial, INSTALL)
+    table = install.doses(single, CELL, trial, grid=DOSES, bisections=3)
     for name, part in table.groupby("direction"):
-        key, value = install.directions(single, CELL, trial, name, 3)
+        key, value = install.directions(single, CELL, trial, name)
         dose = torch.tensor(part.dose.to_numpy())
         won = torch.nonzero(dose.isfinite())[:, 0]
         at = torch.where(dose.isfinite(), dose, 1.0).float()
         logits = install.first_logits(single, CELL, trial, install.write_edit(trial, key, value, at))
         assert (logits.argmax(-1)[won] == trial.target[won]).all()
-        for grid in INSTALL.doses:  # no smaller grid point succeeds
+        for grid in DOSES:  # no smaller grid point succeeds
             logits = install.first_logits(
                 single, CELL, trial, install.write_edit(trial, key, value, torch.full_like(at, grid))
             )
@@ -316,11 +296,11 @@ def test_a_dose_is_where_the_target_first_comes_next(single, trial):
 
 
 def test_trials_say_what_was_generated(single, trial):
-    native = install.native_continuations(single, trial.run, INSTALL)
-    table = install.trials(single, CELL, trial, native, INSTALL)
-    assert len(table) == len(install.DIRECTIONS) * len(INSTALL.magnitudes) * len(trial.prompt)
+    native = install.native_continuations(single, trial.run, 4)
+    table = install.trials(single, CELL, trial, native, magnitudes=[3.0], new_tokens=4)
+    assert len(table) == len(install.DIRECTIONS) * len(trial.prompt)
     part = table[table.direction == "gamma"].reset_index(drop=True)
-    key, value = install.directions(single, CELL, trial, "gamma", 3)
+    key, value = install.directions(single, CELL, trial, "gamma")
     logits = install.first_logits(
         single, CELL, trial, install.write_edit(trial, key, value, torch.full((len(key),), 3.0))
     )
@@ -395,14 +375,14 @@ def test_windows_never_cross_passages_and_short_ones_give_none():
 def test_harvest_refuses_what_is_not_a_cell_and_what_is_not_finite(host, tokens, factors):
     with pytest.raises(ValueError, match="not recurrent"):
         harvest(host, tokens, [(2, 0)], batch=2, progress=False)
-    broken = {name: x.clone() for name, x in factors.items()}
-    broken["effective"][1, 17, 0] = float("nan")
+    broken = factors.map(torch.clone)
+    broken.effective[1, 17, 0] = float("nan")
     with pytest.raises(ValueError, match="window 1, position 17"):
-        history(broken, "state")
+        broken.history("state")
 
 
 def test_harvest_is_the_run_s_factors(host, run, factors):
     f = host.factors(run, *CELL)
-    assert_close(factors["key"], f.key, "key", 1e-6)
-    assert_close(factors["effective"], f.effective, "effective", 1e-6)
-    assert_close(factors["log_decay"], f.log_decay[..., 0], "log decay", 1e-6)
+    assert_close(factors.key, f.key, "key", 1e-6)
+    assert_close(factors.effective, f.effective, "effective", 1e-6)
+    assert_close(factors.log_decay, f.log_decay, "log decay", 1e-6)

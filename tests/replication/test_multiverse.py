@@ -20,7 +20,7 @@ from replication.study.study import Suite
 from writesae import files
 from writesae.edit import edited_hidden, kl, make_edit
 from writesae.evaluate import firings, replacement
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 from writesae.sae.config import Architecture
 from writesae.sae.model import SAE
 from writesae.sae.train import TrainingSettings
@@ -44,20 +44,18 @@ def small(gated_deltanet):
     return in_fp32(gated_deltanet)
 
 
-def subject_of(host, tokens, target, write):
+def cell_sae_of(host, tokens, target, write):
     """A cell with an SAE of random weights: what atoms are does not matter here."""
     torch.manual_seed(2)
     factors = harvest(host, tokens, [CELL], batch=3, progress=False)[CELL]
-    data, writes = history(factors, target, write), history(factors, "write", write)
-    sae = SAE(Architecture(n_atoms=24, k=4), data.d_k, data.d_v)
-    encoded = firings.encode(sae, data)
-    return replacement.Subject(*CELL, target, write, sae, encoded, writes, writes.mean(), encoded.alive())
+    sae = SAE(Architecture(n_atoms=24, k=4), host.d_k, host.d_v)
+    return firings.encode_cell(CELL, target, write, sae, factors)
 
 
-def some_firings(subject, count=4):
-    every = firings.all_firings(subject.encoded, torch.tensor([0, 1, 2]), 8, 80)
+def some_firings(cell_sae, count=4):
+    every = firings.all_firings(cell_sae, torch.tensor([0, 1, 2]), 8, 80)
     drawn = firings.draw_in_rounds(every, count, seed=5)
-    return drawn.assign(row=drawn.window)
+    return drawn, firings.Places.of(drawn)
 
 
 # Measuring
@@ -66,10 +64,10 @@ def some_firings(subject, count=4):
 def test_the_next_token_is_the_replacement_test_s(single, tokens):
     """The columns of the default reading are those of `replacement.replace`, on every family."""
     for target in ("state", "write"):
-        run, subject = single.run(tokens), subject_of(single, tokens, target, "added")
-        drawn, order = some_firings(subject), ["window", "position", "amplitude", "read"]
-        here = multiverse.measure(single, run, subject, drawn, 3, HORIZON).sort_values(order)
-        there = replacement.replace(single, run, subject, drawn, 3).sort_values(order)
+        run, cell_sae = single.run(tokens), cell_sae_of(single, tokens, target, "added")
+        some, order = some_firings(cell_sae), ["window", "position", "amplitude", "read"]
+        here = multiverse.measure(single, run, cell_sae, *some, 3, HORIZON).sort_values(order)
+        there = replacement.replace(single, run, cell_sae, *some, 3).sort_values(order)
         assert here[order].to_numpy().tolist() == there[order].to_numpy().tolist()
         for name in ("atom", "delete", "random", "mean_write", "resampled"):
             found, wanted = here[f"{name}.next.native_patched"], there[f"kl_{name}"]
@@ -79,12 +77,12 @@ def test_the_next_token_is_the_replacement_test_s(single, tokens):
 @pytest.mark.parametrize(("target", "write"), [("state", "effective"), ("write", "added")])
 def test_every_column_is_a_run_of_that_edit(small, tokens, target, write):
     """Every condition, horizon and direction against an edited run put together from matrices."""
-    run, subject, seed = small.run(tokens), subject_of(small, tokens, target, write), 3
-    drawn = some_firings(subject, 2)
-    table = multiverse.measure(small, run, subject, drawn, seed, HORIZON)
+    run, cell_sae, seed = small.run(tokens), cell_sae_of(small, tokens, target, write), 3
+    drawn, places = some_firings(cell_sae, 2)
+    table = multiverse.measure(small, run, cell_sae, drawn, places, seed, HORIZON)
     f = small.factors(run, *CELL)
-    put_in = replacement.replacements(subject, drawn, f, torch.tensor(drawn.row.to_numpy()), seed)
-    put_in["fresh"] = multiverse.fresh(seed, drawn, small.d_k, small.d_v)
+    put_in = replacement.replacements(cell_sae, places, f, seed)
+    put_in["fresh"] = multiverse.fresh(seed, places, small.d_k, small.d_v)
     for row in table.itertuples():
         i = int(np.flatnonzero((drawn.window == row.window) & (drawn.position == row.position))[0])
         w, t = torch.tensor([row.window]), torch.tensor([row.position])
@@ -111,8 +109,8 @@ def test_every_column_is_a_run_of_that_edit(small, tokens, target, write):
 
 def test_what_nobody_has_read_changes_nothing(single, tokens):
     """Through the cache only, the KL at the writing position is exactly 0; for the token that writes it is not."""
-    subject = subject_of(single, tokens, "write", "added")
-    table = multiverse.measure(single, single.run(tokens), subject, some_firings(subject), 3, HORIZON)
+    cell_sae = cell_sae_of(single, tokens, "write", "added")
+    table = multiverse.measure(single, single.run(tokens), cell_sae, *some_firings(cell_sae), 3, HORIZON)
     writing = table.filter(like=".writing.")
     assert writing.shape[1] == 2 * 6
     assert (writing[table.read == "cache"] == 0).all(axis=None)
@@ -121,13 +119,13 @@ def test_what_nobody_has_read_changes_nothing(single, tokens):
 
 
 def test_a_fresh_direction_follows_from_seed_and_firing_alone(small, tokens):
-    drawn = some_firings(subject_of(small, tokens, "write", "added"))
-    left, right = multiverse.fresh(3, drawn, 12, 20)
+    drawn, places = some_firings(cell_sae_of(small, tokens, "write", "added"))
+    left, right = multiverse.fresh(3, places, 12, 20)
     matrices = left.mT @ right
     torch.testing.assert_close(matrices.flatten(1).norm(dim=1), torch.ones(len(drawn)))
-    again = multiverse.fresh(3, drawn.iloc[::-1], 12, 20)
+    again = multiverse.fresh(3, firings.Places.of(drawn.iloc[::-1]), 12, 20)
     torch.testing.assert_close(again[0].flip(0).mT @ again[1].flip(0), matrices, rtol=0, atol=0)
-    other = multiverse.fresh(4, drawn, 12, 20)
+    other = multiverse.fresh(4, places, 12, 20)
     assert ((other[0].mT @ other[1] - matrices).flatten(1).norm(dim=1) > 0.1).all()
     assert ((matrices[0] * matrices[1]).sum()).abs() < 0.9
 
@@ -141,8 +139,8 @@ def test_both_ways_of_a_coin():
 
 
 def test_batches_do_not_change_the_table(small, tokens):
-    subject = subject_of(small, tokens, "state", "added")
-    arguments = small, small.run(tokens), subject, some_firings(subject), 3, HORIZON
+    cell_sae = cell_sae_of(small, tokens, "state", "added")
+    arguments = small, small.run(tokens), cell_sae, *some_firings(cell_sae), 3, HORIZON
     order = ["window", "position", "amplitude", "read"]
     one, all_ = (multiverse.measure(*arguments, batch_rows=n).sort_values(order) for n in (1, 4096))
     np.testing.assert_allclose(one.filter(like="."), all_.filter(like="."), rtol=2e-3, atol=1e-9)
@@ -393,7 +391,7 @@ def suite(small, tokens, tmp_path, monkeypatch):
     changed = dict(hosts=hosts, saes=profile.saes.model_copy(update=dict(main=settings)))
     made = SmallSuite(profile.model_copy(update=changed), small, tokens)
     factors = harvest(small, tokens, [CELL], batch=3, progress=False)[CELL]
-    files.save_tensors(made.harvest_path("small", *CELL), factors, {})
+    files.save_tensors(made.harvest_path("small", *CELL), factors.tensors(), {})
     for target in ("state", "write"):
         train_sae(made, "main", CELL, target, settings, factors)
     return made
@@ -427,7 +425,7 @@ def test_what_is_there_is_read_again(suite, monkeypatch):
     monkeypatch.setattr(training, "train_one", lambda *a: pytest.fail("trained again"))
     pd.testing.assert_frame_equal(training.train_all(suite, training.other_specs(suite, "small")), first)
     table = multiverse.firings_of_host(suite, "small", Settings())
-    monkeypatch.setattr(multiverse, "measure", lambda *a: pytest.fail("measured again"))
+    monkeypatch.setattr(multiverse, "_measure", lambda *a: pytest.fail("measured again"))
     pd.testing.assert_frame_equal(multiverse.firings_of_host(suite, "small", Settings()), table)
 
 

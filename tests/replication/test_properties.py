@@ -21,14 +21,13 @@ from writesae import files
 from writesae import history as history_module
 from writesae.edit import Edit, edited_hidden, head_change, make_edit
 from writesae.files import ArtifactError
-from writesae.history import History, VectorHistory
+from writesae.history import History
 from writesae.recurrence import (
     Factors,
     diagonal_delta_chunks,
     gated_delta_chunks,
     states_before,
     step_states,
-    taken_by_erase,
 )
 
 FIXTURES = [HealthCheck.function_scoped_fixture]  # each example has a folder of its own
@@ -157,7 +156,7 @@ def histories(draw, kind: str) -> History:
     if kind == "write":
         return History(factors.key, factors.added)
     if kind == "vector":
-        return VectorHistory(factors.key, factors.added, factors.log_decay, factors.erase, taken_by_erase(factors))
+        return factors.history("state")
     return History(factors.key, factors.effective, factors.log_decay[..., 0])
 
 

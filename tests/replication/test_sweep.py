@@ -19,9 +19,9 @@ from replication.commands.sweep import Grid, SweepError, load_grid, run_sweep
 from replication.statistics import wilson
 from replication.study import paths, study
 from replication.study.profile import Profile, load_profile
-from writesae.evaluate.firings import all_firings, draw_in_rounds, encode
-from writesae.evaluate.replacement import Subject, replace
-from writesae.harvesting import harvest, history
+from writesae.evaluate.firings import CellSAE, Places, all_firings, draw_in_rounds, encode
+from writesae.evaluate.replacement import replace
+from writesae.harvesting import harvest
 from writesae.hosts import load
 from writesae.hosts.load import load_host
 from writesae.sae.train import train
@@ -114,18 +114,17 @@ def test_every_line_is_that_of_a_plain_run(output, profile, folder, serial):
     found = {s: harvest(host, x.tokens, [(3, 3)], batch=24, progress=False)[3, 3] for s, x in windows.items()}
     settings = profile.saes.main.model_copy(update=dict(k=3, seed=1))
     sae, record = train(
-        history(found["sae"], "write"), settings, progress=False, validation=history(found["heldout"], "write")
+        found["sae"].history("write"), settings, progress=False, validation=found["heldout"].history("write")
     )
     assert row.fvu == pytest.approx(record.validation_fvu, rel=1e-3)
     assert (row.k, row.alive, row.tokens) == (3, record.alive, 30 * 2 * LENGTH)
 
-    writes = history({name: x[:8] for name, x in found["heldout"].items()}, "write")
-    encoded = encode(sae, writes)
-    subject = Subject(3, 3, "write", "added", sae, encoded, writes, writes.mean(), encoded.alive())
+    writes = found["heldout"].at(slice(8)).history("write")
+    cell_sae = CellSAE(3, 3, "write", "added", sae, *encode(sae, writes), writes)
     heldout = windows["heldout"][slice(0, 8)]
-    drawn = draw_in_rounds(all_firings(encoded, heldout.passage, 8, LENGTH - 2), 5, seed=profile.seed)
+    drawn = draw_in_rounds(all_firings(cell_sae, heldout.passage, 8, LENGTH - 2), 5, seed=profile.seed)
     native = host.run(heldout.tokens)
-    kl = replace(host, native, subject, drawn.assign(row=drawn.window), profile.seed, scopes=("write",))
+    kl = replace(host, native, cell_sae, drawn, Places.of(drawn), profile.seed, scopes=("write",))
     for amplitude in ("coefficient", "matched_norm"):
         part = kl[kl.amplitude == amplitude]
         for name in ("atom", "random", "mean_write"):

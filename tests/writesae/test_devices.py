@@ -17,6 +17,7 @@ from replication.pages.cache_edits import newlines, readers
 from replication.pages.cache_edits.site import Site
 from writesae.edit import generate, make_edit
 from writesae.evaluate import replacement
+from writesae.evaluate.firings import Places, encode_cell
 from writesae.harvesting import harvest
 from writesae.sae.config import Architecture
 from writesae.sae.model import SAE
@@ -94,10 +95,10 @@ def asked(host, tokens, dtype=torch.float64):
     watched = newlines.Amplifier(rows, key[:, None], value[:, None], nothing[:, 0], nothing + 2, rows > 0, rows[:1])
     site = Site(host, run, *cell, "added")
     amplified, amounts = newlines.generate_amplified(site, watched, 3)
-    firings = pd.DataFrame(dict(row=[0, 2], position=[20, 30], host="h", atom=0, window=[0, 2]))
+    firings = pd.DataFrame(dict(position=[20, 30], host="h", atom=0, coefficient=1.0, window=[0, 2]))
     heard = readers.readers(site, (key[0], value[0]), firings, 3, 2, seed=0)
     harvested = harvest(host, tokens, [cell], 2, progress=False)[cell]
-    return harvested | dict(
+    return harvested.tensors() | dict(
         continued=continued,
         first=first,
         influence=gamma(factors, rows, position, gradient),
@@ -122,12 +123,14 @@ def test_replacement_on_a_host_elsewhere(host, tokens):
     cell = host.recurrent_layers[1], 0
     torch.manual_seed(0)
     sae = SAE(Architecture(n_atoms=24, k=3), host.d_k, host.d_v).requires_grad_(False)
-    firings = pd.DataFrame(dict(row=[0, 1], window=[0, 1], position=[20, 30], atom=[3, 4], coefficient=[0.5, 1.0]))
+    firings = pd.DataFrame(dict(window=[0, 1], position=[20, 30], atom=[3, 4], coefficient=[0.5, 1.0]))
 
     def replaced(host):
-        single = {n: x.float() for n, x in harvest(host, tokens, [cell], 2, progress=False)[cell].items()}
-        subject = replacement.make_subject(cell, "write", "added", sae, single)
-        return replacement.replace(host, host.run(tokens), subject, firings, seed=0, scopes=("write",))
+        single = harvest(host, tokens, [cell], 2, progress=False)[cell]
+        cell_sae = encode_cell(cell, "write", "added", sae, single)
+        return replacement.replace(
+            host, host.run(tokens), cell_sae, firings, Places.of(firings), seed=0, scopes=("write",)
+        )
 
     expected = replaced(host)
     with Elsewhere():

@@ -8,7 +8,7 @@ from helpers import assert_close
 
 from writesae import history as history_module
 from writesae.history import History, Origin, VectorHistory
-from writesae.recurrence import Factors, step_states, taken_by_erase
+from writesae.recurrence import Factors, step_states
 from writesae.sae.train import TrainingSettings, train
 
 TOKENS = 150  # two chunks of 64 and a part of one
@@ -126,7 +126,7 @@ def vector_history(strength: float = 0.3) -> tuple[Factors, VectorHistory]:
     added = torch.randn(3, TOKENS, 7, generator=generator).double()
     log_decay = -strength * torch.rand(3, TOKENS, 5, generator=generator).double()
     factors = Factors(query, key, added, log_decay, None, erase, probe)
-    return factors, VectorHistory(key, added, log_decay, erase, taken_by_erase(factors))
+    return factors, VectorHistory(key, added, log_decay, erase, factors.taken_by_erase())
 
 
 @pytest.mark.parametrize("strength", [0.3, 8.0])  # the second is too fast for chunks: the plain loop takes over

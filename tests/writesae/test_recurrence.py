@@ -97,5 +97,5 @@ def test_transitions_are_the_matrices():
 
 
 def test_unknown_write_definition_is_refused():
-    with pytest.raises(ValueError, match="no rank-1 write 'effective' here"):
+    with pytest.raises(ValueError, match="no rank-1 write 'effective': choose added"):
         as_factors(*cell()).write("effective")

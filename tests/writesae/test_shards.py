@@ -9,7 +9,7 @@ import torch
 
 from writesae import files, shards
 from writesae.files import ArtifactError
-from writesae.harvesting import harvest, history
+from writesae.harvesting import harvest
 from writesae.sae import train as train_module
 from writesae.sae.train import TrainingSettings, evaluate, train
 from writesae.shards import ShardedHistory, cell_folder, harvest_shards
@@ -29,7 +29,7 @@ def tokens():
 
 
 def stored(host, tokens, folder, **options) -> int:
-    return harvest_shards(host, tokens, CELLS, folder, origin="test", **dict(shard_windows=3, batch=3) | options)
+    return harvest_shards(host, tokens, CELLS, folder, identity="test", **dict(shard_windows=3, batch=3) | options)
 
 
 def settings_of(**changes) -> TrainingSettings:
@@ -46,7 +46,7 @@ def assert_same_tensors(a, b):
 def test_training_from_disk_gives_the_sae_of_training_in_memory(host, tokens, tmp_path, target):
     assert stored(host, tokens, tmp_path) == 4
     for cell in CELLS:
-        memory = history(harvest(host, tokens, CELLS, 3, progress=False)[cell], target)
+        memory = harvest(host, tokens, CELLS, 3, progress=False)[cell].history(target)
         disk = ShardedHistory(tmp_path, cell, target)
         assert (disk.shape, disk.d_k, disk.d_v, disk.target) == (memory.shape, memory.d_k, memory.d_v, target)
         assert disk.numbers == sum(x.numel() for x in memory.tensors().values())
@@ -74,7 +74,7 @@ def test_batches_mix_the_shards_by_a_seeded_shuffle(gated_deltanet, tokens, tmp_
 def test_the_first_windows_are_a_history_of_their_own(gated_deltanet, tokens, tmp_path):
     stored(gated_deltanet, tokens, tmp_path)
     few = ShardedHistory(tmp_path, CELLS[0], "state", limit=5)
-    memory = history(harvest(gated_deltanet, tokens[:5], CELLS, 3, progress=False)[CELLS[0]], "state")
+    memory = harvest(gated_deltanet, tokens[:5], CELLS, 3, progress=False)[CELLS[0]].history("state")
     assert few.shape == memory.shape
     assert torch.equal(few.mean(), memory.mean())
     assert few.fingerprint() != ShardedHistory(tmp_path, CELLS[0], "state").fingerprint()
@@ -134,7 +134,7 @@ def test_a_killed_harvest_goes_on_at_the_shard(gated_deltanet, tokens, tmp_path,
     assert runs[3:] == [3, 2], "the third shard again, and the fourth"
     stored(gated_deltanet, iter(tokens), tmp_path)
     assert len(runs) == 5, "all is there"
-    whole = history(harvest(gated_deltanet, tokens, CELLS, 3, progress=False)[CELLS[1]], "state")
+    whole = harvest(gated_deltanet, tokens, CELLS, 3, progress=False)[CELLS[1]].history("state")
     assert_same_tensors(whole.tensors(), ShardedHistory(tmp_path, CELLS[1], "state")[:].tensors())
 
 
@@ -175,10 +175,10 @@ def test_what_is_damaged_is_refused(gated_deltanet, tokens, tmp_path):
 def test_streams_that_cannot_be_harvested_are_refused(gated_deltanet, tokens, tmp_path):
     with pytest.raises(ValueError, match="holds no window"):
         stored(gated_deltanet, iter(()), tmp_path)
-    with pytest.raises(ValueError, match="the first has 40 tokens"):
+    with pytest.raises(ValueError, match="the first has 40 tokens, another 39"):
         stored(gated_deltanet, [[1] * 40] * 4 + [[1] * 39], tmp_path)
     with pytest.raises(ValueError, match="Layer 2 of small is not recurrent"):
-        harvest_shards(gated_deltanet, tokens, [(2, 0)], tmp_path, origin="test")
+        harvest_shards(gated_deltanet, tokens, [(2, 0)], tmp_path, identity="test")
 
 
 class Characters:
@@ -219,7 +219,7 @@ class Host:
 shards = int(sys.argv[1])
 with tempfile.TemporaryDirectory() as folder:
     windows = (torch.full((256,), i) for i in range(64 * shards))  # 12 MiB a shard
-    harvest_shards(Host(), windows, [(0, 0), (0, 1)], folder, origin="", shard_windows=64)
+    harvest_shards(Host(), windows, [(0, 0), (0, 1)], folder, identity="", shard_windows=64)
     settings = TrainingSettings(n_atoms=32, k=4, tokens=64 * shards * 256, batch_windows=8)
     train(ShardedHistory(folder, (0, 0), "state"), settings, progress=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)

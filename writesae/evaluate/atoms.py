@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from writesae.evaluate.replacement import Subject
+from writesae.evaluate.firings import CellSAE
 from writesae.sae.model import SAE
 from writesae.text import Windows
 
@@ -84,12 +84,12 @@ def frequent_tokens(tokenizer, windows: Windows, firings: pd.DataFrame, count: i
     return ", ".join(f"{_text(tokenizer, [token])!r} {share:.0%}" for token, share in shares.items())
 
 
-def sides(subject: Subject, firings: pd.DataFrame) -> pd.DataFrame:
+def sides(cell_sae: CellSAE, firings: pd.DataFrame) -> pd.DataFrame:
     """Return one row per atom: medians over its firings of |cosine| of its key with the write's key, and of
     its value with the write's value."""
     places, cosines = firings[["window", "position", "atom"]].to_numpy().T, {}
     window, position, atom = map(torch.tensor, places)
-    for name, side in zip(("key", "value"), subject.sae.atoms(), strict=True):
-        native = F.normalize(getattr(subject.writes, name)[window, position], dim=-1)
+    for name, side in zip(("key", "value"), cell_sae.sae.atoms(), strict=True):
+        native = F.normalize(getattr(cell_sae.writes, name)[window, position], dim=-1)
         cosines[f"cosine_{name}"] = (side[atom] * native).sum(-1).abs().numpy()
     return firings[["atom"]].assign(**cosines).groupby("atom", as_index=False).median()

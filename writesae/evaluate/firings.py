@@ -1,43 +1,70 @@
-"""Firings: where an SAE's atoms fire on held-out text, and seeded rules that draw from them before any outcome is seen.
+"""Firings: where an SAE's atoms fire on text that it was not trained on, and seeded rules that draw some of them.
 
-A firing is (window, position, atom, coefficient): the atom with the largest coefficient at that position.
+A firing is (window, position, atom, coefficient): the atom with the largest coefficient at that position. Rules draw
+firings before any outcome is measured.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from writesae.history import History
+from writesae.recurrence import Factors
 from writesae.sae.model import SAE
+from writesae.sae.sparsity import Active
 
 
 @dataclass
-class Encoded:
-    """An SAE's active atoms over held-out windows: indices, coefficients [N, T, k]."""
+class CellSAE:
+    """An SAE of a cell, and what it does on some windows.
 
-    indices: torch.Tensor
-    coefficients: torch.Tensor
+    target, write: what it is trained on. indices, coefficients [N, T, slots]: its active atoms. writes: the native
+    writes. mean_write [d_k, d_v]: their mean. alive: the atoms that are active anywhere, ascending. flat, states: a flat
+    SAE of the cell and the states that it encodes, where the replacement test compares with one.
+    """
 
-    def alive(self) -> torch.Tensor:
-        """The atoms that are active with a positive coefficient anywhere, ascending."""
-        return self.indices[self.coefficients > 0].unique()
+    layer: int
+    head: int
+    target: str
+    write: str
+    sae: SAE
+    indices: Tensor
+    coefficients: Tensor
+    writes: History
+    flat: SAE | None = None
+    states: History | None = None
+    mean_write: Tensor = field(init=False)
+    alive: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mean_write = self.writes.mean()
+        self.alive = self.indices[self.coefficients > 0].unique()
+
+
+def encode_cell(cell: tuple[int, int], target: str, write: str, sae: SAE, factors: Factors) -> CellSAE:
+    """Return the SAE of a cell (layer, head) with its active atoms on the windows of harvested factors."""
+    active = encode(sae, factors.history(target, write))
+    return CellSAE(*cell, target, write, sae, *active, factors.history("write", write))
 
 
 @torch.no_grad()
-def encode(sae: SAE, history: History, batch: int = 16) -> Encoded:
-    """The active atoms at every position of a held-out history."""
+def encode(sae: SAE, history: History, batch: int = 16) -> Active:
+    """Return the active atoms at every position, indices and coefficients [N, T, slots], `batch` windows at a time."""
     parts = [sae.encode_history(history[rows]) for rows in torch.arange(len(history.key)).split(batch)]
-    return Encoded(torch.cat([p.indices for p in parts]), torch.cat([p.coefficients for p in parts]))
+    return Active(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def all_firings(encoded: Encoded, passage: torch.Tensor, first: int, last: int) -> pd.DataFrame:
-    """Every firing at positions first <= t < last, with the number of its passage."""
-    coefficient, slot = encoded.coefficients[:, first:last].max(-1)
-    atom = encoded.indices[:, first:last].gather(-1, slot[..., None])[..., 0]
+def all_firings(active: Active | CellSAE, passage: Tensor, first: int, last: int) -> pd.DataFrame:
+    """Return every firing at positions first <= t < last: window, passage (passage [N]), position, atom, coefficient."""
+    coefficient, slot = active.coefficients[:, first:last].max(-1)
+    atom = active.indices[:, first:last].gather(-1, slot[..., None])[..., 0]
     window, position = torch.meshgrid(torch.arange(len(atom)), torch.arange(first, last), indexing="ij")
     frame = pd.DataFrame(
         dict(
@@ -51,15 +78,43 @@ def all_firings(encoded: Encoded, passage: torch.Tensor, first: int, last: int) 
     return frame[frame.coefficient > 0].reset_index(drop=True)
 
 
-def draw_in_rounds(firings: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    """`count` firings spread over the atoms: a random one of every atom, then a second of every atom, and so on.
+class Places(NamedTuple):
+    """n firings as tensors [n]: row (of the window within a run), position, atom, coefficient (fp64), window."""
 
-    Raises ValueError where there are fewer firings than asked for.
+    row: Tensor
+    position: Tensor
+    atom: Tensor
+    coefficient: Tensor
+    window: Tensor
+
+    @classmethod
+    def of(cls, firings: pd.DataFrame, row: np.ndarray | None = None) -> Places:
+        """Return the places of firings; row: of each in the run, by default the number of its window."""
+        columns = ("position", "atom", "coefficient", "window")
+        position, atom, coefficient, window = (torch.tensor(np.array(firings[name])) for name in columns)
+        return cls(window if row is None else torch.tensor(row), position, atom, coefficient, window)
+
+    def at(self, index: slice | Tensor) -> Places:
+        """Return some of the places."""
+        return Places(*(x[index] for x in self))
+
+    def draw(self, seed: int, one: Callable[[torch.Generator], Tensor]) -> Tensor:
+        """Return [n, ...]: what `one` draws for each place, from a generator seeded by (seed, window, position) alone."""
+        drawn = []
+        for window, position in zip(self.window.tolist(), self.position.tolist(), strict=True):
+            drawn.append(one(torch.Generator().manual_seed((seed * 1_000_003 + window) * 4_099 + position)))
+        return torch.stack(drawn)
+
+
+def draw_in_rounds(firings: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
+    """Return `count` firings spread over the atoms: a random one of every atom, then a second of every atom, and so on.
+
+    Raises ValueError where there are fewer firings.
     """
     if len(firings) < count:
         raise ValueError(
-            f"{count} firings are asked for and the held-out windows hold {len(firings)}: "
-            "lower replacement.firings or raise data.heldout_windows in the profile."
+            f"{count} firings are asked for and the held-out windows hold {len(firings)}: ask for fewer, or take more "
+            "windows (data.heldout_windows of a profile)."
         )
     shuffled = firings.sample(frac=1.0, random_state=seed)
     turn = shuffled.groupby("atom").cumcount().to_numpy()
@@ -68,17 +123,17 @@ def draw_in_rounds(firings: pd.DataFrame, count: int, seed: int) -> pd.DataFrame
 
 
 def draw_atoms(firings: pd.DataFrame, count: int, fewest: int, seed: int) -> np.ndarray:
-    """`count` atoms with at least `fewest` firings, drawn at random. Raises ValueError where there are fewer."""
+    """Return `count` random atoms with at least `fewest` firings, ascending. Raises ValueError where there are fewer."""
     counts = firings.groupby("atom").size()
     able = counts.index[counts >= fewest].to_numpy()
     if len(able) < count:
         raise ValueError(
             f"{count} atoms are asked for and only {len(able)} are alive with {fewest} or more held-out firings: "
-            "ask for fewer atoms, or raise data.heldout_windows in the profile."
+            "ask for fewer, or take more windows (data.heldout_windows of a profile)."
         )
     return np.sort(np.random.default_rng(seed).choice(able, count, replace=False))
 
 
 def atom_names(frame: pd.DataFrame) -> pd.Series:
-    """Atoms of different cells are different atoms: layer.head.atom."""
+    """Return layer.head.atom for each firing: atoms of different cells are different atoms."""
     return frame.layer.astype(str) + "." + frame["head"].astype(str) + "." + frame.atom.astype(str)

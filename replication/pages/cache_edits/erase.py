@@ -7,94 +7,96 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from replication.pages.cache_edits.site import Site, interval, places
+from replication.pages.cache_edits.site import Site, interval
 from replication.statistics import paired_wilcoxon, wilson
 from writesae.edit import make_edit
-from writesae.evaluate.firings import Encoded
+from writesae.evaluate.firings import CellSAE, Places
 from writesae.evaluate.install import ranks
 from writesae.evaluate.replacement import STEPS
 from writesae.sae.model import SAE
+from writesae.sae.sparsity import Active
 
 
 @torch.no_grad()
-def log_p(site: Site, rows, position, left, right) -> torch.Tensor:
-    """Log-probabilities [n, V] that the token after the write reads out, with left right^T ([n, d_k], [n, d_v]) added."""
-    edit = make_edit(rows, position, left[:, None], right[:, None])
+def log_p(site: Site, places: Places, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return log-probabilities [n, V] of the token after the next, with left right^T ([n, d_k], [n, d_v]) added."""
+    edit = make_edit(places.row, places.position, left[:, None], right[:, None])
     return F.log_softmax(site.host.logits(site.edited(edit, STEPS)[:, -1]), -1)
 
 
-def native_log_p(site: Site, rows, position) -> torch.Tensor:
-    """The same without an edit."""
-    return F.log_softmax(site.logits(rows, position + STEPS - 1), -1)
+def native_log_p(site: Site, places: Places) -> torch.Tensor:
+    """Return the same without an edit."""
+    return F.log_softmax(site.logits(places.row, places.position + STEPS - 1), -1)
 
 
 def token_drops(site: Site, firings: pd.DataFrame, atoms: np.ndarray) -> torch.Tensor:
-    """[atoms, V]: for each atom and token, the fall of log p by deletion of the native write, summed over its firings.
+    """Return [atoms, V]: the fall of each token's log p by deletion of the native write, summed over an atom's firings.
 
-    The largest entry of a line is the atom's preferred token (App. I.4). firings: with their row; atoms: ascending.
+    The largest entry of a row is the atom's preferred token (App. I.4). atoms: ascending.
     """
-    (rows, position), total = places(firings), torch.zeros(len(atoms), site.host.vocabulary)
-    key, value, _ = site.native(rows, position)
-    fall = native_log_p(site, rows, position) - log_p(site, rows, position, key, -value)
+    places, total = site.places(firings), torch.zeros(len(atoms), site.host.vocabulary)
+    key, value, _ = site.native(places.row, places.position)
+    fall = native_log_p(site, places) - log_p(site, places, key, -value)
     return total.double().index_add(0, torch.from_numpy(np.searchsorted(atoms, firings.atom)), fall.double())
 
 
-def draw_places(firings: pd.DataFrame, encoded: Encoded, atoms: np.ndarray, count: int, seed: int) -> pd.DataFrame:
-    """`count` of these firings of each atom, and as many of the places where it is not among the active ones.
+def draw_places(
+    firings: pd.DataFrame, active: Active | CellSAE, atoms: np.ndarray, count: int, seed: int
+) -> pd.DataFrame:
+    """Draw `count` of these firings of each atom, and as many of the places where the atom is not active.
 
     coefficient: the firing's own; elsewhere the median one of the drawn firings (the paper's a*).
     """
-    window, position = (torch.tensor(firings[name].to_numpy()) for name in ("window", "position"))
-    indices, coefficients = encoded.indices[window, position], encoded.coefficients[window, position]
+    places = Places.of(firings)
+    indices, coefficients = (x[places.window, places.position] for x in (active.indices, active.coefficients))
     drawn = []
     for atom in atoms:
         silent = firings[~((indices == atom) & (coefficients > 0)).any(-1).numpy()]
-        own = firings[firings.atom == atom].sample(count, random_state=seed)
+        fired = firings[firings.atom == atom].sample(count, random_state=seed)
         other = silent.sample(min(count, len(silent)), random_state=seed)
-        drawn.append(own.assign(where="firing"))
-        drawn.append(other.assign(where="elsewhere", atom=atom, coefficient=own.coefficient.median()))
+        drawn.append(fired.assign(where="firing"))
+        drawn.append(other.assign(where="elsewhere", atom=atom, coefficient=fired.coefficient.median()))
     return pd.concat(drawn).sort_values(["window", "position"], kind="stable").reset_index(drop=True)
 
 
 def others(alive: torch.Tensor, atom: torch.Tensor, seed: int) -> torch.Tensor:
-    """For each atom [n] another alive one; alive [A]: ascending, with these atoms among them."""
+    """Return another alive atom for each atom [n]; alive [A]: ascending, with these atoms among them."""
     drawn = torch.randint(len(alive) - 1, atom.shape, generator=torch.Generator().manual_seed(seed))
     return alive[drawn + (drawn >= torch.searchsorted(alive, atom))]
 
 
 def writes_at(where: str, native, atom, other, size: torch.Tensor, doses) -> list[tuple]:
-    """(condition, dose, key, value) of what is added at places of one kind; native, atom, other: (key, value) pairs.
+    """Return (condition, dose, key, value) of what is added at places of one kind; native, atom, other: (key, value).
 
-    At firings `delete` takes the native write out, `subtract` the atom at its coefficient, `random` another atom at the
-    same one. Elsewhere `add` puts the atom in at dose x size, `random` another atom.
+    At firings `delete` takes out the native write, `subtract` the atom at its coefficient, and `random` another atom at
+    the same coefficient. Elsewhere `add` adds the atom at dose x size, and `random` another atom.
     """
     if where == "firing":
-        taken = dict(subtract=atom, random=other)
-        return [("delete", 1.0, native[0], -native[1])] + [(n, 1.0, k, -size * v) for n, (k, v) in taken.items()]
+        subtracted = dict(subtract=atom, random=other)
+        return [("delete", 1.0, native[0], -native[1])] + [(n, 1.0, k, -size * v) for n, (k, v) in subtracted.items()]
     return [(n, m, k, m * size * v) for m in doses for n, (k, v) in dict(add=atom, random=other).items()]
 
 
 def erase(site: Site, sae: SAE, drawn: pd.DataFrame, preferred: dict, alive, doses, seed: int) -> pd.DataFrame:
-    """A line a (place, condition, dose, source of the preferred token): the change of the token's log-probability.
+    """Return one row per (place, condition, dose, source of the preferred token): the change of the token's log p.
 
-    drawn: lines of `draw_places` with their row; preferred: {source: {atom: token}}; alive [A]: atoms, ascending.
+    drawn: rows of `draw_places`; preferred: {source: {atom: token}}; alive [A]: atoms, ascending.
     """
     atoms, tables = sae.atoms(), []
     for where, part in drawn.groupby("where", sort=False):
-        rows, position = places(part)
-        atom = torch.tensor(part.atom.to_numpy())
-        sides = [[x[a] for x in atoms] for a in (atom, others(alive, atom, seed))]
-        native, before = site.native(rows, position)[:2], native_log_p(site, rows, position)
-        size = torch.tensor(part.coefficient.to_numpy())[:, None].to(atoms[0])
+        places = site.places(part)
+        sides = [[x[a] for x in atoms] for a in (places.atom, others(alive, places.atom, seed))]
+        native, before = site.native(places.row, places.position)[:2], native_log_p(site, places)
+        size = places.coefficient[:, None].to(atoms[0])
         for condition, dose, key, value in writes_at(where, native, *sides, size, doses):
-            after = log_p(site, rows, position, key, value)
+            after = log_p(site, places, key, value)
             for source, tokens in preferred.items():
                 token = torch.tensor([tokens[a] for a in part.atom])
                 one, two = (x.gather(-1, token[:, None])[:, 0] for x in (before, after))
-                numbers = dict(token=token, log_p=one, change=two - one)
-                numbers |= dict(native_rank=ranks(before, token), edited_rank=ranks(after, token))
-                said = dict(condition=condition, dose=dose, token_from=source)
-                tables.append(part.drop(columns="row").assign(**said, **{n: x.numpy() for n, x in numbers.items()}))
+                columns = dict(token=token, log_p=one, change=two - one)
+                columns |= dict(native_rank=ranks(before, token), edited_rank=ranks(after, token))
+                labels = dict(condition=condition, dose=dose, token_from=source)
+                tables.append(part.assign(**labels, **{name: x.numpy() for name, x in columns.items()}))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -11,11 +11,11 @@ import torch
 
 from replication.pages.cache_edits.site import Site, interval
 from replication.statistics import paired_wilcoxon
-from writesae.evaluate.firings import Encoded
 from writesae.history import History
 from writesae.hosts.past import Record, extend
 from writesae.recurrence import Factors
 from writesae.sae.model import SAE
+from writesae.sae.sparsity import Active
 
 PER = 400  # newlines are counted per this many generated tokens
 
@@ -89,11 +89,11 @@ def generate_amplified(
     return torch.stack(chosen, 1), torch.stack(written, 1)
 
 
-def boundary_means(encoded: Encoded, ends: torch.Tensor, n_atoms: int) -> torch.Tensor:
+def boundary_means(active: Active, ends: torch.Tensor, n_atoms: int) -> torch.Tensor:
     """[2, n_atoms]: each atom's mean coefficient at the places `ends` [N, T] bool, and at all others."""
     means = torch.zeros(2, n_atoms, dtype=torch.float64)
     for side, at in enumerate((ends, ~ends)):
-        means[side].index_add_(0, encoded.indices[at].flatten(), encoded.coefficients[at].flatten().double())
+        means[side].index_add_(0, active.indices[at].flatten(), active.coefficients[at].flatten().double())
         means[side] /= at.sum()
     return means
 

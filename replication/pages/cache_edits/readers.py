@@ -8,50 +8,49 @@ import numpy as np
 import pandas as pd
 import torch
 
-from replication.pages.cache_edits.site import Site, interval, places, unit
+from replication.pages.cache_edits.site import Site, interval, unit
 from writesae.edit import head_change, make_edit
 from writesae.hosts.past import Record
 
 
 @torch.no_grad()
 def later_heads(site: Site, rows, starts, change: torch.Tensor) -> dict[int, torch.Tensor]:
-    """The heads' outputs [n, steps, heads, d] of every layer above the cell's, under a change of its output [n, steps, d_v]."""
-    listening, heard = copy.copy(site.host), {}
+    """Return the heads' outputs [n, steps, heads, d] of every later layer, under a change of the cell's [n, steps, d_v]."""
+    host, outputs = copy.copy(site.host), {}
 
     def mix(layer: int, *rest) -> Record:
         record = site.host.mix(layer, *rest)
-        heard[layer] = record.outputs.cpu()
+        outputs[layer] = record.outputs.cpu()
         return record
 
-    listening.mix = mix
-    listening.branch(site.run, site.layer, site.head, rows, starts, change)
-    return heard
+    host.mix = mix
+    host.branch(site.run, site.layer, site.head, rows, starts, change)
+    return outputs
 
 
 @torch.no_grad()
 def readers(site: Site, atom: tuple, firings: pd.DataFrame, steps: int, draws: int, seed: int) -> pd.DataFrame:
-    """A line a (firing, later layer, head): by how much the head's output changes over `steps` tokens from the firing on.
+    """Return one row per (firing, later layer, head): how much the head's output changes over `steps` tokens.
 
     signal: with the atom (key [d_k], value [d_v]) added in the native write's norm; baseline: the root mean square over
-    `draws` random rank-1 writes of that norm. firings: with their row.
+    `draws` random rank-1 writes of that norm.
     """
-    (rows, position), generator, n = places(firings), torch.Generator().manual_seed(seed), len(firings)
+    places, generator, n = site.places(firings), torch.Generator().manual_seed(seed), len(firings)
     left, right = (
-        torch.cat([own.expand(n, 1, -1), unit(n, draws, len(own), generator=generator).to(own)], 1).flatten(0, 1)
-        for own in atom
+        torch.cat([side.expand(n, 1, -1), unit(n, draws, len(side), generator=generator).to(side)], 1).flatten(0, 1)
+        for side in atom
     )
-    rows, position = (x.repeat_interleave(1 + draws) for x in (rows, position))
+    rows, position = (x.repeat_interleave(1 + draws) for x in (places.row, places.position))
     right = right * site.native(rows, position)[2][:, None]
     change, _ = head_change(site.factors, make_edit(rows, position, left[:, None], right[:, None]), steps)
     index, tables = (rows[:, None], position[:, None] + torch.arange(steps)), []
     for layer, outputs in later_heads(site, rows, position, change).items():
-        moved = (
-            (outputs - site.run.records[layer].outputs[index].cpu()).double().square().sum((1, 3)).unflatten(0, (n, -1))
-        )
+        moved = (outputs - site.run.records[layer].outputs[index].cpu()).double().square()
+        moved = moved.sum((1, 3)).unflatten(0, (n, -1))
         signal, baseline = (x.sqrt().numpy() for x in (moved[:, 0], moved[:, 1:].mean(1)))  # [n, heads]
         for head in range(signal.shape[1]):
-            found = dict(reader_layer=layer, reader_head=head, signal=signal[:, head], baseline=baseline[:, head])
-            tables.append(firings.drop(columns="row").assign(**found))
+            columns = dict(reader_layer=layer, reader_head=head, signal=signal[:, head], baseline=baseline[:, head])
+            tables.append(firings.assign(**columns))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from replication.pages.cache_edits.site import Site, interval, places, unit
+from replication.pages.cache_edits.site import Site, interval, unit
 from replication.statistics import paired_wilcoxon, wilson
 from writesae.edit import Edit
 from writesae.sae.model import SAE
@@ -17,19 +17,20 @@ ERASURES = ("delete", "atom", "random", "beside")
 
 
 def erasure_edits(site: Site, firings: pd.DataFrame, sae: SAE, first: int, seed: int) -> dict[str, Edit]:
-    """{condition: an edit with a row a window}, all firings of the window at once; all rows start at position `first`.
+    """Return {condition: an edit of all firings of a window at once, a row per window}; rows start at position `first`.
 
-    delete: the native write out; atom: the firing's atom in its place, in its norm; random: a random rank-1 matrix in its
-    place, in its norm; beside: that matrix added while the native write stays. firings: with their row, from `first` on.
+    delete: the native write is taken out; atom: replaced by the firing's atom in its norm; random: replaced by a random
+    rank-1 matrix in its norm; beside: that matrix is added and the native write stays. firings: from `first` on.
     """
-    (rows, position), generator = places(firings), torch.Generator().manual_seed(seed)
+    places, generator = site.places(firings), torch.Generator().manual_seed(seed)
+    rows, position = places.row, places.position
     key, value, norm = site.native(rows, position)
-    atom = [x[torch.tensor(firings.atom.to_numpy())].to(key) for x in sae.atoms()]
+    atom = [x[places.atom].to(key) for x in sae.atoms()]
     random = [unit(len(rows), x.shape[-1], generator=generator).to(key) for x in (key, value)]
     out, atom, random = (key, -value), *((x, norm[:, None] * y) for x, y in (atom, random))
     windows, which = rows.unique(return_inverse=True)
-    slot = torch.tensor(firings.groupby("row").cumcount().to_numpy()) + 1
-    grid = torch.full((len(windows), int(slot.max()) + 1), -1)  # -1 is a term of nothing at `first`, as all of slot 0
+    slot = torch.tensor(firings.groupby("window").cumcount().to_numpy()) + 1
+    grid = torch.full((len(windows), int(slot.max()) + 1), -1)  # -1: a zero term at `first`, as the whole slot 0
     grid[which, slot] = torch.arange(len(rows))
     spread, reads = torch.cat([position, torch.tensor([first])])[grid], torch.ones(len(windows), dtype=torch.bool)
     edits = {}
@@ -42,12 +43,10 @@ def erasure_edits(site: Site, firings: pd.DataFrame, sae: SAE, first: int, seed:
 
 @torch.no_grad()
 def erase_registers(site: Site, firings: pd.DataFrame, sae: SAE, first: int, seed: int) -> pd.DataFrame:
-    """A line a (window, condition): the rise of the loss in bits per token over all tokens that are predicted from position
-    `first` on. firings: all register firings of some windows, from `first` on, with their row."""
-    told = firings.groupby("row", as_index=False).agg(
-        window=("window", "first"), passage=("passage", "first"), erased=("position", "size")
-    )
-    rows, tokens = torch.tensor(told.row.to_numpy()), site.run.tokens
+    """Return one row per (window, condition): the rise of the loss in bits per token, over the tokens predicted from
+    position `first` on. firings: all register firings of some windows, from `first` on."""
+    windows = firings.groupby("window", as_index=False).agg(passage=("passage", "first"), erased=("position", "size"))
+    rows, tokens = site.places(firings).row.unique(), site.run.tokens
 
     def bits(hidden: torch.Tensor) -> torch.Tensor:
         logits = site.host.logits(hidden[:, :-1]).mT
@@ -56,8 +55,8 @@ def erase_registers(site: Site, firings: pd.DataFrame, sae: SAE, first: int, see
     native, tables = bits(site.run.final[rows, first:]), []
     for name, edit in erasure_edits(site, firings, sae, first, seed).items():
         rise = bits(site.edited(edit, tokens.shape[1] - first)) - native
-        tables.append(told.assign(condition=name, bits_native=native.numpy(), rise=rise.numpy()))
-    return pd.concat(tables, ignore_index=True).drop(columns="row")
+        tables.append(windows.assign(condition=name, bits_native=native.numpy(), rise=rise.numpy()))
+    return pd.concat(tables, ignore_index=True)
 
 
 def summarise_registers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:

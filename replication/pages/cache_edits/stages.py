@@ -14,87 +14,51 @@ everything is measured on held-out text. All edits are exact (`writesae.edit`).
 
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 
+from replication.pages.cache_edits import newlines as amplifying
 from replication.pages.cache_edits.erase import draw_places, erase, summarise_erase, token_drops
-from replication.pages.cache_edits.newlines import (
-    PER,
-    amplifier,
-    boundary_means,
-    choose_boundary,
-    conditions,
-    generate_amplified,
-    summarise_newlines,
-    surface,
-)
 from replication.pages.cache_edits.readers import readers, summarise_readers, top_readers
 from replication.pages.cache_edits.registers import erase_registers, summarise_registers
 from replication.pages.cache_edits.single_write import single_writes, summarise_single
-from replication.pages.cache_edits.site import Site, in_batches
+from replication.pages.cache_edits.site import Site
+from replication.study.firings import encoded_saes, firings_of, passage_prompts
 from replication.study.profile import Section
+from replication.study.stages import rows_with
 from replication.study.study import Suite
-from writesae.evaluate.firings import Encoded, all_firings, draw_atoms, encode
+from writesae.evaluate.firings import CellSAE, draw_atoms
 from writesae.evaluate.install import draw_targets
-from writesae.evaluate.replacement import STEPS
 from writesae.evaluate.shifts import draw_positions
-from writesae.harvesting import harvest, history
 from writesae.hosts.base import Host
-from writesae.sae.model import SAE
+from writesae.sae.sparsity import Active
 from writesae.text import Windows
 
-MODES = dict(offset="state", scale="write")  # how generation is amplified -> what the SAE of the atoms is trained on
+MODES = dict(offset="state", scale="write")  # how generation is amplified -> target of the SAE whose atoms are used
 GROUP = 20  # prompts run together
-PASSAGES = 4  # passages run together, as they are read whole
+PASSAGES = 4  # passages run together; each is read whole
 
 
-@dataclass
-class Found:
-    """Windows of a split, a cell's SAE, what is active in them, and all firings."""
+class Text(NamedTuple):
+    """Windows of a split, an SAE of the cell on them, and all its firings there."""
 
     windows: Windows
-    sae: SAE
-    encoded: Encoded
+    cell_sae: CellSAE
     firings: pd.DataFrame
-
-
-FINDING = threading.RLock()  # groups that run at once share what one of them has found
-
-
-@lru_cache(maxsize=2)
-def _harvest(suite: Suite, name: str, cell: tuple[int, int], split: str, count: int) -> tuple[Windows, dict]:
-    windows = suite.windows(name, split)[slice(0, count)]
-    return windows, harvest(suite.host(name), windows.tokens, [cell], suite.profile.data.batch_windows)[cell]
-
-
-def find(suite: Suite, name: str, cell: tuple[int, int], split: str, count: int, target: str) -> Found:
-    """The firings of a cell's SAE in the first `count` windows of a split, kept for the next who asks."""
-    with FINDING:
-        return _find(suite, name, cell, split, count, target)
-
-
-@lru_cache(maxsize=4)
-def _find(suite: Suite, name: str, cell: tuple[int, int], split: str, count: int, target: str) -> Found:
-    windows, factors = _harvest(suite, name, cell, split, count)
-    sae, data = suite.sae(name, *cell, target), suite.profile.data
-    encoded = encode(sae, history(factors, target, suite.profile.saes.write))
-    last = windows.tokens.shape[1] - STEPS
-    return Found(windows, sae, encoded, all_firings(encoded, windows.passage, data.first_position, last))
 
 
 @lru_cache(maxsize=2)
 def line_breaks(host: Host) -> torch.Tensor:
-    """[V]: how many line breaks each token holds."""
+    """Return [V]: the number of line breaks in each token."""
     return torch.tensor([host.tokenizer.decode([i]).count("\n") for i in range(host.vocabulary)])
 
 
 class Stages:
-    """The stages of one host; each gives its part of a table, computed only where something has changed."""
+    """The stages of one host; each returns its part of a table and computes it only where something has changed."""
 
     def __init__(self, suite: Suite, name: str, settings: Section):
         self.suite, self.name, self.settings, self.profile = suite, name, settings, suite.profile
@@ -104,71 +68,76 @@ class Stages:
     def host(self) -> Host:
         return self.suite.host(self.name)
 
-    def site(self, tokens: torch.Tensor) -> Site:
-        return Site(self.host, self.host.run(tokens), *self.cell, self.profile.saes.write)
+    def site(self, windows: Windows, numbers: np.ndarray | None = None) -> Site:
+        """Return the cell in a native run over windows, or over some of them by number."""
+        tokens = windows.tokens if numbers is None else windows.tokens[numbers]
+        return Site(self.host, self.host.run(tokens), *self.cell, self.profile.saes.write, numbers)
+
+    def batch(self, windows: Windows, start: int) -> Site:
+        """Return the cell in a native run over the batch of windows from `start` on."""
+        return self.site(windows, np.arange(start, min(start + self.profile.data.batch_windows, len(windows))))
 
     def staged(self, table: str, groups, compute, **more) -> pd.DataFrame:
-        """compute(group) for every group, with where it was found; `more` is what it depends on beside the settings."""
+        """Return compute(group) for every group, with the cell; `more`: what it depends on beside the settings."""
         inputs = dict(settings=self.settings, data=self.profile.data, cell=self.cell, write=self.profile.saes.write)
         inputs |= dict(seed=self.seed, saes=self.suite.sae_files(self.name), **more)
         where = dict(host=self.name, layer=self.cell[0], head=self.cell[1])
         groups = list(groups)
         return self.suite.staged(table, self.name, groups, lambda g: compute(g).assign(**where), [__name__], inputs)
 
-    def selection(self, target: str) -> Found:
-        """Text of the SAE split, on which things are chosen."""
-        return find(self.suite, self.name, self.cell, "sae", self.settings.selection_windows, target)
+    def texts(self, split: str, count: int) -> dict[str, Text]:
+        """Return the first windows of a split by target of the SAE on them."""
+        windows = self.suite.windows(self.name, split)[slice(0, count)]
+        saes = encoded_saes(self.suite, self.name, [self.cell], "main", windows)
+        return {x.target: Text(windows, x, firings_of(self.suite, x, windows)) for x in saes}
 
-    def heldout(self, target: str) -> Found:
+    @cached_property
+    def selection(self) -> dict[str, Text]:
+        """Text of the SAE split, on which atoms and tokens are chosen."""
+        return self.texts("sae", self.settings.selection_windows)
+
+    @cached_property
+    def heldout(self) -> dict[str, Text]:
         """The held-out text on which everything but generation is measured."""
-        return find(self.suite, self.name, self.cell, "heldout", self.settings.windows, target)
+        return self.texts("heldout", self.settings.windows)
 
     def alive(self, target: str) -> pd.DataFrame:
-        """The cell's lines of alive_atoms.csv (notebook 07), which has the classes. ValueError where there are none."""
+        """Return the cell's rows of alive_atoms.csv (notebook 07), which has the classes. ValueError for none."""
         table = self.suite.table("alive_atoms")
         where = dict(host=self.name, target=target, layer=self.cell[0], head=self.cell[1])
-        here = np.logical_and.reduce([table[name] == value for name, value in where.items()])
-        if not here.any():
+        rows = rows_with(table, **where)
+        if rows.empty:
             raise ValueError(f"alive_atoms.csv has no atoms of {where}: cache_edits.place must be population.place.")
-        return table[here]
+        return rows
 
     def prompts(self, count: int, tokens: int) -> Windows:
-        """The beginnings of `count` held-out passages, drawn at random. ValueError where there are fewer, or shorter ones."""
-        windows = self.suite.windows(self.name, "heldout")
-        first = np.unique(windows.passage.numpy(), return_index=True)[1]
-        if len(first) < count:
-            raise ValueError(
-                f"{count} prompts are asked for and the held-out windows are of {len(first)} passages: "
-                "ask for fewer prompts, or raise data.heldout_windows in the profile."
-            )
-        picked = np.sort(np.random.default_rng(self.seed).choice(first, count, replace=False))
-        return windows[picked].beginnings(tokens)
+        return passage_prompts(self.suite, self.name, count, tokens)
 
     @cached_property
     def erased(self) -> tuple[np.ndarray, pd.DataFrame]:
-        """The atoms of experiment 1 and their places: atoms that fire often enough in held-out text, and in the SAE's."""
-        settings, own = self.settings.erase, self.heldout(self.settings.target)
-        able = own.firings[own.firings.atom.isin(self.selection(self.settings.target).firings.atom)]
+        """The atoms of experiment 1 and their places: atoms that fire often enough in both texts."""
+        settings, text = self.settings.erase, self.heldout[self.settings.target]
+        able = text.firings[text.firings.atom.isin(self.selection[self.settings.target].firings.atom)]
         atoms = draw_atoms(able, settings.atoms, settings.positions, self.seed)
-        return atoms, draw_places(own.firings, own.encoded, atoms, settings.positions, self.seed)
+        return atoms, draw_places(text.firings, text.cell_sae, atoms, settings.positions, self.seed)
 
     def preferred(self) -> pd.DataFrame:
-        """cache_preferred: each atom's preferred token, found on firings in the SAE's text (other), and, as in the paper, on
-        the tested firings themselves (same)."""
-        target, count, batch = self.settings.target, self.settings.erase.positions, self.profile.data.batch_windows
+        """cache_preferred: each atom's preferred token, found on firings in the SAE's text (other), and, as in the paper,
+        on the tested firings themselves (same)."""
+        target, count, size = self.settings.target, self.settings.erase.positions, self.profile.data.batch_windows
 
         def compute(source: str) -> pd.DataFrame:
-            (atoms, drawn), text = self.erased, self.heldout(target)
+            (atoms, drawn), text = self.erased, self.heldout[target]
             firings = drawn[drawn["where"] == "firing"]
             if source == "other":
-                text = self.selection(target)
+                text = self.selection[target]
                 firings = text.firings[text.firings.atom.isin(atoms)].groupby("atom").head(count)
-            parts = in_batches(firings, batch)
-            falls = [token_drops(self.site(text.windows.tokens[i : i + batch]), part, atoms) for i, part in parts]
+            batches = firings.groupby(firings.window // size)
+            falls = [token_drops(self.batch(text.windows, n * size), part, atoms) for n, part in batches]
             score, token = sum(falls).max(1)
-            said = [repr(self.host.tokenizer.decode([t])) for t in token.tolist()]
+            texts = [repr(self.host.tokenizer.decode([t])) for t in token.tolist()]
             counts = firings.groupby("atom").size().loc[atoms].to_numpy()
-            columns = dict(atom=atoms, token=token.numpy(), text=said, score=score.numpy(), firings=counts)
+            columns = dict(atom=atoms, token=token.numpy(), text=texts, score=score.numpy(), firings=counts)
             return pd.DataFrame(columns).assign(target=target, token_from=source)
 
         return self.staged("cache_preferred", ("other", "same"), compute)
@@ -179,16 +148,16 @@ class Stages:
         preferred = {s: dict(zip(p.atom, p.token, strict=True)) for s, p in tokens.groupby("token_from")}
 
         def compute(start: int) -> pd.DataFrame:
-            own, (_, drawn), doses = self.heldout(self.settings.target), self.erased, self.settings.erase.doses
-            here = drawn[(drawn.window >= start) & (drawn.window < start + size)]
-            if here.empty:
+            (windows, cell_sae, _), (_, drawn) = self.heldout[self.settings.target], self.erased
+            part = drawn[(drawn.window >= start) & (drawn.window < start + size)]
+            if part.empty:
                 return pd.DataFrame()
-            site, here = self.site(own.windows.tokens[start : start + size]), here.assign(row=here.window - start)
-            found = erase(site, own.sae, here, preferred, own.encoded.alive(), doses, self.seed + start)
-            return found.assign(target=self.settings.target)
+            doses, site = self.settings.erase.doses, self.batch(windows, start)
+            table = erase(site, cell_sae.sae, part, preferred, cell_sae.alive, doses, self.seed + start)
+            return table.assign(target=self.settings.target)
 
-        said = tokens[["token_from", "atom", "token"]].values.tolist()
-        return self.staged("cache_erase", range(0, self.settings.windows, size), compute, preferred=said)
+        chosen = tokens[["token_from", "atom", "token"]].values.tolist()
+        return self.staged("cache_erase", range(0, self.settings.windows, size), compute, preferred=chosen)
 
     def single(self) -> pd.DataFrame:
         """single_write (experiment 2); targets as in notebook 10, by their native rank where they are read."""
@@ -199,11 +168,11 @@ class Stages:
         drawn = drawn.view(settings.prompts, settings.positions)
 
         def compute(start: int) -> pd.DataFrame:
-            here = slice(start, start + GROUP)
-            part, t0, site = windows[here], drawn[here].flatten(), self.site(windows.tokens[here])
+            group = slice(start, start + GROUP)
+            part, t0, site = windows[group], drawn[group].flatten(), self.site(windows[group])
             rows = torch.arange(len(part)).repeat_interleave(settings.positions)
             native = site.logits(rows, t0 + settings.horizon)
-            targets, labels = draw_targets(native, install, self.seed + start)
+            targets, labels = draw_targets(native, install.rank_classes, install.targets_per_class, self.seed + start)
             table = single_writes(site, rows, t0, targets, settings.magnitude, settings.horizon)
             row = rows.numpy()[table.pop("place")]
             table["target_class"] = np.tile(labels, len(table) // len(labels))
@@ -216,11 +185,12 @@ class Stages:
         modes = [mode for mode, target in MODES.items() if target in self.profile.saes.targets]
 
         def compute(mode: str) -> pd.DataFrame:
-            text, first = self.selection(MODES[mode]), self.profile.data.first_position
-            ends = line_breaks(self.host)[text.windows.tokens[:, first:]] > 0
-            after = Encoded(text.encoded.indices[:, first:], text.encoded.coefficients[:, first:])
-            means = boundary_means(after, ends, text.sae.n_atoms)
-            return choose_boundary(means, self.settings.newlines.atoms, self.seed).assign(mode=mode, target=MODES[mode])
+            (windows, cell_sae, _), first = self.selection[MODES[mode]], self.profile.data.first_position
+            ends = line_breaks(self.host)[windows.tokens[:, first:]] > 0
+            active = Active(cell_sae.indices[:, first:], cell_sae.coefficients[:, first:])
+            means = amplifying.boundary_means(active, ends, cell_sae.sae.n_atoms)
+            chosen = amplifying.choose_boundary(means, self.settings.newlines.atoms, self.seed)
+            return chosen.assign(mode=mode, target=MODES[mode])
 
         return self.staged("newline_atoms", modes, compute)
 
@@ -228,42 +198,44 @@ class Stages:
         """newlines (experiment 3)."""
         settings, chosen = self.settings.newlines, self.boundary_atoms()
         windows, atoms = self.prompts(settings.prompts, settings.prompt_tokens), dict(list(chosen.groupby("mode")))
-        wanted = conditions([mode for mode in MODES if mode in atoms], settings.doses)
+        wanted = amplifying.conditions([mode for mode in MODES if mode in atoms], settings.doses)
 
         def compute(start: int) -> pd.DataFrame:
             part = windows[slice(start, start + GROUP)]
             saes = {mode: self.suite.sae(self.name, *self.cell, MODES[mode]) for mode in atoms}
-            plan, site = amplifier(saes, atoms, wanted, len(part)), self.site(part.tokens)
-            made, _ = generate_amplified(site, plan, settings.new_tokens, settings.temperature, self.seed + start)
-            table = pd.DataFrame([wanted[i // len(part)] for i in range(len(made))], columns=["mode", "role", "dose"])
+            plan, site = amplifying.amplifier(saes, atoms, wanted, len(part)), self.site(part)
+            options = dict(temperature=settings.temperature, seed=self.seed + start)
+            tokens, _ = amplifying.generate_amplified(site, plan, settings.new_tokens, **options)
+            conditions = [wanted[i // len(part)] for i in range(len(tokens))]
+            table = pd.DataFrame(conditions, columns=["mode", "role", "dose"])
             table = table.assign(prompt=plan.prompt.numpy() + start, passage=part.passage[plan.prompt].numpy())
-            table["newlines"] = line_breaks(self.host)[made].sum(1).numpy() * PER / settings.new_tokens
-            table["distinct"] = [len(set(row)) / len(row) for row in made.tolist()]
-            texts = [surface(self.host.tokenizer.decode(row)) for row in made.tolist()]
+            breaks = line_breaks(self.host)[tokens].sum(1).numpy()
+            table["newlines"] = breaks * amplifying.PER / settings.new_tokens
+            table["distinct"] = [len(set(row)) / len(row) for row in tokens.tolist()]
+            texts = [amplifying.surface(self.host.tokenizer.decode(row)) for row in tokens.tolist()]
             return pd.concat([table, pd.DataFrame(texts)], axis=1)
 
-        said = chosen[["mode", "role", "atom"]].values.tolist()
-        return self.staged("newlines", range(0, settings.prompts, GROUP), compute, atoms=said)
+        places = chosen[["mode", "role", "atom"]].values.tolist()
+        return self.staged("newlines", range(0, settings.prompts, GROUP), compute, atoms=places)
 
     def exemplars(self) -> pd.DataFrame:
-        """The register atoms that fire most, of those that fire in enough passages; bundles where registers are too few."""
+        """Return the register atoms with the most firings, in enough passages; bundles where registers are too few."""
         settings, alive = self.settings.readers, self.alive(self.settings.target)
         able = alive[alive.passages >= settings.fewest_passages].assign(register=alive["class"] == "register")
         return able.sort_values(["register", "firings"], ascending=False, kind="stable").head(settings.exemplars)
 
     def readers(self) -> pd.DataFrame:
-        """readers (experiment 4); a context a passage."""
+        """readers (experiment 4); one context per passage."""
         settings, chosen = self.settings.readers, self.exemplars()
         classes = dict(zip(chosen.atom.tolist(), chosen["class"], strict=True))
 
         def compute(atom: int) -> pd.DataFrame:
-            own = self.heldout(self.settings.target)
-            last = own.windows.tokens.shape[1] - settings.steps
-            firings = own.firings[(own.firings.atom == atom) & (own.firings.position <= last)]
+            windows, cell_sae, firings = self.heldout[self.settings.target]
+            last = windows.tokens.shape[1] - settings.steps
+            firings = firings[(firings.atom == atom) & (firings.position <= last)]
             firings = firings.sample(frac=1.0, random_state=self.seed).drop_duplicates("passage")
             firings = firings.head(settings.contexts).reset_index(drop=True)
-            site, sides = self.site(own.windows.tokens[firings.window.to_numpy()]), [x[atom] for x in own.sae.atoms()]
-            firings = firings.assign(row=firings.index)
+            site, sides = self.site(windows, firings.window.to_numpy()), [x[atom] for x in cell_sae.sae.atoms()]
             table = readers(site, sides, firings, settings.steps, settings.random_writes, self.seed + atom)
             return table.assign(**{"target": self.settings.target, "class": classes[atom]})
 
@@ -271,23 +243,21 @@ class Stages:
 
     def registers(self) -> pd.DataFrame:
         """register_erase (experiment 5): up to `passages` passages that have a register firing, one window of each."""
-        known = {target: self.alive(target) for target in self.profile.saes.targets}
-        known = {t: sorted(a.atom[a["class"] == "register"].tolist()) for t, a in known.items()}
+        alive = {target: self.alive(target) for target in self.profile.saes.targets}
+        atoms = {t: sorted(a.atom[a["class"] == "register"].tolist()) for t, a in alive.items()}
 
         def compute(target: str) -> pd.DataFrame:
-            own, tables = self.heldout(target), []
-            firings = own.firings[own.firings.atom.isin(known[target])]
-            windows = firings.sample(frac=1.0, random_state=self.seed).drop_duplicates("passage").window
-            windows = np.sort(windows.to_numpy()[: self.settings.passages])
-            for start in range(0, len(windows), PASSAGES):
-                here = windows[start : start + PASSAGES]
-                part = firings[firings.window.isin(here)]
-                part, site = part.assign(row=np.searchsorted(here, part.window)), self.site(own.windows.tokens[here])
-                first = self.profile.data.first_position
-                tables.append(erase_registers(site, part, own.sae, first, self.seed + start))
+            (windows, cell_sae, firings), tables = self.heldout[target], []
+            firings = firings[firings.atom.isin(atoms[target])]
+            shuffled = firings.sample(frac=1.0, random_state=self.seed).drop_duplicates("passage")
+            numbers = np.sort(shuffled.window.to_numpy()[: self.settings.passages])
+            for start in range(0, len(numbers), PASSAGES):
+                site = self.site(windows, numbers[start : start + PASSAGES])
+                part, first = firings[firings.window.isin(site.windows)], self.profile.data.first_position
+                tables.append(erase_registers(site, part, cell_sae.sae, first, self.seed + start))
             return pd.concat(tables, ignore_index=True).assign(target=target)
 
-        return self.staged("register_erase", known, compute, registers=known)
+        return self.staged("register_erase", atoms, compute, registers=atoms)
 
 
 STAGES = dict(
@@ -302,25 +272,25 @@ STAGES = dict(
 SUMMARIES = dict(
     cache_erase=summarise_erase,
     single_write=summarise_single,
-    newlines=summarise_newlines,
+    newlines=amplifying.summarise_newlines,
     readers=summarise_readers,
     register_erase=summarise_registers,
 )
 
 
 def run(suite: Suite) -> dict[str, pd.DataFrame]:
-    """The tables of all hosts, results NAME.csv for every name in STAGES."""
+    """Return the tables of all hosts, results NAME.csv for every name in STAGES."""
     parts = {table: [] for table in STAGES}
-    for name in suite.profile.hosts:  # host by host, for the stages of one share its harvests
-        host = Stages(suite, name, suite.profile.section("cache_edits", name))
+    for name in suite.profile.hosts:  # host by host, so that its stages share the harvests
+        stages = Stages(suite, name, suite.profile.section("cache_edits", name))
         for table, stage in STAGES.items():
-            parts[table].append(stage(host))
+            parts[table].append(stage(stages))
     return {table: suite.gather(table, part) for table, part in parts.items()}
 
 
-def tables(suite: Suite, made: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """results NAME_summary.csv for every name in SUMMARIES, and top_readers.csv."""
+def tables(suite: Suite, measured: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Return results NAME_summary.csv for every name in SUMMARIES, and top_readers.csv."""
     seed = suite.profile.seed
-    summaries = {f"{name}_summary": summarise(made[name], seed) for name, summarise in SUMMARIES.items()}
-    summaries["top_readers"] = top_readers(made["readers"], seed)
+    summaries = {f"{name}_summary": summarise(measured[name], seed) for name, summarise in SUMMARIES.items()}
+    summaries["top_readers"] = top_readers(measured["readers"], seed)
     return {name: suite.write(name, table) for name, table in summaries.items()}
