@@ -1,5 +1,4 @@
-"""Logit shifts of all atoms from one backward, against one forward per atom: `python
-benchmarks/closed_form.py`.
+"""Logit shifts from one backward against one forward per atom: `python benchmarks/closed_form.py`.
 
 The shift of a token's logit, four tokens after each of n unit atoms is written at a tenth of the native
 write's norm:

@@ -1,5 +1,4 @@
-"""Harvest, replacement and training step on a GPU at Qwen3.5-0.8B's shape, random weights: `python
-benchmarks/gpu.py`.
+"""Harvest, replacement and training on a GPU at Qwen3.5-0.8B's shape: `python benchmarks/gpu.py`.
 
 Each part is measured with fp32 and TF32 products, and in bf16 (the weights of the model, or the products of
 the trainer). results/bench/gpu.csv has one line per case, with the columns of benchmarks/common.py and

@@ -2,8 +2,8 @@
 
 Beside each table (CSV) and each file of tensors (safetensors) stands a sidecar, `<name>.json`, with the sha256 of the
 file, the version of this format, where the file comes from (its provenance) and the *fingerprint* of everything it was
-computed from. A stage whose fingerprint has not changed is skipped. Files count as done only in the working copy that
-computed them: a fresh clone has the reference results in it and still computes its own.
+computed from. A stage whose fingerprint has not changed is skipped. Stages ask this of files in build/ only: a fresh clone
+has the reference results in results/, no build/, and computes its own.
 """
 
 from __future__ import annotations
