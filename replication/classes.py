@@ -13,7 +13,6 @@ An atom fires where its coefficient is the largest of all. Over the held-out win
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -23,13 +22,10 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from replication.statistics import Mixture, cluster_bootstrap, fit_mixture, gaussian_mixture_bic, wilson
-from replication.study.firings import firing_windows, firings_of
-from replication.study.study import Suite
 from writesae.evaluate.atoms import CLASSES, sides
-from writesae.evaluate.firings import CellSAE, Places, encode_cell
+from writesae.evaluate.firings import CellSAE, Places
 from writesae.evaluate.replacement import STEPS
-from writesae.harvesting import Cell, harvest
-from writesae.recurrence import Factors
+from writesae.text import Windows
 
 # Classes: how many atoms there are of each, and how much better two Gaussians fit their cosines than one
 
@@ -104,46 +100,6 @@ def thresholds(cosines: pd.Series, taus: Iterable[float]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# The stages of notebook 03
-
-
-class Scan:
-    """A host's cells over the held-out windows. The cells are harvested once, when something first asks for them."""
-
-    def __init__(self, suite: Suite, host: str):
-        self.suite, self.host, self.windows = suite, host, firing_windows(suite, host)
-        self.places = {suite.cell(host, place): place for place in suite.profile.hosts[host].cells}
-
-    @cached_property
-    def factors(self) -> dict[Cell, Factors]:
-        batch = self.suite.profile.data.batch_windows
-        return harvest(self.suite.host(self.host), self.windows.tokens, list(self.places), batch)
-
-    def scanned(self) -> int:
-        """Return the number of tokens in which firings are looked for."""
-        windows, tokens = self.windows.tokens.shape
-        return windows * (tokens - STEPS - self.suite.profile.data.first_position)
-
-    def firings(self, layer: int, head: int, target: str, role: str) -> tuple[CellSAE, pd.DataFrame]:
-        """Return the SAE of that role on a cell, and all its firings."""
-        sae, write = self.suite.sae(self.host, layer, head, target, role), self.suite.profile.saes.write
-        cell_sae = encode_cell((layer, head), target, write, sae, self.factors[layer, head])
-        return cell_sae, firings_of(self.suite, cell_sae, self.windows)
-
-    def alive(self, group: tuple) -> pd.DataFrame:
-        """Return one row per alive atom of an SAE: class, median cosines, and `elsewhere`, the median cosine at as many
-        firings of other atoms. group: layer, head, target, role, seed."""
-        *place, role, seed = group
-        cell_sae, firings = self.firings(*place, role)
-        table = alive_atoms(self.suite, self.host, cell_sae, firings)
-        shuffled = np.random.default_rng(self.suite.profile.seed).permutation(firings.atom.to_numpy())
-        elsewhere = alive_atoms(self.suite, self.host, cell_sae, firings.assign(atom=shuffled))
-        table["elsewhere"] = table.atom.map(elsewhere.set_index("atom").cosine)
-        table = table.merge(sides(cell_sae, firings), on="atom")
-        whole = dict(rate=table.firings / self.scanned(), place=self.places[cell_sae.layer, cell_sae.head])
-        return table.assign(**whole, role=role, k=cell_sae.sae.k, seed=seed, n_atoms=cell_sae.sae.n_atoms)
-
-
 def classify(cosines: pd.Series, seed: int) -> pd.Series:
     """Return "register" or "bundle" per alive atom, by a two-component Gaussian mixture (Sec. 3.1).
 
@@ -158,10 +114,16 @@ def classify(cosines: pd.Series, seed: int) -> pd.Series:
     return pd.Series(np.where(register, "register", "bundle"), index=cosines.index, name="class")
 
 
-# The stage of notebook 07.
+# What is known of each alive atom
 
 
-def alive_atoms(suite: Suite, host: str, cell_sae: CellSAE, firings: pd.DataFrame) -> pd.DataFrame:
+def scanned(windows: Windows, first_position: int) -> int:
+    """Return the number of tokens in which firings are looked for."""
+    count, tokens = windows.tokens.shape
+    return count * (tokens - STEPS - first_position)
+
+
+def alive_atoms(host: str, cell_sae: CellSAE, firings: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Return one row per alive atom: its held-out firings, its median cosine to the native write, its class."""
     places, writes = Places.of(firings), cell_sae.writes
     key, value = cell_sae.sae.atoms()
@@ -169,5 +131,18 @@ def alive_atoms(suite: Suite, host: str, cell_sae: CellSAE, firings: pd.DataFram
     right = (F.normalize(writes.value[places.window, places.position], dim=-1) * value[places.atom]).sum(-1)
     table = firings.assign(cosine=(left * right).numpy()).groupby("atom", as_index=False)
     table = table.agg(cosine=("cosine", "median"), firings=("cosine", "size"), passages=("passage", "nunique"))
-    table["class"] = classify(table.cosine, suite.profile.seed).to_numpy()
+    table["class"] = classify(table.cosine, seed).to_numpy()
     return table.assign(host=host, layer=cell_sae.layer, head=cell_sae.head, target=cell_sae.target)
+
+
+def described_atoms(host: str, cell_sae: CellSAE, firings: pd.DataFrame, seed: int, tokens: int) -> pd.DataFrame:
+    """Return `alive_atoms` with the median cosines of both sides, firings per scanned token, and `elsewhere`.
+
+    elsewhere: the median cosine at as many firings of other atoms; tokens: how many were scanned for firings.
+    """
+    table = alive_atoms(host, cell_sae, firings, seed)
+    shuffled = np.random.default_rng(seed).permutation(firings.atom.to_numpy())
+    elsewhere = alive_atoms(host, cell_sae, firings.assign(atom=shuffled), seed)
+    table["elsewhere"] = table.atom.map(elsewhere.set_index("atom").cosine)
+    table = table.merge(sides(cell_sae, firings), on="atom")
+    return table.assign(rate=table.firings / tokens)

@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from replication.classes import Scan
+from replication.classes import scanned
 from replication.html import contexts, fires_on, plain
 from replication.pages import atoms as atoms_page
 from replication.pages import promoted as promoted_page
 from replication.pages.replacement import CONTROLS
 from replication.plots import CONDITION
 from replication.statistics import wilson
+from replication.study.firings import firing_windows
 from replication.study.stages import rows_with
 from replication.study.study import Suite, open_suite
 from writesae.evaluate.atoms import ATOM_KEYS
@@ -169,7 +170,7 @@ def main_sae(suite: Suite, tables: dict, where: dict, firings: pd.DataFrame, tok
     """Return everything that the page shows of one of the profile's main SAEs.
 
     Raises ArtifactError if its firings in build/ and atoms.csv are not of one run."""
-    name, profile, scan = where["host"], suite.profile, Scan(suite, where["host"])
+    name, profile = where["host"], suite.profile
     table = of_cell(tables["atoms"], where).sort_values("atom")
     if firings.groupby("atom").size().to_dict() != dict(zip(table.atom, table.firings, strict=True)):
         raise ArtifactError(
@@ -181,9 +182,10 @@ def main_sae(suite: Suite, tables: dict, where: dict, firings: pd.DataFrame, tok
         columns[column] = plain(table[column])
     counts, promoted = histograms(firings, profile.data.window), tokens_of(of_cell(tokens, where))
     columns |= dict(histogram=[counts[a] for a in table.atom], tokens=[promoted[a] for a in table.atom])
-    shown = entry(suite, tables, where, scan.windows, firings, of_cell(tables["replacement"], where), columns)
-    passages = len(scan.windows.passage.unique())
-    shown |= dict(scanned=scan.scanned(), windows=len(scan.windows), passages=passages)
+    windows = firing_windows(suite, name)
+    shown = entry(suite, tables, where, windows, firings, of_cell(tables["replacement"], where), columns)
+    passages = len(windows.passage.unique())
+    shown |= dict(scanned=scanned(windows, profile.data.first_position), windows=len(windows), passages=passages)
     if "population" in tables:
         shown["population"] = drawn(of_cell(tables["population"], where))
     if "logit_shift" in tables and where["target"] == profile.section("logit_shift", name).target:

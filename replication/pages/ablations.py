@@ -20,7 +20,6 @@ whose logits the atom moves most and the K tokens B that the control moves most.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,16 +27,17 @@ import torch
 from statsmodels.stats.proportion import confint_proportions_2indep
 from tqdm import tqdm
 
-from replication import classes as atoms
+from replication.classes import described_atoms, partition, scanned
 from replication.statistics import beats, cluster_bootstrap, difference_bootstrap, rate_row, wider, wilson
-from replication.study.firings import firings_of, run_firings
+from replication.study.firings import firing_windows, firings_of, run_firings
 from replication.study.stages import rows_with
 from replication.study.study import Suite
 from replication.study.training import ablation_hosts, ablation_role, ablation_variants
 from writesae.evaluate.firings import CellSAE, draw_in_rounds
 from writesae.evaluate.replacement import AMPLITUDES
-from writesae.sae.model import WEIGHTS
+from writesae.harvesting import harvest
 from writesae.sae.train import by_group
+from writesae.text import Windows
 
 REFERENCE = "bilinear+rank1"  # the variant that the others are compared with
 FEWEST_ALIVE = 8  # atoms, below which no partition is made of them
@@ -47,79 +47,66 @@ KEYS = ["host", "place", "layer", "head", "target", "variant"]
 # What every variant is asked
 
 
-class Bench(atoms.Scan):
-    """The variants of a host on the held-out windows; each is encoded once."""
-
-    def __init__(self, suite: Suite, host: str):
-        super().__init__(suite, host)
-        self.own = suite.profile.section("ablations", host)
-        self.groups = [
-            (place, target, s.variant) for place, target, s in ablation_variants(self.own, suite.profile.seed)
-        ]
-        self.windows = self.windows[slice(0, self.own.windows)]
-        self.places = {suite.cell(host, place): place for place in dict.fromkeys(group[0] for group in self.groups)}
-        self.encoded, self.errors = {}, {}
-
-    def encode(self, group: tuple) -> None:
-        """Fill `encoded` (the CellSAE) and `errors` (a line a window) of (place, target, variant)."""
+def encode(suite: Suite, host: str, windows: Windows) -> dict[tuple, tuple[CellSAE, pd.DataFrame]]:
+    """Return each variant's SAE on the windows and its errors, a row per window, by (place, target, variant)."""
+    section, write, encoded = suite.profile.section("ablations", host), suite.profile.saes.write, {}
+    groups = [(place, target, s.variant) for place, target, s in ablation_variants(section, suite.profile.seed)]
+    cells = {place: suite.cell(host, place) for place, _, _ in groups}
+    batch = suite.profile.data.batch_windows
+    factors = harvest(suite.host(host), windows.tokens, list(dict.fromkeys(cells.values())), batch)
+    for group in tqdm(groups, desc="encoding"):
         place, target, variant = group
-        cell, write = self.suite.cell(self.host, place), self.suite.profile.saes.write
-        sae, factors = self.suite.sae(self.host, *cell, target, ablation_role(variant)), self.factors[cell]
-        found = zip(*by_group(sae, factors.history(target, write)), strict=True)
-        squared, energy, indices, coefficients = (torch.cat(x) for x in found)
-        writes = factors.history("write", write)
-        self.encoded[group] = CellSAE(*cell, target, write, sae, indices, coefficients, writes)
+        cell, sae = cells[place], suite.sae(host, *cells[place], target, ablation_role(variant))
+        parts = zip(*by_group(sae, factors[cell].history(target, write)), strict=True)
+        squared, energy, indices, coefficients = (torch.cat(x) for x in parts)
+        writes = factors[cell].history("write", write)
+        cell_sae = CellSAE(*cell, target, write, sae, indices, coefficients, writes)
         sums = {name: x.double().sum(1).numpy() for name, x in dict(squared=squared, energy=energy).items()}
         active = (coefficients > 0).sum((1, 2)).numpy()
-        dead = dict(dead=sae.n_atoms - len(self.encoded[group].alive), n_atoms=sae.n_atoms, k=sae.k)
-        where = dict(host=self.host, place=place, layer=cell[0], head=cell[1], target=target, variant=variant)
-        frame = dict(window=range(len(active)), passage=self.windows.passage.numpy(), **sums, active=active)
-        self.errors[group] = pd.DataFrame(where | frame | dead | dict(tokens=squared.shape[1]))
+        dead = dict(dead=sae.n_atoms - len(cell_sae.alive), n_atoms=sae.n_atoms, k=sae.k)
+        where = dict(host=host, place=place, layer=cell[0], head=cell[1], target=target, variant=variant)
+        rows = dict(window=range(len(active)), passage=windows.passage.numpy(), **sums, active=active)
+        encoded[group] = cell_sae, pd.DataFrame(where | rows | dead | dict(tokens=squared.shape[1]))
+    return encoded
 
-    def firings(self, layer: int, head: int, target: str, variant: str) -> tuple[CellSAE, pd.DataFrame]:
-        """As for other SAEs, from what was encoded."""
-        subject = self.encoded[self.places[layer, head], target, variant]
-        return subject, firings_of(self.suite, subject, self.windows)
 
-    def classes(self, group: tuple) -> pd.DataFrame:
-        """A line an alive atom, as in atoms.csv; none for an SAE with too few of them."""
-        place, target, variant = group
-        cell = self.suite.cell(self.host, place)
-        if self.firings(*cell, target, variant)[1].atom.nunique() < FEWEST_ALIVE:
-            return pd.DataFrame({"host": []})
-        return self.alive((*cell, target, variant, self.suite.profile.seed)).rename(columns=dict(role="variant"))
+def _errors(group: tuple, errors: dict[tuple, pd.DataFrame]) -> pd.DataFrame:
+    return errors[group]
 
-    def drawn(self) -> list[tuple[CellSAE, pd.DataFrame]]:
-        """The firings of every variant, at most as many as the profile asks for."""
-        pairs = []
-        for place, target, variant in self.groups:
-            subject, firings = self.firings(*self.suite.cell(self.host, place), target, variant)
-            some = draw_in_rounds(firings, min(self.own.firings, len(firings)), self.suite.profile.seed)
-            pairs.append((subject, some.assign(place=place, variant=variant)))
-        return pairs
+
+def _classes(group: tuple, host: str, encoded: dict, firings: dict, seed: int, tokens: int) -> pd.DataFrame:
+    """Return one row per alive atom of a variant, as in atoms.csv; none for an SAE with too few of them."""
+    place, _, variant = group
+    if firings[group].atom.nunique() < FEWEST_ALIVE:
+        return pd.DataFrame({"host": []})
+    sae, table = encoded[group].sae, described_atoms(host, encoded[group], firings[group], seed, tokens)
+    return table.assign(place=place, variant=variant, k=sae.k, seed=seed, n_atoms=sae.n_atoms)
 
 
 def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """results ablation_windows.csv (the errors of every variant, a line a window), ablation_atoms.csv (an alive atom) and
-    ablation_firings.csv (a firing and amplitude), over all hosts that are asked."""
+    """Return results ablation_windows.csv (a row per window: the errors), ablation_atoms.csv (per alive atom) and
+    ablation_firings.csv (per firing and amplitude), over all hosts whose profile asks for ablations."""
     names, parts = ("ablation_windows", "ablation_atoms", "ablation_firings"), []
-    for name in ablation_hosts(suite):
-        bench = Bench(suite, name)
-        for group in tqdm(bench.groups, desc="encoding"):
-            bench.encode(group)
-        files = [_weights(suite, name, *group) for group in bench.groups]
-        inputs = dict(data=suite.profile.data, seed=suite.profile.seed, settings=bench.own, saes=files)
-        windows = suite.staged(names[0], name, bench.groups, bench.errors.get, [__name__], inputs)
-        classes = suite.staged(names[1], name, bench.groups, bench.classes, [__name__], inputs)
+    for name, section in ablation_hosts(suite).items():
+        seed, windows = suite.profile.seed, firing_windows(suite, name)[slice(0, section.windows)]
+        pairs, tokens = encode(suite, name, windows), scanned(windows, suite.profile.data.first_position)
+        encoded, errors = ({group: pair[i] for group, pair in pairs.items()} for i in (0, 1))
+        firings = {group: firings_of(suite, cell_sae, windows) for group, cell_sae in encoded.items()}
+        given = dict(host=name, encoded=encoded, firings=firings, seed=seed, tokens=tokens)
+        drawn = []
+        for group, cell_sae in encoded.items():
+            some = draw_in_rounds(firings[group], min(section.firings, len(firings[group])), seed)
+            drawn.append((cell_sae, some.assign(place=group[0], variant=group[2])))
         options = dict(conditions=("delete", "atom", "random", "reconstruction", "whole_atom"), scopes=("write",))
         options["batch_rows"] = suite.profile.section("replacement", name).batch_rows
-        firings = run_firings(suite, name, names[2], bench.windows, bench.drawn(), inputs, **options)
-        parts.append((windows, classes, firings))
+        parts.append(
+            (
+                suite.stage(names[0], name, encoded, _errors, errors=errors),
+                suite.stage(names[1], name, encoded, _classes, **given),
+                run_firings(suite, name, names[2], windows, drawn, **options),
+            )
+        )
     return tuple(suite.gather(name, list(part)) for name, part in zip(names, zip(*parts), strict=True))
-
-
-def _weights(suite: Suite, host: str, place: str, target: str, variant: str) -> Path:
-    return suite.sae_folder(host, *suite.cell(host, place), target, ablation_role(variant)) / WEIGHTS
 
 
 def fvu(windows: pd.DataFrame) -> Callable[[np.ndarray], float]:
@@ -147,7 +134,7 @@ def summarise(windows: pd.DataFrame, classes: pd.DataFrame, firings: pd.DataFram
         row |= dict(dead=first.dead, dead_fraction=first.dead / first.n_atoms, dead_low=low, dead_high=high)
         alive = rows_with(classes, **where)
         if len(alive):
-            row |= atoms.partition(alive, seed)
+            row |= partition(alive, seed)
         for amplitude, fired in rows_with(firings, **where).groupby("amplitude", sort=False):
             row |= {f"{name}_{amplitude}": x for name, x in wins(fired, resamples, seed).items()}
             row |= dict(n_firings=len(fired), n_firing_atoms=fired.atom.nunique())

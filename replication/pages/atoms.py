@@ -23,13 +23,16 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from replication.classes import Scan, mixtures, partition, thresholds
+from replication.classes import described_atoms, mixtures, partition, scanned, thresholds
 from replication.statistics import Interval, cliffs_delta, cluster_bootstrap, mann_whitney
+from replication.study.fingerprint import Later
 from replication.study.firings import firing_windows
 from replication.study.study import Suite
 from replication.study.training import host_variants, variant_name
 from writesae.evaluate.atoms import ATOM_KEYS, CLASSES, MATCH, choose_exemplars, frequent_tokens, matches, top_contexts
-from writesae.sae.model import WEIGHTS
+from writesae.evaluate.firings import all_firings, encode_cell
+from writesae.evaluate.replacement import STEPS
+from writesae.harvesting import harvest
 
 SAE_KEYS = ["host", "place", "layer", "head", "target", "role", "k", "seed", "n_atoms"]
 
@@ -148,7 +151,8 @@ def class_tables(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> tu
     """Write results population_axes.csv and population_by_cosine.csv, from the alive atoms and notebook 07's
     firings."""
     hosts, seed = firings.groupby("host", sort=False), suite.profile.seed
-    parts = [axes_per_atom(part, alive, Scan(suite, name).scanned()) for name, part in hosts]
+    first = suite.profile.data.first_position
+    parts = [axes_per_atom(part, alive, scanned(firing_windows(suite, name), first)) for name, part in hosts]
     axes, bins = class_axes(pd.concat(parts), seed), by_cosine(firings, alive, seed=seed)
     return suite.write("population_axes", axes), suite.write("population_by_cosine", bins)
 
@@ -158,28 +162,64 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
     variants. Return it with every firing of the main SAEs (kept in build/ only)."""
     profile, tables, every = suite.profile, [], []
     for name in profile.hosts:
-        scan, cell = Scan(suite, name), suite.cell(name, profile.section("atoms", name).place)
-        targets, variants = profile.saes.targets, host_variants(suite, name)
-        groups = [(*place, target, "main", profile.seed) for place in scan.places for target in targets]
+        cell, factors = suite.cell(name, profile.section("atoms", name).place), _factors(suite, name)
+        cells, targets = [suite.cell(name, place) for place in profile.hosts[name].cells], profile.saes.targets
+        groups = [(*place, target, "main", profile.seed) for place in cells for target in targets]
+        variants = host_variants(suite, name)
         groups += [(*cell, target, variant_name(v), v.seed) for v in variants for target in targets]
-        saes = [suite.sae_folder(name, *group[:4]) / WEIGHTS for group in groups]
-        inputs = dict(data=profile.data, seed=profile.seed, saes=saes, groups=groups)
-        tables.append(suite.staged("atoms", name, groups, scan.alive, [__name__], inputs))
-        every.append(main_firings(suite, name, scan))
+        tables.append(describe(suite, name, groups, factors))
+        every.append(main_firings(suite, name, factors))
     return suite.gather("atoms", tables), pd.concat(every, ignore_index=True)
 
 
-def main_firings(suite: Suite, host_name: str, scan: Scan | None = None) -> pd.DataFrame:
+def describe(suite: Suite, host_name: str, groups: list[tuple], factors: Later | None = None) -> pd.DataFrame:
+    """Return one row per alive atom of some SAEs of a host. groups: (layer, head, target, role, seed) of each."""
+    places = {suite.cell(host_name, place): place for place in suite.profile.hosts[host_name].cells}
+    saes = {group: suite.sae(host_name, *group[:4]) for group in groups}
+    given = _given(suite, host_name) | dict(factors=factors or _factors(suite, host_name), saes=saes)
+    tokens = scanned(firing_windows(suite, host_name), suite.profile.data.first_position)
+    given |= dict(places=places, seed=suite.profile.seed, tokens=tokens)
+    return suite.stage("atoms", host_name, groups, _atoms, **given)
+
+
+def main_firings(suite: Suite, host_name: str, factors: Later | None = None) -> pd.DataFrame:
     """Return every firing of the main SAEs of a host (kept in build/ only): window, passage, position,
-    coefficient, and ATOM_KEYS. A `scan` that has harvested the host already saves time."""
-    profile, scan = suite.profile, scan or Scan(suite, host_name)
-    groups = [(*place, target) for place in scan.places for target in profile.saes.targets]
+    coefficient, and ATOM_KEYS. `factors` that are harvested already save time."""
+    cells = [suite.cell(host_name, place) for place in suite.profile.hosts[host_name].cells]
+    saes = {(*cell, x): suite.sae(host_name, *cell, x) for cell in cells for x in suite.profile.saes.targets}
+    given = _given(suite, host_name) | dict(factors=factors or _factors(suite, host_name), saes=saes)
+    return suite.stage("atom_firings", host_name, saes, _firings, **given)
 
-    def compute(group: tuple) -> pd.DataFrame:
-        return scan.firings(*group, "main")[1].assign(**dict(zip(ATOM_KEYS, (host_name, *group))))
 
-    inputs = dict(data=profile.data, write=profile.saes.write, saes=suite.sae_files(host_name), groups=groups)
-    return suite.staged("atom_firings", host_name, groups, compute, [__name__], inputs)
+def _factors(suite: Suite, host_name: str) -> Later:
+    """Return the factors of a host's cells over the held-out windows, harvested when they are first asked for."""
+    cells = [suite.cell(host_name, place) for place in suite.profile.hosts[host_name].cells]
+    tokens, batch = firing_windows(suite, host_name).tokens, suite.profile.data.batch_windows
+    return Later(harvest, host=suite.host(host_name), windows=tokens, cells=cells, batch=batch)
+
+
+def _given(suite: Suite, host_name: str) -> dict:
+    windows, first = firing_windows(suite, host_name), suite.profile.data.first_position
+    return dict(host=host_name, passage=windows.passage, write=suite.profile.saes.write, first=first)
+
+
+def _encoded(group: tuple, saes: dict, factors: Later, passage, write: str, first: int):
+    """Return the SAE of a group (layer, head, target, ...) on the held-out windows, and all its firings."""
+    *cell, target = group[:3]
+    cell_sae = encode_cell(tuple(cell), target, write, saes[group], factors()[tuple(cell)])
+    return cell_sae, all_firings(cell_sae, passage, first, cell_sae.indices.shape[1] - STEPS)
+
+
+def _atoms(group: tuple, host: str, places: dict, seed: int, tokens: int, **given) -> pd.DataFrame:
+    cell_sae, firings = _encoded(group, **given)
+    role, sae_seed = group[3:]
+    table = described_atoms(host, cell_sae, firings, seed, tokens)
+    columns = dict(role=role, k=cell_sae.sae.k, seed=sae_seed, n_atoms=cell_sae.sae.n_atoms)
+    return table.assign(place=places[group[:2]], **columns)
+
+
+def _firings(group: tuple, host: str, **given) -> pd.DataFrame:
+    return _encoded(group, **given)[1].assign(**dict(zip(ATOM_KEYS, (host, *group))))
 
 
 def tables(suite: Suite, alive: pd.DataFrame) -> tuple[pd.DataFrame, ...]:

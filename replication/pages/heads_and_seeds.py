@@ -7,11 +7,10 @@ import pandas as pd
 
 from replication.statistics import beats, cliffs_delta, cluster_bootstrap, paired_wilcoxon, permutation_test, rate_row
 from replication.study import training
-from replication.study.firings import encoded_saes, firings_of, run_firings
+from replication.study.firings import CONDITIONS_OF_SURVEYS, encoded_saes, firings_of, run_firings
 from replication.study.study import Suite
 from writesae.evaluate.firings import atom_names, draw_in_rounds, encode_cell
 from writesae.harvesting import harvest
-from writesae.sae.model import WEIGHTS
 
 SMALLEST = 1e-12  # nats; below this a divergence is rounding
 
@@ -39,13 +38,8 @@ def heads_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
     for subject in encoded_saes(suite, name, cells, "survey", windows):
         every = firings_of(suite, subject, windows)
         drawn.append((subject, draw_in_rounds(every, min(settings.head_firings, len(every)), suite.profile.seed)))
-    folders = [suite.sae_folder(name, s.layer, s.head, s.target, "survey") for s, _ in drawn]
-    weights = [folder / WEIGHTS for folder in folders]
-    inputs = dict(settings=settings, data=suite.profile.data, saes=weights)
-    options = dict(conditions=("delete", "atom", "random", "mean_write"), scopes=("write",))
-    return run_firings(
-        suite, name, "replacement_heads", windows, drawn, inputs, batch_rows=settings.batch_rows, **options
-    )
+    options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), batch_rows=settings.batch_rows)
+    return run_firings(suite, name, "replacement_heads", windows, drawn, **options)
 
 
 # Every seed of the middle cell's SAE.
@@ -63,21 +57,17 @@ def seeds(suite: Suite) -> pd.DataFrame:
 def seeds_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
     """settings.firings of every seed and target in the cell of notebook 03, with the column `seed`."""
     windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
-    cell, drawn, weights = suite.cell(name, suite.profile.section("atoms", name).place), [], []
+    cell, drawn = suite.cell(name, suite.profile.section("atoms", name).place), []
     factors = harvest(suite.host(name), windows.tokens, [cell], suite.profile.data.batch_windows)[cell]
     for variant in training.seed_variants(suite, name):
         role = training.variant_name(variant)
-        weights += suite.sae_files(name, role)
         for target in suite.profile.saes.targets:
             sae = suite.sae(name, *cell, target, role)
             subject = encode_cell(cell, target, suite.profile.saes.write, sae, factors)
             firings = draw_in_rounds(firings_of(suite, subject, windows), settings.firings, suite.profile.seed)
             drawn.append((subject, firings.assign(seed=variant.seed)))
-    inputs = dict(settings=settings, data=suite.profile.data, saes=weights)
-    options = dict(conditions=("delete", "atom", "random", "mean_write"), scopes=("write",))
-    return run_firings(
-        suite, name, "replacement_seeds", windows, drawn, inputs, batch_rows=settings.batch_rows, **options
-    )
+    options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), batch_rows=settings.batch_rows)
+    return run_firings(suite, name, "replacement_seeds", windows, drawn, **options)
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -13,10 +12,12 @@ import torch.nn.functional as F
 
 from replication.statistics import cluster_bootstrap
 from replication.study import docstrings
+from replication.study.fingerprint import Later
 from replication.study.profile import HostSection
 from replication.study.study import Suite
 from writesae.evaluate.cells import survey_cells
-from writesae.hosts.base import Host
+from writesae.hosts.base import Host, Run
+from writesae.text import Windows
 
 
 def choose_cells(survey: pd.DataFrame, section: HostSection) -> pd.DataFrame:
@@ -73,19 +74,16 @@ def heldout_losses(suite: Suite) -> pd.DataFrame:
     """Write results heldout_loss.csv: one row per held-out window, its mean loss in nats per token."""
     tables = []
     for name in suite.profile.hosts:
-        windows, host = suite.windows(name, "heldout"), suite.host(name)
-        size = suite.profile.data.batch_windows
-
-        def compute(start, name=name, windows=windows, host=host, size=size):
-            part = windows[slice(start, start + size)]
-            losses = window_losses(host, part.tokens).double().numpy()
-            return pd.DataFrame(
-                dict(host=name, window=range(start, start + len(part)), passage=part.passage, loss=losses)
-            )
-
-        groups, inputs = list(range(0, len(windows), size)), dict(data=suite.profile.data)
-        tables.append(suite.staged("heldout_loss", name, groups, compute, [__name__], inputs))
+        windows, size = suite.windows(name, "heldout"), suite.profile.data.batch_windows
+        given = dict(host=suite.host(name), windows=windows, size=size)
+        tables.append(suite.stage("heldout_loss", name, range(0, len(windows), size), _losses, **given))
     return suite.gather("heldout_loss", tables)
+
+
+def _losses(start: int, host: Host, windows: Windows, size: int) -> pd.DataFrame:
+    part = windows[slice(start, start + size)]
+    losses, numbers = window_losses(host, part.tokens).double().numpy(), range(start, start + len(part))
+    return pd.DataFrame(dict(host=host.name, window=numbers, passage=part.passage, loss=losses))
 
 
 def describe(suite: Suite, losses: pd.DataFrame) -> pd.DataFrame:
@@ -122,15 +120,18 @@ def survey(suite: Suite) -> pd.DataFrame:
     """Write results all_cells.csv: each cell's half-life, spectrum and write ranks, on SAE-split text."""
     tables, count = [], suite.profile.data.cell_windows
     for name in suite.profile.hosts:
-        host, first = suite.host(name), suite.profile.data.first_position
-        native_run = cache(lambda host=host, name=name: host.run(suite.windows(name, "sae").tokens[:count]))
-
-        def compute(layer, name=name, host=host, first=first, native_run=native_run):
-            return survey_cells(host, native_run(), first, [layer]).assign(host=name)
-
-        groups, inputs = list(host.recurrent_layers), dict(data=suite.profile.data)
-        tables.append(suite.staged("all_cells", name, groups, compute, [__name__], inputs))
+        host, tokens = suite.host(name), suite.windows(name, "sae").tokens[:count]
+        given = dict(host=host, run=Later(_run, host=host, tokens=tokens), first=suite.profile.data.first_position)
+        tables.append(suite.stage("all_cells", name, host.recurrent_layers, _survey, **given))
     return suite.gather("all_cells", tables)
+
+
+def _run(host: Host, tokens: torch.Tensor) -> Run:
+    return host.run(tokens)
+
+
+def _survey(layer: int, host: Host, run: Later, first: int) -> pd.DataFrame:
+    return survey_cells(host, run(), first, [layer]).assign(host=host.name)
 
 
 def choose(suite: Suite, cells: pd.DataFrame) -> pd.DataFrame:

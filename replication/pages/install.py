@@ -49,24 +49,24 @@ def _stage(suite: Suite, name: str, table: str) -> pd.DataFrame:
     profile, settings = suite.profile, suite.profile.section("install", name)
     host, cell = suite.host(name), suite.cell(name, settings.place)
     prompts = passage_prompts(suite, name, settings.prompts, settings.prompt_tokens)
+    given = dict(host=host, prompts=prompts, cell=cell, write=profile.saes.write, settings=settings, seed=profile.seed)
+    return suite.stage(table, name, settings.distances, _trials, **given, dose=table == "install_dose")
 
-    def compute(distance: int) -> pd.DataFrame:
-        run = host.run(prompts.tokens)
-        with torch.no_grad():
-            native = host.logits(run.final[:, -1])
-        targets, labels = draw_targets(native, settings.rank_classes, settings.targets_per_class, profile.seed)
-        writes = dict(writes=settings.writes, write=profile.saes.write)
-        trial = setting(host, run, cell, targets, labels, distance, **writes)
-        if table == "install":
-            native = native_continuations(host, run, settings.new_tokens)
-            options = dict(magnitudes=settings.magnitudes, new_tokens=settings.new_tokens)
-            rows = trials(host, cell, trial, native, **options)
-        else:
-            rows = doses(host, cell, trial, grid=settings.doses, bisections=settings.bisections)
-        return rows.assign(host=name, layer=cell[0], head=cell[1], distance=distance)
 
-    inputs = dict(settings=settings, data=profile.data, cell=cell, write=profile.saes.write, seed=profile.seed)
-    return suite.staged(table, name, list(settings.distances), compute, [__name__], inputs)
+def _trials(distance: int, host, prompts, cell, write, settings, seed, dose: bool) -> pd.DataFrame:
+    """Return the trials, or the doses, of writes at a distance from the end of the prompts."""
+    run = host.run(prompts.tokens)
+    with torch.no_grad():
+        native = host.logits(run.final[:, -1])
+    targets, labels = draw_targets(native, settings.rank_classes, settings.targets_per_class, seed)
+    trial = setting(host, run, cell, targets, labels, distance, writes=settings.writes, write=write)
+    if dose:
+        rows = doses(host, cell, trial, grid=settings.doses, bisections=settings.bisections)
+    else:
+        native = native_continuations(host, run, settings.new_tokens)
+        options = dict(magnitudes=settings.magnitudes, new_tokens=settings.new_tokens)
+        rows = trials(host, cell, trial, native, **options)
+    return rows.assign(host=host.name, layer=cell[0], head=cell[1], distance=distance)
 
 
 def summarise_doses(table: pd.DataFrame, settings: Install) -> pd.DataFrame:

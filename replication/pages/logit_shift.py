@@ -81,16 +81,16 @@ def measure(suite: Suite, name: str) -> pd.DataFrame:
     last = windows.tokens.shape[1] - settings.horizon
     t0 = draw_positions(settings.prompts, profile.data.first_position, last, profile.seed)
     options = dict(eps=settings.eps, horizon=settings.horizon, ranks=settings.ranks, write=profile.saes.write)
+    given = dict(host=host, windows=windows, t0=t0, cell=cell, sides=sides, atoms=atoms, options=options)
+    return suite.stage("logit_shift_points", name, range(0, settings.prompts, GROUP), _shifts, **given)
 
-    def compute(start: int) -> pd.DataFrame:
-        group = slice(start, start + GROUP)
-        part = measure_shifts(host, windows[group], t0[group], cell, *sides, **options)
-        part.insert(0, "prompt", part.pop("row") + start)
-        return part.assign(host=name, layer=cell[0], head=cell[1], atom=atoms[part.atom.to_numpy()])
 
-    inputs = dict(settings=settings, data=profile.data, saes=suite.sae_files(name), cell=cell, write=profile.saes.write)
-    groups = list(range(0, settings.prompts, GROUP))
-    return suite.staged("logit_shift_points", name, groups, compute, [__name__], inputs | dict(seed=profile.seed))
+def _shifts(start: int, host, windows, t0, cell, sides, atoms, options) -> pd.DataFrame:
+    """Return the shifts of GROUP prompts from `start` on."""
+    group = slice(start, start + GROUP)
+    part = measure_shifts(host, windows[group], t0[group], cell, *sides, **options)
+    part.insert(0, "prompt", part.pop("row") + start)
+    return part.assign(host=host.name, layer=cell[0], head=cell[1], atom=atoms[part.atom.to_numpy()])
 
 
 def tables(suite: Suite, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

@@ -188,11 +188,9 @@ def _sae(suite: Suite, name: str, cell, target: str, write: str):
 def firings_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
     """Return a host's firings under every condition (`measure`), with `place` and `pooling`; kept in build/."""
     windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
-    weights = suite.sae_files(name) + suite.sae_files(name, "other")
-    inputs = dict(settings=settings, data=suite.profile.data, saes=weights, seed=suite.profile.seed)
     options = dict(horizon=settings.horizon, batch_rows=settings.batch_rows)
     drawn = draws(suite, name, settings)
-    return run_firings(suite, name, "multiverse_firings", windows, drawn, inputs, measure, **options)
+    return run_firings(suite, name, "multiverse_firings", windows, drawn, measure, **options)
 
 
 def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:

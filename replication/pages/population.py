@@ -6,7 +6,7 @@ import pandas as pd
 
 from replication.classes import alive_atoms
 from replication.statistics import beats, cluster_bootstrap
-from replication.study.firings import encoded_saes, firing_windows, firings_of, run_firings
+from replication.study.firings import CONDITIONS_OF_SURVEYS, encoded_saes, firing_windows, firings_of, run_firings
 from replication.study.study import Suite
 from writesae.evaluate.firings import draw_atoms
 
@@ -53,15 +53,14 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
         drawn = []
         for subject in encoded_saes(suite, name, [cell], "main", windows):
             firings = firings_of(suite, subject, windows)
-            alive.append(alive_atoms(suite, name, subject, firings))
+            alive.append(alive_atoms(name, subject, firings, profile.seed))
             atoms = draw_atoms(firings, settings.atoms, settings.fewest_firings, profile.seed)
             shuffled = firings[firings.atom.isin(atoms)].sample(frac=1.0, random_state=profile.seed)
             kept = shuffled[shuffled.groupby("atom").cumcount() < settings.most_firings]
             drawn.append((subject, kept.sort_values(["window", "position"]).reset_index(drop=True)))
-        inputs = dict(settings=settings, data=profile.data, saes=suite.sae_files(name), cell=cell)
-        options = dict(conditions=("delete", "atom", "random", "mean_write"), scopes=("write",))
+        options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",))
         options["batch_rows"] = profile.replacement.batch_rows
-        tables.append(run_firings(suite, name, "population_firings", windows, drawn, inputs, **options))
+        tables.append(run_firings(suite, name, "population_firings", windows, drawn, **options))
     return suite.write("alive_atoms", pd.concat(alive, ignore_index=True)), suite.gather("population_firings", tables)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from replication.statistics import beats, cliffs_delta, paired_wilcoxon, rate_row, spearman, wilson
-from replication.study.firings import encoded_saes, firing_windows, firings_of, run_firings
+from replication.study.firings import CONDITIONS_OF_SURVEYS, encoded_saes, firing_windows, firings_of, run_firings
 from replication.study.study import Suite
 from writesae.evaluate.firings import atom_names, draw_atoms, draw_in_rounds
 from writesae.evaluate.replacement import CONDITIONS
@@ -24,10 +24,8 @@ def headline(suite: Suite) -> pd.DataFrame:
                 atoms = draw_atoms(firings, settings.atoms, -(-count // settings.atoms), suite.profile.seed)
                 firings = firings[firings.atom.isin(atoms)]
             drawn.append((cell_sae, draw_in_rounds(firings, count, suite.profile.seed)))
-        saes = suite.sae_files(name) + suite.sae_files(name, "flat")
-        inputs = dict(settings=settings, data=suite.profile.data, saes=saes, cells=list(cells))
         options = dict(scopes=settings.scopes, batch_rows=settings.batch_rows)
-        tables.append(run_firings(suite, name, "replacement", windows, drawn, inputs, **options))
+        tables.append(run_firings(suite, name, "replacement", windows, drawn, **options))
     return suite.gather("replacement", tables)
 
 
@@ -44,13 +42,8 @@ def survey(suite: Suite) -> pd.DataFrame:
             (x, draw_in_rounds(firings_of(suite, x, windows), settings.survey_firings, suite.profile.seed))
             for x in encoded_saes(suite, name, cells, "survey", windows)
         ]
-        inputs = dict(settings=settings, data=suite.profile.data, saes=suite.sae_files(name, "survey"))
-        options = dict(conditions=("delete", "atom", "random", "mean_write"), scopes=("write",))
-        tables.append(
-            run_firings(
-                suite, name, "replacement_by_cell", windows, drawn, inputs, batch_rows=settings.batch_rows, **options
-            )
-        )
+        options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), batch_rows=settings.batch_rows)
+        tables.append(run_firings(suite, name, "replacement_by_cell", windows, drawn, **options))
     return suite.gather("replacement_by_cell", tables)
 
 

@@ -104,9 +104,8 @@ def selectivity(suite: Suite) -> pd.DataFrame:
         for cell_sae in encoded_saes(suite, name, cells, "main", windows):
             firings = firings_of(suite, cell_sae, windows)
             drawn.append((cell_sae, draw_in_rounds(firings, own.selectivity.firings, suite.profile.seed)))
-        inputs = dict(settings=own.selectivity, data=suite.profile.data, saes=suite.sae_files(name), cells=cells)
         options = dict(tops=own.selectivity.tops, batch_rows=suite.profile.section("replacement", name).batch_rows)
-        parts.append(run_firings(suite, name, "selectivity", windows, drawn, inputs, compare, **options))
+        parts.append(run_firings(suite, name, "selectivity", windows, drawn, compare, **options))
     return suite.gather("selectivity", parts)
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 
 from replication.study.paths import ROOT
 from writesae.files import file_hash
+from writesae.hosts.base import Host
 
 PACKAGES = ("writesae", "replication")
 VERSIONS = ("torch", "transformers", "numpy", "scipy", "scikit-learn")  # of packages that decide numbers
@@ -40,11 +42,25 @@ LOADERS = {
 }
 
 
+class Later:
+    """A value that a function computes when it is first asked for, and that counts by the function and what it is given."""
+
+    def __init__(self, function: FunctionType, **given: Any):
+        self.function, self.given, self._lock = function, given, threading.Lock()
+
+    def __call__(self) -> Any:
+        """Return the value; threads that ask at once share one computation."""
+        with self._lock:
+            if not hasattr(self, "_value"):
+                self._value = self.function(**self.given)
+        return self._value
+
+
 def fingerprint(modules: Iterable[str] = (), **inputs: Any) -> str:
     """Return a hash of the content of `inputs`, of the code of `modules` (dotted names) and of package versions.
 
     Inputs may be plain values, paths (which count by the content of their file), functions (by name and code), tensors,
-    arrays, tables, dataclasses, pydantic models and torch modules, and containers of these.
+    arrays, tables, dataclasses, pydantic models, torch modules, hosts (by name) and `Later`, and containers of these.
 
     Raises TypeError for a value of another kind, ArtifactError for a missing file, ValueError for an unknown module.
     """
@@ -79,8 +95,13 @@ def _content(value: Any, functions: set[str]) -> Any:
         if value.__module__.partition(".")[0] in PACKAGES:
             functions.add(value.__module__)
         return ["function", value.__module__, value.__qualname__]
+    if isinstance(value, Later):
+        return ["later", _content(value.function, functions), _content(value.given, functions)]
+    if isinstance(value, Host):
+        return ["host", value.name]
     if isinstance(value, torch.nn.Module):
-        return ["module", type(value).__qualname__, _content(value.state_dict(), functions)]
+        parts = getattr(value, "config", None), value.state_dict()
+        return ["module", type(value).__qualname__, _content(parts, functions)]
     if hasattr(value, "model_dump"):
         return _content(value.model_dump(mode="json"), functions)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,13 @@ from writesae.evaluate.replacement import STEPS, replace
 from writesae.harvesting import Cell, harvest
 from writesae.hosts.base import Host
 from writesae.text import Windows
+
+CONDITIONS_OF_SURVEYS = (
+    "delete",
+    "atom",
+    "random",
+    "mean_write",
+)  # of the replacement test, where many SAEs are tested
 
 
 def encoded_saes(suite: Suite, host_name: str, cells: Iterable[Cell], role: str, windows: Windows) -> list[CellSAE]:
@@ -37,15 +44,15 @@ def firings_of(suite: Suite, cell_sae: CellSAE, windows: Windows) -> pd.DataFram
     return all_firings(cell_sae, windows.passage, first, last)
 
 
-def measure_group(
+def measure_windows(
+    start: int,
     host: Host,
     windows: Windows,
     drawn: list[tuple[CellSAE, pd.DataFrame]],
-    start: int,
     size: int,
     seed: int,
     measure: Callable[..., pd.DataFrame] = replace,
-    **options,
+    options: Mapping = MappingProxyType({}),
 ) -> pd.DataFrame:
     """Return `measure` of the drawn firings in `size` windows from `start` on; one native run serves all of them."""
     tables, run = [], None
@@ -59,29 +66,22 @@ def measure_group(
 
 
 def run_firings(
-    suite: Suite,
+    study: Suite,
     host_name: str,
     name: str,
     windows: Windows,
     drawn: list[tuple[CellSAE, pd.DataFrame]],
-    inputs: dict,
     measure: Callable[..., pd.DataFrame] = replace,
     **options,
 ) -> pd.DataFrame:
     """Return the host's part of the table NAME: `measure` of every drawn firing, one group of windows after another.
 
-    drawn: made before any outcome is measured. The table depends on them, on the code of `measure`, its options and
-    `inputs`, which name the SAEs' files.
+    drawn: made before any outcome is measured.
     """
-    host, size = suite.host(host_name), suite.profile.data.batch_windows
-    places = [hashlib.sha256(firings.to_csv().encode()).hexdigest() for _, firings in drawn]
-    inputs = inputs | dict(drawn=places, options=options)
-
-    def compute(start: int) -> pd.DataFrame:
-        return measure_group(host, windows, drawn, start, size, suite.profile.seed, measure, **options)
-
-    groups = list(range(0, len(windows), size))
-    return suite.staged(name, host_name, groups, compute, [__name__, measure.__module__], inputs)
+    size = study.profile.data.batch_windows
+    given = dict(host=study.host(host_name), windows=windows, drawn=drawn, size=size, seed=study.profile.seed)
+    groups = range(0, len(windows), size)
+    return study.stage(name, host_name, groups, measure_windows, **given, measure=measure, options=options)
 
 
 def firing_windows(suite: Suite, host_name: str) -> Windows:

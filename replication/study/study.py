@@ -125,7 +125,7 @@ class Suite:
         named = {name: section for name, section in self.profile.hosts.items() if host in ("all", name)}
         return {n: commit(x.path, x.revision) for n, x in named.items() if not Path(self.host_path(n)).exists()}
 
-    def stage(self, name: str, host: str, groups, compute, **given) -> pd.DataFrame:
+    def stage(self, name: str, host: str, groups, compute, /, **given) -> pd.DataFrame:
         """Return a host's part of a table: compute(group, **given) of every group, in their order.
 
         The part is kept in build/ and read from there where nothing that it depends on has changed, else computed group
@@ -136,10 +136,8 @@ class Suite:
         if "<" in compute.__qualname__ or compute.__closure__:
             raise TypeError(f"The stage {name} must compute with a function of a module, not with {compute}.")
         groups = list(groups)
-        content = {key: value.name if isinstance(value, Host) else value for key, value in given.items()}
-        expected = fingerprint.fingerprint(
-            host=self.host_fingerprint(host), groups=groups, compute=compute, given=content
-        )
+        identity = self.host_fingerprint(host)
+        expected = fingerprint.fingerprint(host=identity, groups=groups, compute=compute, given=given)
         path, available = self._part(name, host), torch.get_num_threads()
         provenance = {} if up_to_date(path, expected) else self.provenance(host)
         # On a CPU several groups are computed at once: most operations are too small to keep more than one core busy.
@@ -148,17 +146,6 @@ class Suite:
         try:
             with threads(available // workers):
                 return stages.staged_table(path, expected, groups, work, self.paths.partial, provenance, workers)
-        except torch.OutOfMemoryError as error:
-            raise MemoryError(OUT_OF_MEMORY) from error
-
-    def staged(self, name: str, host: str, groups, compute, modules, inputs: dict) -> pd.DataFrame:
-        expected = fingerprint.fingerprint(modules=sorted(modules), host=self.host_fingerprint(host), **inputs)
-        path, available = self._part(name, host), torch.get_num_threads()
-        provenance = {} if up_to_date(path, expected) else self.provenance(host)
-        workers = 1 if self.device == "cuda" else min(available, MOST_WORKERS, len(groups), self.workers)
-        try:
-            with threads(available // workers):
-                return stages.staged_table(path, expected, groups, compute, self.paths.partial, provenance, workers)
         except torch.OutOfMemoryError as error:
             raise MemoryError(OUT_OF_MEMORY) from error
 

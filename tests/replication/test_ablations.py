@@ -236,17 +236,19 @@ def test_a_stage_is_read_again_until_an_sae_changes(suite, found, monkeypatch):
     again = ablations.run(suite)
     for a, b in zip(again, found, strict=True):
         pd.testing.assert_frame_equal(a, b)
-    monkeypatch.setattr(ablations.Bench, "classes", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(ablations, "described_atoms", lambda *_: pytest.fail("computed again"))
     ablations.run(suite)
-    path = ablations._weights(suite, "small", PLACE, "state", REFERENCE)
-    before, sae = path.read_bytes(), suite.sae("small", *CELL, "state", training.ablation_role(REFERENCE))
-    monkeypatch.setattr(type(suite), "sae", lambda *_: sae)
-    try:
-        path.write_bytes(before + b" ")
-        with pytest.raises(pytest.fail.Exception, match="computed again"):
-            ablations.run(suite)
-    finally:
-        path.write_bytes(before)
+    sae = type(suite).sae
+
+    def changed(*arguments):
+        loaded = sae(*arguments)
+        if arguments[-1] == training.ablation_role(REFERENCE):
+            loaded.decoder.key[0].neg_()
+        return loaded
+
+    monkeypatch.setattr(type(suite), "sae", changed)
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        ablations.run(suite)
 
 
 def test_a_profile_that_asks_no_host_is_refused(suite, monkeypatch):

@@ -361,18 +361,21 @@ def test_alive_atoms_are_those_with_the_largest_coefficient(suite, scanned):
 
 
 def test_a_stage_is_read_until_an_sae_changes(suite, scanned, monkeypatch):
-    monkeypatch.setattr(population.Scan, "factors", property(lambda _: pytest.fail("harvested again")))
+    monkeypatch.setattr(type(suite.small), "run", lambda *_, **__: pytest.fail("harvested again"))
     again = atoms.run(suite)
     for a, b in zip(again, scanned, strict=True):
         pd.testing.assert_frame_equal(a, b)
-    weights = suite.sae_folder("small", *CELL, "write", "k6-seed42") / "model.safetensors"
-    content = weights.read_bytes()
-    try:
-        weights.write_bytes(content + b" ")
-        with pytest.raises(pytest.fail.Exception, match="harvested again"):
-            atoms.run(suite)
-    finally:
-        weights.write_bytes(content)
+    sae = type(suite).sae
+
+    def changed(*arguments):
+        loaded = sae(*arguments)
+        if arguments[-1] == "k6-seed42":
+            loaded.decoder.key[0].neg_()
+        return loaded
+
+    monkeypatch.setattr(type(suite), "sae", changed)
+    with pytest.raises(pytest.fail.Exception, match="harvested again"):
+        atoms.run(suite)
 
 
 @pytest.fixture(scope="module")

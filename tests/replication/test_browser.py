@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers import SmallProfile, SmallSuite
 
-from replication import classes, html
+from replication import html
 from replication.commands import browser
 from replication.commands import order as dependencies
 from replication.pages import atoms as atoms_page
@@ -101,22 +101,22 @@ def suite(gated_deltanet, tmp_path_factory):
         for target, role in itertools.product(("state", "write"), ("main", "survey"))
     ]
     made.write("saes", pd.DataFrame(saes))
-    scan = classes.Scan(made, "small")
-    alive = [scan.alive((*CELL, target, "main", 42)) for target in ("state", "write")]
-    made.write("atoms", pd.concat(alive, ignore_index=True))
+    groups = [(*CELL, target, "main", 42) for target in ("state", "write")]
+    alive = made.write("atoms", atoms_page.describe(made, "small", groups))
+    alive = alive[alive.target == "state"]
     firings = atoms_page.main_firings(made, "small")
     made.write("replacement", replacement_table(firings))
     made.write("replacement_by_cell", replacement_table(firings, read=("write",)).assign(layer=0))
     population = [
         where | dict(target="state", atom=a, amplitude=x, firings=7, win_rate=3 / 7)
-        for a, x in itertools.product(alive[0].atom[:3], ("coefficient", "matched_norm"))
+        for a, x in itertools.product(alive.atom[:3], ("coefficient", "matched_norm"))
     ]
     made.write("population", pd.DataFrame(population))
-    shifts = itertools.product(alive[0].atom[:2], (0.1, 1.0), ("paper", "exact"))
+    shifts = itertools.product(alive.atom[:2], (0.1, 1.0), ("paper", "exact"))
     shifts = [where | dict(atom=a, eps=e, predictor=p, n=30, r2=0.25 + e / 2) for a, e, p in shifts]
     made.write("logit_shift", pd.DataFrame(shifts))
     preferred = where | dict(target="state", token_from="same", text=repr(HOSTILE), score=2.5, firings=150)
-    made.write("cache_preferred", pd.DataFrame([preferred | dict(atom=alive[0].atom[0])]))
+    made.write("cache_preferred", pd.DataFrame([preferred | dict(atom=alive.atom.iloc[0])]))
     yield made
     patch.undo()
 
@@ -305,8 +305,7 @@ def test_failures_are_one_sentence(suite, without, monkeypatch, capsys):
         config.with_suffix(".away").rename(config)
 
 
-def test_a_page_is_made_from_tables_without_an_sae_or_a_run_of_the_host(suite, page, monkeypatch):
-    monkeypatch.setattr(type(suite), "sae", lambda *_: pytest.fail("an SAE is loaded"))
+def test_a_page_is_made_from_tables_without_a_run_of_the_host(suite, page, monkeypatch):
     monkeypatch.setattr(type(suite.small), "run", lambda *_: pytest.fail("the host is run"))
     assert browser.page(browser.collect(suite)) == page.read_bytes()
 

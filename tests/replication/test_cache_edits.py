@@ -12,6 +12,7 @@ from helpers import assert_close
 from replication.pages.cache_edits import erase, newlines, readers, registers, single_write, stages
 from replication.pages.cache_edits.site import Site
 from replication.statistics import r2
+from replication.study.firings import passage_prompts
 from replication.study.profile import HostSection, Install
 from replication.study.study import Suite
 from writesae.edit import Edit, edited_hidden, head_change, make_edit
@@ -545,13 +546,10 @@ class TinySuite(Suite):
     def sae(self, host, layer, head, target, role="main"):
         return small_sae(self.tiny, len(target)).float()
 
-    def sae_files(self, host, role="main"):
-        return []
-
     def table(self, name):
         assert name == "alive_atoms"
         lines = []
-        for target, text in stages.Stages(self, "small", SETTINGS).heldout.items():
+        for target, text in stages.make_bench(self, "small").heldout().items():
             firings = text.firings
             counts = (
                 firings.groupby("atom").agg(firings=("window", "size"), passages=("passage", "nunique")).reset_index()
@@ -584,7 +582,7 @@ def test_the_stages_give_their_tables_and_are_not_run_twice(gated_deltanet, tmp_
     for name, table in summaries.items():
         assert (tmp_path / "results" / "tiny" / f"{name}.csv").is_file()
         assert {"host"} <= set(table)
-    monkeypatch.setattr(stages.Stages, "site", lambda *_: pytest.fail("a stage that was done is run again"))
+    monkeypatch.setattr(stages.Bench, "site", lambda *_: pytest.fail("a stage that was done is run again"))
     again = stages.run(suite)
     for name, table in made.items():
         pd.testing.assert_frame_equal(table, again[name])
@@ -592,9 +590,9 @@ def test_the_stages_give_their_tables_and_are_not_run_twice(gated_deltanet, tmp_
 
 def test_a_cell_that_has_no_classes_is_refused(gated_deltanet):
     suite = TinySuite(gated_deltanet)
-    own = stages.Stages(suite, "small", SETTINGS)
-    own.cell = (0, 0)
+    bench = stages.make_bench(suite, "small")
+    bench.cell = (0, 0)
     with pytest.raises(ValueError, match=r"cache_edits\.place must be population\.place"):
-        own.alive("state")
+        stages.alive(suite, bench, "state")
     with pytest.raises(ValueError, match="13 prompts are asked for and the held-out windows are of 12 passages"):
-        own.prompts(13, 20)
+        passage_prompts(suite, "small", 13, 20)

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from helpers import SmallProfile, SmallSuite
 
 from replication import html, widgets
-from replication.classes import Scan
 from replication.pages import atoms as atoms_page
 from replication.pages import promoted as promoted_page
+from replication.study.firings import firings_of
 from replication.study.profile import CellRule, Data, HostSection, Install
 from writesae.evaluate import install, promoted
+from writesae.evaluate.firings import encode_cell
+from writesae.harvesting import harvest
 from writesae.sae.config import SAEConfig
 from writesae.sae.model import SAE
 
@@ -96,8 +98,7 @@ def suite(gated_deltanet, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alive(suite):
-    scan = Scan(suite, "small")
-    return pd.concat([scan.alive((*CELL, target, "main", 42)) for target in ("state", "write")], ignore_index=True)
+    return atoms_page.describe(suite, "small", [(*CELL, target, "main", 42) for target in ("state", "write")])
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +133,11 @@ def shown(monkeypatch):
 
 
 def test_the_firings_are_those_of_the_encoded_windows(suite, firings, alive):
-    scan = Scan(suite, "small")
+    columns = ["window", "passage", "position", "atom"]
+    factors = harvest(suite.small, suite.split.tokens, [CELL], 4, progress=False)[CELL]
     for target in ("state", "write"):
-        wanted, columns = scan.firings(*CELL, target, "main")[1], ["window", "passage", "position", "atom"]
+        cell_sae = encode_cell(CELL, target, "added", suite.sae("small", *CELL, target), factors)
+        wanted = firings_of(suite, cell_sae, suite.split)
         part = firings[firings.target == target]
         assert part[columns].to_numpy().tolist() == wanted[columns].to_numpy().tolist()
         assert part.coefficient.to_numpy() == pytest.approx(wanted.coefficient.to_numpy(), rel=1e-5)

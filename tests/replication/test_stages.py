@@ -8,7 +8,9 @@ import pytest
 import torch
 from helpers import SmallSuite
 
+from replication.pages import install, multiverse, population, replacement, selectivity
 from replication.study import fingerprint
+from replication.study.firings import run_firings
 from replication.study.paths import ROOT
 from replication.study.profile import HostSection, load_profile
 from replication.study.study import Suite
@@ -98,6 +100,70 @@ def test_a_stage_computes_again_where_something_changed_and_only_there(study, ch
     table = study.stage("table", HOST, groups, doubled, **given)
     assert table.x.tolist() == [2 * group for group in groups]
     assert calls == [1, 2] + ([] if change == "nothing" else groups)
+
+
+# Stages of pages whose inputs were once listed by hand, and lacked one.
+
+
+@pytest.fixture
+def placed(study, monkeypatch):
+    """The study with a cell, so that pages can ask for it; it records what its stages are given."""
+    monkeypatch.setattr(study, "cell", lambda host, place: (1, 0))
+    return study
+
+
+def given_of(study, page, monkeypatch):
+    """The fingerprint of what a page's stage is given."""
+    given = []
+    monkeypatch.setattr(study, "stage", lambda *arguments, **more: given.append((arguments, more)))
+    page()
+    return [fingerprint.fingerprint(arguments=arguments, given=more) for arguments, more in given]
+
+
+def test_another_seed_draws_other_prompts_and_targets(placed, monkeypatch):
+    """Page 10 was not computed again where the profile's seed changed, and its sidecar named the new seed."""
+
+    def page():
+        install._stage(placed, HOST, "install")
+
+    section = placed.profile.install.model_copy(update=dict(prompts=2, prompt_tokens=20))
+    monkeypatch.setattr(placed, "profile", placed.profile.model_copy(update=dict(install=section)))
+    first = given_of(placed, page, monkeypatch)
+    assert first == given_of(placed, page, monkeypatch)
+    monkeypatch.setattr(placed, "profile", placed.profile.model_copy(update=dict(seed=7)))
+    assert first != given_of(placed, page, monkeypatch)
+
+
+@pytest.mark.parametrize("page", [population, replacement, multiverse, selectivity])
+def test_the_code_of_a_page_counts_in_its_stage(placed, page, monkeypatch):
+    """Pages 07 and 11 were not computed again where their own code changed: it was not the code that was hashed."""
+    measure = dict(multiverse="measure", selectivity="compare").get(page.__name__.rpartition(".")[2])
+    options = dict(measure=getattr(page, measure)) if measure else dict(conditions=page.CONDITIONS_OF_SURVEYS)
+
+    def run():
+        run_firings(placed, HOST, "table", placed.split, [], **options)
+
+    read = fingerprint._module
+    first = given_of(placed, run, monkeypatch)
+    changed = page.__name__ if measure else "writesae.evaluate.replacement"
+    monkeypatch.setattr(
+        fingerprint,
+        "_module",
+        lambda name, root: (*read(name, root)[:1], b"x = 1") if name == changed else read(name, root),
+    )
+    assert first != given_of(placed, run, monkeypatch)
+    if not measure:
+        options["conditions"] = page.CONDITIONS_OF_SURVEYS[:2]
+        monkeypatch.setattr(fingerprint, "_module", read)
+        assert first != given_of(placed, run, monkeypatch)
+
+
+def test_a_later_value_counts_by_what_it_is_made_of_and_is_made_once(study):
+    made = [fingerprint.Later(doubled, group=3, seed=seed) for seed in (1, 1, 2)]
+    calls.clear()
+    first, second, third = (fingerprint.fingerprint(x=value) for value in made)
+    assert first == second != third and not calls
+    assert made[0]() is made[0]() and calls == [3]
 
 
 # What identifies a host.

@@ -14,7 +14,8 @@ everything is measured on held-out text. All edits are exact (`writesae.edit`).
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -27,14 +28,18 @@ from replication.pages.cache_edits.readers import readers, summarise_readers, to
 from replication.pages.cache_edits.registers import erase_registers, summarise_registers
 from replication.pages.cache_edits.single_write import single_writes, summarise_single
 from replication.pages.cache_edits.site import Site
-from replication.study.firings import encoded_saes, firings_of, passage_prompts
-from replication.study.profile import Section
+from replication.study.fingerprint import Later
+from replication.study.firings import passage_prompts
+from replication.study.profile import CacheEdits
 from replication.study.stages import rows_with
 from replication.study.study import Suite
-from writesae.evaluate.firings import CellSAE, draw_atoms
+from writesae.evaluate.firings import CellSAE, all_firings, draw_atoms, encode_cell
 from writesae.evaluate.install import draw_targets
+from writesae.evaluate.replacement import STEPS
 from writesae.evaluate.shifts import draw_positions
+from writesae.harvesting import Cell, harvest
 from writesae.hosts.base import Host
+from writesae.sae.model import SAE
 from writesae.sae.sparsity import Active
 from writesae.text import Windows
 
@@ -57,218 +62,246 @@ def line_breaks(host: Host) -> torch.Tensor:
     return torch.tensor([host.tokenizer.decode([i]).count("\n") for i in range(host.vocabulary)])
 
 
-class Stages:
-    """The stages of one host; each returns its part of a table and computes it only where something has changed."""
+@dataclass
+class Bench:
+    """One cell of a host, with all that the experiments on it depend on.
 
-    def __init__(self, suite: Suite, name: str, settings: Section):
-        self.suite, self.name, self.settings, self.profile = suite, name, settings, suite.profile
-        self.cell, self.seed = suite.cell(name, settings.place), suite.profile.seed
+    settings: the profile's section; first: the first position of firings; batch: windows run together; saes: by target;
+    selection, heldout: texts by target of the SAE, on which atoms and tokens are chosen, and on which all but
+    generation is measured.
+    """
 
-    @property
-    def host(self) -> Host:
-        return self.suite.host(self.name)
+    host: Host
+    cell: Cell
+    write: str
+    seed: int
+    first: int
+    batch: int
+    settings: CacheEdits
+    saes: dict[str, SAE]
+    selection: Later
+    heldout: Later
 
     def site(self, windows: Windows, numbers: np.ndarray | None = None) -> Site:
         """Return the cell in a native run over windows, or over some of them by number."""
         tokens = windows.tokens if numbers is None else windows.tokens[numbers]
-        return Site(self.host, self.host.run(tokens), *self.cell, self.profile.saes.write, numbers)
+        return Site(self.host, self.host.run(tokens), *self.cell, self.write, numbers)
 
-    def batch(self, windows: Windows, start: int) -> Site:
+    def part(self, windows: Windows, start: int) -> Site:
         """Return the cell in a native run over the batch of windows from `start` on."""
-        return self.site(windows, np.arange(start, min(start + self.profile.data.batch_windows, len(windows))))
+        return self.site(windows, np.arange(start, min(start + self.batch, len(windows))))
 
-    def staged(self, table: str, groups, compute, **more) -> pd.DataFrame:
-        """Return compute(group) for every group, with the cell; `more`: what it depends on beside the settings."""
-        inputs = dict(settings=self.settings, data=self.profile.data, cell=self.cell, write=self.profile.saes.write)
-        inputs |= dict(seed=self.seed, saes=self.suite.sae_files(self.name), **more)
-        where = dict(host=self.name, layer=self.cell[0], head=self.cell[1])
-        groups = list(groups)
-        return self.suite.staged(table, self.name, groups, lambda g: compute(g).assign(**where), [__name__], inputs)
-
-    def texts(self, split: str, count: int) -> dict[str, Text]:
-        """Return the first windows of a split by target of the SAE on them."""
-        windows = self.suite.windows(self.name, split)[slice(0, count)]
-        saes = encoded_saes(self.suite, self.name, [self.cell], "main", windows)
-        return {x.target: Text(windows, x, firings_of(self.suite, x, windows)) for x in saes}
-
-    @cached_property
-    def selection(self) -> dict[str, Text]:
-        """Text of the SAE split, on which atoms and tokens are chosen."""
-        return self.texts("sae", self.settings.selection_windows)
-
-    @cached_property
-    def heldout(self) -> dict[str, Text]:
-        """The held-out text on which everything but generation is measured."""
-        return self.texts("heldout", self.settings.windows)
-
-    def alive(self, target: str) -> pd.DataFrame:
-        """Return the cell's rows of alive_atoms.csv (notebook 07), which has the classes. ValueError for none."""
-        table = self.suite.table("alive_atoms")
-        where = dict(host=self.name, target=target, layer=self.cell[0], head=self.cell[1])
-        rows = rows_with(table, **where)
-        if rows.empty:
-            raise ValueError(f"alive_atoms.csv has no atoms of {where}: cache_edits.place must be population.place.")
-        return rows
-
-    def prompts(self, count: int, tokens: int) -> Windows:
-        return passage_prompts(self.suite, self.name, count, tokens)
-
-    @cached_property
-    def erased(self) -> tuple[np.ndarray, pd.DataFrame]:
-        """The atoms of experiment 1 and their places: atoms that fire often enough in both texts."""
-        settings, text = self.settings.erase, self.heldout[self.settings.target]
-        able = text.firings[text.firings.atom.isin(self.selection[self.settings.target].firings.atom)]
-        atoms = draw_atoms(able, settings.atoms, settings.positions, self.seed)
-        return atoms, draw_places(text.firings, text.cell_sae, atoms, settings.positions, self.seed)
-
-    def preferred(self) -> pd.DataFrame:
-        """cache_preferred: each atom's preferred token, found on firings in the SAE's text (other), and, as in the paper,
-        on the tested firings themselves (same)."""
-        target, count, size = self.settings.target, self.settings.erase.positions, self.profile.data.batch_windows
-
-        def compute(source: str) -> pd.DataFrame:
-            (atoms, drawn), text = self.erased, self.heldout[target]
-            firings = drawn[drawn["where"] == "firing"]
-            if source == "other":
-                text = self.selection[target]
-                firings = text.firings[text.firings.atom.isin(atoms)].groupby("atom").head(count)
-            batches = firings.groupby(firings.window // size)
-            falls = [token_drops(self.batch(text.windows, n * size), part, atoms) for n, part in batches]
-            score, token = sum(falls).max(1)
-            texts = [repr(self.host.tokenizer.decode([t])) for t in token.tolist()]
-            counts = firings.groupby("atom").size().loc[atoms].to_numpy()
-            columns = dict(atom=atoms, token=token.numpy(), text=texts, score=score.numpy(), firings=counts)
-            return pd.DataFrame(columns).assign(target=target, token_from=source)
-
-        return self.staged("cache_preferred", ("other", "same"), compute)
-
-    def erase(self) -> pd.DataFrame:
-        """cache_erase (experiment 1)."""
-        tokens, size = self.preferred(), self.profile.data.batch_windows
-        preferred = {s: dict(zip(p.atom, p.token, strict=True)) for s, p in tokens.groupby("token_from")}
-
-        def compute(start: int) -> pd.DataFrame:
-            (windows, cell_sae, _), (_, drawn) = self.heldout[self.settings.target], self.erased
-            part = drawn[(drawn.window >= start) & (drawn.window < start + size)]
-            if part.empty:
-                return pd.DataFrame()
-            doses, site = self.settings.erase.doses, self.batch(windows, start)
-            table = erase(site, cell_sae.sae, part, preferred, cell_sae.alive, doses, self.seed + start)
-            return table.assign(target=self.settings.target)
-
-        chosen = tokens[["token_from", "atom", "token"]].values.tolist()
-        return self.staged("cache_erase", range(0, self.settings.windows, size), compute, preferred=chosen)
-
-    def single(self) -> pd.DataFrame:
-        """single_write (experiment 2); targets as in notebook 10, by their native rank where they are read."""
-        settings, install = self.settings.single, self.profile.section("install", self.name)
-        windows = self.prompts(settings.prompts, settings.prompt_tokens)
-        first, last = self.profile.data.first_position, settings.prompt_tokens - settings.horizon
-        drawn = draw_positions(settings.prompts * settings.positions, first, last, self.seed)
-        drawn = drawn.view(settings.prompts, settings.positions)
-
-        def compute(start: int) -> pd.DataFrame:
-            group = slice(start, start + GROUP)
-            part, t0, site = windows[group], drawn[group].flatten(), self.site(windows[group])
-            rows = torch.arange(len(part)).repeat_interleave(settings.positions)
-            native = site.logits(rows, t0 + settings.horizon)
-            targets, labels = draw_targets(native, install.rank_classes, install.targets_per_class, self.seed + start)
-            table = single_writes(site, rows, t0, targets, settings.magnitude, settings.horizon)
-            row = rows.numpy()[table.pop("place")]
-            table["target_class"] = np.tile(labels, len(table) // len(labels))
-            return table.assign(prompt=row + start, passage=part.passage.numpy()[row])
-
-        return self.staged("single_write", range(0, settings.prompts, GROUP), compute, install=install)
-
-    def boundary_atoms(self) -> pd.DataFrame:
-        """newline_atoms: the atoms of line ends, and random ones, for every mode."""
-        modes = [mode for mode, target in MODES.items() if target in self.profile.saes.targets]
-
-        def compute(mode: str) -> pd.DataFrame:
-            (windows, cell_sae, _), first = self.selection[MODES[mode]], self.profile.data.first_position
-            ends = line_breaks(self.host)[windows.tokens[:, first:]] > 0
-            active = Active(cell_sae.indices[:, first:], cell_sae.coefficients[:, first:])
-            means = amplifying.boundary_means(active, ends, cell_sae.sae.n_atoms)
-            chosen = amplifying.choose_boundary(means, self.settings.newlines.atoms, self.seed)
-            return chosen.assign(mode=mode, target=MODES[mode])
-
-        return self.staged("newline_atoms", modes, compute)
-
-    def newlines(self) -> pd.DataFrame:
-        """newlines (experiment 3)."""
-        settings, chosen = self.settings.newlines, self.boundary_atoms()
-        windows, atoms = self.prompts(settings.prompts, settings.prompt_tokens), dict(list(chosen.groupby("mode")))
-        wanted = amplifying.conditions([mode for mode in MODES if mode in atoms], settings.doses)
-
-        def compute(start: int) -> pd.DataFrame:
-            part = windows[slice(start, start + GROUP)]
-            saes = {mode: self.suite.sae(self.name, *self.cell, MODES[mode]) for mode in atoms}
-            plan, site = amplifying.amplifier(saes, atoms, wanted, len(part)), self.site(part)
-            options = dict(temperature=settings.temperature, seed=self.seed + start)
-            tokens, _ = amplifying.generate_amplified(site, plan, settings.new_tokens, **options)
-            conditions = [wanted[i // len(part)] for i in range(len(tokens))]
-            table = pd.DataFrame(conditions, columns=["mode", "role", "dose"])
-            table = table.assign(prompt=plan.prompt.numpy() + start, passage=part.passage[plan.prompt].numpy())
-            breaks = line_breaks(self.host)[tokens].sum(1).numpy()
-            table["newlines"] = breaks * amplifying.PER / settings.new_tokens
-            table["distinct"] = [len(set(row)) / len(row) for row in tokens.tolist()]
-            texts = [amplifying.surface(self.host.tokenizer.decode(row)) for row in tokens.tolist()]
-            return pd.concat([table, pd.DataFrame(texts)], axis=1)
-
-        places = chosen[["mode", "role", "atom"]].values.tolist()
-        return self.staged("newlines", range(0, settings.prompts, GROUP), compute, atoms=places)
-
-    def exemplars(self) -> pd.DataFrame:
-        """Return the register atoms with the most firings, in enough passages; bundles where registers are too few."""
-        settings, alive = self.settings.readers, self.alive(self.settings.target)
-        able = alive[alive.passages >= settings.fewest_passages].assign(register=alive["class"] == "register")
-        return able.sort_values(["register", "firings"], ascending=False, kind="stable").head(settings.exemplars)
-
-    def readers(self) -> pd.DataFrame:
-        """readers (experiment 4); one context per passage."""
-        settings, chosen = self.settings.readers, self.exemplars()
-        classes = dict(zip(chosen.atom.tolist(), chosen["class"], strict=True))
-
-        def compute(atom: int) -> pd.DataFrame:
-            windows, cell_sae, firings = self.heldout[self.settings.target]
-            last = windows.tokens.shape[1] - settings.steps
-            firings = firings[(firings.atom == atom) & (firings.position <= last)]
-            firings = firings.sample(frac=1.0, random_state=self.seed).drop_duplicates("passage")
-            firings = firings.head(settings.contexts).reset_index(drop=True)
-            site, sides = self.site(windows, firings.window.to_numpy()), [x[atom] for x in cell_sae.sae.atoms()]
-            table = readers(site, sides, firings, settings.steps, settings.random_writes, self.seed + atom)
-            return table.assign(**{"target": self.settings.target, "class": classes[atom]})
-
-        return self.staged("readers", classes, compute, classes=sorted(classes.items()))
-
-    def registers(self) -> pd.DataFrame:
-        """register_erase (experiment 5): up to `passages` passages that have a register firing, one window of each."""
-        alive = {target: self.alive(target) for target in self.profile.saes.targets}
-        atoms = {t: sorted(a.atom[a["class"] == "register"].tolist()) for t, a in alive.items()}
-
-        def compute(target: str) -> pd.DataFrame:
-            (windows, cell_sae, firings), tables = self.heldout[target], []
-            firings = firings[firings.atom.isin(atoms[target])]
-            shuffled = firings.sample(frac=1.0, random_state=self.seed).drop_duplicates("passage")
-            numbers = np.sort(shuffled.window.to_numpy()[: self.settings.passages])
-            for start in range(0, len(numbers), PASSAGES):
-                site = self.site(windows, numbers[start : start + PASSAGES])
-                part, first = firings[firings.window.isin(site.windows)], self.profile.data.first_position
-                tables.append(erase_registers(site, part, cell_sae.sae, first, self.seed + start))
-            return pd.concat(tables, ignore_index=True).assign(target=target)
-
-        return self.staged("register_erase", atoms, compute, registers=atoms)
+    def placed(self, table: pd.DataFrame, **columns) -> pd.DataFrame:
+        """Return a table with further columns, and with the cell."""
+        return table.assign(**columns, host=self.host.name, layer=self.cell[0], head=self.cell[1])
 
 
-STAGES = dict(
-    cache_preferred=Stages.preferred,
-    cache_erase=Stages.erase,
-    single_write=Stages.single,
-    newline_atoms=Stages.boundary_atoms,
-    newlines=Stages.newlines,
-    readers=Stages.readers,
-    register_erase=Stages.registers,
-)
+def make_bench(study: Suite, name: str) -> Bench:
+    """Return the bench of a host of a study."""
+    profile, settings = study.profile, study.profile.section("cache_edits", name)
+    cell, first, write = study.cell(name, settings.place), profile.data.first_position, profile.saes.write
+    saes = {target: study.sae(name, *cell, target) for target in profile.saes.targets}
+    given = dict(host=study.host(name), cell=cell, write=write, first=first, batch=profile.data.batch_windows)
+    texts = [
+        Later(_texts, windows=study.windows(name, split)[slice(0, count)], saes=saes, **given)
+        for split, count in (("sae", settings.selection_windows), ("heldout", settings.windows))
+    ]
+    return Bench(**given, seed=profile.seed, settings=settings, saes=saes, selection=texts[0], heldout=texts[1])
+
+
+def _texts(host: Host, windows: Windows, saes: dict, cell: Cell, write: str, first: int, batch: int) -> dict[str, Text]:
+    factors, texts = harvest(host, windows.tokens, [cell], batch)[cell], {}
+    for target, sae in saes.items():
+        cell_sae = encode_cell(cell, target, write, sae, factors)
+        firings = all_firings(cell_sae, windows.passage, first, windows.tokens.shape[1] - STEPS)
+        texts[target] = Text(windows, cell_sae, firings)
+    return texts
+
+
+# Experiment 1: erase
+
+
+def _erased(bench: Bench) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return the atoms of experiment 1, which fire often enough in both texts, and their places."""
+    settings, text = bench.settings.erase, bench.heldout()[bench.settings.target]
+    able = text.firings[text.firings.atom.isin(bench.selection()[bench.settings.target].firings.atom)]
+    atoms = draw_atoms(able, settings.atoms, settings.positions, bench.seed)
+    return atoms, draw_places(text.firings, text.cell_sae, atoms, settings.positions, bench.seed)
+
+
+def preferred_tokens(study: Suite, bench: Bench, erased: Later) -> pd.DataFrame:
+    """Return cache_preferred: each atom's preferred token.
+
+    It is found on firings in the SAE's text (other), and, as in the paper, on the tested firings themselves (same).
+    """
+    return study.stage("cache_preferred", bench.host.name, ("other", "same"), _preferred, bench=bench, erased=erased)
+
+
+def _preferred(source: str, bench: Bench, erased: Later) -> pd.DataFrame:
+    target, count = bench.settings.target, bench.settings.erase.positions
+    (atoms, drawn), text = erased(), bench.heldout()[target]
+    firings = drawn[drawn["where"] == "firing"]
+    if source == "other":
+        text = bench.selection()[target]
+        firings = text.firings[text.firings.atom.isin(atoms)].groupby("atom").head(count)
+    batches = firings.groupby(firings.window // bench.batch)
+    falls = [token_drops(bench.part(text.windows, n * bench.batch), part, atoms) for n, part in batches]
+    score, token = sum(falls).max(1)
+    texts = [repr(bench.host.tokenizer.decode([t])) for t in token.tolist()]
+    counts = firings.groupby("atom").size().loc[atoms].to_numpy()
+    columns = dict(atom=atoms, token=token.numpy(), text=texts, score=score.numpy(), firings=counts)
+    return bench.placed(pd.DataFrame(columns), target=target, token_from=source)
+
+
+def erase_atoms(study: Suite, bench: Bench) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return cache_preferred and cache_erase (experiment 1)."""
+    erased = Later(_erased, bench=bench)
+    tokens = preferred_tokens(study, bench, erased)
+    preferred = {s: dict(zip(p.atom, p.token, strict=True)) for s, p in tokens.groupby("token_from")}
+    groups, given = range(0, bench.settings.windows, bench.batch), dict(erased=erased, preferred=preferred)
+    return tokens, study.stage("cache_erase", bench.host.name, groups, _erase, bench=bench, **given)
+
+
+def _erase(start: int, bench: Bench, erased: Later, preferred: dict) -> pd.DataFrame:
+    (windows, cell_sae, _), (_, drawn) = bench.heldout()[bench.settings.target], erased()
+    part = drawn[(drawn.window >= start) & (drawn.window < start + bench.batch)]
+    if part.empty:
+        return bench.placed(pd.DataFrame())
+    doses, site = bench.settings.erase.doses, bench.part(windows, start)
+    table = erase(site, cell_sae.sae, part, preferred, cell_sae.alive, doses, bench.seed + start)
+    return bench.placed(table, target=bench.settings.target)
+
+
+# Experiment 2: one write
+
+
+def single(study: Suite, bench: Bench) -> pd.DataFrame:
+    """Return single_write (experiment 2); targets as in notebook 10, by their native rank where they are read."""
+    settings, install = bench.settings.single, study.profile.section("install", bench.host.name)
+    windows = passage_prompts(study, bench.host.name, settings.prompts, settings.prompt_tokens)
+    last = settings.prompt_tokens - settings.horizon
+    drawn = draw_positions(settings.prompts * settings.positions, bench.first, last, bench.seed)
+    drawn, groups = drawn.view(settings.prompts, settings.positions), range(0, settings.prompts, GROUP)
+    targets = dict(rank_classes=install.rank_classes, per_class=install.targets_per_class)
+    given = dict(bench=bench, windows=windows, drawn=drawn, targets=targets)
+    return study.stage("single_write", bench.host.name, groups, _single, **given)
+
+
+def _single(start: int, bench: Bench, windows: Windows, drawn: torch.Tensor, targets: dict) -> pd.DataFrame:
+    settings, group = bench.settings.single, slice(start, start + GROUP)
+    part, t0, site = windows[group], drawn[group].flatten(), bench.site(windows[group])
+    rows = torch.arange(len(part)).repeat_interleave(settings.positions)
+    native = site.logits(rows, t0 + settings.horizon)
+    tokens, labels = draw_targets(native, **targets, seed=bench.seed + start)
+    table = single_writes(site, rows, t0, tokens, settings.magnitude, settings.horizon)
+    row = rows.numpy()[table.pop("place")]
+    table["target_class"] = np.tile(labels, len(table) // len(labels))
+    return bench.placed(table, prompt=row + start, passage=part.passage.numpy()[row])
+
+
+# Experiment 3: newlines
+
+
+def boundary_atoms(study: Suite, bench: Bench) -> pd.DataFrame:
+    """Return newline_atoms: the atoms of line ends, and random ones, for every mode."""
+    modes = [mode for mode, target in MODES.items() if target in bench.saes]
+    return study.stage("newline_atoms", bench.host.name, modes, _boundary, bench=bench)
+
+
+def _boundary(mode: str, bench: Bench) -> pd.DataFrame:
+    windows, cell_sae, _ = bench.selection()[MODES[mode]]
+    ends = line_breaks(bench.host)[windows.tokens[:, bench.first :]] > 0
+    active = Active(cell_sae.indices[:, bench.first :], cell_sae.coefficients[:, bench.first :])
+    means = amplifying.boundary_means(active, ends, cell_sae.sae.n_atoms)
+    chosen = amplifying.choose_boundary(means, bench.settings.newlines.atoms, bench.seed)
+    return bench.placed(chosen, mode=mode, target=MODES[mode])
+
+
+def amplify(study: Suite, bench: Bench) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return newline_atoms and newlines (experiment 3)."""
+    settings, chosen = bench.settings.newlines, boundary_atoms(study, bench)
+    windows = passage_prompts(study, bench.host.name, settings.prompts, settings.prompt_tokens)
+    given = dict(bench=bench, windows=windows, atoms=dict(list(chosen.groupby("mode"))))
+    groups = range(0, settings.prompts, GROUP)
+    return chosen, study.stage("newlines", bench.host.name, groups, _newlines, **given)
+
+
+def _newlines(start: int, bench: Bench, windows: Windows, atoms: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    settings, part = bench.settings.newlines, windows[slice(start, start + GROUP)]
+    wanted = amplifying.conditions([mode for mode in MODES if mode in atoms], settings.doses)
+    saes = {mode: bench.saes[MODES[mode]] for mode in atoms}
+    plan, site = amplifying.amplifier(saes, atoms, wanted, len(part)), bench.site(part)
+    options = dict(temperature=settings.temperature, seed=bench.seed + start)
+    tokens, _ = amplifying.generate_amplified(site, plan, settings.new_tokens, **options)
+    conditions = [wanted[i // len(part)] for i in range(len(tokens))]
+    table = pd.DataFrame(conditions, columns=["mode", "role", "dose"])
+    table = table.assign(prompt=plan.prompt.numpy() + start, passage=part.passage[plan.prompt].numpy())
+    breaks = line_breaks(bench.host)[tokens].sum(1).numpy()
+    table["newlines"] = breaks * amplifying.PER / settings.new_tokens
+    table["distinct"] = [len(set(row)) / len(row) for row in tokens.tolist()]
+    texts = [amplifying.surface(bench.host.tokenizer.decode(row)) for row in tokens.tolist()]
+    return bench.placed(pd.concat([table, pd.DataFrame(texts)], axis=1))
+
+
+# Experiments 4 and 5: readers, registers
+
+
+def alive(study: Suite, bench: Bench, target: str) -> pd.DataFrame:
+    """Return the cell's rows of alive_atoms.csv (notebook 07), which has the classes. ValueError for none."""
+    where = dict(host=bench.host.name, target=target, layer=bench.cell[0], head=bench.cell[1])
+    rows = rows_with(study.table("alive_atoms"), **where)
+    if rows.empty:
+        raise ValueError(f"alive_atoms.csv has no atoms of {where}: cache_edits.place must be population.place.")
+    return rows
+
+
+def exemplars(study: Suite, bench: Bench) -> pd.DataFrame:
+    """Return the register atoms with the most firings, in enough passages; bundles where registers are too few."""
+    settings, atoms = bench.settings.readers, alive(study, bench, bench.settings.target)
+    able = atoms[atoms.passages >= settings.fewest_passages].assign(register=atoms["class"] == "register")
+    return able.sort_values(["register", "firings"], ascending=False, kind="stable").head(settings.exemplars)
+
+
+def read_atoms(study: Suite, bench: Bench) -> pd.DataFrame:
+    """Return readers (experiment 4); one context per passage."""
+    chosen = exemplars(study, bench)
+    classes = dict(zip(chosen.atom.tolist(), chosen["class"], strict=True))
+    return study.stage("readers", bench.host.name, classes, _readers, bench=bench, classes=classes)
+
+
+def _readers(atom: int, bench: Bench, classes: dict[int, str]) -> pd.DataFrame:
+    settings, (windows, cell_sae, firings) = bench.settings.readers, bench.heldout()[bench.settings.target]
+    last = windows.tokens.shape[1] - settings.steps
+    firings = firings[(firings.atom == atom) & (firings.position <= last)]
+    firings = firings.sample(frac=1.0, random_state=bench.seed).drop_duplicates("passage")
+    firings = firings.head(settings.contexts).reset_index(drop=True)
+    site, sides = bench.site(windows, firings.window.to_numpy()), [x[atom] for x in cell_sae.sae.atoms()]
+    table = readers(site, sides, firings, settings.steps, settings.random_writes, bench.seed + atom)
+    return bench.placed(table, **{"target": bench.settings.target, "class": classes[atom]})
+
+
+def erase_all(study: Suite, bench: Bench) -> pd.DataFrame:
+    """Return register_erase (experiment 5): up to `passages` passages with a register firing, one window of each."""
+    atoms = {target: alive(study, bench, target) for target in bench.saes}
+    registers = {target: sorted(x.atom[x["class"] == "register"].tolist()) for target, x in atoms.items()}
+    return study.stage("register_erase", bench.host.name, registers, _registers, bench=bench, registers=registers)
+
+
+def _registers(target: str, bench: Bench, registers: dict[str, list[int]]) -> pd.DataFrame:
+    (windows, cell_sae, firings), tables = bench.heldout()[target], []
+    firings = firings[firings.atom.isin(registers[target])]
+    shuffled = firings.sample(frac=1.0, random_state=bench.seed).drop_duplicates("passage")
+    numbers = np.sort(shuffled.window.to_numpy()[: bench.settings.passages])
+    for start in range(0, len(numbers), PASSAGES):
+        site = bench.site(windows, numbers[start : start + PASSAGES])
+        part = firings[firings.window.isin(site.windows)]
+        tables.append(erase_registers(site, part, cell_sae.sae, bench.first, bench.seed + start))
+    return bench.placed(pd.concat(tables, ignore_index=True), target=target)
+
+
+# All of them
+
+
 SUMMARIES = dict(
     cache_erase=summarise_erase,
     single_write=summarise_single,
@@ -278,14 +311,19 @@ SUMMARIES = dict(
 )
 
 
-def run(suite: Suite) -> dict[str, pd.DataFrame]:
-    """Return the tables of all hosts, results NAME.csv for every name in STAGES."""
-    parts = {table: [] for table in STAGES}
-    for name in suite.profile.hosts:  # host by host, so that its stages share the harvests
-        stages = Stages(suite, name, suite.profile.section("cache_edits", name))
-        for table, stage in STAGES.items():
-            parts[table].append(stage(stages))
-    return {table: suite.gather(table, part) for table, part in parts.items()}
+def run(study: Suite) -> dict[str, pd.DataFrame]:
+    """Return the tables of all hosts, results NAME.csv for every experiment."""
+    parts: dict[str, list[pd.DataFrame]] = {}
+    for name in study.profile.hosts:  # host by host, so that its stages share the harvests
+        bench = make_bench(study, name)
+        erased, amplified = erase_atoms(study, bench), amplify(study, bench)
+        tables = dict(zip(("cache_preferred", "cache_erase"), erased, strict=True))
+        tables |= dict(single_write=single(study, bench))
+        tables |= dict(zip(("newline_atoms", "newlines"), amplified, strict=True))
+        tables |= dict(readers=read_atoms(study, bench), register_erase=erase_all(study, bench))
+        for table, part in tables.items():
+            parts.setdefault(table, []).append(part)
+    return {table: study.gather(table, part) for table, part in parts.items()}
 
 
 def tables(suite: Suite, measured: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
