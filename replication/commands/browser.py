@@ -1,6 +1,6 @@
 """The atom browser: every atom of every cell on one page, figures/<profile>/atoms.html, which opens from disk.
 
-    python -m replication.commands.browser --profile mini
+    python -m replication browser --profile mini
 
 Numbers come from the tables in results/<profile> as the notebooks left them; contexts, histograms and promoted tokens
 are worked out from the trained SAEs in build/<profile>, once, and kept there. The page (browser.html beside this file)
@@ -13,7 +13,6 @@ import argparse
 import base64
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from replication.classes import Scan
+from replication.commands import CommandError
 from replication.html import PROMOTED_FIRINGS, contexts, fires_on, plain
 from replication.pages import promoted as promoted_module
 from replication.pages.replacement import CONTROLS
@@ -321,22 +321,16 @@ def write(suite: Suite) -> Path:
     return path
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0, or 1 with one sentence on stderr."""
-    parser = argparse.ArgumentParser(description="Write the atom browser, figures/PROFILE/atoms.html.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="mini", help="a file in profiles/ (default: %(default)s)")
-    profile = parser.parse_args(arguments).profile
+
+
+def main(options: argparse.Namespace) -> int:
     try:
-        path = write(open_suite(profile))
+        path = write(open_suite(options.profile))
     except FileNotFoundError as error:
-        print(f"A trained SAE is missing ({error}): `make 02_train_saes PROFILE={profile}` makes it.", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
+        raise CommandError(
+            f"a trained SAE is missing ({error}): `make 02_train_saes PROFILE={options.profile}` makes it."
+        ) from error
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -80,7 +80,7 @@ def _record(suite: Suite, host: str, cell: tuple[int, int], target: str, setting
 
 
 def train_task(profile: str, host: str, cell: tuple, target: str, settings: TrainingSettings, expected: str) -> None:
-    suite = open_suite(profile)
+    suite = open_suite(profile, lock=False)
     torch.set_num_threads(1)
     train_variant(suite, host, cell, target, settings, expected)
 

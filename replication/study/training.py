@@ -74,7 +74,7 @@ def train_task(
 ) -> None:
     """Train the SAEs of a head (all heads where it is None) of each layer on every target, and write their lines; the
     layers are harvested in one pass."""
-    suite, began = open_suite(profile_name), time.monotonic()
+    suite, began = open_suite(profile_name, lock=False), time.monotonic()
     torch.set_num_threads(1)
     missing = {
         layer: want

@@ -69,7 +69,7 @@ def _record(suite: Suite, host: str, cell: tuple[int, int], settings: TrainingSe
 
 
 def train_task(profile_name: str, host: str, cell: tuple[int, int], settings: TrainingSettings, expected: str) -> None:
-    suite = open_suite(profile_name)
+    suite = open_suite(profile_name, lock=False)
     torch.set_num_threads(1)
     train_variant(suite, host, cell, settings, expected)
 

@@ -14,6 +14,7 @@ import torch
 from helpers import SmallProfile, SmallSuite
 
 from replication import classes, html
+from replication.__main__ import main
 from replication.commands import browser
 from replication.commands import order as dependencies
 from replication.statistics import wilson
@@ -292,12 +293,14 @@ def test_tables_and_saes_of_two_runs_are_refused(suite, monkeypatch):
 def test_failures_are_one_sentence(suite, without, monkeypatch, capsys):
     monkeypatch.setattr(browser, "open_suite", lambda _: suite)
     monkeypatch.setattr(browser, "MOST_BYTES", 100)
-    assert browser.main(["--profile", "small"]) == 1
-    assert re.fullmatch(r"The page would have [\d,]+ bytes, more than 100: .*\n", capsys.readouterr().err)
+    assert main(["browser", "--profile", "small"]) == 1
+    assert re.fullmatch(
+        r"browser failed: The page would have [\d,]+ bytes, more than 100: .*\n", capsys.readouterr().err
+    )
     stem = suite.sae_stem("small", *CELL, "write", "main").with_suffix(".json")
     stem.rename(stem.with_suffix(".away"))
     try:
-        assert browser.main(["--profile", "small"]) == 1
+        assert main(["browser", "--profile", "small"]) == 1
         assert "`make 02_train_saes PROFILE=small` makes it." in capsys.readouterr().err.splitlines()[-1]
     finally:
         stem.with_suffix(".away").rename(stem)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from writesae.hosts.base import Host
+from writesae.hosts.base import Host, Shape
 from writesae.hosts.fla_models import (
     DeltaNetConfig,
     DeltaNetForCausalLM,
@@ -48,6 +48,10 @@ register(GLAForCausalLM)
 class FLAHost(Host):
     """What both families share: everything but the mixer."""
 
+    @classmethod
+    def shape(cls, config) -> Shape:
+        return Shape(config.num_hidden_layers, config.num_heads, *head_dims(config), not cls.scalar_decay)
+
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         """Raises ValueError for a config that `fla_models.check` refuses."""
         super().__init__(model, tokenizer, name)
@@ -56,7 +60,7 @@ class FLAHost(Host):
         self.blocks = model.model.layers
         self.layers, self.vocabulary = config.num_hidden_layers, config.vocab_size
         self.recurrent_layers = tuple(range(self.layers))
-        self.heads, (self.d_k, self.d_v) = config.num_heads, head_dims(config)
+        _, self.heads, self.d_k, self.d_v, _ = self.shape(config)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model.model.embeddings(tokens)

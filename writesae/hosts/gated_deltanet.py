@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from writesae.hosts.base import Host
+from writesae.hosts.base import Host, Shape
 from writesae.hosts.layers import normalized, short_convolution, slow_decays, unit, wide
 from writesae.hosts.past import Past, Record, attend
 from writesae.recurrence import Factors, gated_delta_chunks
@@ -39,17 +39,18 @@ class GatedDeltaNet(Host):
                 mixer.A_log.data, mixer.dt_bias.data = slow_decays(mixer.num_v_heads)
         return model
 
+    @staticmethod
+    def shape(config) -> Shape:
+        layers, heads = config.layer_types.count("linear_attention"), config.linear_num_value_heads
+        return Shape(layers, heads, config.linear_key_head_dim, config.linear_value_head_dim)
+
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
         config = model.config
         self.blocks = model.model.layers
         self.layers, self.vocabulary = config.num_hidden_layers, config.vocab_size
         self.recurrent_layers = tuple(i for i, kind in enumerate(config.layer_types) if kind == "linear_attention")
-        self.heads, self.d_k, self.d_v = (
-            config.linear_num_value_heads,
-            config.linear_key_head_dim,
-            config.linear_value_head_dim,
-        )
+        _, self.heads, self.d_k, self.d_v, _ = self.shape(config)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model.model.embed_tokens(tokens)

@@ -11,12 +11,12 @@ import torch
 from safetensors import SafetensorError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 import importlib
 import sys
 
 from writesae.hosts import mamba2_release, rwkv7_tokenizer
-from writesae.hosts.base import Host
+from writesae.hosts.base import Host, Shape
 from writesae.hosts.hub import fetch
 
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
@@ -97,6 +97,16 @@ def load_host(
     return adapter(family)(model.to(chosen), tokenizer, host_name(Path(name_or_path)))
 
 
+def read_shape(folder: Path) -> Shape:
+    """Return the Shape of the host in a folder, from its config.json alone. Raises FileNotFoundError and ValueError as
+    `load_host` does."""
+    settings = _settings(folder, folder)
+    if mamba2_release.is_release(settings):
+        return adapter("mamba2").shape(mamba2_release.library_config(settings))
+    family, _, text = _family(folder, folder)
+    return adapter(family).shape(text)
+
+
 def _settings(folder: Path, name: str | Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
@@ -109,8 +119,8 @@ def _settings(folder: Path, name: str | Path) -> dict:
         raise ValueError(f"{path} is damaged: it is not a JSON object ({error}).") from error
 
 
-def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, torch.nn.Module]:
-    """The family and the model of a folder in the library's format, every weight of it from the file."""
+def _family(folder: Path, name: str | Path) -> tuple[str, type[torch.nn.Module], PreTrainedConfig]:
+    """The family, the class and the text model's config of a folder in the library's format."""
     import transformers
 
     classes = {family: adapter(family).model_classes for family in FAMILIES}  # this also registers RWKV-7's class
@@ -129,6 +139,12 @@ def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, tor
     if family is None:
         raise ValueError(f"{name} is a {class_name}, and no host family has that class: {known} are there.")
     text.tie_word_embeddings |= config.tie_word_embeddings  # multimodal configs may say it at the top alone
+    return family, model_class, text
+
+
+def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, torch.nn.Module]:
+    """The family and the model of a folder in the library's format, every weight of it from the file."""
+    family, model_class, text = _family(folder, name)
     try:
         model, info = model_class.from_pretrained(
             folder, config=text, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from writesae.hosts.base import Host
+from writesae.hosts.base import Host, Shape
 from writesae.hosts.layers import normalized, short_convolution, slow_decays, wide
 from writesae.hosts.past import Past, Record
 from writesae.recurrence import Factors, decayed_chunks
@@ -47,13 +47,17 @@ class Mamba2(Host):
             slow[-heads:] = 0.05
             block.mixer.in_proj.weight.register_hook(lambda gradient, slow=slow: gradient * slow.to(gradient))
 
+    @staticmethod
+    def shape(config) -> Shape:
+        return Shape(config.num_hidden_layers, config.num_heads, config.state_size, config.head_dim)
+
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
         config = model.config
         self.blocks = model.backbone.layers
         self.layers, self.vocabulary = config.num_hidden_layers, config.vocab_size
         self.recurrent_layers = tuple(range(self.layers))
-        self.heads, self.d_k, self.d_v = config.num_heads, config.state_size, config.head_dim
+        _, self.heads, self.d_k, self.d_v, _ = self.shape(config)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model.backbone.embeddings(tokens)
