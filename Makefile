@@ -52,8 +52,8 @@ dryrun: $(ENV)  ## run every notebook with random weights of the profile's true 
 
 $(NAMES): %: $(STAMPS)/%
 
-# The stamp has the time at which the run began: a source that is edited during the run is newer. During the run its name
-# has the process id of this make (bash's PPID): another make, which is refused, must not change its time.
+# The stamp has the time at which the run began: a source that is edited during the run is newer. During the run
+# its name has the process id of this make (bash's PPID): another make, which is refused, must not change its time.
 $(addprefix $(STAMPS)/,$(NAMES)): $(STAMPS)/%: requirements.lock $(SOURCES) profiles/$(PROFILE).yaml | $(ENV)
 	@mkdir -p $(STAMPS) && touch $@.$$PPID
 	@$(PY) -m replication run $* --profile $(PROFILE)

@@ -21,7 +21,8 @@ COMMANDS = {  # name: what it does
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Return its exit status: 1 with one sentence on stderr after an error, 130 after Ctrl-C."""
+    """Run a command. Return its exit status: 1 with one sentence on stderr after an error, 130 after
+    Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m replication", description="Run a part of the replication.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

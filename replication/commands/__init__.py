@@ -1,4 +1,5 @@
-"""What `python -m replication COMMAND` runs. Each module has `add_arguments(parser)` and `main(options) -> exit status`."""
+"""What `python -m replication COMMAND` runs. Each module has `add_arguments(parser)` and `main(options) ->
+exit status`."""
 
 from __future__ import annotations
 

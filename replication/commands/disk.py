@@ -1,8 +1,8 @@
-"""Disk space that a profile still needs, compared with what is free: `python -m replication disk --profile paper`.
+"""Disk space that a profile still needs, compared with what is free: `python -m replication disk --profile
+paper`.
 
-The needs are computed from the profile: the weights of its hosts, a harvest per cell, an SAE per cell, target and role.
-Existing files are not counted, so that an interrupted run needs only the rest.
-"""
+The needs are computed from the profile: the weights of its hosts, a harvest per cell, an SAE per cell, target
+and role. Existing files are not counted, so that an interrupted run needs only the rest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from writesae.hosts.hub import download_sizes, fetch
 from writesae.hosts.load import MODEL_FILES, PICKLED_FILES, read_shape
 from writesae.sae.train import TrainingSettings
 
-OTHER = 500e6  # bytes: tables, figures, executed notebooks, groups of unfinished stages (mini writes a tenth of that)
+OTHER = 500e6  # bytes: tables, figures, executed notebooks, groups of unfinished stages (mini: a tenth)
 
 
 class Need(NamedTuple):
@@ -37,8 +37,8 @@ class Need(NamedTuple):
 
 
 def harvest_bytes(shape: Shape, tokens: int) -> int:
-    """Return the size of a cell's factors in fp32: per token key, added, effective and a decay, or with vector decays key,
-    added, decays, erase and probe."""
+    """Return the size of a cell's factors in fp32: per token key, added, effective and a decay, or with
+    vector decays key, added, decays, erase and probe."""
     d_k, d_v = shape.d_k, shape.d_v
     return 4 * tokens * (3 * d_k + 2 * d_v if shape.vector_decay else d_k + 2 * d_v + 1)
 
@@ -52,7 +52,8 @@ def sae_bytes(shape: Shape, settings: TrainingSettings) -> int:
 
 
 def weight_bytes(name: str, revision: str | None) -> int:
-    """Return what `load_host` has still to download of a Hub model: safetensors, or pickles if there are none."""
+    """Return what `load_host` has still to download of a Hub model: safetensors, or pickles if there are
+    none."""
     sizes = download_sizes(name, {*MODEL_FILES, *PICKLED_FILES}, revision)
     safe = any(file.endswith(".safetensors") for file in sizes)
     return sum(size for file, size in sizes.items() if not (safe and file.endswith(".bin")))
@@ -78,8 +79,8 @@ def _files_of(profile: Profile, paths: Paths, name: str, shape: Shape) -> list[N
 
 
 def still_needed(profile: Profile, paths: Paths) -> tuple[list[Need], list[str]]:
-    """Return what the profile's run has still to download and to write, and sentences on what is not counted: hosts whose
-    config, or the size of whose weights, is neither here nor told by the Hub."""
+    """Return what the profile's run has still to download and to write, and sentences on what is not counted:
+    hosts whose config, or the size of whose weights, is neither here nor told by the Hub."""
     needs, notes, offline = [Need("tables and figures", paths.root, OTHER)], [], False
     for name, section in profile.hosts.items():
         local, what = paths_module.ROOT / section.path, name
@@ -103,7 +104,8 @@ def _config(section: HostSection, offline: bool) -> Path:
 
 
 def check(profile: Profile, paths: Paths, free: Callable[[Path], int] | None = None) -> list[str]:
-    """Raise OSError, in one sentence, if a disk has less room than the profile's run has still to write on it.
+    """Raise OSError, in one sentence, if a disk has less room than the profile's run has still to write on
+    it.
 
     free(folder): bytes free below an existing folder. Returns a sentence on each host that is not counted.
     """

@@ -1,10 +1,10 @@
 """A dry run of every notebook of a profile: `python -m replication dryrun --profile paper`.
 
-Random weights of the true shapes (profiles/dryrun/hosts.yaml) replace the models that the profile would download; their
-decays start as their authors start them, so that states have memory. The counts are those of
-profiles/dryrun/overrides.yaml, and the text is the installed docstrings. All output goes to build/dryrun, figures with
-DRY RUN across them: it shows that nothing breaks at these shapes, and how much memory it takes, and no more.
-"""
+Random weights of the true shapes (profiles/dryrun/hosts.yaml) replace the models that the profile would
+download; their decays start as their authors start them, so that states have memory. The counts are those of
+profiles/dryrun/overrides.yaml, and the text is the installed docstrings. All output goes to build/dryrun,
+figures with DRY RUN across them: it shows that nothing breaks at these shapes, and how much memory it takes,
+and no more."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ SEED = 0
 
 
 def padded_tokenizer(vocabulary: int, folder: Path) -> None:
-    """Write an embedded host's tokenizer to `folder`, with its vocabulary filled up to `vocabulary` by entries that no text
-    gives: a model's tokenizer has about as many ids as the model."""
+    """Write an embedded host's tokenizer to `folder`, with its vocabulary filled up to `vocabulary` by
+    entries that no text gives: a model's tokenizer has about as many ids as the model."""
     folder.mkdir(parents=True, exist_ok=True)
     content = json.loads((TOKENIZER / "tokenizer.json").read_text())
     ids = content["model"]["vocab"]
@@ -48,10 +48,11 @@ def padded_tokenizer(vocabulary: int, folder: Path) -> None:
 
 
 def make_host(shape: dict, folder: Path) -> None:
-    """Write a model of a family and architecture with random weights from SEED, in bfloat16, and its tokenizer.
+    """Write a model of a family and architecture with random weights from SEED, in bfloat16, and its
+    tokenizer.
 
-    What starts at zero (RWKV-7's output projections) is drawn too, because else no write would reach the logits.
-    """
+    What starts at zero (RWKV-7's output projections) is drawn too, because else no write would reach the
+    logits."""
     import torch
 
     from writesae.hosts.load import adapter, without_triton
@@ -87,7 +88,7 @@ def make_hosts(profile: str) -> list[Path]:
         kept = folder / "shape.json"
         if not kept.is_file() or json.loads(kept.read_text()) != shape:
             print(f"{name}: random weights of the shapes of {paths[name]}", flush=True)
-            with ProcessPoolExecutor(1, get_context("spawn")) as other:  # a process keeps the memory that it once had
+            with ProcessPoolExecutor(1, get_context("spawn")) as other:  # a process keeps memory
                 other.submit(make_host, shape, folder).result()
         folders.append(folder)
     return folders
@@ -98,7 +99,8 @@ def _content(profile: str) -> dict:
 
 
 def resident(process: psutil.Process) -> int:
-    """Return the bytes that a process and all below it hold in memory. What several of them share counts several times."""
+    """Return the bytes that a process and all below it hold in memory. What several of them share counts
+    several times."""
     total = 0
     for one in [process, *process.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):  # it may end between the question and the answer
@@ -108,8 +110,9 @@ def resident(process: psutil.Process) -> int:
 
 @contextlib.contextmanager
 def peak_memory(every: float = 0.2) -> Iterator[Callable[[], float]]:
-    """Measure this process and those below it every so many seconds. Yields a function that returns the maximum that they
-    have held in memory at one time so far, in GB: a notebook's kernel ends before anyone could ask it for its peak."""
+    """Measure this process and those below it every so many seconds. Yields a function that returns the
+    maximum that they have held in memory at one time so far, in GB: a notebook's kernel ends before anyone
+    could ask it for its peak."""
     this, peak, over = psutil.Process(), 0, threading.Event()
 
     def look() -> None:
@@ -127,7 +130,8 @@ def peak_memory(every: float = 0.2) -> Iterator[Callable[[], float]]:
 
 
 def run(profile: str, names: list[str]) -> list[str]:
-    """Run the notebooks `names`, or all of them from nothing if there are none. Return the names of those that failed.
+    """Run the notebooks `names`, or all of them from nothing if there are none. Return the names of those
+    that failed.
 
     Raises ValueError for an unknown profile and for a model whose shapes are not known.
     """

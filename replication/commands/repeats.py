@@ -1,4 +1,5 @@
-"""Gather the scorecards of repeated runs: `python -m replication repeats --profile mini results/mini-1001 ...`."""
+"""Gather the scorecards of repeated runs: `python -m replication repeats --profile mini results/mini-1001
+...`."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """Run one notebook of the suite: `python -m replication run 05_replacement --profile mini`.
 
-papermill writes the executed notebook to build/PROFILE/notebooks. With the default profile its outputs then go into the
-notebook of the repository, where people read them: only outputs and execution counts change, and the file keeps its time,
-so that Make does not take it for edited. With WRITESAE_OUTPUT, and in a dry run, the repository's notebook does not change.
+papermill writes the executed notebook to build/PROFILE/notebooks. With the default profile its outputs then
+go into the notebook of the repository, where people read them: only outputs and execution counts change, and
+the file keeps its time, so that Make does not take it for edited. With WRITESAE_OUTPUT, and in a dry run, the
+repository's notebook does not change.
 
-The kernel holds the profile's lock (replication.study.lock) from `open_suite` on. A kill of this process alone leaves the
-kernel alive for a second or two, and the next run waits for it.
-"""
+The kernel holds the profile's lock (replication.study.lock) from `open_suite` on. A kill of this process
+alone leaves the kernel alive for a second or two, and the next run waits for it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def _outputs(cell: NotebookNode) -> list[NotebookNode]:
-    """Return a cell's outputs without progress bars. A widget with an HTML page beside it leaves only the page, and
-    neighbouring pieces of printed text are joined."""
+    """Return a cell's outputs without progress bars. A widget with an HTML page beside it leaves only the
+    page, and neighbouring pieces of printed text are joined."""
     kept: list[NotebookNode] = []
     for output in copy.deepcopy(cell.outputs):
         data = output.get("data", {})
@@ -102,7 +102,7 @@ def _check_writable(folder: Path) -> None:
 def _execute(path: Path, target: Path, profile: str) -> None:
     import papermill  # takes two seconds
 
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in the kernel they would be widgets among the outputs
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # widgets, in a kernel
     streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr, log_output=True, progress_bar=False)
     try:
         papermill.execute_notebook(path, target, parameters={"profile": profile}, cwd=path.parent, **streams)
@@ -131,9 +131,9 @@ def find(name: str, profile: str) -> Path:
 def run(name: str, profile: str) -> Path:
     """Execute the notebook `name` and publish its outputs. Return the path of the executed notebook.
 
-    Raises CommandError, with one sentence, if there is no such notebook or profile, if a folder of results cannot be
-    written or a cell fails, LockError if another run is at work; the notebook of the repository then stays as it was.
-    """
+    Raises CommandError, with one sentence, if there is no such notebook or profile, if a folder of results
+    cannot be written or a cell fails, LockError if another run is at work; the notebook of the repository
+    then stays as it was."""
     path, paths = find(name, profile), Paths(profile)
     written = (paths.build, paths.results, paths.figures)
     for folder in written:

@@ -2,12 +2,11 @@
 
     python -m replication sweep --profile mini --grid profiles/sweeps/cells.yaml
 
-A grid is a file in profiles/sweeps/; its fields are those of `Grid`. There are two kinds of tasks: the harvest of one
-layer, and the training and test of a few SAEs of a layer, whose replacement tests share one run of the host. Tasks run in
-processes of this machine, with one thread each. A task writes its files atomically into build/<profile>/sweeps/<grid> and
-skips what is there, so an interrupted sweep continues where it stopped. The result is one table with a row per SAE,
-results/<profile>/sweep-<grid>.csv.
-"""
+A grid is a file in profiles/sweeps/; its fields are those of `Grid`. There are two kinds of tasks: the
+harvest of one layer, and the training and test of a few SAEs of a layer, whose replacement tests share one
+run of the host. Tasks run in processes of this machine, with one thread each. A task writes its files
+atomically into build/<profile>/sweeps/<grid> and skips what is there, so an interrupted sweep continues where
+it stopped. The result is one table with a row per SAE, results/<profile>/sweep-<grid>.csv."""
 
 from __future__ import annotations
 
@@ -16,11 +15,12 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import pandas as pd
+import torch
 import yaml
 from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
@@ -60,8 +60,8 @@ class Variant(Section):
 
 
 class Grid(Section):
-    """What is swept over. `firings`: how many of each SAE go into the replacement test (0: no test); `keep`: the SAEs stay
-    in build/."""
+    """What is swept over. `firings`: how many of each SAE go into the replacement test (0: no test); `keep`:
+    whether the SAEs stay in build/."""
 
     name: str
     hosts: Literal["all", "main"] | list[str]
@@ -89,7 +89,8 @@ class Grid(Section):
 
 
 def load_grid(path: Path | str) -> Grid:
-    """Return the grid in a YAML file, named after it. Raises ValueError, in one sentence, for a file that is not one."""
+    """Return the grid in a YAML file, named after it. Raises ValueError, in one sentence, for any other
+    file."""
     path = Path(path)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (paths_module.ROOT / "profiles" / "sweeps").glob("*.yaml")))
@@ -111,6 +112,10 @@ class Point(NamedTuple):
     variant: str
     seed: int
 
+    @property
+    def cell(self) -> tuple[int, int]:
+        return self.layer, self.head
+
     def __str__(self) -> str:
         return f"{self.host}-L{self.layer}-H{self.head}-{self.variant}-s{self.seed}"
 
@@ -119,7 +124,7 @@ class Sweep:
     """A grid over a profile: its points, the places of their files, and what those depend on."""
 
     def __init__(self, profile: Profile, grid: Grid):
-        self.suite, self.grid = Suite(profile), grid
+        self.profile, self.grid, self.suite = profile, grid, Suite(profile)
         self.folder = self.suite.paths.build / "sweeps" / grid.name
 
     def record(self, point: Point) -> Path:
@@ -134,31 +139,32 @@ class Sweep:
         """Half-life and spectrum of the cells of a layer."""
         return self.folder / "memory" / f"{host}-L{layer}.csv"
 
+    def sae(self, point: Point) -> tuple[str, int, int, str, str]:
+        """The names of an SAE in the suite: host, layer, head, target, role."""
+        role = f"sweep-{self.grid.name}-{point.variant}-s{point.seed}"
+        return point.host, *point.cell, self.grid.variants[point.variant].target, role
+
     def points(self) -> list[Point]:
-        """Return all SAEs of the grid. Raises ValueError for a host, cell or setting that the profile's hosts do not
-        have."""
-        grid, profile = self.grid, self.suite.profile
+        """Return all SAEs of the grid. Raises ValueError for a host, cell or setting that the profile does
+        not have."""
+        grid, profile = self.grid, self.profile
         named = {"all": list(profile.hosts), "main": [self.suite.main]}
         hosts = grid.hosts if isinstance(grid.hosts, list) else named[grid.hosts]
         for name in hosts:
             if name not in profile.hosts:
                 known = ", ".join(profile.hosts)
                 raise ValueError(f"Profile {profile.name} has no host {name!r}: choose among {known}.")
-        points = [
-            Point(host, *cell, variant, seed)
-            for host in hosts
-            for cell in self.cells(host)
-            for variant in grid.variants
-            for seed in grid.seeds
-        ]
+        cells = [(host, *cell) for host in hosts for cell in self.cells(host)]
+        points = [Point(*cell, variant, seed) for cell in cells for variant in grid.variants for seed in grid.seeds]
         for point in points:
             self.settings(point)
         return points
 
     def cells(self, host: str) -> list[tuple[int, int]]:
-        """Return the grid's (layer, head) of a host. Raises ValueError for one that is not a recurrent cell."""
+        """Return the grid's (layer, head) of a host. Raises ValueError for one that is not a recurrent
+        cell."""
         model, grid = self.suite.host(host), self.grid
-        rules = self.suite.profile.hosts[host].cells.values()
+        rules = self.profile.hosts[host].cells.values()
         named = {"all": model.recurrent_layers, "headline": sorted({rule.layer for rule in rules})}
         layers = grid.layers if isinstance(grid.layers, list) else named[grid.layers]
         heads = grid.heads if isinstance(grid.heads, list) else range(model.heads)
@@ -168,55 +174,59 @@ class Sweep:
         return cells
 
     def settings(self, point: Point) -> TrainingSettings:
-        """Return how an SAE is trained. Raises ValueError, in one sentence, for settings that do not go together."""
+        """Return how an SAE is trained. Raises ValueError, in one sentence, for settings that do not go
+        together."""
         variant = self.grid.variants[point.variant]
-        base = getattr(self.suite.profile.section("saes", point.host), variant.role).model_dump()
+        base = getattr(self.profile.section("saes", point.host), variant.role).model_dump()
         try:
             return TrainingSettings(**base | variant.settings | dict(seed=point.seed))
         except ValidationError as error:
-            raise ValueError(f"Grid {self.grid.name}: variants.{point.variant}: {first_error(error)}.") from None
+            sentence = f"variants.{point.variant}: {first_error(error)}."
+            raise ValueError(f"Grid {self.grid.name}: {sentence}") from None
 
     def training_windows(self, variant: str) -> int:
-        """Return the number of windows that the profile gives the variant's role, from the SAE split."""
-        data = self.suite.profile.data
+        """Return how many windows of the SAE split the profile gives to the variant's role."""
+        data = self.profile.data
         return data.survey_windows if self.grid.variants[variant].role == "survey" else data.sae_windows
 
-    def heldout_windows(self, host: str) -> int:
-        """Return the number of windows that are held out for the FVU and for the replacement test."""
-        return max(VALIDATION_WINDOWS, self.suite.profile.section("replacement", host).survey_windows)
+    def test_windows(self, host: str) -> int:
+        """Return how many held-out windows the replacement test has."""
+        return self.profile.section("replacement", host).survey_windows
+
+    def expected(self, host: str, **inputs) -> str:
+        """Return the fingerprint of what is made of a host."""
+        code = dict(modules=[__name__], host=self.suite.host_fingerprint(host))
+        return fingerprint(**code, data=self.profile.data, **inputs)
 
     def expected_harvest(self, host: str, layer: int) -> str:
         """Return the fingerprint of the harvest of a layer."""
-        counts = max(map(self.training_windows, self.grid.variants)), self.heldout_windows(host)
-        data, host_inputs = self.suite.profile.data, self.suite.host_fingerprint(host)
-        return fingerprint([__name__], host=host_inputs, layer=layer, counts=counts, data=data)
+        counts = max(map(self.training_windows, self.grid.variants)), self.test_windows(host)
+        return self.expected(host, layer=layer, counts=counts)
 
-    def expected(self, point: Point) -> str:
+    def expected_record(self, point: Point) -> str:
         """Return the fingerprint of an SAE's record."""
-        profile, variant = self.suite.profile, self.grid.variants[point.variant]
-        inputs = dict(point=point, variant=variant, settings=self.settings(point), firings=self.grid.firings)
-        inputs |= dict(data=profile.data, write=profile.saes.write, seed=profile.seed)
-        inputs["replacement"] = profile.section("replacement", point.host)
-        return fingerprint([__name__], host=self.suite.host_fingerprint(point.host), **inputs)
+        inputs = dict(point=point, variant=self.grid.variants[point.variant], settings=self.settings(point))
+        inputs |= dict(write=self.profile.saes.write, seed=self.profile.seed, firings=self.grid.firings)
+        return self.expected(point.host, **inputs, replacement=self.profile.section("replacement", point.host))
 
 
 # What runs in a worker process
 
 
-def run_task(work: Callable, profile: Profile, grid: Grid, host: str, layer: int, *arguments) -> list[str]:
-    """Call work(sweep, host, layer, *arguments) with one thread. Return a sentence for each SAE, or harvest, that cannot be
-    made, so that the others are."""
+def run_task(work: Callable, profile: Profile, grid: Grid, host: str, layer: int, expected) -> list[str]:
+    """Call work(sweep, host, layer, expected) with one thread. Return a sentence for each SAE, or harvest,
+    that cannot be made, so that the others are."""
     try:
         with threads(1):
-            return work(Sweep(profile, grid), host, layer, *arguments)
+            return work(Sweep(profile, grid), host, layer, expected)
     except (ValueError, FloatingPointError) as error:
         return [f"{host}-L{layer}: {error}"]
 
 
 def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> list[str]:
-    """Store the factors of the grid's cells of a layer, in shards over the training windows and in one file per cell over
-    the held-out ones, and the half-lives and spectra of all cells of the layer."""
-    suite, data = sweep.suite, sweep.suite.profile.data
+    """Store the factors of the grid's cells of a layer, in shards over the training windows and in one file
+    per cell over the held-out ones, and the half-lives and spectra of all cells of the layer."""
+    suite, data = sweep.suite, sweep.profile.data
     cells = [cell for cell in sweep.cells(host) if cell[0] == layer]
     files, memory = {cell: sweep.heldout(host, *cell) for cell in cells}, sweep.memory(host, layer)
     if up_to_date([*files.values(), memory], expected):
@@ -224,7 +234,7 @@ def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> list[st
     began, model, windows = time.monotonic(), suite.host(host), suite.windows(host, "sae")
     training = windows.tokens[: max(map(sweep.training_windows, sweep.grid.variants))]
     harvest_shards(model, training, cells, sweep.folder / "harvest" / host, expected, batch=data.batch_windows)
-    checking = suite.windows(host, "heldout")[slice(0, sweep.heldout_windows(host))]
+    checking = suite.windows(host, "heldout")[slice(0, max(VALIDATION_WINDOWS, sweep.test_windows(host)))]
     factors = harvest(model, checking.tokens, cells, data.batch_windows, progress=False)
     for cell, path in files.items():
         tensors = factors[cell] | dict(tokens=checking.tokens, passage=checking.passage)
@@ -237,7 +247,8 @@ def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> list[st
 
 
 def train_points(sweep: Sweep, host: str, layer: int, expected: dict[Point, str]) -> list[str]:
-    """Train SAEs of one layer, test them, and write the row of each. Return sentences on those that failed."""
+    """Train SAEs of one layer, test them, and write the row of each. Return sentences on those that
+    failed."""
     suite, rows, tests, failures = sweep.suite, {}, {}, []
     for point, wanted in expected.items():
         began = time.monotonic()
@@ -255,63 +266,62 @@ def train_points(sweep: Sweep, host: str, layer: int, expected: dict[Point, str]
         provenance = suite.provenance(host, seconds=seconds + shared, fingerprint=expected[point])
         stages.write_table(pd.DataFrame([row | scores.get(point, {})]), sweep.record(point), provenance)
         if not sweep.grid.keep:
-            stem = suite.sae_stem(*_place(sweep, point))
+            stem = suite.sae_stem(*sweep.sae(point))
             for suffix in (".json", ".safetensors"):
                 stem.with_name(stem.name + suffix).unlink(missing_ok=True)
     return failures
 
 
-def _place(sweep: Sweep, point: Point) -> tuple[str, int, int, str, str]:
-    """Return (host, layer, head, target, role) of a point's SAE in the suite."""
-    role = f"sweep-{sweep.grid.name}-{point.variant}-s{point.seed}"
-    return point.host, point.layer, point.head, sweep.grid.variants[point.variant].target, role
-
-
 def train_point(sweep: Sweep, point: Point, expected: str) -> dict:
     """Train an SAE on the harvest of its cell and keep it in build/. Return its row."""
-    suite, (host, *cell, target, role) = sweep.suite, _place(sweep, point)
-    write, count = suite.profile.saes.write, sweep.training_windows(point.variant)
-    training = ShardedHistory(sweep.folder / "harvest" / host, tuple(cell), target, write, count)
+    (host, *_, target, role), write = sweep.sae(point), sweep.profile.saes.write
+    count = sweep.training_windows(point.variant)
+    training = ShardedHistory(sweep.folder / "harvest" / host, point.cell, target, write, count)
     if training.numbers <= IN_MEMORY:
         training = training[:]
-    heldout, _ = load_tensors(sweep.heldout(host, *cell))
-    validation = history({name: x[:VALIDATION_WINDOWS] for name, x in heldout.items()}, target, write)
+    validation = history(_heldout(sweep, point, VALIDATION_WINDOWS), target, write)
     settings = sweep.settings(point)
-    row = train_on(suite, host, role, tuple(cell), target, settings, training, validation, expected)
+    row = train_on(sweep.suite, host, role, point.cell, target, settings, training, validation, expected)
     return dict(name=point.variant) | row | dict(role=sweep.grid.variants[point.variant].role)
 
 
+def _heldout(sweep: Sweep, point: Point, count: int) -> dict[str, torch.Tensor]:
+    """Return the factors of a point's cell over the first held-out windows."""
+    tensors, _ = load_tensors(sweep.heldout(point.host, *point.cell))
+    return {name: x[:count] for name, x in tensors.items()}
+
+
 def draw_test(sweep: Sweep, point: Point) -> tuple[Windows, Subject, pd.DataFrame]:
-    """Return the held-out windows of the replacement test, the SAE's Subject on them, and the drawn firings: as many as the
-    grid says, or all if there are fewer."""
-    suite, (host, *cell, target, role) = sweep.suite, _place(sweep, point)
-    profile, count = suite.profile, suite.profile.section("replacement", host).survey_windows
-    heldout = {name: x[:count] for name, x in load_tensors(sweep.heldout(host, *cell))[0].items()}
-    windows, sae = Windows(heldout["tokens"], heldout["passage"]), suite.sae(host, *cell, target, role)
-    subject = make_subject(tuple(cell), target, profile.saes.write, sae, heldout)
+    """Return the held-out windows of the replacement test, the SAE's Subject on them, and the drawn firings:
+    as many as the grid says, or all if there are fewer."""
+    suite, profile = sweep.suite, sweep.profile
+    heldout = _heldout(sweep, point, sweep.test_windows(point.host))
+    windows, target = Windows(heldout["tokens"], heldout["passage"]), sweep.grid.variants[point.variant].target
+    subject = make_subject(point.cell, target, profile.saes.write, suite.sae(*sweep.sae(point)), heldout)
     every = firings_of(suite, subject, windows)
     return windows, subject, draw_in_rounds(every, min(sweep.grid.firings, len(every)), profile.seed)
 
 
 def replacement_scores(sweep: Sweep, tests: dict[Point, tuple]) -> dict[Point, dict]:
-    """Return the columns of the replacement tests, at the next token, of SAEs of one layer (`tests`: from `draw_test`);
-    none for an SAE without firings."""
+    """Return the columns of the replacement tests, at the next token, of SAEs of one layer (`tests`: from
+    `draw_test`); none for an SAE without firings."""
     if not tests:
         return {}
     first = next(iter(tests))
-    host, profile = sweep.suite.host(first.host), sweep.suite.profile
+    host, profile = sweep.suite.host(first.host), sweep.profile
     windows, size = tests[first][0], profile.data.batch_windows
     drawn = [(subject, firings.assign(point=str(point))) for point, (_, subject, firings) in tests.items()]
-    options = dict(conditions=CONDITIONS, scopes=("write",))
-    options["batch_rows"] = profile.section("replacement", first.host).batch_rows
+    rows = profile.section("replacement", first.host).batch_rows
+    options = dict(conditions=CONDITIONS, scopes=("write",), batch_rows=rows)
     groups = range(0, len(windows), size)
-    table = pd.concat([measure_group(host, windows, drawn, start, size, profile.seed, **options) for start in groups])
+    tables = [measure_group(host, windows, drawn, start, size, profile.seed, **options) for start in groups]
+    table = pd.concat(tables)
     return {point: _shares(table[table.point == str(point)]) for point in tests} if len(table) else {}
 
 
 def _shares(table: pd.DataFrame) -> dict:
-    """Return the number of firings that were tested, and at both amplitudes the share in which the atom (with its Wilson
-    interval), another atom and the mean write beat deletion."""
+    """Return the number of firings that were tested, and at both amplitudes the share in which the atom (with
+    its Wilson interval), another atom and the mean write beat deletion."""
     scores = dict(firings=len(table) // len(AMPLITUDES))
     for amplitude, part in table.groupby("amplitude", sort=False):
         wins = {name: int((part[f"kl_{name}"] < part.kl_delete).sum()) for name in CONDITIONS[1:]}
@@ -325,29 +335,25 @@ def _shares(table: pd.DataFrame) -> dict:
 
 
 def run_sweep(profile: Profile, grid: Grid, jobs: int | None = None) -> pd.DataFrame:
-    """Run what is not up to date in `jobs` processes (None: one per core). Write and return results/<profile>/
+    """Run what is not up to date in `jobs` processes (None: one per core), and write results/<profile>/
     sweep-<grid>.csv: a row per SAE in the grid's order, with the half-life and sigma1/sigma2 of its cell.
 
-    Raises ValueError for a grid that does not fit the profile, CommandError if tasks fail, LockError while another
-    process writes.
-    """
+    Raises ValueError for a grid that does not fit the profile, CommandError if tasks fail, LockError while
+    another process writes."""
     sweep = Sweep(profile, grid)
     with writing(sweep.suite.paths):
-        expected, suite = {point: sweep.expected(point) for point in sweep.points()}, sweep.suite
+        expected = {point: sweep.expected_record(point) for point in sweep.points()}
         waiting = [point for point in expected if not up_to_date(sweep.record(point), expected[point])]
         unknown = [point for point in expected if not sweep.memory(point.host, point.layer).is_file()]
         layers = list(dict.fromkeys((point.host, point.layer) for point in waiting + unknown))
         for host in dict.fromkeys(host for host, _ in layers):
-            suite.windows(host, "sae"), suite.windows(host, "heldout")
-        harvests = [(harvest_layer, profile, grid, *layer, sweep.expected_harvest(*layer)) for layer in layers]
+            sweep.suite.windows(host, "sae"), sweep.suite.windows(host, "heldout")
         tasks = []
         for layer, points in groupby(waiting, lambda point: point[:2]):
-            points = list(points)
-            parts = [points[i : i + TOGETHER] for i in range(0, len(points), TOGETHER)]
-            tasks += [
-                (train_points, profile, grid, *layer, {point: expected[point] for point in part}) for part in parts
-            ]
+            while part := list(islice(points, TOGETHER)):
+                tasks.append((train_points, profile, grid, *layer, {point: expected[point] for point in part}))
         print(f"{grid.name} ({profile.name}): {len(expected)} SAEs, {len(expected) - len(waiting)} of them up to date")
+        harvests = [(harvest_layer, profile, grid, *layer, sweep.expected_harvest(*layer)) for layer in layers]
         _run_all(harvests, "harvests", jobs)
         _run_all(tasks, "SAEs", jobs)
         table = _table(sweep, list(expected))
@@ -369,12 +375,11 @@ def _run_all(tasks: list[tuple], what: str, jobs: int | None) -> None:
 
 
 def _table(sweep: Sweep, points: list[Point]) -> pd.DataFrame:
-    """Write all records as one table."""
-    records = [sweep.record(point) for point in points]
+    """Write all records as one table, and return it."""
+    records, keys = [sweep.record(point) for point in points], ["host", "layer", "head"]
     rows = pd.concat(map(stages.read_table, records), ignore_index=True)
     places = dict.fromkeys((point.host, point.layer) for point in points)
     memory = pd.concat([stages.read_table(sweep.memory(*place)) for place in places], ignore_index=True)
-    keys = ["host", "layer", "head"]
     whole = rows.merge(memory[[*keys, "half_life_median", "sigma1_over_sigma2"]], on=keys, how="left")
     seconds = sum(read_sidecar(path)["seconds"] for path in records)
     return sweep.suite.write(f"sweep-{sweep.grid.name}", whole, seconds=round(seconds, 3))

@@ -1,9 +1,9 @@
-"""Train an embedded host from its recipe, on the installed corpus: `python -m replication train-host models/NAME`.
+"""Train an embedded host from its recipe, on the installed corpus: `python -m replication train-host
+models/NAME`.
 
-The recipe (models/NAME/recipe.yaml) holds every number. Progress is kept in build/hosts/NAME: if the process is killed at
-any moment and started again, it continues from the last checkpoint. At the end models/NAME holds weights (fp16
-safetensors), config, tokenizer, and training.csv, the loss curve.
-"""
+The recipe (models/NAME/recipe.yaml) holds every number. Progress is kept in build/hosts/NAME: if the process
+is killed at any moment and started again, it continues from the last checkpoint. At the end models/NAME holds
+weights (fp16 safetensors), config, tokenizer, and training.csv, the loss curve."""
 
 from __future__ import annotations
 
@@ -60,17 +60,19 @@ class Recipe(BaseModel):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is the nearest orthogonal matrix (Jordan et al. 2024), in the parameters' own precision.
+    """Momentum whose step is the nearest orthogonal matrix (Jordan et al. 2024), in the parameters' own
+    precision.
 
-    torch.optim.Muon iterates in bfloat16, which takes minutes per step on a CPU without bfloat16 instructions.
-    """
+    torch.optim.Muon iterates in bfloat16, which takes minutes per step on a CPU without bfloat16
+    instructions."""
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @staticmethod
     def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-        """Return matrices [count, rows, columns] with all singular values near 1, by five Newton-Schulz steps."""
+        """Return matrices [count, rows, columns] with all singular values near 1, by five Newton-Schulz
+        steps."""
         tall = matrices.shape[1] > matrices.shape[2]
         x = matrices.mT if tall else matrices
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -95,11 +97,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices of the layers with both sides 32 or more, and AdamW for all other parameters.
+    """Return Muon for the matrices of the layers with both sides 32 or more, and AdamW for all other
+    parameters.
 
-    The parameters that set a head's decay have a learning rate of their own: at the rate of the other vectors, heads that
-    start with a half-life of tens of tokens end below one.
-    """
+    The parameters that set a head's decay have a learning rate of their own: at the rate of the other
+    vectors, heads that start with a half-life of tens of tokens end below one."""
     matrices, decays, others = [], [], []
     for name, p in model.named_parameters():
         if any(part in load.adapter(recipe.family).decay_parameters for part in name.split(".")):
@@ -120,7 +122,8 @@ def optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optim
 
 
 def stream(tokenizer: Tokenizer, split: str, cache: Path) -> torch.Tensor:
-    """Return all tokens of a split as one int64 vector, with an end-of-text token (the id 0) before each passage."""
+    """Return all tokens of a split as one int64 vector, with an end-of-text token (the id 0) before each
+    passage."""
     if not cache.exists():
         encoded = tokenizer.encode_batch(docstrings.texts(split))
         tokens = np.concatenate([np.array([0, *e.ids], dtype=np.uint16) for e in encoded])
@@ -136,8 +139,8 @@ def batch_at(tokens: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
 
 
 def loss_function(model, recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the function from tokens [batch, context] to the mean next-token loss in nats: through the model's own forward,
-    or, where that is slow on a CPU, through our adapter, which is tested against it."""
+    """Return the function from tokens [batch, context] to the mean next-token loss in nats: through the
+    model's own forward, or, where that is slow on a CPU, through our adapter, which is tested against it."""
     if recipe.through == "library":
         return lambda tokens: model(input_ids=tokens, labels=tokens, use_cache=False).loss
     host = load.adapter(recipe.family)(model, None, recipe.family)
@@ -146,7 +149,8 @@ def loss_function(model, recipe: Recipe) -> Callable[[torch.Tensor], torch.Tenso
 
 
 def accumulate(loss_of: Callable, tokens: torch.Tensor, at_once: int) -> float:
-    """Add the gradient of the mean loss over tokens [batch, context], `at_once` windows at a time. Return the loss."""
+    """Add the gradient of the mean loss over tokens [batch, context], `at_once` windows at a time. Return the
+    loss."""
     pieces, total = tokens.split(at_once), 0.0
     for piece in pieces:
         loss = loss_of(piece) * (len(piece) / len(tokens))
@@ -179,7 +183,8 @@ def export(model, tokenizer: Tokenizer, record: dict, history: list[dict], folde
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Return the recipe in a YAML file. Raises ValueError, in one sentence, if there is none or a field is wrong."""
+    """Return the recipe in a YAML file. Raises ValueError, in one sentence, if there is none or a field is
+    wrong."""
     try:
         return Recipe(**yaml.safe_load(path.read_text()))
     except OSError as error:
@@ -191,7 +196,8 @@ def read_recipe(path: Path) -> Recipe:
 
 
 class Training:
-    """The state of a training: model, optimizers, the next step, the loss curve, and the seconds that it has taken."""
+    """The state of a training: model, optimizers, the next step, the loss curve, and the seconds that it has
+    taken."""
 
     def __init__(self, recipe: Recipe, checkpoint: Path):
         """Build the model, or take everything from the checkpoint if there is one."""
@@ -235,7 +241,8 @@ class Training:
 
 
 def train(folder: Path, build: Path) -> float:
-    """Train (or continue to train) the host whose recipe is in `folder`. Return its held-out loss in nats per token.
+    """Train (or continue to train) the host whose recipe is in `folder`. Return its held-out loss in nats per
+    token.
 
     Raises ValueError as `read_recipe` does, FloatingPointError if the loss is not finite.
     """

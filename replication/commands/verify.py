@@ -1,7 +1,8 @@
 """Compare the tables of a run with the committed ones: `python -m replication verify --profile mini`.
 
-The run is results/PROFILE of the working copy, or with `--run build/test` the tables of that other run. The reference is
-results/PROFILE of the last commit, or with `--reference` another folder. The verdict on a table is one of
+The run is results/PROFILE of the working copy, or with `--run build/test` the tables of that other run. The
+reference is results/PROFILE of the last commit, or with `--reference` another folder. The verdict on a table
+is one of
     identical          the same bytes, except for columns that are times (TIMES)
     within tolerance   different, and every metric that tests/reference/tolerances.yaml lists is near enough
     no tolerance       different, and the list has no entry for it: reported, and no failure
@@ -9,7 +10,8 @@ results/PROFILE of the last commit, or with `--reference` another folder. The ve
     not made           a table of stages.KEPT: notebooks read it from the repository and do not make it
     moved              a metric differs by more than its tolerance, or rows are missing or extra
     damaged, missing   the table is so on one of the two sides
-The last three are failures. With `--exact` a table is identical or has moved. Two runs on one machine must pass:
+The last three are failures. With `--exact` a table is identical or has moved. Two runs on one machine must
+pass:
     make all PROFILE=smoke && WRITESAE_OUTPUT=build/again make -B all PROFILE=smoke
     python -m replication verify --profile smoke --run build/again --reference . --exact
 """
@@ -43,7 +45,7 @@ TOLERANCES = paths_module.ROOT / "tests" / "reference" / "tolerances.yaml"
 TIMES = ("seconds", "training_seconds", "tokens_per_second")  # columns that measure time
 FAILURES = ("moved", "damaged", "missing")
 VERDICTS = ("identical", "within tolerance", "no tolerance", "extra", "not made", *FAILURES)
-ORIGIN = ("profile", "config", "seed", "device", "kernel", "commit")  # fields of a sidecar, beside the versions
+ORIGIN = ("profile", "config", "seed", "device", "kernel", "commit")  # of a sidecar
 MOST = 5  # columns that a report names
 DIGITS = 20  # of a commit or a hash
 
@@ -60,10 +62,10 @@ class Interval(NamedTuple):
 class Tolerance(BaseModel):
     """One entry of the YAML list: how far a column of a table may differ, in one of three ways.
 
-    equal: not at all. absolute, relative: by a number, or by a fraction of the reference value's distance from `origin`
-    (1 for an R2, else 0); of both, the larger one counts. overlap: the columns with the low and high end of its
-    interval, and the two intervals must overlap. Rows are matched by the columns `keys`; a row on one side is a failure.
-    """
+    equal: not at all. absolute, relative: by a number, or by a fraction of the reference value's distance
+    from `origin` (1 for an R2, else 0); of both, the larger one counts. overlap: the columns with the low and
+    high end of its interval, and the two intervals must overlap. Rows are matched by the columns `keys`; a
+    row on one side is a failure."""
 
     model_config = ConfigDict(extra="forbid")
     file: str
@@ -86,8 +88,8 @@ class Tolerance(BaseModel):
         return self
 
     def used(self, reference: Any, fresh: Any) -> float:
-        """Return the difference as a share of what is allowed: 0 for equal values, above 1 for too large a difference,
-        infinity for text or for a missing value on one side."""
+        """Return the difference as a share of what is allowed: 0 for equal values, above 1 for too large a
+        difference, infinity for text or for a missing value on one side."""
         before, after = (x.value if isinstance(x, Interval) else x for x in (reference, fresh))
         if pd.isna(before) and pd.isna(after) or before == after:
             return 0.0
@@ -112,7 +114,8 @@ class Tolerance(BaseModel):
 
 
 def read_tolerances(path: Path) -> list[Tolerance]:
-    """Return the list at `path`. Raises ValueError if it is empty or has an entry that is not as `Tolerance` says."""
+    """Return the list at `path`. Raises ValueError if it is empty or has an entry that is not as `Tolerance`
+    says."""
     entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     try:
         return TypeAdapter(Annotated[list[Tolerance], Field(min_length=1)]).validate_python(entries)
@@ -133,7 +136,8 @@ class Pair(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Two tables by one tolerance: columns or rows that one side lacks, and the values of the rows that both have."""
+    """Two tables by one tolerance: columns or rows that one side lacks, and the values of the rows that both
+    have."""
 
     tolerance: Tolerance
     problems: list[str]
@@ -191,14 +195,13 @@ def measure(reference: pd.DataFrame, fresh: pd.DataFrame, tolerance: Tolerance) 
 
 
 def check(reference: Path, fresh: Path, tolerance: Tolerance) -> list[str]:
-    """Return a sentence for each difference of the table in two folders that its tolerance does not allow; a missing or
-    damaged file is a sentence too."""
+    """Return a sentence for each difference of the table in two folders that its tolerance does not allow; a
+    missing or damaged file is a sentence too."""
     try:
-        return measure(
-            read_table(reference / tolerance.file), read_table(fresh / tolerance.file), tolerance
-        ).sentences()
+        tables = [read_table(folder / tolerance.file) for folder in (reference, fresh)]
     except ArtifactError as error:
         return [str(error)]
+    return measure(*tables, tolerance).sentences()
 
 
 # Two folders
@@ -241,7 +244,8 @@ class Report(NamedTuple):
 
 
 def _changes(reference: Path, fresh: Path) -> list[str]:
-    """Return how two CSVs differ as text, except for times, in a few sentences; an empty list if they do not."""
+    """Return how two CSVs differ as text, except for times, in a few sentences; an empty list if they do
+    not."""
     tables = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in (reference, fresh))
     left, right = (table.drop(columns=[name for name in TIMES if name in table]) for table in tables)
     if list(left) != list(right):
@@ -281,8 +285,8 @@ def _judge(name: str, reference: Path, fresh: Path, tolerances: list[Tolerance],
 
 
 def _weigh(comparisons: list[Comparison]) -> tuple[str, list[str]]:
-    """Return the verdict on a table and its sentences: if it moved, what one side lacks and the worst value of each metric
-    that moved; else the value that uses most of its tolerance."""
+    """Return the verdict on a table and its sentences: if it moved, what one side lacks and the worst value
+    of each metric that moved; else the value that uses most of its tolerance."""
     sentences = list(dict.fromkeys(problem for one in comparisons for problem in one.problems))
     for one in sorted((one for one in comparisons if one.moved), key=lambda one: -one.worst.used):
         count = f"{len(one.moved)} of {len(one.pairs)} values of {one.tolerance.metric}"

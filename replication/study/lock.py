@@ -1,4 +1,5 @@
-"""One process at a time writes a profile's files: whoever opens a study for writing holds the lock of its build folder."""
+"""One process at a time writes a profile's files: whoever opens a study for writing holds the lock of its
+build folder."""
 
 from __future__ import annotations
 
@@ -24,10 +25,9 @@ def _lock(path: Path) -> FileLock:
 def writing(paths: Paths, wait: float = 10.0) -> AcquireReturnProxy:
     """Take the lock build/<profile>/lock. A process that holds it may take it again.
 
-    As a context the result releases the lock; without one, this process holds it until it ends in any way. Raises
-    LockError, in one sentence, if another process still holds it after `wait` seconds (the kernel of a killed run ends
-    within a few), or if the file system has no locks.
-    """
+    As a context the result releases the lock; without one, this process holds it until it ends in any way.
+    Raises LockError, in one sentence, if another process still holds it after `wait` seconds (the kernel of a
+    killed run ends within a few), or if the file system has no locks."""
     path = paths.build / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     process = path.with_name("lock.process")

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL
+from joblib.externals.loky import get_reusable_executor
 
 from replication.__main__ import main
 from replication.commands import CommandError, sweep
@@ -84,7 +85,8 @@ def no_corpus():
 
 @pytest.fixture
 def output(tmp_path, monkeypatch):
-    """An empty output folder."""
+    """An empty output folder, and no worker processes that have another."""
+    get_reusable_executor().shutdown(wait=True)
     monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
     return tmp_path
 

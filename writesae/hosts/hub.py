@@ -20,13 +20,13 @@ from huggingface_hub.utils import filter_repo_objects
 
 
 def fetch(name: str | Path, files: Sequence[str], revision: str | None = None, **options) -> Path:
-    """Return the folder `name`, or the cached copy of those `files` (patterns) of the Hub's model `name` at `revision`.
+    """Return the folder `name`, or the cached copy of those `files` (patterns) of the Hub's model `name` at
+    `revision`.
 
     options: further arguments of huggingface_hub.snapshot_download (token, cache_dir, local_files_only, ...).
 
-    Raises FileNotFoundError if there is neither folder nor model nor revision, PermissionError for a gated model,
-    ConnectionError if the Hub does not answer, ValueError for a revision of a folder.
-    """
+    Raises FileNotFoundError if there is neither folder nor model nor revision, PermissionError for a gated
+    model, ConnectionError if the Hub does not answer, ValueError for a revision of a folder."""
     if not Path(name).exists():
         return Path(_snapshot(str(name), files, revision, **options))
     if revision is not None:
@@ -35,7 +35,8 @@ def fetch(name: str | Path, files: Sequence[str], revision: str | None = None, *
 
 
 def download_sizes(name: str, files: Sequence[str], revision: str | None = None) -> dict[str, int]:
-    """Return {file: bytes} of what `fetch` of a Hub model would download: those `files` that are not in the cache.
+    """Return {file: bytes} of what `fetch` of a Hub model would download: those `files` that are not in the
+    cache.
 
     Raises as `fetch` does.
     """
@@ -85,7 +86,8 @@ def _snapshot(name: str, files: Sequence[str], revision: str | None, **options) 
 
 
 def commit(name: str | Path, revision: str | None = None) -> str | None:
-    """Return the commit of a Hub model's copy in the cache, without asking the Hub; None if there is no copy."""
+    """Return the commit of a Hub model's copy in the cache, without asking the Hub; None if there is no
+    copy."""
     found = try_to_load_from_cache(str(name), "config.json", revision=revision)
     return Path(found).parent.name if isinstance(found, str) else None
 
