@@ -171,7 +171,7 @@ def main() -> int:
         report, rounds = verify(wanted, killed / "results" / given.profile, [], exact=True), rounds + 1
         print(report, flush=True)
         left = [str(path) for path in killed.rglob(".partial-*")]
-        failures += [] if report.agrees else ["other tables than those of the undisturbed run"]
+        failures += ["other tables than those of the undisturbed run"] if report.failures else []
         failures += [f"left over: {', '.join(left)}"] if left else []
         missed = not_made(killed, given.profile) if given.pages == "all" else []
         failures += [f"not made by this run: {', '.join(missed)}"] if missed else []

@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
 from nbformat.v4 import new_code_cell, new_notebook
 
 from replication.__main__ import main
@@ -395,10 +396,14 @@ def test_a_process_takes_its_own_lock_again_and_frees_it_at_the_end_of_the_outer
 
 
 def test_a_worker_of_a_process_that_holds_the_lock_opens_the_suite_without_it(output):
-    opened = Parallel(2)(delayed(_open)(lock) for lock in (False, False))
-    assert opened == ["smoke", "smoke"]
-    with writing(Paths("smoke")):
-        assert Parallel(2)(delayed(_open)(lock) for lock in (False, False)) == opened
+    opened = delayed(_open)
+    try:
+        with writing(Paths("smoke")):
+            assert Parallel(2)(opened(lock) for lock in (False, False)) == ["smoke", "smoke"]
+            with pytest.raises(LockError, match=rf"\(process {os.getpid()}\)"):
+                Parallel(2)(opened(lock) for lock in (True, False))
+    finally:
+        get_reusable_executor().shutdown(wait=True)
 
 
 def _open(lock):
