@@ -5,14 +5,13 @@
 #   PIP_OPTIONS=...     further options for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
 #                       (a torch without CUDA, which is much smaller)
 #   GRID=cells          for `make sweep`: a file in profiles/sweeps/
-#   DASK=tcp://...      for `make sweep`: the address of a Dask scheduler, in place of processes of this machine
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
-# glibc keeps freed memory for the next tensor in place of mapping it afresh, which costs a page fault every 4 KiB.
+# glibc keeps freed memory for the next tensor. Mapping new memory costs a page fault every 4 KiB.
 export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 2147483647
 export MALLOC_ARENA_MAX := 1
@@ -44,76 +43,76 @@ env: $(ENV)  ## create the environment in .venv
 	.venv/bin/python -m pip install $(PIP_OPTIONS) -c requirements.lock -e '.[dev]'
 	@touch $@
 
-all: $(addprefix $(STAMPS)/,$(NAMES))  ## run whatever is not up to date: results, figures, notebooks with their outputs
+all: $(addprefix $(STAMPS)/,$(NAMES))  ## run every notebook that is not up to date: results, figures, and the outputs in the notebooks
 
-figures: all  ## draw missing or stale figures again (the same runs as all; stored results are read, not computed again)
+figures: all  ## draw missing or outdated figures; this is the same as all, and stored results are not computed again
 
 dryrun: $(ENV)  ## run every notebook with random weights of the profile's true shapes and tiny counts, into build/dryrun
-	$(PY) -m replication.commands.dryrun --profile $(PROFILE)
+	$(PY) -m replication dryrun --profile $(PROFILE)
 
 $(NAMES): %: $(STAMPS)/%
 
-# The stamp bears the time at which the run began: a source that is edited during the run is newer than it. Until then it
-# has the process id of this make (bash's PPID) in its name: another make, which is refused, must not make it younger.
+# The stamp has the time at which the run began: a source that is edited during the run is newer. During the run
+# its name has the process id of this make (bash's PPID): another make, which is refused, must not change its time.
 $(addprefix $(STAMPS)/,$(NAMES)): $(STAMPS)/%: requirements.lock $(SOURCES) profiles/$(PROFILE).yaml | $(ENV)
 	@mkdir -p $(STAMPS) && touch $@.$$PPID
-	@$(PY) -m replication.commands.run $* --profile $(PROFILE)
+	@$(PY) -m replication run $* --profile $(PROFILE)
 	@mv $@.$$PPID $@
 
-test: test-unit test-notebooks test-reference  ## unit tests, every notebook from nothing, results against the reference
+test: test-unit test-notebooks test-reference  ## run the unit tests, then every notebook from nothing, and compare the results with the reference
 
-test-unit: $(ENV)  ## only the unit tests
+test-unit: $(ENV)  ## run only the unit tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests
 
-test-notebooks: $(ENV)  ## only the notebooks, run from nothing into build/test and compared with their kept outputs
+test-notebooks: $(ENV)  ## run only the notebooks, from nothing into build/test, and compare them with their committed outputs
 	rm -rf build/test
 	names="$$($(PY) -I replication/commands/order.py --order)" && \
 	WRITESAE_OUTPUT=build/test $(PY) -m pytest -p no:xdist -x -v --nbval --nbval-current-env \
 	    --nbval-cell-timeout 3600 $$(printf 'notebooks/%s.ipynb ' $$names)
 
-test-reference: $(ENV)  ## only the comparison of build/test with results/mini
+test-reference: $(ENV)  ## only compare build/test with the results/mini of the last commit
 	$(PY) -m pytest -o addopts=--import-mode=importlib tests/reference
 
-verify: $(ENV)  ## results/PROFILE (or those of RUN=folder) against the committed ones: a report (EXACT=--exact: bit for bit)
-	$(PY) -m replication.commands.verify --profile $(PROFILE) $(if $(RUN),--run $(RUN)) $(EXACT)
+verify: $(ENV)  ## report how results/PROFILE, or those of RUN=folder, differ from the committed ones (EXACT=--exact: bit for bit)
+	$(PY) -m replication verify --profile $(PROFILE) $(if $(RUN),--run $(RUN)) $(EXACT)
 
 lint: $(ENV)  ## check style and format with ruff
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(ENV)  ## measure speed, memory and storage (a quarter of an hour; BENCH=--quick only sees that it runs)
+bench: $(ENV)  ## measure speed, memory and storage in a quarter of an hour (BENCH=--quick only checks that it runs)
 	$(PY) benchmarks/run.py $(BENCH)
 
-hosts: $(ENV)  ## train the embedded hosts again, each from its recipe (hours; resumable)
-	for recipe in $(RECIPES); do $(PY) -m replication.commands.train_host $$(dirname $$recipe) || exit 1; done
+hosts: $(ENV)  ## train the embedded hosts again, each from its recipe (this takes hours and can be interrupted)
+	$(PY) -m replication train-host $(RECIPES:/recipe.yaml=)
 
-browser: $(ENV)  ## write figures/PROFILE/atoms.html, every atom on one page, from the results that are there
-	$(PY) -m replication.commands.browser --profile $(PROFILE)
+browser: $(ENV)  ## write figures/PROFILE/atoms.html, one page with every atom, from the existing results
+	$(PY) -m replication browser --profile $(PROFILE)
 
 GRID ?= cells
 
-sweep: $(ENV)  ## train and test the SAEs of a grid (GRID=name), on a Dask cluster where DASK=address is given (resumable)
-	$(PY) -m replication.commands.sweep --profile $(PROFILE) --grid profiles/sweeps/$(GRID).yaml $(if $(DASK),--dask $(DASK))
+sweep: $(ENV)  ## train and test the SAEs of the grid profiles/sweeps/GRID.yaml (this can be interrupted)
+	$(PY) -m replication sweep --profile $(PROFILE) --grid profiles/sweeps/$(GRID).yaml
 
 REPEATS = $(patsubst profiles/%.yaml,%,$(wildcard profiles/$(PROFILE)-[0-9]*.yaml))
 
-repeats: $(ENV)  ## the whole run with each seed of profiles/PROFILE-*.yaml, for page 12 (hours; resumable; RUN=folder: one more)
+repeats: $(ENV)  ## run everything with each seed of profiles/PROFILE-*.yaml, for page 12 (hours; RUN=folder adds the run there)
 	for profile in $(REPEATS); do $(MAKE) all PROFILE=$$profile || exit 1; done
-	$(PY) -m replication.commands.repeats --profile $(PROFILE) $(REPEATS:%=results/%) $(RUN:%=%/results/$(PROFILE))
+	$(PY) -m replication repeats --profile $(PROFILE) $(REPEATS:%=results/%) $(RUN:%=%/results/$(PROFILE))
 
 lab: $(ENV)  ## open JupyterLab in the environment
 	$(PY) -m jupyterlab notebooks
 
-clean:  ## remove build/ (intermediate files, stamps); results and figures stay
+clean:  ## remove build/ (intermediate files and stamps); results and figures stay
 	rm -rf build
 
-# What needs the notebooks' dependencies: everything but the goals named here.
+# Every goal but those named here needs the dependencies of the notebooks.
 ifneq ($(filter-out help env dryrun test test-% verify lint bench hosts browser sweep repeats lab clean,$(or $(MAKECMDGOALS),help)),)
 ifeq ($(wildcard profiles/$(PROFILE).yaml),)
 $(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif
 
-# It appears whole or not at all: a kill must leave no part of the rules, which would pass for all of them.
+# The file appears whole or not at all: after a kill, a part of the rules would pass for all of them.
 build/deps.mk: notebooks $(wildcard notebooks/*.ipynb) replication/commands/order.py
 	@mkdir -p build
 	@$(or $(PYTHON),python3) -I replication/commands/order.py > $@.$$$$ && mv $@.$$$$ $@ || { rm -f $@.$$$$; exit 2; }

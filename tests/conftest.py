@@ -8,7 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import pytest
 import torch
 
-from replication.commands.verify import VerifyError, committed
+from replication.commands import CommandError
+from replication.commands.verify import committed
 from replication.study.paths import ROOT
 from writesae.hosts import load
 from writesae.hosts.load import without_triton
@@ -115,7 +116,7 @@ def last_commit():
         def folder(name):
             try:
                 return stack.enter_context(committed(name))[0]
-            except VerifyError:
+            except CommandError:
                 return ROOT / "results" / name
 
         yield folder

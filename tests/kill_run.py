@@ -171,7 +171,7 @@ def main() -> int:
         report, rounds = verify(wanted, killed / "results" / given.profile, [], exact=True), rounds + 1
         print(report, flush=True)
         left = [str(path) for path in killed.rglob(".partial-*")]
-        failures += [] if report.agrees else ["other tables than those of the undisturbed run"]
+        failures += ["other tables than those of the undisturbed run"] if report.failures else []
         failures += [f"left over: {', '.join(left)}"] if left else []
         wanted_tables = tables_of_pages(killed, given.profile) if given.pages == "all" else []
         missed = [path.name for path in wanted_tables if not path.is_file()]

@@ -1,6 +1,6 @@
 """The atom browser: every atom of every cell on one page, figures/<profile>/atoms.html, opened from disk.
 
-    python -m replication.commands.browser --profile mini
+    python -m replication browser --profile mini
 
 All numbers are read from tables: those in results/<profile>, the firings that notebook 03 leaves in
 build/<profile>, and the promoted tokens, which are computed once and kept there too. The page (browser.html
@@ -13,13 +13,13 @@ import argparse
 import base64
 import hashlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from replication.classes import scanned
+from replication.commands import CommandError
 from replication.html import contexts, fires_on, plain
 from replication.pages import atoms as atoms_page
 from replication.pages import promoted as promoted_page
@@ -273,23 +273,16 @@ def write(suite: Suite) -> Path:
     return path
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Return 0, or 1 with one sentence on stderr."""
-    parser = argparse.ArgumentParser(description="Write the atom browser, figures/PROFILE/atoms.html.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="mini", help="a file in profiles/ (default: %(default)s)")
-    profile = parser.parse_args(arguments).profile
+
+
+def main(options: argparse.Namespace) -> int:
     try:
-        path = write(open_suite(profile))
+        path = write(open_suite(options.profile))
     except FileNotFoundError as error:
-        remedy = f"`make 02_train_saes PROFILE={profile}` makes it"
-        print(f"A trained SAE is missing ({error}): {remedy}.", file=sys.stderr)
-        return 1
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
+        raise CommandError(
+            f"a trained SAE is missing ({error}): `make 02_train_saes PROFILE={options.profile}` makes it."
+        ) from error
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

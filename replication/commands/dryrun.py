@@ -1,10 +1,10 @@
-"""A dry run of every notebook of a profile: `python -m replication.commands.dryrun --profile paper`.
+"""A dry run of every notebook of a profile: `python -m replication dryrun --profile paper`.
 
-The models that the profile would download are replaced by random weights of their true shapes (profiles/dryrun/hosts.yaml),
-with decays as their authors start them, so that states have memory; the counts by those of profiles/dryrun/overrides.yaml; the
-text is that of the installed docstrings. Everything goes to build/dryrun, figures with DRY RUN across them: what comes
-out shows that nothing breaks at these shapes, and how much memory it takes, and no more.
-"""
+Random weights of the true shapes (profiles/dryrun/hosts.yaml) replace the models that the profile would
+download; their decays start as their authors start them, so that states have memory. The counts are those of
+profiles/dryrun/overrides.yaml, and the text is the installed docstrings. All output goes to build/dryrun,
+figures with DRY RUN across them: it shows that nothing breaks at these shapes, and how much memory it takes,
+and no more."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import yaml
 
-from replication.commands import order
+from replication.commands import CommandError, check_disk, order
 from replication.commands import run as run_notebook
+from replication.study.lock import LockError, writing
 from replication.study.paths import ROOT, Paths, output_root
 from replication.study.profile import load_profile, profile_content
 
@@ -35,19 +37,22 @@ SEED = 0
 
 
 def padded_tokenizer(vocabulary: int, folder: Path) -> None:
-    """Write an embedded host's tokenizer to `folder`, its vocabulary filled up to `vocabulary` with entries that no text
-    gives: a model's tokenizer has about as many ids as the model."""
+    """Write an embedded host's tokenizer to `folder`, with its vocabulary filled up to `vocabulary` by
+    entries that no text gives: a model's tokenizer has about as many ids as the model."""
     folder.mkdir(parents=True, exist_ok=True)
     content = json.loads((TOKENIZER / "tokenizer.json").read_text())
-    known = content["model"]["vocab"]
-    known |= {f"<unused{i}>": i for i in range(len(known), vocabulary)}
+    ids = content["model"]["vocab"]
+    ids |= {f"<unused{i}>": i for i in range(len(ids), vocabulary)}
     (folder / "tokenizer.json").write_text(json.dumps(content))
     shutil.copy(TOKENIZER / "tokenizer_config.json", folder)
 
 
 def make_host(shape: dict, folder: Path) -> None:
-    """A model of a family and architecture with random weights from SEED, kept in bfloat16, and its tokenizer. What starts
-    at zero (RWKV-7's output projections) is drawn too, or else no write would reach the logits."""
+    """Write a model of a family and architecture with random weights from SEED, in bfloat16, and its
+    tokenizer.
+
+    What starts at zero (RWKV-7's output projections) is drawn too, because else no write would reach the
+    logits."""
     import torch
 
     from writesae.hosts.load import adapter, without_triton
@@ -68,7 +73,7 @@ def make_host(shape: dict, folder: Path) -> None:
 
 
 def make_hosts(profile: str) -> list[Path]:
-    """The random hosts that the profile needs, made where they are not there; their folders.
+    """Make the random hosts of a profile that are not there yet. Return their folders.
 
     Raises ValueError for a model whose shapes are not known.
     """
@@ -83,7 +88,7 @@ def make_hosts(profile: str) -> list[Path]:
         kept = folder / "shape.json"
         if not kept.is_file() or json.loads(kept.read_text()) != shape:
             print(f"{name}: random weights of the shapes of {paths[name]}", flush=True)
-            with ProcessPoolExecutor(1, get_context("spawn")) as other:  # a process keeps the memory that it once had
+            with ProcessPoolExecutor(1, get_context("spawn")) as other:  # a process keeps memory
                 other.submit(make_host, shape, folder).result()
         folders.append(folder)
     return folders
@@ -94,7 +99,8 @@ def _content(profile: str) -> dict:
 
 
 def resident(process: psutil.Process) -> int:
-    """Bytes that a process and all below it hold in memory. What several of them share counts several times."""
+    """Return the bytes that a process and all below it hold in memory. What several of them share counts
+    several times."""
     total = 0
     for one in [process, *process.children(recursive=True)]:
         with contextlib.suppress(psutil.NoSuchProcess):  # it may end between the question and the answer
@@ -104,65 +110,61 @@ def resident(process: psutil.Process) -> int:
 
 @contextlib.contextmanager
 def peak_memory(every: float = 0.2) -> Iterator[Callable[[], float]]:
-    """Look at this process and those below it every so many seconds; yields a function that gives the most that they have
-    held in memory at one time so far, in GB. A notebook's kernel ends before anyone could ask it for its peak."""
-    this, most, over = psutil.Process(), 0, threading.Event()
+    """Measure this process and those below it every so many seconds. Yields a function that returns the
+    maximum that they have held in memory at one time so far, in GB: a notebook's kernel ends before anyone
+    could ask it for its peak."""
+    this, peak, over = psutil.Process(), 0, threading.Event()
 
     def look() -> None:
-        nonlocal most
+        nonlocal peak
         while not over.wait(every):
-            most = max(most, resident(this))
+            peak = max(peak, resident(this))
 
     watch = threading.Thread(target=look, daemon=True)
     watch.start()
     try:
-        yield lambda: most / 1e9
+        yield lambda: peak / 1e9
     finally:
         over.set()
         watch.join()
 
 
-def run(profile: str, names: list[str] | None = None) -> list[str]:
-    """Run the notebooks, all of them from nothing unless `names` are given; the names of those that failed.
+def run(profile: str, names: list[str]) -> list[str]:
+    """Run the notebooks `names`, or all of them from nothing if there are none. Return the names of those
+    that failed.
 
     Raises ValueError for an unknown profile and for a model whose shapes are not known.
     """
-    os.environ["WRITESAE_DRY_RUN"] = "1"
     load_profile(profile)
-    paths, failed = Paths(profile), []
+    paths, failures = Paths(profile), []
     if not names:
-        for folder in (paths.build, paths.results, paths.figures):
-            shutil.rmtree(folder, ignore_errors=True)
+        with writing(paths):
+            for folder in (paths.build, paths.results, paths.figures):
+                shutil.rmtree(folder, ignore_errors=True)
     make_hosts(profile)
+    check_disk(profile)
     began = time.monotonic()
     for name in names or order.order():
         start = time.monotonic()
         with peak_memory() as peak:
             try:
                 run_notebook.run(name, profile)
-            except run_notebook.RunError as error:
-                failed.append(name)
+            except (CommandError, LockError) as error:
+                failures.append(name)
                 print(f"{name} failed: {error}", file=sys.stderr)
         print(f"DRY RUN {name}: {time.monotonic() - start:.0f} s, peak memory {peak():.1f} GB", flush=True)
     print(f"DRY RUN of {profile}: {(time.monotonic() - began) / 60:.1f} minutes, output in {output_root()}")
-    return failed
+    return failures
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0, or 1 with a sentence on stderr where a notebook failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", help="notebooks to run on what is there (default: all, from nothing)")
     parser.add_argument("--profile", default="paper", help="a file in profiles/ (default: %(default)s)")
-    given = parser.parse_args(arguments)
-    try:
-        failed = run(given.profile, given.names)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if failed:
-        print(f"The dry run of {given.profile} failed in {', '.join(failed)}.", file=sys.stderr)
-    return 1 if failed else 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(options: argparse.Namespace) -> int:
+    with mock.patch.dict(os.environ, WRITESAE_DRY_RUN="1"):
+        failures = run(options.profile, options.names)
+    if failures:
+        raise CommandError(f"{', '.join(failures)} of profile {options.profile}.")
+    return 0

@@ -1,15 +1,16 @@
-"""What Make must know about the notebooks: which run before which, what they read, and what they leave.
+"""What Make must know about the notebooks: their order, what they read, and what they write.
 
-Only the standard library and Python 3.9 or later: the Makefile runs this file before the environment exists
-(`python3 -I replication/commands/order.py` prints rules for Make, with `--order` the names of the notebooks in order).
+It needs only the standard library and Python 3.9 or later, because the Makefile runs this file before the
+environment exists. `python3 -I replication/commands/order.py` prints rules for Make, and with `--order` the
+names in order.
 
 A notebook says it in its own metadata, under `writesae`:
     needs   names of the notebooks that must have run before, e.g. ["05_replacement"]
     files   globs of data that it reads from the repository, e.g. ["models/*/config.json"]
-    makes   files that it leaves, e.g. ["results/{profile}/hosts.csv"]; it runs again where one is missing
+    makes   files that it writes, e.g. ["results/{profile}/hosts.csv"]; it runs again if one is missing
 
-Every notebook also depends on its profile and on all source files. A run that finds its stages up to date takes seconds.
-"""
+Every notebook also depends on its profile and on all source files. A run takes seconds if its stages are up
+to date."""
 
 from __future__ import annotations
 
@@ -32,12 +33,10 @@ class Notebook:
         except (ValueError, KeyError) as error:
             raise ValueError(f"notebooks/{path.name} is not a readable notebook.") from error
         self.name, self.root = path.stem, root
-        self.needs = list(metadata.get("needs", []))
-        self.files = list(metadata.get("files", []))
-        self.makes = list(metadata.get("makes", []))
+        self.needs, self.files, self.makes = (list(metadata.get(x, [])) for x in ("needs", "files", "makes"))
 
     def prerequisites(self) -> list[str]:
-        """The notebook itself and the data that it reads, relative to the repository.
+        """Return the notebook itself and the data that it reads, relative to the repository.
 
         Raises ValueError for a glob that finds nothing.
         """
@@ -50,35 +49,34 @@ class Notebook:
         return paths
 
     def rules(self) -> str:
-        """Make rules: what the notebook's stamp depends on, and that it is made again where an output is missing."""
-        stamp = f"{STAMPS}/{self.name}"
-        before = [f"{STAMPS}/{name}" for name in self.needs]
+        """Return rules for Make: what the notebook's stamp depends on, and that a missing output makes it run
+        again."""
+        stamp, before = f"{STAMPS}/{self.name}", [f"{STAMPS}/{name}" for name in self.needs]
         lines = [f"{stamp}: {' '.join([*self.prerequisites(), *before])}"]
-        for made in self.makes:
-            made = made.replace("{profile}", "$(PROFILE)")
-            lines.append(f"{stamp}: $(if $(wildcard {made}),,always)")
-        return "\n".join(lines) + "\n"
+        outputs = [path.replace("{profile}", "$(PROFILE)") for path in self.makes]
+        return "\n".join(lines + [f"{stamp}: $(if $(wildcard {path}),,always)" for path in outputs]) + "\n"
 
 
 def notebooks(root: Path = ROOT) -> dict[str, Notebook]:
-    """The notebooks by name, in order. Raises ValueError for one that is damaged or needs one that is not there."""
-    found = {path.stem: Notebook(path, root) for path in sorted((root / "notebooks").glob("*.ipynb"))}
-    for notebook in found.values():
-        for name in notebook.needs:
-            if name not in found:
-                raise ValueError(f"notebooks/{notebook.name}.ipynb needs the notebook {name}, which does not exist.")
-    return found
+    """Return the notebooks by name, in order. Raises ValueError for one that is damaged or needs an unknown
+    one."""
+    pages = {path.stem: Notebook(path, root) for path in sorted((root / "notebooks").glob("*.ipynb"))}
+    for page in pages.values():
+        for name in page.needs:
+            if name not in pages:
+                raise ValueError(f"notebooks/{page.name}.ipynb needs the notebook {name}, which does not exist.")
+    return pages
 
 
 def make_rules(root: Path = ROOT) -> str:
-    """All rules for Make. Raises ValueError as `notebooks` does."""
+    """Return all rules for Make. Raises ValueError as `notebooks` does."""
     return "\n".join(notebook.rules() for notebook in notebooks(root).values())
 
 
 def order(root: Path = ROOT) -> list[str]:
-    """The names of the notebooks, each after those that it needs.
+    """Return the names of the notebooks, each after those that it needs.
 
-    Raises ValueError as `notebooks` does, and where notebooks need one another in a circle.
+    Raises ValueError as `notebooks` does, and if notebooks need one another in a circle.
     """
     needs = {name: notebook.needs for name, notebook in notebooks(root).items()}
     try:
@@ -89,7 +87,8 @@ def order(root: Path = ROOT) -> list[str]:
 
 
 def main() -> int:
-    """Print the rules, or with --order the notebooks in order; one sentence and 2 where something cannot be read."""
+    """Print the rules, or with --order the notebooks in order. Return 2, with one sentence, after an
+    error."""
     try:
         print(" ".join(order()) if "--order" in sys.argv else make_rules(), end="")
     except ValueError as error:

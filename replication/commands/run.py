@@ -1,48 +1,39 @@
-"""Run one notebook of the suite: `python -m replication.commands.run 05_replacement --profile mini`.
+"""Run one notebook of the suite: `python -m replication run 05_replacement --profile mini`.
 
-papermill writes the executed notebook to build/PROFILE/notebooks. With the default profile the outputs are then put
-into the notebook of the repository itself, so that they can be read there: only outputs and execution counts change,
-and the file's time stays, so that Make does not take it for edited. Nothing is published where WRITESAE_OUTPUT is set,
-nor in a dry run.
+papermill writes the executed notebook to build/PROFILE/notebooks. With the default profile its outputs then
+go into the notebook of the repository, where people read them: only outputs and execution counts change, and
+the file keeps its time, so that Make does not take it for edited. With WRITESAE_OUTPUT, and in a dry run, the
+repository's notebook does not change.
 
-One run at a time: a profile's folder is locked by the process and by its kernel, which a kill of the process alone
-leaves behind for a second or two.
-"""
+The kernel holds the profile's lock (replication.study.lock) from `open_suite` on. A kill of this process
+alone leaves the kernel alive for a second or two, and the next run waits for it."""
 
 from __future__ import annotations
 
 import argparse
 import copy
-import fcntl
 import os
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 import nbformat
-import papermill
-from jupyter_client import AsyncKernelManager
 from nbformat import NotebookNode
 
+from replication.commands import CommandError, check_disk, last_line
+from replication.study.lock import writing
 from replication.study.paths import ROOT, Paths, dry_run
-from writesae.files import ArtifactError, clear_leftovers, write_atomically
+from writesae.files import clear_leftovers, write_atomically
 
+NOTEBOOKS = ROOT / "notebooks"
 PUBLISHED = "mini"
-WAIT = 10  # seconds for another run to end; the kernel of a killed run notices within some
+WAIT = 10.0  # seconds for another run to end
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
-class RunError(RuntimeError):
-    """A notebook could not be run, or failed."""
-
-
 def _outputs(cell: NotebookNode) -> list[NotebookNode]:
-    """A cell's outputs without progress bars; of a widget with a page of HTML beside it only the page is kept, and
-    neighbouring pieces of printed text are joined."""
+    """Return a cell's outputs without progress bars. A widget with an HTML page beside it leaves only the
+    page, and neighbouring pieces of printed text are joined."""
     kept: list[NotebookNode] = []
     for output in copy.deepcopy(cell.outputs):
         data = output.get("data", {})
@@ -56,9 +47,9 @@ def _outputs(cell: NotebookNode) -> list[NotebookNode]:
 
 
 def with_outputs(source: NotebookNode, executed: NotebookNode) -> NotebookNode:
-    """`source` with the outputs of the executed notebook, and nothing else of it.
+    """Return `source` with the outputs of the executed notebook, and nothing else of it.
 
-    Raises ValueError where the two do not have the same cells (parameters injected by papermill apart).
+    Raises ValueError unless both have the same cells (apart from the parameters that papermill injects).
     """
     ran = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     if [cell.source for cell in ran] != [cell.source for cell in source.cells]:
@@ -77,12 +68,12 @@ def with_outputs(source: NotebookNode, executed: NotebookNode) -> NotebookNode:
 
 
 def publish(path: Path, before: bytes, executed: Path) -> None:
-    """Put the outputs of `executed` into the notebook at `path`, keeping the file's time.
+    """Put the outputs of `executed` into the notebook at `path`, and keep the file's time.
 
-    Raises RunError where the file is no longer what it was (`before`) when the run began.
+    Raises CommandError if the file has changed since the run began, when it was `before`.
     """
     if path.read_bytes() != before:
-        raise RunError(f"{path.name} was edited while it ran, so its outputs were not kept: run it again.")
+        raise CommandError(f"{path.name} was edited while it ran, so its outputs were not kept: run it again.")
     times = path.stat()
     source = nbformat.reads(before.decode("utf-8"), as_version=4)
     text = nbformat.writes(with_outputs(source, nbformat.read(executed, as_version=4))).rstrip("\n") + "\n"
@@ -96,132 +87,78 @@ def publish(path: Path, before: bytes, executed: Path) -> None:
     write_atomically(path, write)
 
 
-@contextmanager
-def only_one(path: Path) -> Iterator[int]:
-    """Hold the lock file at `path`, in which the process id is; its descriptor, for a child to hold it too.
-
-    It is free again when this process and such children have ended in any way. RunError where others hold it for more
-    than WAIT seconds.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        _take(file)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield file.fileno()
-
-
-def _take(file: TextIO) -> None:
-    deadline = time.monotonic() + WAIT
-    while True:
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if time.monotonic() >= deadline:
-                file.seek(0)
-                raise RunError(
-                    f"Another run with this profile is at work in this folder (process {file.read() or 'unknown'}): "
-                    "wait until it ends, then run again."
-                ) from error
-        time.sleep(0.1)
-
-
-def _kernels(lock: int) -> type[AsyncKernelManager]:
-    """Kernels that hold the lock, so that it is not free before they have ended."""
-
-    class Kernels(AsyncKernelManager):
-        def start_kernel(self, **options):
-            return super().start_kernel(**options, pass_fds=(lock,))
-
-    return Kernels
-
-
 def _check_writable(folder: Path) -> None:
-    """RunError where nothing can be written into a folder: better now than after an hour."""
+    """Raise CommandError if nothing can be written into a folder: better now than after an hour."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise RunError(f"{folder} cannot be written ({error.strerror}): make it writable, and run again.") from error
+        raise CommandError(
+            f"{folder} cannot be written ({error.strerror}): make it writable, and run again."
+        ) from error
 
 
-def _execute(path: Path, target: Path, profile: str, lock: int) -> None:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in the kernel they would be widgets among the outputs
+def _execute(path: Path, target: Path, profile: str) -> None:
+    import papermill  # takes two seconds
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # widgets, in a kernel
+    streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr, log_output=True, progress_bar=False)
     try:
-        papermill.execute_notebook(
-            path,
-            target,
-            parameters={"profile": profile},
-            cwd=path.parent,
-            progress_bar=False,
-            stdout_file=sys.stdout,
-            stderr_file=sys.stderr,
-            log_output=True,
-            kernel_manager_class=_kernels(lock),
-        )
+        papermill.execute_notebook(path, target, parameters={"profile": profile}, cwd=path.parent, **streams)
     except papermill.PapermillExecutionError as error:
         if error.ename == "OutOfMemoryError":
-            from replication.study.study import OUT_OF_MEMORY  # imports torch, which no other run needs here
+            from replication.study.study import OUT_OF_MEMORY  # imports torch
 
-            raise RunError(OUT_OF_MEMORY) from error
-        raise RunError(_last_line(f"{error.ename}: {error.evalue}")) from error
+            raise CommandError(OUT_OF_MEMORY) from error
+        raise CommandError(last_line(f"{error.ename}: {error.evalue}")) from error
     except Exception as error:  # a dead kernel, a missing kernel, a full disk: papermill has no common class
-        raise RunError(_last_line(f"{type(error).__name__}: {error}")) from error
+        raise CommandError(last_line(f"{type(error).__name__}: {error}")) from error
 
 
-def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1].strip()
+def find(name: str, profile: str) -> Path:
+    """Return the path of a notebook. Raises CommandError if there is no such notebook or profile."""
+    for what, value, folder, suffix in (
+        ("notebook", name, NOTEBOOKS, "ipynb"),
+        ("profile", profile, NOTEBOOKS.parent / "profiles", "yaml"),
+    ):
+        if not (folder / f"{value}.{suffix}").is_file():
+            names = ", ".join(sorted(path.stem for path in folder.glob(f"*.{suffix}")))
+            raise CommandError(f"There is no {what} {value}: choose one of {names}.")
+    return NOTEBOOKS / f"{name}.ipynb"
 
 
-def _names(folder: Path, suffix: str) -> str:
-    return ", ".join(sorted(path.stem for path in folder.glob(f"*.{suffix}")))
+def run(name: str, profile: str) -> Path:
+    """Execute the notebook `name` and publish its outputs. Return the path of the executed notebook.
 
-
-def run(name: str, profile: str, folder: Path = ROOT / "notebooks") -> Path:
-    """Execute the notebook `name` and publish its outputs; the path of the executed notebook.
-
-    Raises RunError, with one sentence, where there is no such notebook or profile, where a folder of results cannot be
-    written, where another run is at work, and where a cell fails; the notebook of the repository is then as it was.
-    """
-    path, paths = folder / f"{name}.ipynb", Paths(profile)
-    if not path.is_file():
-        raise RunError(f"There is no notebook {name}: choose one of {_names(folder, 'ipynb')}.")
-    if not (folder.parent / "profiles" / f"{profile}.yaml").is_file():
-        raise RunError(f"There is no profile {profile}: choose one of {_names(folder.parent / 'profiles', 'yaml')}.")
+    Raises CommandError, with one sentence, if there is no such notebook or profile, if a folder of results
+    cannot be written or a cell fails, LockError if another run is at work; the notebook of the repository
+    then stays as it was."""
+    path, paths = find(name, profile), Paths(profile)
     written = (paths.build, paths.results, paths.figures)
-    for place in written:
-        _check_writable(place)
+    for folder in written:
+        _check_writable(folder)
     target = paths.build / "notebooks" / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    with only_one(paths.build / "lock") as lock:
-        for place in (*written, folder):
-            clear_leftovers(place)
-        before = path.read_bytes()
-        _execute(path, target, profile, lock)
-        if profile == PUBLISHED and not os.environ.get("WRITESAE_OUTPUT") and not dry_run():
-            publish(path, before, target)
+    with writing(paths, WAIT):  # only until the kernel takes it
+        for folder in (*written, path.parent):
+            clear_leftovers(folder)
+    before = path.read_bytes()
+    _execute(path, target, profile)
+    if profile == PUBLISHED and not os.environ.get("WRITESAE_OUTPUT") and not dry_run():
+        publish(path, before, target)
     return target
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0, or 1 with one sentence on stderr, or 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description="Run one notebook of the suite.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="its name, e.g. 05_replacement")
     parser.add_argument("--profile", default=PUBLISHED, help="a file in profiles/ (default: %(default)s)")
-    given = parser.parse_args(arguments)
-    print(f"{given.name} ({given.profile})", flush=True)
-    try:
-        run(given.name, given.profile)
-    except (RunError, ArtifactError, OSError) as error:  # the latter two: its own writes, on a full disk
-        print(f"{given.name} failed: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{given.name} was interrupted: the next run goes on from what is stored.", file=sys.stderr)
-        return 130
+
+
+def main(options: argparse.Namespace) -> int:
+    print(f"{options.name} ({options.profile})", flush=True)
+    find(options.name, options.profile)
+    if not (Paths(options.profile).build / "saes").is_dir():  # before the first large files are written
+        check_disk(options.profile)
+    run(options.name, options.profile)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

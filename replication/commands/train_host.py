@@ -1,18 +1,15 @@
-"""Train an embedded host from its recipe, on the installed corpus: `python -m replication.commands.train_host models/NAME`.
+"""Train an embedded host from its recipe, on the installed corpus: `python -m replication train-host
+models/NAME`.
 
-The recipe (models/NAME/recipe.yaml) holds every number. Progress is kept in build/hosts/NAME: kill the process at any
-moment, start it again, and it goes on from the last checkpoint. At the end models/NAME holds weights (fp16
-safetensors), config, tokenizer, and training.csv, the loss curve.
-"""
+The recipe (models/NAME/recipe.yaml) holds every number. Progress is kept in build/hosts/NAME: if the process
+is killed at any moment and started again, it continues from the last checkpoint. At the end models/NAME holds
+weights (fp16 safetensors), config, tokenizer, and training.csv, the loss curve."""
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
-import os
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,12 +17,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from replication.commands import first_error
 from replication.study import docstrings
+from replication.study.paths import output_root
 from writesae.files import write_atomically
 from writesae.hosts import load
 
@@ -53,23 +54,25 @@ class Recipe(BaseModel):
     evaluate_every: int = Field(ge=1)
 
     def learning_rate(self, step: int) -> float:
-        """The factor on both learning rates: linear warm-up, constant, linear decay to zero."""
+        """Return the factor on all learning rates: linear warm-up, constant, linear decay to zero."""
         warm = min(1.0, (step + 1) / max(1, self.warmup))
         return warm * min(1.0, (self.steps - step) / max(1, self.steps - self.decay_from))
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is the nearest orthogonal matrix (Jordan et al. 2024), in the parameters' own precision.
+    """Momentum whose step is the nearest orthogonal matrix (Jordan et al. 2024), in the parameters' own
+    precision.
 
-    torch.optim.Muon iterates in bfloat16, which takes minutes a step on a CPU without bfloat16 instructions.
-    """
+    torch.optim.Muon iterates in bfloat16, which takes minutes per step on a CPU without bfloat16
+    instructions."""
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @staticmethod
     def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-        """[count, rows, columns] with all singular values brought near 1 by five Newton-Schulz steps."""
+        """Return matrices [count, rows, columns] with all singular values near 1, by five Newton-Schulz
+        steps."""
         tall = matrices.shape[1] > matrices.shape[2]
         x = matrices.mT if tall else matrices
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -94,11 +97,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers whose sides are both 32 or more; AdamW for all else.
+    """Return Muon for the matrices of the layers with both sides 32 or more, and AdamW for all other
+    parameters.
 
-    What sets a head's decay learns at a rate of its own: at the rate of the other vectors, heads that start with a
-    half-life of tens of tokens end below one.
-    """
+    The parameters that set a head's decay have a learning rate of their own: at the rate of the other
+    vectors, heads that start with a half-life of tens of tokens end below one."""
     matrices, decays, others = [], [], []
     for name, p in model.named_parameters():
         if any(part in load.adapter(recipe.family).decay_parameters for part in name.split(".")):
@@ -118,8 +121,9 @@ def optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     return made
 
 
-def stream(tokenizer, split: str, cache: Path) -> torch.Tensor:
-    """All tokens of a split as one int64 vector, each passage behind an end-of-text token (the id 0)."""
+def stream(tokenizer: Tokenizer, split: str, cache: Path) -> torch.Tensor:
+    """Return all tokens of a split as one int64 vector, with an end-of-text token (the id 0) before each
+    passage."""
     if not cache.exists():
         encoded = tokenizer.encode_batch(docstrings.texts(split))
         tokens = np.concatenate([np.array([0, *e.ids], dtype=np.uint16) for e in encoded])
@@ -128,15 +132,15 @@ def stream(tokenizer, split: str, cache: Path) -> torch.Tensor:
 
 
 def batch_at(tokens: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
-    """[batch, context] windows at random places; the places follow from seed and step alone."""
+    """Return windows [batch, context] at random places, which follow from seed and step alone."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     starts = torch.randint(len(tokens) - recipe.context, (recipe.batch,), generator=generator)
     return torch.stack([tokens[s : s + recipe.context] for s in starts])
 
 
 def loss_function(model, recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Mean next-token loss in nats over [batch, context] tokens: through the model's own forward, or, where that is slow
-    on a CPU, through our adapter, which is tested against it."""
+    """Return the function from tokens [batch, context] to the mean next-token loss in nats: through the
+    model's own forward, or, where that is slow on a CPU, through our adapter, which is tested against it."""
     if recipe.through == "library":
         return lambda tokens: model(input_ids=tokens, labels=tokens, use_cache=False).loss
     host = load.adapter(recipe.family)(model, None, recipe.family)
@@ -144,8 +148,9 @@ def loss_function(model, recipe: Recipe) -> Callable[[torch.Tensor], torch.Tenso
     return host.loss
 
 
-def accumulate(loss_of, tokens: torch.Tensor, at_once: int) -> float:
-    """Add the gradient of the mean loss over [batch, context] tokens, `at_once` windows at a time; the loss."""
+def accumulate(loss_of: Callable, tokens: torch.Tensor, at_once: int) -> float:
+    """Add the gradient of the mean loss over tokens [batch, context], `at_once` windows at a time. Return the
+    loss."""
     pieces, total = tokens.split(at_once), 0.0
     for piece in pieces:
         loss = loss_of(piece) * (len(piece) / len(tokens))
@@ -155,55 +160,91 @@ def accumulate(loss_of, tokens: torch.Tensor, at_once: int) -> float:
 
 
 @torch.no_grad()
-def heldout_loss(loss_of, tokens: torch.Tensor, context: int, windows: int = 192) -> float:
-    """Mean loss over the first `windows` whole windows of a token stream."""
+def heldout_loss(loss_of: Callable, tokens: torch.Tensor, context: int, windows: int = 192) -> float:
+    """Return the mean loss over the first `windows` whole windows of a token stream."""
     rows = tokens[: min(windows, len(tokens) // context) * context].view(-1, context)
     losses = [loss_of(chunk).item() for chunk in rows.split(16)]
     return sum(losses) / len(losses)
 
 
-def export(model, tokenizer, recipe: Recipe, record: dict, history: list[dict], folder: Path) -> None:
-    """Weights in fp16, config, tokenizer, manifest of the text, loss curve and record into `folder`."""
+def export(model, tokenizer: Tokenizer, record: dict, history: list[dict], folder: Path) -> None:
+    """Write weights in fp16, config, tokenizer, manifest of the text, loss curve and record to `folder`."""
     from transformers import PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
-    half = {
-        k: v.half()
-        for k, v in model.state_dict().items()
-        if k != "lm_head.weight" or not model.config.tie_word_embeddings
-    }
+    tied = model.config.tie_word_embeddings
+    half = {k: v.half() for k, v in model.state_dict().items() if k != "lm_head.weight" or not tied}
     model.save_pretrained(folder, state_dict=half, safe_serialization=True)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=docstrings.END_OF_TEXT,
-        bos_token=docstrings.END_OF_TEXT,
-        pad_token=docstrings.END_OF_TEXT,
-    ).save_pretrained(folder)
+    special = dict.fromkeys(("eos_token", "bos_token", "pad_token"), docstrings.END_OF_TEXT)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     docstrings.write_manifest(folder / "corpus.json")
-    with open(folder / "training.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(history[0]))
-        writer.writeheader()
-        writer.writerows(history)
+    pd.DataFrame(history).to_csv(folder / "training.csv", index=False, lineterminator="\r\n")
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
 def read_recipe(path: Path) -> Recipe:
-    """The recipe in a YAML file. Raises ValueError, in one sentence, where there is none or a field is wrong."""
+    """Return the recipe in a YAML file. Raises ValueError, in one sentence, if there is none or a field is
+    wrong."""
     try:
         return Recipe(**yaml.safe_load(path.read_text()))
     except OSError as error:
         raise ValueError(f"{path} is missing: a host is trained from a folder with a recipe.yaml.") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+        raise ValueError(f"{path}: {first_error(error)}.") from None
     except (TypeError, UnicodeDecodeError, yaml.YAMLError):
         raise ValueError(f"{path} is not a YAML mapping of fields to values.") from None
 
 
-def train(folder: Path, build: Path) -> float:
-    """Train (or go on training) the host whose recipe is in `folder`; returns its held-out loss in nats a token.
+class Training:
+    """The state of a training: model, optimizers, the next step, the loss curve, and the seconds that it has
+    taken."""
 
-    Raises ValueError as `read_recipe` does, FloatingPointError where the loss is not finite.
+    def __init__(self, recipe: Recipe, checkpoint: Path):
+        """Build the model, or take everything from the checkpoint if there is one."""
+        architecture = recipe.architecture | {"vocab_size": recipe.vocabulary}
+        self.recipe, self.checkpoint = recipe, checkpoint
+        self.model = load.adapter(recipe.family).build(architecture).train()
+        self.optimizers = optimizers(self.model, recipe)
+        self.start, self.history, seconds = 0, [], 0.0
+        if checkpoint.exists():
+            saved = torch.load(checkpoint, weights_only=True)
+            self.model.load_state_dict(saved["model"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            self.start, self.history, seconds = saved["step"], saved["history"], saved["seconds"]
+        self.loss = loss_function(self.model, recipe)
+        load.adapter(recipe.family).before_training(self.model)
+        self.compiled = torch.compile(self.loss) if recipe.compile else self.loss
+        self.began = time.monotonic() - seconds
+
+    def step(self, tokens: torch.Tensor, number: int) -> float:
+        """Take one step on tokens [batch, context]. Return the loss before it."""
+        loss = accumulate(self.compiled, tokens, self.recipe.at_once)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * self.recipe.learning_rate(number)
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss
+
+    def evaluate(self, tokens: torch.Tensor, done: int, training_loss: float) -> dict:
+        """Add a row to the loss curve after `done` steps, and write the checkpoint. Return the row."""
+        heldout, seconds = heldout_loss(self.loss, tokens, self.recipe.context), time.monotonic() - self.began
+        row = dict(step=done, tokens=done * self.recipe.batch * self.recipe.context, seconds=round(seconds))
+        row |= dict(training_loss=round(training_loss, 4), heldout_loss=round(heldout, 4))
+        self.history.append(row)
+        state = dict(model=self.model.state_dict(), optimizers=[o.state_dict() for o in self.optimizers])
+        state |= dict(step=done, history=self.history, seconds=seconds)
+        write_atomically(self.checkpoint, lambda path: torch.save(state, path))
+        return row
+
+
+def train(folder: Path, build: Path) -> float:
+    """Train (or continue to train) the host whose recipe is in `folder`. Return its held-out loss in nats per
+    token.
+
+    Raises ValueError as `read_recipe` does, FloatingPointError if the loss is not finite.
     """
     recipe = read_recipe(folder / "recipe.yaml")
     build.mkdir(parents=True, exist_ok=True)
@@ -212,81 +253,42 @@ def train(folder: Path, build: Path) -> float:
     if not tokenizer_file.exists():
         trained = docstrings.train_tokenizer(docstrings.texts("host"), recipe.vocabulary)
         write_atomically(tokenizer_file, lambda path: trained.save(str(path)))
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    training_tokens = stream(tokenizer, "host", build / "host.npy")
-    heldout_tokens = stream(tokenizer, "heldout", build / "heldout.npy")
+    tokens, heldout = (stream(tokenizer, split, build / f"{split}.npy") for split in ("host", "heldout"))
 
-    model = load.adapter(recipe.family).build(recipe.architecture | {"vocab_size": recipe.vocabulary}).train()
-    made = optimizers(model, recipe)
-    checkpoint, start, history, seconds = build / "checkpoint.pt", 0, [], 0.0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        for optimizer, state in zip(made, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        start, history, seconds = saved["step"], saved["history"], saved["seconds"]
-    loss_of = loss_function(model, recipe)
-    load.adapter(recipe.family).before_training(model)
-    compiled = torch.compile(loss_of) if recipe.compile else loss_of
-
-    began, running = time.monotonic() - seconds, math.nan
-    bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, desc=folder.name, mininterval=10)
-    for step in bar:
-        loss = accumulate(compiled, batch_at(training_tokens, recipe, step), recipe.at_once)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in made:
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * recipe.learning_rate(step)
-            optimizer.step()
-            optimizer.zero_grad()
+    training, running = Training(recipe, build / "checkpoint.pt"), math.nan
+    steps = range(training.start, recipe.steps)
+    bar = tqdm(steps, initial=training.start, total=recipe.steps, desc=folder.name, mininterval=10)
+    for number in bar:
+        loss = training.step(batch_at(tokens, recipe, number), number)
         running = loss if math.isnan(running) else 0.95 * running + 0.05 * loss
         if not math.isfinite(running):
             raise FloatingPointError(
-                f"The loss of {folder.name} is not finite at step {step}: lower matrix_lr in its recipe."
+                f"The loss of {folder.name} is not finite at step {number}: lower matrix_lr in its recipe."
             )
         bar.set_postfix(loss=f"{running:.3f}", refresh=False)
-        done = step + 1
+        done = number + 1
         if done % recipe.evaluate_every == 0 or done == recipe.steps:
-            heldout = heldout_loss(loss_of, heldout_tokens, recipe.context)
-            history.append(
-                dict(
-                    step=done,
-                    tokens=done * recipe.batch * recipe.context,
-                    seconds=round(time.monotonic() - began),
-                    training_loss=round(running, 4),
-                    heldout_loss=round(heldout, 4),
-                )
-            )
-            tqdm.write(json.dumps(history[-1]))
-            state = dict(
-                model=model.state_dict(),
-                optimizers=[o.state_dict() for o in made],
-                step=done,
-                history=history,
-                seconds=time.monotonic() - began,
-            )
-            write_atomically(checkpoint, lambda path, state=state: torch.save(state, path))
+            tqdm.write(json.dumps(training.evaluate(heldout, done, running)))
     record = dict(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in training.model.parameters()),
         tokens=recipe.steps * recipe.batch * recipe.context,
-        corpus_tokens=len(training_tokens),
-        heldout_loss=history[-1]["heldout_loss"],
-        seconds=round(time.monotonic() - began),
+        corpus_tokens=len(tokens),
+        heldout_loss=training.history[-1]["heldout_loss"],
+        seconds=round(time.monotonic() - training.began),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
     )
-    export(model, tokenizer, recipe, record, history, folder)
+    export(training.model, tokenizer, record, training.history, folder)
     return record["heldout_loss"]
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="models/NAME with a recipe.yaml")
-    for folder in parser.parse_args().folders:
-        build = Path(os.environ.get("WRITESAE_BUILD", "build")) / "hosts" / folder.name
-        try:
-            print(f"{folder}: held-out loss {train(folder, build):.3f} nats a token")
-        except (ValueError, FloatingPointError) as error:
-            sys.exit(f"{folder} was not trained: {error}")
+
+
+def main(options: argparse.Namespace) -> int:
+    for folder in options.folders:
+        loss = train(folder, output_root() / "build" / "hosts" / folder.name)
+        print(f"{folder}: held-out loss {loss:.3f} nats per token")
+    return 0

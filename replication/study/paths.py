@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def dry_run() -> bool:
-    """Whether this process is part of a dry run (`replication.commands.dryrun`), whose numbers mean nothing."""
+    """Whether this process is part of a dry run (`python -m replication dryrun`), whose numbers mean nothing."""
     return bool(os.environ.get("WRITESAE_DRY_RUN"))
 
 

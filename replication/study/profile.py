@@ -1,7 +1,7 @@
 """Profiles: every number that an experiment uses, validated, in profiles/NAME.yaml; the YAML says what each is. A profile
 that `extends` another has its fields, but for those that it gives itself.
 
-In a dry run (`replication.commands.dryrun`) the tiny counts of profiles/dryrun/overrides.yaml replace the profile's own,
+In a dry run (`python -m replication dryrun`) the tiny counts of profiles/dryrun/overrides.yaml replace the profile's own,
 and hosts of the same shapes with random weights replace its hosts.
 """
 
@@ -316,7 +316,7 @@ def lay_over(base: Any, over: Any) -> Any:
 
 def dry(content: dict, over: dict) -> dict:
     """The content of a profile for a dry run: tiny counts everywhere, one thing at a time on the CPU, and for every host
-    that would be downloaded the folder that `replication.commands.dryrun` makes."""
+    that would be downloaded the folder that `python -m replication dryrun` makes."""
     content = lay_over(content, over) | dict(device="cpu", workers=1, corpus=None)
     content["data"] = content["data"] | dict(cell_windows=over["data"]["cell_windows"])
     hosts = {}

@@ -16,9 +16,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from replication.commands import disk
 from replication.study import docstrings, fingerprint, stages
 from replication.study import paths as paths_module
+from replication.study.lock import writing
 from replication.study.profile import Profile, load_profile
 from writesae.files import file_hash, load_tensors, read_sidecar, save_tensors, up_to_date
 from writesae.history import Origin
@@ -273,11 +273,15 @@ def _file_hash(path: Path, changed: int) -> str:
     return file_hash(path)
 
 
-def open_suite(profile: str = "mini") -> Suite:
-    """The suite of a profile, with as many threads as OMP_NUM_THREADS says, without it as there are cores. ValueError for an
-    unknown profile, OSError where the disk is too small for what it has still to download and write."""
+def open_suite(profile: str = "mini", lock: bool = True) -> Suite:
+    """Open the suite of a profile, with as many threads as OMP_NUM_THREADS says, else one per core.
+
+    This process then holds the profile's lock until it ends; with `lock` false it does not take it (worker processes of
+    one that holds it). Raises ValueError for an unknown profile, LockError while another process holds the lock.
+    """
     if not os.environ.get("OMP_NUM_THREADS"):  # torch heeds it by itself
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     suite = Suite(load_profile(profile))
-    disk.check(suite.profile, suite.paths)
+    if lock:
+        writing(suite.paths)
     return suite

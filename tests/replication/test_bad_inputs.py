@@ -777,13 +777,13 @@ CASES = [
     Case(
         "notebook",
         lambda x: run_notebook.run("99_x", "mini"),
-        run_notebook.RunError,
+        run_notebook.CommandError,
         "no notebook 99_x: choose one of 00_",
     ),
     Case(
         "notebook: profile",
         lambda x: run_notebook.run("00_hosts", "huge"),
-        run_notebook.RunError,
+        run_notebook.CommandError,
         "no profile huge: .*mini",
     ),
 ]

@@ -14,6 +14,7 @@ import torch
 from helpers import SmallProfile, SmallSuite
 
 from replication import html
+from replication.__main__ import main
 from replication.commands import browser
 from replication.commands import order as dependencies
 from replication.pages import atoms as atoms_page
@@ -293,13 +294,15 @@ def test_tables_and_saes_of_two_runs_are_refused(suite, monkeypatch):
 def test_failures_are_one_sentence(suite, without, monkeypatch, capsys):
     monkeypatch.setattr(browser, "open_suite", lambda _: suite)
     monkeypatch.setattr(browser, "MAXIMUM_BYTES", 100)
-    assert browser.main(["--profile", "small"]) == 1
-    assert re.fullmatch(r"The page would have [\d,]+ bytes, more than 100: .*\n", capsys.readouterr().err)
+    assert main(["browser", "--profile", "small"]) == 1
+    assert re.fullmatch(
+        r"browser failed: The page would have [\d,]+ bytes, more than 100: .*\n", capsys.readouterr().err
+    )
     config = suite.sae_folder("small", *CELL, "write", "main") / "config.json"
     config.rename(config.with_suffix(".away"))
     monkeypatch.setattr(browser, "TOKENS", 3)  # so that promoted tokens are computed again
     try:
-        assert browser.main(["--profile", "small"]) == 1
+        assert main(["browser", "--profile", "small"]) == 1
         assert "`make 02_train_saes PROFILE=small` makes it." in capsys.readouterr().err.splitlines()[-1]
     finally:
         config.with_suffix(".away").rename(config)

@@ -21,9 +21,10 @@ from conftest import SMALL
 from nbformat.v4 import new_code_cell, new_notebook
 
 from replication import plots
+from replication.__main__ import main
 from replication.commands import dryrun
 from replication.pages.hosts import choose_cells
-from replication.study.paths import ROOT, Paths
+from replication.study.paths import ROOT, Paths, dry_run
 from replication.study.profile import CellRule, HostSection, lay_over, load_profile
 from writesae.hosts import load
 
@@ -167,6 +168,7 @@ import pandas as pd
 import torch
 
 from replication import plots
+from replication.__main__ import main
 from replication.pages.hosts import window_losses
 from replication.study.study import open_suite
 
@@ -198,6 +200,14 @@ def test_memory_of_processes_that_have_ended_counts():
     assert 0 < peak() < before + 0.2  # of this watch alone
 
 
+def test_a_dry_run_ends_with_its_command(monkeypatch):
+    seen = []
+    monkeypatch.setattr(dryrun, "run", lambda profile, names: seen.append(dry_run()) or [])
+    monkeypatch.delenv("WRITESAE_DRY_RUN", raising=False)
+    assert main(["dryrun", "--profile", "smoke"]) == 0
+    assert seen == [True] and not dry_run()
+
+
 def test_a_page_through_the_real_command(tmp_path):
     for name in ("writesae", "replication", "models/gated_deltanet"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
@@ -216,7 +226,7 @@ def test_a_page_through_the_real_command(tmp_path):
     page.write_text(nbformat.writes(new_notebook(cells=[parameters, new_code_cell(PAGE)], metadata=kernel)))
     before = page.read_bytes()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WRITESAE")} | dict(PYTHONPATH=str(tmp_path))
-    command = [sys.executable, "-m", "replication.commands.dryrun", "--profile", "small"]
+    command = [sys.executable, "-m", "replication", "dryrun", "--profile", "small"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = re.search(r"DRY RUN 00_toy: \d+ s, peak memory ([\d.]+) GB", done.stdout)
@@ -231,5 +241,5 @@ def test_a_page_through_the_real_command(tmp_path):
     again = subprocess.run([*command[:-1], "nobody"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (again.returncode, again.stderr) == (
         1,
-        "There is no profile 'nobody': choose one of small, or write nobody.yaml in profiles/.\n",
+        "dryrun failed: There is no profile 'nobody': choose one of small, or write nobody.yaml in profiles/.\n",
     )

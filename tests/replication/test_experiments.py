@@ -346,7 +346,8 @@ def test_a_survey_may_leave_layers_out(monkeypatch):
     assert layers(survey_every=3, survey_firings=0) == ()
 
 
-def test_a_suite_takes_the_threads_that_it_is_given(monkeypatch):
+def test_a_suite_takes_the_threads_that_it_is_given(monkeypatch, tmp_path):
+    monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
     with threads(1):
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
         open_suite("smoke")

@@ -1,6 +1,6 @@
 """What goes wrong around a run: full disks, read-only folders, damaged and outdated files, two runs at once, kill -9."""
 
-import fcntl
+import errno
 import json
 import os
 import platform
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
 import nbformat
@@ -17,13 +18,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
 from nbformat.v4 import new_code_cell, new_notebook
 
+from replication.__main__ import main
 from replication.commands import run as run_notebook
 from replication.study import paths as paths_module
 from replication.study import stages
+from replication.study.lock import LockError, writing
 from replication.study.paths import Paths
 from replication.study.stages import read_table, write_table
+from replication.study.study import open_suite
 from writesae import files
 from writesae.files import ArtifactError, save_tensors
 
@@ -227,11 +233,10 @@ def _notebook(clone, source):
 RUN = """
 import sys
 from pathlib import Path
+from replication.__main__ import main
 from replication.commands import run
-folder, run.WAIT = Path(sys.argv[1]) / "notebooks", float(sys.argv[2])
-real = run.run
-run.run = lambda name, profile: real(name, profile, folder)
-sys.exit(run.main(["00_toy"]))
+run.NOTEBOOKS, run.WAIT, run.check_disk = Path(sys.argv[1]) / "notebooks", float(sys.argv[2]), lambda profile: None
+sys.exit(main(["run", "00_toy"]))
 """
 
 
@@ -252,11 +257,11 @@ def _last_line(process):
 @pytest.fixture
 def failure(clone, monkeypatch, capsys):
     """Runs the toy notebook in this process, as from the command line; what it says last."""
-    real = run_notebook.run
-    monkeypatch.setattr(run_notebook, "run", lambda name, profile: real(name, profile, clone / "notebooks"))
+    monkeypatch.setattr(run_notebook, "NOTEBOOKS", clone / "notebooks")
+    monkeypatch.setattr(run_notebook, "check_disk", lambda profile: None)
 
     def run():
-        assert run_notebook.main(["00_toy"]) == 1
+        assert main(["run", "00_toy"]) == 1
         return capsys.readouterr().err.splitlines()[-1]
 
     return run
@@ -271,6 +276,7 @@ def _until(condition, seconds=60):
 
 STORE = """
 import resource
+from replication.study.lock import LockError, writing
 from replication.study.paths import Paths
 from writesae.files import write_atomically
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -327,6 +333,10 @@ def test_a_harmed_table_that_a_notebook_reads_is_one_sentence(clone, failure):
 
 WAITS = """
 import os, time
+from replication.study.lock import writing
+from replication.study.lock import LockError, writing
+from replication.study.paths import Paths
+writing(Paths(profile))
 open({0!r} + "/kernel.new", "w").write(str(os.getpid()))
 os.replace({0!r} + "/kernel.new", {0!r} + "/kernel")
 while not os.path.exists({0!r} + "/go"):
@@ -338,13 +348,13 @@ def test_a_second_run_names_the_first_and_goes_on_after_it(clone):
     _notebook(clone, WAITS.format(str(clone)))
     first = _start(clone)
     _until((clone / "kernel").exists)
-    before = (clone / "kernel").read_text()
-    said = f"Another run with this profile is at work in this folder (process {first.pid}): wait until it ends"
+    kernel = (clone / "kernel").read_text()
+    said = f"Another run with this profile is at work in this folder (process {kernel}): wait until it ends"
     assert _last_line(_start(clone, wait=0.2)).startswith(f"00_toy failed: {said}")
     patient = _start(clone, wait=60)
     (clone / "go").touch()
     assert first.wait(60) == 0 and patient.wait(60) == 0
-    assert (clone / "kernel").read_text() != before
+    assert (clone / "kernel").read_text() != kernel
 
 
 def test_a_killed_run_is_locked_as_long_as_its_kernel_lives_and_no_longer(clone):
@@ -355,17 +365,63 @@ def test_a_killed_run_is_locked_as_long_as_its_kernel_lives_and_no_longer(clone)
     os.kill(kernel, signal.SIGSTOP)
     first.kill()
     first.wait()
-    lock = Paths("mini").build / "lock"
-    with open(lock) as file, pytest.raises(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    build = Paths("mini").build
+    with pytest.raises(LockError, match=rf"\(process {kernel}\)"):
+        writing(Paths("mini"), wait=0.2)
     (clone / "go").touch()
     second = _start(clone)
     os.kill(kernel, signal.SIGCONT)
     assert second.wait(60) == 0
-    assert not files._alive(kernel) or lock.read_text() == str(second.pid)
+    assert not files._alive(kernel) or (build / "lock.process").read_text() == (clone / "kernel").read_text()
 
 
-def test_a_run_removes_what_killed_runs_left(clone):
+# The lock
+
+
+def test_a_process_takes_its_own_lock_again_and_frees_it_at_the_end_of_the_outer_block(output):
+    other = [sys.executable, "-c", "from replication.study import lock, paths; lock.writing(paths.Paths('mini'), 0.1)"]
+    environment = os.environ | {"PYTHONPATH": str(paths_module.ROOT)}
+
+    def refused():
+        return subprocess.run(other, env=environment, capture_output=True, text=True).returncode != 0
+
+    with writing(Paths("mini")):
+        with writing(Paths("mini")):
+            assert refused()
+        assert refused()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(lambda: writing(Paths("mini")).__exit__(None, None, None)).result()
+        assert refused()
+    assert not refused()
+
+
+def test_a_worker_of_a_process_that_holds_the_lock_opens_the_suite_without_it(output):
+    opened = delayed(_open)
+    try:
+        with writing(Paths("smoke")):
+            assert Parallel(2)(opened(lock) for lock in (False, False)) == ["smoke", "smoke"]
+            with pytest.raises(LockError, match=rf"\(process {os.getpid()}\)"):
+                Parallel(2)(opened(lock) for lock in (True, False))
+    finally:
+        get_reusable_executor().shutdown(wait=True)
+
+
+def _open(lock):
+    return open_suite("smoke", lock=lock).profile.name
+
+
+def test_a_file_system_without_locks_is_one_sentence(output, monkeypatch):
+    def missing(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    with pytest.raises(
+        LockError, match=r"lock cannot be locked \(.*not implemented\): let WRITESAE_OUTPUT name a folder"
+    ):
+        writing(Paths("mini"))
+
+
+def test_a_run_removes_what_killed_runs_left(clone, monkeypatch):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     paths = Paths("mini")
@@ -374,5 +430,6 @@ def test_a_run_removes_what_killed_runs_left(clone):
         place.mkdir(parents=True, exist_ok=True)
         (place / f".partial-{platform.node()}-{dead.pid}-x.csv").touch()
     _notebook(clone, "1")
-    run_notebook.run("00_toy", "mini", clone / "notebooks")
+    monkeypatch.setattr(run_notebook, "NOTEBOOKS", clone / "notebooks")
+    run_notebook.run("00_toy", "mini")
     assert not [x for place in places for x in place.glob(".partial-*")]

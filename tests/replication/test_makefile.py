@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS = {"00_hosts": [], "01_harvest": ["00_hosts"], "02_train": ["01_harvest"], "04_shift": ["01_harvest"]}
 MODULES = ("writesae/__init__.py", "writesae/sae/model.py", "replication/study/profile.py")
-STUB = '#!/bin/sh\necho "$3" >> ran\n[ -e "fail-$3" ] && exit 1\nexit 0\n'
+STUB = '#!/bin/sh\necho "$4" >> ran\n[ -e "fail-$4" ] && exit 1\nexit 0\n'
 
 
 def _write(path, text, age=100):
@@ -99,19 +99,24 @@ def test_a_dry_run_names_what_would_run_and_runs_nothing(done):
     _touch(done / "notebooks/02_train.ipynb")
     (done / "ran").unlink(missing_ok=True)
     text = _make(done, "-n", "all").stdout
-    assert "commands.run 02_train --profile mini" in text
-    assert "commands.run 04_shift" not in text
+    assert "replication run 02_train --profile mini" in text
+    assert "replication run 04_shift" not in text
     assert not (done / "ran").exists()
 
 
-def test_a_sweep_goes_to_this_machine_or_to_a_cluster(clone):
-    here = "python -m replication.commands.sweep --profile mini --grid profiles/sweeps/cells.yaml"
-    assert _make(clone, "-n", "sweep", "PY=python").stdout.strip() == here
-    there = _make(clone, "-n", "sweep", "PY=python", "PROFILE=big", "GRID=paper", "DASK=tcp://head:8786").stdout.strip()
-    assert (
-        there
-        == "python -m replication.commands.sweep --profile big --grid profiles/sweeps/paper.yaml --dask tcp://head:8786"
-    )
+def test_a_sweep_takes_its_grid_by_name(clone):
+    cells = "python -m replication sweep --profile mini --grid profiles/sweeps/cells.yaml"
+    assert _make(clone, "-n", "sweep", "PY=python").stdout.strip() == cells
+    paper = _make(clone, "-n", "sweep", "PY=python", "PROFILE=big", "GRID=paper").stdout.strip()
+    assert paper == "python -m replication sweep --profile big --grid profiles/sweeps/paper.yaml"
+
+
+def test_all_hosts_are_trained_by_one_command(clone):
+    for name in ("one", "two"):
+        _write(clone / "models" / name / "recipe.yaml", "")
+    trained = _make(clone, "-n", "hosts", "PY=python").stdout.split()
+    assert trained[:4] == ["python", "-m", "replication", "train-host"]
+    assert sorted(trained[4:]) == ["models/one", "models/two"]
 
 
 def test_a_missing_result_is_made_again(done):
@@ -128,7 +133,7 @@ def test_a_failed_notebook_is_run_again_and_what_needs_it_waits(clone):
 
 
 def test_an_edit_during_the_run_is_not_lost(done):
-    _write(done / "stub", '#!/bin/sh\necho "$3" >> ran\nsleep 0.1\ntouch notebooks/$3.ipynb\n')
+    _write(done / "stub", '#!/bin/sh\necho "$4" >> ran\nsleep 0.1\ntouch notebooks/$4.ipynb\n')
     _touch(done / "notebooks/02_train.ipynb")
     assert _ran(done, "all") == ["02_train"]
     _write(done / "stub", STUB)
@@ -139,8 +144,8 @@ def test_another_make_does_not_make_the_stamp_younger(done):
     """While 02_train runs, its notebook is edited and another make is started, which is refused."""
     _write(done / "refuse", "#!/bin/sh\nexit 1\n")
     (done / "refuse").chmod(0o755)
-    other = "sleep 0.1; touch notebooks/$3.ipynb; sleep 0.1; make PY=./refuse $3"
-    _write(done / "stub", f'#!/bin/sh\necho "$3" >> ran\n{other}\nexit 0\n')
+    other = "sleep 0.1; touch notebooks/$4.ipynb; sleep 0.1; make PY=./refuse $4"
+    _write(done / "stub", f'#!/bin/sh\necho "$4" >> ran\n{other}\nexit 0\n')
     _touch(done / "notebooks/02_train.ipynb")
     assert _ran(done, "all") == ["02_train"]
     _write(done / "stub", STUB)
@@ -216,8 +221,8 @@ def test_repeats_run_every_page_with_every_seed_and_are_gathered(clone):
     _write(clone / "stub", '#!/bin/sh\nshift; echo "$@" >> ran\n[ -e fail ] && exit 1\nexit 0\n')
     result = _make(clone, "repeats", "RUN=build/test")
     assert result.returncode == 0, result.stderr
-    pages = [f"replication.commands.run {name} --profile mini-{seed}" for seed in (7, 8) for name in NEEDS]
-    gathered = "replication.commands.repeats --profile mini results/mini-7 results/mini-8 build/test/results/mini"
+    pages = [f"replication run {name} --profile mini-{seed}" for seed in (7, 8) for name in NEEDS]
+    gathered = "replication repeats --profile mini results/mini-7 results/mini-8 build/test/results/mini"
     assert (clone / "ran").read_text().splitlines() == [*pages, gathered]
     _write(clone / "fail", "")
     (clone / "ran").unlink()

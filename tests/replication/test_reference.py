@@ -6,11 +6,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from replication.commands.verify import Tolerance, check, compare, measure, read_tolerances
+from replication.commands.verify import Tolerance, check, measure, read_tolerances
 from replication.study.stages import write_table
 
 TABLE = pd.DataFrame({"host": ["a", "a", "b"], "eps": [0.1, 0.3, 0.1], "rate": [0.5, 0.8, 0.0], "status": list("xyz")})
 PROVENANCE = {"profile": "mini", "config": "0", "host": "toy", "seed": 0, "seconds": 0}
+
+
+def compare(reference, fresh, tolerance):
+    return measure(reference, fresh, tolerance).sentences()
 
 
 def _tolerance(**more):
@@ -110,8 +114,12 @@ def test_missing_keys_match():
 
 
 def test_rows_must_be_the_same_on_both_sides():
-    assert compare(TABLE, TABLE.iloc[:2], _tolerance(absolute=1)) == ["t.csv [host=b, eps=0.1] is missing"]
-    assert compare(TABLE.iloc[:2], TABLE, _tolerance(absolute=1)) == ["t.csv [host=b, eps=0.1] is not in the reference"]
+    assert compare(TABLE, TABLE.iloc[:2], _tolerance(absolute=1)) == [
+        "1 rows are missing, the first t.csv [host=b, eps=0.1]"
+    ]
+    assert compare(TABLE.iloc[:2], TABLE, _tolerance(absolute=1)) == [
+        "1 rows are not in the reference, the first t.csv [host=b, eps=0.1]"
+    ]
 
 
 def test_columns_rows_and_unique_keys_are_needed():

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy.stats import norm
 
-from replication.commands import repeats as repeats_module
+from replication.__main__ import main
 from replication.scorecard import repeats
 from replication.scorecard.repeats import RepeatsError
 from replication.scorecard.table import COLUMNS
@@ -105,7 +105,7 @@ def runs(tmp_path, monkeypatch):
 
 
 def test_runs_are_gathered_into_one_table(runs, capsys):
-    assert repeats_module.main(["--profile", "smoke", *map(str, runs)]) == 0
+    assert main(["repeats", "--profile", "smoke", *map(str, runs)]) == 0
     table, summary = (Suite(PROFILE).kept_table(f"repeats-{kind}") for kind in ("scorecard", "replacement"))
     assert table[["seed", "id", "status"]].values.tolist() == [[1, "C0", "opposite"], [2, "C0", "opposite"]]
     assert summary[["seed", "cells", "win_rate"]].values.tolist() == [[1, "c0", 0.25], [2, "c0", 0.5]]
@@ -123,8 +123,8 @@ def test_what_cannot_stand_beside_the_others_is_refused(runs, capsys, monkeypatc
         repeats.gather(runs[:1], "smoke", "scorecard")
     with pytest.raises(ArtifactError, match=r"scorecard\.csv is missing"):
         repeats.gather([runs[0].parent], "smoke", "scorecard")
-    assert repeats_module.main(["--profile", "smoke", str(runs[0]), str(runs[0])]) == 1
-    assert capsys.readouterr().err.startswith("Nothing was gathered: ")
+    assert main(["repeats", "--profile", "smoke", str(runs[0]), str(runs[0])]) == 1
+    assert capsys.readouterr().err.startswith("repeats failed: ")
     assert Suite(PROFILE).kept_table("repeats-scorecard") is None
 
 

@@ -6,7 +6,8 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from replication.commands import run
+from replication.__main__ import main
+from replication.commands import CommandError, run
 from replication.study.paths import Paths
 
 PRINTS = "import sys\nprint(profile)\nprint('progress', file=sys.stderr)\nprint('done')"
@@ -20,6 +21,8 @@ def notebooks(tmp_path, monkeypatch):
     for profile in ("mini", "paper"):
         (tmp_path / "profiles" / f"{profile}.yaml").touch()
     (tmp_path / "notebooks").mkdir()
+    monkeypatch.setattr(run, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(run, "check_disk", lambda profile: None)
     return tmp_path / "notebooks"
 
 
@@ -38,7 +41,7 @@ def _notebook(folder, *sources):
 def test_outputs_are_published_and_nothing_else_changes(notebooks):
     path = _notebook(notebooks, PRINTS, "1 + 1")
     source = nbformat.read(path, as_version=4)
-    run.run("00_toy", "mini", notebooks)
+    run.run("00_toy", "mini")
     first = path.read_bytes()
     published = nbformat.reads(first.decode(), as_version=4)
     assert [cell.get("execution_count") for cell in published.cells] == [None, 1, 2, 3]
@@ -49,7 +52,7 @@ def test_outputs_are_published_and_nothing_else_changes(notebooks):
         cell.update(execution_count=None, outputs=[])
     assert published == source
     assert path.stat().st_mtime == 1_000_000_000
-    run.run("00_toy", "mini", notebooks)
+    run.run("00_toy", "mini")
     assert path.read_bytes() == first
 
 
@@ -59,7 +62,7 @@ def test_other_profiles_and_test_runs_do_not_publish(notebooks, monkeypatch, pro
         monkeypatch.setenv("WRITESAE_OUTPUT", variable)
     path = _notebook(notebooks, "print(profile)")
     before = path.read_bytes()
-    executed = run.run("00_toy", profile, notebooks)
+    executed = run.run("00_toy", profile)
     assert path.read_bytes() == before
     assert executed == Paths(profile).build / "notebooks" / "00_toy.ipynb"
     assert nbformat.read(executed, as_version=4).cells[-1].outputs[0].text == f"{profile}\n"
@@ -68,9 +71,7 @@ def test_other_profiles_and_test_runs_do_not_publish(notebooks, monkeypatch, pro
 def test_a_failure_is_one_sentence_and_leaves_the_notebook(notebooks, monkeypatch, capsys):
     path = _notebook(notebooks, "print('before')", "raise ValueError('Layer 3 is not recurrent.')")
     before = path.read_bytes()
-    real = run.run
-    monkeypatch.setattr(run, "run", lambda name, profile: real(name, profile, notebooks))
-    assert run.main(["00_toy"]) == 1
+    assert main(["run", "00_toy"]) == 1
     assert path.read_bytes() == before
     assert "00_toy failed: ValueError: Layer 3 is not recurrent." in capsys.readouterr().err.splitlines()
 
@@ -78,23 +79,23 @@ def test_a_failure_is_one_sentence_and_leaves_the_notebook(notebooks, monkeypatc
 def test_a_gpu_that_is_too_small_is_answered_with_the_settings_to_lower(notebooks):
     _notebook(notebooks, "import torch", "raise torch.OutOfMemoryError('CUDA out of memory.')")
     with pytest.raises(
-        run.RunError, match=r"^The GPU's memory is too small: in the profile, lower data\.batch_windows"
+        CommandError, match=r"^The GPU's memory is too small: in the profile, lower data\.batch_windows"
     ):
-        run.run("00_toy", "mini", notebooks)
+        run.run("00_toy", "mini")
 
 
 def test_an_edit_during_the_run_is_kept(notebooks):
     path = _notebook(notebooks)
-    with pytest.raises(run.RunError, match="was edited while it ran"):
+    with pytest.raises(CommandError, match="was edited while it ran"):
         run.publish(path, b"as it was", path)
 
 
 def test_unknown_names_are_one_sentence(notebooks):
-    with pytest.raises(run.RunError, match="no notebook 99_x"):
-        run.run("99_x", "mini", notebooks)
+    with pytest.raises(CommandError, match="no notebook 99_x"):
+        run.run("99_x", "mini")
     _notebook(notebooks)
-    with pytest.raises(run.RunError, match="no profile huge"):
-        run.run("00_toy", "huge", notebooks)
+    with pytest.raises(CommandError, match="no profile huge"):
+        run.run("00_toy", "huge")
 
 
 def test_other_cells_are_refused_and_widgets_dropped_but_for_their_page():
@@ -107,3 +108,14 @@ def test_other_cells_are_refused_and_widgets_dropped_but_for_their_page():
     assert [output.data for output in run.with_outputs(source, ran).cells[0].outputs] == [page]
     with pytest.raises(ValueError, match="does not have the cells"):
         run.with_outputs(source, new_notebook(cells=[new_code_cell("y")]))
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_runs(notebooks, monkeypatch, capsys):
+    def refuse(profile):
+        raise CommandError(f"Profile {profile} has still to write.")
+
+    monkeypatch.setattr(run, "check_disk", refuse)
+    _notebook(notebooks, "print('ran')")
+    assert main(["run", "00_toy", "--profile", "paper"]) == 1
+    assert capsys.readouterr().err == "00_toy failed: Profile paper has still to write.\n"
+    assert not Paths("paper").build.exists()

@@ -1,11 +1,10 @@
-"""Sweeps: the same table from one process and from a Dask cluster that loses a worker; every line against a plain run."""
+"""Sweeps: the same table from one process and from several, one of which was killed; every line against a plain run."""
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -13,11 +12,14 @@ import pytest
 import torch
 import yaml
 from conftest import SMALL
+from joblib.externals.loky import get_reusable_executor
 
-from replication.commands import sweep
-from replication.commands.sweep import Grid, SweepError, load_grid, run_sweep
+from replication.__main__ import main
+from replication.commands import CommandError, sweep
+from replication.commands.sweep import Grid, load_grid, run_sweep
 from replication.statistics import wilson
 from replication.study import paths, study
+from replication.study.lock import LockError
 from replication.study.profile import Profile, load_profile
 from writesae.evaluate.firings import CellSAE, Places, all_firings, draw_in_rounds, encode
 from writesae.evaluate.replacement import replace
@@ -83,7 +85,8 @@ def no_corpus():
 
 @pytest.fixture
 def output(tmp_path, monkeypatch):
-    """An empty output folder."""
+    """An empty output folder, and no worker processes that have another."""
+    get_reusable_executor().shutdown(wait=True)
     monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
     return tmp_path
 
@@ -135,40 +138,37 @@ def test_every_line_is_that_of_a_plain_run(output, profile, folder, serial):
     assert row.firings == 5
 
 
-def test_a_cluster_that_loses_a_worker_gives_the_serial_table(output, profile, serial):
-    distributed = pytest.importorskip("distributed", reason="the extra `sweep` (Dask) is not installed")
-    options = dict(n_workers=0, processes=False, dashboard_address=":0", protocol="tcp")
-    with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
-        address = cluster.scheduler_address
-        command = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny"]
-        environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path))
-        started = [
-            subprocess.Popen([*command, "--name", str(i)], env=environment, cwd=output, stderr=subprocess.DEVNULL)
-            for i in range(2)
-        ]
-        struck = []
+KILLED = """
+import os, signal, sys
+from replication.__main__ import main
+from replication.commands import CommandError, sweep
+from replication.study.lock import LockError
+from replication.study.profile import Profile
+import test_sweep
+test_sweep.study.split_windows = test_sweep.random_windows
+profile, grid = Profile.model_validate_json(sys.argv[1]), sweep.Grid(**test_sweep.GRID)
+real = sweep.stages.write_table
 
-        def kill():
-            """Kill a worker that has a task in hand, once some of the records are there."""
-            while len(records(output)) < 2:
-                time.sleep(0.01)
-            busy = next(name for name, keys in client.processing().items() if keys)
-            started[client.scheduler_info()["workers"][busy]["name"]].kill()
-            struck.append(len(records(output)))
+def write(table, path, provenance):
+    real(table, path, provenance)
+    if len(test_sweep.records(test_sweep.Path(os.environ["WRITESAE_OUTPUT"]))) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
 
-        killer = threading.Thread(target=kill, daemon=True)
-        killer.start()
-        client.wait_for_workers(2)
-        try:
-            table = run_sweep(profile, Grid(**GRID), dask=address)
-            killer.join(timeout=10)
-            assert struck and struck[0] < 7, "the worker was killed well before the end"
-            assert sorted(worker.poll() is None for worker in started) == [False, True], "the other one did the rest"
-        finally:
-            for worker in started:
-                worker.kill()
-                worker.wait()
+sweep.stages.write_table = write
+sweep.run_sweep(profile, grid, jobs=1)
+"""
+
+
+def test_a_killed_sweep_goes_on_in_several_processes_to_the_same_table(output, profile, serial):
+    path = os.pathsep.join([str(paths.ROOT), str(paths.ROOT / "tests"), str(paths.ROOT / "tests" / "replication")])
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=path)
+    command = [sys.executable, "-c", KILLED, profile.model_dump_json()]
+    assert subprocess.run(command, env=environment, stderr=subprocess.DEVNULL).returncode == -9
+    stored = {path: path.stat().st_mtime_ns for path in records(output)}
+    assert len(stored) == 3
+    table = run_sweep(profile, Grid(**GRID), jobs=2)
     pd.testing.assert_frame_equal(without_seconds(table), without_seconds(serial), check_exact=True)
+    assert {path: path.stat().st_mtime_ns for path in stored} == stored
 
 
 def test_what_is_up_to_date_is_not_run_again(output, profile):
@@ -210,17 +210,30 @@ def test_long_inputs_are_trained_on_from_disk(output, profile, serial, monkeypat
 def test_a_point_that_fails_stops_no_other(output, profile):
     wild = dict(role="survey", target="state", settings=dict(lr=1e30))
     grid = Grid(**GRID | dict(layers=[0], heads=[0], seeds=[0], variants=GRID["variants"] | dict(wild=wild)))
-    with pytest.raises(SweepError, match=r"1 SAEs failed, the others are done. tiny-L0-H0-wild-s0: The loss is"):
+    with pytest.raises(CommandError, match=r"1 SAEs failed, the others are done. tiny-L0-H0-wild-s0: The loss is"):
         run_sweep(profile, grid, jobs=2)
     assert [path.stem for path in records(output)] == ["tiny-L0-H0-state-s0", "tiny-L0-H0-write-s0"]
     assert not (output / "results/smoke/sweep-small.csv").exists()
 
 
-def test_a_worker_with_other_code_is_refused(output, profile):
-    grid = Grid(**GRID)
-    task = sweep.Task(profile.model_dump_json(), grid.model_dump_json(), "another", "", "tiny", 0)
-    with pytest.raises(SweepError, match="has other code, package versions or weights of tiny"):
-        sweep.run_task(task)
+def test_a_worker_that_dies_is_one_sentence(output, profile, monkeypatch):
+    monkeypatch.setattr(sweep, "harvest_layer", _die)
+    with pytest.raises(CommandError, match=r"^The workers of a sweep ended \(.*\); what is done is kept\.$"):
+        run_sweep(profile, Grid(**GRID), jobs=2)
+
+
+def _die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_sweep_waits_for_no_other_writer(output, profile, monkeypatch):
+    def refused(paths):
+        raise LockError("Another run with this profile is at work.")
+
+    monkeypatch.setattr(sweep, "writing", refused)
+    with pytest.raises(LockError):
+        run_sweep(profile, Grid(**GRID), jobs=1)
+    assert not records(output)
 
 
 WRONG = [
@@ -228,7 +241,7 @@ WRONG = [
     (dict(layers=[2]), "Layer 2 of .* is not recurrent: choose one of 0, 1, 3, 4"),
     (dict(heads=[4]), "has no head 4"),
     (dict(variants=dict(a=dict(role="main", target="state", settings=dict(k=99)))), "variants.a: .*k = 99 exceeds"),
-    (dict(variants=dict(a=dict(role="main", target="state", settings=dict(k=0)))), "variants.a.k: .*greater than 0"),
+    (dict(variants=dict(a=dict(role="main", target="state", settings=dict(k=0)))), "variants.a: k: .*greater than 0"),
 ]
 
 
@@ -258,14 +271,11 @@ def test_a_file_that_is_no_grid_is_one_sentence(tmp_path, text, message):
         load_grid(path)
 
 
-def test_what_is_missing_is_one_sentence(output, profile, monkeypatch, capsys):
-    assert sweep.main(["--profile", "smoke", "--grid", "profiles/sweeps/none.yaml"]) == 1
+def test_a_missing_grid_is_one_sentence(output, capsys):
+    assert main(["sweep", "--profile", "smoke", "--grid", "profiles/sweeps/none.yaml"]) == 1
     assert capsys.readouterr().err.strip() == (
-        "The sweep failed: There is no grid profiles/sweeps/none.yaml: profiles/sweeps/ has cells, paper, seeds."
+        "sweep failed: There is no grid profiles/sweeps/none.yaml: profiles/sweeps/ has cells, paper, seeds."
     )
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(SweepError, match="needs the extra `sweep`"):
-        run_sweep(profile, Grid(**GRID | dict(layers=[0])), dask="tcp://127.0.0.1:1")
 
 
 def test_the_grids_of_the_repository_fit_its_profiles():

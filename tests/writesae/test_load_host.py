@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, small
 from helpers import FakeHub, Malicious, assert_close
 from safetensors.torch import load_file, save_file
 
-from writesae.hosts.hub import fetch
-from writesae.hosts.load import adapter, load_host
+from writesae.hosts.base import Shape
+from writesae.hosts.hub import download_sizes, fetch
+from writesae.hosts.load import MODEL_FILES, adapter, load_host, read_shape
 
 TOKENS = torch.randint(0, 300, (2, 30), generator=torch.Generator().manual_seed(1))
 
@@ -252,12 +253,27 @@ def test_without_a_network_the_cache_and_the_wanted_files_are_named(hub, tmp_pat
         load_host("someone/model")
 
 
-def test_what_would_be_downloaded_is_said_with_its_size_where_it_is_known(hub):
+def test_sizes_are_those_of_the_files_that_are_not_in_the_cache(hub):
+    files = hub.repositories["someone/model"]
+    wanted = {name: len(content) for name, content in files.items() if name != "tf_model.h5"}
+    assert download_sizes("someone/model", MODEL_FILES) == wanted
+    fetch("someone/model", ["config.json"])
+    del wanted["config.json"]
+    assert download_sizes("someone/model", MODEL_FILES) == wanted
+    fetch("someone/model", MODEL_FILES)
+    assert download_sizes("someone/model", MODEL_FILES) == {}
     hub.answers["/"] = hub.httpx.ConnectError("no network")
-    with pytest.raises(ConnectionError, match=r"would be downloaded \(about 1\.8 GB\); allow that"):
-        load_host("Qwen/Qwen3.5-0.8B")
-    with pytest.raises(ConnectionError, match=r"would be downloaded \(the Hub alone knows their size\)"):
-        load_host("someone/model")
+    assert download_sizes("someone/model", MODEL_FILES) == {}
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        download_sizes("someone/other", MODEL_FILES)
+
+
+@pytest.mark.parametrize("family", list(SMALL))
+def test_a_config_tells_the_shape_of_the_host(family, tmp_path):
+    host = small(family)
+    host.model.config.save_pretrained(tmp_path)
+    wanted = Shape(len(host.recurrent_layers), host.heads, host.d_k, host.d_v, not host.scalar_decay)
+    assert read_shape(tmp_path) == wanted
 
 
 def test_offline_mode_is_named(hub, monkeypatch):

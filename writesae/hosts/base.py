@@ -16,12 +16,23 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from writesae.hosts.past import Past, Prefix, Record, SharedState, extend
 from writesae.recurrence import Factors, Groups, states_before
+
+
+class Shape(NamedTuple):
+    """The sizes of a host's states: recurrent layers, heads per layer, rows and columns of a state."""
+
+    layers: int
+    heads: int
+    d_k: int
+    d_v: int
+    vector_decay: bool = False
 
 
 @dataclass
@@ -64,6 +75,11 @@ class Host(ABC):
     def build(architecture: dict) -> torch.nn.Module:
         """Return a model with random weights and slow decays. `architecture`: fields of the family's
         config."""
+
+    @staticmethod
+    @abstractmethod
+    def shape(config) -> Shape:
+        """Return the Shape of a model from its config (a PreTrainedConfig of the family)."""
 
     @staticmethod
     def before_training(model: torch.nn.Module) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from writesae.hosts.base import Host
+from writesae.hosts.base import Host, Shape
 from writesae.hosts.fla_models import (
     DeltaNetConfig,
     DeltaNetForCausalLM,
@@ -47,11 +47,14 @@ class FLAHost(Host):
     """What both families share: everything except the mixer. Raises ValueError for a config that `check`
     refuses."""
 
+    @classmethod
+    def shape(cls, config) -> Shape:
+        return Shape(config.num_hidden_layers, config.num_heads, *head_dims(config), not cls.scalar_decay)
+
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
         check(model.config)
-        self.heads = model.config.num_heads
-        self.d_k, self.d_v = head_dims(model.config)
+        _, self.heads, self.d_k, self.d_v, _ = self.shape(model.config)
 
     def unembed(self, final: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(rms(self.model.model.norm, final))

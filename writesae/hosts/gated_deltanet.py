@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from writesae.hosts.base import Host
+from writesae.hosts.base import Host, Shape
 from writesae.hosts.layers import normalized, short_convolution, slow_decays, split_heads, unit, wide
 from writesae.hosts.layers import rms_norm as plain_rms_norm
 from writesae.hosts.past import Past, Record, attend
@@ -43,14 +43,17 @@ class GatedDeltaNet(Host):
                 mixer.A_log.data, mixer.dt_bias.data = slow_decays(mixer.num_v_heads)
         return model
 
+    @staticmethod
+    def shape(config) -> Shape:
+        layers, heads = config.layer_types.count("linear_attention"), config.linear_num_value_heads
+        return Shape(layers, heads, config.linear_key_head_dim, config.linear_value_head_dim)
+
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
         config = model.config
         kinds = enumerate(config.layer_types)
         self.recurrent_layers = tuple(layer for layer, kind in kinds if kind == "linear_attention")
-        self.heads = config.linear_num_value_heads
-        self.d_k = config.linear_key_head_dim
-        self.d_v = config.linear_value_head_dim
+        _, self.heads, self.d_k, self.d_v, _ = self.shape(config)
 
     def unembed(self, final: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(rms_norm(final, self.model.model.norm))

@@ -13,11 +13,11 @@ import torch
 from safetensors import SafetensorError
 
 from writesae.hosts import mamba2_release, rwkv7_tokenizer
-from writesae.hosts.base import Host
+from writesae.hosts.base import Host, Shape
 from writesae.hosts.hub import fetch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
@@ -38,18 +38,6 @@ def adapter(family: str) -> type[Host]:
         raise ValueError(f"There is no host family {family!r}: choose one of {', '.join(FAMILIES)}.")
     module, name = FAMILIES[family].split(":")
     return getattr(importlib.import_module(module), name)
-
-
-def family_of(folder: Path) -> str:
-    """Return the family of a model folder, from its config alone. Raises ValueError where no family has its class."""
-    settings = _settings(folder, folder)
-    if mamba2_release.is_release(settings):
-        return "mamba2"
-    classes = settings.get("architectures") or []
-    for family in FAMILIES:
-        if set(classes) & set(adapter(family).model_classes):
-            return family
-    raise ValueError(f"{folder} is of {', '.join(classes) or 'no class'}, and no host family has that class.")
 
 
 def without_triton() -> None:
@@ -113,6 +101,21 @@ def _checked_device(device: str | None) -> str:
     return chosen
 
 
+def read_shape(folder: Path) -> Shape:
+    """Return the Shape of the host in a folder, from its config.json alone. Raises FileNotFoundError and ValueError as
+    `load_host` does."""
+    settings = _settings(folder, folder)
+    if mamba2_release.is_release(settings):
+        return adapter("mamba2").shape(mamba2_release.library_config(settings))
+    family, _, text = _family(folder, folder)
+    return adapter(family).shape(text)
+
+
+def family_of(folder: Path) -> str:
+    """Return the family of the host in a folder, from its config.json alone. Raises as `read_shape` does."""
+    return "mamba2" if mamba2_release.is_release(_settings(folder, folder)) else _family(folder, folder)[0]
+
+
 def _settings(folder: Path, name: str | Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
@@ -125,8 +128,8 @@ def _settings(folder: Path, name: str | Path) -> dict:
         raise ValueError(f"{path} is damaged: it is not a JSON object ({error}).") from error
 
 
-def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, torch.nn.Module]:
-    """Return the family and the model of a folder in transformers' format."""
+def _family(folder: Path, name: str | Path) -> tuple[str, type[torch.nn.Module], PreTrainedConfig]:
+    """Return the family, the class and the text model's config of a folder in transformers' format."""
     import transformers
 
     classes = {family: adapter(family).model_classes for family in FAMILIES}  # importing registers classes
@@ -145,6 +148,12 @@ def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, tor
     if family is None:
         raise ValueError(f"{name} is a {class_name}, and no host family has that class: {choices}.")
     text.tie_word_embeddings |= config.tie_word_embeddings  # multimodal configs may say it at the top only
+    return family, model_class, text
+
+
+def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, torch.nn.Module]:
+    """Return the family and the model of a folder in transformers' format."""
+    family, model_class, text = _family(folder, name)
     options = dict(config=text, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     try:
         model, info = model_class.from_pretrained(folder, **options)

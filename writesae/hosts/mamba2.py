@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from writesae.hosts.base import Host
+from writesae.hosts.base import Host, Shape
 from writesae.hosts.layers import rms_norm, short_convolution, slow_decays, split_heads, wide
 from writesae.hosts.past import Past, Record
 from writesae.recurrence import Factors, decayed_chunks
@@ -45,11 +45,13 @@ class Mamba2(Host):
             scale[-heads:] = 0.05
             weight.register_hook(lambda gradient, scale=scale: gradient * scale.to(gradient))
 
+    @staticmethod
+    def shape(config) -> Shape:
+        return Shape(config.num_hidden_layers, config.num_heads, config.state_size, config.head_dim)
+
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
-        self.heads = model.config.num_heads
-        self.d_k = model.config.state_size
-        self.d_v = model.config.head_dim
+        _, self.heads, self.d_k, self.d_v, _ = self.shape(model.config)
 
     def unembed(self, final: torch.Tensor) -> torch.Tensor:
         normed = rms_norm(final, self.model.backbone.norm_f)

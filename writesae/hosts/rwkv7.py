@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from writesae.hosts.base import Host
+from writesae.hosts.base import Host, Shape
 from writesae.hosts.fla import register
 from writesae.hosts.past import Past, Record
 from writesae.hosts.rwkv7_model import (
@@ -40,13 +40,16 @@ class RWKV7(Host):
         """Return an RWKV-7 model with its authors' initial values. `architecture`: fields of RWKV7Config."""
         return RWKV7ForCausalLM(RWKV7Config(**architecture))
 
+    @staticmethod
+    def shape(config) -> Shape:
+        d_v = config.value_dim[0] // config.num_heads
+        return Shape(config.num_hidden_layers, config.num_heads, config.head_dim, d_v, vector_decay=True)
+
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
         config = model.config
         self.width = config.hidden_size
-        self.heads = config.num_heads
-        self.d_k = config.head_dim
-        self.d_v = config.value_dim[0] // config.num_heads
+        _, self.heads, self.d_k, self.d_v, _ = self.shape(config)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return embed(self.model.model, tokens)

@@ -1,0 +1,47 @@
+"""The command line of the replication: `python -m replication COMMAND`; Make calls nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+from replication.commands import CommandError
+
+COMMANDS = {  # name: what it does
+    "run": "run one notebook of the suite",
+    "dryrun": "run every notebook with random weights of the true shapes and tiny counts, into build/dryrun",
+    "verify": "compare the tables of a run with the committed ones",
+    "repeats": "gather the scorecards of repeated runs",
+    "sweep": "train and test the SAEs of a grid",
+    "browser": "write the atom browser, figures/PROFILE/atoms.html",
+    "train-host": "train embedded hosts from their recipes",
+    "disk": "check that the disks have room for what a profile has still to download and to write",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Return its exit status: 1 with one sentence on stderr after an error, 130 after
+    Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m replication", description="Run a part of the replication.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, line in COMMANDS.items():
+        command = commands.add_parser(name, help=line, description=f"{line[0].upper()}{line[1:]}.")
+        if name in arguments[:1]:  # the other modules are not imported: most need seconds
+            module = importlib.import_module(f"replication.commands.{name.replace('-', '_')}")
+            module.add_arguments(command)
+    options = parser.parse_args(arguments)
+    label = getattr(options, "name", options.command)
+    try:
+        return module.main(options)
+    except (CommandError, ValueError, OSError, FloatingPointError) as error:
+        print(f"{label} failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{label} was interrupted: the next run continues from what is stored.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
