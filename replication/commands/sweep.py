@@ -36,14 +36,14 @@ from tqdm import tqdm
 from replication.statistics import wilson
 from replication.study import fingerprint, stages
 from replication.study import paths as paths_module
-from replication.study.firings import firings_of, measure_group
+from replication.study.firings import firings_of
 from replication.study.profile import Profile, Section, Target, load_profile
 from replication.study.study import Suite, threads
 from replication.study.training import VALIDATION_WINDOWS, train_on
 from writesae import files as files_module
 from writesae.evaluate.cells import survey_cells
 from writesae.evaluate.firings import CellSAE, draw_in_rounds, encode_cell
-from writesae.evaluate.replacement import AMPLITUDES
+from writesae.evaluate.replacement import AMPLITUDES, measure_group
 from writesae.harvesting import harvest
 from writesae.recurrence import Factors
 from writesae.sae.train import TrainingSettings

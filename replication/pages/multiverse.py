@@ -1,7 +1,7 @@
 """The multiverse of the replacement test, every head of a layer, every seed, and where the atom fails.
 
-**Multiverse.** The paper (Sec. 2, 3.2, App. F.1, J) leaves these choices open, or says two things about them. A universe
-is one level of each; the first level is this repository's default.
+**Multiverse.** The paper (Sec. 2, 3.2, App. F.1, J) leaves these choices open, or says two things about them.
+A universe is one level of each; the first level is this repository's default.
 
 | choice       | levels                                                                                                |
 |--------------|-------------------------------------------------------------------------------------------------------|
@@ -13,8 +13,9 @@ is one level of each; the first level is this repository's default.
 | kl_direction | KL(native, patched), KL(patched, native)                                                               |
 | control      | what the atom has to beat: delete, another alive atom, a fresh rank-1 matrix, the mean write, another write |
 
-Where only later tokens read the edit, the KL at the writing position is exactly 0: no universe. Effective writes are not
-of rank 1 on RWKV-7 and are the added ones on Mamba-2, so that this choice is open on Gated DeltaNet only.
+Where only later tokens read the edit, the KL at the writing position is exactly 0: no universe. Effective
+writes are not of rank 1 on RWKV-7 and are the added ones on Mamba-2, so that this choice is open on Gated
+DeltaNet only.
 
 **Heads** (App. F.1, Table 12), **seeds** and **failures** (Fig. 14) use the runs of `replacement`.
 """
@@ -71,7 +72,8 @@ def both_ways(native: torch.Tensor, patched: torch.Tensor) -> torch.Tensor:
 
 
 def fresh(seed: int, places: Places, d_k: int, d_v: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return random rank-1 terms of unit norm, [n, 1, d_k] and [n, 1, d_v], that depend on the seed and the firing only."""
+    """Return random rank-1 terms of unit norm, [n, 1, d_k] and [n, 1, d_v], which depend on seed and firing
+    only."""
     drawn = places.draw(seed, lambda generator: torch.randn(d_k + d_v, generator=generator, dtype=torch.float64))
     return rank_one(*drawn.float().split([d_k, d_v], -1))
 
@@ -87,9 +89,10 @@ def measure(
     horizon: int,
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Return one row per (firing, read scope, amplitude); columns CONDITION.HORIZON.DIRECTION hold divergences in nats.
+    """Return one row per (firing, read scope, amplitude): divergences in nats, in columns
+    CONDITION.HORIZON.DIRECTION.
 
-    places: where the firings are in the run, which has `horizon` further tokens after each.
+    places: where the firings are in the run, with `horizon` further tokens after each.
     """
     size = max(1, batch_rows // ROWS)
     parts = [slice(i, i + size) for i in range(0, len(firings), size)]
@@ -125,8 +128,8 @@ def _measure(host, run, cell_sae, firings, places, seed, horizon) -> pd.DataFram
 
 
 def _changes(factors, cell_sae, places, seed, steps) -> tuple[torch.Tensor, list]:
-    """Return the head's change under every edit, [n, scopes, conditions, steps, d_v], and (amplitude, name) of each
-    condition.
+    """Return the head's change under every edit, [n, scopes, conditions, steps, d_v], and the conditions'
+    (amplitude, name).
 
     A change is linear in what is put in: each is computed once, at unit norm, and then scaled.
     """
@@ -151,15 +154,15 @@ def _changes(factors, cell_sae, places, seed, steps) -> tuple[torch.Tensor, list
 
 
 def most_firing(firings: pd.DataFrame, atoms: int, count: int, seed: int) -> pd.DataFrame:
-    """`count` firings of the `atoms` atoms that fire most, at most MOST of each. ValueError where there are fewer."""
+    """Return `count` firings of the `atoms` most-firing atoms, at most MOST of each. ValueError for fewer."""
     most = firings.atom.value_counts().index[:atoms]
     shuffled = firings[firings.atom.isin(most)].sample(frac=1.0, random_state=seed)
     return draw_in_rounds(shuffled.groupby("atom").head(MOST), count, seed)
 
 
 def draws(suite: Suite, name: str, settings) -> list[tuple[CellSAE, pd.DataFrame]]:
-    """Return (SAE, firings with place and pooling) for every cell, target and definition of a host, before any outcome
-    is measured. settings.firings are shared equally among the host's cells."""
+    """Return (SAE, firings with place and pooling) for every cell, target and definition of a host, before
+    any outcome is measured. settings.firings are shared equally among the host's cells."""
     profile, windows = suite.profile, suite.windows(name, "heldout")[slice(0, settings.windows)]
     places = {suite.cell(name, place): place for place in profile.hosts[name].cells}
     factors = harvest(suite.host(name), windows.tokens, list(places), profile.data.batch_windows, progress=False)
@@ -179,7 +182,8 @@ def draws(suite: Suite, name: str, settings) -> list[tuple[CellSAE, pd.DataFrame
 
 
 def firings_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
-    """Return a host's firings under every condition (`measure`), with `place` and `pooling`; kept in build/."""
+    """Return a host's firings under every condition (`measure`), with `place` and `pooling`; kept in
+    build/."""
     windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
     weights = suite.sae_files(name) + suite.sae_files(name, "other")
     inputs = dict(settings=settings, data=suite.profile.data, saes=weights, seed=suite.profile.seed)
@@ -189,7 +193,8 @@ def firings_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
 
 
 def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """results multiverse.csv (a line a universe) and multiverse_effects.csv (a line a level of a choice), all hosts.
+    """results multiverse.csv (a line a universe) and multiverse_effects.csv (a line a level of a choice), all
+    hosts.
 
     The firings themselves stay in build/: they are as large as everything else together.
     """
@@ -208,7 +213,8 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def gains(firings: pd.DataFrame) -> pd.DataFrame:
-    """One line a (firing, universe): the choices and `gain`, the control's divergence less the atom's, in nats."""
+    """One line a (firing, universe): the choices and `gain`, the control's divergence less the atom's, in
+    nats."""
     kept, parts = ["host", "place", *FIRING, *DRAWN, "amplitude"], []
     for reading, direction, control in product(CHOICES["reading"], DIRECTIONS, CONTROLS):
         scope, horizon = reading.split(", ")
@@ -219,8 +225,8 @@ def gains(firings: pd.DataFrame) -> pd.DataFrame:
 
 
 def universes(won: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """One line a universe, pooled over the host's cells: the share of firings with a positive gain, with Wilson's
-    interval and the bootstraps by atom and by passage, and the median gain."""
+    """One line a universe, pooled over the host's cells: the share of firings with a positive gain, with
+    Wilson's interval and the bootstraps by atom and by passage, and the median gain."""
     tables, rest = [], [choice for choice in CHOICES if choice not in DRAWN]
     for values, part in won.groupby(["host", *DRAWN], sort=False):
         wide = part.pivot(index=FIRING, columns=rest, values="gain")
@@ -247,10 +253,10 @@ def is_(universe: dict, table: pd.DataFrame) -> pd.Series:
 def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Which choices matter: one line a (host, choice, level), for choices that are open on the host.
 
-    mean_win_rate: over the universes with that level (bootstrap by atom). difference: to the default level, from one
-    least-squares fit of win on all choices, with errors clustered by atom (ci) and by passage. share: of the variance
-    of win rates over universes, what the choice explains alone. decides: the share of settings of all other choices in
-    which this one alone moves the win rate across one half.
+    mean_win_rate: over the universes with that level (bootstrap by atom). difference: to the default level,
+    from one least-squares fit of win on all choices, with errors clustered by atom (ci) and by passage.
+    share: of the variance of win rates over universes, what the choice explains alone. decides: the share of
+    settings of all other choices in which this one alone moves the win rate across one half.
     """
     rows = []
     for host, part in won.groupby("host", sort=False):
@@ -277,7 +283,8 @@ def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -
 
 
 def _fit(win: np.ndarray, part: pd.DataFrame, levels: dict, clusterings) -> dict:
-    """(choice, level) -> difference to the choice's first level, with the interval of each clustering; nan from one cluster."""
+    """(choice, level) -> difference to the choice's first level, with the interval of each clustering; nan
+    from one cluster."""
     names = [(choice, level) for choice, found in levels.items() for level in found[1:]]
     design = sm.add_constant(np.stack([(part[c] == x).to_numpy(dtype=float) for c, x in names], 1))
     model, ends = sm.OLS(win, design), []

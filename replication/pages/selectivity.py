@@ -48,8 +48,9 @@ def compare(
     tops: list[int],
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Return one row per firing and placement: kl_delete, kl_atom, kl_random, kl_orthogonal, and where the direction is
-    added to the native write overlap_CONTROL_K for each K of `tops`. places: where the firings are in the run."""
+    """Return one row per firing and placement: kl_delete, kl_atom, kl_random, kl_orthogonal; where the
+    direction is added beside the native write also overlap_CONTROL_K for each K of `tops`. places: where the
+    firings are in the run."""
     size = max(1, batch_rows // (1 + len(PLACEMENTS) * (1 + len(CONTROLS))))
     parts = [slice(i, i + size) for i in range(0, len(firings), size)]
     tables = [_compare(host, run, cell_sae, firings.iloc[x], places.at(x), seed, tops) for x in parts]
@@ -111,7 +112,8 @@ def selectivity(suite: Suite) -> pd.DataFrame:
 
 
 def selectivity_tables(suite: Suite, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """results selectivity_summary.csv (the atom against each control) and selectivity_overlap.csv (1 - overlap by K)."""
+    """results selectivity_summary.csv (the atom against each control) and selectivity_overlap.csv (1 -
+    overlap by K)."""
     resamples, seed = suite.profile.ablations.bootstrap, suite.profile.seed
     named = firings.merge(suite.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     told, overlaps = [], []
@@ -129,8 +131,9 @@ def selectivity_tables(suite: Suite, firings: pd.DataFrame) -> tuple[pd.DataFram
 
 
 def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict:
-    """How often the atom's KL to the native run is below the control's: Wilson's interval, the bootstrap by atom, a paired
-    Wilcoxon test of the two, and Cliff's delta, positive where the control's KL is the larger."""
+    """How often the atom's KL to the native run is below the control's: Wilson's interval, the bootstrap by
+    atom, a paired Wilcoxon test of the two, and Cliff's delta, positive where the control's KL is the
+    larger."""
     other = part[f"kl_{control}"]
     closer = part.kl_atom < other
     low, high = wilson(int(closer.sum()), len(closer))

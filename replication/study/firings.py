@@ -9,10 +9,9 @@ import numpy as np
 import pandas as pd
 
 from replication.study.study import Suite
-from writesae.evaluate.firings import CellSAE, Places, all_firings, encode_cell
-from writesae.evaluate.replacement import STEPS, replace
+from writesae.evaluate.firings import CellSAE, all_firings, encode_cell
+from writesae.evaluate.replacement import STEPS, measure_group, replace
 from writesae.harvesting import Cell, harvest
-from writesae.hosts.base import Host
 from writesae.text import Windows
 
 
@@ -37,27 +36,6 @@ def firings_of(suite: Suite, cell_sae: CellSAE, windows: Windows) -> pd.DataFram
     return all_firings(cell_sae, windows.passage, first, last)
 
 
-def measure_group(
-    host: Host,
-    windows: Windows,
-    drawn: list[tuple[CellSAE, pd.DataFrame]],
-    start: int,
-    size: int,
-    seed: int,
-    measure: Callable[..., pd.DataFrame] = replace,
-    **options,
-) -> pd.DataFrame:
-    """Return `measure` of the drawn firings in `size` windows from `start` on; one native run serves all of them."""
-    tables, run = [], None
-    for cell_sae, firings in drawn:
-        part = firings[(firings.window >= start) & (firings.window < start + size)]
-        if len(part):
-            run = run or host.run(windows[slice(start, start + size)].tokens)
-            places = Places.of(part, part.window.to_numpy() - start)
-            tables.append(measure(host, run, cell_sae, part, places, seed, **options))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"host": []})
-
-
 def run_firings(
     suite: Suite,
     host_name: str,
@@ -68,10 +46,11 @@ def run_firings(
     measure: Callable[..., pd.DataFrame] = replace,
     **options,
 ) -> pd.DataFrame:
-    """Return the host's part of the table NAME: `measure` of every drawn firing, one group of windows after another.
+    """Return the host's part of the table NAME: `measure` of every drawn firing, window group by window
+    group.
 
-    drawn: made before any outcome is measured. The table depends on them, on the code of `measure`, its options and
-    `inputs`, which name the SAEs' files.
+    drawn: made before any outcome is measured. The table depends on them, on the code of `measure`, its
+    options and `inputs`, which name the SAEs' files.
     """
     host, size = suite.host(host_name), suite.profile.data.batch_windows
     places = [hashlib.sha256(firings.to_csv().encode()).hexdigest() for _, firings in drawn]
@@ -90,13 +69,14 @@ def firing_windows(suite: Suite, host_name: str) -> Windows:
 
 
 def passage_prompts(suite: Suite, host_name: str, count: int, tokens: int) -> Windows:
-    """Return the beginnings of `count` held-out passages, drawn at random. ValueError for fewer, or shorter, passages."""
+    """Return the beginnings of `count` random held-out passages. ValueError for fewer, or shorter,
+    passages."""
     windows = suite.windows(host_name, "heldout")
     first = np.unique(windows.passage.numpy(), return_index=True)[1]
     if len(first) < count:
         raise ValueError(
-            f"{count} prompts are asked for and the held-out windows are of {len(first)} passages: ask for fewer prompts, "
-            "or raise data.heldout_windows in the profile."
+            f"{count} prompts are asked for and the held-out windows are of {len(first)} passages: ask for fewer "
+            "prompts, or raise data.heldout_windows in the profile."
         )
     picked = np.sort(np.random.default_rng(suite.profile.seed).choice(first, count, replace=False))
     return windows[picked].beginnings(tokens)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from writesae.files import write_atomically
 from writesae.history import History
 from writesae.sae.losses import _loss, tf32
-from writesae.sae.model import SAE
+from writesae.sae.model import SAE, SAEConfig
 from writesae.sae.parts import check_parts
 
 CHECKPOINT_SECONDS = 60.0
@@ -56,7 +56,7 @@ class TrainingSettings(BaseModel):
     activation: Literal["topk", "batch_topk", "jumprelu", "gated"] = "topk"
     rank: PositiveInt = Field(1, description="outer products in an atom and in a filter, for bilinear + rank1")
     tokens: PositiveInt = Field(description="training tokens seen in all, rounded up to whole batches")
-    batch_windows: PositiveInt
+    batch_windows: PositiveInt = 4
     lr: PositiveFloat = Field(3e-4, description="peak learning rate of Adam")
     final_lr: NonNegativeFloat = Field(3e-5, description="where the cosine ends")
     warmup: int = Field(50, ge=0, description="steps of linear warm-up")
@@ -175,6 +175,10 @@ def train(
     bar.close()
     run.seconds = time.monotonic() - began
     run.sae.requires_grad_(False)
+    if history.origin:
+        shape = dict(n_atoms=settings.n_atoms, k=settings.k, d_k=history.d_k, d_v=history.d_v, seed=settings.seed)
+        kind = settings.kind | history.origin._asdict()
+        run.sae.config = SAEConfig(target=history.target, **shape, **kind)
     record = run.record()
     if validation is not None:
         record.validation_fvu, record.alive = evaluate(run.sae, validation)

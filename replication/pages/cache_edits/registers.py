@@ -17,10 +17,12 @@ ERASURES = ("delete", "atom", "random", "beside")
 
 
 def erasure_edits(site: Site, firings: pd.DataFrame, sae: SAE, first: int, seed: int) -> dict[str, Edit]:
-    """Return {condition: an edit of all firings of a window at once, a row per window}; rows start at position `first`.
+    """Return {condition: an edit of all firings of a window at once, a row per window}, starting at position
+    `first`.
 
-    delete: the native write is taken out; atom: replaced by the firing's atom in its norm; random: replaced by a random
-    rank-1 matrix in its norm; beside: that matrix is added and the native write stays. firings: from `first` on.
+    delete: the native write is taken out; atom: replaced by the firing's atom in its norm; random: replaced
+    by a random rank-1 matrix in its norm; beside: that matrix is added and the native write stays. firings:
+    from `first` on.
     """
     places, generator = site.places(firings), torch.Generator().manual_seed(seed)
     rows, position = places.row, places.position
@@ -43,8 +45,8 @@ def erasure_edits(site: Site, firings: pd.DataFrame, sae: SAE, first: int, seed:
 
 @torch.no_grad()
 def erase_registers(site: Site, firings: pd.DataFrame, sae: SAE, first: int, seed: int) -> pd.DataFrame:
-    """Return one row per (window, condition): the rise of the loss in bits per token, over the tokens predicted from
-    position `first` on. firings: all register firings of some windows, from `first` on."""
+    """Return one row per (window, condition): the rise of the loss in bits per token, over the tokens
+    predicted from position `first` on. firings: all register firings of some windows, from `first` on."""
     windows = firings.groupby("window", as_index=False).agg(passage=("passage", "first"), erased=("position", "size"))
     rows, tokens = site.places(firings).row.unique(), site.run.tokens
 
@@ -60,8 +62,8 @@ def erase_registers(site: Site, firings: pd.DataFrame, sae: SAE, first: int, see
 
 
 def summarise_registers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A line a (host, target, condition): mean rise in bits per token and its excess over deletion, with bootstrap
-    intervals over passages, and in how many passages it exceeds deletion (Wilson)."""
+    """A line a (host, target, condition): mean rise in bits per token and its excess over deletion, with
+    bootstrap intervals over passages, and in how many passages it exceeds deletion (Wilson)."""
     rows = []
     for (host, target), group in table.groupby(["host", "target"], sort=False):
         delete = group[group.condition == "delete"].set_index("passage").rise

@@ -1,12 +1,12 @@
-"""Edits of a running cell's state, beside replacement and install: five small experiments on one cell of each host.
+"""Edits of a running cell's state, besides replacement and install: five small experiments on one cell per host.
 
-| table          | what is edited                                                          | the paper          |
-|----------------|-------------------------------------------------------------------------|--------------------|
-| cache_erase    | one write at an atom's firings taken out; the atom added elsewhere      | Sec. 4, App. I.4   |
-| single_write   | one write chosen for a target token: does its logit move as predicted?  | Sec. 4, App. I.5   |
-| newlines       | atoms that are active where lines end, amplified during generation      | Sec. 4, Table 4    |
-| readers        | an exemplar atom added at its firings: which later heads change?        | App. E, I.2        |
-| register_erase | every register firing of a passage at once                              | Sec. 3.2, Fig. 2b  |
+| table          | what is edited                                                         | the paper         |
+|----------------|------------------------------------------------------------------------|-------------------|
+| cache_erase    | one write at an atom's firings taken out; the atom added elsewhere     | Sec. 4, App. I.4  |
+| single_write   | one write chosen for a target token: does its logit move as predicted? | Sec. 4, App. I.5  |
+| newlines       | atoms that are active where lines end, amplified during generation     | Sec. 4, Table 4   |
+| readers        | an exemplar atom added at its firings: which later heads change?       | App. E, I.2       |
+| register_erase | every register firing of a passage at once                             | Sec. 3.2, Fig. 2b |
 
 Atoms, preferred tokens and the atoms of line ends are chosen on text of the SAE split or by a seeded draw, and
 everything is measured on held-out text. All edits are exact (`writesae.edit`).
@@ -58,7 +58,7 @@ def line_breaks(host: Host) -> torch.Tensor:
 
 
 class Stages:
-    """The stages of one host; each returns its part of a table and computes it only where something has changed."""
+    """The stages of one host. Each returns its part of a table, and computes only what has changed."""
 
     def __init__(self, suite: Suite, name: str, settings: Section):
         self.suite, self.name, self.settings, self.profile = suite, name, settings, suite.profile
@@ -78,7 +78,8 @@ class Stages:
         return self.site(windows, np.arange(start, min(start + self.profile.data.batch_windows, len(windows))))
 
     def staged(self, table: str, groups, compute, **more) -> pd.DataFrame:
-        """Return compute(group) for every group, with the cell; `more`: what it depends on beside the settings."""
+        """Return compute(group) for every group, with the cell. `more`: what it depends on beside the
+        settings."""
         inputs = dict(settings=self.settings, data=self.profile.data, cell=self.cell, write=self.profile.saes.write)
         inputs |= dict(seed=self.seed, saes=self.suite.sae_files(self.name), **more)
         where = dict(host=self.name, layer=self.cell[0], head=self.cell[1])
@@ -102,7 +103,8 @@ class Stages:
         return self.texts("heldout", self.settings.windows)
 
     def alive(self, target: str) -> pd.DataFrame:
-        """Return the cell's rows of alive_atoms.csv (notebook 07), which has the classes. ValueError for none."""
+        """Return the cell's rows of alive_atoms.csv (notebook 07), which has the classes. ValueError for
+        none."""
         table = self.suite.table("alive_atoms")
         where = dict(host=self.name, target=target, layer=self.cell[0], head=self.cell[1])
         rows = rows_with(table, **where)
@@ -122,8 +124,8 @@ class Stages:
         return atoms, draw_places(text.firings, text.cell_sae, atoms, settings.positions, self.seed)
 
     def preferred(self) -> pd.DataFrame:
-        """cache_preferred: each atom's preferred token, found on firings in the SAE's text (other), and, as in the paper,
-        on the tested firings themselves (same)."""
+        """cache_preferred: each atom's preferred token, found on firings in the SAE's text (other), and, as
+        in the paper, on the tested firings themselves (same)."""
         target, count, size = self.settings.target, self.settings.erase.positions, self.profile.data.batch_windows
 
         def compute(source: str) -> pd.DataFrame:
@@ -160,7 +162,7 @@ class Stages:
         return self.staged("cache_erase", range(0, self.settings.windows, size), compute, preferred=chosen)
 
     def single(self) -> pd.DataFrame:
-        """single_write (experiment 2); targets as in notebook 10, by their native rank where they are read."""
+        """single_write (experiment 2); targets as in notebook 10, by their native rank when they are read."""
         settings, install = self.settings.single, self.profile.section("install", self.name)
         windows = self.prompts(settings.prompts, settings.prompt_tokens)
         first, last = self.profile.data.first_position, settings.prompt_tokens - settings.horizon
@@ -219,7 +221,8 @@ class Stages:
         return self.staged("newlines", range(0, settings.prompts, GROUP), compute, atoms=places)
 
     def exemplars(self) -> pd.DataFrame:
-        """Return the register atoms with the most firings, in enough passages; bundles where registers are too few."""
+        """Return the register atoms with the most firings, in enough passages; then bundles, if there are too
+        few."""
         settings, alive = self.settings.readers, self.alive(self.settings.target)
         able = alive[alive.passages >= settings.fewest_passages].assign(register=alive["class"] == "register")
         return able.sort_values(["register", "firings"], ascending=False, kind="stable").head(settings.exemplars)
@@ -242,7 +245,8 @@ class Stages:
         return self.staged("readers", classes, compute, classes=sorted(classes.items()))
 
     def registers(self) -> pd.DataFrame:
-        """register_erase (experiment 5): up to `passages` passages that have a register firing, one window of each."""
+        """register_erase (experiment 5): up to `passages` passages with a register firing, one window of
+        each."""
         alive = {target: self.alive(target) for target in self.profile.saes.targets}
         atoms = {t: sorted(a.atom[a["class"] == "register"].tolist()) for t, a in alive.items()}
 
