@@ -43,17 +43,15 @@ def median(values: pd.Series, seed: int = 0) -> tuple[float, float, float]:
 
 
 def bimodality(values: Sequence[float]) -> float:
-    """(skewness^2 + 1) / kurtosis, both without bias: 1/3 for a Gaussian, 5/9 for a uniform; two humps lie
-    above 5/9."""
+    """(skewness^2 + 1) / kurtosis, both without bias: 1/3 for a Gaussian, 5/9 for a uniform; two humps lie above 5/9."""
     n = len(values)
     kurtosis = stats.kurtosis(values, bias=False) + 3 * (n - 1) ** 2 / ((n - 2) * (n - 3))
     return float((stats.skew(values, bias=False) ** 2 + 1) / kurtosis)
 
 
 def partition(alive: pd.DataFrame, seed: int = 0) -> dict:
-    """One SAE's counts of classes, share of registers among its alive atoms (Wilson), median cosine of each
-    class, and of all at other atoms' firings. `alive` is a line an atom with cosine, elsewhere, class,
-    n_atoms."""
+    """One SAE's counts of classes, share of registers among its alive atoms (Wilson), median cosine of each class, and of
+    all at other atoms' firings. `alive` is a line an atom with cosine, elsewhere, class, n_atoms."""
     counts = alive["class"].value_counts().reindex(CLASSES, fill_value=0)
     row = dict(alive=len(alive), registers=int(counts["register"]), bundles=int(counts["bundle"]))
     row |= dict(null=int(alive.n_atoms.iloc[0]) - len(alive), register_share=counts["register"] / len(alive))
@@ -71,9 +69,8 @@ def log_density(mixture: Mixture, values: np.ndarray) -> np.ndarray:
 
 
 def mixtures(cosines: Sequence[float], seed: int = 0) -> pd.DataFrame:
-    """A line for one, two and three components: BIC, and delta_bic against one fewer, below 0 where the
-    larger is preferred. Its interval resamples the values and keeps both fits: delta BIC is a sum over
-    values, and a penalty."""
+    """A line for one, two and three components: BIC, and delta_bic against one fewer, below 0 where the larger is
+    preferred. Its interval resamples the values and keeps both fits: delta BIC is a sum over values, and a penalty."""
     values = np.asarray(cosines, dtype=np.float64)
     n, fits = len(values), gaussian_mixture_bic(cosines, (1, 2, 3), seed)
     rows = [dict(components=1, bic=fits[0].bic, n=n)]
@@ -87,8 +84,7 @@ def mixtures(cosines: Sequence[float], seed: int = 0) -> pd.DataFrame:
 
 
 def thresholds(cosines: pd.Series, taus: Iterable[float]) -> pd.DataFrame:
-    """A line a tau: registers are the alive atoms whose median cosine is at least tau (Table 15), their share
-    by Wilson."""
+    """A line a tau: registers are the alive atoms whose median cosine is at least tau (Table 15), their share by Wilson."""
     rows, n = [], len(cosines)
     for tau in taus:
         registers = int((cosines >= tau).sum())
@@ -139,9 +135,9 @@ class Scan:
 
 
 def classify(cosines: pd.Series, seed: int) -> pd.Series:
-    """register or bundle for each alive atom, by a two-component Gaussian mixture on its median cosine to the
-    native write (the paper's Sec. 3.1): registers are of the component with the higher mean, and lie above
-    the lower mean (the far low tail is of the wider component, whichever that is)."""
+    """register or bundle for each alive atom, by a two-component Gaussian mixture on its median cosine to the native
+    write (the paper's Sec. 3.1): registers are of the component with the higher mean, and lie above the lower mean (the
+    far low tail is of the wider component, whichever that is)."""
     values = cosines.to_numpy()[:, None]
     mixture = GaussianMixture(2, random_state=seed, n_init=5).fit(values)
     upper = mixture.predict(values) == int(np.argmax(mixture.means_[:, 0]))

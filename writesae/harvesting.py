@@ -1,7 +1,7 @@
 """Harvest: the factors of chosen cells over many windows, in one pass of the model; never a state.
 
-Per token and cell: key, value of the write, log decay. For d_k = d_v = 128 that is 257 numbers where the paper's
-extraction keeps states of 16,384.
+Per token and cell: key, value of the write, log decay. For d_k = d_v = 128 that is 257 numbers where the
+paper's extraction keeps states of 16,384.
 """
 
 from __future__ import annotations

@@ -379,7 +379,7 @@ class _Scan(torch.autograd.Function):
         """Apply the transpose: D^T grad, and what later chunks send back through the carried row."""
         decay, carry = ctx.saved_tensors
         out = decay.transpose(-1, -2) @ grad
-        carried = (carry[:, :, None] @ grad).squeeze(2)  # [N, C, n]: grad of the carried row, from chunk c itself
+        carried = (carry[:, :, None] @ grad).squeeze(2)  # [N, C, n]: grad of the carried row, from chunk c
         for c in range(out.shape[1] - 1, 0, -1):
             out[:, c - 1].addcmul_(decay[:, c - 1, -1, :, None], carried[:, c, None])
             carried[:, c - 1].addcmul_(carry[:, c - 1, -1:], carried[:, c])

@@ -260,7 +260,7 @@ def decayed_chunks(
     chunk = min(chunk, length)
     query, key, added = (split_chunks(x, chunk, -3) for x in (query, key, added))
     log_decay = split_chunks(log_decay, chunk)
-    # key heads before tokens: query and key [B, C, H_k, chunk, d_k], the others [B, C, H_k, chunk, H / H_k, ...]
+    # key heads before tokens: query, key [B, C, H_k, chunk, d_k]; the others [B, C, H_k, chunk, H / H_k, ...]
     added, log_decay = (x.unflatten(3, (key_heads, -1)) for x in (added, log_decay.double()))
     query, key, added, log_decay = (x.transpose(2, 3) for x in (query, key, added, log_decay))
     total = log_decay.cumsum(3)  # in fp64, for differences of long sums follow
@@ -366,7 +366,7 @@ def diagonal_delta_chunks(
     raised = (-within).exp()
     reads = torch.cat([probe * (within - log_decay).exp(), query * within.exp()], -2)
     seen = torch.ones(chunk, chunk, dtype=torch.bool, device=key.device).tril()
-    seen = torch.cat([seen.tril(-1), seen])  # a probe reads the state before its token, a query the one after it
+    seen = torch.cat([seen.tril(-1), seen])  # probes read the state before their token, queries that after it
     of_erase = (reads @ (erase * raised).mT).masked_fill(~seen, 0.0)
     of_key = (reads @ (key * raised).mT).masked_fill(~seen, 0.0)
     system, read_erase = of_erase.split(chunk, -2)

@@ -94,7 +94,7 @@ def _store(host: Host, tokens: Tensor, paths: dict[Cell, Path], batch: int, expe
     factors = harvest(host, tokens, list(paths), batch, progress=False)
     for cell, path in paths.items():
         try:
-            factors[cell].history("state"), factors[cell].history("write")  # refuses values that are not finite
+            factors[cell].history("state"), factors[cell].history("write")  # refuses infinite values
         except ValueError as error:
             raise ValueError(f"Cell {cell}, shard {path.stem}: {error}") from error
         files.save_tensors(path, factors.pop(cell).tensors(), {"fingerprint": expected})

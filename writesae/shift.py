@@ -5,8 +5,8 @@ For a write x w^T at t0 and the logit of `token` at t (the paper's Sec. 2, Eq. 1
 
 - paper:      prod alpha . <x, q_t> . <W_O w, W_U[token]>, the direct path with the decay alone;
 - transport:  <x_t, q_t> . <W_O w, W_U[token]>, x_t moved by the host's own transition matrices;
-- exact:      x^T Gamma w, Gamma = sum_s (A_{t0+1}^T ... A_s^T q_s) r_s^T with r_s the gradient of the logit with
-              respect to the head's output at s: every path, one backward pass for all atoms and magnitudes.
+- exact:      x^T Gamma w, Gamma = sum_s (A_{t0+1}^T ... A_s^T q_s) r_s^T, where r_s is the gradient of the logit
+              by the head's output at s: every path, one backward pass for all atoms and magnitudes.
 
 Nothing is fitted in any of them.
 """

@@ -14,8 +14,7 @@ from writesae.evaluate.install import doses, draw_targets, native_continuations,
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """One line a (host, direction, class or all, magnitude): inclusion with its Wilson interval, lift,
-    ranks."""
+    """One line a (host, direction, class or all, magnitude): inclusion with its Wilson interval, lift, ranks."""
     rows = []
     for (host, direction, magnitude), group in table.groupby(["host", "direction", "magnitude"]):
         for name, part in [("all", group), *group.groupby("target_class", sort=False)]:
@@ -75,8 +74,8 @@ def _stage(suite: Suite, name: str, table: str) -> pd.DataFrame:
 
 
 def summarise_doses(table: pd.DataFrame, settings: Install) -> pd.DataFrame:
-    """One line a (host, direction, class or all): the share of trials with any dose, and quantiles of the
-    dose; a quantile beyond the largest dose is infinite."""
+    """One line a (host, direction, class or all): the share of trials with any dose, and quantiles of the dose; a
+    quantile beyond the largest dose is infinite."""
     rows = []
     for (host, direction), group in table.groupby(["host", "direction"]):
         for name, part in [("all", group), *group.groupby("target_class", sort=False)]:

@@ -1,5 +1,4 @@
-"""Notebook 04: predicted against measured logit shifts over a profile's hosts (the paper's Sec. 2, App.
-A)."""
+"""Notebook 04: predicted against measured logit shifts over a profile's hosts (the paper's Sec. 2, App. A)."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ def score(shifts: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise(scores: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
-    """One line a (predictor, eps): quartiles of R2 over atoms, the bootstrap interval of its median, the
-    pooled R2."""
+    """One line a (predictor, eps): quartiles of R2 over atoms, the bootstrap interval of its median, the pooled R2."""
     prompts, atoms = shifts.prompt.nunique(), shifts.atom.nunique()
     rows = []
     for (name, eps), group in scores.groupby(["predictor", "eps"], sort=False):
@@ -51,8 +49,8 @@ def summarise(scores: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_rank(points: pd.DataFrame) -> pd.DataFrame:
-    """One line a (host, predictor, native rank of the token): the median over (atom, eps) of R2 over prompts,
-    with its bootstrap interval by atom, as the paper's App. A gives for the tokens after the first."""
+    """One line a (host, predictor, native rank of the token): the median over (atom, eps) of R2 over prompts, with its
+    bootstrap interval by atom, as the paper's App. A gives for the tokens after the first."""
     rows = []
     for (host, rank), part in points.groupby(["host", "rank"]):
         for name, group in score(part).groupby("predictor", sort=False):

@@ -3,15 +3,16 @@
 **Multiverse.** The paper (Sec. 2, 3.2, App. F.1, J) leaves these choices open, or says two things about them.
 A universe is one level of each; the first level is this repository's default.
 
-| choice       | levels                                                                                                |
-|--------------|-------------------------------------------------------------------------------------------------------|
-| target       | what the SAE is trained on: state, write                                                               |
-| write        | the native write: added (beta k v^T), effective (the state's whole change, S_t - alpha_t S_{t-1})      |
-| pooling      | rounds: one firing of every alive atom, then a second; most_firing: the atoms that fire most (Fig. 14) |
-| amplitude    | coefficient: the atom's own; matched_norm: the native write's. Every control has the atom's norm       |
-| reading      | who reads the edit (edit.SCOPES), and the KL at the writing position, the next token, the mean of H    |
-| kl_direction | KL(native, patched), KL(patched, native)                                                               |
-| control      | what the atom has to beat: delete, another alive atom, a fresh rank-1 matrix, the mean write, another write |
+| choice       | levels                                                                                |
+|--------------|---------------------------------------------------------------------------------------|
+| target       | what the SAE is trained on: state, write                                              |
+| write        | the native write: added (beta k v^T), effective (S_t - alpha_t S_{t-1})               |
+| pooling      | rounds: one firing of every alive atom, then a second; most_firing: as in Fig. 14     |
+| amplitude    | coefficient: the atom's; matched_norm: the native write's; so has every control       |
+| reading      | who reads the edit (edit.SCOPES); KL at the writing position, the next, the mean of H |
+| kl_direction | KL(native, patched), KL(patched, native)                                              |
+| control      | what the atom is compared with: delete, another alive atom, a fresh rank-1 matrix,    |
+|              | the mean write, another write                                                         |
 
 Where only later tokens read the edit, the KL at the writing position is exactly 0: no universe. Effective
 writes are not of rank 1 on RWKV-7 and are the added ones on Mamba-2, so that this choice is open on Gated
@@ -193,8 +194,7 @@ def firings_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
 
 
 def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """results multiverse.csv (a line a universe) and multiverse_effects.csv (a line a level of a choice), all
-    hosts.
+    """results multiverse.csv (a line a universe) and multiverse_effects.csv (a line a level of a choice), all hosts.
 
     The firings themselves stay in build/: they are as large as everything else together.
     """
@@ -213,8 +213,7 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def gains(firings: pd.DataFrame) -> pd.DataFrame:
-    """One line a (firing, universe): the choices and `gain`, the control's divergence less the atom's, in
-    nats."""
+    """One line a (firing, universe): the choices and `gain`, the control's divergence less the atom's, in nats."""
     kept, parts = ["host", "place", *FIRING, *DRAWN, "amplitude"], []
     for reading, direction, control in product(CHOICES["reading"], DIRECTIONS, CONTROLS):
         scope, horizon = reading.split(", ")
@@ -225,8 +224,8 @@ def gains(firings: pd.DataFrame) -> pd.DataFrame:
 
 
 def universes(won: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """One line a universe, pooled over the host's cells: the share of firings with a positive gain, with
-    Wilson's interval and the bootstraps by atom and by passage, and the median gain."""
+    """One line a universe, pooled over the host's cells: the share of firings with a positive gain, with Wilson's
+    interval and the bootstraps by atom and by passage, and the median gain."""
     tables, rest = [], [choice for choice in CHOICES if choice not in DRAWN]
     for values, part in won.groupby(["host", *DRAWN], sort=False):
         wide = part.pivot(index=FIRING, columns=rest, values="gain")
@@ -253,17 +252,17 @@ def is_(universe: dict, table: pd.DataFrame) -> pd.Series:
 def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Which choices matter: one line a (host, choice, level), for choices that are open on the host.
 
-    mean_win_rate: over the universes with that level (bootstrap by atom). difference: to the default level,
-    from one least-squares fit of win on all choices, with errors clustered by atom (ci) and by passage.
-    share: of the variance of win rates over universes, what the choice explains alone. decides: the share of
-    settings of all other choices in which this one alone moves the win rate across one half.
+    mean_win_rate: over the universes with that level (bootstrap by atom). difference: to the default level, from one
+    least-squares fit of win on all choices, with errors clustered by atom (ci) and by passage. share: of the variance
+    of win rates over universes, what the choice explains alone. decides: the share of settings of all other choices in
+    which this one alone moves the win rate across one half.
     """
     rows = []
     for host, part in won.groupby("host", sort=False):
         of_host, win = lines[lines.host == host], (part.gain > 0).to_numpy(dtype=float)
         levels = {c: [x for x in known if (of_host[c] == x).any()] for c, known in CHOICES.items()}
         levels = {choice: found for choice, found in levels.items() if len(found) > 1}
-        sae = part.target + part.write.where(part.target == "write", "")  # one SAE of states serves both definitions
+        sae = part.target + part.write.where(part.target == "write", "")  # one SAE of states for both writes
         atoms, passages = (np.unique(x, return_inverse=True)[1] for x in (atom_names(part) + sae, part.passage))
         fitted = _fit(win, part, levels, (atoms, passages))
         for choice, found in levels.items():
@@ -283,8 +282,7 @@ def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -
 
 
 def _fit(win: np.ndarray, part: pd.DataFrame, levels: dict, clusterings) -> dict:
-    """(choice, level) -> difference to the choice's first level, with the interval of each clustering; nan
-    from one cluster."""
+    """(choice, level) -> difference to the choice's first level, with the interval of each clustering; nan from one cluster."""
     names = [(choice, level) for choice, found in levels.items() for level in found[1:]]
     design = sm.add_constant(np.stack([(part[c] == x).to_numpy(dtype=float) for c, x in names], 1))
     model, ends = sm.OLS(win, design), []

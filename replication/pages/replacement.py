@@ -32,8 +32,7 @@ def headline(suite: Suite) -> pd.DataFrame:
 
 
 def survey(suite: Suite) -> pd.DataFrame:
-    """results replacement_by_cell.csv: a smaller test in every cell of the host, for the dependence on
-    memory."""
+    """results replacement_by_cell.csv: a smaller test in every cell of the host, for the dependence on memory."""
     tables = []
     for name in suite.profile.hosts:
         settings, layers = suite.profile.section("replacement", name), suite.survey_layers(name)
@@ -59,9 +58,9 @@ CONTROLS = tuple(name for name in CONDITIONS if name not in ("delete", "atom"))
 
 
 def summarise(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """One line a (host, cells or all pooled, target, amplitude, read scope): the win rate of the atom over
-    deletion with its Wilson interval and the bootstrap intervals by atom and by passage, median KLs, the
-    strict chain, the wins of every control, and the loss recovered by atom and reconstruction."""
+    """One line a (host, cells or all pooled, target, amplitude, read scope): the win rate of the atom over deletion with
+    its Wilson interval and the bootstrap intervals by atom and by passage, median KLs, the strict chain, the wins of
+    every control, and the loss recovered by atom and reconstruction."""
     named = firings.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     rows = []
     for keys, group in named.groupby(["host", "target", "amplitude", "read"], sort=False):
@@ -113,8 +112,7 @@ def _summary(part: pd.DataFrame, resamples: int, seed: int) -> dict:
 
 
 def by_cell(firings: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """One line a (host, cell, target, amplitude): win rates with Wilson intervals beside the cell's
-    memory."""
+    """One line a (host, cell, target, amplitude): win rates with Wilson intervals beside the cell's memory."""
     rows = []
     keys = ["host", "layer", "head", "target", "amplitude"]
     for values, part in firings.groupby(keys, sort=False):
@@ -129,8 +127,8 @@ def by_cell(firings: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def trend(cells: pd.DataFrame) -> pd.DataFrame:
-    """One line a (host, target, amplitude): Spearman's rho, over the host's cells, of the atom's win rate
-    with the cell's half-life and with sigma1/sigma2 of its states. cells: the table of `by_cell`."""
+    """One line a (host, target, amplitude): Spearman's rho, over the host's cells, of the atom's win rate with the cell's
+    half-life and with sigma1/sigma2 of its states. cells: the table of `by_cell`."""
     rows = []
     for values, part in cells.groupby(["host", "target", "amplitude"], sort=False):
         row = dict(zip(["host", "target", "amplitude"], values, strict=True), n_cells=len(part), n=int(part.n.sum()))

@@ -112,8 +112,7 @@ def selectivity(suite: Suite) -> pd.DataFrame:
 
 
 def selectivity_tables(suite: Suite, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """results selectivity_summary.csv (the atom against each control) and selectivity_overlap.csv (1 -
-    overlap by K)."""
+    """results selectivity_summary.csv (the atom against each control) and selectivity_overlap.csv (1 - overlap by K)."""
     resamples, seed = suite.profile.ablations.bootstrap, suite.profile.seed
     named = firings.merge(suite.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     told, overlaps = [], []
@@ -131,9 +130,8 @@ def selectivity_tables(suite: Suite, firings: pd.DataFrame) -> tuple[pd.DataFram
 
 
 def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict:
-    """How often the atom's KL to the native run is below the control's: Wilson's interval, the bootstrap by
-    atom, a paired Wilcoxon test of the two, and Cliff's delta, positive where the control's KL is the
-    larger."""
+    """How often the atom's KL to the native run is below the control's: Wilson's interval, the bootstrap by atom, a paired
+    Wilcoxon test of the two, and Cliff's delta, positive where the control's KL is the larger."""
     other = part[f"kl_{control}"]
     closer = part.kl_atom < other
     low, high = wilson(int(closer.sum()), len(closer))

@@ -13,6 +13,7 @@ from helpers import assert_close
 from replication.pages.cache_edits import erase, newlines, readers, registers, single_write, stages
 from replication.pages.cache_edits.site import Site
 from replication.statistics import r2
+from replication.study.firings import passage_prompts
 from replication.study.profile import HostSection, Install
 from replication.study.study import Suite
 from writesae.edit import Edit, edited_hidden, head_change, make_edit
@@ -600,4 +601,4 @@ def test_a_cell_that_has_no_classes_is_refused(gated_deltanet):
     with pytest.raises(ValueError, match=r"cache_edits\.place must be population\.place"):
         own.alive("state")
     with pytest.raises(ValueError, match="13 prompts are asked for and the held-out windows are of 12 passages"):
-        own.prompts(13, 20)
+        passage_prompts(suite, "small", 13, 20)

@@ -1,13 +1,14 @@
-"""Install (the paper's Sec. 4, App. I.6): write a direction at consecutive positions to make the model say a token.
+"""Install (the paper's Sec. 4, App. I.6): write a direction at consecutive positions to make the model say a
+token.
 
 Two directions for a target token, both with the norm m x the native write's norm at each position:
 
 - paper: the native key there, and W_O[head]^T W_U[target], normalised, as value;
-- gamma: the top singular pair of Gamma, the exact first-order influence of a write there on the target's logit at
-  the end of the prompt.
+- gamma: the top singular pair of Gamma, the exact first-order influence of a write there on the target's
+  logit at the end of the prompt.
 
-Inclusion: the target is among the greedily chosen tokens. The dose is the smallest magnitude m at which the target is
-the very next token.
+Inclusion: the target is among the greedily chosen tokens. The dose is the smallest magnitude m at which the
+target is the very next token.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The replacement test (the paper's Sec. 3.2, Table 2): take out a native write, put something in, compare the output.
+"""The replacement test (the paper's Sec. 3.2, Table 2): take out a native write, put something in, compare
+the output.
 
-Per firing, amplitude and read scope the table has the KL(native, patched) in nats of the next token's distribution,
-and for each condition the loss on the token after it; of the native run, deletion and atom also the top token:
+Per firing, amplitude and read scope the table has the KL(native, patched) in nats of the next token's
+distribution, and for each condition the loss on the token after it; of the native run, deletion and atom also
+the top token:
 
 | condition       | put in the place of the write                                                          |
 |-----------------|----------------------------------------------------------------------------------------|
@@ -15,9 +17,9 @@ and for each condition the loss on the token after it; of the native run, deleti
 | flat_svd        | the top singular pair of a flat SAE's reconstruction of the state (App. F.4)           |
 | whole_atom      | the firing's atom itself, where its rank is above 1 (only on request)                  |
 
-For an atom of a higher rank "atom" is its top singular pair. amplitude "coefficient": the atom and its controls have
-the atom's coefficient as their norm, and the reconstruction keeps its own; "matched_norm": all have the Frobenius norm
-of the native write.
+For an atom of a higher rank "atom" is its top singular pair. amplitude "coefficient": the atom and its
+controls have the atom's coefficient as their norm, and the reconstruction keeps its own; "matched_norm": all
+have the Frobenius norm of the native write.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ RANKS = (  # conditions whose terms have the same rank run together
 )
 STEPS = 2  # the writing token and the next one
 
-Terms = tuple[Tensor, Tensor]  # left [n, r, d_k], right [n, r, d_v]: n matrices, each a sum of r outer products
+Terms = tuple[Tensor, Tensor]  # left [n, r, d_k], right [n, r, d_v]: n matrices of rank r
 
 
 def rank_one(key: Tensor, value: Tensor) -> Terms:

@@ -105,17 +105,19 @@ def erase(site: Site, sae: SAE, drawn: pd.DataFrame, preferred: dict, alive, dos
 
 
 def summarise_erase(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A line a (host, atom or all of them, where, condition, dose, token_from): median change of log p with
-    its bootstrap interval by passage (over all atoms: the wider of by passage and by atom), share of falls
-    (Wilson), paired Wilcoxon p, median ranks."""
+    """Return one row per (host, atom or all atoms, where, condition, dose, token_from).
+
+    Columns: median change of log p with its bootstrap interval by passage (over all atoms: the wider of those
+    by passage and by atom), share of falls (Wilson), paired Wilcoxon p, median ranks.
+    """
     rows, keys = [], ["host", "target", "where", "condition", "dose", "token_from"]
     for values, group in table.groupby(keys, sort=False):
         for atom, part in [("all", group), *group.groupby("atom")]:
             by = ["passage", "atom"] if part.atom.nunique() > 1 else ["passage"]
-            found, falls = [interval(part.change, part[name], np.median, seed) for name in by], part.change < 0
+            ends, falls = [interval(part.change, part[name], np.median, seed) for name in by], part.change < 0
             row = dict(zip(keys, values, strict=True), atom=str(atom), n=len(part), n_passages=part.passage.nunique())
             row["median_change"] = part.change.median()
-            row |= dict(ci_low=min(x.low for x in found), ci_high=max(x.high for x in found), falls=falls.mean())
+            row |= dict(ci_low=min(x.low for x in ends), ci_high=max(x.high for x in ends), falls=falls.mean())
             row["falls_low"], row["falls_high"] = wilson(int(falls.sum()), len(part))
             row["wilcoxon_p"] = paired_wilcoxon(part.log_p + part.change, part.log_p).p
             rows.append(row | {f"median_{n}": part[n].median() for n in ("native_rank", "edited_rank")})

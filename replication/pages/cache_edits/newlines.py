@@ -25,9 +25,9 @@ class Amplifier:
     """What is written beside the model's own writes while R rows generate, A atoms in each.
 
     prompt [R]: the row of the run that each continues; key [R, A, d_k], value [R, A, d_v]: unit atoms. The
-    amount of each is gain [R] x the coefficient of the atom `watched` [A] in the native write, as `sae`
-    encodes it, + offset [R, A]. kept [R] bool: whether the extra write stays in the state, or is there only
-    for the token that reads it.
+    amount of each atom is gain [R] x the coefficient of the atom `watched` [A] in the native write, as `sae`
+    encodes it, + offset [R, A]. kept [R] bool: whether the extra write stays in the state; else only the
+    token itself reads it.
     """
 
     prompt: torch.Tensor
@@ -40,8 +40,7 @@ class Amplifier:
     sae: SAE | None = None
 
     def amounts(self, now: Factors, write: str) -> torch.Tensor:
-        """Return how much of each atom is written at this token, [R, A]. now: the cell's factors [R, 1,
-        ...]."""
+        """Return the amounts [R, A] that are written at this token. now: the cell's factors [R, 1, ...]."""
         if self.sae is None:
             return self.offset
         indices, coefficients = self.sae.encode_history(History(now.key, now.write(write)))
@@ -132,10 +131,10 @@ def amplifier(saes: dict[str, SAE], atoms: dict[str, pd.DataFrame], wanted: list
     """
     rows = []
     for mode, role, dose in wanted:
-        own = mode if mode in atoms else next(iter(atoms))  # the baseline writes nothing of anybody's
-        by_role = dict(list(atoms[own].groupby("role")))
+        source = mode if mode in atoms else next(iter(atoms))  # the baseline writes nothing
+        by_role = dict(list(atoms[source].groupby("role")))
         atom = torch.tensor(by_role.get(role, by_role["boundary"]).atom.to_numpy())
-        key, value = (x[atom] for x in saes[own].atoms())
+        key, value = (x[atom] for x in saes[source].atoms())
         at_ends = torch.tensor(by_role["boundary"].at_ends.to_numpy()).to(key)
         gain = torch.tensor(dose - 1.0 if mode == "scale" else 0.0).to(key)
         rows.append((key, value, gain, at_ends * (dose if mode == "offset" else 0.0), torch.tensor(mode == "scale")))
@@ -145,15 +144,14 @@ def amplifier(saes: dict[str, SAE], atoms: dict[str, pd.DataFrame], wanted: list
 
 
 def surface(text: str) -> dict:
-    """Return the count of blank lines and the mean length of words, which show whether the text stays
-    normal."""
+    """Return the count of blank lines and the mean length of words."""
     words = text.split()
     return dict(paragraphs=len(re.findall(r"\n[ \t]*\n", text)), word_length=sum(map(len, words)) / max(1, len(words)))
 
 
 def summarise_newlines(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A line a (host, mode, role, dose): newlines per 400 tokens, and their change from the baseline of the
-    same prompt, with bootstrap intervals by prompt; paired Wilcoxon p, Cohen's d; means of the surface
+    """Return one row per (host, mode, role, dose): newlines per 400 tokens, and their change from the same
+    prompt's baseline, with bootstrap intervals by prompt; paired Wilcoxon p, Cohen's d; means of the surface
     measures."""
     rows, keys = [], ["mode", "role", "dose"]
     for host, of_host in table.groupby("host", sort=False):
@@ -161,11 +159,9 @@ def summarise_newlines(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         for values, part in of_host.groupby(keys, sort=False):
             part = part.set_index("prompt").loc[baseline.index]
             row, change = dict(host=host) | dict(zip(keys, values, strict=True), n=len(part)), part.newlines - baseline
-            for label, found in (("newlines", part.newlines), ("change", change)):
-                row[label], (row[f"{label}_low"], row[f"{label}_high"]) = (
-                    found.mean(),
-                    interval(found, part.index, seed=seed),
-                )
+            for label, series in (("newlines", part.newlines), ("change", change)):
+                low, high = interval(series, part.index, seed=seed)
+                row |= {label: series.mean(), f"{label}_low": low, f"{label}_high": high}
             row["wilcoxon_p"] = paired_wilcoxon(part.newlines, baseline).p
             row["cohens_d"] = change.mean() / change.std() if change.std() > 0 else 0.0
             rows.append(row | part[["paragraphs", "word_length", "distinct"]].mean().to_dict())

@@ -56,7 +56,7 @@ def readers(site: Site, atom: tuple, firings: pd.DataFrame, steps: int, draws: i
 
 
 def _with_ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """With log_ratio, log(signal / baseline) of the reader, and log_enrichment, that less the one of all
+    """Add log_ratio, the reader's log(signal / baseline), and log_enrichment, log_ratio less that of all
     readers together."""
     squares = table[["signal", "baseline"]] ** 2
     together = squares.groupby([table[x] for x in ("host", "atom", "window", "position")]).transform("sum") ** 0.5
@@ -76,23 +76,24 @@ READER_KEYS, READER = ["host", "atom", "class"], ["reader_layer", "reader_head"]
 
 
 def summarise_readers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A line a (host, atom, later layer and head): median over contexts of signal / baseline (ratio), and of
-    the same over that of all readers together (enrichment), with bootstrap intervals by passage."""
+    """Return one row per (host, atom, later layer and head): median over contexts of signal / baseline
+    (ratio), and of its quotient with that of all readers together (enrichment), with bootstrap intervals by
+    passage."""
     keys = READER_KEYS + READER
     groups = _with_ratios(table).groupby(keys, sort=False)
     return pd.DataFrame([dict(zip(keys, values, strict=True)) | _reader_line(part, seed) for values, part in groups])
 
 
 def top_readers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A line a (host, atom), as in Table 1: the reader of the highest ratio in one half of the contexts, with
-    its ratio in the other half, so that the largest of many is not taken for what it shows. None for an atom
-    with one context."""
+    """Return one row per (host, atom), as in Table 1: the reader with the highest ratio in one half of the
+    contexts, and its ratio in the other half, so that the choice of the largest does not bias it. An atom
+    with one context has none."""
     rows, measured = [], [f"{name}{end}" for name in ("ratio", "enrichment") for end in ("", "_low", "_high")]
     for values, part in _with_ratios(table).groupby(READER_KEYS, sort=False):
         second = (part.groupby(READER).cumcount() % 2).astype(bool)
         chosen = part[~second].groupby(READER).log_ratio.median().idxmax()
         rest = part[second & (part[READER] == list(chosen)).all(axis=1)]
         if len(rest):
-            found = dict(zip(READER_KEYS + READER, (*values, *chosen), strict=True))
-            rows.append(found | _reader_line(rest, seed))
+            reader = dict(zip(READER_KEYS + READER, (*values, *chosen), strict=True))
+            rows.append(reader | _reader_line(rest, seed))
     return pd.DataFrame(rows, columns=[*READER_KEYS, *READER, "n", *measured])

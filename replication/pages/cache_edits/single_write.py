@@ -26,13 +26,13 @@ def single_sides(site: Site, rows, t0, direction: str, pull, gradient) -> tuple[
 
 
 def single_writes(site: Site, rows, t0, targets: torch.Tensor, magnitude: float, horizon: int) -> pd.DataFrame:
-    """A line a (place, target, direction): the shift of the target's logit `horizon` tokens after t0, and its
-    predictions.
+    """Return one row per (place, target, direction): the shift of the target's logit `horizon` tokens after
+    t0, and predictions.
 
     rows, t0 [n]: places; targets [n, m]. One write of `magnitude` native write norms, which later tokens
     read. paper: prod alpha <key, q> <W_O value, W_U[T]>; transport: the same with the exact read; exact:
-    sum_s <r_s, change of the head's output at s>, r the gradient of the target's logit, which is x^T Gamma w
-    (`writesae.shift`).
+    sum_s <r_s, change of the head's output at s> with r the gradient of the target's logit, which is x^T
+    Gamma w (`writesae.shift`).
     """
     token, m = targets.flatten(), targets.shape[1]
     place, rows, t0 = (x.repeat_interleave(m) for x in (torch.arange(len(t0)), rows, t0))
@@ -57,9 +57,9 @@ def single_writes(site: Site, rows, t0, targets: torch.Tensor, magnitude: float,
 
 
 def summarise_single(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A line a (host, direction, predictor): sign agreement (the wider of Wilson and bootstrap by passage),
-    Pearson's r, median measured / predicted and pooled R2 with bootstrap intervals by passage, and how often
-    the logit rose."""
+    """Return one row per (host, direction, predictor): sign agreement (the wider interval of Wilson and
+    bootstrap by passage), Pearson's r, median measured / predicted and pooled R2 with bootstrap intervals by
+    passage, and how often the logit rose."""
     rows = []
     for (host, direction), part in table.groupby(["host", "direction"], sort=False):
         rose = part.measured > 0

@@ -1,15 +1,16 @@
-"""Edits of a running cell's state, besides replacement and install: five small experiments on one cell per host.
+"""Edits of a running cell's state, besides replacement and install: five small experiments on one cell per
+host.
 
-| table          | what is edited                                                         | the paper         |
-|----------------|------------------------------------------------------------------------|-------------------|
-| cache_erase    | one write at an atom's firings taken out; the atom added elsewhere     | Sec. 4, App. I.4  |
-| single_write   | one write chosen for a target token: does its logit move as predicted? | Sec. 4, App. I.5  |
-| newlines       | atoms that are active where lines end, amplified during generation     | Sec. 4, Table 4   |
-| readers        | an exemplar atom added at its firings: which later heads change?       | App. E, I.2       |
-| register_erase | every register firing of a passage at once                             | Sec. 3.2, Fig. 2b |
+| table          | what is edited                                                      | the paper         |
+|----------------|---------------------------------------------------------------------|-------------------|
+| cache_erase    | one write at an atom's firings taken out; the atom added elsewhere  | Sec. 4, App. I.4  |
+| single_write   | one write chosen for a target token, whose logit should move        | Sec. 4, App. I.5  |
+| newlines       | atoms that are active where lines end, amplified during generation  | Sec. 4, Table 4   |
+| readers        | an exemplar atom added at its firings: which later heads change?    | App. E, I.2       |
+| register_erase | every register firing of a passage at once                          | Sec. 3.2, Fig. 2b |
 
-Atoms, preferred tokens and the atoms of line ends are chosen on text of the SAE split or by a seeded draw, and
-everything is measured on held-out text. All edits are exact (`writesae.edit`).
+Atoms, preferred tokens and the atoms of line ends are chosen on text of the SAE split or by a seeded draw,
+and everything is measured on held-out text. All edits are exact (`writesae.edit`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from writesae.hosts.base import Host
 from writesae.sae.sparsity import Active
 from writesae.text import Windows
 
-MODES = dict(offset="state", scale="write")  # how generation is amplified -> target of the SAE whose atoms are used
+MODES = dict(offset="state", scale="write")  # how generation is amplified -> target of the SAE
 GROUP = 20  # prompts run together
 PASSAGES = 4  # passages run together; each is read whole
 
@@ -112,9 +113,6 @@ class Stages:
             raise ValueError(f"alive_atoms.csv has no atoms of {where}: cache_edits.place must be population.place.")
         return rows
 
-    def prompts(self, count: int, tokens: int) -> Windows:
-        return passage_prompts(self.suite, self.name, count, tokens)
-
     @cached_property
     def erased(self) -> tuple[np.ndarray, pd.DataFrame]:
         """The atoms of experiment 1 and their places: atoms that fire often enough in both texts."""
@@ -164,7 +162,7 @@ class Stages:
     def single(self) -> pd.DataFrame:
         """single_write (experiment 2); targets as in notebook 10, by their native rank when they are read."""
         settings, install = self.settings.single, self.profile.section("install", self.name)
-        windows = self.prompts(settings.prompts, settings.prompt_tokens)
+        windows = passage_prompts(self.suite, self.name, settings.prompts, settings.prompt_tokens)
         first, last = self.profile.data.first_position, settings.prompt_tokens - settings.horizon
         drawn = draw_positions(settings.prompts * settings.positions, first, last, self.seed)
         drawn = drawn.view(settings.prompts, settings.positions)
@@ -199,7 +197,8 @@ class Stages:
     def newlines(self) -> pd.DataFrame:
         """newlines (experiment 3)."""
         settings, chosen = self.settings.newlines, self.boundary_atoms()
-        windows, atoms = self.prompts(settings.prompts, settings.prompt_tokens), dict(list(chosen.groupby("mode")))
+        windows = passage_prompts(self.suite, self.name, settings.prompts, settings.prompt_tokens)
+        atoms = dict(list(chosen.groupby("mode")))
         wanted = amplifying.conditions([mode for mode in MODES if mode in atoms], settings.doses)
 
         def compute(start: int) -> pd.DataFrame:
