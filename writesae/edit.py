@@ -1,38 +1,48 @@
-"""Edits of single writes, exactly: a perturbation of the state stays a sum of the same few rank-1 terms for ever.
+"""Exact edits of single writes: at all later tokens, a changed state differs by a sum of the same few rank-1
+terms.
 
-An edit adds sum_j left_j right_j^T to a cell's state at chosen positions. Later, dS_t = sum_j x_{j,t} right_j^T with
-x_{j,t} = A_t x_{j,t-1}: only the key sides move, by the host's own transition matrices (the paper's Eq. 3, without
-its approximations), and the head's output changes by dS_t^T q_t. The rest of the model is then run again from the
-first edited position on (`Host.branch`).
+An edit adds sum_j left_j right_j^T to a cell's state at chosen positions. Later, dS_t = sum_j x_{j,t}
+right_j^T with x_{j,t} = A_t x_{j,t-1}: only the key sides change, by the host's own transition matrices (the
+paper's Eq. 3, without its approximations), and the head's output changes by dS_t^T q_t. The rest of the model
+is then run again from the first edited position on (`Host.branch`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from writesae.hosts.base import Host, Run, check_places
 from writesae.recurrence import Factors
+from writesae.text import Windows
 
 SCOPES = ("write", "cache")
+
+Vector = Tensor | Sequence[float]
 
 
 @dataclass
 class Edit:
-    """R edited rows. rows [R]: windows of the run; positions [R, r]: where each term enters; left [R, r, d_k];
-    right [R, r, d_v]; reads_write [R] bool: whether the token that writes reads the edit already (scope "write")
-    or only later tokens do (scope "cache"). Raises ValueError for shapes that do not belong together."""
+    """R edited rows, each with r rank-1 terms that enter the state of a cell. `Edit.at` makes one term at one
+    place.
 
-    rows: torch.Tensor
-    positions: torch.Tensor
-    left: torch.Tensor
-    right: torch.Tensor
-    reads_write: torch.Tensor
+    rows [R]: windows of the run; positions [R, r]: where each term enters; left [R, r, d_k]; right [R, r,
+    d_v]; reads_write [R] bool: whether the token at that position already reads the edit (scope "write") or
+    only later tokens do (scope "cache"). Raises ValueError for shapes that do not fit together.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    left: Tensor
+    right: Tensor
+    reads_write: Tensor
 
     def __post_init__(self) -> None:
-        shapes = [list(x.shape) for x in (self.rows, self.positions, self.left, self.right, self.reads_write)]
+        shapes = [list(x.shape) for x in vars(self).values()]
         terms = shapes[2][:2]
         fits = len(shapes[2]) == len(shapes[3]) == 3 and 0 not in terms[1:]
         if not fits or shapes[:2] + shapes[3:] != [terms[:1], terms, terms + shapes[3][2:], terms[:1]]:
@@ -41,30 +51,72 @@ class Edit:
                 f"{', '.join(map(str, shapes))}."
             )
 
+    @classmethod
+    def at(cls, window: int, position: int, key: Vector, value: Vector, scope: str = "write") -> Edit:
+        """Return the edit that adds key value^T to the state at one position of one window.
+
+        key [d_k], value [d_v]: tensors, arrays or lists. scope: whether the token at the position reads the
+        edit ("write") or only later tokens do ("cache"). Raises ValueError for other shapes and scopes.
+        """
+        key, value = torch.as_tensor(key), torch.as_tensor(value)
+        if (key.dim(), value.dim()) != (1, 1):
+            raise ValueError(
+                f"An edit at one place takes key [d_k] and value [d_v]; got {[*key.shape]}, {[*value.shape]}."
+            )
+        return make_edit(torch.tensor([window]), torch.tensor([position]), key[None, None], value[None, None], scope)
+
     @property
-    def starts(self) -> torch.Tensor:
+    def starts(self) -> Tensor:
+        """The first edited position of each row, [R]."""
         return self.positions.min(1).values
 
-    def split(self, size: int):
-        """The same edit in pieces of at most `size` rows."""
-        parts = [x.split(size) for x in (self.rows, self.positions, self.left, self.right, self.reads_write)]
-        return [Edit(*part) for part in zip(*parts, strict=True)]
+    def split(self, size: int) -> list[Edit]:
+        """Return the same edit in pieces of at most `size` rows."""
+        return [Edit(*part) for part in zip(*(x.split(size) for x in vars(self).values()), strict=True)]
 
 
-def make_edit(rows, position, left, right, scope: str = "write") -> Edit:
-    """An edit whose terms all enter at `position` [R]. left: [R, r, d_k], right: [R, r, d_v]. ValueError for an unknown
-    scope, and for shapes that do not belong together."""
+def make_edit(rows: Tensor, position: Tensor, left: Tensor, right: Tensor, scope: str = "write") -> Edit:
+    """Return an edit whose terms all enter at `position` [R]; rows [R], left [R, r, d_k], right [R, r, d_v].
+
+    Raises ValueError for an unknown scope, and for shapes that do not fit together.
+    """
     if scope not in SCOPES:
         raise ValueError(f"There is no read scope {scope!r}: choose one of {', '.join(SCOPES)}.")
     positions = position[:, None].expand(-1, left.shape[1]) if position.dim() == 1 and left.dim() == 3 else position
     return Edit(rows, positions, left, right, torch.full_like(rows, scope == "write", dtype=torch.bool))
 
 
-def head_change(factors: Factors, edit: Edit, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """How the edit changes the head's output, [R, steps, d_v] from each row's start on, and the key sides
-    [R, r, d_k] after the last step. `factors`: the cell's, over the run's [B, T].
+@torch.no_grad()
+def run_edited(host: Host, windows: Windows | Tensor, edit: Edit, *, layer: int, head: int, steps: int) -> Tensor:
+    """Return the logits [R, steps, V] of edited runs, fp32: `steps` tokens from each row's first edited
+    position on.
 
-    Raises ValueError for places outside the run, sides of another cell's size or dtype, and values that are not finite.
+    windows: those that the edit's rows count, or their tokens [N, T]; only the edited ones are run. (layer,
+    head) is the cell. Raises ValueError for places outside the windows, sides of another cell's size, and
+    values that are not finite.
+    """
+    run, edit = run_of(host, windows, edit, layer, head)
+    return host.logits(edited_hidden(host, run, layer, head, edit, steps))
+
+
+def run_of(host: Host, windows: Windows | Tensor, edit: Edit, layer: int, head: int) -> tuple[Run, Edit]:
+    """Return a native run over the edited windows only, and the edit with its rows in that run and in its
+    dtype."""
+    tokens = windows if isinstance(windows, Tensor) else windows.tokens
+    host.check_cell(layer, head)
+    check_places(edit.rows, edit.positions, tokens)
+    chosen, rows = edit.rows.unique(return_inverse=True)
+    run = host.run(tokens[chosen])
+    dtype = host.factors(run, layer, head).key.dtype
+    return run, replace(edit, rows=rows, left=edit.left.to(dtype), right=edit.right.to(dtype))
+
+
+def head_change(factors: Factors, edit: Edit, steps: int) -> tuple[Tensor, Tensor]:
+    """Return the change of the head's output, [R, steps, d_v] from each row's start on, and the key sides [R,
+    r, d_k] after the last step. factors: the cell's, over the run's [B, T].
+
+    Raises ValueError for places outside the run, sides of another cell's size or dtype, and values that are
+    not finite.
     """
     _check_fits(factors, edit, steps)
     starts, moved, changes = edit.starts, torch.zeros_like(edit.left), []
@@ -80,8 +132,8 @@ def head_change(factors: Factors, edit: Edit, steps: int) -> tuple[torch.Tensor,
 def _check_fits(factors: Factors, edit: Edit, steps: int) -> None:
     d_k, d_v, dtype = factors.key.shape[-1], factors.added.shape[-1], factors.key.dtype
     if (edit.left.shape[-1], edit.right.shape[-1]) != (d_k, d_v):
-        has = f"{edit.left.shape[-1]} x {edit.right.shape[-1]}"
-        raise ValueError(f"The cell's states are {d_k} x {d_v} (key x value), and the edit is {has}.")
+        sides = f"{edit.left.shape[-1]} x {edit.right.shape[-1]}"
+        raise ValueError(f"The cell's states are {d_k} x {d_v} (key x value), and the edit is {sides}.")
     if (edit.left.dtype, edit.right.dtype) != (dtype, dtype):
         raise ValueError(f"The edit must be in {dtype}, as the run; it is in {edit.left.dtype} and {edit.right.dtype}.")
     finite = (edit.left.isfinite().all(-1) & edit.right.isfinite().all(-1)).all(-1)
@@ -94,24 +146,25 @@ def _check_fits(factors: Factors, edit: Edit, steps: int) -> None:
 
 
 @torch.no_grad()
-def edited_hidden(host: Host, run: Run, layer: int, head: int, edit: Edit, steps: int) -> torch.Tensor:
-    """Final hidden states [R, steps, D] of the edited runs, from each row's first edited position on."""
+def edited_hidden(host: Host, run: Run, layer: int, head: int, edit: Edit, steps: int) -> Tensor:
+    """Return the final hidden states [R, steps, D] of edited runs, from each row's first edit on."""
     change, _ = head_change(host.factors(run, layer, head), edit, steps)
     return host.branch(run, layer, head, edit.rows, edit.starts, change)[0]
 
 
-def kl(native: torch.Tensor, patched: torch.Tensor) -> torch.Tensor:
-    """KL(native, patched) in nats over the last dimension of two logit tensors; in fp64, since it may be as small as 1e-8."""
+def kl(native: Tensor, patched: Tensor) -> Tensor:
+    """Return KL(native, patched) in nats over the last dimension of logits; in fp64, for it may be as small
+    as 1e-8."""
     p, q = F.log_softmax(native.double(), -1), F.log_softmax(patched.double(), -1)
     return (p.exp() * (p - q)).sum(-1)
 
 
 @torch.no_grad()
-def generate(host: Host, run: Run, layer: int, head: int, edit: Edit, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy continuations under an edit, and the logits of the first new token: [R, count], [R, vocabulary].
+def generate(host: Host, run: Run, layer: int, head: int, edit: Edit, count: int) -> tuple[Tensor, Tensor]:
+    """Return greedy continuations [R, count] under an edit, and the logits [R, V] of the first new token.
 
-    All rows' windows are the whole prompt; the edit enters inside it and stays in the state while the model goes on.
-    Rows must share one starting position. Raises ValueError where they do not, and for a count below 1.
+    Each row's window is the whole prompt; the edit enters inside it and stays in the state while the model
+    continues. Raises ValueError for rows with different starting positions, and for a count below 1.
     """
     if count < 1 or not len(edit.rows):
         raise ValueError(f"There is nothing to generate: {count} tokens for {len(edit.rows)} rows were asked for.")
@@ -123,8 +176,8 @@ def generate(host: Host, run: Run, layer: int, head: int, edit: Edit, count: int
     final, pasts_from_layer = host.branch(run, layer, head, edit.rows, starts, change, keep=True)
     end = torch.full_like(starts, length)
     pasts = [host.past_at(run.records[below], edit.rows, end) for below in range(layer)] + pasts_from_layer
-    here = pasts[layer]
-    here.own_state = here.state
-    here.own_state[:, head] += (moved.transpose(1, 2) @ edit.right).to(here.own_state.device)
+    past = pasts[layer]
+    past.own_state = past.state
+    past.own_state[:, head] += (moved.transpose(1, 2) @ edit.right).to(past.own_state.device)
     first = host.logits(final[:, -1])
     return host.decode(pasts, first.argmax(-1), length, count - 1), first

@@ -110,11 +110,18 @@ def _store(path: Path, write: Callable[[Path], None], fields: Mapping[str, Any])
 
     def write_both(partial: Path) -> None:
         write(partial)
-        record = {"format_version": FORMAT_VERSION, "sha256": file_hash(partial), "fingerprint": None} | fields
-        text = json.dumps(record, default=_plain, allow_nan=False, indent=2) + "\n"
+        record = {"format_version": FORMAT_VERSION, "sha256": file_hash(partial), "fingerprint": None, **fields}
+        record = json.loads(json.dumps(record, default=_plain, allow_nan=False))
+        text = json.dumps(record | {"seal": _seal(record)}, indent=2) + "\n"
         write_atomically(sidecar(path), lambda beside: beside.write_text(text, encoding="utf-8"))
 
     write_atomically(path, write_both)
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    """Return the sha256 of what a sidecar says, by which a change of the sidecar itself is found."""
+    text = json.dumps({name: value for name, value in record.items() if name != "seal"}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
@@ -134,6 +141,8 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"{sidecar(path)} is damaged: {AGAIN}.") from error
     if version != FORMAT_VERSION:
         raise ArtifactError(f"{path} has format version {version}, and this code reads {FORMAT_VERSION}.")
+    if record.get("seal", _seal(record)) != _seal(record):
+        raise ArtifactError(f"{sidecar(path)} is damaged or was changed by hand: {AGAIN}.")
     if checksum != file_hash(path):
         raise ArtifactError(f"{path} is damaged or was changed by hand (its checksum is another): {AGAIN}.")
     return record

@@ -1,13 +1,14 @@
-"""A cell's history: the factors from which every state follows, and what can be computed without forming states.
+"""A cell's history: the factors from which every state follows, and what can be computed without states.
 
 Sec. 2 of the paper writes the recurrence of one head as a gate product and a rank-1 write. In code's names,
 
     X_t = exp(log_decay_t) X_{t-1} + key_t value_t^T      (target "state", X_0 = 0 before every window)
     X_t = key_t value_t^T                                 (target "write")
 
-A quantity that is linear in X_t then obeys a scalar recurrence, p_t = exp(log_decay_t) p_{t-1} + x_t. Within a chunk of
-L tokens that is a product with the lower-triangular D_ts = exp(log_decay_{s+1} + ... + log_decay_t); from one chunk to
-the next a single row is carried. Decays are summed in fp64: differences of long sums lose too many digits in fp32.
+A quantity that is linear in X_t then obeys a scalar recurrence, p_t = exp(log_decay_t) p_{t-1} + x_t. Within
+a chunk of L tokens that is a product with the lower-triangular D_ts = exp(log_decay_{s+1} + ... +
+log_decay_t); from one chunk to the next a single row is carried. Decays are summed in fp64: differences of
+long sums lose too many digits in fp32.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Origin(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """A history cut into C chunks of L tokens, the last one padded with zeros."""
+    """A history cut into C chunks of L tokens, the last chunk padded with zeros."""
 
     key: Tensor  # [N, C, L, d_k]
     value: Tensor  # [N, C, L, d_v]
@@ -52,9 +53,9 @@ class Chunks(NamedTuple):
 class History:
     """N windows of T tokens of one cell, each from a zero state; floating point, fp32 in a harvest.
 
-    key [N, T, d_k]; value [N, T, d_v]; log_decay [N, T] (target "state") or None (target "write"). origin: where the data
-    come from, if that is known; an SAE that is trained on them records it.
-    Raises ValueError on shapes that do not belong together, several dtypes, and values that are not finite.
+    key [N, T, d_k]; value [N, T, d_v]; log_decay [N, T] (target "state") or None (target "write"). origin:
+    where the data come from, if that is known; an SAE that is trained on them records it. Raises ValueError
+    for shapes that do not fit together, several dtypes, and values that are not finite.
     """
 
     key: Tensor
@@ -74,7 +75,7 @@ class History:
         self._check_values()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are there, by the names of their fields."""
+        """Return the tensors that are not None, by field."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: x for name, x in values.items() if isinstance(x, Tensor)}
 
@@ -82,29 +83,29 @@ class History:
         return replace(self, **{name: change(x) for name, x in self.tensors().items()})
 
     def _check_values(self) -> None:
-        found = self.tensors()
-        types = {name: x.dtype for name, x in found.items()}
+        tensors = self.tensors()
+        types = {name: x.dtype for name, x in tensors.items()}
         if len(set(types.values())) > 1 or not self.key.is_floating_point():
-            said = ", ".join(f"{name} in {dtype}" for name, dtype in types.items())
-            raise ValueError(f"A history needs all its tensors in one floating-point type; got {said}.")
-        if all(torch.isfinite(x.sum()) for x in found.values()):  # a sum is quick, and not finite if a term is not
+            listed = ", ".join(f"{name} in {dtype}" for name, dtype in types.items())
+            raise ValueError(f"A history needs all its tensors in one floating-point type; got {listed}.")
+        if all(torch.isfinite(x.sum()) for x in tensors.values()):  # quick: no sum is finite if a term is not
             return
-        bad = [~torch.isfinite(x.reshape(*self.shape, -1)) for x in found.values()]
+        bad = [~torch.isfinite(x.reshape(*self.shape, -1)) for x in tensors.values()]
         per_token = sum(b.sum(-1) for b in bad)
         if not per_token.any():
             return
         window, position = per_token.nonzero()[0].tolist()
-        names = [n for n, b in zip(found, bad) if b[window, position].any()]
+        names = [n for n, b in zip(tensors, bad) if b[window, position].any()]
         count = int(per_token.sum())
-        what = f"{count} values that are" if count > 1 else "1 value that is"
+        values = f"{count} values that are" if count > 1 else "1 value that is"
         raise ValueError(
-            f"The harvest holds {what} not finite, the first at window {window}, position {position}: "
+            f"The harvest holds {values} not finite, the first at window {window}, position {position}: "
             f"in {' and '.join(names)}."
         )
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, T): windows, and tokens in each."""
+        """(N, T): the number of windows, and of tokens in each."""
         return self.key.shape[0], self.key.shape[1]
 
     @property
@@ -123,37 +124,37 @@ class History:
         return self.key.shape[0]
 
     def __getitem__(self, index: Tensor | slice | list[int] | int) -> History:
-        """The windows at `index` (one window stays a history, with N = 1)."""
+        """Return the windows at `index`; for an int a history with N = 1."""
         if isinstance(index, int):
             index = [index]
         return self._map(lambda x: x[index])
 
     def groups(self, windows: int = GROUP) -> Iterator[History]:
-        """The history in parts of at most `windows` windows, in order."""
+        """Yield the history in parts of at most `windows` windows, in order."""
         for start in range(0, len(self), windows):
             yield self[start : start + windows]
 
     def factors_at(self, window: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Key [M, d_k] and value [M, d_v] of chosen places: window [M], position [M] (int64)."""
+        """Return key [M, d_k] and value [M, d_v] at chosen places: window [M], position [M] (int64)."""
         return self.key[window, position], self.value[window, position]
 
     def fingerprint(self) -> str:
-        """A hash of all values, which says whether two runs had the same data."""
+        """Return a hash of all values, which two runs have in common only with the same data."""
         digest = hashlib.sha256(str((self.shape, self.target, self.key.dtype)).encode())
         for x in self.tensors().values():
             digest.update(x.detach().cpu().contiguous().numpy())
         return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> History:
-        """The same history on a device."""
+        """Return the same history on a device."""
         return self._map(lambda x: x.to(device))
 
     def double(self) -> History:
-        """The same history in fp64."""
+        """Return the same history in fp64."""
         return self._map(Tensor.double)
 
     def walk(self) -> Iterator[Tensor]:
-        """X_0, X_1, ... one token at a time, each [N, d_k, d_v]: the recurrence as it is written above."""
+        """Yield X_0, X_1, ... one token at a time, each [N, d_k, d_v], by the recurrence as written above."""
         state = torch.zeros_like(self.key[:, 0, :, None] * self.value[:, 0, None, :])
         for t in range(self.key.shape[1]):
             write = self.key[:, t, :, None] * self.value[:, t, None, :]
@@ -161,7 +162,8 @@ class History:
             yield state
 
     def steps(self) -> Tensor:
-        """All X_t, [N, T, d_k, d_v], by the plain loop. Slow and large: the oracle, and the dense path of batches."""
+        """Return all X_t, [N, T, d_k, d_v], by the plain loop: slow and large; the oracle, and for batches on
+        states."""
         return torch.stack(list(self.walk()), dim=1)
 
     @cached_property
@@ -172,8 +174,8 @@ class History:
         return Chunks(key, value, decay_between(total, key.dtype), total.exp().to(key.dtype))
 
     def read(self, left: Tensor, right: Tensor, bf16: bool = False) -> Tensor:
-        """left_i^T X_t right_i for all i and t: left [n, d_k], right [n, d_v] -> [N, T, n]; differentiable in both.
-        bf16: of rounded factors, with sums in fp32."""
+        """Return left_i^T X_t right_i, [N, T, n], for left [n, d_k] and right [n, d_v]; differentiable in
+        both. bf16: with rounded factors, and sums in fp32."""
         product = _RoundedProduct.apply if bf16 else lambda x, y: x @ y.T
         if self.log_decay is None:
             return product(self.key, left) * product(self.value, right)
@@ -182,7 +184,7 @@ class History:
         return out.flatten(1, 2)[:, : self.key.shape[1]]
 
     def inner(self, matrix: Tensor) -> Tensor:
-        """<X_t, matrix> for matrix [d_k, d_v] -> [N, T] in the history's dtype; computed in fp64."""
+        """Return <X_t, matrix>, [N, T] in the history's dtype, for matrix [d_k, d_v]; computed in fp64."""
         return torch.cat([part.double()._inner(matrix.double()) for part in self.groups()]).to(self.key.dtype)
 
     def _inner(self, matrix: Tensor) -> Tensor:
@@ -190,9 +192,10 @@ class History:
         return write if self.log_decay is None else _scan(self.log_decay, write)
 
     def energy(self, centre: Tensor | None = None) -> Tensor:
-        """||X_t - centre||_F^2 (centre [d_k, d_v], default zero) -> [N, T] in the history's dtype.
+        """Return ||X_t - centre||_F^2, [N, T] in the history's dtype; centre [d_k, d_v], by default zero.
 
-        Computed in fp64 from the Gram matrices of keys and values within a chunk and one carried state a window.
+        Computed in fp64 from the Gram matrices of keys and values within a chunk and one carried state per
+        window.
         """
         centre = torch.zeros(self.d_k, self.d_v, device=self.key.device) if centre is None else centre
         centre = centre.double()
@@ -215,19 +218,20 @@ class History:
         return torch.cat(out, dim=1)[:, : self.key.shape[1]]
 
     def mean(self) -> Tensor:
-        """The mean of X_t over all windows and positions, [d_k, d_v] in the history's dtype; computed in fp64."""
+        """Return the mean of X_t over all windows and positions, [d_k, d_v] in the history's dtype; computed
+        in fp64."""
         total = sum(part.double()._sum() for part in self.groups())
         return (total / (self.shape[0] * self.shape[1])).to(self.key.dtype)
 
     def _sum(self) -> Tensor:
-        """A write at s counts 1 + alpha_{s+1} + alpha_{s+1} alpha_{s+2} + ... times: a scan from the window's end."""
+        """A write at s counts 1 + alpha_{s+1} + alpha_{s+1} alpha_{s+2} + ... times: a scan from the end."""
         weight = torch.ones_like(self.key[..., 0])
         if self.log_decay is not None:
             weight = _scan(self.log_decay.roll(-1, dims=1).flip(1), weight).flip(1)
         return torch.einsum("nt,ntk,ntv->kv", weight, self.key, self.value)
 
     def matrices(self, window: Tensor, position: Tensor) -> Tensor:
-        """X at chosen places, rebuilt from the factors: window [M], position [M] (int64) -> [M, d_k, d_v]."""
+        """Return X at chosen places, [M, d_k, d_v], from the factors: window [M], position [M] (int64)."""
         picks = zip(window.split(GROUP), position.split(GROUP))
         parts = [self._matrices(w, p) for w, p in picks]
         return torch.cat(parts) if parts else self.key.new_zeros(0, self.d_k, self.d_v)
@@ -248,8 +252,8 @@ class VectorHistory(History):
 
         X_t = diag(exp(log_decay_t)) X_{t-1} + key_t value_t^T - erase_t taken_t^T
 
-    log_decay, erase [N, T, d_k]; taken [N, T, d_v], what the erase found in X_{t-1}. No scalar recurrence gives
-    left^T X_t right then, so states are rebuilt from these, a few windows at a time, and never kept.
+    log_decay, erase [N, T, d_k]; taken [N, T, d_v], what the erase found in X_{t-1}. No scalar recurrence
+    gives left^T X_t right then, so states are rebuilt from these, a few windows at a time, and never kept.
     """
 
     erase: Tensor | None = None
@@ -285,7 +289,8 @@ class VectorHistory(History):
             yield state
 
     def steps(self) -> Tensor:
-        """All X_t, [N, T, d_k, d_v], by chunks: with W_t the product of decays so far, X_t / W_t is a plain sum."""
+        """Return all X_t, [N, T, d_k, d_v], by chunks: over W_t, the product of decays so far, X_t is a plain
+        sum."""
         state, found = None, []
         for key, value, log_decay, erase, taken in zip(*(x.split(STATE_CHUNK, 1) for x in self.tensors().values())):
             total = log_decay.cumsum(1)
@@ -301,7 +306,7 @@ class VectorHistory(History):
         return torch.cat(found, 1)
 
     def read(self, left: Tensor, right: Tensor, bf16: bool = False) -> Tensor:
-        """As History.read, of states: nothing is rounded."""
+        """Return the same as History.read, from states; nothing is rounded."""
         return self.steps().flatten(-2) @ (left[:, :, None] * right[:, None]).flatten(1).T
 
     def _inner(self, matrix: Tensor) -> Tensor:
@@ -325,12 +330,12 @@ class VectorHistory(History):
 
 
 def at_once(history: History) -> int:
-    """Of how many windows, at least one, all states are rebuilt at once."""
+    """Return the number of windows, at least one, whose states are rebuilt at once."""
     return max(1, VECTOR_NUMBERS // (history.shape[1] * history.d_k * history.d_v))
 
 
 def _scan(log_decay: Tensor, x: Tensor) -> Tensor:
-    """p_t = exp(log_decay_t) p_{t-1} + x_t along the second axis of [N, T], by a plain loop."""
+    """Return p_t = exp(log_decay_t) p_{t-1} + x_t along the second axis of [N, T], by a plain loop."""
     out = x.clone()
     decay = log_decay.exp()
     for t in range(1, x.shape[1]):
@@ -339,7 +344,7 @@ def _scan(log_decay: Tensor, x: Tensor) -> Tensor:
 
 
 class _RoundedProduct(torch.autograd.Function):
-    """x y^T of x [..., d], which has no gradient, and y [n, d], both rounded to bf16, with sums and result in fp32."""
+    """x y^T of x [..., d], without gradient, and y [n, d], both rounded to bf16; sums and result in fp32."""
 
     @staticmethod
     def forward(ctx, x: Tensor, y: Tensor) -> Tensor:
@@ -354,12 +359,12 @@ class _RoundedProduct(torch.autograd.Function):
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """a b of bf16 matrices, in fp32; a CPU takes the same products of the same numbers as fp32."""
+    """Return a b of bf16 matrices, in fp32; on a CPU as the same products of fp32 numbers."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 class _Scan(torch.autograd.Function):
-    """p_t = alpha_t p_{t-1} + x_t for x [N, C, L, n]: D x within each chunk, then the carried row, in place."""
+    """p_t = alpha_t p_{t-1} + x_t for x [N, C, L, n]: D x within each chunk, then the carried row."""
 
     @staticmethod
     def forward(ctx, x: Tensor, decay: Tensor, carry: Tensor) -> Tensor:
@@ -371,10 +376,10 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        """The transpose: D^T grad, and what later chunks send back through the carried row."""
+        """Apply the transpose: D^T grad, and what later chunks send back through the carried row."""
         decay, carry = ctx.saved_tensors
         out = decay.transpose(-1, -2) @ grad
-        carried = (carry[:, :, None] @ grad).squeeze(2)  # [N, C, n]: grad of the carried row, from chunk c itself
+        carried = (carry[:, :, None] @ grad).squeeze(2)  # [N, C, n]: grad of the carried row, from chunk c
         for c in range(out.shape[1] - 1, 0, -1):
             out[:, c - 1].addcmul_(decay[:, c - 1, -1, :, None], carried[:, c, None])
             carried[:, c - 1].addcmul_(carry[:, c - 1, -1:], carried[:, c])

@@ -1,4 +1,5 @@
-"""The recurrence of every host as data: S_t = A_t S_{t-1} + key_t added_t^T, A_t = diag(decay_t) - erase_t probe_t^T.
+"""The recurrence of every host as data: S_t = A_t S_{t-1} + key_t added_t^T, where
+A_t = diag(decay_t) - erase_t probe_t^T.
 
 Symbols against the paper (Sec. 2, Eq. 2-3), for one cell, S always [d_k, d_v] and o_t = S_t^T q_t:
 
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 
 class Groups:
-    """R rows that share U things: row r has thing which[r] (int64 [R]). Rows of one thing are worked on side by side."""
+    """R rows that share U things: row r has thing which[r], int64 [R]. Rows of one thing are computed
+    together."""
 
     def __init__(self, which: Tensor, count: int):
         same = which[:, None] == torch.arange(count, device=which.device)
@@ -38,7 +40,8 @@ class Groups:
         self.which, self.count, self.place, self.largest = which, count, place, int(place.max()) + 1
 
     def read(self, x: Tensor, shared: Tensor) -> Tensor:
-        """x[r] @ shared[which[r]] for x [R, H, L, d] and shared [U, H, d, e] -> [R, H, L, e], without copying shared."""
+        """Return x[r] @ shared[which[r]] for x [R, H, L, d] and shared [U, H, d, e]: [R, H, L, e]. Nothing
+        shared is copied."""
         rows, heads, length, width = x.shape
         side = x.new_zeros(self.count, self.largest, *x.shape[1:]).index_put((self.which, self.place), x)
         products = side.transpose(1, 2).reshape(self.count, heads, self.largest * length, width) @ shared
@@ -47,11 +50,12 @@ class Groups:
 
 @dataclass
 class Factors:
-    """One cell over [B, T]: per token a rank-1 write and a transition, never a state. In a run, and as a harvest.
+    """A cell over [B, T]: per token a rank-1 write and a transition, never a state. Both a run and a harvest
+    give them.
 
-    query, key, erase, probe [B, T, d_k]; added, effective, taken [B, T, d_v]; log_decay [B, T, 1], or [B, T, d_k] where
-    decays are vectors. None: query and probe, which a harvest does not keep; effective, where it is not of rank 1; erase
-    and probe, where nothing is erased; taken, but in a harvest with vector decays. origin: the host and the cell.
+    query, key, erase, probe [B, T, d_k]; added, effective, taken [B, T, d_v]; log_decay [B, T, 1], or [B, T,
+    d_k] with vector decays. None: query and probe in a harvest; effective where it is not of rank 1; erase
+    where nothing is erased; taken in a run, and with scalar decays. origin: the cell.
     """
 
     query: Tensor | None
@@ -65,26 +69,29 @@ class Factors:
     origin: Origin | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are not None, by field."""
+        """Return the tensors that are not None, by field."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: x for name, x in parts.items() if isinstance(x, Tensor)}
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
-        """The same factors with every tensor changed."""
+        """Return the same factors with every tensor changed."""
         return replace(self, **{name: change(x) for name, x in self.tensors().items()})
 
     def at(self, *index) -> Factors:
-        """The same factors at an index of the leading dimensions, e.g. `.at(rows, positions)`."""
+        """Return the factors at an index of the leading dimensions, e.g. `.at(rows, positions)`."""
         return self.map(lambda x: x[index])
 
     def to(self, device: torch.device | str) -> Factors:
-        """The same factors on a device."""
+        """Return the factors on a device."""
         return self.map(lambda x: x.to(device))
 
     def write(self, definition: str) -> Tensor:
-        """The value side [B, T, d_v] of the native write by its definition: "added", or "effective" (less the erase).
+        """Return the value side [B, T, d_v] of the native write: "added", or "effective" (the write minus
+        what is erased).
 
-        Raises ValueError for an effective write that is not of rank 1 or was not harvested, and for another name."""
+        Raises ValueError for another name, and for an effective write that is not of rank 1 or was not
+        harvested.
+        """
         kept = dict(added=self.added, effective=self.effective)
         if kept.get(definition) is None:
             known = " or ".join(name for name, x in kept.items() if x is not None)
@@ -92,10 +99,11 @@ class Factors:
         return kept[definition]
 
     def history(self, target: str, write: str = "added", origin: Origin | None = None) -> History:
-        """What an SAE trains on: the target "state" (the state itself) or "write" (the native write of that definition).
+        """Return what an SAE trains on: the "state", or the native "write" of that definition.
 
-        origin: what the history says that it is of; by default these factors' own, with the write's definition.
-        Raises ValueError for another target or write, and for values that are not finite."""
+        origin: the cell that the history names; by default that of these factors. Raises ValueError for
+        another target or write, and for values that are not finite.
+        """
         from writesae.history import History, VectorHistory  # that module is built on this one
 
         origin = origin or (self.origin and self.origin._replace(write=write))
@@ -109,21 +117,22 @@ class Factors:
         return VectorHistory(self.key, self.added, self.log_decay, self.erase, taken, origin=origin)
 
     def transition(self, x: Tensor) -> Tensor:
-        """A_t x, for factors of single positions [R, d] and x [R, r, d_k]."""
+        """Return A_t x, for factors of single positions [R, d] and x [R, r, d_k]."""
         moved = self.log_decay.exp()[:, None] * x
         if self.erase is not None:
             moved = moved - (x @ self.probe[:, :, None]) * self.erase[:, None]
         return moved
 
     def transition_transposed(self, y: Tensor) -> Tensor:
-        """A_t^T Y, for factors of single positions [R, d] and Y [R, d_k, d_v]."""
+        """Return A_t^T Y, for factors of single positions [R, d] and Y [R, d_k, d_v]."""
         moved = self.log_decay.exp()[:, :, None] * y
         if self.erase is not None:
             moved = moved - self.probe[:, :, None] * (self.erase[:, None] @ y)
         return moved
 
     def taken_by_erase(self) -> Tensor:
-        """What each erase finds, probe_t^T S_{t-1}: [B, T, d_v], by the step loop, which keeps one state at a time."""
+        """Return what each erase finds, S_{t-1}^T probe_t [B, T, d_v], by a loop over tokens that keeps one
+        state."""
         batch, length, d_k = self.key.shape
         state, taken = self.key.new_zeros(batch, d_k, self.added.shape[-1]), []
         for t in range(length):
@@ -135,7 +144,8 @@ class Factors:
 
 
 def step_states(factors: Factors, state: Tensor | None = None) -> Tensor:
-    """All states [B, T, d_k, d_v] by the plain loop over tokens (slow; the oracle). `state`: [B, d_k, d_v] before."""
+    """Return all states [B, T, d_k, d_v] by a loop over tokens (slow; the oracle). state: [B, d_k, d_v]
+    before."""
     batch, length, d_k = factors.key.shape
     if state is None:
         state = factors.key.new_zeros(batch, d_k, factors.added.shape[-1])
@@ -151,16 +161,18 @@ def step_states(factors: Factors, state: Tensor | None = None) -> Tensor:
 
 
 def split_chunks(x: Tensor, chunk: int, axis: int = -2) -> Tensor:
-    """Time, at a negative axis, in chunks of `chunk` tokens: [..., T, ...] -> [..., C, chunk, ...], padded with zeros."""
+    """Split time, at a negative axis, into chunks, padded with zeros: [..., T, ...] -> [..., C, chunk,
+    ...]."""
     pad = -x.shape[axis] % chunk
     x = F.pad(x, [0, 0] * (-axis - 1) + [0, pad]) if pad else x
     return x.unflatten(axis, (-1, chunk))
 
 
 def decay_between(total: Tensor, dtype: torch.dtype, axis: int = -1) -> Tensor:
-    """exp(total_t - total_s) from token s to token t of a chunk, 0 where s > t, [..., t, s, ...] in `dtype`.
+    """Return exp(total_t - total_s) from token s to token t of a chunk, [..., t, s, ...]; 0 where s > t.
 
-    total: log decays summed since the chunk began, in fp64 where many are; time at a negative axis.
+    total: log decays summed since the chunk began, in fp64 for long sums; time at a negative axis. dtype: of
+    the result.
     """
     tokens = total.shape[axis]
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=total.device).triu(1)
@@ -170,12 +182,12 @@ def decay_between(total: Tensor, dtype: torch.dtype, axis: int = -1) -> Tensor:
 
 
 def _read(x: Tensor, state: Tensor, groups: Groups | None) -> Tensor:
-    """x @ state, of each row's own state or of those that the rows share."""
+    """Return x @ state; each row has its own state, or shares one with its group."""
     return x @ state if groups is None else groups.read(x, state)
 
 
 def _each(state: Tensor, groups: Groups | None) -> Tensor:
-    """The state of each row."""
+    """Return the state of each row."""
     return state if groups is None else state[groups.which]
 
 
@@ -190,12 +202,13 @@ def gated_delta_chunks(
     groups: Groups | None = None,
     end: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gated delta rule by chunks: outputs o and effective writes u [..., T, d_v], last state [..., d_k, d_v].
+    """Compute the gated delta rule by chunks: outputs and effective writes u [..., T, d_v], last state [...,
+    d_k, d_v].
 
-    query, key: [..., T, d_k] (keys of unit norm, queries scaled); value: [..., T, d_v]; beta, log_decay: [..., T].
-    state: the one to start from, [..., d_k, d_v]; with `groups` those that the rows share, [U, H, d_k, d_v], which are
-    read without a copy per row. Without `end` the last state is not computed.
-    Within a chunk, (I + tril(beta_t (k_t . k_s) prod alpha, -1)) u = beta (v - decayed read of the carried state).
+    query, key [..., T, d_k] (keys of unit norm, queries scaled); value [..., T, d_v]; beta, log_decay [...,
+    T]. state [..., d_k, d_v]: the one to start from; with `groups` those that the rows share, [U, H, d_k,
+    d_v]. Without `end` there is no last state. Within a chunk, (I + tril(beta_t (k_t . k_s) prod alpha, -1))
+    u = beta (v - decayed read of the carried state).
     """
     length, d_k, d_v = key.shape[-2], key.shape[-1], value.shape[-1]
     chunk = min(chunk, length)
@@ -236,17 +249,18 @@ def decayed_chunks(
     groups: Groups | None = None,
     end: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """S_t = alpha_t S_{t-1} + key_t added_t^T by chunks: outputs [B, T, H, d_v] and the last state [B, H, d_k, d_v].
+    """Compute S_t = alpha_t S_{t-1} + key_t added_t^T by chunks: outputs [B, T, H, d_v], last state [B, H,
+    d_k, d_v].
 
-    query, key: [B, T, H_k, d_k]; each of the H_k serves H / H_k consecutive heads, which are columns of one matrix, so
-    that it is not copied. added: [B, T, H, d_v]; log_decay: [B, T, H]; state [B, H, d_k, d_v], groups and end as in
-    `gated_delta_chunks`.
+    query, key [B, T, H_k, d_k]: each of the H_k serves H / H_k consecutive heads, which are columns of one
+    matrix, so that it is not copied. added [B, T, H, d_v]; log_decay [B, T, H]; state [B, H, d_k, d_v],
+    groups and end as in `gated_delta_chunks`.
     """
     length, key_heads, d_v = key.shape[1], key.shape[2], added.shape[-1]
     chunk = min(chunk, length)
     query, key, added = (split_chunks(x, chunk, -3) for x in (query, key, added))
     log_decay = split_chunks(log_decay, chunk)
-    # the heads of one key side by side, key heads before tokens: [B, C, H_k, chunk, d_k], [B, C, H_k, chunk, H / H_k, d_v]
+    # key heads before tokens: query, key [B, C, H_k, chunk, d_k]; the others [B, C, H_k, chunk, H / H_k, ...]
     added, log_decay = (x.unflatten(3, (key_heads, -1)) for x in (added, log_decay.double()))
     query, key, added, log_decay = (x.transpose(2, 3) for x in (query, key, added, log_decay))
     total = log_decay.cumsum(3)  # in fp64, for differences of long sums follow
@@ -281,11 +295,12 @@ def diagonal_chunks(
     groups: Groups | None = None,
     end: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """S_t = diag(exp(log_decay_t)) S_{t-1} + key_t added_t^T by chunks: outputs S_t^T q_t [..., T, d_v], last state
-    [..., d_k, d_v].
+    """Compute S_t = diag(exp(log_decay_t)) S_{t-1} + key_t added_t^T by chunks: outputs S_t^T q_t [..., T,
+    d_v], last state [..., d_k, d_v].
 
-    query, key, log_decay: [..., T, d_k]; added: [..., T, d_v]; state, groups, end: as in `gated_delta_chunks`. The
-    decays from token to token of a chunk are formed themselves, [..., T, chunk, d_k], so no decay is too fast.
+    query, key, log_decay [..., T, d_k]; added [..., T, d_v]; state, groups, end as in `gated_delta_chunks`.
+    The decays from token to token of a chunk are computed themselves, [..., T, chunk, d_k], so no decay is
+    too fast.
     """
     length, d_k, d_v = key.shape[-2], key.shape[-1], added.shape[-1]
     chunk = min(chunk, length)
@@ -307,9 +322,10 @@ def diagonal_chunks(
 
 
 def decay_until(log_decay: Tensor, seen: Tensor) -> Tensor:
-    """What is left of each token's write at the last seen token: exp of the sum of the later log decays; 0 after it.
+    """Return what is left of each token's write at the last seen token: exp of the later log decays' sum; 0
+    after it.
 
-    log_decay: [R, T, ...]; seen: bool, of a shape that broadcasts to it, true up to some token of each row.
+    log_decay [R, T, ...]; seen: bool, of a shape that broadcasts to it, true up to some token of each row.
     """
     later = (log_decay * seen).flip(1).cumsum(1).flip(1) - log_decay
     return later.masked_fill(~seen, -torch.inf).exp()
@@ -327,14 +343,17 @@ def diagonal_delta_chunks(
     groups: Groups | None = None,
     end: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """S_t = diag(exp(log_decay_t)) S_{t-1} - erase_t (probe_t^T S_{t-1}) + key_t added_t^T by chunks: outputs
-    S_t^T q_t [..., T, d_v], last state [..., d_k, d_v], and the state before each chunk [..., chunks, d_k, d_v].
+    """Compute S_t = diag(exp(log_decay_t)) S_{t-1} - erase_t (probe_t^T S_{t-1}) + key_t added_t^T by chunks:
+    outputs S_t^T q_t [..., T, d_v], last state [..., d_k, d_v], and the state before each chunk [..., chunks,
+    d_k, d_v].
 
-    query, key, log_decay, erase, probe: [..., T, d_k]; added: [..., T, d_v]; state, groups, end: as above.
-    With W_t the decay since the chunk began, diag(1/W_t) S_t has no decay left, so that the reads probe_t^T S_{t-1}
-    solve one unit triangular system per chunk; outputs and next state are then affine in the state before the chunk.
-    Raises ValueError where a channel decays below exp(-60) within a chunk, for 1/W is formed. No RWKV-7 decays so fast
-    (its log decays are above -0.61), and torch.compile does not check it.
+    query, key, log_decay, erase, probe [..., T, d_k]; added [..., T, d_v]; state, groups, end as in
+    `gated_delta_chunks`. With W_t the decay since the chunk began, diag(1/W_t) S_t has no decay left, so that
+    the reads probe_t^T S_{t-1} solve one unit triangular system per chunk; outputs and next state are then
+    affine in the state before the chunk.
+
+    Raises ValueError where a channel decays below exp(-60) within a chunk, for 1/W is computed. No RWKV-7
+    decays so fast (its log decays are above -0.61), and torch.compile does not check it.
     """
     length, d_k, d_v = key.shape[-2], key.shape[-1], added.shape[-1]
     chunk = min(chunk, length)
@@ -347,7 +366,7 @@ def diagonal_delta_chunks(
     raised = (-within).exp()
     reads = torch.cat([probe * (within - log_decay).exp(), query * within.exp()], -2)
     seen = torch.ones(chunk, chunk, dtype=torch.bool, device=key.device).tril()
-    seen = torch.cat([seen.tril(-1), seen])  # a probe reads the state before its token, a query the one after it
+    seen = torch.cat([seen.tril(-1), seen])  # probes read the state before their token, queries that after it
     of_erase = (reads @ (erase * raised).mT).masked_fill(~seen, 0.0)
     of_key = (reads @ (key * raised).mT).masked_fill(~seen, 0.0)
     system, read_erase = of_erase.split(chunk, -2)
@@ -371,9 +390,10 @@ def diagonal_delta_chunks(
 
 
 def states_before(key: Tensor, effective: Tensor, log_decay: Tensor, starts: Tensor) -> Tensor:
-    """The state before position starts[r] of each row: [R, H, d_k, d_v], from factors by one batched product.
+    """Return the state before position starts[r] of each row, [R, H, d_k, d_v], by one batched product; zero
+    at start 0.
 
-    key: [R, T, H, d_k], effective: [R, T, H, d_v], log_decay: [R, T, H] (scalar decays), starts: [R]; zero at start 0.
+    key [R, T, H, d_k], effective [R, T, H, d_v], log_decay [R, T, H] (scalar decays), starts [R].
     """
     total = log_decay.double().cumsum(1)  # in fp64, for differences of long sums follow
     last = (starts - 1).clamp(min=0)

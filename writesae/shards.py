@@ -1,15 +1,16 @@
 """Harvests that do not fit into memory: a cell's factors in shards on disk, and training from there.
 
-`harvest_shards` runs the host over a stream of windows and stores a fixed number of windows per file. A run that was
-killed and is started again continues at the first missing shard. A `ShardedHistory` reads windows when training asks for
-them. Batches are drawn by the same seeded shuffle of all windows as for a history in memory, so training gives the same
-SAE either way and continues from the same checkpoints.
+`harvest_shards` runs the host over a stream of windows and stores a fixed number of windows per file. A run
+that was killed and is started again continues at the first missing shard. A `ShardedHistory` reads windows
+when training asks for them. Batches are drawn by the same seeded shuffle of all windows as for a history in
+memory, so training gives the same SAE either way and continues from the same checkpoints.
 
     windows = (tokens for _, tokens in each_window(host.tokenizer, texts, 1024))
     harvest_shards(host, windows, [(9, 4)], folder, identity="0.8B")
     sae, record = train(ShardedHistory(folder, (9, 4), "state"), settings, checkpoint="run.safetensors")
 
-Memory holds one shard of all cells during the harvest; in training a batch, and ||X_t - mean||^2 of every token.
+Memory holds one shard of all cells during a harvest; in training a batch, and ||X_t - mean||^2 of every
+token.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SHARD_WINDOWS = 256
 
 
 def cell_folder(folder: Path | str, cell: Cell) -> Path:
-    """Return the folder of a cell's shards: a safetensors file each, and shards.json once all of them are written."""
+    """Return the folder of a cell's shards: safetensors files, and shards.json once all are written."""
     return Path(folder) / f"L{cell[0]}-H{cell[1]}"
 
 
@@ -49,11 +50,13 @@ def harvest_shards(
     shard_windows: int = SHARD_WINDOWS,
     batch: int = 16,
 ) -> int:
-    """Harvest the cells over windows of T token ids, which may be a stream, in one pass; return the number of shards.
+    """Harvest the cells over windows of T token ids, which may be a stream, in one pass; return the count of
+    shards.
 
-    identity: what identifies the host's weights and the code (plain values; a Path counts by the content of its file).
-    Shards from the same tokens and identity are kept, all others are replaced. Raises ValueError for no windows, windows
-    of several lengths, a cell that the host does not have, and values that are not finite.
+    identity: what identifies the host's weights and the code (plain values; a Path counts by its file's
+    content). Shards of the same tokens and identity are kept, all others are replaced. Raises ValueError for
+    no windows, windows of several lengths, a cell that the host does not have, and values that are not
+    finite.
     """
     base = json.dumps(identity, sort_keys=True, default=files._plain)
     places = {cell: cell_folder(folder, cell) for cell in cells}
@@ -77,7 +80,7 @@ def _shard(place: Path, number: int) -> Path:
 
 
 def _stacked(windows: Iterable[Iterable[int]], count: int) -> Iterator[Tensor]:
-    """Yield `count` windows at a time, [count, T] int64, and the rest. ValueError for windows of several lengths."""
+    """Yield `count` windows at a time, [count, T] int64, and the rest. ValueError for several lengths."""
     stream, length = iter(windows), None
     while part := [torch.as_tensor(window) for window in islice(stream, count)]:
         length = length or len(part[0])
@@ -91,7 +94,7 @@ def _store(host: Host, tokens: Tensor, paths: dict[Cell, Path], batch: int, expe
     factors = harvest(host, tokens, list(paths), batch, progress=False)
     for cell, path in paths.items():
         try:
-            factors[cell].history("state"), factors[cell].history("write")  # refuses values that are not finite
+            factors[cell].history("state"), factors[cell].history("write")  # refuses infinite values
         except ValueError as error:
             raise ValueError(f"Cell {cell}, shard {path.stem}: {error}") from error
         files.save_tensors(path, factors.pop(cell).tensors(), {"fingerprint": expected})
@@ -112,10 +115,12 @@ def _close(place: Path, count: int, host: str) -> None:
 
 
 class ShardedHistory:
-    """A cell's history on disk: windows are read when they are indexed. Training takes it in place of a History.
+    """A cell's history on disk, whose windows are read when they are indexed. Training takes it as it takes a
+    History.
 
-    target, write: as for `Factors.history`; limit: only the first windows. Raises ArtifactError where shards are missing
-    or damaged, ValueError for an unknown target, a write that was not harvested, and fewer windows than `limit`.
+    target, write: as for `Factors.history`; limit: only the first windows. Raises ArtifactError where shards
+    are missing or damaged; ValueError for an unknown target, a write that was not harvested, and a limit
+    above the number of windows.
     """
 
     def __init__(self, folder: Path | str, cell: Cell, target: str, write: str = "added", limit: int | None = None):
@@ -185,7 +190,8 @@ class ShardedHistory:
         return factors.history(self.target, self.write, self.origin)
 
     def _files(self, window: Tensor) -> Iterator[tuple[list[int], list[int], safe_open]]:
-        """Yield, per shard with some of the windows, their rows in it, their places in `window`, and the open file."""
+        """Yield each shard with some of the windows: their rows in it, their places in `window`, the open
+        file."""
         shard, row = window // self.per_shard, window % self.per_shard
         for number in shard.unique().tolist():
             places = (shard == number).nonzero().squeeze(-1)

@@ -1,21 +1,71 @@
-"""What a write does to a logit: the paper's formula, the same with exact transport, and the exact first-order form.
+"""The effect of a write on a logit: the paper's formula, the same with exact transport, and exact to first
+order.
 
 For a write x w^T at t0 and the logit of `token` at t (the paper's Sec. 2, Eq. 1, and App. A):
 
 - paper:      prod alpha . <x, q_t> . <W_O w, W_U[token]>, the direct path with the decay alone;
 - transport:  <x_t, q_t> . <W_O w, W_U[token]>, x_t moved by the host's own transition matrices;
-- exact:      x^T Gamma w, Gamma = sum_s (A_{t0+1}^T ... A_s^T q_s) r_s^T with r_s the gradient of the logit with respect
-              to the head's output at s: every path, one backward pass for all atoms and magnitudes.
+- exact:      x^T Gamma w, Gamma = sum_s (A_{t0+1}^T ... A_s^T q_s) r_s^T, where r_s is the gradient of the logit
+              by the head's output at s: every path, one backward pass for all atoms and magnitudes.
 
 Nothing is fitted in any of them.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from writesae.edit import Edit, head_change, run_of
 from writesae.hosts.base import Host, Run, check_places
 from writesae.recurrence import Factors
+from writesae.text import Windows
+
+PREDICTORS = ("exact", "transport", "paper")
+
+
+def predict_shift(
+    host: Host,
+    windows: Windows | Tensor,
+    edit: Edit,
+    token: int | Sequence[int] | Tensor,
+    *,
+    layer: int,
+    head: int,
+    steps: int,
+    by: str = "exact",
+) -> Tensor:
+    """Return the predicted change [R] of the logit of `token` at the last of the `steps` tokens of
+    `run_edited`.
+
+    token: one id, or one per row of the edit. by: "exact" (first order, every path), "transport" (the direct
+    path with the exact transition matrices) or "paper" (the direct path with the decay alone); nothing is
+    fitted. Raises ValueError for another predictor, tokens outside the vocabulary, and as `run_edited`.
+    """
+    if by not in PREDICTORS:
+        raise ValueError(f"There is no predictor {by!r}: choose one of {', '.join(PREDICTORS)}.")
+    run, edit = run_of(host, windows, edit, layer, head)
+    tokens, factors = torch.as_tensor(token), host.factors(run, layer, head)
+    tokens = tokens.expand(len(edit.rows)) if tokens.dim() == 0 else tokens
+    change, _ = head_change(factors, edit, steps)
+    if by == "exact":
+        gradient, _ = logit_gradient(host, run, layer, head, edit.rows, edit.starts, steps, tokens)
+        return (change * gradient).sum((1, 2))
+    last = change[:, -1] if by == "transport" else _read_by_decay(factors, edit, steps)
+    return (last * direct_path(host, layer, head, torch.eye(host.d_v), tokens).to(last)).sum(-1)
+
+
+def _read_by_decay(factors: Factors, edit: Edit, steps: int) -> Tensor:
+    """Return the head's change [R, d_v] at the last step, if terms only decayed until then."""
+    places = edit.starts[:, None] + torch.arange(steps)  # [R, steps]
+    log_decay, last = factors.log_decay[edit.rows[:, None], places], places[:, -1:]
+    after = places[:, None] > edit.positions[..., None]  # [R, r, steps]
+    decay = torch.einsum("rjs,rsk->rjk", after.to(log_decay), log_decay).exp()
+    seen = (edit.positions < last) | (edit.positions == last) & edit.reads_write[:, None]
+    read = (factors.query[edit.rows, last[:, 0]][:, None] * decay * edit.left).sum(-1) * seen
+    return (read[..., None] * edit.right).sum(1)
 
 
 def logit_gradient(
@@ -23,15 +73,16 @@ def logit_gradient(
     run: Run,
     layer: int,
     head: int,
-    rows: torch.Tensor,
-    starts: torch.Tensor,
+    rows: Tensor,
+    starts: Tensor,
     steps: int,
-    tokens: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient [R, steps, d_v] of each row's logit of tokens[r], at the last of `steps` positions from starts[r] on,
-    with respect to the head's output there; and the native logits [R, vocabulary] at that position.
+    tokens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient [R, steps, d_v] of each row's logit of tokens[r], at the last of `steps` positions
+    from starts[r] on, with respect to the head's output there; and the native logits [R, V] at that position.
 
-    Raises ValueError for tokens outside the vocabulary or not one a row, and for places as `Host.branch` does."""
+    Raises ValueError for tokens outside the vocabulary or not one per row, and for places as `Host.branch`.
+    """
     host.check_tokens(tokens)
     if tokens.shape != rows.shape:
         raise ValueError(f"Each row takes the logit of one token: {len(rows)} rows, tokens {list(tokens.shape)}.")
@@ -43,35 +94,35 @@ def logit_gradient(
     return torch.autograd.grad(chosen, change)[0], logits.detach()
 
 
-def gamma(factors: Factors, rows: torch.Tensor, starts: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Gamma [R, steps, d_k, d_v] at every position from starts[r] on: a write x w^T there shifts the logit by x^T Gamma w.
+def gamma(factors: Factors, rows: Tensor, starts: Tensor, gradient: Tensor) -> Tensor:
+    """Return Gamma [R, steps, d_k, d_v] at every position from starts[r] on: a write x w^T there shifts the
+    logit by x^T Gamma w, to first order.
 
-    This is read scope "write". For scope "cache" at t0 pass starts = t0 + 1 and use A_{t0+1}^T Gamma (`cache_gamma`).
+    The scope is "write". For "cache" at t0 pass starts = t0 + 1 and use A_{t0+1}^T Gamma (`cache_gamma`).
     Raises ValueError for places outside the run.
     """
-    steps, found = gradient.shape[1], []
+    steps, influence = gradient.shape[1], []
     check_places(rows, torch.stack([starts, starts + steps - 1]), factors.key)
     for step in reversed(range(steps)):
         now = factors.at(rows, starts + step)
-        here = now.query[:, :, None] * gradient[:, step, None, :]
-        if found:
-            here = here + factors.at(rows, starts + step + 1).transition_transposed(found[-1])
-        found.append(here)
-    return torch.stack(found[::-1], 1)
+        own = now.query[:, :, None] * gradient[:, step, None, :]
+        if influence:
+            own = own + factors.at(rows, starts + step + 1).transition_transposed(influence[-1])
+        influence.append(own)
+    return torch.stack(influence[::-1], 1)
 
 
-def cache_gamma(factors: Factors, rows: torch.Tensor, t0: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Gamma [R, d_k, d_v] of a write at t0 that only later tokens read. gradient: [R, steps, d_v] from t0 + 1 on."""
+def cache_gamma(factors: Factors, rows: Tensor, t0: Tensor, gradient: Tensor) -> Tensor:
+    """Return Gamma [R, d_k, d_v] of a write at t0 that only later tokens read; gradient: from t0 + 1 on."""
     after = gamma(factors, rows, t0 + 1, gradient)[:, 0]
     return factors.at(rows, t0 + 1).transition_transposed(after)
 
 
-def reads(
-    factors: Factors, rows: torch.Tensor, t0: torch.Tensor, steps: int, keys: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """How the query at t0 + steps reads a write at t0, for n key sides [n, d_k]: by decay alone, and exactly; both [R, n].
+def reads(factors: Factors, rows: Tensor, t0: Tensor, steps: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how the query at t0 + steps reads a write at t0 with n key sides [n, d_k]: by decay alone, and
+    exactly, [R, n].
 
-    Raises ValueError where t0 or t0 + steps lies outside the run.
+    Raises ValueError where t0 or t0 + steps is outside the run.
     """
     check_places(rows, torch.stack([t0, t0 + steps]), factors.key)
     moved = keys.expand(len(rows), -1, -1)
@@ -83,7 +134,8 @@ def reads(
     return (query * decay.exp()) @ keys.T, (moved @ query[:, :, None])[..., 0]
 
 
-def direct_path(host: Host, layer: int, head: int, values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """<W_O value, W_U[token]> for n value sides [n, d_v] and R tokens: [R, n]. ValueError for tokens outside the vocabulary."""
+def direct_path(host: Host, layer: int, head: int, values: Tensor, tokens: Tensor) -> Tensor:
+    """Return <W_O value, W_U[token]>, [R, n], for n value sides [n, d_v] and R tokens. ValueError for unknown
+    ones."""
     host.check_tokens(tokens)
     return host.unembedding()[tokens] @ host.output_projection(layer, head) @ values.T

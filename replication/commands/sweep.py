@@ -31,14 +31,14 @@ from replication.statistics import wilson
 from replication.study import paths as paths_module
 from replication.study import stages
 from replication.study.fingerprint import fingerprint
-from replication.study.firings import CONDITIONS_OF_SURVEYS, firings_of, measure_windows
+from replication.study.firings import CONDITIONS_OF_SURVEYS, firings_of
 from replication.study.lock import writing
 from replication.study.profile import Profile, Section, Target, load_profile
 from replication.study.study import Suite, threads
 from replication.study.training import VALIDATION_WINDOWS, SaeSpec, train_one
 from writesae.evaluate.cells import survey_cells
 from writesae.evaluate.firings import CellSAE, draw_in_rounds, encode_cell
-from writesae.evaluate.replacement import AMPLITUDES
+from writesae.evaluate.replacement import AMPLITUDES, measure_group
 from writesae.files import load_tensors, read_sidecar, save_tensors, up_to_date
 from writesae.harvesting import harvest
 from writesae.recurrence import Factors
@@ -312,8 +312,7 @@ def replacement_scores(sweep: Sweep, tests: dict[Point, tuple]) -> dict[Point, d
     rows = profile.section("replacement", first.host).batch_rows
     options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), batch_rows=rows)
     groups = range(0, len(windows), size)
-    given = dict(host=host, windows=windows, drawn=drawn, size=size, seed=profile.seed, options=options)
-    tables = [measure_windows(start, **given) for start in groups]
+    tables = [measure_group(host, windows, drawn, start, size, profile.seed, **options) for start in groups]
     table = pd.concat(tables)
     return {point: _shares(table[table.point == str(point)]) for point in tests} if len(table) else {}
 

@@ -39,13 +39,14 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return results install.csv (a row per trial) and install_dose.csv (per prompt, position, target and direction)."""
+    """Return results install.csv (a row per trial) and install_dose.csv (per prompt, position, target and
+    direction)."""
     tables = ("install", "install_dose")
     return tuple(suite.gather(x, [_stage(suite, name, x) for name in suite.profile.hosts]) for x in tables)
 
 
 def _stage(suite: Suite, name: str, table: str) -> pd.DataFrame:
-    """Return one of the two tables of a host, a group of trials for each distance from the end of the prompt."""
+    """Return one of a host's two tables, a group of trials per distance from the end of the prompt."""
     profile, settings = suite.profile, suite.profile.section("install", name)
     host, cell = suite.host(name), suite.cell(name, settings.place)
     prompts = passage_prompts(suite, name, settings.prompts, settings.prompt_tokens)

@@ -60,7 +60,8 @@ def by_rank(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def run(suite: Suite) -> pd.DataFrame:
-    """Return every (prompt, atom, eps, rank) of each host's cell, with the fitted predictor (tens of MB: in build/ only)."""
+    """Return every (prompt, atom, eps, rank) of each host's cell, with the fitted predictor (tens of MB: in
+    build/ only)."""
     points = pd.concat([measure(suite, name) for name in suite.profile.hosts], ignore_index=True)
     return points.assign(paper_fitted=fit_paper_scalar(points))
 

@@ -1,20 +1,22 @@
 """The multiverse of the replacement test, every head of a layer, every seed, and where the atom fails.
 
-**Multiverse.** The paper (Sec. 2, 3.2, App. F.1, J) leaves these choices open, or says two things about them. A universe
-is one level of each; the first level is this repository's default.
+**Multiverse.** The paper (Sec. 2, 3.2, App. F.1, J) leaves these choices open, or says two things about them.
+A universe is one level of each; the first level is this repository's default.
 
-| choice       | levels                                                                                                |
-|--------------|-------------------------------------------------------------------------------------------------------|
-| target       | what the SAE is trained on: state, write                                                               |
-| write        | the native write: added (beta k v^T), effective (the state's whole change, S_t - alpha_t S_{t-1})      |
-| pooling      | rounds: one firing of every alive atom, then a second; most_firing: the atoms that fire most (Fig. 14) |
-| amplitude    | coefficient: the atom's own; matched_norm: the native write's. Every control has the atom's norm       |
-| reading      | who reads the edit (edit.SCOPES), and the KL at the writing position, the next token, the mean of H    |
-| kl_direction | KL(native, patched), KL(patched, native)                                                               |
-| control      | what the atom has to beat: delete, another alive atom, a fresh rank-1 matrix, the mean write, another write |
+| choice       | levels                                                                                |
+|--------------|---------------------------------------------------------------------------------------|
+| target       | what the SAE is trained on: state, write                                              |
+| write        | the native write: added (beta k v^T), effective (S_t - alpha_t S_{t-1})               |
+| pooling      | rounds: one firing of every alive atom, then a second; most_firing: as in Fig. 14     |
+| amplitude    | coefficient: the atom's; matched_norm: the native write's; so has every control       |
+| reading      | who reads the edit (edit.SCOPES); KL at the writing position, the next, the mean of H |
+| kl_direction | KL(native, patched), KL(patched, native)                                              |
+| control      | what the atom is compared with: delete, another alive atom, a fresh rank-1 matrix,    |
+|              | the mean write, another write                                                         |
 
-Where only later tokens read the edit, the KL at the writing position is exactly 0: no universe. Effective writes are not
-of rank 1 on RWKV-7 and are the added ones on Mamba-2, so that this choice is open on Gated DeltaNet only.
+Where only later tokens read the edit, the KL at the writing position is exactly 0: no universe. Effective
+writes are not of rank 1 on RWKV-7 and are the added ones on Mamba-2, so that this choice is open on Gated
+DeltaNet only.
 
 **Heads** (App. F.1, Table 12), **seeds** and **failures** (Fig. 14) use the runs of `replacement`.
 """
@@ -71,7 +73,8 @@ def both_ways(native: torch.Tensor, patched: torch.Tensor) -> torch.Tensor:
 
 
 def fresh(seed: int, places: Places, d_k: int, d_v: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return random rank-1 terms of unit norm, [n, 1, d_k] and [n, 1, d_v], that depend on the seed and the firing only."""
+    """Return random rank-1 terms of unit norm, [n, 1, d_k] and [n, 1, d_v], which depend on seed and firing
+    only."""
     drawn = places.draw(seed, lambda generator: torch.randn(d_k + d_v, generator=generator, dtype=torch.float64))
     return rank_one(*drawn.float().split([d_k, d_v], -1))
 
@@ -87,9 +90,10 @@ def measure(
     horizon: int,
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Return one row per (firing, read scope, amplitude); columns CONDITION.HORIZON.DIRECTION hold divergences in nats.
+    """Return one row per (firing, read scope, amplitude): divergences in nats, in columns
+    CONDITION.HORIZON.DIRECTION.
 
-    places: where the firings are in the run, which has `horizon` further tokens after each.
+    places: where the firings are in the run, with `horizon` further tokens after each.
     """
     size = max(1, batch_rows // ROWS)
     parts = [slice(i, i + size) for i in range(0, len(firings), size)]
@@ -125,8 +129,8 @@ def _measure(host, run, cell_sae, firings, places, seed, horizon) -> pd.DataFram
 
 
 def _changes(factors, cell_sae, places, seed, steps) -> tuple[torch.Tensor, list]:
-    """Return the head's change under every edit, [n, scopes, conditions, steps, d_v], and (amplitude, name) of each
-    condition.
+    """Return the head's change under every edit, [n, scopes, conditions, steps, d_v], and the conditions'
+    (amplitude, name).
 
     A change is linear in what is put in: each is computed once, at unit norm, and then scaled.
     """
@@ -151,15 +155,15 @@ def _changes(factors, cell_sae, places, seed, steps) -> tuple[torch.Tensor, list
 
 
 def most_firing(firings: pd.DataFrame, atoms: int, count: int, seed: int) -> pd.DataFrame:
-    """`count` firings of the `atoms` atoms that fire most, at most MOST of each. ValueError where there are fewer."""
+    """Return `count` firings of the `atoms` most-firing atoms, at most MOST of each. ValueError for fewer."""
     most = firings.atom.value_counts().index[:atoms]
     shuffled = firings[firings.atom.isin(most)].sample(frac=1.0, random_state=seed)
     return draw_in_rounds(shuffled.groupby("atom").head(MOST), count, seed)
 
 
 def draws(suite: Suite, name: str, settings) -> list[tuple[CellSAE, pd.DataFrame]]:
-    """Return (SAE, firings with place and pooling) for every cell, target and definition of a host, before any outcome
-    is measured. settings.firings are shared equally among the host's cells."""
+    """Return (SAE, firings with place and pooling) for every cell, target and definition of a host, before
+    any outcome is measured. settings.firings are shared equally among the host's cells."""
     profile, windows = suite.profile, suite.windows(name, "heldout")[slice(0, settings.windows)]
     places = {suite.cell(name, place): place for place in profile.hosts[name].cells}
     factors = harvest(suite.host(name), windows.tokens, list(places), profile.data.batch_windows, progress=False)
@@ -186,7 +190,8 @@ def _sae(suite: Suite, name: str, cell, target: str, write: str):
 
 
 def firings_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
-    """Return a host's firings under every condition (`measure`), with `place` and `pooling`; kept in build/."""
+    """Return a host's firings under every condition (`measure`), with `place` and `pooling`; kept in
+    build/."""
     windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
     options = dict(horizon=settings.horizon, batch_rows=settings.batch_rows)
     drawn = draws(suite, name, settings)
@@ -266,7 +271,7 @@ def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -
         of_host, win = lines[lines.host == host], (part.gain > 0).to_numpy(dtype=float)
         levels = {c: [x for x in possible if (of_host[c] == x).any()] for c, possible in CHOICES.items()}
         levels = {choice: several for choice, several in levels.items() if len(several) > 1}
-        sae = part.target + part.write.where(part.target == "write", "")  # states have one SAE for both definitions
+        sae = part.target + part.write.where(part.target == "write", "")  # one SAE of states for both writes
         atoms, passages = (np.unique(x, return_inverse=True)[1] for x in (atom_names(part) + sae, part.passage))
         fitted = _fit(win, part, levels, (atoms, passages))
         for choice, several in levels.items():

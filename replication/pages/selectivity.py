@@ -48,8 +48,9 @@ def compare(
     tops: list[int],
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Return one row per firing and placement: kl_delete, kl_atom, kl_random, kl_orthogonal, and where the direction is
-    added to the native write overlap_CONTROL_K for each K of `tops`. places: where the firings are in the run."""
+    """Return one row per firing and placement: kl_delete, kl_atom, kl_random, kl_orthogonal; where the
+    direction is added beside the native write also overlap_CONTROL_K for each K of `tops`. places: where the
+    firings are in the run."""
     size = max(1, batch_rows // (1 + len(PLACEMENTS) * (1 + len(CONTROLS))))
     parts = [slice(i, i + size) for i in range(0, len(firings), size)]
     tables = [_compare(host, run, cell_sae, firings.iloc[x], places.at(x), seed, tops) for x in parts]

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pandas as pd
 
 from replication.study.study import Suite
-from writesae.evaluate.firings import CellSAE, Places, all_firings, encode_cell
-from writesae.evaluate.replacement import STEPS, replace
+from writesae.evaluate.firings import CellSAE, all_firings, encode_cell
+from writesae.evaluate.replacement import STEPS, measure_group, replace
 from writesae.harvesting import Cell, harvest
 from writesae.hosts.base import Host
 from writesae.text import Windows
 
-CONDITIONS_OF_SURVEYS = (
-    "delete",
-    "atom",
-    "random",
-    "mean_write",
-)  # of the replacement test, where many SAEs are tested
+CONDITIONS_OF_SURVEYS = ("delete", "atom", "random", "mean_write")  # where the replacement test has many SAEs
 
 
 def encoded_saes(suite: Suite, host_name: str, cells: Iterable[Cell], role: str, windows: Windows) -> list[CellSAE]:
@@ -44,27 +38,6 @@ def firings_of(suite: Suite, cell_sae: CellSAE, windows: Windows) -> pd.DataFram
     return all_firings(cell_sae, windows.passage, first, last)
 
 
-def measure_windows(
-    start: int,
-    host: Host,
-    windows: Windows,
-    drawn: list[tuple[CellSAE, pd.DataFrame]],
-    size: int,
-    seed: int,
-    measure: Callable[..., pd.DataFrame] = replace,
-    options: Mapping = MappingProxyType({}),
-) -> pd.DataFrame:
-    """Return `measure` of the drawn firings in `size` windows from `start` on; one native run serves all of them."""
-    tables, run = [], None
-    for cell_sae, firings in drawn:
-        part = firings[(firings.window >= start) & (firings.window < start + size)]
-        if len(part):
-            run = run or host.run(windows[slice(start, start + size)].tokens)
-            places = Places.of(part, part.window.to_numpy() - start)
-            tables.append(measure(host, run, cell_sae, part, places, seed, **options))
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"host": []})
-
-
 def run_firings(
     study: Suite,
     host_name: str,
@@ -74,14 +47,19 @@ def run_firings(
     measure: Callable[..., pd.DataFrame] = replace,
     **options,
 ) -> pd.DataFrame:
-    """Return the host's part of the table NAME: `measure` of every drawn firing, one group of windows after another.
+    """Return the host's part of the table NAME: `measure` of every drawn firing, window group by window
+    group.
 
     drawn: made before any outcome is measured.
     """
     size = study.profile.data.batch_windows
     given = dict(host=study.host(host_name), windows=windows, drawn=drawn, size=size, seed=study.profile.seed)
     groups = range(0, len(windows), size)
-    return study.stage(name, host_name, groups, measure_windows, **given, measure=measure, options=options)
+    return study.stage(name, host_name, groups, _measure, **given, measure=measure, options=options)
+
+
+def _measure(start: int, host: Host, windows, drawn, size: int, seed: int, measure, options: dict) -> pd.DataFrame:
+    return measure_group(host, windows, drawn, start, size, seed, measure, **options)
 
 
 def firing_windows(suite: Suite, host_name: str) -> Windows:
@@ -90,13 +68,14 @@ def firing_windows(suite: Suite, host_name: str) -> Windows:
 
 
 def passage_prompts(suite: Suite, host_name: str, count: int, tokens: int) -> Windows:
-    """Return the beginnings of `count` held-out passages, drawn at random. ValueError for fewer, or shorter, passages."""
+    """Return the beginnings of `count` random held-out passages. ValueError for fewer, or shorter,
+    passages."""
     windows = suite.windows(host_name, "heldout")
     first = np.unique(windows.passage.numpy(), return_index=True)[1]
     if len(first) < count:
         raise ValueError(
-            f"{count} prompts are asked for and the held-out windows are of {len(first)} passages: ask for fewer prompts, "
-            "or raise data.heldout_windows in the profile."
+            f"{count} prompts are asked for and the held-out windows are of {len(first)} passages: ask for fewer "
+            "prompts, or raise data.heldout_windows in the profile."
         )
     picked = np.sort(np.random.default_rng(suite.profile.seed).choice(first, count, replace=False))
     return windows[picked].beginnings(tokens)

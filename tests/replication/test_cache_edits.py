@@ -1,4 +1,5 @@
-"""The cache edits against slow loops: whole runs over longer texts, states really changed, edits one by one."""
+"""The cache edits against slow loops: whole runs over longer texts, states really changed, edits one by
+one."""
 
 import copy
 from dataclasses import make_dataclass
@@ -171,7 +172,8 @@ def single_table(site, magnitude, horizon=2):
 
 
 def test_a_small_write_does_what_the_exact_form_says(site):
-    """So small that the host is linear: sign and size of every shift, in both directions, and gamma raises every target."""
+    """So small that the host is linear: sign and size of every shift, in both directions, and gamma raises
+    every target."""
     table = single_table(in_double(site), 0.005)
     clear = table[table.measured.abs() > 1e-6]
     assert len(clear) >= 10
@@ -238,7 +240,8 @@ def test_nothing_amplified_is_greedy_decoding(host, tokens):
 
 
 def overheard(monkeypatch, prompt, plan, count):
-    """Greedy continuations [R, count], the logits [R, count, V] that they were chosen by, and the amounts written."""
+    """Greedy continuations [R, count], the logits [R, count, V] that they were chosen by, and the amounts
+    written."""
     heard, choose = [], newlines.choose
     monkeypatch.setattr(newlines, "choose", lambda logits, *more: choose(heard.append(logits) or logits, *more))
     made, amounts = newlines.generate_amplified(prompt, plan, count)
@@ -414,7 +417,8 @@ def test_the_top_reader_is_chosen_on_one_half_and_measured_on_the_other():
 
 
 def stepped_output(factors, row, put_in):
-    """Outputs [T, d_v] of one window by the plain loop, with the matrices put_in {position: [d_k, d_v]} for native writes."""
+    """Outputs [T, d_v] of one window by the plain loop, with the matrices put_in {position: [d_k, d_v]} for
+    native writes."""
     one, state, outputs = factors.at(slice(row, row + 1)), 0, []
     for t in range(one.key.shape[1]):
         now = one.at(0, t)

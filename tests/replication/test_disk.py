@@ -173,6 +173,10 @@ def test_a_run_asks_in_another_process(tmp_path, monkeypatch, capsys):
 # A GPU that is too small.
 
 
+def _harvested(group, host, tokens):
+    return pd.DataFrame(harvest(host, tokens, [(1, 0)], batch=2, progress=False))
+
+
 def test_a_stage_that_runs_out_of_memory_says_which_setting_to_lower(gated_deltanet, tokens, monkeypatch):
     made = SmallSuite(load_profile("smoke"), gated_deltanet, tokens)
 
@@ -181,9 +185,6 @@ def test_a_stage_that_runs_out_of_memory_says_which_setting_to_lower(gated_delta
 
     monkeypatch.setattr(gated_deltanet, "run", too_much)
 
-    def compute(group):
-        return pd.DataFrame(harvest(gated_deltanet, tokens, [(1, 0)], batch=2, progress=False))
-
     with pytest.raises(MemoryError, match=r"GPU's memory is too small: in the profile, lower data\.batch_windows") as e:
-        made.staged("table", "gated_deltanet", [0, 1], compute, ["writesae.edit"], {})
+        made.stage("table", "gated_deltanet", [0, 1], _harvested, host=gated_deltanet, tokens=tokens)
     assert isinstance(e.value.__cause__, torch.OutOfMemoryError)

@@ -34,7 +34,7 @@ def test_the_guide_names_code_that_is_there():
         (load, ("FAMILIES",)),
         (load.adapter("mamba2"), ("model_classes", "decay_parameters", "build", "before_training")),
         (base, ("Host",)),
-        (Suite, ("staged", "gather", "write")),
+        (Suite, ("stage", "gather", "write")),
         (measures, ("summary",)),
     ):
         for name in names:

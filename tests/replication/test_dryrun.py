@@ -67,7 +67,7 @@ def test_a_cell_is_a_head_or_a_rule():
     chosen = choose_cells(survey, HostSection(path="x", cells=rules)).set_index("place")
     assert chosen["head"].to_dict() == dict(early=2, late=1)
     assert np.isnan(chosen.rule_sigma_ratio["early"])
-    with pytest.raises(ValueError, match="head 7 is not there: layer 1 has heads 0 to 2"):
+    with pytest.raises(ValueError, match="head 7 does not exist: layer 1 has heads 0 to 2"):
         choose_cells(survey, HostSection(path="x", cells=dict(early=dict(layer=1, head=7))))
 
 

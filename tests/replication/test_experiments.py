@@ -166,7 +166,8 @@ def test_summary_counts_wins(single, tokens, cell_sae):
 
 
 def test_the_trend_over_cells_is_of_ranks():
-    """Four cells of one host: the longer the half-life the lower the win rate, and sigma1/sigma2 has no order."""
+    """Four cells of one host: the longer the half-life the lower the win rate, and sigma1/sigma2 has no
+    order."""
     wins, half_lives, ratios = [4, 3, 2, 0], [0.5, 2.0, 8.0, 300.0], [3.0, 1.5, 2.0, 1.2]
     firings = pd.DataFrame(
         dict(host="h", layer=0, head=head, target="state", amplitude="coefficient", kl_delete=1.0, kl_random=2.0)
@@ -261,7 +262,8 @@ def test_targets_have_the_ranks_of_their_class(trial):
 
 
 def test_gamma_is_the_best_of_all_unit_writes_to_first_order(single, trial):
-    """A small real write along gamma's direction lifts the target's logit more than the paper's or random ones."""
+    """A small real write along gamma's direction lifts the target's logit more than the paper's or random
+    ones."""
     lifts = {}
     native = single.logits(trial.run.final[:, -1])[trial.prompt].gather(-1, trial.target[:, None])
     small = torch.full((len(trial.prompt),), 0.02)

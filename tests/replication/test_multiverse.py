@@ -108,7 +108,8 @@ def test_every_column_is_a_run_of_that_edit(small, tokens, target, write):
 
 
 def test_what_nobody_has_read_changes_nothing(single, tokens):
-    """Through the cache only, the KL at the writing position is exactly 0; for the token that writes it is not."""
+    """Through the cache only, the KL at the writing position is exactly 0; for the token that writes it is
+    not."""
     cell_sae = cell_sae_of(single, tokens, "write", "added")
     table = multiverse.measure(single, single.run(tokens), cell_sae, *some_firings(cell_sae), 3, HORIZON)
     writing = table.filter(like=".writing.")
@@ -225,7 +226,8 @@ def test_one_bootstrap_for_all_columns():
 
 
 def with_effects(**probabilities):
-    """Universes whose firings are won by a rule: `probabilities` gives each (choice, level)'s share, added up."""
+    """Universes whose firings are won by a rule: `probabilities` gives each (choice, level)'s share, added
+    up."""
     won = multiverse.gains(a_table(firings=20))
     share = sum((won[choice] == level) * p for (choice, level), p in probabilities["of"].items())
     order = won.groupby(["host", *multiverse.CHOICES]).cumcount()
@@ -321,7 +323,8 @@ def test_failures_by_hand():
 
 
 def test_tests_by_hand():
-    """Eight atoms of one firing each, six of them won: exact permutations, Cliff's delta by counting pairs."""
+    """Eight atoms of one firing each, six of them won: exact permutations, Cliff's delta by counting
+    pairs."""
     delete = np.array([1.0, 2, 3, 4, 5, 6, 7, 8])
     atom = delete * np.exp([0.1, 0.2, -1, -1, -1, -1, -1, -1])
     row = heads_and_seeds.tests(replaced(atom, delete), permutations=10_000, resamples=40, seed=0).iloc[0]

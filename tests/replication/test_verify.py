@@ -137,6 +137,7 @@ def test_a_verdict_that_turned_and_another_origin_are_told(folders):
     _write(folders[1], scorecard=SCORES.assign(status=["same direction", "opposite"]))
     beside = folders[1] / "rates.csv.json"
     record = json.loads(beside.read_text())
+    del record["seal"]
     record["versions"]["torch"] = "9.9"
     beside.write_text(json.dumps(record | {"device": "H200"}))
     report = verify.verify(*folders, TOLERANCES)
@@ -179,7 +180,9 @@ STAGE = """
     profile = load_profile("smoke")
     profile = profile.model_copy(update=dict(hosts={"gated_deltanet": profile.hosts["gated_deltanet"]}))
     tokens = torch.randint(0, 300, (16, 64), generator=torch.Generator().manual_seed(1))
-    suite = SmallSuite(profile, small("gated_deltanet"), tokens)
+    host = small("gated_deltanet")
+    host.name = "gated_deltanet"
+    suite = SmallSuite(profile, host, tokens)
     suite.host_path = lambda name: "small"
     hosts.heldout_losses(suite)
     hosts.survey(suite)

@@ -1,4 +1,5 @@
-"""Edits against the library's own model run with its recurrence operator replaced, and against finite perturbations."""
+"""Edits against the library's own model run with its recurrence operator replaced, and against finite
+perturbations."""
 
 import types
 
@@ -13,8 +14,8 @@ LAYER, HEAD = 1, 2
 
 
 def model_with_edit(host, tokens, position, delta, scope):
-    """Logits of the library's model whose recurrence, in one layer, steps token by token and adds delta [d_k, d_v] to
-    one head's state at `position`: an independent edited run, through the library's forward."""
+    """Logits of the library's model whose recurrence, in one layer, steps token by token and adds delta [d_k,
+    d_v] to one head's state at `position`: an independent edited run, through the library's forward."""
     mixer = host.blocks[LAYER].linear_attn
 
     def stepped(query, key, value, g, beta, **_):
@@ -128,7 +129,8 @@ def test_rows_have_their_own_position_and_scope(host, run):
 
 @pytest.mark.parametrize("position", [59, 50])
 def test_generation_goes_on_from_the_edited_state(host, tokens, position):
-    """Against the whole edited run over prompt and continuation, token by token; position 59 is the prompt's last."""
+    """Against the whole edited run over prompt and continuation, token by token; position 59 is the prompt's
+    last."""
     prompt = tokens[:, :60]
     run = host.run(prompt)
     left, right = torch.randn(3, 1, host.d_k).double(), 20 * torch.randn(3, 1, host.d_v).double()

@@ -1,4 +1,5 @@
-"""writesae.history against the plain recurrence, in fp64 unless the point is fp32; d_k != d_v, T not in CHUNKs."""
+"""writesae.history against the plain recurrence, in fp64 unless the point is fp32; d_k != d_v, T not in
+CHUNKs."""
 
 from dataclasses import replace
 
@@ -120,7 +121,8 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def vector_history(strength: float = 0.3) -> tuple[Factors, VectorHistory]:
-    """A history from a real recurrence with erase, so that `taken` is what the erase takes out of the state."""
+    """A history from a real recurrence with erase, so that `taken` is what the erase takes out of the
+    state."""
     generator = torch.Generator().manual_seed(4)
     query, key, erase, probe = (torch.randn(3, TOKENS, 5, generator=generator).double() / 3 for _ in range(4))
     added = torch.randn(3, TOKENS, 7, generator=generator).double()
@@ -169,7 +171,8 @@ def test_vector_decays_of_wrong_shape_are_refused():
 
 
 def test_an_sae_of_vector_decays_trains_on_the_states_themselves():
-    """The factored trainer is not for these; training on the rebuilt states is the dense loss, to the last step."""
+    """The factored trainer is not for these; training on the rebuilt states is the dense loss, to the last
+    step."""
     factors, history = vector_history()
     settings = TrainingSettings(n_atoms=12, k=3, tokens=TOKENS * 6, batch_windows=1, lr=3e-3, final_lr=3e-4)
     sae, record = train(history, settings, progress=False, validation=history)

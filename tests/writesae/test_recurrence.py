@@ -1,4 +1,5 @@
-"""The chunked recurrence and the rebuilt states against the step loop and against the library's own operator."""
+"""The chunked recurrence and the rebuilt states against the step loop and against the library's own
+operator."""
 
 import pytest
 import torch
@@ -62,8 +63,8 @@ def test_chunks_are_the_librarys_operator():
 
 
 def test_a_wrong_erase_shows():
-    """The published script's S k in place of S^T k: with d_k != d_v it cannot even be written; with a transposed
-    state the answer is far off. This is the mistake that equal sides hide."""
+    """The published script's S k in place of S^T k: with d_k != d_v it cannot even be written; with a
+    transposed state the answer is far off. This is the mistake that equal sides hide."""
     parts = cell(d_k=8, d_v=8)
     factors = as_factors(*parts)
     right = step_states(factors)[:, -1]

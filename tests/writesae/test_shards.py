@@ -1,4 +1,5 @@
-"""Shards: what is on disk trains the SAE that the same harvest in memory trains, and memory does not grow with it."""
+"""Shards: what is on disk trains the SAE that the same harvest in memory trains, and memory does not grow
+with it."""
 
 import json
 import subprocess

@@ -19,8 +19,8 @@ def atoms(host, count=5):
 
 
 def measured(host, run, key, value, token, size, scope):
-    """Shifts [R, n] of the logit of token[r] at T0 + STEPS, from edited runs, by a central difference of +-size
-    (large enough for the fp32 inside the library's norms)."""
+    """Shifts [R, n] of the logit of token[r] at T0 + STEPS, from edited runs, by a central difference of
+    +-size (large enough for the fp32 inside the library's norms)."""
     n = len(key)
     shifts = []
     for sign in (size, -size):

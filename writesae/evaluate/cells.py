@@ -1,4 +1,4 @@
-"""What the cells of a host are like: memory, spectrum, rank of their writes; and which cells a profile's rule picks."""
+"""What the cells of a host are like: memory, spectrum, and rank of their writes."""
 
 from __future__ import annotations
 
@@ -16,21 +16,25 @@ RANK_TOLERANCE = 1e-5  # singular values below this share of the largest count a
 
 
 def numerical_rank(matrices: torch.Tensor) -> int:
-    """The largest number of singular values above RANK_TOLERANCE of the largest, over [M, d_k, d_v] matrices."""
+    """Return the largest number of singular values above RANK_TOLERANCE of the largest, over [M, d_k,
+    d_v]."""
     values = torch.linalg.svdvals(matrices)
     return int((values > RANK_TOLERANCE * values[:, :1]).sum(1).max())
 
 
 @torch.no_grad()
 def survey_cells(host: Host, run: Run, first_position: int, layers: Iterable[int] | None = None) -> pd.DataFrame:
-    """One row a cell (of these layers) over a native run: median half-life in tokens (ln 2 / -log alpha over all tokens),
-    the median over positions of sigma1/sigma2 of its states, and the rank of its added and effective writes, measured on
-    states from a step loop in fp64 (differences of states, not the factors multiplied out)."""
+    """Return one row per cell (of these layers) over a native run.
+
+    Columns: the median half-life in tokens (ln 2 / -log alpha over all tokens); the median over positions of
+    sigma1/sigma2 of its states; the ranks of its added and effective writes, measured on states from a step
+    loop in fp64 (differences of states, not the factors multiplied out).
+    """
     rows, layers = [], host.recurrent_layers if layers is None else tuple(layers)
     for layer, head in (cell for cell in host.cells if cell[0] in layers):
         f = host.factors(run, layer, head)
         half_life = (math.log(2) / f.log_decay.float().abs()).median()  # infinite without a decay
-        few = type(f)(**{name: None if x is None else x[:4].double() for name, x in vars(f).items()})
+        few = f.at(slice(4)).map(torch.Tensor.double)
         states = step_states(few)[:, first_position - 1 :: EVERY]
         sigma = torch.linalg.svdvals(states.flatten(0, 1))
         added, effective = write_ranks(few)
@@ -50,8 +54,8 @@ def survey_cells(host: Host, run: Run, first_position: int, layers: Iterable[int
 
 
 def write_ranks(factors) -> tuple[int, int]:
-    """Ranks of S_t - A_t S_{t-1} (added) and S_t - diag(decay_t) S_{t-1} (effective), from the states of the first window,
-    at every EVERYth token."""
+    """Return the ranks of S_t - A_t S_{t-1} (added) and S_t - diag(decay_t) S_{t-1} (effective), from the
+    states of the first window, at every EVERYth token."""
     one = factors.at(slice(0, 1))
     states = step_states(one)[0]
     before, after, now = states[:-1:EVERY], states[1::EVERY], one.at(0, slice(1, None, EVERY))

@@ -1,7 +1,8 @@
-"""Firings: where an SAE's atoms fire on text that it was not trained on, and seeded rules that draw some of them.
+"""Firings: where an SAE's atoms fire on text that it was not trained on, and seeded rules that draw some
+firings.
 
-A firing is (window, position, atom, coefficient): the atom with the largest coefficient at that position. Rules draw
-firings before any outcome is measured.
+A firing is (window, position, atom, coefficient): the atom with the largest coefficient at that position. The
+rules draw firings before any outcome is measured.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from writesae.history import History
 from writesae.recurrence import Factors
 from writesae.sae.model import SAE
 from writesae.sae.sparsity import Active
+from writesae.text import Windows
 
 
 @dataclass
 class CellSAE:
     """An SAE of a cell, and what it does on some windows.
 
-    target, write: what it is trained on. indices, coefficients [N, T, slots]: its active atoms. writes: the native
-    writes. mean_write [d_k, d_v]: their mean. alive: the atoms that are active anywhere, ascending. flat, states: a flat
-    SAE of the cell and the states that it encodes, where the replacement test compares with one.
+    target, write: what it is trained on. indices, coefficients [N, T, slots]: its active atoms. writes: the
+    native writes; mean_write [d_k, d_v]: their mean. alive: the atoms that are active anywhere, ascending.
+    flat, states: a flat SAE of the cell and the states that it encodes, for the flat_svd condition of the
+    replacement test.
     """
 
     layer: int
@@ -56,13 +59,16 @@ def encode_cell(cell: tuple[int, int], target: str, write: str, sae: SAE, factor
 
 @torch.no_grad()
 def encode(sae: SAE, history: History, batch: int = 16) -> Active:
-    """Return the active atoms at every position, indices and coefficients [N, T, slots], `batch` windows at a time."""
+    """Return the active atoms at every position, [N, T, slots], `batch` windows at a time."""
     parts = [sae.encode_history(history[rows]) for rows in torch.arange(len(history.key)).split(batch)]
     return Active(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def all_firings(active: Active | CellSAE, passage: Tensor, first: int, last: int) -> pd.DataFrame:
-    """Return every firing at positions first <= t < last: window, passage (passage [N]), position, atom, coefficient."""
+    """Return every firing at positions first <= t < last: window, passage, position, atom, coefficient.
+
+    passage [N]: the number of the passage of each window.
+    """
     coefficient, slot = active.coefficients[:, first:last].max(-1)
     atom = active.indices[:, first:last].gather(-1, slot[..., None])[..., 0]
     window, position = torch.meshgrid(torch.arange(len(atom)), torch.arange(first, last), indexing="ij")
@@ -78,8 +84,45 @@ def all_firings(active: Active | CellSAE, passage: Tensor, first: int, last: int
     return frame[frame.coefficient > 0].reset_index(drop=True)
 
 
+def find_firings(
+    sae: SAE,
+    cell: Factors,
+    windows: Windows,
+    *,
+    target: str | None = None,
+    write: str | None = None,
+    first: int = 0,
+    last: int | None = None,
+) -> pd.DataFrame:
+    """Return every firing of an SAE on a harvested cell: window, passage, position, atom, coefficient (in raw
+    units).
+
+    cell: harvested over these windows. first, last: only positions first <= t < last. target, write: what the
+    SAE is trained on; an SAE that was trained on the history of a harvest knows it. Raises ValueError where
+    it is not known, and for an SAE of another cell or other windows.
+    """
+    if len(windows) != len(cell.key):
+        raise ValueError(f"The cell was harvested over {len(cell.key)} windows, and these are {len(windows)}.")
+    config, origin = getattr(sae, "config", None), cell.origin
+    if config and origin and config.layer is not None and (config.layer, config.head) != (origin.layer, origin.head):
+        trained, harvested = (config.layer, config.head), (origin.layer, origin.head)
+        raise ValueError(f"The SAE is of the cell (layer, head) {trained}, and the harvest is of {harvested}.")
+    active = encode(sae, cell.history(*trained_on(sae, target, write)))
+    return all_firings(active, windows.passage, first, cell.key.shape[1] if last is None else last)
+
+
+def trained_on(sae: SAE, target: str | None, write: str | None) -> tuple[str, str]:
+    """Return what an SAE is trained on: the target and write given, else those of its config. ValueError for
+    none."""
+    config = getattr(sae, "config", None)
+    target, write = target or getattr(config, "target", None), write or getattr(config, "write", None)
+    if target is None or write is None:
+        raise ValueError("This SAE does not say what it was trained on: pass target (state or write) and write.")
+    return target, write
+
+
 class Places(NamedTuple):
-    """n firings as tensors [n]: row (of the window within a run), position, atom, coefficient (fp64), window."""
+    """n firings as tensors [n]: row (of the window in a run), position, atom, coefficient (fp64), window."""
 
     row: Tensor
     position: Tensor
@@ -99,7 +142,8 @@ class Places(NamedTuple):
         return Places(*(x[index] for x in self))
 
     def draw(self, seed: int, one: Callable[[torch.Generator], Tensor]) -> Tensor:
-        """Return [n, ...]: what `one` draws for each place, from a generator seeded by (seed, window, position) alone."""
+        """Return what `one` draws for each place, [n, ...], from a generator seeded by (seed, window,
+        position)."""
         drawn = []
         for window, position in zip(self.window.tolist(), self.position.tolist(), strict=True):
             drawn.append(one(torch.Generator().manual_seed((seed * 1_000_003 + window) * 4_099 + position)))
@@ -107,7 +151,8 @@ class Places(NamedTuple):
 
 
 def draw_in_rounds(firings: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    """Return `count` firings spread over the atoms: a random one of every atom, then a second of every atom, and so on.
+    """Return `count` firings spread over the atoms: a random one of every atom, then a second of each, and so
+    on.
 
     Raises ValueError where there are fewer firings.
     """
@@ -123,7 +168,8 @@ def draw_in_rounds(firings: pd.DataFrame, count: int, seed: int) -> pd.DataFrame
 
 
 def draw_atoms(firings: pd.DataFrame, count: int, fewest: int, seed: int) -> np.ndarray:
-    """Return `count` random atoms with at least `fewest` firings, ascending. Raises ValueError where there are fewer."""
+    """Return `count` random atoms with at least `fewest` firings, ascending. ValueError where there are
+    fewer."""
     counts = firings.groupby("atom").size()
     able = counts.index[counts >= fewest].to_numpy()
     if len(able) < count:

@@ -1,13 +1,14 @@
-"""Install (the paper's Sec. 4, App. I.6): write a direction at consecutive positions so that the model says a token.
+"""Install (the paper's Sec. 4, App. I.6): write a direction at consecutive positions to make the model say a
+token.
 
 Two directions for a target token, both with the norm m x the native write's norm at each position:
 
 - paper: the native key there, and W_O[head]^T W_U[target], normalised, as value;
-- gamma: the top singular pair of Gamma, the exact first-order influence of a write there on the target's logit
-  at the end of the prompt.
+- gamma: the top singular pair of Gamma, the exact first-order influence of a write there on the target's
+  logit at the end of the prompt.
 
-Inclusion: the target is among the greedily chosen tokens. The dose is the smallest magnitude m at which the target is the
-very next token.
+Inclusion: the target is among the greedily chosen tokens. The dose is the smallest magnitude m at which the
+target is the very next token.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ DIRECTIONS = ("paper", "gamma")
 class Setting:
     """Prompts run together, and R trials: for each its prompt, target and the native writes at its positions.
 
-    prompt, target, native_rank [R]; label [R]: the target's class; start: first position; gradient [R, steps, d_v]: of
-    the target's logit with respect to the head's output, from start on; norms [R, writes]: of the native writes.
+    prompt, target, native_rank [R]; label [R]: the target's class; start: first position; gradient [R, steps,
+    d_v]: of the target's logit with respect to the head's output from start on; norms [R, writes]: of the
+    native writes.
     """
 
     run: Run
@@ -59,8 +61,8 @@ def ranks(logits: Tensor, tokens: Tensor) -> Tensor:
 def draw_targets(
     logits: Tensor, rank_classes: Mapping[str, tuple[int, int]], per_class: int, seed: int
 ) -> tuple[Tensor, np.ndarray]:
-    """Draw targets [prompts, targets] at random, `per_class` tokens of each class of native ranks (first, last); also
-    return their classes [targets]. Raises ValueError where a class has fewer tokens."""
+    """Draw targets [prompts, targets] at random, `per_class` tokens of each class of native ranks (first,
+    last); also return their classes [targets]. Raises ValueError where a class has fewer tokens."""
     order, generator = logits.argsort(-1, descending=True), np.random.default_rng(seed)
     columns, labels = [], []
     for name, (first, last) in rank_classes.items():
@@ -87,11 +89,12 @@ def setting(
     writes: int,
     write: str = "added",
 ) -> Setting:
-    """Return all trials with `writes` writes from `distance` tokens before the prompts' end on: every prompt of the run
-    with every target. targets [prompts, targets], labels [targets]; write: the definition of the native write.
+    """Return all trials with `writes` writes from `distance` tokens before the prompts' end on, each prompt
+    with each target.
 
-    Raises ValueError for targets that are not single tokens, the same number for every prompt, and for writes or a
-    distance that do not fit into the prompt.
+    targets [prompts, targets], labels [targets]; write: the definition of the native write. Raises ValueError
+    for targets that are not single tokens, the same number for every prompt, and for writes or a distance
+    that do not fit into the prompt.
     """
     if targets.dim() != 2 or len(targets) != len(run.tokens):
         raise ValueError(
@@ -137,8 +140,8 @@ def directions(host: Host, cell: tuple[int, int], trial: Setting, name: str) -> 
 
 
 def write_edit(trial: Setting, key: Tensor, value: Tensor, magnitude: Tensor, pick=slice(None)) -> Edit:
-    """Return the writes of the picked trials as an edit, a row per trial. magnitude [R]: in native write norms. The
-    writing token reads its write."""
+    """Return the writes of the picked trials as an edit, a row per trial. magnitude [R]: in native write
+    norms. The writing token reads its write."""
     count = key.shape[1]
     positions = (trial.start + torch.arange(count)).expand(len(trial.prompt[pick]), -1)
     size = (trial.norms[pick] * magnitude[:, None])[..., None]
@@ -168,8 +171,9 @@ def trials(
     new_tokens: int,
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Return one row per trial, direction and magnitude (in native write norms): ranks of the target, and whether it is
-    in the greedy continuation of `new_tokens` tokens. native: the unedited continuations [prompts, new_tokens]."""
+    """Return one row per trial, direction and magnitude (in native write norms): ranks of the target, and
+    whether it is in the greedy continuation of `new_tokens` tokens. native: the unedited continuations
+    [prompts, new_tokens]."""
     native_log_p = F.log_softmax(host.logits(trial.run.final[:, -1]), -1)[trial.prompt]
     native_log_p = native_log_p.gather(-1, trial.target[:, None])[:, 0]
     rows = []
@@ -205,7 +209,7 @@ def doses(
 ) -> pd.DataFrame:
     """Return one row per trial and direction: the smallest magnitude at which the target is the next token.
 
-    It is the first success on the grid, refined by bisection towards the grid point below; infinite without a success.
+    It is the first success on the grid, refined by bisection towards the grid point below; infinite for none.
     """
     rows = []
     for name in DIRECTIONS:

@@ -1,27 +1,30 @@
-"""The replacement test (the paper's Sec. 3.2, Table 2): take a native write out, put something in, compare the output.
+"""The replacement test (the paper's Sec. 3.2, Table 2): take out a native write, put something in, compare
+the output.
 
-Per firing, amplitude and read scope the table has the KL(native, patched) in nats of the next token's distribution, and
-for each condition the loss on the token after it; of the native run, deletion and atom also the most likely token:
+Per firing, amplitude and read scope the table has the KL(native, patched) in nats of the next token's
+distribution, and for each condition the loss on the token after it; of the native run, deletion and atom also
+the top token:
 
-| condition       | put in the write's place                                                   |
-|-----------------|----------------------------------------------------------------------------|
-| delete          | nothing                                                                    |
-| atom            | the firing's atom                                                          |
-| random          | another alive atom                                                         |
-| reconstruction  | the SAE's whole reconstruction (all k active atoms; with the mean for write-trained SAEs) |
-| mean_write      | the cell's mean write                                                      |
-| resampled       | the native write of another position                                       |
-| native_rescaled | the native write itself, at the atom's norm                                |
-| flat_svd        | the top singular pair of a flat SAE's reconstruction of the state (App. F.4; not with target "write") |
-| whole_atom      | the firing's atom itself, where its rank is above 1 and "atom" is its top singular pair (only on request) |
+| condition       | put in the place of the write                                                          |
+|-----------------|----------------------------------------------------------------------------------------|
+| delete          | nothing                                                                                |
+| atom            | the firing's atom                                                                      |
+| random          | another alive atom                                                                     |
+| reconstruction  | the SAE's whole reconstruction: all active atoms; plus the mean for write-trained SAEs |
+| mean_write      | the cell's mean write                                                                  |
+| resampled       | the native write of another position                                                   |
+| native_rescaled | the native write itself, at the atom's norm                                            |
+| flat_svd        | the top singular pair of a flat SAE's reconstruction of the state (App. F.4)           |
+| whole_atom      | the firing's atom itself, where its rank is above 1 (only on request)                  |
 
-amplitude "coefficient": the atom and its controls have the atom's coefficient as their norm (the reconstruction keeps its
-own); "matched_norm": all have the Frobenius norm of the native write. flat_svd has the same norms as the atom.
+For an atom of a higher rank "atom" is its top singular pair. amplitude "coefficient": the atom and its
+controls have the atom's coefficient as their norm, and the reconstruction keeps its own; "matched_norm": all
+have the Frobenius norm of the native write.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pandas as pd
@@ -30,11 +33,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from writesae.edit import SCOPES, head_change, kl, make_edit
-from writesae.evaluate.firings import CellSAE, Places
+from writesae.evaluate.firings import CellSAE, Places, encode_cell, trained_on
+from writesae.harvesting import harvest
 from writesae.hosts.base import Host, Run
 from writesae.recurrence import Factors
+from writesae.sae.model import SAE
 from writesae.sae.parts import RankOneDecoder
 from writesae.sae.train import top_singular_pair
+from writesae.text import Windows
 
 AMPLITUDES = ("coefficient", "matched_norm")
 CONDITIONS = ("delete", "atom", "random", "reconstruction", "mean_write", "resampled", "native_rescaled", "flat_svd")
@@ -44,7 +50,7 @@ RANKS = (  # conditions whose terms have the same rank run together
 )
 STEPS = 2  # the writing token and the next one
 
-Terms = tuple[Tensor, Tensor]  # left [n, r, d_k], right [n, r, d_v]: n matrices, each a sum of r outer products
+Terms = tuple[Tensor, Tensor]  # left [n, r, d_k], right [n, r, d_v]: n matrices of rank r
 
 
 def rank_one(key: Tensor, value: Tensor) -> Terms:
@@ -60,7 +66,7 @@ def full_rank(matrices: Tensor) -> Terms:
 def replacements(cell_sae: CellSAE, places: Places, factors: Factors, seed: int) -> dict[str, Terms]:
     """Return what each condition but delete puts in, of unit norm; the reconstruction is in its own norm.
 
-    factors: the cell's, over the run. Random draws depend only on the seed and the firing.
+    factors: those of the cell over the run. Random draws depend only on the seed and the firing.
     """
     window, position, atom = places.window, places.position, places.atom
     key, value = cell_sae.sae.atoms()
@@ -90,7 +96,8 @@ def replacements(cell_sae: CellSAE, places: Places, factors: Factors, seed: int)
 
 
 def reconstruction(cell_sae: CellSAE, window: Tensor, position: Tensor) -> Tensor:
-    """Return [n, d_k, d_v]: all active atoms at their coefficients; for a write-trained SAE plus its mean write."""
+    """Return [n, d_k, d_v]: all active atoms at their coefficients, plus the mean write for a write-trained
+    SAE."""
     active = cell_sae.indices[window, position], cell_sae.coefficients[window, position]
     decoded = cell_sae.sae.decode(*active)
     return decoded if cell_sae.target == "write" else decoded - cell_sae.sae.mean
@@ -119,7 +126,8 @@ def changes(factors: Factors, places: Places, take_out: Terms, put_in: Terms, sc
 
 
 def patched_logits(host: Host, run: Run, cell_sae: CellSAE, places: Places, change: Tensor) -> Tensor:
-    """Return the logits [n, conditions, V] after the last step, under each change [n, conditions, steps, d_v]."""
+    """Return the logits [n, conditions, V] after the last step, under each change [n, conditions, steps,
+    d_v]."""
     rows, position = (x.repeat_interleave(change.shape[1]) for x in (places.row, places.position))
     hidden, _ = host.branch(run, cell_sae.layer, cell_sae.head, rows, position, change.flatten(0, 1))
     return host.logits(hidden[:, -1]).unflatten(0, change.shape[:2])
@@ -147,7 +155,8 @@ def replace(
 ) -> pd.DataFrame:
     """Return one row per firing, amplitude and read scope, in the order scope, amplitude, firing.
 
-    places: where the firings are in the run, which has two tokens after each. Losses are of the token after the next.
+    places: where the firings are in the run, with two tokens after each. nll_ columns: the loss on the second
+    of them.
     """
     if cell_sae.flat is None:
         conditions = tuple(name for name in conditions if name != "flat_svd")
@@ -173,7 +182,8 @@ def replace(
 
 
 def _head_changes(factors, native, cell_sae, places, put_in, conditions, scopes) -> tuple[list[tuple], Tensor]:
-    """Return labels (scope, amplitude or "", condition), and the head's change [n, labels, STEPS, d_v] under each."""
+    """Return labels (scope, amplitude or "", condition), and the head's change [n, labels, STEPS, d_v] for
+    each."""
     key, write = native.key, native.write(cell_sae.write)
     norms = dict(coefficient=places.coefficient.float(), matched_norm=key.norm(dim=-1) * write.norm(dim=-1))
     own_norm = put_in["reconstruction"][1].flatten(1).norm(dim=1)
@@ -197,7 +207,8 @@ def _head_changes(factors, native, cell_sae, places, put_in, conditions, scopes)
 
 
 def _native_columns(native: Factors, write: str, put_in: dict[str, Terms], outcome: _Outcome) -> dict:
-    """Return what the rows of a firing share: the native write's norm and cosine with the atom, and the native output."""
+    """Return the columns that a firing's rows share: the native write's norm and cosine, the native
+    output."""
     key, value = native.key, native.write(write)
     atom_key, atom_value = (x[:, 0] for x in put_in["atom"])
     cosine = (atom_key * F.normalize(key, dim=-1)).sum(-1) * (atom_value * F.normalize(value, dim=-1)).sum(-1)
@@ -226,3 +237,69 @@ def _tables(shared: pd.DataFrame, labels: list[tuple], outcome: _Outcome, scopes
                         table[f"top1_{name}"] = top[:, column].numpy()
             tables.append(table)
     return tables
+
+
+def measure_group(
+    host: Host,
+    windows: Windows,
+    drawn: list[tuple[CellSAE, pd.DataFrame]],
+    start: int,
+    size: int,
+    seed: int,
+    measure: Callable[..., pd.DataFrame] = replace,
+    **options,
+) -> pd.DataFrame:
+    """Return `measure` of the drawn firings in `size` windows from `start` on, with one native run for
+    all."""
+    tables, run = [], None
+    for cell_sae, firings in drawn:
+        part = firings[(firings.window >= start) & (firings.window < start + size)]
+        if len(part):
+            run = run or host.run(windows[slice(start, start + size)].tokens)
+            places = Places.of(part, part.window.to_numpy() - start)
+            tables.append(measure(host, run, cell_sae, part, places, seed, **options))
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"host": []})
+
+
+def replace_writes(
+    host: Host,
+    windows: Windows,
+    sae: SAE,
+    firings: pd.DataFrame,
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    target: str | None = None,
+    write: str | None = None,
+    conditions: Sequence[str] = CONDITIONS,
+    scopes: Sequence[str] = ("write",),
+    seed: int = 0,
+    batch: int = 16,
+    batch_rows: int = 512,
+) -> pd.DataFrame:
+    """Replace the native write at each firing, and return one row per firing, amplitude and read scope.
+
+    Columns: the firing, and `kl_CONDITION` (nats), `nll_CONDITION`, ... as described above. firings: rows of
+    `find_firings` on these windows. Each takes some dozen edited runs of two tokens; those without two tokens
+    after them are left out. Cell, target and write are by default those in the SAE's config. `batch` windows
+    are run at once, and `batch_rows` edited rows.
+
+    Raises ValueError for a cell or target that is not known, an unknown condition or scope, and where no
+    firing is left.
+    """
+    config = getattr(sae, "config", None)
+    cell = tuple(getattr(config, name, None) if x is None else x for name, x in (("layer", layer), ("head", head)))
+    if None in cell:
+        raise ValueError("This SAE does not say which cell it is of: pass layer and head.")
+    unknown = [name for name in (*conditions, *scopes) if name not in (*CONDITIONS, "whole_atom", *SCOPES)]
+    if unknown:
+        raise ValueError(f"There is no condition or scope {unknown[0]!r}: choose of {CONDITIONS} and {SCOPES}.")
+    firings = firings[firings.position < windows.tokens.shape[1] - STEPS]
+    if firings.empty:
+        raise ValueError("There is nothing to replace: no firing has two tokens after it in its window.")
+    factors = harvest(host, windows, [cell], batch, progress=False)[cell]
+    cell_sae = encode_cell(cell, *trained_on(sae, target, write), sae, factors)
+    options = dict(conditions=conditions, scopes=scopes, batch_rows=batch_rows)
+    starts = sorted({start - start % batch for start in firings.window})
+    groups = [measure_group(host, windows, [(cell_sae, firings)], x, batch, seed, **options) for x in starts]
+    return pd.concat(groups, ignore_index=True)

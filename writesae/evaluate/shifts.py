@@ -1,8 +1,8 @@
 """The closed-form logit shift (the paper's Sec. 2, App. A): predicted and measured shifts of a token's logit.
 
-Per prompt, eps native write norms of each atom are added to the state at a position t0, and the logits of the native
-top-1 token and of some further ranks are read `horizon` tokens later. Three of the four predictors fit nothing;
-`paper_fitted` fits one scalar over the eps for every (prompt, atom, token), as in the paper's App. A.
+Per prompt, eps native write norms of each atom are added to the state at a position t0, and the logits of the
+native top-1 token and of some further ranks are read `horizon` tokens later. Three of the four predictors fit
+nothing; `paper_fitted` fits one scalar over the eps per (prompt, atom, token), as the paper does in App. A.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PREDICTORS = ("paper", "paper_fitted", "transport", "exact")
 
 
 def draw_positions(count: int, first: int, last: int, seed: int) -> Tensor:
-    """Draw [count] positions with first <= t0 < last from the seed alone. Raises ValueError where there are none."""
+    """Draw [count] positions with first <= t0 < last from the seed alone. ValueError where there are none."""
     if first >= last:
         raise ValueError(
             f"There is no position from {first} on and before {last}: take longer prompts, or a smaller horizon."
@@ -47,11 +47,12 @@ def measure_shifts(
     write: str = "added",
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Return one row per (prompt, atom, eps, native rank of the token): the measured shift of the token's logit, and what
-    paper, transport and exact predict for it.
+    """Return one row per (prompt, atom, eps, native rank of the token): the measured shift of the token's
+    logit, and what paper, transport and exact predict for it.
 
-    key [n, d_k], value [n, d_v]: unit atoms. windows [B, T] are run together; t0 [B]: where the atom is added, which only
-    later tokens read; eps: in norms of the native write of that definition; ranks: 1 is the native top token.
+    key [n, d_k], value [n, d_v]: unit atoms. windows [B, T] are run together; t0 [B]: where the atom is
+    added; only later tokens read it. eps: in norms of the native write of that definition. ranks: 1 is the
+    native top token.
     """
     run, rows = host.run(windows.tokens), torch.arange(len(windows))
     factors = host.factors(run, *cell)
@@ -89,8 +90,8 @@ def _predicted(host, run, factors, cell, rows, t0, horizon, key, value, tokens) 
 
 @torch.no_grad()
 def _head_changes(factors, rows, t0, horizon, key, value, amount) -> Tensor:
-    """Return the head's change [B, n, eps, horizon, d_v]. It is computed once per atom and scaled by eps, which is exact:
-    the cell's own recurrence is linear in the edit."""
+    """Return the head's change [B, n, eps, horizon, d_v]. It is computed once per atom and scaled by eps,
+    which is exact: the cell's own recurrence is linear in the edit."""
     n, count = len(key), amount.shape[-1]
     places = rows.repeat_interleave(n), t0.repeat_interleave(n)
     sides = key.repeat(len(rows), 1)[:, None], value.repeat(len(rows), 1)[:, None]
@@ -101,7 +102,7 @@ def _head_changes(factors, rows, t0, horizon, key, value, amount) -> Tensor:
 
 @torch.no_grad()
 def _measured(host, run, cell, rows, t0, changes, tokens, native, batch_rows) -> Tensor:
-    """Return the shifts [B, n, eps, ranks] of tokens [B, ranks] from edited runs, `batch_rows` of them at once."""
+    """Return the shifts [B, n, eps, ranks] of tokens [B, ranks] from edited runs, `batch_rows` at once."""
     repeat = changes.shape[1] * changes.shape[2]
     row, start = (x.repeat_interleave(repeat) for x in (rows, t0 + 1))
     change, shifts = changes.flatten(0, 2), []
@@ -113,7 +114,7 @@ def _measured(host, run, cell, rows, t0, changes, tokens, native, batch_rows) ->
 
 
 def fit_paper_scalar(shifts: pd.DataFrame) -> pd.Series:
-    """Return the paper's formula times one scalar per (host, prompt, atom, token), by least squares over its eps."""
+    """Return the paper's formula times one scalar per (host, prompt, atom, token), by least squares."""
     groups = [shifts[name] for name in ("host", "prompt", "atom", "rank")]
     product = (shifts.paper * shifts.measured).groupby(groups).transform("sum")
     square = (shifts.paper**2).groupby(groups).transform("sum")

@@ -19,7 +19,8 @@ from writesae.sae.sparsity import Active
 
 @torch.no_grad()
 def log_p(site: Site, places: Places, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return log-probabilities [n, V] of the token after the next, with left right^T ([n, d_k], [n, d_v]) added."""
+    """Return the log-probabilities [n, V] of the token after the next, with left right^T ([n, d_k], [n, d_v])
+    added."""
     edit = make_edit(places.row, places.position, left[:, None], right[:, None])
     return F.log_softmax(site.host.logits(site.edited(edit, STEPS)[:, -1]), -1)
 
@@ -30,7 +31,8 @@ def native_log_p(site: Site, places: Places) -> torch.Tensor:
 
 
 def token_drops(site: Site, firings: pd.DataFrame, atoms: np.ndarray) -> torch.Tensor:
-    """Return [atoms, V]: the fall of each token's log p by deletion of the native write, summed over an atom's firings.
+    """Return [atoms, V]: how much deletion of the native write lowers each token's log p, summed over an
+    atom's firings.
 
     The largest entry of a row is the atom's preferred token (App. I.4). atoms: ascending.
     """
@@ -66,10 +68,11 @@ def others(alive: torch.Tensor, atom: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def writes_at(where: str, native, atom, other, size: torch.Tensor, doses) -> list[tuple]:
-    """Return (condition, dose, key, value) of what is added at places of one kind; native, atom, other: (key, value).
+    """Return (condition, dose, key, value) of what is added at places of one kind; native, atom, other: (key,
+    value).
 
-    At firings `delete` takes out the native write, `subtract` the atom at its coefficient, and `random` another atom at
-    the same coefficient. Elsewhere `add` adds the atom at dose x size, and `random` another atom.
+    At firings `delete` takes out the native write, `subtract` the atom at its coefficient, `random` another
+    atom at the same coefficient. Elsewhere `add` adds the atom at dose x size, `random` another atom.
     """
     if where == "firing":
         subtracted = dict(subtract=atom, random=other)
@@ -78,7 +81,8 @@ def writes_at(where: str, native, atom, other, size: torch.Tensor, doses) -> lis
 
 
 def erase(site: Site, sae: SAE, drawn: pd.DataFrame, preferred: dict, alive, doses, seed: int) -> pd.DataFrame:
-    """Return one row per (place, condition, dose, source of the preferred token): the change of the token's log p.
+    """Return one row per (place, condition, dose, source of the preferred token): the change of the token's
+    log p.
 
     drawn: rows of `draw_places`; preferred: {source: {atom: token}}; alive [A]: atoms, ascending.
     """
@@ -101,17 +105,19 @@ def erase(site: Site, sae: SAE, drawn: pd.DataFrame, preferred: dict, alive, dos
 
 
 def summarise_erase(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A line a (host, atom or all of them, where, condition, dose, token_from): median change of log p with its bootstrap
-    interval by passage (over all atoms: the wider of by passage and by atom), share of falls (Wilson), paired Wilcoxon p,
-    median ranks."""
+    """Return one row per (host, atom or all atoms, where, condition, dose, token_from).
+
+    Columns: median change of log p with its bootstrap interval by passage (over all atoms: the wider of those
+    by passage and by atom), share of falls (Wilson), paired Wilcoxon p, median ranks.
+    """
     rows, keys = [], ["host", "target", "where", "condition", "dose", "token_from"]
     for values, group in table.groupby(keys, sort=False):
         for atom, part in [("all", group), *group.groupby("atom")]:
             by = ["passage", "atom"] if part.atom.nunique() > 1 else ["passage"]
-            found, falls = [interval(part.change, part[name], np.median, seed) for name in by], part.change < 0
+            ends, falls = [interval(part.change, part[name], np.median, seed) for name in by], part.change < 0
             row = dict(zip(keys, values, strict=True), atom=str(atom), n=len(part), n_passages=part.passage.nunique())
             row["median_change"] = part.change.median()
-            row |= dict(ci_low=min(x.low for x in found), ci_high=max(x.high for x in found), falls=falls.mean())
+            row |= dict(ci_low=min(x.low for x in ends), ci_high=max(x.high for x in ends), falls=falls.mean())
             row["falls_low"], row["falls_high"] = wilson(int(falls.sum()), len(part))
             row["wilcoxon_p"] = paired_wilcoxon(part.log_p + part.change, part.log_p).p
             rows.append(row | {f"median_{n}": part[n].median() for n in ("native_rank", "edited_rank")})

@@ -24,9 +24,10 @@ PER = 400  # newlines are counted per this many generated tokens
 class Amplifier:
     """What is written beside the model's own writes while R rows generate, A atoms in each.
 
-    prompt [R]: the row of the run that each continues; key [R, A, d_k], value [R, A, d_v]: unit atoms. The amount of each
-    is gain [R] x the coefficient of the atom `watched` [A] in the native write, as `sae` encodes it, + offset [R, A].
-    kept [R] bool: whether the extra write stays in the state, or is there only for the token that reads it.
+    prompt [R]: the row of the run that each continues; key [R, A, d_k], value [R, A, d_v]: unit atoms. The
+    amount of each atom is gain [R] x the coefficient of the atom `watched` [A] in the native write, as `sae`
+    encodes it, + offset [R, A]. kept [R] bool: whether the extra write stays in the state; else only the
+    token itself reads it.
     """
 
     prompt: torch.Tensor
@@ -39,7 +40,7 @@ class Amplifier:
     sae: SAE | None = None
 
     def amounts(self, now: Factors, write: str) -> torch.Tensor:
-        """[R, A]: how much of each atom is written at this token. now: the cell's factors [R, 1, ...]."""
+        """Return the amounts [R, A] that are written at this token. now: the cell's factors [R, 1, ...]."""
         if self.sae is None:
             return self.offset
         indices, coefficients = self.sae.encode_history(History(now.key, now.write(write)))
@@ -47,7 +48,8 @@ class Amplifier:
         return self.gain[:, None] * active + self.offset
 
     def write_on(self, record: Record, now: Factors, head: int, write: str) -> torch.Tensor:
-        """Add this token's extra write to the head's output and state in a record of one token; the amounts [R, A]."""
+        """Add this token's extra write to the head's output and state in a record of one token; return the
+        amounts [R, A]."""
         amounts = self.amounts(now, write)
         extra = ((self.key * amounts[..., None]).mT @ self.value).to(record.outputs.device)
         record.outputs[:, :, head] += now.query.to(extra.device) @ extra
@@ -56,8 +58,8 @@ class Amplifier:
 
 
 def choose(logits: torch.Tensor, prompt: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    """The next token of each row [R] from logits [R, V]: the likeliest at temperature 0, else drawn. Rows of one prompt
-    share their noise, so that conditions differ by their logits alone."""
+    """Return the next token of each row [R] from logits [R, V]: the likeliest at temperature 0, else drawn.
+    Rows of one prompt share their noise, so that conditions differ by their logits only."""
     if not temperature:
         return logits.argmax(-1)
     waits = -torch.rand(int(prompt.max()) + 1, logits.shape[-1], generator=generator).log()
@@ -68,8 +70,9 @@ def choose(logits: torch.Tensor, prompt: torch.Tensor, temperature: float, gener
 def generate_amplified(
     site: Site, plan: Amplifier, count: int, temperature: float = 0.0, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Continuations [R, count] of the run's prompts, and the amounts [R, count - 1, A] written at all their tokens but the
-    last, which nothing reads. Where nothing is amplified and the temperature is 0 this is `Host.decode`."""
+    """Return continuations [R, count] of the run's prompts, and the amounts [R, count - 1, A] written at all
+    their tokens but the last, which nothing reads. Without amplification and at temperature 0 this is
+    `Host.decode`."""
     host, length = site.host, site.run.tokens.shape[1]
     ends, generator = torch.full_like(plan.prompt, length), torch.Generator().manual_seed(seed)
     pasts = [host.past_at(record, plan.prompt, ends) for record in site.run.records]
@@ -90,7 +93,8 @@ def generate_amplified(
 
 
 def boundary_means(active: Active, ends: torch.Tensor, n_atoms: int) -> torch.Tensor:
-    """[2, n_atoms]: each atom's mean coefficient at the places `ends` [N, T] bool, and at all others."""
+    """Return [2, n_atoms]: each atom's mean coefficient at the places `ends` [N, T] bool, and at all
+    others."""
     means = torch.zeros(2, n_atoms, dtype=torch.float64)
     for side, at in enumerate((ends, ~ends)):
         means[side].index_add_(0, active.indices[at].flatten(), active.coefficients[at].flatten().double())
@@ -99,8 +103,8 @@ def boundary_means(active: Active, ends: torch.Tensor, n_atoms: int) -> torch.Te
 
 
 def choose_boundary(means: torch.Tensor, count: int, seed: int) -> pd.DataFrame:
-    """The `count` atoms whose mean coefficient at line ends most exceeds that elsewhere, and as many of the other alive
-    ones at random: columns role, atom, at_ends, elsewhere."""
+    """Return the `count` atoms whose mean coefficient at line ends most exceeds that elsewhere, and as many
+    random ones of the other alive atoms: columns role, atom, at_ends, elsewhere."""
     boundary = (means[0] - means[1]).topk(count).indices.numpy()
     means = means.numpy()
     rest = np.setdiff1d(np.flatnonzero(means.sum(0)), boundary)
@@ -110,25 +114,27 @@ def choose_boundary(means: torch.Tensor, count: int, seed: int) -> pd.DataFrame:
 
 
 def conditions(modes, doses) -> list[tuple[str, str, float]]:
-    """(mode, role, dose): the baseline once, the boundary atoms at every dose, random ones at the largest (Table 4)."""
+    """Return (mode, role, dose): the baseline once, boundary atoms at every dose, random ones at the largest
+    (Table 4)."""
     each = [("boundary", dose) for dose in doses] + [("random", max(doses))]
     return [("baseline", "baseline", 0.0)] + [(mode, role, dose) for mode in modes for role, dose in each]
 
 
 def amplifier(saes: dict[str, SAE], atoms: dict[str, pd.DataFrame], wanted: list[tuple], prompts: int) -> Amplifier:
-    """Every condition with every prompt, condition by condition. saes, atoms (lines of `choose_boundary`): by mode.
+    """Return every condition with every prompt, condition by condition. saes, atoms (rows of
+    `choose_boundary`): by mode.
 
-    offset: at every new token the state is read as if the boundary atoms' coefficients were higher by dose x their mean
-    at line ends; it is not kept, or the offsets would pile up for as long as the cell remembers.
-    scale: the boundary atoms in each native write count dose times; the dose - 1 further ones are kept, as a write is.
-    Random atoms are written in the boundary atoms' own amounts.
+    offset: at every new token the state is read as if the boundary atoms' coefficients were higher by dose x
+    their mean at line ends; this is not kept, or it would pile up for as long as the cell remembers. scale:
+    the boundary atoms in each native write count dose times; the further dose - 1 are kept, as a write is.
+    Random atoms are written in the boundary atoms' amounts.
     """
     rows = []
     for mode, role, dose in wanted:
-        own = mode if mode in atoms else next(iter(atoms))  # the baseline writes nothing of anybody's
-        by_role = dict(list(atoms[own].groupby("role")))
+        source = mode if mode in atoms else next(iter(atoms))  # the baseline writes nothing
+        by_role = dict(list(atoms[source].groupby("role")))
         atom = torch.tensor(by_role.get(role, by_role["boundary"]).atom.to_numpy())
-        key, value = (x[atom] for x in saes[own].atoms())
+        key, value = (x[atom] for x in saes[source].atoms())
         at_ends = torch.tensor(by_role["boundary"].at_ends.to_numpy()).to(key)
         gain = torch.tensor(dose - 1.0 if mode == "scale" else 0.0).to(key)
         rows.append((key, value, gain, at_ends * (dose if mode == "offset" else 0.0), torch.tensor(mode == "scale")))
@@ -138,25 +144,24 @@ def amplifier(saes: dict[str, SAE], atoms: dict[str, pd.DataFrame], wanted: list
 
 
 def surface(text: str) -> dict:
-    """Blank lines and the mean length of words: do paragraphs and words stay what they were?"""
+    """Return the count of blank lines and the mean length of words."""
     words = text.split()
     return dict(paragraphs=len(re.findall(r"\n[ \t]*\n", text)), word_length=sum(map(len, words)) / max(1, len(words)))
 
 
 def summarise_newlines(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A line a (host, mode, role, dose): newlines per 400 tokens, and their change from the baseline of the same prompt,
-    with bootstrap intervals by prompt; paired Wilcoxon p, Cohen's d; means of the surface measures."""
+    """Return one row per (host, mode, role, dose): newlines per 400 tokens, and their change from the same
+    prompt's baseline, with bootstrap intervals by prompt; paired Wilcoxon p, Cohen's d; means of the surface
+    measures."""
     rows, keys = [], ["mode", "role", "dose"]
     for host, of_host in table.groupby("host", sort=False):
         baseline = of_host[of_host.role == "baseline"].set_index("prompt").newlines
         for values, part in of_host.groupby(keys, sort=False):
             part = part.set_index("prompt").loc[baseline.index]
             row, change = dict(host=host) | dict(zip(keys, values, strict=True), n=len(part)), part.newlines - baseline
-            for label, found in (("newlines", part.newlines), ("change", change)):
-                row[label], (row[f"{label}_low"], row[f"{label}_high"]) = (
-                    found.mean(),
-                    interval(found, part.index, seed=seed),
-                )
+            for label, series in (("newlines", part.newlines), ("change", change)):
+                low, high = interval(series, part.index, seed=seed)
+                row |= {label: series.mean(), f"{label}_low": low, f"{label}_high": high}
             row["wilcoxon_p"] = paired_wilcoxon(part.newlines, baseline).p
             row["cohens_d"] = change.mean() / change.std() if change.std() > 0 else 0.0
             rows.append(row | part[["paragraphs", "word_length", "distinct"]].mean().to_dict())

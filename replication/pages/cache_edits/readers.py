@@ -15,7 +15,8 @@ from writesae.hosts.past import Record
 
 @torch.no_grad()
 def later_heads(site: Site, rows, starts, change: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Return the heads' outputs [n, steps, heads, d] of every later layer, under a change of the cell's [n, steps, d_v]."""
+    """Return the heads' outputs [n, steps, heads, d] of every later layer, under a change of the cell's [n,
+    steps, d_v]."""
     host, outputs = copy.copy(site.host), {}
 
     def mix(layer: int, *rest) -> Record:
@@ -32,8 +33,8 @@ def later_heads(site: Site, rows, starts, change: torch.Tensor) -> dict[int, tor
 def readers(site: Site, atom: tuple, firings: pd.DataFrame, steps: int, draws: int, seed: int) -> pd.DataFrame:
     """Return one row per (firing, later layer, head): how much the head's output changes over `steps` tokens.
 
-    signal: with the atom (key [d_k], value [d_v]) added in the native write's norm; baseline: the root mean square over
-    `draws` random rank-1 writes of that norm.
+    signal: with the atom (key [d_k], value [d_v]) added in the native write's norm; baseline: the root mean
+    square over `draws` random rank-1 writes of that norm.
     """
     places, generator, n = site.places(firings), torch.Generator().manual_seed(seed), len(firings)
     left, right = (
@@ -55,7 +56,8 @@ def readers(site: Site, atom: tuple, firings: pd.DataFrame, steps: int, draws: i
 
 
 def _with_ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """With log_ratio, log(signal / baseline) of the reader, and log_enrichment, that less the one of all readers together."""
+    """Add log_ratio, the reader's log(signal / baseline), and log_enrichment, log_ratio less that of all
+    readers together."""
     squares = table[["signal", "baseline"]] ** 2
     together = squares.groupby([table[x] for x in ("host", "atom", "window", "position")]).transform("sum") ** 0.5
     ratio, whole = np.log(table.signal / table.baseline), np.log(together.signal / together.baseline)
@@ -74,22 +76,24 @@ READER_KEYS, READER = ["host", "atom", "class"], ["reader_layer", "reader_head"]
 
 
 def summarise_readers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A line a (host, atom, later layer and head): median over contexts of signal / baseline (ratio), and of the same
-    over that of all readers together (enrichment), with bootstrap intervals by passage."""
+    """Return one row per (host, atom, later layer and head): median over contexts of signal / baseline
+    (ratio), and of its quotient with that of all readers together (enrichment), with bootstrap intervals by
+    passage."""
     keys = READER_KEYS + READER
     groups = _with_ratios(table).groupby(keys, sort=False)
     return pd.DataFrame([dict(zip(keys, values, strict=True)) | _reader_line(part, seed) for values, part in groups])
 
 
 def top_readers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A line a (host, atom), as in Table 1: the reader of the highest ratio in one half of the contexts, with its ratio
-    in the other half, so that the largest of many is not taken for what it shows. None for an atom with one context."""
+    """Return one row per (host, atom), as in Table 1: the reader with the highest ratio in one half of the
+    contexts, and its ratio in the other half, so that the choice of the largest does not bias it. An atom
+    with one context has none."""
     rows, measured = [], [f"{name}{end}" for name in ("ratio", "enrichment") for end in ("", "_low", "_high")]
     for values, part in _with_ratios(table).groupby(READER_KEYS, sort=False):
         second = (part.groupby(READER).cumcount() % 2).astype(bool)
         chosen = part[~second].groupby(READER).log_ratio.median().idxmax()
         rest = part[second & (part[READER] == list(chosen)).all(axis=1)]
         if len(rest):
-            found = dict(zip(READER_KEYS + READER, (*values, *chosen), strict=True))
-            rows.append(found | _reader_line(rest, seed))
+            reader = dict(zip(READER_KEYS + READER, (*values, *chosen), strict=True))
+            rows.append(reader | _reader_line(rest, seed))
     return pd.DataFrame(rows, columns=[*READER_KEYS, *READER, "n", *measured])

@@ -17,10 +17,12 @@ ERASURES = ("delete", "atom", "random", "beside")
 
 
 def erasure_edits(site: Site, firings: pd.DataFrame, sae: SAE, first: int, seed: int) -> dict[str, Edit]:
-    """Return {condition: an edit of all firings of a window at once, a row per window}; rows start at position `first`.
+    """Return {condition: an edit of all firings of a window at once, a row per window}, starting at position
+    `first`.
 
-    delete: the native write is taken out; atom: replaced by the firing's atom in its norm; random: replaced by a random
-    rank-1 matrix in its norm; beside: that matrix is added and the native write stays. firings: from `first` on.
+    delete: the native write is taken out; atom: replaced by the firing's atom in its norm; random: replaced
+    by a random rank-1 matrix in its norm; beside: that matrix is added and the native write stays. firings:
+    from `first` on.
     """
     places, generator = site.places(firings), torch.Generator().manual_seed(seed)
     rows, position = places.row, places.position
@@ -30,7 +32,7 @@ def erasure_edits(site: Site, firings: pd.DataFrame, sae: SAE, first: int, seed:
     out, atom, random = (key, -value), *((x, norm[:, None] * y) for x, y in (atom, random))
     windows, which = rows.unique(return_inverse=True)
     slot = torch.tensor(firings.groupby("window").cumcount().to_numpy()) + 1
-    grid = torch.full((len(windows), int(slot.max()) + 1), -1)  # -1: a zero term at `first`, as the whole slot 0
+    grid = torch.full((len(windows), int(slot.max()) + 1), -1)  # -1: a zero term at `first`, like slot 0
     grid[which, slot] = torch.arange(len(rows))
     spread, reads = torch.cat([position, torch.tensor([first])])[grid], torch.ones(len(windows), dtype=torch.bool)
     edits = {}
@@ -43,8 +45,8 @@ def erasure_edits(site: Site, firings: pd.DataFrame, sae: SAE, first: int, seed:
 
 @torch.no_grad()
 def erase_registers(site: Site, firings: pd.DataFrame, sae: SAE, first: int, seed: int) -> pd.DataFrame:
-    """Return one row per (window, condition): the rise of the loss in bits per token, over the tokens predicted from
-    position `first` on. firings: all register firings of some windows, from `first` on."""
+    """Return one row per (window, condition): the rise of the loss in bits per token, over the tokens
+    predicted from position `first` on. firings: all register firings of some windows, from `first` on."""
     windows = firings.groupby("window", as_index=False).agg(passage=("passage", "first"), erased=("position", "size"))
     rows, tokens = site.places(firings).row.unique(), site.run.tokens
 
@@ -60,8 +62,8 @@ def erase_registers(site: Site, firings: pd.DataFrame, sae: SAE, first: int, see
 
 
 def summarise_registers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """A line a (host, target, condition): mean rise in bits per token and its excess over deletion, with bootstrap
-    intervals over passages, and in how many passages it exceeds deletion (Wilson)."""
+    """Return one row per (host, target, condition): mean rise in bits per token and its excess over deletion,
+    with bootstrap intervals over passages, and in how many passages it exceeds deletion (Wilson)."""
     rows = []
     for (host, target), group in table.groupby(["host", "target"], sort=False):
         delete = group[group.condition == "delete"].set_index("passage").rise
@@ -69,9 +71,9 @@ def summarise_registers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             part = group[group.condition == name].set_index("passage").loc[delete.index]
             more = int((part.rise > delete).sum())
             row = dict(host=host, target=target, condition=name, n=len(part), erased_a_passage=part.erased.mean())
-            for label, found in (("rise", part.rise), ("excess", part.rise - delete)):
-                low, high = interval(found, part.index, seed=seed)
-                row |= {label: found.mean(), f"{label}_low": low, f"{label}_high": high}
+            for label, values in (("rise", part.rise), ("excess", part.rise - delete)):
+                low, high = interval(values, part.index, seed=seed)
+                row |= {label: values.mean(), f"{label}_low": low, f"{label}_high": high}
             row["above_delete"], (row["above_low"], row["above_high"]) = more, wilson(more, len(part))
             rows.append(row | dict(wilcoxon_p=paired_wilcoxon(part.rise, delete).p))
     return pd.DataFrame(rows)

@@ -19,7 +19,8 @@ PREDICTORS = ("paper", "transport", "exact")
 
 
 def single_sides(site: Site, rows, t0, direction: str, pull, gradient) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit key [n, d_k] and value [n, d_v]: the native key and W_O^T W_U[T] (paper), or Gamma's top singular pair."""
+    """Return unit keys [n, d_k] and values [n, d_v]: native key and W_O^T W_U[T] (paper), or Gamma's top
+    pair."""
     if direction == "paper":
         return F.normalize(site.factors.key[rows, t0], dim=-1), F.normalize(pull, dim=-1)
     left, _, right = torch.linalg.svd(cache_gamma(site.factors, rows, t0, gradient), full_matrices=False)
@@ -27,11 +28,13 @@ def single_sides(site: Site, rows, t0, direction: str, pull, gradient) -> tuple[
 
 
 def single_writes(site: Site, rows, t0, targets: torch.Tensor, magnitude: float, horizon: int) -> pd.DataFrame:
-    """A line a (place, target, direction): the shift of the target's logit `horizon` tokens after t0, and its predictions.
+    """Return one row per (place, target, direction): the shift of the target's logit `horizon` tokens after
+    t0, and predictions.
 
-    rows, t0 [n]: places; targets [n, m]. One write of `magnitude` native write norms, which later tokens read.
-    paper: prod alpha <key, q> <W_O value, W_U[T]>; transport: the same with the exact read; exact: sum_s <r_s, change of
-    the head's output at s>, r the gradient of the target's logit, which is x^T Gamma w (`writesae.shift`).
+    rows, t0 [n]: places; targets [n, m]. One write of `magnitude` native write norms, which later tokens
+    read. paper: prod alpha <key, q> <W_O value, W_U[T]>; transport: the same with the exact read; exact:
+    sum_s <r_s, change of the head's output at s> with r the gradient of the target's logit, which is x^T
+    Gamma w (`writesae.shift`).
     """
     token, m = targets.flatten(), targets.shape[1]
     place, rows, t0 = (x.repeat_interleave(m) for x in (torch.arange(len(t0)), rows, t0))

@@ -1,15 +1,16 @@
-"""Edits of a running cell's state, beside replacement and install: five small experiments on one cell of each host.
+"""Edits of a running cell's state, besides replacement and install: five small experiments on one cell per
+host.
 
-| table          | what is edited                                                          | the paper          |
-|----------------|-------------------------------------------------------------------------|--------------------|
-| cache_erase    | one write at an atom's firings taken out; the atom added elsewhere      | Sec. 4, App. I.4   |
-| single_write   | one write chosen for a target token: does its logit move as predicted?  | Sec. 4, App. I.5   |
-| newlines       | atoms that are active where lines end, amplified during generation      | Sec. 4, Table 4    |
-| readers        | an exemplar atom added at its firings: which later heads change?        | App. E, I.2        |
-| register_erase | every register firing of a passage at once                              | Sec. 3.2, Fig. 2b  |
+| table          | what is edited                                                      | the paper         |
+|----------------|---------------------------------------------------------------------|-------------------|
+| cache_erase    | one write at an atom's firings taken out; the atom added elsewhere  | Sec. 4, App. I.4  |
+| single_write   | one write chosen for a target token, whose logit should move        | Sec. 4, App. I.5  |
+| newlines       | atoms that are active where lines end, amplified during generation  | Sec. 4, Table 4   |
+| readers        | an exemplar atom added at its firings: which later heads change?    | App. E, I.2       |
+| register_erase | every register firing of a passage at once                          | Sec. 3.2, Fig. 2b |
 
-Atoms, preferred tokens and the atoms of line ends are chosen on text of the SAE split or by a seeded draw, and
-everything is measured on held-out text. All edits are exact (`writesae.edit`).
+Atoms, preferred tokens and the atoms of line ends are chosen on text of the SAE split or by a seeded draw,
+and everything is measured on held-out text. All edits are exact (`writesae.edit`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from writesae.sae.model import SAE
 from writesae.sae.sparsity import Active
 from writesae.text import Windows
 
-MODES = dict(offset="state", scale="write")  # how generation is amplified -> target of the SAE whose atoms are used
+MODES = dict(offset="state", scale="write")  # how generation is amplified -> target of the SAE
 GROUP = 20  # prompts run together
 PASSAGES = 4  # passages run together; each is read whole
 
