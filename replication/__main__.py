@@ -9,7 +9,7 @@ import sys
 from replication.commands import CommandError
 
 COMMANDS = {  # name: what it does
-    "run": "run one notebook of the suite",
+    "run": "run one notebook",
     "dryrun": "run every notebook with random weights of the true shapes and tiny counts, into build/dryrun",
     "verify": "compare the tables of a run with the committed ones",
     "repeats": "gather the scorecards of repeated runs",

@@ -19,7 +19,7 @@ from replication.html import atom_html, contexts, fires_on, install_html, senten
 from replication.pages import promoted
 from replication.study.firings import firing_windows
 from replication.study.stages import rows_with
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae.edit import generate
 from writesae.evaluate import install
 from writesae.evaluate.atoms import ATOM_KEYS
@@ -54,42 +54,42 @@ def show(page: Callable[..., str], **controls) -> None:
 # An atom
 
 
-def atoms(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> None:
+def atoms(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> None:
     """Display any alive atom of the main host's cell; alive, firings: what pages.atoms.run returns."""
-    place = suite.profile.section("atoms", suite.main).place
-    table = rows_with(alive, host=suite.main, place=place, role="main")
+    place = study.profile.section("atoms", study.main).place
+    table = rows_with(alive, host=study.main, place=place, role="main")
     table = table.sort_values("firings", ascending=False, kind="stable")
-    table = pd.concat([table[table.target == target] for target in suite.profile.saes.targets])
+    table = pd.concat([table[table.target == target] for target in study.profile.saes.targets])
     label = "trained on {}, atom {}: {}, cosine {:.2f}, {:,} firings"
     columns = (table[name] for name in ("target", "atom", "class", "cosine", "firings"))
     options = [(label.format(*row), number) for number, row in enumerate(zip(*columns, strict=True))]
 
     def page(atom: int) -> str:
         row = table.iloc[atom]
-        return atom_page(suite, row, rows_with(firings, **row[ATOM_KEYS]))
+        return atom_page(study, row, rows_with(firings, **row[ATOM_KEYS]))
 
     show(page, atom=Dropdown(options=options, layout=dict(width="40em")))
 
 
-def atom_page(suite: Suite, row: pd.Series, firings: pd.DataFrame) -> str:
+def atom_page(study: Study, row: pd.Series, firings: pd.DataFrame) -> str:
     """Return the HTML page of one atom, given its row of atoms.csv and all of its firings."""
-    tokenizer, windows = suite.host(row.host).tokenizer, firing_windows(suite, row.host)
+    tokenizer, windows = study.host(row.host).tokenizer, firing_windows(study, row.host)
     facts = {"class": row["class"], "median cosine to the write": row.cosine, "of the keys": row.cosine_key}
     facts |= {"of the values": row.cosine_value, "at other atoms' firings": row.elsewhere}
     facts |= {"firings": row.firings, "share of tokens": f"{row.rate:.2%}", "passages": row.passages}
     facts |= {"fires on": fires_on(tokenizer, windows, firings)[row.atom]}
     title = f"Atom {row.atom} (layer {row.layer} head {row['head']} of {row.host}, trained on {row.target})"
     shown = contexts(tokenizer, windows, firings, CONTEXTS)[row.atom]
-    return atom_html(title, facts, shown, promoted.measure(suite, row.host, firings, TOKENS), tokenizer)
+    return atom_html(title, facts, shown, promoted.measure(study, row.host, firings, TOKENS), tokenizer)
 
 
 # An install
 
 
-def installs(suite: Suite) -> None:
+def installs(study: Study) -> None:
     """Display the install of any word after any prompt, on the main host."""
     typed = dict(prompt=Textarea(PROMPT), word=Text(TARGET), magnitude=FloatText(MAGNITUDE))
-    show(lambda **values: install_page(suite, **values), **typed)
+    show(lambda **values: install_page(study, **values), **typed)
 
 
 def one_token(tokenizer, word: str) -> int:
@@ -122,7 +122,7 @@ def predicted(host, cell, trial: install.Setting, key, value, magnitude: float) 
     return dict(paper=float((size * torch.stack(decayed) * direct).sum()), exact=float(exact.sum()))
 
 
-def install_word(suite: Suite, prompt: str, word: str, magnitude: float) -> tuple[pd.DataFrame, dict]:
+def install_word(study: Study, prompt: str, word: str, magnitude: float) -> tuple[pd.DataFrame, dict]:
     """Install a word by writes at the prompt's last tokens, as in notebook 10, in the cell of section
     `install`.
 
@@ -131,12 +131,12 @@ def install_word(suite: Suite, prompt: str, word: str, magnitude: float) -> tupl
     ValueError, in one sentence, for a prompt, a word or a magnitude that cannot be used."""
     if not 0 < magnitude < float("inf"):
         raise ValueError(f"The magnitude is {magnitude:g}: give one above 0, in native write norms.")
-    host, settings = suite.host(suite.main), suite.profile.section("install", suite.main)
-    cell, room = suite.cell(suite.main, settings.place), suite.profile.data.window - settings.new_tokens - 1
+    host, settings = study.host(study.main), study.profile.section("install", study.main)
+    cell, room = study.cell(study.main, settings.place), study.profile.data.window - settings.new_tokens - 1
     ids = host.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not settings.writes <= len(ids) <= room:
         raise ValueError(f"The prompt has {len(ids)} tokens: type one of {settings.writes} to {room}.")
-    targets, write = torch.tensor([[one_token(host.tokenizer, word)]]), suite.profile.saes.write
+    targets, write = torch.tensor([[one_token(host.tokenizer, word)]]), study.profile.saes.write
     run = host.run(torch.tensor([[host.tokenizer.eos_token_id, *ids]]))
     writes = dict(writes=settings.writes, write=write)
     trial = install.setting(host, run, cell, targets, np.array(["typed"]), settings.writes, **writes)
@@ -157,11 +157,11 @@ def install_word(suite: Suite, prompt: str, word: str, magnitude: float) -> tupl
     return pd.DataFrame(rows), texts
 
 
-def install_page(suite: Suite, prompt: str, word: str, magnitude: float) -> str:
+def install_page(study: Study, prompt: str, word: str, magnitude: float) -> str:
     """Return the HTML page of an install, the target marked in the continuations. Raises as
     `install_word`."""
-    table, texts = install_word(suite, prompt, word, magnitude)
-    tokenizer, writes = suite.host(suite.main).tokenizer, suite.profile.section("install", suite.main).writes
+    table, texts = install_word(study, prompt, word, magnitude)
+    tokenizer, writes = study.host(study.main).tokenizer, study.profile.section("install", study.main).writes
     token, decode = one_token(tokenizer, word), tokenizer.decode
     shifts = table[["direction", *PREDICTED, "measured"]].rename(columns=PREDICTED)
     shifts["direction"] = shifts.direction.map(NAMES)

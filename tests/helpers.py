@@ -11,7 +11,7 @@ import torch
 
 from replication.study.fingerprint import fingerprint
 from replication.study.profile import Data
-from replication.study.study import Suite
+from replication.study.study import Study
 from replication.study.training import SaeSpec, train_one
 from writesae.history import Origin
 from writesae.recurrence import Factors, step_states
@@ -143,8 +143,8 @@ class SmallProfile:
         return self.sections[name]
 
 
-class SmallSuite(Suite):
-    """A profile's suite with one small host and windows of these tokens in place of the profile's; two a passage."""
+class SmallStudy(Study):
+    """A profile's study with one small host and windows of these tokens in place of the profile's; two a passage."""
 
     def __init__(self, profile, host, tokens: torch.Tensor):
         super().__init__(profile)
@@ -163,7 +163,7 @@ class SmallSuite(Suite):
         return fingerprint(tokens=self.split.tokens)
 
 
-def train_sae(study: Suite, role: str, cell: tuple[int, int], target: str, settings, factors: Factors) -> None:
+def train_sae(study: Study, role: str, cell: tuple[int, int], target: str, settings, factors: Factors) -> None:
     """Train an SAE of the small host on a cell's factors, which validate it as well."""
     spec = SaeSpec("small", *cell, target, role, study.profile.saes.write, settings, len(factors.key))
     data = factors.history(target, spec.write, Origin("small", *cell, spec.write))

@@ -28,7 +28,7 @@ from replication.plots import CONDITION
 from replication.statistics import wilson
 from replication.study.firings import firing_windows
 from replication.study.stages import rows_with
-from replication.study.study import Suite, open_suite
+from replication.study.study import Study, open_study
 from writesae.evaluate.atoms import ATOM_KEYS
 from writesae.evaluate.promoted import KINDS
 from writesae.evaluate.replacement import AMPLITUDES, CONDITIONS
@@ -48,17 +48,17 @@ MAXIMUM_BYTES = 5_000_000
 # Tables
 
 
-def read_tables(suite: Suite) -> tuple[dict[str, pd.DataFrame], list[str]]:
+def read_tables(study: Study) -> tuple[dict[str, pd.DataFrame], list[str]]:
     """Return the tables that the page shows, and a sentence for each optional one that is missing.
 
     Raises ArtifactError, with one sentence that names the notebook, if a required table is missing.
     """
     tables, notes = {}, []
     for name, notebook in (REQUIRED | OPTIONAL).items():
-        if (suite.paths.results / f"{name}.csv").is_file():
-            tables[name] = suite.table(name)
+        if (study.paths.results / f"{name}.csv").is_file():
+            tables[name] = study.table(name)
             continue
-        folder, remedy = suite.paths.results.name, f"`make {notebook} PROFILE={suite.profile.name}` makes it"
+        folder, remedy = study.paths.results.name, f"`make {notebook} PROFILE={study.profile.name}` makes it"
         if name in REQUIRED:
             raise ArtifactError(f"The table {name}.csv is missing in results/{folder}: {remedy}.")
         notes.append(f"Not shown here: the table {name}.csv is missing in results/{folder}; {remedy}.")
@@ -152,25 +152,25 @@ def tokens_of(table: pd.DataFrame) -> dict[int, list]:
 # The page's data
 
 
-def entry(suite: Suite, tables: dict, where: dict, windows: Windows, firings, test, columns: dict) -> dict:
+def entry(study: Study, tables: dict, where: dict, windows: Windows, firings, test, columns: dict) -> dict:
     """Return what the page shows of every SAE: its place, memory, size and error, these columns and those of
     its contexts (`firings`), and its replacement test (`test`)."""
     sae, cell = of_cell(tables["saes"], where), of_cell(tables["cells"], where)
     shown = where | dict(place=cell.place.iloc[0] if len(cell) else "")
     for table, names in ((sae, ("n_atoms", "k", "fvu")), (cell, ("half_life_median", "sigma1_over_sigma2"))):
         shown |= {name: plain(table[name][:1])[0] for name in names if len(table)}
-    tokenizer, atoms = suite.host(where["host"]).tokenizer, columns["atom"]
+    tokenizer, atoms = study.host(where["host"]).tokenizer, columns["atom"]
     texts, tokens = contexts(tokenizer, windows, firings, CONTEXTS), fires_on(tokenizer, windows, firings)
     columns |= dict(contexts=[texts[atom] for atom in atoms], fires_on=[tokens[atom] for atom in atoms])
     n_tested = len(rows_with(test, amplitude=AMPLITUDES[0], read="write"))
     return shown | dict(columns=columns, test=tested(test, atoms), n_tested=n_tested)
 
 
-def main_sae(suite: Suite, tables: dict, where: dict, firings: pd.DataFrame, tokens: pd.DataFrame) -> dict:
+def main_sae(study: Study, tables: dict, where: dict, firings: pd.DataFrame, tokens: pd.DataFrame) -> dict:
     """Return everything that the page shows of one of the profile's main SAEs.
 
     Raises ArtifactError if its firings in build/ and atoms.csv are not of one run."""
-    name, profile = where["host"], suite.profile
+    name, profile = where["host"], study.profile
     table = of_cell(tables["atoms"], where).sort_values("atom")
     if firings.groupby("atom").size().to_dict() != dict(zip(table.atom, table.firings, strict=True)):
         raise ArtifactError(
@@ -182,8 +182,8 @@ def main_sae(suite: Suite, tables: dict, where: dict, firings: pd.DataFrame, tok
         columns[column] = plain(table[column])
     counts, promoted = histograms(firings, profile.data.window), tokens_of(of_cell(tokens, where))
     columns |= dict(histogram=[counts[a] for a in table.atom], tokens=[promoted[a] for a in table.atom])
-    windows = firing_windows(suite, name)
-    shown = entry(suite, tables, where, windows, firings, of_cell(tables["replacement"], where), columns)
+    windows = firing_windows(study, name)
+    shown = entry(study, tables, where, windows, firings, of_cell(tables["replacement"], where), columns)
     passages = len(windows.passage.unique())
     shown |= dict(scanned=scanned(windows, profile.data.first_position), windows=len(windows), passages=passages)
     if "population" in tables:
@@ -196,36 +196,36 @@ def main_sae(suite: Suite, tables: dict, where: dict, firings: pd.DataFrame, tok
     return shown
 
 
-def survey_saes(suite: Suite, tables: dict, name: str) -> list[dict]:
+def survey_saes(study: Study, tables: dict, name: str) -> list[dict]:
     """Return the smaller SAEs of every cell of a host: only the tested atoms, at the tested firings."""
     if "replacement_by_cell" not in tables:
         return []
-    shown, windows = [], suite.windows(name, "heldout")
+    shown, windows = [], study.windows(name, "heldout")
     for keys, test in rows_with(tables["replacement_by_cell"], host=name).groupby(ATOM_KEYS[:4]):
         firings = test.drop_duplicates(["window", "position", "atom"])
         cosines = firings.groupby("atom").cosine.median()
         where = dict(zip(ATOM_KEYS, keys), role="survey")
         columns = dict(atom=cosines.index.tolist(), cosine=plain(cosines))
-        shown.append(entry(suite, tables, where, windows, firings, test, columns))
+        shown.append(entry(study, tables, where, windows, firings, test, columns))
     return shown
 
 
-def collect(suite: Suite) -> dict:
+def collect(study: Study) -> dict:
     """Return the data of the page. Raises ArtifactError for a missing table, and FileNotFoundError for an
     SAE."""
-    tables, notes = read_tables(suite)
+    tables, notes = read_tables(study)
     saes, survey, vocabulary = [], [], {}
-    for name in suite.profile.hosts:
-        firings = atoms_page.main_firings(suite, name)
-        tokens = promoted_page.run(suite, name, firings, TOKENS)
-        decode = suite.host(name).tokenizer.decode
+    for name in study.profile.hosts:
+        firings = atoms_page.main_firings(study, name)
+        tokens = promoted_page.run(study, name, firings, TOKENS)
+        decode = study.host(name).tokenizer.decode
         vocabulary[name] = {int(t): decode([t]) for t in sorted(tokens.token.unique())}
         for keys, part in firings.groupby(ATOM_KEYS[:4], sort=False):
             where = dict(zip(ATOM_KEYS, keys), role="main")
-            saes.append(main_sae(suite, tables, where, part, tokens))
-        survey += survey_saes(suite, tables, name)
-    commit = read_sidecar(suite.paths.results / "replacement.csv").get("commit", "unknown")
-    source = dict(profile=suite.profile.name, commit=commit, window=suite.profile.data.window)
+            saes.append(main_sae(study, tables, where, part, tokens))
+        survey += survey_saes(study, tables, name)
+    commit = read_sidecar(study.paths.results / "replacement.csv").get("commit", "unknown")
+    source = dict(profile=study.profile.name, commit=commit, window=study.profile.data.window)
     return dict(source=source, notes=notes, colours=CONDITION, vocabulary=vocabulary, saes=saes + survey)
 
 
@@ -265,10 +265,10 @@ def page(data: dict) -> bytes:
     return content
 
 
-def write(suite: Suite) -> Path:
+def write(study: Study) -> Path:
     """Write figures/<profile>/atoms.html, whole or not at all, and return its path. Raises as `collect` and
     `page`."""
-    content, path = page(collect(suite)), suite.paths.figures / "atoms.html"
+    content, path = page(collect(study)), study.paths.figures / "atoms.html"
     write_atomically(path, lambda partial: partial.write_bytes(content))
     return path
 
@@ -279,7 +279,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     try:
-        path = write(open_suite(options.profile))
+        path = write(open_study(options.profile))
     except FileNotFoundError as error:
         raise CommandError(
             f"a trained SAE is missing ({error}): `make 02_train_saes PROFILE={options.profile}` makes it."

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from replication.scorecard.repeats import COLUMNS, gather
-from replication.study.study import open_suite
+from replication.study.study import open_study
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,10 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    suite = open_suite(options.profile)
+    study = open_study(options.profile)
     tables = {kind: gather(options.folders, options.profile, kind) for kind in COLUMNS}
     for kind, table in tables.items():
-        suite.write(f"repeats-{kind}", table, seconds=0.0)
+        study.write(f"repeats-{kind}", table, seconds=0.0)
     names = ", ".join(f"repeats-{kind}.csv" for kind in tables)
     print(f"{len(options.folders)} runs in results/{options.profile}: {names}")
     return 0

@@ -1,11 +1,11 @@
-"""Run one notebook of the suite: `python -m replication run 05_replacement --profile mini`.
+"""Run one notebook: `python -m replication run 05_replacement --profile mini`.
 
 papermill writes the executed notebook to build/PROFILE/notebooks. With the default profile its outputs then
 go into the notebook of the repository, where people read them: only outputs and execution counts change, and
 the file keeps its time, so that Make does not take it for edited. With WRITESAE_OUTPUT, and in a dry run, the
 repository's notebook does not change.
 
-The kernel holds the profile's lock (replication.study.lock) from `open_suite` on. A kill of this process
+The kernel holds the profile's lock (replication.study.lock) from `open_study` on. A kill of this process
 alone leaves the kernel alive for a second or two, and the next run waits for it."""
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from replication.study.fingerprint import fingerprint
 from replication.study.firings import CONDITIONS_OF_SURVEYS, firings_of
 from replication.study.lock import writing
 from replication.study.profile import Profile, Section, Target, load_profile
-from replication.study.study import Suite, threads
+from replication.study.study import Study, threads
 from replication.study.training import VALIDATION_WINDOWS, SaeSpec, train_one
 from writesae.evaluate.cells import survey_cells
 from writesae.evaluate.firings import CellSAE, draw_in_rounds, encode_cell
@@ -123,8 +123,8 @@ class Sweep:
     """A grid over a profile: its points, the places of their files, and what those depend on."""
 
     def __init__(self, profile: Profile, grid: Grid):
-        self.profile, self.grid, self.suite = profile, grid, Suite(profile)
-        self.folder = self.suite.paths.build / "sweeps" / grid.name
+        self.profile, self.grid, self.study = profile, grid, Study(profile)
+        self.folder = self.study.paths.build / "sweeps" / grid.name
 
     def record(self, point: Point) -> Path:
         """The table of an SAE, with one row."""
@@ -139,7 +139,7 @@ class Sweep:
         return self.folder / "memory" / f"{host}-L{layer}.csv"
 
     def sae(self, point: Point) -> tuple[str, int, int, str, str]:
-        """The names of an SAE in the suite: host, layer, head, target, role."""
+        """The names of an SAE in the study: host, layer, head, target, role."""
         role = f"sweep-{self.grid.name}-{point.variant}-s{point.seed}"
         return point.host, *point.cell, self.grid.variants[point.variant].target, role
 
@@ -147,7 +147,7 @@ class Sweep:
         """Return all SAEs of the grid. Raises ValueError for a host, cell or setting that the profile does
         not have."""
         grid, profile = self.grid, self.profile
-        named = {"all": list(profile.hosts), "main": [self.suite.main]}
+        named = {"all": list(profile.hosts), "main": [self.study.main]}
         hosts = grid.hosts if isinstance(grid.hosts, list) else named[grid.hosts]
         for name in hosts:
             if name not in profile.hosts:
@@ -162,7 +162,7 @@ class Sweep:
     def cells(self, host: str) -> list[tuple[int, int]]:
         """Return the grid's (layer, head) of a host. Raises ValueError for one that is not a recurrent
         cell."""
-        model, grid = self.suite.host(host), self.grid
+        model, grid = self.study.host(host), self.grid
         rules = self.profile.hosts[host].cells.values()
         named = {"all": model.recurrent_layers, "headline": sorted({rule.layer for rule in rules})}
         layers = grid.layers if isinstance(grid.layers, list) else named[grid.layers]
@@ -194,7 +194,7 @@ class Sweep:
 
     def expected(self, host: str, **inputs) -> str:
         """Return the fingerprint of what is made of a host."""
-        code = dict(modules=[__name__], host=self.suite.host_fingerprint(host))
+        code = dict(modules=[__name__], host=self.study.host_fingerprint(host))
         return fingerprint(**code, data=self.profile.data, **inputs)
 
     def expected_harvest(self, host: str, layer: int) -> str:
@@ -225,22 +225,22 @@ def run_task(work: Callable, profile: Profile, grid: Grid, host: str, layer: int
 def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> list[str]:
     """Store the factors of the grid's cells of a layer, in shards over the training windows and in one file
     per cell over the held-out ones, and the half-lives and spectra of all cells of the layer."""
-    suite, data = sweep.suite, sweep.profile.data
+    study, data = sweep.study, sweep.profile.data
     cells = [cell for cell in sweep.cells(host) if cell[0] == layer]
     files, memory = {cell: sweep.heldout(host, *cell) for cell in cells}, sweep.memory(host, layer)
     if up_to_date([*files.values(), memory], expected):
         return []
-    began, model, windows = time.monotonic(), suite.host(host), suite.windows(host, "sae")
+    began, model, windows = time.monotonic(), study.host(host), study.windows(host, "sae")
     training = windows.tokens[: max(map(sweep.training_windows, sweep.grid.variants))]
     harvest_shards(model, training, cells, sweep.folder / "harvest" / host, expected, batch=data.batch_windows)
-    checking = suite.windows(host, "heldout")[slice(0, max(VALIDATION_WINDOWS, sweep.test_windows(host)))]
+    checking = study.windows(host, "heldout")[slice(0, max(VALIDATION_WINDOWS, sweep.test_windows(host)))]
     factors = harvest(model, checking.tokens, cells, data.batch_windows, progress=False)
     for cell, path in files.items():
         tensors = factors[cell].tensors() | dict(tokens=checking.tokens, passage=checking.passage)
         save_tensors(path, tensors, {"fingerprint": expected})
     run = model.run(windows.tokens[: data.cell_windows], upto=layer + 1)
     table = survey_cells(model, run, data.first_position, [layer]).assign(host=host)
-    provenance = suite.provenance(host, seconds=time.monotonic() - began, fingerprint=expected)
+    provenance = study.provenance(host, seconds=time.monotonic() - began, fingerprint=expected)
     stages.write_table(table, memory, provenance)
     return []
 
@@ -248,7 +248,7 @@ def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> list[st
 def train_points(sweep: Sweep, host: str, layer: int, expected: dict[Point, str]) -> list[str]:
     """Train SAEs of one layer, test them, and write the row of each. Return sentences on those that
     failed."""
-    suite, rows, tests, failures = sweep.suite, {}, {}, []
+    study, rows, tests, failures = sweep.study, {}, {}, []
     for point, wanted in expected.items():
         began = time.monotonic()
         try:
@@ -262,10 +262,10 @@ def train_points(sweep: Sweep, host: str, layer: int, expected: dict[Point, str]
     began, scores = time.monotonic(), replacement_scores(sweep, tests)
     shared = (time.monotonic() - began) / max(1, len(rows))
     for point, (row, seconds) in rows.items():
-        provenance = suite.provenance(host, seconds=seconds + shared, fingerprint=expected[point])
+        provenance = study.provenance(host, seconds=seconds + shared, fingerprint=expected[point])
         stages.write_table(pd.DataFrame([row | scores.get(point, {})]), sweep.record(point), provenance)
         if not sweep.grid.keep:
-            shutil.rmtree(suite.sae_folder(*sweep.sae(point)))
+            shutil.rmtree(study.sae_folder(*sweep.sae(point)))
     return failures
 
 
@@ -278,7 +278,7 @@ def train_point(sweep: Sweep, point: Point, expected: str) -> dict:
         training = training[:]
     validation = _heldout(sweep, point, VALIDATION_WINDOWS)[0].history(target, write)
     spec = SaeSpec(host, *point.cell, target, role, write, sweep.settings(point), len(training))
-    row = train_one(sweep.suite, spec, training, validation, expected)
+    row = train_one(sweep.study, spec, training, validation, expected)
     return dict(name=point.variant) | row | dict(role=sweep.grid.variants[point.variant].role)
 
 
@@ -292,11 +292,11 @@ def _heldout(sweep: Sweep, point: Point, count: int) -> tuple[Factors, Windows]:
 def draw_test(sweep: Sweep, point: Point) -> tuple[Windows, CellSAE, pd.DataFrame]:
     """Return the held-out windows of the replacement test, the SAE on them, and the drawn firings: as many as
     the grid says, or all if there are fewer."""
-    suite, profile = sweep.suite, sweep.profile
+    study, profile = sweep.study, sweep.profile
     factors, windows = _heldout(sweep, point, sweep.test_windows(point.host))
-    target, sae = sweep.grid.variants[point.variant].target, suite.sae(*sweep.sae(point))
+    target, sae = sweep.grid.variants[point.variant].target, study.sae(*sweep.sae(point))
     subject = encode_cell(point.cell, target, profile.saes.write, sae, factors)
-    every = firings_of(suite, subject, windows)
+    every = firings_of(study, subject, windows)
     return windows, subject, draw_in_rounds(every, min(sweep.grid.firings, len(every)), profile.seed)
 
 
@@ -306,7 +306,7 @@ def replacement_scores(sweep: Sweep, tests: dict[Point, tuple]) -> dict[Point, d
     if not tests:
         return {}
     first = next(iter(tests))
-    host, profile = sweep.suite.host(first.host), sweep.profile
+    host, profile = sweep.study.host(first.host), sweep.profile
     windows, size = tests[first][0], profile.data.batch_windows
     drawn = [(subject, firings.assign(point=str(point))) for point, (_, subject, firings) in tests.items()]
     rows = profile.section("replacement", first.host).batch_rows
@@ -339,13 +339,13 @@ def run_sweep(profile: Profile, grid: Grid, jobs: int | None = None) -> pd.DataF
     Raises ValueError for a grid that does not fit the profile, CommandError if tasks fail, LockError while
     another process writes."""
     sweep = Sweep(profile, grid)
-    with writing(sweep.suite.paths):
+    with writing(sweep.study.paths):
         expected = {point: sweep.expected_record(point) for point in sweep.points()}
         waiting = [point for point in expected if not up_to_date(sweep.record(point), expected[point])]
         unknown = [point for point in expected if not sweep.memory(point.host, point.layer).is_file()]
         layers = list(dict.fromkeys((point.host, point.layer) for point in waiting + unknown))
         for host in dict.fromkeys(host for host, _ in layers):
-            sweep.suite.windows(host, "sae"), sweep.suite.windows(host, "heldout")
+            sweep.study.windows(host, "sae"), sweep.study.windows(host, "heldout")
         tasks = []
         for layer, points in groupby(waiting, lambda point: point[:2]):
             while part := list(islice(points, TOGETHER)):
@@ -380,7 +380,7 @@ def _table(sweep: Sweep, points: list[Point]) -> pd.DataFrame:
     memory = pd.concat([stages.read_table(sweep.memory(*place)) for place in places], ignore_index=True)
     whole = rows.merge(memory[[*keys, "half_life_median", "sigma1_over_sigma2"]], on=keys, how="left")
     seconds = sum(read_sidecar(path)["seconds"] for path in records)
-    return sweep.suite.write(f"sweep-{sweep.grid.name}", whole, seconds=round(seconds, 3))
+    return sweep.study.write(f"sweep-{sweep.grid.name}", whole, seconds=round(seconds, 3))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

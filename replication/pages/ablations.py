@@ -31,7 +31,7 @@ from replication.classes import described_atoms, partition, scanned
 from replication.statistics import beats, cluster_bootstrap, difference_bootstrap, rate_row, wider, wilson
 from replication.study.firings import firing_windows, firings_of, run_firings
 from replication.study.stages import rows_with
-from replication.study.study import Suite
+from replication.study.study import Study
 from replication.study.training import ablation_hosts, ablation_role, ablation_variants
 from writesae.evaluate.firings import CellSAE, draw_in_rounds
 from writesae.evaluate.replacement import AMPLITUDES
@@ -47,16 +47,16 @@ KEYS = ["host", "place", "layer", "head", "target", "variant"]
 # What every variant is asked
 
 
-def encode(suite: Suite, host: str, windows: Windows) -> dict[tuple, tuple[CellSAE, pd.DataFrame]]:
+def encode(study: Study, host: str, windows: Windows) -> dict[tuple, tuple[CellSAE, pd.DataFrame]]:
     """Return each variant's SAE on the windows and its errors, a row per window, by (place, target, variant)."""
-    section, write, encoded = suite.profile.section("ablations", host), suite.profile.saes.write, {}
-    groups = [(place, target, s.variant) for place, target, s in ablation_variants(section, suite.profile.seed)]
-    cells = {place: suite.cell(host, place) for place, _, _ in groups}
-    batch = suite.profile.data.batch_windows
-    factors = harvest(suite.host(host), windows.tokens, list(dict.fromkeys(cells.values())), batch)
+    section, write, encoded = study.profile.section("ablations", host), study.profile.saes.write, {}
+    groups = [(place, target, s.variant) for place, target, s in ablation_variants(section, study.profile.seed)]
+    cells = {place: study.cell(host, place) for place, _, _ in groups}
+    batch = study.profile.data.batch_windows
+    factors = harvest(study.host(host), windows.tokens, list(dict.fromkeys(cells.values())), batch)
     for group in tqdm(groups, desc="encoding"):
         place, target, variant = group
-        cell, sae = cells[place], suite.sae(host, *cells[place], target, ablation_role(variant))
+        cell, sae = cells[place], study.sae(host, *cells[place], target, ablation_role(variant))
         parts = zip(*by_group(sae, factors[cell].history(target, write)), strict=True)
         squared, energy, indices, coefficients = (torch.cat(x) for x in parts)
         writes = factors[cell].history("write", write)
@@ -83,30 +83,30 @@ def _classes(group: tuple, host: str, encoded: dict, firings: dict, seed: int, t
     return table.assign(place=place, variant=variant, k=sae.k, seed=seed, n_atoms=sae.n_atoms)
 
 
-def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Return results ablation_windows.csv (a row per window: the errors), ablation_atoms.csv (per alive atom) and
     ablation_firings.csv (per firing and amplitude), over all hosts whose profile asks for ablations."""
     names, parts = ("ablation_windows", "ablation_atoms", "ablation_firings"), []
-    for name, section in ablation_hosts(suite).items():
-        seed, windows = suite.profile.seed, firing_windows(suite, name)[slice(0, section.windows)]
-        pairs, tokens = encode(suite, name, windows), scanned(windows, suite.profile.data.first_position)
+    for name, section in ablation_hosts(study).items():
+        seed, windows = study.profile.seed, firing_windows(study, name)[slice(0, section.windows)]
+        pairs, tokens = encode(study, name, windows), scanned(windows, study.profile.data.first_position)
         encoded, errors = ({group: pair[i] for group, pair in pairs.items()} for i in (0, 1))
-        firings = {group: firings_of(suite, cell_sae, windows) for group, cell_sae in encoded.items()}
+        firings = {group: firings_of(study, cell_sae, windows) for group, cell_sae in encoded.items()}
         given = dict(host=name, encoded=encoded, firings=firings, seed=seed, tokens=tokens)
         drawn = []
         for group, cell_sae in encoded.items():
             some = draw_in_rounds(firings[group], min(section.firings, len(firings[group])), seed)
             drawn.append((cell_sae, some.assign(place=group[0], variant=group[2])))
         options = dict(conditions=("delete", "atom", "random", "reconstruction", "whole_atom"), scopes=("write",))
-        options["batch_rows"] = suite.profile.section("replacement", name).batch_rows
+        options["batch_rows"] = study.profile.section("replacement", name).batch_rows
         parts.append(
             (
-                suite.stage(names[0], name, encoded, _errors, errors=errors),
-                suite.stage(names[1], name, encoded, _classes, **given),
-                run_firings(suite, name, names[2], windows, drawn, **options),
+                study.stage(names[0], name, encoded, _errors, errors=errors),
+                study.stage(names[1], name, encoded, _classes, **given),
+                run_firings(study, name, names[2], windows, drawn, **options),
             )
         )
-    return tuple(suite.gather(name, list(part)) for name, part in zip(names, zip(*parts), strict=True))
+    return tuple(study.gather(name, list(part)) for name, part in zip(names, zip(*parts), strict=True))
 
 
 def fvu(windows: pd.DataFrame) -> Callable[[np.ndarray], float]:
@@ -202,12 +202,12 @@ def _win_contrast(a: pd.DataFrame, b: pd.DataFrame, amplitude: str, resamples: i
     return dict(quantity=f"win_rate_{amplitude}", value=value, ci_low=low, ci_high=high, n=len(a) + len(b))
 
 
-def tables(suite: Suite, windows, classes, firings) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tables(study: Study, windows, classes, firings) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write and return results ablations.csv and ablation_contrasts.csv."""
-    resamples, seed = suite.profile.ablations.bootstrap, suite.profile.seed
+    resamples, seed = study.profile.ablations.bootstrap, study.profile.seed
     keys = [name for name in KEYS if name != "place"]
-    trained = suite.table("ablation_saes").rename(columns=dict(seconds="training_seconds"))
+    trained = study.table("ablation_saes").rename(columns=dict(seconds="training_seconds"))
     trained = trained[[*keys, "activation", "rank", "seed", "training_seconds"]]
     table = summarise(windows, classes, firings, resamples, seed).merge(trained, on=keys, validate="one_to_one")
     compared = contrasts(windows, firings, resamples, seed)
-    return suite.write("ablations", table), suite.write("ablation_contrasts", compared)
+    return study.write("ablations", table), study.write("ablation_contrasts", compared)

@@ -27,7 +27,7 @@ from replication.classes import described_atoms, mixtures, partition, scanned, t
 from replication.statistics import Interval, cliffs_delta, cluster_bootstrap, mann_whitney
 from replication.study.fingerprint import Later
 from replication.study.firings import firing_windows
-from replication.study.study import Suite
+from replication.study.study import Study
 from replication.study.training import host_variants, variant_name
 from writesae.evaluate.atoms import ATOM_KEYS, CLASSES, MATCH, choose_exemplars, frequent_tokens, matches, top_contexts
 from writesae.evaluate.firings import all_firings, encode_cell
@@ -147,60 +147,60 @@ def by_cosine(
     return pd.DataFrame(rows)
 
 
-def class_tables(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
+def class_tables(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
     """Write results population_axes.csv and population_by_cosine.csv, from the alive atoms and notebook 07's
     firings."""
-    hosts, seed = firings.groupby("host", sort=False), suite.profile.seed
-    first = suite.profile.data.first_position
-    parts = [axes_per_atom(part, alive, scanned(firing_windows(suite, name), first)) for name, part in hosts]
+    hosts, seed = firings.groupby("host", sort=False), study.profile.seed
+    first = study.profile.data.first_position
+    parts = [axes_per_atom(part, alive, scanned(firing_windows(study, name), first)) for name, part in hosts]
     axes, bins = class_axes(pd.concat(parts), seed), by_cosine(firings, alive, seed=seed)
-    return suite.write("population_axes", axes), suite.write("population_by_cosine", bins)
+    return study.write("population_axes", axes), study.write("population_by_cosine", bins)
 
 
-def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
+def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write results atoms.csv, one row per alive atom of every SAE: the main SAEs of all cells, and the
     variants. Return it with every firing of the main SAEs (kept in build/ only)."""
-    profile, tables, every = suite.profile, [], []
+    profile, tables, every = study.profile, [], []
     for name in profile.hosts:
-        cell, factors = suite.cell(name, profile.section("atoms", name).place), _factors(suite, name)
-        cells, targets = [suite.cell(name, place) for place in profile.hosts[name].cells], profile.saes.targets
+        cell, factors = study.cell(name, profile.section("atoms", name).place), _factors(study, name)
+        cells, targets = [study.cell(name, place) for place in profile.hosts[name].cells], profile.saes.targets
         groups = [(*place, target, "main", profile.seed) for place in cells for target in targets]
-        variants = host_variants(suite, name)
+        variants = host_variants(study, name)
         groups += [(*cell, target, variant_name(v), v.seed) for v in variants for target in targets]
-        tables.append(describe(suite, name, groups, factors))
-        every.append(main_firings(suite, name, factors))
-    return suite.gather("atoms", tables), pd.concat(every, ignore_index=True)
+        tables.append(describe(study, name, groups, factors))
+        every.append(main_firings(study, name, factors))
+    return study.gather("atoms", tables), pd.concat(every, ignore_index=True)
 
 
-def describe(suite: Suite, host_name: str, groups: list[tuple], factors: Later | None = None) -> pd.DataFrame:
+def describe(study: Study, host_name: str, groups: list[tuple], factors: Later | None = None) -> pd.DataFrame:
     """Return one row per alive atom of some SAEs of a host. groups: (layer, head, target, role, seed) of each."""
-    places = {suite.cell(host_name, place): place for place in suite.profile.hosts[host_name].cells}
-    saes = {group: suite.sae(host_name, *group[:4]) for group in groups}
-    given = _given(suite, host_name) | dict(factors=factors or _factors(suite, host_name), saes=saes)
-    tokens = scanned(firing_windows(suite, host_name), suite.profile.data.first_position)
-    given |= dict(places=places, seed=suite.profile.seed, tokens=tokens)
-    return suite.stage("atoms", host_name, groups, _atoms, **given)
+    places = {study.cell(host_name, place): place for place in study.profile.hosts[host_name].cells}
+    saes = {group: study.sae(host_name, *group[:4]) for group in groups}
+    given = _given(study, host_name) | dict(factors=factors or _factors(study, host_name), saes=saes)
+    tokens = scanned(firing_windows(study, host_name), study.profile.data.first_position)
+    given |= dict(places=places, seed=study.profile.seed, tokens=tokens)
+    return study.stage("atoms", host_name, groups, _atoms, **given)
 
 
-def main_firings(suite: Suite, host_name: str, factors: Later | None = None) -> pd.DataFrame:
+def main_firings(study: Study, host_name: str, factors: Later | None = None) -> pd.DataFrame:
     """Return every firing of the main SAEs of a host (kept in build/ only): window, passage, position,
     coefficient, and ATOM_KEYS. `factors` that are harvested already save time."""
-    cells = [suite.cell(host_name, place) for place in suite.profile.hosts[host_name].cells]
-    saes = {(*cell, x): suite.sae(host_name, *cell, x) for cell in cells for x in suite.profile.saes.targets}
-    given = _given(suite, host_name) | dict(factors=factors or _factors(suite, host_name), saes=saes)
-    return suite.stage("atom_firings", host_name, saes, _firings, **given)
+    cells = [study.cell(host_name, place) for place in study.profile.hosts[host_name].cells]
+    saes = {(*cell, x): study.sae(host_name, *cell, x) for cell in cells for x in study.profile.saes.targets}
+    given = _given(study, host_name) | dict(factors=factors or _factors(study, host_name), saes=saes)
+    return study.stage("atom_firings", host_name, saes, _firings, **given)
 
 
-def _factors(suite: Suite, host_name: str) -> Later:
+def _factors(study: Study, host_name: str) -> Later:
     """Return the factors of a host's cells over the held-out windows, harvested when they are first asked for."""
-    cells = [suite.cell(host_name, place) for place in suite.profile.hosts[host_name].cells]
-    tokens, batch = firing_windows(suite, host_name).tokens, suite.profile.data.batch_windows
-    return Later(harvest, host=suite.host(host_name), windows=tokens, cells=cells, batch=batch)
+    cells = [study.cell(host_name, place) for place in study.profile.hosts[host_name].cells]
+    tokens, batch = firing_windows(study, host_name).tokens, study.profile.data.batch_windows
+    return Later(harvest, host=study.host(host_name), windows=tokens, cells=cells, batch=batch)
 
 
-def _given(suite: Suite, host_name: str) -> dict:
-    windows, first = firing_windows(suite, host_name), suite.profile.data.first_position
-    return dict(host=host_name, passage=windows.passage, write=suite.profile.saes.write, first=first)
+def _given(study: Study, host_name: str) -> dict:
+    windows, first = firing_windows(study, host_name), study.profile.data.first_position
+    return dict(host=host_name, passage=windows.passage, write=study.profile.saes.write, first=first)
 
 
 def _encoded(group: tuple, saes: dict, factors: Later, passage, write: str, first: int):
@@ -222,51 +222,51 @@ def _firings(group: tuple, host: str, **given) -> pd.DataFrame:
     return _encoded(group, **given)[1].assign(**dict(zip(ATOM_KEYS, (host, *group))))
 
 
-def tables(suite: Suite, alive: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
+def tables(study: Study, alive: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
     """Write results atom_partition.csv and atom_mixtures.csv (all SAEs), atom_thresholds.csv (main SAEs)."""
-    seed, counts, orders, sweeps = suite.profile.seed, [], [], []
+    seed, counts, orders, sweeps = study.profile.seed, [], [], []
     for values, part in alive.groupby(SAE_KEYS, sort=False):
         where = dict(zip(SAE_KEYS, values, strict=True))
         counts.append(where | partition(part, seed))
         orders.append(mixtures(part.cosine, seed).assign(**where))
         if where["role"] == "main":
-            taus = suite.profile.section("atoms", where["host"]).taus
+            taus = study.profile.section("atoms", where["host"]).taus
             sweeps.append(thresholds(part.cosine, taus).assign(**where))
     orders, sweeps = (pd.concat(x).set_index(SAE_KEYS).reset_index() for x in (orders, sweeps))
-    written = suite.write("atom_partition", pd.DataFrame(counts)), suite.write("atom_mixtures", orders)
-    return *written, suite.write("atom_thresholds", sweeps)
+    written = study.write("atom_partition", pd.DataFrame(counts)), study.write("atom_mixtures", orders)
+    return *written, study.write("atom_thresholds", sweeps)
 
 
-def seeds(suite: Suite, alive: pd.DataFrame, parts: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
+def seeds(study: Study, alive: pd.DataFrame, parts: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
     """Write results atom_seeds.csv (variation of the counts over seeds), atom_matches.csv (one row per alive
     atom and other seed) and atom_match_shares.csv, for hosts with variants of several seeds. parts:
     atom_partition.csv."""
     variations, found, shares = [], [], []
-    for name in suite.profile.hosts:
-        settings = suite.profile.section("atoms", name)
-        k = getattr(suite.profile.section("saes", name), settings.training).k
+    for name in study.profile.hosts:
+        settings = study.profile.section("atoms", name)
+        k = getattr(study.profile.section("saes", name), settings.training).k
         ours = parts[(parts.host == name) & (parts.role != "main") & (parts.k == k)]
         for target, part in ours.groupby("target") if ours.seed.nunique() > 1 else ():
             where = {c: part[c].iloc[0] for c in ("host", "layer", "head", "target", "k", "n_atoms")}
             for counted in ("alive", "registers", "bundles"):
                 variations.append(where | dict(counted=counted) | variation(part[counted]))
             cell, roles = (where["layer"], where["head"]), zip(part.seed, part.role)
-            saes = {seed: suite.sae(name, *cell, target, role) for seed, role in roles}
+            saes = {seed: study.sae(name, *cell, target, role) for seed, role in roles}
             classes = alive[(alive.host == name) & (alive.target == target) & alive.role.isin(part.role)]
-            pairs = matches(saes, suite.profile.seed)
+            pairs = matches(saes, study.profile.seed)
             pairs = pairs.merge(classes[["seed", "atom", "class"]], on=["seed", "atom"]).assign(**where)
             found.append(pairs)
-            shares.append(match_shares(pairs, suite.profile.seed).assign(host=name, target=target))
-    written = suite.write("atom_seeds", pd.DataFrame(variations)), suite.write("atom_matches", pd.concat(found))
-    return *written, suite.write("atom_match_shares", pd.concat(shares))
+            shares.append(match_shares(pairs, study.profile.seed).assign(host=name, target=target))
+    written = study.write("atom_seeds", pd.DataFrame(variations)), study.write("atom_matches", pd.concat(found))
+    return *written, study.write("atom_match_shares", pd.concat(shares))
 
 
-def exemplars(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
+def exemplars(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
     """Write results atom_exemplars.csv (with the tokens at which each fires most) and atom_contexts.csv."""
     contexts, tokens, main = [], [], alive[alive.role == "main"]
     for name, part in firings.groupby("host", sort=False):
-        tokenizer, windows = suite.host(name).tokenizer, firing_windows(suite, name)
-        settings = suite.profile.section("atoms", name)
+        tokenizer, windows = study.host(name).tokenizer, firing_windows(study, name)
+        settings = study.profile.section("atoms", name)
         able = main[(main.host == name) & (main.place == settings.place)]
         rule = settings.exemplars, settings.fewest_passages
         chosen = [choose_exemplars(rows, *rule) for _, rows in able.groupby("target")]
@@ -277,4 +277,4 @@ def exemplars(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple
             tokens.append(dict(zip(ATOM_KEYS, keys, strict=True), tokens=frequent))
     table = pd.DataFrame(tokens).merge(main, on=ATOM_KEYS)
     contexts = pd.concat(contexts).merge(table[[*ATOM_KEYS, "class"]], on=ATOM_KEYS)
-    return suite.write("atom_exemplars", table), suite.write("atom_contexts", contexts)
+    return study.write("atom_exemplars", table), study.write("atom_contexts", contexts)

@@ -8,22 +8,22 @@ import pandas as pd
 import torch
 
 from replication.study import fingerprint
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae import files
 from writesae.harvesting import harvest
 
 
-def harvest_cells(suite: Suite) -> pd.DataFrame:
+def harvest_cells(study: Study) -> pd.DataFrame:
     """Harvest the headline's cells over the SAE windows into one file per cell; write results harvest.csv."""
-    data, rows = suite.profile.data, []
-    for name in suite.profile.hosts:
-        cells = [suite.cell(name, place) for place in suite.profile.hosts[name].cells]
-        paths = [suite.harvest_path(name, *cell) for cell in cells]
-        inputs = dict(host=suite.host_fingerprint(name), data=data, cells=cells)
+    data, rows = study.profile.data, []
+    for name in study.profile.hosts:
+        cells = [study.cell(name, place) for place in study.profile.hosts[name].cells]
+        paths = [study.harvest_path(name, *cell) for cell in cells]
+        inputs = dict(host=study.host_fingerprint(name), data=data, cells=cells)
         expected = fingerprint.fingerprint(["writesae.harvesting"], **inputs)
         if not files.up_to_date(paths, expected):
-            windows, start = suite.windows(name, "sae"), time.monotonic()
-            harvested = harvest(suite.host(name), windows.tokens, cells, data.batch_windows)
+            windows, start = study.windows(name, "sae"), time.monotonic()
+            harvested = harvest(study.host(name), windows.tokens, cells, data.batch_windows)
             seconds = time.monotonic() - start
             for cell, path in zip(cells, paths, strict=True):
                 for target in ("state", "write"):
@@ -31,7 +31,7 @@ def harvest_cells(suite: Suite) -> pd.DataFrame:
                 content = {"fingerprint": expected, "seconds": seconds}
                 files.save_tensors(path, harvested[cell].tensors(), content)
         for cell, path in zip(cells, paths, strict=True):
-            factors, seconds = suite.harvested(name, *cell), files.read_sidecar(path)["metadata"]["seconds"]
+            factors, seconds = study.harvested(name, *cell), files.read_sidecar(path)["metadata"]["seconds"]
             cell_history = factors.history("state")
             tokens = cell_history.shape[0] * cell_history.shape[1]
             rows.append(
@@ -47,7 +47,7 @@ def harvest_cells(suite: Suite) -> pd.DataFrame:
                     tokens_per_second=tokens / seconds,
                 )
             )
-    return suite.write("harvest", pd.DataFrame(rows))
+    return study.write("harvest", pd.DataFrame(rows))
 
 
 def _median_norm(value: torch.Tensor | None) -> float:

@@ -8,7 +8,7 @@ import pandas as pd
 from replication.statistics import beats, cliffs_delta, cluster_bootstrap, paired_wilcoxon, permutation_test, rate_row
 from replication.study import training
 from replication.study.firings import CONDITIONS_OF_SURVEYS, encoded_saes, firings_of, run_firings
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae.evaluate.firings import atom_names, draw_in_rounds, encode_cell
 from writesae.harvesting import harvest
 
@@ -18,56 +18,56 @@ SMALLEST = 1e-12  # nats; below this a divergence is rounding
 # Every head of the middle cell's layer.
 
 
-def heads(suite: Suite) -> pd.DataFrame:
+def heads(study: Study) -> pd.DataFrame:
     """results replacement_heads.csv: the firings of every head, on hosts whose settings ask for them (App. F.1)."""
     tables = []
-    for name in suite.profile.hosts:
-        settings = suite.profile.section("multiverse", name)
+    for name in study.profile.hosts:
+        settings = study.profile.section("multiverse", name)
         if settings.head_firings:
-            tables.append(heads_of_host(suite, name, settings))
-    return suite.gather("replacement_heads", tables)
+            tables.append(heads_of_host(study, name, settings))
+    return study.gather("replacement_heads", tables)
 
 
-def heads_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
+def heads_of_host(study: Study, name: str, settings) -> pd.DataFrame:
     """settings.head_firings of every head (all it has, where it has fewer), from SAEs trained as the survey's are."""
-    layer, _ = suite.cell(name, "middle")
-    training.train_all(suite, training.survey_specs(suite, name, [layer]))  # most are there already
-    windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
-    cells = [(layer, head) for head in range(suite.host(name).heads)]
+    layer, _ = study.cell(name, "middle")
+    training.train_all(study, training.survey_specs(study, name, [layer]))  # most are there already
+    windows = study.windows(name, "heldout")[slice(0, settings.windows)]
+    cells = [(layer, head) for head in range(study.host(name).heads)]
     drawn = []
-    for subject in encoded_saes(suite, name, cells, "survey", windows):
-        every = firings_of(suite, subject, windows)
-        drawn.append((subject, draw_in_rounds(every, min(settings.head_firings, len(every)), suite.profile.seed)))
+    for subject in encoded_saes(study, name, cells, "survey", windows):
+        every = firings_of(study, subject, windows)
+        drawn.append((subject, draw_in_rounds(every, min(settings.head_firings, len(every)), study.profile.seed)))
     options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), batch_rows=settings.batch_rows)
-    return run_firings(suite, name, "replacement_heads", windows, drawn, **options)
+    return run_firings(study, name, "replacement_heads", windows, drawn, **options)
 
 
 # Every seed of the middle cell's SAE.
 
 
-def seeds(suite: Suite) -> pd.DataFrame:
+def seeds(study: Study) -> pd.DataFrame:
     """results replacement_seeds.csv: as many firings for the SAEs of every seed that notebook 03 has trained."""
     tables = []
-    for name in suite.profile.hosts:
-        if training.seed_variants(suite, name):
-            tables.append(seeds_of_host(suite, name, suite.profile.section("multiverse", name)))
-    return suite.gather("replacement_seeds", tables)
+    for name in study.profile.hosts:
+        if training.seed_variants(study, name):
+            tables.append(seeds_of_host(study, name, study.profile.section("multiverse", name)))
+    return study.gather("replacement_seeds", tables)
 
 
-def seeds_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
+def seeds_of_host(study: Study, name: str, settings) -> pd.DataFrame:
     """settings.firings of every seed and target in the cell of notebook 03, with the column `seed`."""
-    windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
-    cell, drawn = suite.cell(name, suite.profile.section("atoms", name).place), []
-    factors = harvest(suite.host(name), windows.tokens, [cell], suite.profile.data.batch_windows)[cell]
-    for variant in training.seed_variants(suite, name):
+    windows = study.windows(name, "heldout")[slice(0, settings.windows)]
+    cell, drawn = study.cell(name, study.profile.section("atoms", name).place), []
+    factors = harvest(study.host(name), windows.tokens, [cell], study.profile.data.batch_windows)[cell]
+    for variant in training.seed_variants(study, name):
         role = training.variant_name(variant)
-        for target in suite.profile.saes.targets:
-            sae = suite.sae(name, *cell, target, role)
-            subject = encode_cell(cell, target, suite.profile.saes.write, sae, factors)
-            firings = draw_in_rounds(firings_of(suite, subject, windows), settings.firings, suite.profile.seed)
+        for target in study.profile.saes.targets:
+            sae = study.sae(name, *cell, target, role)
+            subject = encode_cell(cell, target, study.profile.saes.write, sae, factors)
+            firings = draw_in_rounds(firings_of(study, subject, windows), settings.firings, study.profile.seed)
             drawn.append((subject, firings.assign(seed=variant.seed)))
     options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), batch_rows=settings.batch_rows)
-    return run_firings(suite, name, "replacement_seeds", windows, drawn, **options)
+    return run_firings(study, name, "replacement_seeds", windows, drawn, **options)
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from replication.statistics import cluster_bootstrap
 from replication.study import docstrings
 from replication.study.fingerprint import Later
 from replication.study.profile import HostSection
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae.evaluate.cells import survey_cells
 from writesae.hosts.base import Host, Run
 from writesae.text import Windows
@@ -49,16 +49,16 @@ def choose_cells(survey: pd.DataFrame, section: HostSection) -> pd.DataFrame:
 CURVE = ["tokens", "training_loss", "heldout_loss"]
 
 
-def check_corpus(suite: Suite, host: str) -> list[str]:
+def check_corpus(study: Study, host: str) -> list[str]:
     """Return sentences about how the installed text differs from the text of this host's training; empty if
     it does not differ, and if the profile has a corpus of its own."""
-    path = Path(suite.host_path(host)) / "corpus.json"
-    return docstrings.check_manifest(path) if path.is_file() and not suite.profile.corpus else []
+    path = Path(study.host_path(host)) / "corpus.json"
+    return docstrings.check_manifest(path) if path.is_file() and not study.profile.corpus else []
 
 
-def training_curve(suite: Suite, host: str) -> pd.DataFrame:
+def training_curve(study: Study, host: str) -> pd.DataFrame:
     """Return tokens, training_loss, heldout_loss of a host that was trained here; no rows for any other."""
-    path = Path(suite.host_path(host)) / "training.csv"
+    path = Path(study.host_path(host)) / "training.csv"
     return pd.read_csv(path)[CURVE] if path.is_file() else pd.DataFrame(columns=CURVE, dtype=float)
 
 
@@ -70,14 +70,14 @@ def window_losses(host: Host, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits, run.tokens[:, 1:], reduction="none").mean(1)
 
 
-def heldout_losses(suite: Suite) -> pd.DataFrame:
+def heldout_losses(study: Study) -> pd.DataFrame:
     """Write results heldout_loss.csv: one row per held-out window, its mean loss in nats per token."""
     tables = []
-    for name in suite.profile.hosts:
-        windows, size = suite.windows(name, "heldout"), suite.profile.data.batch_windows
-        given = dict(host=suite.host(name), windows=windows, size=size)
-        tables.append(suite.stage("heldout_loss", name, range(0, len(windows), size), _losses, **given))
-    return suite.gather("heldout_loss", tables)
+    for name in study.profile.hosts:
+        windows, size = study.windows(name, "heldout"), study.profile.data.batch_windows
+        given = dict(host=study.host(name), windows=windows, size=size)
+        tables.append(study.stage("heldout_loss", name, range(0, len(windows), size), _losses, **given))
+    return study.gather("heldout_loss", tables)
 
 
 def _losses(start: int, host: Host, windows: Windows, size: int) -> pd.DataFrame:
@@ -86,13 +86,13 @@ def _losses(start: int, host: Host, windows: Windows, size: int) -> pd.DataFrame
     return pd.DataFrame(dict(host=host.name, window=numbers, passage=part.passage, loss=losses))
 
 
-def describe(suite: Suite, losses: pd.DataFrame) -> pd.DataFrame:
+def describe(study: Study, losses: pd.DataFrame) -> pd.DataFrame:
     """Write results hosts.csv: one row per host, its held-out loss with an interval over passages."""
     rows = []
-    for name, section in suite.profile.hosts.items():
-        host, mine = suite.host(name), losses[losses.host == name]
-        low, high = cluster_bootstrap(mine.loss.to_numpy(), mine.passage.to_numpy(), seed=suite.profile.seed)
-        record = Path(suite.host_path(name)) / "training.json"
+    for name, section in study.profile.hosts.items():
+        host, mine = study.host(name), losses[losses.host == name]
+        low, high = cluster_bootstrap(mine.loss.to_numpy(), mine.passage.to_numpy(), seed=study.profile.seed)
+        record = Path(study.host_path(name)) / "training.json"
         trained = json.loads(record.read_text()) if record.is_file() else {}
         rows.append(
             dict(
@@ -104,7 +104,7 @@ def describe(suite: Suite, losses: pd.DataFrame) -> pd.DataFrame:
                 ci_low=low,
                 ci_high=high,
                 n_windows=len(mine),
-                context=suite.profile.data.window,
+                context=study.profile.data.window,
                 layers=host.layers,
                 recurrent_layers=len(host.recurrent_layers),
                 heads=host.heads,
@@ -113,17 +113,17 @@ def describe(suite: Suite, losses: pd.DataFrame) -> pd.DataFrame:
                 training_tokens=trained.get("tokens", 0),
             )
         )
-    return suite.write("hosts", pd.DataFrame(rows))
+    return study.write("hosts", pd.DataFrame(rows))
 
 
-def survey(suite: Suite) -> pd.DataFrame:
+def survey(study: Study) -> pd.DataFrame:
     """Write results all_cells.csv: each cell's half-life, spectrum and write ranks, on SAE-split text."""
-    tables, count = [], suite.profile.data.cell_windows
-    for name in suite.profile.hosts:
-        host, tokens = suite.host(name), suite.windows(name, "sae").tokens[:count]
-        given = dict(host=host, run=Later(_run, host=host, tokens=tokens), first=suite.profile.data.first_position)
-        tables.append(suite.stage("all_cells", name, host.recurrent_layers, _survey, **given))
-    return suite.gather("all_cells", tables)
+    tables, count = [], study.profile.data.cell_windows
+    for name in study.profile.hosts:
+        host, tokens = study.host(name), study.windows(name, "sae").tokens[:count]
+        given = dict(host=host, run=Later(_run, host=host, tokens=tokens), first=study.profile.data.first_position)
+        tables.append(study.stage("all_cells", name, host.recurrent_layers, _survey, **given))
+    return study.gather("all_cells", tables)
 
 
 def _run(host: Host, tokens: torch.Tensor) -> Run:
@@ -134,8 +134,8 @@ def _survey(layer: int, host: Host, run: Later, first: int) -> pd.DataFrame:
     return survey_cells(host, run(), first, [layer]).assign(host=host.name)
 
 
-def choose(suite: Suite, cells: pd.DataFrame) -> pd.DataFrame:
+def choose(study: Study, cells: pd.DataFrame) -> pd.DataFrame:
     """Write results cells.csv: the cells that the profile's rule picks for the headline."""
-    hosts = suite.profile.hosts.items()
+    hosts = study.profile.hosts.items()
     chosen = [choose_cells(cells[cells.host == name], section) for name, section in hosts]
-    return suite.write("cells", pd.concat(chosen, ignore_index=True))
+    return study.write("cells", pd.concat(chosen, ignore_index=True))

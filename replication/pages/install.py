@@ -9,7 +9,7 @@ import torch
 from replication.statistics import wilson
 from replication.study.firings import passage_prompts
 from replication.study.profile import Install
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae.evaluate.install import doses, draw_targets, native_continuations, setting, trials
 
 
@@ -38,20 +38,20 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 # The stage of notebook 10.
 
 
-def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
+def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return results install.csv (a row per trial) and install_dose.csv (per prompt, position, target and
     direction)."""
     tables = ("install", "install_dose")
-    return tuple(suite.gather(x, [_stage(suite, name, x) for name in suite.profile.hosts]) for x in tables)
+    return tuple(study.gather(x, [_stage(study, name, x) for name in study.profile.hosts]) for x in tables)
 
 
-def _stage(suite: Suite, name: str, table: str) -> pd.DataFrame:
+def _stage(study: Study, name: str, table: str) -> pd.DataFrame:
     """Return one of a host's two tables, a group of trials per distance from the end of the prompt."""
-    profile, settings = suite.profile, suite.profile.section("install", name)
-    host, cell = suite.host(name), suite.cell(name, settings.place)
-    prompts = passage_prompts(suite, name, settings.prompts, settings.prompt_tokens)
+    profile, settings = study.profile, study.profile.section("install", name)
+    host, cell = study.host(name), study.cell(name, settings.place)
+    prompts = passage_prompts(study, name, settings.prompts, settings.prompt_tokens)
     given = dict(host=host, prompts=prompts, cell=cell, write=profile.saes.write, settings=settings, seed=profile.seed)
-    return suite.stage(table, name, settings.distances, _trials, **given, dose=table == "install_dose")
+    return study.stage(table, name, settings.distances, _trials, **given, dose=table == "install_dose")
 
 
 def _trials(distance: int, host, prompts, cell, write, settings, seed, dose: bool) -> pd.DataFrame:

@@ -8,7 +8,7 @@ import torch
 
 from replication.statistics import cluster_bootstrap, r2
 from replication.study.firings import encoded_saes, firings_of
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae.evaluate.firings import draw_atoms
 from writesae.evaluate.shifts import ATOM_WINDOWS, GROUP, PREDICTORS, draw_positions, fit_paper_scalar, measure_shifts
 
@@ -59,31 +59,31 @@ def by_rank(points: pd.DataFrame) -> pd.DataFrame:
 # The stage of notebook 04.
 
 
-def run(suite: Suite) -> pd.DataFrame:
+def run(study: Study) -> pd.DataFrame:
     """Return every (prompt, atom, eps, rank) of each host's cell, with the fitted predictor (tens of MB: in
     build/ only)."""
-    points = pd.concat([measure(suite, name) for name in suite.profile.hosts], ignore_index=True)
+    points = pd.concat([measure(study, name) for name in study.profile.hosts], ignore_index=True)
     return points.assign(paper_fitted=fit_paper_scalar(points))
 
 
-def measure(suite: Suite, name: str) -> pd.DataFrame:
+def measure(study: Study, name: str) -> pd.DataFrame:
     """Return the shifts of a host's cell, a group of prompts at a time."""
-    profile, settings = suite.profile, suite.profile.section("logit_shift", name)
-    host, cell = suite.host(name), suite.cell(name, settings.place)
-    windows = suite.windows(name, "heldout")
+    profile, settings = study.profile, study.profile.section("logit_shift", name)
+    host, cell = study.host(name), study.cell(name, settings.place)
+    windows = study.windows(name, "heldout")
     if len(windows) < settings.prompts:
         raise ValueError(f"{settings.prompts} prompts are asked for and there are {len(windows)} held-out windows.")
     some = windows[slice(0, ATOM_WINDOWS)]
-    cell_saes = {x.target: x for x in encoded_saes(suite, name, [cell], "main", some)}
+    cell_saes = {x.target: x for x in encoded_saes(study, name, [cell], "main", some)}
     cell_sae = cell_saes[settings.target]
-    atoms = draw_atoms(firings_of(suite, cell_sae, some), settings.atoms, 1, profile.seed)
+    atoms = draw_atoms(firings_of(study, cell_sae, some), settings.atoms, 1, profile.seed)
     windows = windows[slice(0, settings.prompts)].beginnings(settings.prompt_tokens)
     sides = [x[torch.from_numpy(atoms)] for x in cell_sae.sae.atoms()]
     last = windows.tokens.shape[1] - settings.horizon
     t0 = draw_positions(settings.prompts, profile.data.first_position, last, profile.seed)
     options = dict(eps=settings.eps, horizon=settings.horizon, ranks=settings.ranks, write=profile.saes.write)
     given = dict(host=host, windows=windows, t0=t0, cell=cell, sides=sides, atoms=atoms, options=options)
-    return suite.stage("logit_shift_points", name, range(0, settings.prompts, GROUP), _shifts, **given)
+    return study.stage("logit_shift_points", name, range(0, settings.prompts, GROUP), _shifts, **given)
 
 
 def _shifts(start: int, host, windows, t0, cell, sides, atoms, options) -> pd.DataFrame:
@@ -94,7 +94,7 @@ def _shifts(start: int, host, windows, t0, cell, sides, atoms, options) -> pd.Da
     return part.assign(host=host.name, layer=cell[0], head=cell[1], atom=atoms[part.atom.to_numpy()])
 
 
-def tables(suite: Suite, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+def tables(study: Study, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """Write and return results logit_shift and logit_shift_summary (top-1 token), and logit_shift_ranks."""
     scores, summaries = [], []
     for (name, layer, head), part in points[points["rank"] == 1].groupby(["host", "layer", "head"]):
@@ -102,7 +102,7 @@ def tables(suite: Suite, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFra
         scores.append(scored.assign(host=name, layer=layer, head=head))
         summaries.append(summarise(scored, part).assign(host=name))
     return (
-        suite.write("logit_shift", pd.concat(scores, ignore_index=True)),
-        suite.write("logit_shift_summary", pd.concat(summaries, ignore_index=True)),
-        suite.write("logit_shift_ranks", by_rank(points)),
+        study.write("logit_shift", pd.concat(scores, ignore_index=True)),
+        study.write("logit_shift_summary", pd.concat(summaries, ignore_index=True)),
+        study.write("logit_shift_ranks", by_rank(points)),
     )

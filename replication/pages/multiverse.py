@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 from replication.statistics import cluster_bootstrap, wilson
 from replication.study.firings import run_firings
-from replication.study.study import Suite
+from replication.study.study import Study
 from replication.study.training import other_specs, train_all, write_definitions
 from writesae.edit import SCOPES, head_change, make_edit
 from writesae.evaluate.firings import CellSAE, Places, all_firings, atom_names, draw_in_rounds, encode_cell
@@ -161,16 +161,16 @@ def most_firing(firings: pd.DataFrame, atoms: int, count: int, seed: int) -> pd.
     return draw_in_rounds(shuffled.groupby("atom").head(MOST), count, seed)
 
 
-def draws(suite: Suite, name: str, settings) -> list[tuple[CellSAE, pd.DataFrame]]:
+def draws(study: Study, name: str, settings) -> list[tuple[CellSAE, pd.DataFrame]]:
     """Return (SAE, firings with place and pooling) for every cell, target and definition of a host, before
     any outcome is measured. settings.firings are shared equally among the host's cells."""
-    profile, windows = suite.profile, suite.windows(name, "heldout")[slice(0, settings.windows)]
-    places = {suite.cell(name, place): place for place in profile.hosts[name].cells}
-    factors = harvest(suite.host(name), windows.tokens, list(places), profile.data.batch_windows, progress=False)
+    profile, windows = study.profile, study.windows(name, "heldout")[slice(0, settings.windows)]
+    places = {study.cell(name, place): place for place in profile.hosts[name].cells}
+    factors = harvest(study.host(name), windows.tokens, list(places), profile.data.batch_windows, progress=False)
     count, last, drawn = settings.firings // len(places), windows.tokens.shape[1] - settings.horizon, []
     for cell, target in product(places, profile.saes.targets):
         for write in write_definitions(factors[cell]):
-            cell_sae = encode_cell(cell, target, write, _sae(suite, name, cell, target, write), factors[cell])
+            cell_sae = encode_cell(cell, target, write, _sae(study, name, cell, target, write), factors[cell])
             every = all_firings(cell_sae, windows.passage, profile.data.first_position, last)
             pools = dict(
                 rounds=draw_in_rounds(every, count, profile.seed),
@@ -182,37 +182,37 @@ def draws(suite: Suite, name: str, settings) -> list[tuple[CellSAE, pd.DataFrame
     return drawn
 
 
-def _sae(suite: Suite, name: str, cell, target: str, write: str):
+def _sae(study: Study, name: str, cell, target: str, write: str):
     """States do not depend on the definition of a write; SAEs of the other definition's writes have the role `other`."""
-    if target == "state" or write == suite.profile.saes.write:
-        return suite.sae(name, *cell, target)
-    return suite.sae(name, *cell, target, "other", write)
+    if target == "state" or write == study.profile.saes.write:
+        return study.sae(name, *cell, target)
+    return study.sae(name, *cell, target, "other", write)
 
 
-def firings_of_host(suite: Suite, name: str, settings) -> pd.DataFrame:
+def firings_of_host(study: Study, name: str, settings) -> pd.DataFrame:
     """Return a host's firings under every condition (`measure`), with `place` and `pooling`; kept in
     build/."""
-    windows = suite.windows(name, "heldout")[slice(0, settings.windows)]
+    windows = study.windows(name, "heldout")[slice(0, settings.windows)]
     options = dict(horizon=settings.horizon, batch_rows=settings.batch_rows)
-    drawn = draws(suite, name, settings)
-    return run_firings(suite, name, "multiverse_firings", windows, drawn, measure, **options)
+    drawn = draws(study, name, settings)
+    return run_firings(study, name, "multiverse_firings", windows, drawn, measure, **options)
 
 
-def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
+def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """results multiverse.csv (a line a universe) and multiverse_effects.csv (a line a level of a choice), all hosts.
 
     The firings themselves stay in build/: they are as large as everything else together.
     """
     lines, effect = [], []
-    for name in suite.profile.hosts:
-        settings = suite.profile.section("multiverse", name)
-        if others := other_specs(suite, name):
-            train_all(suite, others)
-        won = gains(firings_of_host(suite, name, settings))
-        lines.append(universes(won, settings.bootstrap, suite.profile.seed))
-        effect.append(effects(won, lines[-1], settings.bootstrap, suite.profile.seed))
+    for name in study.profile.hosts:
+        settings = study.profile.section("multiverse", name)
+        if others := other_specs(study, name):
+            train_all(study, others)
+        won = gains(firings_of_host(study, name, settings))
+        lines.append(universes(won, settings.bootstrap, study.profile.seed))
+        effect.append(effects(won, lines[-1], settings.bootstrap, study.profile.seed))
     tables = pd.concat(lines, ignore_index=True), pd.concat(effect, ignore_index=True)
-    return suite.write("multiverse", tables[0]), suite.write("multiverse_effects", tables[1])
+    return study.write("multiverse", tables[0]), study.write("multiverse_effects", tables[1])
 
 
 # From firings to universes.

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from replication.statistics import beats, cluster_bootstrap
-from replication.study.study import Suite
+from replication.study.study import Study
 
 PLACE = "middle"
 MAGNITUDE = 3.0  # of the install, in native write norms, as in the paper's Table 3
@@ -82,11 +82,11 @@ def cosines(alive: pd.DataFrame) -> list[dict]:
     return rows
 
 
-def side_by_side(suite: Suite) -> pd.DataFrame:
+def side_by_side(study: Study) -> pd.DataFrame:
     """Write and return results other_hosts.csv: one row per (host, quantity, choice)."""
-    rows = win_rates(suite.table("replacement_summary"))
-    rows += against_flat(suite.table("replacement"), suite.cells)
-    rows += r2(suite.table("logit_shift_summary"))
-    rows += installs(suite.table("install"))
-    rows += cosines(suite.table("alive_atoms"))
-    return suite.write("other_hosts", pd.DataFrame(rows))
+    rows = win_rates(study.table("replacement_summary"))
+    rows += against_flat(study.table("replacement"), study.cells)
+    rows += r2(study.table("logit_shift_summary"))
+    rows += installs(study.table("install"))
+    rows += cosines(study.table("alive_atoms"))
+    return study.write("other_hosts", pd.DataFrame(rows))

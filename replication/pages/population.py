@@ -7,7 +7,7 @@ import pandas as pd
 from replication.classes import alive_atoms
 from replication.statistics import beats, cluster_bootstrap
 from replication.study.firings import CONDITIONS_OF_SURVEYS, encoded_saes, firing_windows, firings_of, run_firings
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae.evaluate.firings import draw_atoms
 
 
@@ -44,15 +44,15 @@ def summarise(atoms: pd.DataFrame, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
+def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """results alive_atoms.csv (every alive atom of the cell) and the firings of the drawn ones, population_firings.csv."""
-    profile, alive, tables = suite.profile, [], []
-    for name in suite.profile.hosts:
+    profile, alive, tables = study.profile, [], []
+    for name in study.profile.hosts:
         settings = profile.section("population", name)
-        cell, windows = suite.cell(name, settings.place), firing_windows(suite, name)
+        cell, windows = study.cell(name, settings.place), firing_windows(study, name)
         drawn = []
-        for subject in encoded_saes(suite, name, [cell], "main", windows):
-            firings = firings_of(suite, subject, windows)
+        for subject in encoded_saes(study, name, [cell], "main", windows):
+            firings = firings_of(study, subject, windows)
             alive.append(alive_atoms(name, subject, firings, profile.seed))
             atoms = draw_atoms(firings, settings.atoms, settings.fewest_firings, profile.seed)
             shuffled = firings[firings.atom.isin(atoms)].sample(frac=1.0, random_state=profile.seed)
@@ -60,15 +60,15 @@ def run(suite: Suite) -> tuple[pd.DataFrame, pd.DataFrame]:
             drawn.append((subject, kept.sort_values(["window", "position"]).reset_index(drop=True)))
         options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",))
         options["batch_rows"] = profile.replacement.batch_rows
-        tables.append(run_firings(suite, name, "population_firings", windows, drawn, **options))
-    return suite.write("alive_atoms", pd.concat(alive, ignore_index=True)), suite.gather("population_firings", tables)
+        tables.append(run_firings(study, name, "population_firings", windows, drawn, **options))
+    return study.write("alive_atoms", pd.concat(alive, ignore_index=True)), study.gather("population_firings", tables)
 
 
-def tables(suite: Suite, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def tables(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write and return results population.csv and population_summary.csv."""
     atoms = pd.concat(
         per_atom(part, alive[(alive.host == host) & (alive.target == target)].set_index("atom")["class"])
         for (host, target), part in firings.groupby(["host", "target"])
     )
-    atoms = suite.write("population", atoms.reset_index(drop=True))
-    return atoms, suite.write("population_summary", summarise(atoms, suite.profile.seed))
+    atoms = study.write("population", atoms.reset_index(drop=True))
+    return atoms, study.write("population_summary", summarise(atoms, study.profile.seed))

@@ -5,25 +5,25 @@ from __future__ import annotations
 import pandas as pd
 
 from replication.study.firings import firing_windows
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae.evaluate.atoms import top_firings
 from writesae.evaluate.promoted import mean_shifts, top_tokens
 
 FIRINGS = 3  # per atom, those with the largest coefficients, over which its shifts are averaged
 
 
-def measure(suite: Suite, host_name: str, firings: pd.DataFrame, count: int) -> pd.DataFrame:
+def measure(study: Study, host_name: str, firings: pd.DataFrame, count: int) -> pd.DataFrame:
     """Return the `count` most promoted and demoted tokens of every atom of these firings of a host's main
     SAEs: the columns of `top_tokens` and of ATOM_KEYS."""
-    return _measure(host_name, **_given(suite, host_name, firings), count=count)
+    return _measure(host_name, **_given(study, host_name, firings), count=count)
 
 
-def _given(suite: Suite, host_name: str, firings: pd.DataFrame) -> dict:
+def _given(study: Study, host_name: str, firings: pd.DataFrame) -> dict:
     """Return what the shifts depend on: the SAEs with those firings that are averaged over."""
     picked = top_firings(firings, FIRINGS).sort_values(["window", "position"])
-    saes = [(cell, suite.sae(host_name, *cell), part) for cell, part in picked.groupby(["layer", "head", "target"])]
-    data, write = suite.profile.data, suite.profile.saes.write
-    given = dict(host=suite.host(host_name), windows=firing_windows(suite, host_name), batch=data.batch_windows)
+    saes = [(cell, study.sae(host_name, *cell), part) for cell, part in picked.groupby(["layer", "head", "target"])]
+    data, write = study.profile.data, study.profile.saes.write
+    given = dict(host=study.host(host_name), windows=firing_windows(study, host_name), batch=data.batch_windows)
     return given | dict(saes=saes, write=write)
 
 
@@ -36,7 +36,7 @@ def _measure(_: str, host, windows, saes, write, batch, count) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def run(suite: Suite, host_name: str, firings: pd.DataFrame, count: int) -> pd.DataFrame:
+def run(study: Study, host_name: str, firings: pd.DataFrame, count: int) -> pd.DataFrame:
     """Return `measure` of all firings of a host, kept in build/ and computed where something has changed."""
-    given = _given(suite, host_name, firings)
-    return suite.stage("promoted", host_name, [host_name], _measure, **given, count=count)
+    given = _given(study, host_name, firings)
+    return study.stage("promoted", host_name, [host_name], _measure, **given, count=count)

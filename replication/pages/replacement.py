@@ -6,45 +6,45 @@ import pandas as pd
 
 from replication.statistics import beats, cliffs_delta, paired_wilcoxon, rate_row, spearman, wilson
 from replication.study.firings import CONDITIONS_OF_SURVEYS, encoded_saes, firing_windows, firings_of, run_firings
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae.evaluate.firings import atom_names, draw_atoms, draw_in_rounds
 from writesae.evaluate.replacement import CONDITIONS
 
 
-def headline(suite: Suite) -> pd.DataFrame:
+def headline(study: Study) -> pd.DataFrame:
     """results replacement.csv: the profile's count of firings in each host's cells, per target."""
     tables = []
-    for name in suite.profile.hosts:
-        settings, windows = suite.profile.section("replacement", name), firing_windows(suite, name)
-        cells = {suite.cell(name, place): count for place, count in settings.firings.items()}
+    for name in study.profile.hosts:
+        settings, windows = study.profile.section("replacement", name), firing_windows(study, name)
+        cells = {study.cell(name, place): count for place, count in settings.firings.items()}
         drawn = []
-        for cell_sae in encoded_saes(suite, name, cells, "main", windows):
-            count, firings = cells[cell_sae.layer, cell_sae.head], firings_of(suite, cell_sae, windows)
+        for cell_sae in encoded_saes(study, name, cells, "main", windows):
+            count, firings = cells[cell_sae.layer, cell_sae.head], firings_of(study, cell_sae, windows)
             if settings.atoms:
-                atoms = draw_atoms(firings, settings.atoms, -(-count // settings.atoms), suite.profile.seed)
+                atoms = draw_atoms(firings, settings.atoms, -(-count // settings.atoms), study.profile.seed)
                 firings = firings[firings.atom.isin(atoms)]
-            drawn.append((cell_sae, draw_in_rounds(firings, count, suite.profile.seed)))
+            drawn.append((cell_sae, draw_in_rounds(firings, count, study.profile.seed)))
         options = dict(scopes=settings.scopes, batch_rows=settings.batch_rows)
-        tables.append(run_firings(suite, name, "replacement", windows, drawn, **options))
-    return suite.gather("replacement", tables)
+        tables.append(run_firings(study, name, "replacement", windows, drawn, **options))
+    return study.gather("replacement", tables)
 
 
-def survey(suite: Suite) -> pd.DataFrame:
+def survey(study: Study) -> pd.DataFrame:
     """results replacement_by_cell.csv: a smaller test in every cell of the host, for the dependence on memory."""
     tables = []
-    for name in suite.profile.hosts:
-        settings, layers = suite.profile.section("replacement", name), suite.survey_layers(name)
+    for name in study.profile.hosts:
+        settings, layers = study.profile.section("replacement", name), study.survey_layers(name)
         if not layers:
             continue
-        windows = suite.windows(name, "heldout")[slice(0, settings.survey_windows)]
-        cells = [cell for cell in suite.host(name).cells if cell[0] in layers]
+        windows = study.windows(name, "heldout")[slice(0, settings.survey_windows)]
+        cells = [cell for cell in study.host(name).cells if cell[0] in layers]
         drawn = [
-            (x, draw_in_rounds(firings_of(suite, x, windows), settings.survey_firings, suite.profile.seed))
-            for x in encoded_saes(suite, name, cells, "survey", windows)
+            (x, draw_in_rounds(firings_of(study, x, windows), settings.survey_firings, study.profile.seed))
+            for x in encoded_saes(study, name, cells, "survey", windows)
         ]
         options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), batch_rows=settings.batch_rows)
-        tables.append(run_firings(suite, name, "replacement_by_cell", windows, drawn, **options))
-    return suite.gather("replacement_by_cell", tables)
+        tables.append(run_firings(study, name, "replacement_by_cell", windows, drawn, **options))
+    return study.gather("replacement_by_cell", tables)
 
 
 CONTROLS = tuple(name for name in CONDITIONS if name not in ("delete", "atom"))

@@ -7,7 +7,7 @@ import torch
 
 from replication.statistics import beats, cliffs_delta, cluster_bootstrap, paired_wilcoxon, rate_row, wider
 from replication.study.firings import encoded_saes, firing_windows, firings_of, run_firings
-from replication.study.study import Suite
+from replication.study.study import Study
 from replication.study.training import ablation_hosts
 from writesae.edit import kl
 from writesae.evaluate.firings import CellSAE, Places, atom_names, draw_in_rounds
@@ -95,25 +95,25 @@ def _compare(host, run, cell_sae, firings, places, seed, tops) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def selectivity(suite: Suite) -> pd.DataFrame:
+def selectivity(study: Study) -> pd.DataFrame:
     """results selectivity.csv: a line a firing and placement, in every cell of the hosts that are asked."""
     parts = []
-    for name, own in ablation_hosts(suite).items():
-        windows = firing_windows(suite, name)[slice(0, own.selectivity.windows)]
-        cells = [suite.cell(name, place) for place in suite.profile.hosts[name].cells]
+    for name, own in ablation_hosts(study).items():
+        windows = firing_windows(study, name)[slice(0, own.selectivity.windows)]
+        cells = [study.cell(name, place) for place in study.profile.hosts[name].cells]
         drawn = []
-        for cell_sae in encoded_saes(suite, name, cells, "main", windows):
-            firings = firings_of(suite, cell_sae, windows)
-            drawn.append((cell_sae, draw_in_rounds(firings, own.selectivity.firings, suite.profile.seed)))
-        options = dict(tops=own.selectivity.tops, batch_rows=suite.profile.section("replacement", name).batch_rows)
-        parts.append(run_firings(suite, name, "selectivity", windows, drawn, compare, **options))
-    return suite.gather("selectivity", parts)
+        for cell_sae in encoded_saes(study, name, cells, "main", windows):
+            firings = firings_of(study, cell_sae, windows)
+            drawn.append((cell_sae, draw_in_rounds(firings, own.selectivity.firings, study.profile.seed)))
+        options = dict(tops=own.selectivity.tops, batch_rows=study.profile.section("replacement", name).batch_rows)
+        parts.append(run_firings(study, name, "selectivity", windows, drawn, compare, **options))
+    return study.gather("selectivity", parts)
 
 
-def selectivity_tables(suite: Suite, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def selectivity_tables(study: Study, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write and return results selectivity_summary.csv (atom against controls) and selectivity_overlap."""
-    resamples, seed = suite.profile.ablations.bootstrap, suite.profile.seed
-    named = firings.merge(suite.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
+    resamples, seed = study.profile.ablations.bootstrap, study.profile.seed
+    named = firings.merge(study.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     rows, overlaps = [], []
     for (host, target, placement), group in named.groupby(["host", "target", "placement"], sort=False):
         for cells, part in [("pooled", group), *group.groupby("place", sort=False)]:
@@ -124,7 +124,7 @@ def selectivity_tables(suite: Suite, firings: pd.DataFrame) -> tuple[pd.DataFram
                 if placement == "added":
                     overlaps += [where | dict(control=control) | x for x in _overlaps(part, control, resamples, seed)]
     tables = dict(selectivity_summary=rows, selectivity_overlap=overlaps)
-    return tuple(suite.write(name, pd.DataFrame(table)) for name, table in tables.items())
+    return tuple(study.write(name, pd.DataFrame(table)) for name, table in tables.items())
 
 
 def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict:

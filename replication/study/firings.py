@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import pandas as pd
 
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae.evaluate.firings import CellSAE, all_firings, encode_cell
 from writesae.evaluate.replacement import STEPS, measure_group, replace
 from writesae.harvesting import Cell, harvest
@@ -17,29 +17,29 @@ from writesae.text import Windows
 CONDITIONS_OF_SURVEYS = ("delete", "atom", "random", "mean_write")  # where the replacement test has many SAEs
 
 
-def encoded_saes(suite: Suite, host_name: str, cells: Iterable[Cell], role: str, windows: Windows) -> list[CellSAE]:
+def encoded_saes(study: Study, host_name: str, cells: Iterable[Cell], role: str, windows: Windows) -> list[CellSAE]:
     """Return the SAE of each cell and target, with its active atoms on the windows."""
-    profile, saes = suite.profile, []
-    factors = harvest(suite.host(host_name), windows.tokens, list(cells), profile.data.batch_windows)
+    profile, saes = study.profile, []
+    factors = harvest(study.host(host_name), windows.tokens, list(cells), profile.data.batch_windows)
     for layer, head in cells:
         for target in profile.saes.targets:
-            sae = suite.sae(host_name, layer, head, target, role)
+            sae = study.sae(host_name, layer, head, target, role)
             cell_sae = encode_cell((layer, head), target, profile.saes.write, sae, factors[layer, head])
             if role == "main" and target == "state":
-                cell_sae.flat = suite.sae(host_name, layer, head, target, "flat")
+                cell_sae.flat = study.sae(host_name, layer, head, target, "flat")
                 cell_sae.states = factors[layer, head].history(target)
             saes.append(cell_sae)
     return saes
 
 
-def firings_of(suite: Suite, cell_sae: CellSAE, windows: Windows) -> pd.DataFrame:
+def firings_of(study: Study, cell_sae: CellSAE, windows: Windows) -> pd.DataFrame:
     """Return all firings of an SAE that leave room for the tokens that the replacement test reads."""
-    first, last = suite.profile.data.first_position, windows.tokens.shape[1] - STEPS
+    first, last = study.profile.data.first_position, windows.tokens.shape[1] - STEPS
     return all_firings(cell_sae, windows.passage, first, last)
 
 
 def run_firings(
-    study: Suite,
+    study: Study,
     host_name: str,
     name: str,
     windows: Windows,
@@ -62,20 +62,20 @@ def _measure(start: int, host: Host, windows, drawn, size: int, seed: int, measu
     return measure_group(host, windows, drawn, start, size, seed, measure, **options)
 
 
-def firing_windows(suite: Suite, host_name: str) -> Windows:
+def firing_windows(study: Study, host_name: str) -> Windows:
     """Return the held-out windows in which firings are looked for."""
-    return suite.windows(host_name, "heldout")[slice(0, suite.profile.data.firing_windows)]
+    return study.windows(host_name, "heldout")[slice(0, study.profile.data.firing_windows)]
 
 
-def passage_prompts(suite: Suite, host_name: str, count: int, tokens: int) -> Windows:
+def passage_prompts(study: Study, host_name: str, count: int, tokens: int) -> Windows:
     """Return the beginnings of `count` random held-out passages. ValueError for fewer, or shorter,
     passages."""
-    windows = suite.windows(host_name, "heldout")
+    windows = study.windows(host_name, "heldout")
     first = np.unique(windows.passage.numpy(), return_index=True)[1]
     if len(first) < count:
         raise ValueError(
             f"{count} prompts are asked for and the held-out windows are of {len(first)} passages: ask for fewer "
             "prompts, or raise data.heldout_windows in the profile."
         )
-    picked = np.sort(np.random.default_rng(suite.profile.seed).choice(first, count, replace=False))
+    picked = np.sort(np.random.default_rng(study.profile.seed).choice(first, count, replace=False))
     return windows[picked].beginnings(tokens)

@@ -38,7 +38,7 @@ def split_windows(host: Host, split: str, length: int, limit: int, text: Corpus 
     return cut_windows(host.tokenizer, text.texts(split), length, limit, f" of {text}, split {split},")
 
 
-__all__ = ["Suite", "open_suite", "threads"]
+__all__ = ["Study", "open_study", "threads"]
 
 HOST_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # of a model folder, by suffix
 MOST_WORKERS = 4  # each holds a group's activations
@@ -49,8 +49,8 @@ OUT_OF_MEMORY = (
 LOADING = threading.Lock()  # transformers loads one model at a time
 
 
-class Suite:
-    """A profile with its folders. `suite.table(name)` reads a result, `suite.staged(...)` makes one."""
+class Study:
+    """A profile with its folders. `study.table(name)` reads a result, `study.staged(...)` makes one."""
 
     def __init__(self, profile: Profile):
         self.profile, self.paths = profile, paths_module.Paths(profile.name)
@@ -273,15 +273,15 @@ def _file_hash(path: Path, changed: int) -> str:
     return file_hash(path)
 
 
-def open_suite(profile: str = "mini", lock: bool = True) -> Suite:
-    """Open the suite of a profile, with as many threads as OMP_NUM_THREADS says, else one per core.
+def open_study(profile: str = "mini", lock: bool = True) -> Study:
+    """Open the study of a profile, with as many threads as OMP_NUM_THREADS says, else one per core.
 
     This process then holds the profile's lock until it ends; with `lock` false it does not take it (worker processes of
     one that holds it). Raises ValueError for an unknown profile, LockError while another process holds the lock.
     """
     if not os.environ.get("OMP_NUM_THREADS"):  # torch heeds it by itself
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    suite = Suite(load_profile(profile))
+    study = Study(load_profile(profile))
     if lock:
-        writing(suite.paths)
-    return suite
+        writing(study.paths)
+    return study

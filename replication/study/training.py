@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from replication.study import fingerprint, stages
 from replication.study.profile import Ablations
-from replication.study.study import Suite, threads
+from replication.study.study import Study, threads
 from writesae.files import up_to_date
 from writesae.harvesting import harvest
 from writesae.history import History, Origin
@@ -59,7 +59,7 @@ class SaeSpec(NamedTuple):
 # Which SAEs there are
 
 
-def _specs(study: Suite, host: str, cells, role: str, settings: TrainingSettings, **changes) -> list[SaeSpec]:
+def _specs(study: Study, host: str, cells, role: str, settings: TrainingSettings, **changes) -> list[SaeSpec]:
     """Return the SAEs of some cells on all targets of the profile."""
     data, saes = study.profile.data, study.profile.saes
     options = dict(targets=saes.targets, write=saes.write, windows=data.sae_windows, check=0) | changes
@@ -67,20 +67,20 @@ def _specs(study: Suite, host: str, cells, role: str, settings: TrainingSettings
     return [SaeSpec(host, *cell, target, role, settings=settings, **options) for cell in cells for target in targets]
 
 
-def _settings(study: Suite, host: str, role: str) -> TrainingSettings:
+def _settings(study: Study, host: str, role: str) -> TrainingSettings:
     """Return the profile's settings for a role, with the profile's seed."""
     section = study.profile.section("saes", host)
     return getattr(section, role).model_copy(update=dict(seed=study.profile.seed))
 
 
-def survey_specs(study: Suite, host: str, layers: Iterable[int]) -> list[SaeSpec]:
+def survey_specs(study: Study, host: str, layers: Iterable[int]) -> list[SaeSpec]:
     """Return the survey's SAEs of every head of some layers."""
     cells = [(layer, head) for layer in layers for head in range(study.host(host).heads)]
     windows = study.profile.data.survey_windows
     return _specs(study, host, cells, "survey", _settings(study, host, "survey"), windows=windows)
 
 
-def main_specs(study: Suite) -> list[SaeSpec]:
+def main_specs(study: Study) -> list[SaeSpec]:
     """Return the SAEs of notebook 02: those of the headline's cells, flat ones of states, and the survey's."""
     surveyed, specs = [], []
     for host, section in study.profile.hosts.items():
@@ -105,21 +105,21 @@ def variant_name(settings: TrainingSettings) -> str:
     return f"k{settings.k}-seed{settings.seed}"
 
 
-def host_variants(study: Suite, host: str) -> list[TrainingSettings]:
+def host_variants(study: Study, host: str) -> list[TrainingSettings]:
     """Return the settings of notebook 03's variants of a host."""
     section = study.profile.section("atoms", host)
     training = getattr(study.profile.section("saes", host), section.training)
     return variants(training, section.ks, section.seeds, study.profile.seed)
 
 
-def seed_variants(study: Suite, host: str) -> list[TrainingSettings]:
+def seed_variants(study: Study, host: str) -> list[TrainingSettings]:
     """Return those variants that differ in nothing but the seed."""
     section = study.profile.section("atoms", host)
     k = getattr(study.profile.section("saes", host), section.training).k
     return [variant for variant in host_variants(study, host) if variant.k == k]
 
 
-def variant_specs(study: Suite) -> list[SaeSpec]:
+def variant_specs(study: Study) -> list[SaeSpec]:
     """Return the SAEs of notebook 03: other k and other seeds, in one cell of each host."""
     specs = []
     for host in study.profile.hosts:
@@ -129,7 +129,7 @@ def variant_specs(study: Suite) -> list[SaeSpec]:
     return specs
 
 
-def ablation_hosts(study: Suite) -> dict[str, Ablations]:
+def ablation_hosts(study: Study) -> dict[str, Ablations]:
     """Return the hosts whose profile asks for ablations, with their settings.
 
     Raises ValueError where none does, and where a variant asks for a cell that the host does not have.
@@ -168,7 +168,7 @@ def ablation_role(variant: str) -> str:
     return f"ablation-{variant}"
 
 
-def ablation_specs(study: Suite) -> list[SaeSpec]:
+def ablation_specs(study: Study) -> list[SaeSpec]:
     """Return the SAEs of notebook 11 (ablations). Raises ValueError for more training windows than there are."""
     specs, available = [], study.profile.data.sae_windows
     for host, section in ablation_hosts(study).items():
@@ -191,7 +191,7 @@ def write_definitions(factors: Factors) -> tuple[str, ...]:
     return ("added", "effective")
 
 
-def other_specs(study: Suite, host: str) -> list[SaeSpec]:
+def other_specs(study: Study, host: str) -> list[SaeSpec]:
     """Return the write-trained SAEs for the definition of a write that notebook 02 does not use (multiverse)."""
     if "write" not in study.profile.saes.targets:
         return []
@@ -206,7 +206,7 @@ def other_specs(study: Suite, host: str) -> list[SaeSpec]:
 # Training them
 
 
-def train_all(study: Suite, specs: list[SaeSpec]) -> pd.DataFrame:
+def train_all(study: Study, specs: list[SaeSpec]) -> pd.DataFrame:
     """Train every SAE that is not there, and return a row per specification, in their order."""
     waiting = [spec for spec in specs if not up_to_date(_record(study, spec), expected(study, spec))]
     tasks = _tasks(study, waiting)
@@ -217,7 +217,7 @@ def train_all(study: Suite, specs: list[SaeSpec]) -> pd.DataFrame:
     return pd.concat([stages.read_table(_record(study, spec)) for spec in specs], ignore_index=True)
 
 
-def _tasks(study: Suite, specs: list[SaeSpec]) -> list[list[SaeSpec]]:
+def _tasks(study: Study, specs: list[SaeSpec]) -> list[list[SaeSpec]]:
     """Divide specifications into tasks: one per cell and role, and some layers of the survey."""
     parts = study.workers * (1 if study.profile.workers is None else SURVEY_PARTS)
     layers: dict[str, list[int]] = {}
@@ -235,20 +235,20 @@ def _tasks(study: Suite, specs: list[SaeSpec]) -> list[list[SaeSpec]]:
     return [list(task) for _, task in groupby(by_task, key=task_of)]
 
 
-def expected(study: Suite, spec: SaeSpec) -> str:
+def expected(study: Study, spec: SaeSpec) -> str:
     """Return the fingerprint of an SAE: what it depends on."""
     windows = {split: study.windows_hash(spec.host, split) for split in ("sae", "heldout")}
     inputs = dict(host=study.host_fingerprint(spec.host), windows=windows, batch=study.profile.data.batch_windows)
     return fingerprint.fingerprint([__name__], spec=spec, validation=VALIDATION_WINDOWS, **inputs)
 
 
-def _record(study: Suite, spec: SaeSpec) -> Path:
+def _record(study: Study, spec: SaeSpec) -> Path:
     """Return the path of an SAE's one-row table."""
     folder = study.sae_folder(spec.host, *spec.cell, spec.target, spec.role)
     return folder.with_name(f"{folder.name}.csv")
 
 
-def train_task(study: Suite, specs: list[SaeSpec]) -> None:
+def train_task(study: Study, specs: list[SaeSpec]) -> None:
     """Train SAEs of one host that share their windows, in this process with one thread."""
     first = specs[0]
     with threads(1):
@@ -268,7 +268,7 @@ def train_task(study: Suite, specs: list[SaeSpec]) -> None:
             stages.write_table(pd.DataFrame([row]), _record(study, spec), study.provenance(spec.host, **details))
 
 
-def _factors(study: Suite, specs: list[SaeSpec]) -> dict[tuple[int, int], Factors]:
+def _factors(study: Study, specs: list[SaeSpec]) -> dict[tuple[int, int], Factors]:
     """Return the factors of the cells over the training windows: from their files, or harvested where there are none."""
     first = specs[0]
     if first.role != "survey":
@@ -276,17 +276,17 @@ def _factors(study: Suite, specs: list[SaeSpec]) -> dict[tuple[int, int], Factor
     return _harvest(study, first.host, specs, study.windows(first.host, "sae")[slice(0, first.windows)].tokens)
 
 
-def _harvest(study: Suite, host: str, specs: list[SaeSpec], tokens: torch.Tensor) -> dict[tuple[int, int], Factors]:
+def _harvest(study: Study, host: str, specs: list[SaeSpec], tokens: torch.Tensor) -> dict[tuple[int, int], Factors]:
     cells = list(dict.fromkeys(spec.cell for spec in specs))
     return harvest(study.host(host), tokens, cells, study.profile.data.batch_windows, progress=False)
 
 
-def _history(study: Suite, spec: SaeSpec, factors: Factors, windows: slice) -> History:
+def _history(study: Study, spec: SaeSpec, factors: Factors, windows: slice) -> History:
     origin = Origin(spec.host, *spec.cell, spec.write)
     return factors.at(windows).history(spec.target, spec.write, origin).to(study.device)
 
 
-def train_one(study: Suite, spec: SaeSpec, data: History, validation: History, fingerprint: str) -> dict:
+def train_one(study: Study, spec: SaeSpec, data: History, validation: History, fingerprint: str) -> dict:
     """Train an SAE on histories of its cell, in memory or in shards, resumably; save it and return its row."""
     settings, folder = spec.settings, study.sae_folder(spec.host, *spec.cell, spec.target, spec.role)
     checkpoint = folder.with_name(f"{folder.name}-{fingerprint[:8]}.checkpoint")
@@ -317,7 +317,7 @@ def train_one(study: Suite, spec: SaeSpec, data: History, validation: History, f
 # The tables of the notebooks
 
 
-def train_saes(study: Suite) -> pd.DataFrame:
+def train_saes(study: Study) -> pd.DataFrame:
     """Train every SAE of notebook 02 and write saes.csv, a row per SAE."""
     specs = main_specs(study)
     table = train_all(study, specs)
@@ -328,12 +328,12 @@ def train_saes(study: Suite) -> pd.DataFrame:
     return study.write("saes", table.iloc[rows])
 
 
-def train_variants(study: Suite) -> pd.DataFrame:
+def train_variants(study: Study) -> pd.DataFrame:
     """Train every variant of notebook 03 and write variants.csv, a row per SAE."""
     return study.write("variants", train_all(study, variant_specs(study)))
 
 
-def train_ablations(study: Suite) -> pd.DataFrame:
+def train_ablations(study: Study) -> pd.DataFrame:
     """Train every ablation of notebook 11 and write ablation_saes.csv, a row per SAE."""
     specs = ablation_specs(study)
     parts = dict(activation=[x.settings.activation for x in specs], rank=[x.settings.rank for x in specs])

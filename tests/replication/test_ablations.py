@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import SmallSuite, assert_close, train_sae
+from helpers import SmallStudy, assert_close, train_sae
 
 from replication import statistics
 from replication.pages import ablations, selectivity
 from replication.pages.ablations import REFERENCE
 from replication.study import training
 from replication.study.profile import Ablations, load_profile
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae import files
 from writesae.edit import edited_hidden, kl, make_edit
 from writesae.evaluate.firings import Places
@@ -50,10 +50,10 @@ def test_variants_that_need_states_come_first_and_none_comes_twice():
 
 def test_profiles_ask_the_main_host_alone():
     for name in ("mini", "smoke"):
-        suite = Suite(load_profile(name))
-        assert list(training.ablation_hosts(suite)) == [suite.main]
-        for _, _, settings in training.ablation_variants(suite.profile.ablations, 0):
-            assert settings.steps(suite.profile.data.window) > 3
+        study = Study(load_profile(name))
+        assert list(training.ablation_hosts(study)) == [study.main]
+        for _, _, settings in training.ablation_variants(study.profile.ablations, 0):
+            assert settings.steps(study.profile.data.window) > 3
 
 
 # Statistics
@@ -118,10 +118,10 @@ def test_contrasts_are_against_the_reference():
     assert ablations.contrasts(windows[windows.variant == "b"], firings_of("b", ours), 50, 0).empty
 
 
-# A small suite
+# A small study
 
 
-class OneCell(SmallSuite):
+class OneCell(SmallStudy):
     """The mini profile with one small host, its windows and its cell in their places."""
 
     def __init__(self, host, tokens):
@@ -136,8 +136,8 @@ class OneCell(SmallSuite):
 
 
 @pytest.fixture(scope="module")
-def suite(gated_deltanet, tmp_path_factory):
-    """The small suite with every variant trained, and the profile's own SAEs."""
+def study(gated_deltanet, tmp_path_factory):
+    """The small study with every variant trained, and the profile's own SAEs."""
     single = type(gated_deltanet)(copy.deepcopy(gated_deltanet.model).float(), None, "small")
     tokens = torch.randint(1, 300, (20, TOKENS), generator=torch.Generator().manual_seed(4))
     patch = pytest.MonkeyPatch()
@@ -155,34 +155,34 @@ def suite(gated_deltanet, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(suite):
-    return ablations.run(suite)
+def found(study):
+    return ablations.run(study)
 
 
 @pytest.fixture(scope="module")
-def factors(suite):
-    return harvest(suite.small, suite.split.tokens[:WINDOWS], [CELL], 4, progress=False)[CELL]
+def factors(study):
+    return harvest(study.small, study.split.tokens[:WINDOWS], [CELL], 4, progress=False)[CELL]
 
 
-def test_a_variant_is_trained_once_and_on_the_windows_that_are_not_kept(suite, monkeypatch):
+def test_a_variant_is_trained_once_and_on_the_windows_that_are_not_kept(study, monkeypatch):
     seen = []
     monkeypatch.setattr(training, "train_one", lambda *a: seen.append(a[2:4]) or pytest.fail("trained again"))
-    training.train_ablations(suite)
-    monkeypatch.setattr(suite, "windows_hash", lambda *_: "other windows")
+    training.train_ablations(study)
+    monkeypatch.setattr(study, "windows_hash", lambda *_: "other windows")
     with pytest.raises(pytest.fail.Exception, match="trained again"):
-        training.train_ablations(suite)
+        training.train_ablations(study)
     assert [len(x) for x in seen[0]] == [10, 8], "18 windows, of which 8 are kept"
-    more = suite.profile.model_copy(update=dict(ablations=own_of(training_windows=21)))
-    monkeypatch.setattr(suite, "profile", more)
+    more = study.profile.model_copy(update=dict(ablations=own_of(training_windows=21)))
+    monkeypatch.setattr(study, "profile", more)
     with pytest.raises(ValueError, match="training_windows is 21, and data.sae_windows only 20"):
-        training.train_ablations(suite)
+        training.train_ablations(study)
 
 
-def test_errors_are_those_of_the_decoded_matrices(suite, found, factors):
+def test_errors_are_those_of_the_decoded_matrices(study, found, factors):
     windows, _, _ = found
     assert len(windows) == 7 * WINDOWS
     for (target, variant), part in windows.groupby(["target", "variant"]):
-        sae = suite.sae("small", *CELL, target, training.ablation_role(variant))
+        sae = study.sae("small", *CELL, target, training.ablation_role(variant))
         states = factors.history(target, "added").steps()
         active = sae.encode(states)
         squared = (states - sae.decode(*active)).square().sum((1, 2, 3))
@@ -192,8 +192,8 @@ def test_errors_are_those_of_the_decoded_matrices(suite, found, factors):
         assert part.dead.iloc[0] == 24 - len(active.indices[active.coefficients > 0].unique())
 
 
-def test_the_summary_has_a_line_a_variant(suite, found):
-    table, contrasts = ablations.tables(suite, *found)
+def test_the_summary_has_a_line_a_variant(study, found):
+    table, contrasts = ablations.tables(study, *found)
     assert len(table) == 7 and not table.duplicated(["target", "variant"]).any()
     known = table.dropna(subset="alive")
     assert (known.registers + known.bundles + known["null"] == 24).all() and len(known) >= 4
@@ -206,39 +206,39 @@ def test_the_summary_has_a_line_a_variant(suite, found):
     assert set(contrasts.variant) == set(table.variant) - {REFERENCE}
 
 
-def divergence(suite, row, left, right) -> float:
+def divergence(study, row, left, right) -> float:
     """KL(native, edited) of the token after (window, position), by an edited run of its own."""
-    run = suite.small.run(suite.split.tokens[[row.window]])
+    run = study.small.run(study.split.tokens[[row.window]])
     at = torch.tensor([row.position])
     edit = make_edit(torch.tensor([0]), at, left[None], right[None])
-    hidden = edited_hidden(suite.small, run, *CELL, edit, 2)[:, -1]
-    native = suite.small.logits(run.final[0, row.position + 1])
-    return kl(native, suite.small.logits(hidden)[0]).item()
+    hidden = edited_hidden(study.small, run, *CELL, edit, 2)[:, -1]
+    native = study.small.logits(run.final[0, row.position + 1])
+    return kl(native, study.small.logits(hidden)[0]).item()
 
 
-def test_whole_atoms_and_top_pairs_are_put_in_the_place_of_writes(suite, found, factors):
+def test_whole_atoms_and_top_pairs_are_put_in_the_place_of_writes(study, found, factors):
     _, _, firings = found
     several = firings[firings.variant.isin(["dense+flat", "bilinear+rank2"])]
     assert firings[~firings.variant.isin(["dense+flat", "bilinear+rank2"])].kl_whole_atom.isna().all()
     for row in several.groupby(["variant", "amplitude"]).head(2).itertuples():
-        sae = suite.sae("small", *CELL, row.target, training.ablation_role(row.variant))
+        sae = study.sae("small", *CELL, row.target, training.ablation_role(row.variant))
         matrix = sae.decoder.weight()[row.atom]
         key, write = factors.key[row.window, row.position], factors.added[row.window, row.position]
         size = row.coefficient if row.amplitude == "coefficient" else (key.norm() * write.norm()).item()
         u, _, v = torch.linalg.svd(matrix)
         for name, atom in (("whole_atom", matrix / matrix.norm()), ("atom", u[:, :1] * v[:1])):
             change = size * atom - key[:, None] * write
-            wanted = divergence(suite, row, torch.eye(len(key)), change)
+            wanted = divergence(study, row, torch.eye(len(key)), change)
             assert getattr(row, f"kl_{name}") == pytest.approx(wanted, rel=2e-3, abs=1e-7), name
 
 
-def test_a_stage_is_read_again_until_an_sae_changes(suite, found, monkeypatch):
-    again = ablations.run(suite)
+def test_a_stage_is_read_again_until_an_sae_changes(study, found, monkeypatch):
+    again = ablations.run(study)
     for a, b in zip(again, found, strict=True):
         pd.testing.assert_frame_equal(a, b)
     monkeypatch.setattr(ablations, "described_atoms", lambda *_: pytest.fail("computed again"))
-    ablations.run(suite)
-    sae = type(suite).sae
+    ablations.run(study)
+    sae = type(study).sae
 
     def changed(*arguments):
         loaded = sae(*arguments)
@@ -246,19 +246,19 @@ def test_a_stage_is_read_again_until_an_sae_changes(suite, found, monkeypatch):
             loaded.decoder.key[0].neg_()
         return loaded
 
-    monkeypatch.setattr(type(suite), "sae", changed)
+    monkeypatch.setattr(type(study), "sae", changed)
     with pytest.raises(pytest.fail.Exception, match="computed again"):
-        ablations.run(suite)
+        ablations.run(study)
 
 
-def test_a_profile_that_asks_no_host_is_refused(suite, monkeypatch):
-    monkeypatch.setattr(suite, "profile", suite.profile.model_copy(update=dict(ablations=own_of(firings=0))))
+def test_a_profile_that_asks_no_host_is_refused(study, monkeypatch):
+    monkeypatch.setattr(study, "profile", study.profile.model_copy(update=dict(ablations=own_of(firings=0))))
     with pytest.raises(ValueError, match="0 for every host"):
-        training.ablation_hosts(suite)
+        training.ablation_hosts(study)
     other = own_of(variants=[dict(places=["middle", "late"])])
-    monkeypatch.setattr(suite, "profile", suite.profile.model_copy(update=dict(ablations=other)))
+    monkeypatch.setattr(study, "profile", study.profile.model_copy(update=dict(ablations=other)))
     with pytest.raises(ValueError, match="asks for late, and small has no such cell"):
-        training.ablation_hosts(suite)
+        training.ablation_hosts(study)
 
 
 # Selectivity
@@ -274,18 +274,18 @@ def test_overlap_by_sets():
 
 
 @pytest.fixture(scope="module")
-def compared(suite):
-    return selectivity.selectivity(suite)
+def compared(study):
+    return selectivity.selectivity(study)
 
 
-def test_controls_are_put_in_and_added_as_they_say(suite, compared, factors):
+def test_controls_are_put_in_and_added_as_they_say(study, compared, factors):
     assert len(compared) == 2 * 9 * 3
     for row in compared.groupby(["target", "placement"]).head(2).itertuples():
-        sae = suite.sae("small", *CELL, row.target, "main")
+        sae = study.sae("small", *CELL, row.target, "main")
         key, write = factors.key[row.window, row.position], factors.added[row.window, row.position]
         own = [x[row.atom] for x in sae.atoms()]
         places = Places.of(pd.DataFrame([dict(window=row.window, position=row.position, atom=0, coefficient=1.0)]))
-        drawn = selectivity.directions(places, len(key) + len(write), suite.profile.seed)[0].split(
+        drawn = selectivity.directions(places, len(key) + len(write), study.profile.seed)[0].split(
             [len(key), len(write)]
         )
         square = [x - (x @ y) * y for x, y in zip(drawn, own)]
@@ -295,15 +295,15 @@ def test_controls_are_put_in_and_added_as_they_say(suite, compared, factors):
             change = size * torch.outer(left / left.norm(), right / right.norm())
             if row.placement != "added":
                 change = change - torch.outer(key, write)
-            wanted = divergence(suite, row, torch.eye(len(key)), change)
+            wanted = divergence(study, row, torch.eye(len(key)), change)
             assert getattr(row, f"kl_{name}") == pytest.approx(wanted, rel=2e-3, abs=1e-7), (row.placement, name)
-        wanted = divergence(suite, row, key[:, None].T, -write[None])
+        wanted = divergence(study, row, key[:, None].T, -write[None])
         assert row.kl_delete == pytest.approx(wanted, rel=2e-3, abs=1e-7)
     added = compared.placement == "added"
     assert compared[added].overlap_random_4.between(0, 1).all() and compared[~added].overlap_random_4.isna().all()
 
 
-def test_random_directions_follow_from_the_firing(suite, compared):
+def test_random_directions_follow_from_the_firing(study, compared):
     frame = pd.DataFrame(dict(window=[0, 0, 3], position=[5, 6, 5], atom=0, coefficient=1.0))
     places, backwards = Places.of(frame), Places.of(frame[::-1])
     a, b = (selectivity.directions(x, 4, 1) for x in (places, backwards))
@@ -311,8 +311,8 @@ def test_random_directions_follow_from_the_firing(suite, compared):
     assert not torch.equal(a, selectivity.directions(places, 4, 2))
 
 
-def test_selectivity_tables(suite, compared):
-    summary, overlaps = selectivity.selectivity_tables(suite, compared)
+def test_selectivity_tables(study, compared):
+    summary, overlaps = selectivity.selectivity_tables(study, compared)
     row = summary.query("target == 'write' and placement == 'matched_norm' and control == 'random'")
     assert list(row.cells) == ["pooled", PLACE]
     part = compared.query("target == 'write' and placement == 'matched_norm'")

@@ -18,7 +18,7 @@ from helpers import assert_close
 from replication.study import fingerprint, paths, stages
 from replication.study.paths import Paths
 from replication.study.profile import load_profile
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae import files
 from writesae.files import ArtifactError
 
@@ -175,21 +175,21 @@ def _counted(group):
 
 
 def test_a_stage_does_not_take_the_committed_results_for_its_own(output, monkeypatch):
-    suite = Suite(load_profile("smoke"))
-    monkeypatch.setattr(suite, "host_fingerprint", lambda name: {"host": name})
+    study = Study(load_profile("smoke"))
+    monkeypatch.setattr(study, "host_fingerprint", lambda name: {"host": name})
     computed.clear()
 
     def staged():
-        return suite.stage("t", "toy", [1], _counted)
+        return study.stage("t", "toy", [1], _counted)
 
     staged(), staged()
     assert computed == [1]
-    parts = sorted(suite.paths.build.rglob("t-toy.csv*"))
+    parts = sorted(study.paths.build.rglob("t-toy.csv*"))
     assert [part.name for part in parts] == ["t-toy.csv", "t-toy.csv.json"]
-    suite.paths.results.mkdir(parents=True)
+    study.paths.results.mkdir(parents=True)
     for part in parts:  # results/ has the same rows with the same fingerprint, under every name they could have
-        (suite.paths.results / part.name.replace("t-toy", "t")).write_bytes(part.read_bytes())
-        part.rename(suite.paths.results / part.name)
+        (study.paths.results / part.name.replace("t-toy", "t")).write_bytes(part.read_bytes())
+        part.rename(study.paths.results / part.name)
     staged()
     assert computed == [1, 1]
 

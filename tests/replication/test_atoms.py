@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SmallProfile, SmallSuite, train_sae
+from helpers import SmallProfile, SmallStudy, train_sae
 from sklearn.mixture import GaussianMixture
 
 from replication import classes as population
@@ -284,8 +284,8 @@ class Own:
     contexts: int = 2
 
 
-class OneCell(SmallSuite):
-    """A suite of one small host, with windows, a cell and SAEs of its own."""
+class OneCell(SmallStudy):
+    """A study of one small host, with windows, a cell and SAEs of its own."""
 
     def __init__(self, host, tokens):
         hosts = {"small": HostSection(path="small", cells=dict(middle=CellRule(layer=1, sigma_ratio=3)))}
@@ -299,8 +299,8 @@ class OneCell(SmallSuite):
 
 
 @pytest.fixture(scope="module")
-def suite(host, tmp_path_factory):
-    """The small suite, with the main SAEs and all variants trained."""
+def study(host, tmp_path_factory):
+    """The small study, with the main SAEs and all variants trained."""
     single = type(host)(copy.deepcopy(host.model).float(), Words(), "small")
     tokens = torch.randint(1, 300, (8, 50), generator=torch.Generator().manual_seed(4))
     patch = pytest.MonkeyPatch()
@@ -317,33 +317,33 @@ def suite(host, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def scanned(suite):
-    return atoms.run(suite)
+def scanned(study):
+    return atoms.run(study)
 
 
-def test_variants_are_trained_once_and_differ_as_they_say(suite, monkeypatch):
+def test_variants_are_trained_once_and_differ_as_they_say(study, monkeypatch):
     weights = {}
-    for settings in training.host_variants(suite, "small"):
-        sae = suite.sae("small", *CELL, "write", training.variant_name(settings))
+    for settings in training.host_variants(study, "small"):
+        sae = study.sae("small", *CELL, "write", training.variant_name(settings))
         assert (sae.k, sae.n_atoms) == (settings.k, 24)
         weights[settings.k, settings.seed] = sae.decoder.key
     assert set(weights) == {(3, 0), (3, 42), (6, 42)}
     assert not torch.equal(weights[3, 0], weights[3, 42])
     monkeypatch.setattr(training, "train_one", lambda *_: pytest.fail("trained again"))
-    training.train_variants(suite)
-    monkeypatch.setattr(suite, "windows_hash", lambda *_: "other windows")
+    training.train_variants(study)
+    monkeypatch.setattr(study, "windows_hash", lambda *_: "other windows")
     with pytest.raises(pytest.fail.Exception, match="trained again"):
-        training.train_variants(suite)
+        training.train_variants(study)
 
 
-def test_alive_atoms_are_those_with_the_largest_coefficient(suite, scanned):
+def test_alive_atoms_are_those_with_the_largest_coefficient(study, scanned):
     """Classes' cosines against matrices, for every SAE: the write and the atom multiplied out."""
     table, _ = scanned
     assert len(table.groupby(atoms.SAE_KEYS)) == 2 * (1 + 3)
-    found = harvest(suite.small, suite.split.tokens, [CELL], 4, progress=False)[CELL]
+    found = harvest(study.small, study.split.tokens, [CELL], 4, progress=False)[CELL]
     native = found.key[..., None] * found.added[..., None, :]
     for (target, role), part in table.groupby(["target", "role"]):
-        sae = suite.sae("small", *CELL, target, role)
+        sae = study.sae("small", *CELL, target, role)
         firing = sae.encode_history(found.history(target, "added"))
         best = firing.coefficients[:, 5:48].max(-1)
         atom = firing.indices[:, 5:48].gather(-1, best.indices[..., None])[..., 0]
@@ -360,12 +360,12 @@ def test_alive_atoms_are_those_with_the_largest_coefficient(suite, scanned):
     assert (table.elsewhere != table.cosine).any()
 
 
-def test_a_stage_is_read_until_an_sae_changes(suite, scanned, monkeypatch):
-    monkeypatch.setattr(type(suite.small), "run", lambda *_, **__: pytest.fail("harvested again"))
-    again = atoms.run(suite)
+def test_a_stage_is_read_until_an_sae_changes(study, scanned, monkeypatch):
+    monkeypatch.setattr(type(study.small), "run", lambda *_, **__: pytest.fail("harvested again"))
+    again = atoms.run(study)
     for a, b in zip(again, scanned, strict=True):
         pd.testing.assert_frame_equal(a, b)
-    sae = type(suite).sae
+    sae = type(study).sae
 
     def changed(*arguments):
         loaded = sae(*arguments)
@@ -373,14 +373,14 @@ def test_a_stage_is_read_until_an_sae_changes(suite, scanned, monkeypatch):
             loaded.decoder.key[0].neg_()
         return loaded
 
-    monkeypatch.setattr(type(suite), "sae", changed)
+    monkeypatch.setattr(type(study), "sae", changed)
     with pytest.raises(pytest.fail.Exception, match="harvested again"):
-        atoms.run(suite)
+        atoms.run(study)
 
 
 @pytest.fixture(scope="module")
-def parted(suite, scanned):
-    return atoms.tables(suite, scanned[0])
+def parted(study, scanned):
+    return atoms.tables(study, scanned[0])
 
 
 def test_tables_count_all_atoms_of_every_sae(scanned, parted):
@@ -393,34 +393,34 @@ def test_tables_count_all_atoms_of_every_sae(scanned, parted):
     assert (sweeps[sweeps.tau == 0.1].registers.to_numpy() <= sweeps[sweeps.tau == 0.02].registers.to_numpy()).all()
 
 
-def test_seeds_are_compared_at_their_own_k(suite, scanned, parted):
-    counts, pairs, shares = atoms.seeds(suite, scanned[0], parted[0])
+def test_seeds_are_compared_at_their_own_k(study, scanned, parted):
+    counts, pairs, shares = atoms.seeds(study, scanned[0], parted[0])
     assert (counts.n == 2).all() and (counts.k == 3).all()
     assert len(counts) == 2 * 3
     assert set(pairs.seed) == set(pairs.other_seed) == {0, 42}
     one = pairs[(pairs.target == "write") & (pairs.seed == 0)].iloc[0]
-    matrices = [suite.sae("small", *CELL, "write", f"k3-seed{s}").decoder.weight().flatten(1) for s in (0, 42)]
+    matrices = [study.sae("small", *CELL, "write", f"k3-seed{s}").decoder.weight().flatten(1) for s in (0, 42)]
     assert one.best == pytest.approx((matrices[0][one.atom] @ matrices[1].T).abs().max().item(), rel=1e-4)
     assert set(shares.target) == {"state", "write"}
 
 
-def test_exemplars_have_contexts_around_their_tokens(suite, scanned):
+def test_exemplars_have_contexts_around_their_tokens(study, scanned):
     table, firings = scanned
-    chosen, contexts = atoms.exemplars(suite, table, firings)
+    chosen, contexts = atoms.exemplars(study, table, firings)
     main = table[table.role == "main"]
     for (target, name), part in main.groupby(["target", "class"]):
         row = chosen[(chosen.target == target) & (chosen["class"] == name)]
         assert row.firings.tolist() == [part.firings.max()]
         assert (firings[(firings.target == target)].atom == row.atom.item()).sum() == part.firings.max()
     for row in contexts.itertuples():
-        token = suite.split.tokens[row.window, row.position].item()
+        token = study.split.tokens[row.window, row.position].item()
         assert f"⟦ w{token}⟧" in row.text
     assert contexts.groupby(["target", "atom"])["rank"].max().max() <= 2
 
 
-def test_tables_of_the_classes_are_written_from_firings(suite):
+def test_tables_of_the_classes_are_written_from_firings(study):
     firings, alive = told_firings().assign(host="small"), ALIVE.assign(host="small")
-    axes, bins = atoms.class_tables(suite, alive, firings)
+    axes, bins = atoms.class_tables(study, alive, firings)
     row = axes.set_index("axis").loc["firings_per_10k"]
     assert row.register_median == pytest.approx(20 * 1e4 / (8 * 43), rel=1e-5)
     assert row.bundle_median == pytest.approx(25 * 1e4 / (8 * 43), rel=1e-5)

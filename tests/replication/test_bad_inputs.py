@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import SMALL
-from helpers import Malicious, SmallSuite
+from helpers import Malicious, SmallStudy
 from pydantic import ValidationError
 
 from replication import statistics
@@ -21,7 +21,7 @@ from replication.pages import install as install_module
 from replication.scorecard.table import scorecard
 from replication.study import fingerprint, stages
 from replication.study.profile import Install, load_profile
-from replication.study.study import open_suite, split_windows
+from replication.study.study import open_study, split_windows
 from writesae import edit, files, shift
 from writesae.evaluate import install
 from writesae.files import ArtifactError
@@ -197,9 +197,9 @@ def suite_with(x, cells: dict, **changes):
     """The smoke profile with one host, three windows of 90 tokens, and other install settings."""
     smoke = load_profile("smoke")
     changed = smoke.model_copy(update=dict(install=INSTALL.model_copy(update=changes)))
-    suite = SmallSuite(changed, x.host, x.tokens)
-    suite.__dict__["cells"] = pd.DataFrame(cells)
-    return suite
+    study = SmallStudy(changed, x.host, x.tokens)
+    study.__dict__["cells"] = pd.DataFrame(cells)
+    return study
 
 
 MIDDLE = dict(host=["gated_deltanet"], place=["middle"], layer=[LAYER], head=[HEAD])
@@ -292,7 +292,7 @@ CASES = [
     Case(
         "grid that is not there", lambda x: sweep.load_grid(x.path / "g.yaml"), ValueError, "no grid .*g.yaml: .* has"
     ),
-    Case("suite of no profile", lambda x: open_suite("huge"), ValueError, "no profile 'huge': choose one of mini"),
+    Case("study of no profile", lambda x: open_study("huge"), ValueError, "no profile 'huge': choose one of mini"),
     Case(
         "recipe that is not there", lambda x: read_recipe(x.path / "recipe.yaml"), ValueError, "recipe.yaml is missing"
     ),

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import SmallProfile, SmallSuite
+from helpers import SmallProfile, SmallStudy
 
 from replication import html
 from replication.__main__ import main
@@ -44,8 +44,8 @@ def plain(**fields):
     return make_dataclass("Plain", fields)(**fields)
 
 
-class OneCell(SmallSuite):
-    """A suite of one small host, with windows, a cell and untrained SAEs of its own."""
+class OneCell(SmallStudy):
+    """A study of one small host, with windows, a cell and untrained SAEs of its own."""
 
     def __init__(self, host, tokens):
         data = dict(window=50, sae_windows=8, heldout_windows=8, firing_windows=8, survey_windows=4)
@@ -83,7 +83,7 @@ def replacement_table(firings, read=("write", "cache")):
 
 
 @pytest.fixture(scope="module")
-def suite(gated_deltanet, tmp_path_factory):
+def study(gated_deltanet, tmp_path_factory):
     """A small host with its tables as the notebooks would leave them; the replacement's divergences are made up."""
     patch = pytest.MonkeyPatch()
     patch.setenv("WRITESAE_OUTPUT", str(tmp_path_factory.mktemp("browser")))
@@ -123,8 +123,8 @@ def suite(gated_deltanet, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def page(suite):
-    return browser.write(suite)
+def page(study):
+    return browser.write(study)
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +137,8 @@ def data(page):
 # The data
 
 
-def test_tests_of_an_atom_are_counts_by_a_loop(suite, data):
-    table, sae = suite.table("replacement"), next(x for x in data["saes"] if x["target"] == "write")
+def test_tests_of_an_atom_are_counts_by_a_loop(study, data):
+    table, sae = study.table("replacement"), next(x for x in data["saes"] if x["target"] == "write")
     untested = 0
     for amplitude, (i, atom) in itertools.product(("coefficient", "matched_norm"), enumerate(sae["columns"]["atom"])):
         found = sae["test"][amplitude]
@@ -165,8 +165,8 @@ def test_tests_of_an_atom_are_counts_by_a_loop(suite, data):
     assert untested  # an atom without a test is among them
 
 
-def test_columns_are_those_of_the_table(suite, data):
-    table = suite.table("atoms")
+def test_columns_are_those_of_the_table(study, data):
+    table = study.table("atoms")
     for sae in data["saes"][:2]:
         own, columns = table[table.target == sae["target"]].sort_values("atom"), sae["columns"]
         for name in ("atom", "class", "firings", "passages"):
@@ -181,8 +181,8 @@ def test_columns_are_those_of_the_table(suite, data):
     assert "logit_shift" not in data["saes"][1]
 
 
-def test_survey_cells_show_only_what_was_tested(suite, data):
-    table, survey = suite.table("replacement_by_cell"), [x for x in data["saes"] if x["role"] == "survey"]
+def test_survey_cells_show_only_what_was_tested(study, data):
+    table, survey = study.table("replacement_by_cell"), [x for x in data["saes"] if x["role"] == "survey"]
     assert [(x["layer"], x["head"], x["target"]) for x in survey] == [(0, 2, "state"), (0, 2, "write")]
     for sae in survey:
         own = table[(table.target == sae["target"]) & (table.amplitude == "coefficient")]
@@ -190,12 +190,12 @@ def test_survey_cells_show_only_what_was_tested(suite, data):
         assert sae["n_tested"] == sum(sae["test"]["coefficient"]["n"]) == len(own)
 
 
-def test_contexts_hold_the_text_and_mark_every_firing(suite, data):
-    firings, tokens = atoms_page.main_firings(suite, "small"), suite.split.tokens.tolist()
+def test_contexts_hold_the_text_and_mark_every_firing(study, data):
+    firings, tokens = atoms_page.main_firings(study, "small"), study.split.tokens.tolist()
     several = 0
     for sae in data["saes"][:2]:
         own = firings[firings.target == sae["target"]]
-        chosen = atoms.top_contexts(Words(), suite.split, own, browser.CONTEXTS)
+        chosen = atoms.top_contexts(Words(), study.split, own, browser.CONTEXTS)
         for atom, found in zip(sae["columns"]["atom"], sae["columns"]["contexts"], strict=True):
             rows = chosen[chosen.atom == atom]
             assert [passage for passage, _ in found] == rows.passage.tolist()
@@ -212,8 +212,8 @@ def test_contexts_hold_the_text_and_mark_every_firing(suite, data):
     assert several
 
 
-def test_histograms_count_every_firing_once(suite, data):
-    firings = atoms_page.main_firings(suite, "small")
+def test_histograms_count_every_firing_once(study, data):
+    firings = atoms_page.main_firings(study, "small")
     for sae in data["saes"][:2]:
         for atom, found in zip(sae["columns"]["atom"], sae["columns"]["histogram"], strict=True):
             own = firings[(firings.target == sae["target"]) & (firings.atom == atom)]
@@ -241,12 +241,12 @@ def test_embedded_text_ends_no_script_and_comes_back():
 
 
 @pytest.fixture
-def without(suite):
+def without(study):
     """Takes a table away for one test."""
     moved = []
 
     def take(name):
-        path = suite.paths.results / f"{name}.csv"
+        path = study.paths.results / f"{name}.csv"
         path.rename(path.with_suffix(".away"))
         moved.append(path)
 
@@ -256,17 +256,17 @@ def without(suite):
 
 
 @pytest.mark.parametrize(("table", "notebook"), list(browser.REQUIRED.items()))
-def test_a_missing_table_is_one_sentence_with_its_notebook(suite, without, table, notebook):
+def test_a_missing_table_is_one_sentence_with_its_notebook(study, without, table, notebook):
     without(table)
     wanted = f"The table {table}.csv is missing in results/small: `make {notebook} PROFILE=small` makes it."
     with pytest.raises(files.ArtifactError, match=re.escape(wanted)):
-        browser.collect(suite)
+        browser.collect(study)
 
 
 @pytest.mark.parametrize(("table", "notebook"), list(browser.OPTIONAL.items()))
-def test_a_table_that_the_page_can_do_without_is_a_note(suite, without, table, notebook):
+def test_a_table_that_the_page_can_do_without_is_a_note(study, without, table, notebook):
     without(table)
-    found = browser.collect(suite)
+    found = browser.collect(study)
     assert found["notes"] == [
         f"Not shown here: the table {table}.csv is missing in results/small; `make {notebook} PROFILE=small` makes it."
     ]
@@ -274,8 +274,8 @@ def test_a_table_that_the_page_can_do_without_is_a_note(suite, without, table, n
     assert shown not in found["saes"][0] and shown not in [sae["role"] for sae in found["saes"]]
 
 
-def test_the_survey_is_left_out_where_the_page_would_be_too_large(suite, monkeypatch):
-    data = browser.collect(suite)
+def test_the_survey_is_left_out_where_the_page_would_be_too_large(study, monkeypatch):
+    data = browser.collect(study)
     whole = len(browser.page(data))
     monkeypatch.setattr(browser, "MAXIMUM_BYTES", whole - 1)
     text = browser.page(data).decode()
@@ -283,22 +283,22 @@ def test_the_survey_is_left_out_where_the_page_would_be_too_large(suite, monkeyp
     assert "The cells of the survey are left out" in text and '"role":"survey"' not in text
 
 
-def test_tables_and_saes_of_two_runs_are_refused(suite, monkeypatch):
-    other = suite.table("atoms").assign(firings=lambda x: x.firings + 1)
-    real = suite.table
-    monkeypatch.setattr(suite, "table", lambda name: other if name == "atoms" else real(name))
+def test_tables_and_saes_of_two_runs_are_refused(study, monkeypatch):
+    other = study.table("atoms").assign(firings=lambda x: x.firings + 1)
+    real = study.table
+    monkeypatch.setattr(study, "table", lambda name: other if name == "atoms" else real(name))
     with pytest.raises(files.ArtifactError, match="not of one run .*`make 03_atoms` makes them agree"):
-        browser.collect(suite)
+        browser.collect(study)
 
 
-def test_failures_are_one_sentence(suite, without, monkeypatch, capsys):
-    monkeypatch.setattr(browser, "open_suite", lambda _: suite)
+def test_failures_are_one_sentence(study, without, monkeypatch, capsys):
+    monkeypatch.setattr(browser, "open_study", lambda _: study)
     monkeypatch.setattr(browser, "MAXIMUM_BYTES", 100)
     assert main(["browser", "--profile", "small"]) == 1
     assert re.fullmatch(
         r"browser failed: The page would have [\d,]+ bytes, more than 100: .*\n", capsys.readouterr().err
     )
-    config = suite.sae_folder("small", *CELL, "write", "main") / "config.json"
+    config = study.sae_folder("small", *CELL, "write", "main") / "config.json"
     config.rename(config.with_suffix(".away"))
     monkeypatch.setattr(browser, "TOKENS", 3)  # so that promoted tokens are computed again
     try:
@@ -308,9 +308,9 @@ def test_failures_are_one_sentence(suite, without, monkeypatch, capsys):
         config.with_suffix(".away").rename(config)
 
 
-def test_a_page_is_made_from_tables_without_a_run_of_the_host(suite, page, monkeypatch):
-    monkeypatch.setattr(type(suite.small), "run", lambda *_: pytest.fail("the host is run"))
-    assert browser.page(browser.collect(suite)) == page.read_bytes()
+def test_a_page_is_made_from_tables_without_a_run_of_the_host(study, page, monkeypatch):
+    monkeypatch.setattr(type(study.small), "run", lambda *_: pytest.fail("the host is run"))
+    assert browser.page(browser.collect(study)) == page.read_bytes()
 
 
 def test_every_table_is_made_by_the_notebook_that_the_message_names():
@@ -368,15 +368,15 @@ def cells(view, name):
     return view.locator(f"#rows td:nth-child({place + 1})").all_inner_texts()
 
 
-def table_of(suite, target="state"):
-    table = suite.table("atoms")
+def table_of(study, target="state"):
+    table = study.table("atoms")
     return table[table.target == target].set_index("atom")
 
 
-def test_the_numbers_shown_are_those_of_the_tables(suite, visit):
-    view, table = visit(), table_of(suite)
+def test_the_numbers_shown_are_those_of_the_tables(study, visit):
+    view, table = visit(), table_of(study)
     assert sorted(rows(view)) == sorted(table.index)
-    test = suite.table("replacement").query("target == 'state' and amplitude == 'coefficient' and read == 'write'")
+    test = study.table("replacement").query("target == 'state' and amplitude == 'coefficient' and read == 'write'")
     test = test.assign(win=test.kl_atom < test.kl_delete).groupby("atom")
     for atom, kind, cosine, rate, win, n, kl in zip(
         rows(view), *(cells(view, x) for x in ("class", "cosine", "rate", "win", "n", "kl")), strict=True
@@ -392,10 +392,10 @@ def test_the_numbers_shown_are_those_of_the_tables(suite, visit):
             assert (win.strip(), n, kl) == ("–", "–", "–")
 
 
-def test_the_detail_shows_the_replacement_of_its_atom_at_either_amplitude(suite, visit):
+def test_the_detail_shows_the_replacement_of_its_atom_at_either_amplitude(study, visit):
     view = visit()
     view.select_option("#class", "")
-    test = suite.table("replacement").query("target == 'state' and read == 'write'")
+    test = study.table("replacement").query("target == 'state' and read == 'write'")
     atom = int(test.atom.iloc[0])
     view.get_by_role("button", name=str(atom), exact=True).first.click()
     for amplitude, label in (("coefficient", "own coefficient"), ("matched_norm", "native write's norm")):
@@ -430,8 +430,8 @@ def test_contexts_shade_every_firing_and_give_the_coefficient_of_the_first(visit
     assert [[int(x) for x in one] for one in counts] == histogram[1:]
 
 
-def test_columns_sort_both_ways_and_say_so(suite, visit):
-    view, table = visit(), table_of(suite)
+def test_columns_sort_both_ways_and_say_so(study, visit):
+    view, table = visit(), table_of(study)
     head = view.locator("#head th[data-name=cosine]")
     assert head.get_attribute("aria-sort") == "none"
     assert view.locator("#head th[data-name=rate]").get_attribute("aria-sort") == "descending"
@@ -449,7 +449,7 @@ def test_columns_sort_both_ways_and_say_so(suite, visit):
     assert cells(view, "win")[-1].strip() == "–"
 
 
-def test_search_filters_by_every_word_and_escape_clears(suite, visit, data):
+def test_search_filters_by_every_word_and_escape_clears(study, visit, data):
     view, sae = visit(), data["saes"][0]
     view.keyboard.press("/")
     assert view.evaluate("document.activeElement.id") == "search"
@@ -528,18 +528,18 @@ def test_a_phone_shows_one_thing_at_a_time(visit):
     assert view.evaluate("document.activeElement.textContent") == str(rows(view)[2])
 
 
-def test_other_saes_are_one_choice_away(suite, visit):
+def test_other_saes_are_one_choice_away(study, visit):
     view = visit()
     assert "trained on states" in view.locator("#atom .where").first.inner_text()
     view.locator("#target").get_by_role("button", name="writes").click()
     assert "trained on writes" in view.locator("#atom .where").first.inner_text()
     assert view.locator("#title").inner_text() == f"Atom {rows(view)[0]}"
-    assert sorted(rows(view)) == sorted(table_of(suite, "write").index)
+    assert sorted(rows(view)) == sorted(table_of(study, "write").index)
     view.locator("#target").get_by_role("button", name="both").click()
-    assert len(rows(view)) == len(suite.table("atoms"))
+    assert len(rows(view)) == len(study.table("atoms"))
     assert set(cells(view, "cell")) == {"small L1 H2, states", "small L1 H2, writes"}
     view.select_option("#cell", "small.0.2.survey")
-    survey = suite.table("replacement_by_cell").query("amplitude == 'coefficient'")
+    survey = study.table("replacement_by_cell").query("amplitude == 'coefficient'")
     assert len(rows(view)) == survey.groupby(["target", "atom"]).ngroups
     view.locator("#rows tr").first.click()
     assert view.locator("#atom .contexts li").count()

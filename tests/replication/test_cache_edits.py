@@ -15,7 +15,7 @@ from replication.pages.cache_edits.site import Site
 from replication.statistics import r2
 from replication.study.firings import passage_prompts
 from replication.study.profile import HostSection, Install
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae.edit import Edit, edited_hidden, head_change, make_edit
 from writesae.evaluate.firings import all_firings, encode
 from writesae.harvesting import harvest
@@ -522,8 +522,8 @@ class Letters:
         return "".join("ab\n"[i % 3] + " " * (i % 2) for i in ids)
 
 
-class TinySuite(Suite):
-    """A suite whose host, text and SAEs are made here."""
+class TinyStudy(Study):
+    """A study whose host, text and SAEs are made here."""
 
     def __init__(self, host):
         self.tiny = type(host)(copy.deepcopy(host.model).float(), Letters(), "small")
@@ -566,8 +566,8 @@ class TinySuite(Suite):
 def test_the_stages_give_their_tables_and_are_not_run_twice(gated_deltanet, tmp_path, monkeypatch):
     monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
     monkeypatch.setattr("replication.pages.cache_edits.site.RESAMPLES", 20)
-    suite = TinySuite(gated_deltanet)
-    made = stages.run(suite)
+    study = TinyStudy(gated_deltanet)
+    made = stages.run(study)
     counts = {name: len(table) for name, table in made.items()}
     assert counts == dict(
         cache_preferred=2 * 2,
@@ -581,22 +581,22 @@ def test_the_stages_give_their_tables_and_are_not_run_twice(gated_deltanet, tmp_
     assert made["readers"].groupby("atom").passage.nunique().min() >= 4
     assert set(made["readers"]["class"]) == {"register"}
     assert not made["cache_erase"].isna().any().any() and not made["newlines"].isna().any().any()
-    summaries = stages.tables(suite, made)
+    summaries = stages.tables(study, made)
     assert set(summaries) == {f"{name}_summary" for name in stages.SUMMARIES} | {"top_readers"}
     for name, table in summaries.items():
         assert (tmp_path / "results" / "tiny" / f"{name}.csv").is_file()
         assert {"host"} <= set(table)
     monkeypatch.setattr(stages.Bench, "site", lambda *_: pytest.fail("a stage that was done is run again"))
-    again = stages.run(suite)
+    again = stages.run(study)
     for name, table in made.items():
         pd.testing.assert_frame_equal(table, again[name])
 
 
 def test_a_cell_that_has_no_classes_is_refused(gated_deltanet):
-    suite = TinySuite(gated_deltanet)
-    bench = stages.make_bench(suite, "small")
+    study = TinyStudy(gated_deltanet)
+    bench = stages.make_bench(study, "small")
     bench.cell = (0, 0)
     with pytest.raises(ValueError, match=r"cache_edits\.place must be population\.place"):
-        stages.alive(suite, bench, "state")
+        stages.alive(study, bench, "state")
     with pytest.raises(ValueError, match="13 prompts are asked for and the held-out windows are of 12 passages"):
-        passage_prompts(suite, "small", 13, 20)
+        passage_prompts(study, "small", 13, 20)

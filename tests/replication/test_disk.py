@@ -6,7 +6,7 @@ import shutil
 import pandas as pd
 import pytest
 import torch
-from helpers import FakeHub, SmallSuite
+from helpers import FakeHub, SmallStudy
 from safetensors.torch import save_file
 
 from replication import __main__ as command
@@ -178,7 +178,7 @@ def _harvested(group, host, tokens):
 
 
 def test_a_stage_that_runs_out_of_memory_says_which_setting_to_lower(gated_deltanet, tokens, monkeypatch):
-    made = SmallSuite(load_profile("smoke"), gated_deltanet, tokens)
+    made = SmallStudy(load_profile("smoke"), gated_deltanet, tokens)
 
     def too_much(tokens, upto=None):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")

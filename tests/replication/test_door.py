@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from replication.scorecard import measures
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae.hosts import base, load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ def test_the_guide_names_code_that_is_there():
         (load, ("FAMILIES",)),
         (load.adapter("mamba2"), ("model_classes", "decay_parameters", "build", "before_training")),
         (base, ("Host",)),
-        (Suite, ("stage", "gather", "write")),
+        (Study, ("stage", "gather", "write")),
         (measures, ("summary",)),
     ):
         for name in names:

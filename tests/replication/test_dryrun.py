@@ -170,15 +170,15 @@ import torch
 from replication import plots
 from replication.__main__ import main
 from replication.pages.hosts import window_losses
-from replication.study.study import open_suite
+from replication.study.study import open_study
 
-suite = open_suite(profile)
-losses = window_losses(suite.host("rwkv7"), torch.randint(5000, (4, suite.profile.data.window)))
-suite.write("losses", pd.DataFrame(dict(loss=losses)))
+study = open_study(profile)
+losses = window_losses(study.host("rwkv7"), torch.randint(5000, (4, study.profile.data.window)))
+study.write("losses", pd.DataFrame(dict(loss=losses)))
 figure, axes = plt.subplots()
 axes.plot(losses)
-plots.save(figure, "fig_toy", suite.paths.figures)
-print(suite.host("rwkv7").vocabulary, bool((losses > 5).all()))
+plots.save(figure, "fig_toy", study.paths.figures)
+print(study.host("rwkv7").vocabulary, bool((losses > 5).all()))
 """
 
 

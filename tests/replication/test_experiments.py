@@ -14,7 +14,7 @@ from replication import classes as population
 from replication.pages import hosts
 from replication.pages import replacement as replacement_module_
 from replication.study.profile import HostSection, load_profile
-from replication.study.study import Suite, open_suite, threads
+from replication.study.study import Study, open_study, threads
 from writesae.edit import edited_hidden, kl, make_edit
 from writesae.evaluate import cells as cells_module
 from writesae.evaluate import firings, install, shifts
@@ -339,9 +339,9 @@ def test_a_survey_may_leave_layers_out(monkeypatch):
 
     def layers(**settings):
         replacement = profile.replacement.model_copy(update=settings)
-        suite = Suite(profile.model_copy(update=dict(replacement=replacement)))
-        monkeypatch.setattr(suite, "host", lambda name: SimpleNamespace(recurrent_layers=(0, 1, 2, 4, 5, 6, 8)))
-        return suite.survey_layers(suite.main)
+        study = Study(profile.model_copy(update=dict(replacement=replacement)))
+        monkeypatch.setattr(study, "host", lambda name: SimpleNamespace(recurrent_layers=(0, 1, 2, 4, 5, 6, 8)))
+        return study.survey_layers(study.main)
 
     assert layers(survey_every=1) == (0, 1, 2, 4, 5, 6, 8)
     assert layers(survey_every=3) == (0, 4, 8)
@@ -352,10 +352,10 @@ def test_a_suite_takes_the_threads_that_it_is_given(monkeypatch, tmp_path):
     monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
     with threads(1):
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        open_suite("smoke")
+        open_study("smoke")
         assert torch.get_num_threads() == 1
         monkeypatch.delenv("OMP_NUM_THREADS")
-        open_suite("smoke")
+        open_study("smoke")
         assert torch.get_num_threads() == len(os.sched_getaffinity(0))
 
 

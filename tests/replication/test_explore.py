@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SmallProfile, SmallSuite
+from helpers import SmallProfile, SmallStudy
 
 from replication import html, widgets
 from replication.pages import atoms as atoms_page
@@ -62,7 +62,7 @@ def plain(**fields):
 
 
 @pytest.fixture(scope="module")
-def suite(gated_deltanet, tmp_path_factory):
+def study(gated_deltanet, tmp_path_factory):
     """One small host in fp32 with a cell and untrained SAEs of both targets."""
     patch = pytest.MonkeyPatch()
     patch.setenv("WRITESAE_OUTPUT", str(tmp_path_factory.mktemp("explore")))
@@ -84,7 +84,7 @@ def suite(gated_deltanet, tmp_path_factory):
         saes=plain(write="added", targets=["state", "write"]),
         sections=dict(atoms=plain(place="middle"), install=INSTALL),
     )
-    made = SmallSuite(profile, host, torch.randint(0, 12, (8, 50), generator=torch.Generator().manual_seed(4)))
+    made = SmallStudy(profile, host, torch.randint(0, 12, (8, 50), generator=torch.Generator().manual_seed(4)))
     where = dict(host="small", layer=CELL[0], head=CELL[1])
     made.write("cells", pd.DataFrame([where | dict(place="middle", half_life_median=9.5, sigma1_over_sigma2=2.0)]))
     for target in ("state", "write"):
@@ -97,13 +97,13 @@ def suite(gated_deltanet, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alive(suite):
-    return atoms_page.describe(suite, "small", [(*CELL, target, "main", 42) for target in ("state", "write")])
+def alive(study):
+    return atoms_page.describe(study, "small", [(*CELL, target, "main", 42) for target in ("state", "write")])
 
 
 @pytest.fixture(scope="module")
-def firings(suite):
-    return atoms_page.main_firings(suite, "small")
+def firings(study):
+    return atoms_page.main_firings(study, "small")
 
 
 def most_firing(alive, target):
@@ -132,12 +132,12 @@ def shown(monkeypatch):
 # An atom
 
 
-def test_the_firings_are_those_of_the_encoded_windows(suite, firings, alive):
+def test_the_firings_are_those_of_the_encoded_windows(study, firings, alive):
     columns = ["window", "passage", "position", "atom"]
-    factors = harvest(suite.small, suite.split.tokens, [CELL], 4, progress=False)[CELL]
+    factors = harvest(study.small, study.split.tokens, [CELL], 4, progress=False)[CELL]
     for target in ("state", "write"):
-        cell_sae = encode_cell(CELL, target, "added", suite.sae("small", *CELL, target), factors)
-        wanted = firings_of(suite, cell_sae, suite.split)
+        cell_sae = encode_cell(CELL, target, "added", study.sae("small", *CELL, target), factors)
+        wanted = firings_of(study, cell_sae, study.split)
         part = firings[firings.target == target]
         assert part[columns].to_numpy().tolist() == wanted[columns].to_numpy().tolist()
         assert part.coefficient.to_numpy() == pytest.approx(wanted.coefficient.to_numpy(), rel=1e-5)
@@ -145,8 +145,8 @@ def test_the_firings_are_those_of_the_encoded_windows(suite, firings, alive):
         assert part.groupby("atom").size().to_dict() == counts.to_dict()
 
 
-def test_every_alive_atom_can_be_chosen_the_most_firing_first(suite, alive, firings, shown):
-    widgets.atoms(suite, alive, firings)
+def test_every_alive_atom_can_be_chosen_the_most_firing_first(study, alive, firings, shown):
+    widgets.atoms(study, alive, firings)
     labels = [label for label, _ in shown[1][0].children[0].options]
     assert len(labels) == len(alive)
     wanted = [label for target in ("state", "write") for label in alive_labels(alive[alive.target == target])]
@@ -161,13 +161,13 @@ def alive_labels(rows):
     ]
 
 
-def test_promoted_tokens_are_those_of_the_mean_over_all_atoms(suite, alive, firings):
+def test_promoted_tokens_are_those_of_the_mean_over_all_atoms(study, alive, firings):
     row = most_firing(alive, "write")
     own = of_atom(firings, row)
-    found = promoted_page.measure(suite, "small", own, widgets.TOKENS)
-    host, windows = suite.host("small"), suite.windows("small", "heldout")
+    found = promoted_page.measure(study, "small", own, widgets.TOKENS)
+    host, windows = study.host("small"), study.windows("small", "heldout")
     largest = own.sort_values("coefficient", ascending=False, kind="stable").drop_duplicates("passage").head(3)
-    saes = [(CELL, suite.sae("small", *CELL, "write"), largest)]
+    saes = [(CELL, study.sae("small", *CELL, "write"), largest)]
     shifts = promoted.mean_shifts(host, windows, saes, "added", 4)[0]
     for kind in promoted.KINDS:
         rows = found[(found.kind == kind) & (found.direction == "promoted")]
@@ -177,18 +177,18 @@ def test_promoted_tokens_are_those_of_the_mean_over_all_atoms(suite, alive, firi
     assert (found.n == len(largest)).all()
 
 
-def test_tokens_of_one_atom_are_those_of_the_browser_s_table(suite, alive, firings):
-    table, row = promoted_page.run(suite, "small", firings, widgets.TOKENS), most_firing(alive, "state")
+def test_tokens_of_one_atom_are_those_of_the_browser_s_table(study, alive, firings):
+    table, row = promoted_page.run(study, "small", firings, widgets.TOKENS), most_firing(alive, "state")
     keys = ["kind", "direction", "rank"]
-    one = promoted_page.measure(suite, "small", of_atom(firings, row), widgets.TOKENS).sort_values(keys)
+    one = promoted_page.measure(study, "small", of_atom(firings, row), widgets.TOKENS).sort_values(keys)
     wanted = of_atom(table, row).sort_values(keys)
     assert one["shift"].to_numpy() == pytest.approx(wanted["shift"].to_numpy(), rel=1e-3)
     assert one.n.tolist() == wanted.n.tolist() and len(one) == 3 * 2 * widgets.TOKENS
 
 
-def test_the_page_says_what_the_table_says_and_marks_every_firing(suite, alive, firings):
+def test_the_page_says_what_the_table_says_and_marks_every_firing(study, alive, firings):
     row = most_firing(alive, "state")
-    page = widgets.atom_page(suite, row, of_atom(firings, row))
+    page = widgets.atom_page(study, row, of_atom(firings, row))
     assert f"Atom {row.atom} (layer 1 head 2 of small, trained on state)" in page
     for value in (row["class"], f"{row.cosine:.3g}", f"{row.rate:.2%}", str(row.firings)):
         assert f"<td>{value}</td>" in page
@@ -236,23 +236,23 @@ PROMPT = "w20 w21 w22 w23 w24 w25 w26"
         ((PROMPT, "w7", float("nan")), "The magnitude is nan: give one above 0"),
     ],
 )
-def test_what_cannot_be_used_is_one_sentence(suite, arguments, sentence):
+def test_what_cannot_be_used_is_one_sentence(study, arguments, sentence):
     with pytest.raises(ValueError, match=re.escape(sentence)):
-        widgets.install_word(suite, *arguments)
+        widgets.install_word(study, *arguments)
 
 
-def test_the_exact_prediction_is_what_a_small_write_does(suite):
-    small, _ = widgets.install_word(suite, PROMPT, "w7", 1e-2)
+def test_the_exact_prediction_is_what_a_small_write_does(study):
+    small, _ = widgets.install_word(study, PROMPT, "w7", 1e-2)
     assert small.predicted_exact.to_numpy() == pytest.approx(small.measured.to_numpy(), rel=2e-2)
     assert not np.allclose(small.predicted_paper, small.measured, rtol=0.2)
-    large, _ = widgets.install_word(suite, PROMPT, "w7", 2e-2)
+    large, _ = widgets.install_word(study, PROMPT, "w7", 2e-2)
     for name in ("predicted_exact", "predicted_paper"):
         assert large[name].to_numpy() == pytest.approx(2 * small[name].to_numpy(), rel=1e-4)
 
 
-def test_the_papers_prediction_is_its_formula_by_a_loop(suite):
-    table, _ = widgets.install_word(suite, PROMPT, "w7", 3.0)
-    host, cell, settings = suite.host("small"), CELL, INSTALL
+def test_the_papers_prediction_is_its_formula_by_a_loop(study):
+    table, _ = widgets.install_word(study, PROMPT, "w7", 3.0)
+    host, cell, settings = study.host("small"), CELL, INSTALL
     tokens = torch.tensor([[0, 20, 21, 22, 23, 24, 25, 26]])
     run = host.run(tokens)
     factors = host.factors(run, *cell)
@@ -267,9 +267,9 @@ def test_the_papers_prediction_is_its_formula_by_a_loop(suite):
     assert table.set_index("direction").predicted_paper["paper"] == pytest.approx(total, rel=1e-4)
 
 
-def test_ranks_and_texts_are_those_of_the_runs(suite):
-    table, texts = widgets.install_word(suite, PROMPT, "w7", 50.0)
-    host = suite.host("small")
+def test_ranks_and_texts_are_those_of_the_runs(study):
+    table, texts = widgets.install_word(study, PROMPT, "w7", 50.0)
+    host = study.host("small")
     native = host.logits(host.run(torch.tensor([[0, 20, 21, 22, 23, 24, 25, 26]])).final[:, -1])
     assert (table.rank_native == int((native > native[0, 7]).sum()) + 1).all()
     assert set(texts) == {"unedited", *install.DIRECTIONS}
@@ -278,11 +278,11 @@ def test_ranks_and_texts_are_those_of_the_runs(suite):
         assert (row.rank_edited == 1) == (texts[row.direction][0] == 7)
 
 
-def test_the_page_marks_the_target_and_nothing_else(suite, monkeypatch):
-    table, texts = widgets.install_word(suite, PROMPT, "w7", 3.0)
+def test_the_page_marks_the_target_and_nothing_else(study, monkeypatch):
+    table, texts = widgets.install_word(study, PROMPT, "w7", 3.0)
     texts = dict(texts, gamma=[3, 7, 1, 7, 5])
     monkeypatch.setattr(widgets, "install_word", lambda *_: (table, texts))
-    page = widgets.install_page(suite, PROMPT, "w7", 3.0)
+    page = widgets.install_page(study, PROMPT, "w7", 3.0)
     assert page.count("<mark> w7</mark>") == sum(text.count(7) for text in texts.values())
     assert "<script>" not in page and "native rank" in page
 
@@ -299,25 +299,25 @@ def press(widget):
     return [output.data for output in displayed]
 
 
-def test_choosing_an_atom_shows_its_page(suite, alive, firings, shown):
-    widgets.atoms(suite, alive, firings)
+def test_choosing_an_atom_shows_its_page(study, alive, firings, shown):
+    widgets.atoms(study, alive, firings)
     (output,), (widget,) = shown
     row = most_firing(alive, "state")
-    assert output["text/html"] == widgets.atom_page(suite, row, of_atom(firings, row))
+    assert output["text/html"] == widgets.atom_page(study, row, of_atom(firings, row))
     widget.children[0].index = int((alive.target == "state").sum())  # the first of the other SAE
     row = most_firing(alive, "write")
-    assert press(widget) == [widgets.atom_page(suite, row, of_atom(firings, row))]
+    assert press(widget) == [widgets.atom_page(study, row, of_atom(firings, row))]
 
 
-def test_the_button_installs_what_was_typed_or_says_what_is_wrong(suite, shown, monkeypatch):
+def test_the_button_installs_what_was_typed_or_says_what_is_wrong(study, shown, monkeypatch):
     monkeypatch.setattr(widgets, "PROMPT", PROMPT)
     monkeypatch.setattr(widgets, "TARGET", "w7")
-    widgets.installs(suite)
+    widgets.installs(study)
     (output,), (widget,) = shown
-    assert output["text/html"] == widgets.install_page(suite, PROMPT, "w7", 3.0)
+    assert output["text/html"] == widgets.install_page(study, PROMPT, "w7", 3.0)
     prompt, word, magnitude = widget.children[:3]
     prompt.value, magnitude.value = PROMPT + " w27", 2.0
-    assert press(widget) == [widgets.install_page(suite, PROMPT + " w27", "w7", 2.0)]
+    assert press(widget) == [widgets.install_page(study, PROMPT + " w27", "w7", 2.0)]
     word.unobserve_all()
     for wrong, sentence in (
         ("abc", "The target must be one token, and &#x27;abc&#x27; is 3"),
@@ -335,6 +335,6 @@ def test_the_output_holds_the_page_beside_the_widget(shown):
     assert output["text/plain"] == "An HTML page, with controls where the notebook runs in JupyterLab."
 
 
-def test_the_first_page_is_a_sentence_where_the_default_cannot_be_used(suite, shown):
-    widgets.installs(suite)  # the words of PROMPT are no tokens here
+def test_the_first_page_is_a_sentence_where_the_default_cannot_be_used(study, shown):
+    widgets.installs(study)  # the words of PROMPT are no tokens here
     assert shown[0][0]["text/html"].startswith("<p><b>")

@@ -29,7 +29,7 @@ from replication.study import stages
 from replication.study.lock import LockError, writing
 from replication.study.paths import Paths
 from replication.study.stages import read_table, write_table
-from replication.study.study import open_suite
+from replication.study.study import open_study
 from writesae import files
 from writesae.files import ArtifactError, save_tensors
 
@@ -407,7 +407,7 @@ def test_a_worker_of_a_process_that_holds_the_lock_opens_the_suite_without_it(ou
 
 
 def _open(lock):
-    return open_suite("smoke", lock=lock).profile.name
+    return open_study("smoke", lock=lock).profile.name
 
 
 def test_a_file_system_without_locks_is_one_sentence(output, monkeypatch):

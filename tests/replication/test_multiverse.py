@@ -16,7 +16,7 @@ from replication.pages import heads_and_seeds, multiverse
 from replication.statistics import cluster_bootstrap
 from replication.study import training
 from replication.study.profile import HostSection, load_profile
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae import files
 from writesae.edit import edited_hidden, kl, make_edit
 from writesae.evaluate import firings, replacement
@@ -363,8 +363,8 @@ class Settings(BaseModel):
     head_firings: int = 15
 
 
-class SmallSuite(Suite):
-    """A suite of one small host with random weights and random text, one cell."""
+class SmallStudy(Study):
+    """A study of one small host with random weights and random text, one cell."""
 
     cells = pd.DataFrame([dict(host="small", place="middle", layer=CELL[0], head=CELL[1])])
 
@@ -386,13 +386,13 @@ class SmallSuite(Suite):
 
 
 @pytest.fixture
-def suite(small, tokens, tmp_path, monkeypatch):
+def study(small, tokens, tmp_path, monkeypatch):
     monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
     profile = load_profile("smoke")
     hosts = dict(small=HostSection(path="x", cells=dict(middle=dict(layer=CELL[0], sigma_ratio=1.0))))
     settings = TrainingSettings(n_atoms=24, k=4, tokens=90 * 30, batch_windows=3, lr=3e-3, final_lr=3e-4, seed=42)
     changed = dict(hosts=hosts, saes=profile.saes.model_copy(update=dict(main=settings)))
-    made = SmallSuite(profile.model_copy(update=changed), small, tokens)
+    made = SmallStudy(profile.model_copy(update=changed), small, tokens)
     factors = harvest(small, tokens, [CELL], batch=3, progress=False)[CELL]
     files.save_tensors(made.harvest_path("small", *CELL), factors.tensors(), {})
     for target in ("state", "write"):
@@ -400,21 +400,21 @@ def suite(small, tokens, tmp_path, monkeypatch):
     return made
 
 
-def test_the_stage_from_nothing(suite):
-    others = training.other_specs(suite, "small")
+def test_the_stage_from_nothing(study):
+    others = training.other_specs(study, "small")
     assert [(spec.write, spec.target) for spec in others] == [("effective", "write")]
-    training.train_all(suite, others)
-    added = suite.sae("small", *CELL, "write")
-    other = multiverse._sae(suite, "small", CELL, "write", "effective")
+    training.train_all(study, others)
+    added = study.sae("small", *CELL, "write")
+    other = multiverse._sae(study, "small", CELL, "write", "effective")
     assert not torch.equal(added.decoder.key, other.decoder.key)
     with pytest.raises(ValueError, match="effective"):
-        suite.sae("small", *CELL, "write", "other")
+        study.sae("small", *CELL, "write", "other")
 
-    table = multiverse.firings_of_host(suite, "small", Settings())
+    table = multiverse.firings_of_host(study, "small", Settings())
     counts = table.groupby(["target", "write", "pooling", "read", "amplitude"]).size()
     assert len(counts) == 2 * 2 * 2 * 2 * 2 and (counts == 20).all()
     assert table[table.pooling == "most_firing"].groupby(["target", "write"]).atom.nunique().max() <= 3
-    assert table.position.max() < suite.tokens.shape[1] - HORIZON
+    assert table.position.max() < study.tokens.shape[1] - HORIZON
     assert np.isfinite(table.filter(like=".next.")).all(axis=None)
     won = multiverse.gains(table)
     lines = multiverse.universes(won, 20, 0)
@@ -423,48 +423,48 @@ def test_the_stage_from_nothing(suite):
     assert effects.notna().all(axis=None)
 
 
-def test_what_is_there_is_read_again(suite, monkeypatch):
-    first = training.train_all(suite, training.other_specs(suite, "small"))
+def test_what_is_there_is_read_again(study, monkeypatch):
+    first = training.train_all(study, training.other_specs(study, "small"))
     monkeypatch.setattr(training, "train_one", lambda *a: pytest.fail("trained again"))
-    pd.testing.assert_frame_equal(training.train_all(suite, training.other_specs(suite, "small")), first)
-    table = multiverse.firings_of_host(suite, "small", Settings())
+    pd.testing.assert_frame_equal(training.train_all(study, training.other_specs(study, "small")), first)
+    table = multiverse.firings_of_host(study, "small", Settings())
     monkeypatch.setattr(multiverse, "_measure", lambda *a: pytest.fail("measured again"))
-    pd.testing.assert_frame_equal(multiverse.firings_of_host(suite, "small", Settings()), table)
+    pd.testing.assert_frame_equal(multiverse.firings_of_host(study, "small", Settings()), table)
 
 
-def test_hosts_without_other_writes_train_nothing(suite):
-    path = suite.harvest_path("small", *CELL)
+def test_hosts_without_other_writes_train_nothing(study):
+    path = study.harvest_path("small", *CELL)
     factors = files.load_tensors(path)[0]
     files.save_tensors(path, factors | dict(effective=factors["added"].clone()), {})
-    assert training.other_specs(suite, "small") == []
+    assert training.other_specs(study, "small") == []
 
 
-def test_every_head_of_the_layer(suite, monkeypatch):
+def test_every_head_of_the_layer(study, monkeypatch):
     """SAEs are trained as those of the survey are; a head with fewer firings than asked for gives all it has."""
-    settings = suite.profile.saes.main
+    settings = study.profile.saes.main
     monkeypatch.setattr(
-        suite,
+        study,
         "profile",
-        suite.profile.model_copy(update=dict(saes=suite.profile.saes.model_copy(update=dict(survey=settings)))),
+        study.profile.model_copy(update=dict(saes=study.profile.saes.model_copy(update=dict(survey=settings)))),
     )
-    table = heads_and_seeds.heads_of_host(suite, "small", Settings())
+    table = heads_and_seeds.heads_of_host(study, "small", Settings())
     counts = table.groupby(["target", "amplitude", "head"]).size()
     assert len(counts) == 2 * 2 * 4 and (counts == 15).all()
     heads = heads_and_seeds.per(heads_and_seeds.HEAD, table, 20, 0)
     assert len(heads) == 16
-    few = heads_and_seeds.heads_of_host(suite, "small", Settings(head_firings=1000))
+    few = heads_and_seeds.heads_of_host(study, "small", Settings(head_firings=1000))
     assert few.groupby(["target", "amplitude", "head"]).size().max() <= 3 * 72
 
 
-def test_every_seed_has_its_own_sae_and_firings(suite, monkeypatch):
-    variants = [suite.profile.saes.main.model_copy(update=dict(seed=seed)) for seed in (0, 1)]
+def test_every_seed_has_its_own_sae_and_firings(study, monkeypatch):
+    variants = [study.profile.saes.main.model_copy(update=dict(seed=seed)) for seed in (0, 1)]
     monkeypatch.setattr(training, "seed_variants", lambda *_: variants)
-    factors = harvest(suite.only, suite.tokens, [CELL], batch=3, progress=False)[CELL]
+    factors = harvest(study.only, study.tokens, [CELL], batch=3, progress=False)[CELL]
     for variant in variants:
         role = training.variant_name(variant)
         for target in ("state", "write"):
-            train_sae(suite, role, CELL, target, variant, factors)
-    table = heads_and_seeds.seeds_of_host(suite, "small", Settings())
+            train_sae(study, role, CELL, target, variant, factors)
+    table = heads_and_seeds.seeds_of_host(study, "small", Settings())
     counts = table.groupby(["target", "amplitude", "seed"]).size()
     assert len(counts) == 2 * 2 * 2 and (counts == 20).all()
     one, other = (part.cosine.to_numpy() for _, part in table.query("target == 'state'").groupby("seed"))

@@ -11,7 +11,7 @@ from replication.scorecard.repeats import RepeatsError
 from replication.scorecard.table import COLUMNS
 from replication.study import paths, stages
 from replication.study.profile import load_profile
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae.files import ArtifactError
 
 PROFILE = load_profile("smoke")
@@ -106,11 +106,11 @@ def runs(tmp_path, monkeypatch):
 
 def test_runs_are_gathered_into_one_table(runs, capsys):
     assert main(["repeats", "--profile", "smoke", *map(str, runs)]) == 0
-    table, summary = (Suite(PROFILE).kept_table(f"repeats-{kind}") for kind in ("scorecard", "replacement"))
+    table, summary = (Study(PROFILE).kept_table(f"repeats-{kind}") for kind in ("scorecard", "replacement"))
     assert table[["seed", "id", "status"]].values.tolist() == [[1, "C0", "opposite"], [2, "C0", "opposite"]]
     assert summary[["seed", "cells", "win_rate"]].values.tolist() == [[1, "c0", 0.25], [2, "c0", 0.5]]
     assert {*table.device, *summary.device} == {stages.environment()["device"]}
-    assert all(stages.KEPT.match(path.name) for path in Suite(PROFILE).paths.results.glob("[!.]*.csv"))
+    assert all(stages.KEPT.match(path.name) for path in Study(PROFILE).paths.results.glob("[!.]*.csv"))
 
 
 def test_what_cannot_stand_beside_the_others_is_refused(runs, capsys, monkeypatch):
@@ -125,7 +125,7 @@ def test_what_cannot_stand_beside_the_others_is_refused(runs, capsys, monkeypatc
         repeats.gather([runs[0].parent], "smoke", "scorecard")
     assert main(["repeats", "--profile", "smoke", str(runs[0]), str(runs[0])]) == 1
     assert capsys.readouterr().err.startswith("repeats failed: ")
-    assert Suite(PROFILE).kept_table("repeats-scorecard") is None
+    assert Study(PROFILE).kept_table("repeats-scorecard") is None
 
 
 def test_the_profiles_of_repeats_differ_in_their_seed_alone():
@@ -138,9 +138,9 @@ def test_the_profiles_of_repeats_differ_in_their_seed_alone():
 def test_a_kept_table_of_its_own_comes_before_the_repositorys(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "ROOT", tmp_path)
     monkeypatch.setenv("WRITESAE_OUTPUT", "build/test")
-    suite = Suite(PROFILE)
-    assert suite.kept_table("sweep-cells") is None
-    for folder, host in ((tmp_path / "results/smoke", "kept"), (suite.paths.results, "own")):
+    study = Study(PROFILE)
+    assert study.kept_table("sweep-cells") is None
+    for folder, host in ((tmp_path / "results/smoke", "kept"), (study.paths.results, "own")):
         provenance = dict(profile="smoke", config="", host="all", seed=0, seconds=0.0)
         stages.write_table(pd.DataFrame({"host": [host]}), folder / "sweep-cells.csv", provenance)
-        assert suite.kept_table("sweep-cells").host.tolist() == [host]
+        assert study.kept_table("sweep-cells").host.tolist() == [host]

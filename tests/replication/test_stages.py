@@ -6,14 +6,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import SmallSuite
+from helpers import SmallStudy
 
 from replication.pages import install, multiverse, population, replacement, selectivity
 from replication.study import fingerprint
 from replication.study.firings import run_firings
 from replication.study.paths import ROOT
 from replication.study.profile import HostSection, load_profile
-from replication.study.study import Suite
+from replication.study.study import Study
 
 HOST = "gated_deltanet"
 
@@ -21,7 +21,7 @@ HOST = "gated_deltanet"
 @pytest.fixture
 def study(gated_deltanet, tokens, tmp_path, monkeypatch):
     monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
-    return SmallSuite(load_profile("smoke"), gated_deltanet, tokens)
+    return SmallStudy(load_profile("smoke"), gated_deltanet, tokens)
 
 
 @dataclasses.dataclass
@@ -74,7 +74,7 @@ def test_a_stage_refuses_a_function_that_knows_more_than_it_is_given(study):
     for compute in (closure, lambda group: pd.DataFrame(dict(x=[group]))):
         with pytest.raises(TypeError, match="must compute with a function of a module"):
             study.stage("table", HOST, [1], compute)
-    with pytest.raises(TypeError, match="not of SmallSuite"):
+    with pytest.raises(TypeError, match="not of SmallStudy"):
         study.stage("table", HOST, [1], doubled, study=study)
 
 
@@ -173,7 +173,7 @@ def test_type_and_tokenizer_of_a_local_host_count(tmp_path):
     def identity(**changes):
         profile = load_profile("smoke")
         section = profile.hosts[HOST].model_copy(update=changes)
-        return Suite(profile.model_copy(update=dict(hosts={HOST: section}))).host_fingerprint(HOST)
+        return Study(profile.model_copy(update=dict(hosts={HOST: section}))).host_fingerprint(HOST)
 
     (tmp_path / "tokenizer.json").write_text("{}")
     same, typed, tokenized = identity(), identity(dtype="bfloat16"), identity(tokenizer=str(tmp_path))
@@ -205,7 +205,7 @@ def test_training_depends_on_its_own_code_and_on_no_other(monkeypatch):
         return imports, code + (b"x = 1" if path in changed else b"")
 
     def identity():
-        study = Suite(load_profile("smoke"))
+        study = Study(load_profile("smoke"))
         code = fingerprint.code_hash(["replication.study.training"])
         return code, study.host_fingerprint(HOST)["code"]
 
@@ -226,4 +226,4 @@ def test_a_host_of_another_kind_of_folder_is_one_sentence(tmp_path):
     profile = load_profile("smoke")
     section = HostSection(path=str(tmp_path), cells=profile.hosts[HOST].cells)
     with pytest.raises(ValueError, match="is a Bert.*, and no host family has that class"):
-        Suite(profile.model_copy(update=dict(hosts={HOST: section}))).host_fingerprint(HOST)
+        Study(profile.model_copy(update=dict(hosts={HOST: section}))).host_fingerprint(HOST)

@@ -18,7 +18,8 @@ from replication.__main__ import main
 from replication.commands import CommandError, sweep
 from replication.commands.sweep import Grid, load_grid, run_sweep
 from replication.statistics import wilson
-from replication.study import paths, study
+from replication.study import paths
+from replication.study import study as study_module
 from replication.study.lock import LockError
 from replication.study.profile import Profile, load_profile
 from writesae.evaluate.firings import CellSAE, Places, all_firings, draw_in_rounds, encode
@@ -79,7 +80,7 @@ def random_windows(host, split, length, limit, text=None):
 def no_corpus():
     """Random tokens stand for the corpus, which takes long to read."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(study, "split_windows", random_windows)
+        patch.setattr(study_module, "split_windows", random_windows)
         yield
 
 
@@ -196,8 +197,8 @@ def test_saes_stay_only_where_they_are_asked_for(output, profile):
     run_sweep(profile, Grid(**GRID | here | dict(keep=False)), jobs=1)
     assert not list((output / "build/smoke/saes").glob("*"))
     run_sweep(profile, Grid(**GRID | here | dict(name="kept")), jobs=1)
-    suite = study.Suite(profile)
-    assert suite.sae("tiny", 0, 0, "write", "sweep-kept-write-s1").k == 3
+    study = study_module.Study(profile)
+    assert study.sae("tiny", 0, 0, "write", "sweep-kept-write-s1").k == 3
 
 
 def test_long_inputs_are_trained_on_from_disk(output, profile, serial, monkeypatch):

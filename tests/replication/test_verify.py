@@ -173,7 +173,7 @@ def test_nothing_to_compare_is_one_sentence(folders, capsys, arguments, sentence
 STAGE = """
     import torch
     from conftest import small
-    from helpers import SmallSuite
+    from helpers import SmallStudy
     from replication.pages import hosts
     from replication.study.profile import load_profile
 
@@ -182,10 +182,10 @@ STAGE = """
     tokens = torch.randint(0, 300, (16, 64), generator=torch.Generator().manual_seed(1))
     host = small("gated_deltanet")
     host.name = "gated_deltanet"
-    suite = SmallSuite(profile, host, tokens)
-    suite.host_path = lambda name: "small"
-    hosts.heldout_losses(suite)
-    hosts.survey(suite)
+    study = SmallStudy(profile, host, tokens)
+    study.host_path = lambda name: "small"
+    hosts.heldout_losses(study)
+    hosts.survey(study)
 """
 
 

@@ -10,7 +10,7 @@ from helpers import FakeHub
 
 from replication.study import paths
 from replication.study.profile import load_profile
-from replication.study.study import Suite, split_windows
+from replication.study.study import Study, split_windows
 from writesae.text import SPLITS, Corpus, cut_windows
 
 LENGTH = 8
@@ -242,9 +242,9 @@ def test_windows_are_cut_again_where_the_text_has_changed(folder, monkeypatch, c
     path = folder / "lines.jsonl"
 
     def windows(corpus):
-        suite = Suite(smoke.model_copy(update=dict(data=data, corpus=corpus)))
-        monkeypatch.setattr(suite, "host", lambda name: HOST)
-        return suite.windows("gated_deltanet", "sae").tokens
+        study = Study(smoke.model_copy(update=dict(data=data, corpus=corpus)))
+        monkeypatch.setattr(study, "host", lambda name: HOST)
+        return study.windows("gated_deltanet", "sae").tokens
 
     kept = windows(Corpus(path=str(path)))
     assert "documents hold 8 tokens" in capsys.readouterr().err
@@ -259,7 +259,7 @@ def test_the_docstrings_packages_and_the_corpus_are_in_every_fingerprint(folder,
     smoke = load_profile("smoke")
 
     def fingerprint(corpus=None):
-        return Suite(smoke.model_copy(update=dict(corpus=corpus))).host_fingerprint("gated_deltanet")
+        return Study(smoke.model_copy(update=dict(corpus=corpus))).host_fingerprint("gated_deltanet")
 
     before = fingerprint()
     assert fingerprint() == before

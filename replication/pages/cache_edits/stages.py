@@ -33,7 +33,7 @@ from replication.study.fingerprint import Later
 from replication.study.firings import passage_prompts
 from replication.study.profile import CacheEdits
 from replication.study.stages import rows_with
-from replication.study.study import Suite
+from replication.study.study import Study
 from writesae.evaluate.firings import CellSAE, all_firings, draw_atoms, encode_cell
 from writesae.evaluate.install import draw_targets
 from writesae.evaluate.replacement import STEPS
@@ -97,7 +97,7 @@ class Bench:
         return table.assign(**columns, host=self.host.name, layer=self.cell[0], head=self.cell[1])
 
 
-def make_bench(study: Suite, name: str) -> Bench:
+def make_bench(study: Study, name: str) -> Bench:
     """Return the bench of a host of a study."""
     profile, settings = study.profile, study.profile.section("cache_edits", name)
     cell, first, write = study.cell(name, settings.place), profile.data.first_position, profile.saes.write
@@ -130,7 +130,7 @@ def _erased(bench: Bench) -> tuple[np.ndarray, pd.DataFrame]:
     return atoms, draw_places(text.firings, text.cell_sae, atoms, settings.positions, bench.seed)
 
 
-def preferred_tokens(study: Suite, bench: Bench, erased: Later) -> pd.DataFrame:
+def preferred_tokens(study: Study, bench: Bench, erased: Later) -> pd.DataFrame:
     """Return cache_preferred: each atom's preferred token.
 
     It is found on firings in the SAE's text (other), and, as in the paper, on the tested firings themselves (same).
@@ -154,7 +154,7 @@ def _preferred(source: str, bench: Bench, erased: Later) -> pd.DataFrame:
     return bench.placed(pd.DataFrame(columns), target=target, token_from=source)
 
 
-def erase_atoms(study: Suite, bench: Bench) -> tuple[pd.DataFrame, pd.DataFrame]:
+def erase_atoms(study: Study, bench: Bench) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return cache_preferred and cache_erase (experiment 1)."""
     erased = Later(_erased, bench=bench)
     tokens = preferred_tokens(study, bench, erased)
@@ -176,7 +176,7 @@ def _erase(start: int, bench: Bench, erased: Later, preferred: dict) -> pd.DataF
 # Experiment 2: one write
 
 
-def single(study: Suite, bench: Bench) -> pd.DataFrame:
+def single(study: Study, bench: Bench) -> pd.DataFrame:
     """Return single_write (experiment 2); targets as in notebook 10, by their native rank where they are read."""
     settings, install = bench.settings.single, study.profile.section("install", bench.host.name)
     windows = passage_prompts(study, bench.host.name, settings.prompts, settings.prompt_tokens)
@@ -203,7 +203,7 @@ def _single(start: int, bench: Bench, windows: Windows, drawn: torch.Tensor, tar
 # Experiment 3: newlines
 
 
-def boundary_atoms(study: Suite, bench: Bench) -> pd.DataFrame:
+def boundary_atoms(study: Study, bench: Bench) -> pd.DataFrame:
     """Return newline_atoms: the atoms of line ends, and random ones, for every mode."""
     modes = [mode for mode, target in MODES.items() if target in bench.saes]
     return study.stage("newline_atoms", bench.host.name, modes, _boundary, bench=bench)
@@ -218,7 +218,7 @@ def _boundary(mode: str, bench: Bench) -> pd.DataFrame:
     return bench.placed(chosen, mode=mode, target=MODES[mode])
 
 
-def amplify(study: Suite, bench: Bench) -> tuple[pd.DataFrame, pd.DataFrame]:
+def amplify(study: Study, bench: Bench) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return newline_atoms and newlines (experiment 3)."""
     settings, chosen = bench.settings.newlines, boundary_atoms(study, bench)
     windows = passage_prompts(study, bench.host.name, settings.prompts, settings.prompt_tokens)
@@ -247,7 +247,7 @@ def _newlines(start: int, bench: Bench, windows: Windows, atoms: dict[str, pd.Da
 # Experiments 4 and 5: readers, registers
 
 
-def alive(study: Suite, bench: Bench, target: str) -> pd.DataFrame:
+def alive(study: Study, bench: Bench, target: str) -> pd.DataFrame:
     """Return the cell's rows of alive_atoms.csv (notebook 07), which has the classes. ValueError for none."""
     where = dict(host=bench.host.name, target=target, layer=bench.cell[0], head=bench.cell[1])
     rows = rows_with(study.table("alive_atoms"), **where)
@@ -256,14 +256,14 @@ def alive(study: Suite, bench: Bench, target: str) -> pd.DataFrame:
     return rows
 
 
-def exemplars(study: Suite, bench: Bench) -> pd.DataFrame:
+def exemplars(study: Study, bench: Bench) -> pd.DataFrame:
     """Return the register atoms with the most firings, in enough passages; bundles where registers are too few."""
     settings, atoms = bench.settings.readers, alive(study, bench, bench.settings.target)
     able = atoms[atoms.passages >= settings.fewest_passages].assign(register=atoms["class"] == "register")
     return able.sort_values(["register", "firings"], ascending=False, kind="stable").head(settings.exemplars)
 
 
-def read_atoms(study: Suite, bench: Bench) -> pd.DataFrame:
+def read_atoms(study: Study, bench: Bench) -> pd.DataFrame:
     """Return readers (experiment 4); one context per passage."""
     chosen = exemplars(study, bench)
     classes = dict(zip(chosen.atom.tolist(), chosen["class"], strict=True))
@@ -281,7 +281,7 @@ def _readers(atom: int, bench: Bench, classes: dict[int, str]) -> pd.DataFrame:
     return bench.placed(table, **{"target": bench.settings.target, "class": classes[atom]})
 
 
-def erase_all(study: Suite, bench: Bench) -> pd.DataFrame:
+def erase_all(study: Study, bench: Bench) -> pd.DataFrame:
     """Return register_erase (experiment 5): up to `passages` passages with a register firing, one window of each."""
     atoms = {target: alive(study, bench, target) for target in bench.saes}
     registers = {target: sorted(x.atom[x["class"] == "register"].tolist()) for target, x in atoms.items()}
@@ -312,7 +312,7 @@ SUMMARIES = dict(
 )
 
 
-def run(study: Suite) -> dict[str, pd.DataFrame]:
+def run(study: Study) -> dict[str, pd.DataFrame]:
     """Return the tables of all hosts, results NAME.csv for every experiment."""
     parts: dict[str, list[pd.DataFrame]] = {}
     for name in study.profile.hosts:  # host by host, so that its stages share the harvests
@@ -327,9 +327,9 @@ def run(study: Suite) -> dict[str, pd.DataFrame]:
     return {table: study.gather(table, part) for table, part in parts.items()}
 
 
-def tables(suite: Suite, measured: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+def tables(study: Study, measured: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """Return results NAME_summary.csv for every name in SUMMARIES, and top_readers.csv."""
-    seed = suite.profile.seed
+    seed = study.profile.seed
     summaries = {f"{name}_summary": summarise(measured[name], seed) for name, summarise in SUMMARIES.items()}
     summaries["top_readers"] = top_readers(measured["readers"], seed)
-    return {name: suite.write(name, table) for name, table in summaries.items()}
+    return {name: study.write(name, table) for name, table in summaries.items()}
