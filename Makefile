@@ -76,9 +76,10 @@ test-reference: $(ENV)  ## only compare build/test with the results/mini of the 
 verify: $(ENV)  ## report how results/PROFILE, or those of RUN=folder, differ from the committed ones (EXACT=--exact: bit for bit)
 	$(PY) -m replication verify --profile $(PROFILE) $(if $(RUN),--run $(RUN)) $(EXACT)
 
-lint: $(ENV)  ## check style and format with ruff
+lint: $(ENV)  ## check style, format and the directions of imports
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -c 'import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_logo=True, no_cache=True))'
 
 bench: $(ENV)  ## measure speed, memory and storage in a quarter of an hour (BENCH=--quick only checks that it runs)
 	$(PY) benchmarks/run.py $(BENCH)

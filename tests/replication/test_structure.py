@@ -1,0 +1,58 @@
+"""The shape of the code: directions of imports, sizes of modules' parts, and what the method needs installed."""
+
+import ast
+import re
+import sys
+import tomllib
+
+from importlinter.cli import lint_imports
+
+from replication.study.paths import ROOT
+
+SOURCES = sorted(path for package in ("writesae", "replication") for path in (ROOT / package).rglob("*.py"))
+
+
+def test_imports_go_one_way(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert lint_imports(no_cache=True) == 0
+
+
+def test_the_method_is_small():
+    entries = [
+        path for path in (ROOT / "writesae").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    ]
+    assert len(entries) <= 12
+
+
+def test_functions_are_at_most_60_lines():
+    long = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 60:
+                long[f"{path.relative_to(ROOT)}: {node.name}"] = node.end_lineno - node.lineno + 1
+    assert not long
+
+
+def imported(package):
+    """Names of the packages that the modules of one of ours import."""
+    names = set()
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module.partition(".")[0])
+    return names - set(sys.stdlib_module_names)
+
+
+def test_each_package_imports_only_what_it_requires():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    needed = project["dependencies"] + extras["text"]
+    method, both = (
+        {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+        for requirements in (needed, needed + extras["replication"])
+    )
+    assert imported("writesae") - {"writesae"} <= method
+    names = {"sklearn": "scikit-learn", "yaml": "pyyaml", "IPython": "ipykernel"}
+    assert {names.get(name, name) for name in imported("replication") - {"writesae", "replication"}} <= both
