@@ -1,7 +1,7 @@
 """Files that are complete or absent, and checked when they are read.
 
-Each stored file has a sidecar, `<name>.json`, with the sha256 of the file and what its writer says about it.
-The `fingerprint` in the sidecar is a hash of everything that the file was computed from.
+A stored file has a sidecar, `<name>.json`: the sha256 of the file, a `fingerprint` (the hash of everything
+that the file was computed from) and further fields.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ class ArtifactError(ValueError):
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Call `write` on a temporary path next to `path`, then move the result to `path`.
 
-    Raises ArtifactError where the file cannot be written (full disk, read-only folder); an older file then
-    stays.
+    Raises ArtifactError if the file cannot be written; an older file then remains.
     """
     path = Path(path)
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{threading.get_ident()}-{path.name}")
@@ -56,8 +55,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove the unfinished files that killed processes of this machine left in a folder and its
-    subfolders."""
+    """Remove the unfinished files of killed processes of this machine, in a folder and its subfolders."""
     for path in Path(folder).rglob(f"{PARTIAL}*"):
         process = path.name.removeprefix(PARTIAL).split("-")[0]
         if process.isdecimal() and not _alive(int(process)):
@@ -73,7 +71,7 @@ def _alive(process: int) -> bool:
 
 
 def file_hash(path: Path) -> str:
-    """Return the sha256 of a file. Raises ArtifactError where the file is missing."""
+    """Return the sha256 of a file. Raises ArtifactError if the file is missing."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -82,7 +80,7 @@ def file_hash(path: Path) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Convert a value that JSON does not know into one that it knows; a path becomes the hash of its file."""
+    """Return a plain value for a value that JSON does not know; for a path, the hash of its file."""
     if isinstance(value, Path):
         return file_hash(value)
     if isinstance(value, np.generic):
@@ -97,16 +95,11 @@ def _plain(value: Any) -> Any:
 
 
 def sidecar(path: Path) -> Path:
-    """Return the path of the JSON file that describes the file at `path`."""
     return Path(path).with_name(Path(path).name + ".json")
 
 
 def _store(path: Path, write: Callable[[Path], None], fields: Mapping[str, Any]) -> None:
-    """Write a file and its sidecar; both are complete before either is moved to its place.
-
-    A process that is killed between the two moves leaves a sidecar with another checksum than the file has,
-    and `read_sidecar` refuses the pair.
-    """
+    """Write a file and its sidecar. `read_sidecar` refuses the pair if only one of them was moved into place."""
 
     def write_both(partial: Path) -> None:
         write(partial)
@@ -119,15 +112,15 @@ def _store(path: Path, write: Callable[[Path], None], fields: Mapping[str, Any])
 
 
 def _seal(record: Mapping[str, Any]) -> str:
-    """Return the sha256 of what a sidecar says, by which a change of the sidecar itself is found."""
+    """Return the sha256 of a sidecar's content, which reveals a change of the sidecar itself."""
     text = json.dumps({name: value for name, value in record.items() if name != "seal"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """Return the content of a file's sidecar, after a check of the file against it.
+    """Check a file against its sidecar, and return the sidecar's content.
 
-    Raises ArtifactError where the file or its sidecar is missing, damaged or of another format version.
+    Raises ArtifactError if one of the two is missing, damaged or of another format version.
     """
     path = Path(path)
     if not path.is_file():
@@ -149,10 +142,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def up_to_date(path: Path | Iterable[Path], expected: str) -> bool:
-    """Return whether the file (or every file) is complete and was computed from inputs with this fingerprint.
-
-    Ask it of intermediate files only, never of results/: committed results would count as computed, too.
-    """
+    """Return whether every file is complete and has this fingerprint. For intermediate files only."""
     paths = [path] if isinstance(path, (str, Path)) else path
     try:
         return all(read_sidecar(each)["fingerprint"] == expected for each in paths)
@@ -161,31 +151,23 @@ def up_to_date(path: Path | Iterable[Path], expected: str) -> bool:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write tensors as safetensors, and a sidecar with `metadata` (plain values) and the checksum.
+    """Write tensors as safetensors, and a sidecar with `metadata` (plain values, perhaps a `fingerprint`).
 
-    `metadata` may hold a `fingerprint`; `up_to_date` then compares it. Raises TypeError for metadata that is
-    not plain.
+    Raises TypeError for metadata that is not plain, ArtifactError if the file cannot be written.
     """
     from safetensors.torch import save_file
 
     json.dumps(metadata, default=_plain, allow_nan=False)  # raises before anything is written
-    separate = {name: _separate(tensor) for name, tensor in tensors.items()}
+    separate = {}  # safetensors wants contiguous tensors that share no storage
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        separate[name] = tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
     fields = {"fingerprint": metadata.get("fingerprint"), "metadata": dict(metadata)}
     _store(path, lambda partial: save_file(separate, partial), fields)
 
 
-def _separate(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor on the CPU, contiguous and in storage of its own, as safetensors requires."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
-
-
 def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return (tensors, metadata) as `save_tensors` got them.
-
-    Raises ArtifactError where the file is missing, damaged, not written by `save_tensors`, or of another
-    format version.
-    """
+    """Return the (tensors, metadata) of a file of `save_tensors`. Raises ArtifactError for any other file."""
     from safetensors.torch import load_file
 
     record = read_sidecar(path)
@@ -195,9 +177,9 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def read_pickle(path: Path) -> Any:
-    """Return what torch.save wrote, if it is tensors and plain values; a pickle of anything else is not executed.
+    """Return tensors and plain values that torch.save wrote, without executing code.
 
-    Raises FileNotFoundError for a missing file, and ValueError for a damaged one and for one with other objects.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one and for one with other objects.
     """
     import torch
 
@@ -212,3 +194,17 @@ def read_pickle(path: Path) -> Any:
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged or was cut short, or torch.save did not write it: {error}") from error
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a .safetensors file, or of a state dict that torch.save wrote. Raises as `read_pickle`."""
+    import torch
+    from safetensors.torch import load_file
+
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or was cut short: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
+        raise ValueError(f"{path} holds no state dict, but a {type(state).__name__} of other things.")
+    return state

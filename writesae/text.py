@@ -1,9 +1,7 @@
-"""Texts of the user's own: text files, a .jsonl or .parquet file, or a streamed data set of the Hugging Face
-Hub.
+"""Text from files or a streamed data set of the Hugging Face Hub, cut into windows of tokens.
 
-A *document* is one file, one line or one row. Documents are read in order, and only as many as are needed.
-The hash of a document's text decides its split: SAEs train on `sae`, experiments read `heldout`. A repeated
-text is used once.
+A *document* is one file, line or row. Documents are read in order, and only as many as are needed. The hash
+of a text decides its split: SAEs train on `sae`, experiments read `heldout`. Repeated texts are skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ SPLITS = {"sae": range(0, 80), "heldout": range(80, 100)}  # buckets of the hash
 
 
 def split_of(sha256: str, splits: dict[str, range]) -> str:
-    """Return the split of a text with this hash. `splits`: for each split its buckets, from 0 to 99."""
+    """Return the split of a text with this hash. `splits`: the buckets of each split, from 0 to 99."""
     bucket = int(sha256[:8], 16) % 100
     return next(name for name, buckets in splits.items() if bucket in buckets)
 
@@ -32,12 +30,10 @@ def split_of(sha256: str, splits: dict[str, range]) -> str:
 class Corpus(BaseModel):
     """Where documents come from: a `path`, or a `dataset` that the library `datasets` reads.
 
-    path: a .jsonl or .parquet file, a folder (its .txt files are the documents), or a pattern such as
-        docs/**/*.md.
-    dataset: an id of the Hub, or a folder in the Hub's format; revision, config, split: the part of it to
-        read. Scripts of a data set are never run; such data sets usually have the revision
-        refs/convert/parquet.
-    column: the field or column that holds the text.
+    path: a .jsonl or .parquet file, a folder of .txt files, or a pattern such as docs/**/*.md.
+    dataset: an id of the Hub, or a folder in the Hub's format; revision, config, split: the part to read.
+        Scripts are never run; data sets with a script usually have the revision refs/convert/parquet.
+    column: the field or column that has the text.
     root: the folder that relative paths start from; by default the current folder.
     """
 
@@ -53,8 +49,8 @@ class Corpus(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _accept_a_path(cls, given: Any) -> Any:
-        return {"path": given} if isinstance(given, str) else given
+    def _accept_a_path(cls, fields: Any) -> Any:
+        return {"path": fields} if isinstance(fields, str) else fields
 
     @model_validator(mode="after")
     def _has_one_source(self) -> Corpus:
@@ -89,23 +85,18 @@ class Corpus(BaseModel):
     def documents(self) -> Iterator[str]:
         """Yield the texts one at a time.
 
-        Raises FileNotFoundError for a path, data set or revision that does not exist, ConnectionError where
-        the Hub cannot be reached, ModuleNotFoundError where `datasets` is needed and not installed, and
-        ValueError for a missing field, a text that is not a string, a damaged file and a corpus without
-        documents.
+        Raises FileNotFoundError for an unknown path, data set or revision, ConnectionError if the Hub cannot
+        be reached, ModuleNotFoundError if `datasets` is needed and missing, and ValueError for a missing
+        field, a text that is not a string, a damaged file and a corpus without documents.
         """
-        texts = self._read()
-        first = next(texts, None)
-        if first is None:
+        number = 0
+        for number, text in enumerate(self._read(), start=1):
+            yield text
+        if not number:
             raise ValueError(f"The corpus {self} is empty: it holds no document.")
-        yield first
-        yield from texts
 
     def texts(self, split: str) -> Iterator[str]:
-        """Yield the documents of a split, `sae` or `heldout`, without repeats.
-
-        Raises what `documents` raises, and ValueError for another split.
-        """
+        """Yield the documents of a split, `sae` or `heldout`, without repeats. Raises as `documents`."""
         if split not in SPLITS:
             raise ValueError(f"The corpus {self} has no split {split!r}: choose one of {', '.join(SPLITS)}.")
         seen = set()
@@ -131,37 +122,32 @@ class Corpus(BaseModel):
         return _text_files(files)
 
     def _rows(self, *which, **options) -> Iterator[str]:
-        """Yield the text of every row of a data set."""
         for number, row in enumerate(self._stream(*which, **options), start=1):
             if self.column not in row:
                 raise ValueError(f"The corpus {self} has no column {self.column!r}: it has {', '.join(row)}.")
             yield _checked(row[self.column], f"{self}, row {number}")
 
     def _stream(self, *which, **options) -> Iterator[dict]:
-        """Yield the rows of a data set; only what is read is downloaded."""
         try:
             import datasets
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"The corpus {self} needs `pip install datasets`.") from error
         try:
             rows = datasets.load_dataset(*which, streaming=True, **options)
-            known = self.column in (rows.column_names or ())
-            yield from rows.select_columns([self.column]) if known else rows
+            has_column = self.column in (rows.column_names or ())
+            yield from rows.select_columns([self.column]) if has_column else rows
         except datasets.exceptions.DatasetNotFoundError as error:
-            raise FileNotFoundError(
-                f"{error} Give another dataset or revision, or log in (`hf auth login`)."
-            ) from error
+            advice = "Give another dataset or revision, or log in (`hf auth login`)."
+            raise FileNotFoundError(f"{error} {advice}") from error
         except (ConnectionError, TimeoutError) as error:
-            raise ConnectionError(
-                f"The data set {self} cannot be reached ({error}): go online, or copy its files into a folder "
-                "and give that as the corpus."
-            ) from error
+            advice = "go online, or copy its files into a folder and give that as the corpus"
+            raise ConnectionError(f"The data set {self} cannot be reached ({error}): {advice}.") from error
         except ValueError as error:  # an unknown config or split, a damaged file
             raise ValueError(f"The corpus {self} cannot be read: {error}") from error
 
 
 def _checked(text: Any, place: str) -> str:
-    """Return the text; an empty one for null. Raises ValueError, which names the place, for anything else."""
+    """Return the text, or an empty text for None. Raises ValueError for a value of another type."""
     if not isinstance(text, str | None):
         raise ValueError(f"{place}: the text is a {type(text).__name__}, not a string.")
     return text or ""
@@ -193,13 +179,13 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
 
 @dataclass
 class Windows:
-    """Windows of tokens [N, T] int64, and the number [N] of the text that each was cut from (passage)."""
+    """Windows: tokens [N, T] int64, and passage [N], the number of the text that each was cut from."""
 
     tokens: torch.Tensor
     passage: torch.Tensor
 
     def kept(self) -> float:
-        """Return the share of texts long enough for a window, of those up to the last one with a window."""
+        """Return the share of texts with a window, among the texts up to the last one with a window."""
         return len(self.passage.unique()) / (int(self.passage.max()) + 1)
 
     def __len__(self) -> int:
@@ -221,9 +207,8 @@ class Windows:
 def cut_windows(tokenizer, texts: Iterable[str], length: int, limit: int | None = None, of: str = "") -> Windows:
     """Cut each text into windows of `length` tokens; the first window of a text begins with end-of-text.
 
-    Texts shorter than a window give none. At most `limit` windows are cut, and no more texts are read than
-    they need. Raises ValueError where there are fewer than `limit` windows, or none (`of` names the source of
-    the texts in that sentence), and what `each_window` raises.
+    Texts shorter than a window give none. Reads only the texts that `limit` windows need. Raises ValueError
+    for fewer than `limit` windows, or none (`of`: words on the source for that message), and as `each_window`.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"At least one window must be asked for, not {limit}.")
@@ -241,10 +226,9 @@ def cut_windows(tokenizer, texts: Iterable[str], length: int, limit: int | None 
 
 
 def each_window(tokenizer, texts: Iterable[str], length: int) -> Iterator[tuple[int, list[int]]]:
-    """Yield (number of the text, `length` token ids) for every whole window, cut as `cut_windows` says.
+    """Yield (number of the text, `length` token ids) for every whole window, cut as in `cut_windows`.
 
-    The texts may be a stream. Raises ValueError for a length below 1, for one text instead of several, and
-    for a tokenizer without end-of-text.
+    Raises ValueError for a length below 1, for one text instead of several, and without an end-of-text token.
     """
     if length < 1:
         raise ValueError(f"A window takes at least one token, not {length}.")

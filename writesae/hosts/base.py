@@ -1,20 +1,16 @@
-"""The interface of all hosts: run a model, run it with an edited state, generate, and read the factors of a
-cell.
+"""The interface of all hosts: run a model, run it with an edited state, generate, read the factors of a cell.
 
-An *adapter* is a subclass of `Host` for one family of models. It splits each layer where the experiments edit
-it: `mix` computes the outputs of the heads (before their norm and output projection), `finish` computes the
-next layer's input from them. For given tokens, the queries, keys, values and gates of a layer do not depend
-on the outputs of its heads. An edited run therefore starts at `finish` of the edited layer, and takes the
-layers below it and all earlier positions from the native run.
+An *adapter* is a subclass of `Host` for one model family. It splits each layer at the outputs of its heads:
+`mix` computes them, and `finish` computes the next layer's input from them. A layer's queries, keys, values
+and gates do not depend on these outputs, so an edited run starts at `finish` of the edited layer.
 
-The model may be on a GPU. Arguments and results (tokens, factors, changes, logits) are on the CPU in any
-case; the records and hidden states of a run are on the model's device.
+Arguments and results are on the CPU; the records and hidden states of a run are on the model's device.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
@@ -37,8 +33,7 @@ class Shape(NamedTuple):
 
 @dataclass
 class Run:
-    """A native run: tokens [B, T] on the CPU, one Record per layer, and the last hidden states [B, T, D]
-    before the final norm."""
+    """A native run: tokens [B, T], one Record per layer, and `final` [B, T, D], before the final norm."""
 
     tokens: torch.Tensor
     records: list[Record]
@@ -46,18 +41,12 @@ class Run:
 
 
 class Host(ABC):
-    """One recurrent language model behind the interface that all experiments use. `load_host` makes one.
-
-    heads, d_k, d_v: of every recurrent layer; a state is [d_k, d_v].
-    """
+    """One recurrent language model; `load_host` returns one. Each head's state is [d_k, d_v]."""
 
     family: str
     model_classes: tuple[str, ...]  # names of the model classes that this adapter takes
-    decay_parameters: tuple[str, ...]  # parts of the names of the parameters that set the decays
-    scalar_decay: bool  # True: a state is a decayed sum of rank-1 writes, so that SAEs train without states
-    heads: int
-    d_k: int
-    d_v: int
+    decay_parameters: tuple[str, ...]  # name parts of the parameters that set the decays
+    scalar_decay: bool  # True: a state is a decayed sum of rank-1 writes, so SAEs train without states
 
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         self.model = model.eval().requires_grad_(False)
@@ -67,23 +56,23 @@ class Host(ABC):
         self.layers = model.config.num_hidden_layers
         self.recurrent_layers = tuple(range(self.layers))
         self.vocabulary = model.config.vocab_size
+        _, self.heads, self.d_k, self.d_v, _ = self.shape(model.config)
 
     # Methods of a family.
 
     @staticmethod
     @abstractmethod
     def build(architecture: dict) -> torch.nn.Module:
-        """Return a model with random weights and slow decays. `architecture`: fields of the family's
-        config."""
+        """Return a model with random weights and slow decays. architecture: fields of its config."""
 
     @staticmethod
     @abstractmethod
     def shape(config) -> Shape:
-        """Return the Shape of a model from its config (a PreTrainedConfig of the family)."""
+        """Return the Shape of a model with this config (a PreTrainedConfig of the family)."""
 
     @staticmethod
     def before_training(model: torch.nn.Module) -> None:
-        """Prepare a new model for training; most families need no preparation."""
+        """Prepare a new model for training; most families need nothing."""
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the first layer's input [B, T, D] of token ids [B, T]."""
@@ -91,28 +80,34 @@ class Host(ABC):
 
     @abstractmethod
     def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
-        """Run a layer up to its heads' outputs. hidden: [B, T, D]; positions: [B, T], counted from the first
-        token."""
+        """Run a layer up to its heads' outputs. hidden: [B, T, D]; positions [B, T]: in the window."""
 
     @abstractmethod
     def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
-        """Return the next layer's input [B, T, D] from a record's hidden, outputs and beside. May add windows
-        to it."""
+        """Return the next layer's input [B, T, D] of a record; may add windows to the record."""
 
     @abstractmethod
     def unembed(self, final: torch.Tensor) -> torch.Tensor:
         """Return the logits [..., vocabulary] of last hidden states [..., D], in the model's precision."""
 
     @abstractmethod
+    def behind_heads(self, layer: int) -> torch.nn.Linear:
+        """Return the output projection of a recurrent layer, from [..., H d_v] to [..., D]."""
+
+    # Methods that all families share.
+
     def cell_factors(self, record: Record, head: int) -> Factors:
         """Return the factors of one head of a recorded recurrent layer."""
 
-    @abstractmethod
-    def behind_heads(self, layer: int) -> torch.nn.Linear:
-        """Return the output projection of a recurrent layer, from the outputs of all heads [..., H d_v] to
-        [..., D]."""
+        def of_head(name: str) -> torch.Tensor:
+            x = record.factors[name]
+            x = x[:, :, head // (self.heads // x.shape[2])]  # several heads may share a key head
+            return x[..., None] if x.ndim == 2 else x
 
-    # Methods that all families share.
+        f = {field.name: of_head(field.name) for field in fields(Factors) if field.name in record.factors}
+        if "beta" in record.factors:  # the delta rule
+            f |= dict(erase=f["log_decay"].exp() * of_head("beta") * f["key"], probe=f["key"])
+        return Factors(**f)
 
     def output_projection(self, layer: int, head: int) -> torch.Tensor:
         """Return W_O of one head: [D, d_v], fp32, on the CPU."""
@@ -137,7 +132,7 @@ class Host(ABC):
         return [(layer, head) for layer in self.recurrent_layers for head in range(self.heads)]
 
     def check_cell(self, layer: int, head: int) -> None:
-        """Raise ValueError where (layer, head) is not a recurrent cell of this host."""
+        """Raise ValueError unless (layer, head) is a recurrent cell of this host."""
         if layer not in self.recurrent_layers:
             choices = ", ".join(map(str, self.recurrent_layers))
             raise ValueError(f"Layer {layer} of {self.name} is not recurrent: choose one of {choices}.")
@@ -145,7 +140,7 @@ class Host(ABC):
             raise ValueError(f"{self.name} has no head {head}: choose one of 0 to {self.heads - 1}.")
 
     def check_tokens(self, tokens: torch.Tensor) -> None:
-        """Raise ValueError where there are no tokens, or where some are not ids of the host's vocabulary."""
+        """Raise ValueError for an empty tensor, and for tokens that are not ids of the vocabulary."""
         if tokens.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"Tokens are ids, in torch.int64, not in {tokens.dtype}.")
         if not tokens.numel():
@@ -158,53 +153,42 @@ class Host(ABC):
     def _positions(self, tokens: torch.Tensor) -> torch.Tensor:
         return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
 
+    def _forward(self, tokens: torch.Tensor, layers: int) -> tuple[list[Record], torch.Tensor]:
+        """Return the records of the first `layers` layers, and the hidden states [B, T, D] after them."""
+        hidden, positions, records = self.embed(tokens), self._positions(tokens), []
+        for layer in range(layers):
+            records.append(self.mix(layer, hidden, None, positions))
+            hidden = self.finish(layer, records[-1], None)
+        return records, hidden
+
     @torch.no_grad()
     def run(self, tokens: torch.Tensor, upto: int | None = None) -> Run:
-        """Run the model over tokens [B, T]; with `upto`, only the layers below that one (`final` is then its
-        input).
+        """Run the model over tokens [B, T], or only the layers below `upto` (`final` is then its input).
 
-        Raises ValueError for tokens of another shape or outside the vocabulary, and for an `upto` outside
-        0..layers.
+        Raises ValueError for tokens of another shape or vocabulary, and for an `upto` outside 0..layers.
         """
         self.check_tokens(tokens)
         if tokens.dim() != 2:
             raise ValueError(f"A run takes tokens [windows, time], not of shape {list(tokens.shape)}.")
         if upto is not None and not 0 <= upto <= self.layers:
             raise ValueError(f"{self.name} has {self.layers} layers: upto is at most that, and not {upto}.")
-        tokens = tokens.to(self.device)
-        hidden = self.embed(tokens)
-        positions = self._positions(tokens)
-        records = []
-        for layer in range(self.layers if upto is None else upto):
-            records.append(self.mix(layer, hidden, None, positions))
-            hidden = self.finish(layer, records[-1], None)
-        return Run(tokens.cpu(), records, hidden)
+        return Run(tokens.cpu(), *self._forward(tokens.to(self.device), self.layers if upto is None else upto))
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return the mean next-token loss in nats over tokens [B, T], differentiable in the model's
-        parameters."""
-        hidden = self.embed(tokens)
-        positions = self._positions(tokens)
-        for layer in range(self.layers):
-            hidden = self.finish(layer, self.mix(layer, hidden, None, positions), None)
-        logits = self.unembed(hidden[:, :-1]).float()
+        """Return the mean next-token loss over tokens [B, T] in nats, differentiable in the parameters."""
+        logits = self.unembed(self._forward(tokens, self.layers)[1][:, :-1]).float()
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
 
     def factors(self, run: Run, layer: int, head: int) -> Factors:
-        """Return the factors of a cell over the run's tokens. Raises ValueError for a cell that is not
-        recurrent or that the run does not reach."""
+        """Return the factors of a cell in a run. Raises ValueError if the run does not have that cell."""
         self.check_cell(layer, head)
         if layer >= len(run.records):
-            raise ValueError(
-                f"This run ends below layer {len(run.records)}, before layer {layer}: run it further (upto)."
-            )
+            reached = len(run.records)
+            raise ValueError(f"This run ends below layer {reached}, before layer {layer}: run it further (upto).")
         return self.cell_factors(run.records[layer], head).to("cpu")
 
     def past_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> Past:
-        """Return what a recorded layer needs of the tokens before position starts[r] of window rows[r].
-
-        Equal pairs (rows[r], starts[r]) share one state or prefix.
-        """
+        """Return the Past of a layer at position starts[r] of window rows[r]; equal pairs share one state."""
         rows, starts = rows.to(self.device), starts.to(self.device)
         past = Past(windows=self.windows_at(record, rows, starts))
         length = record.hidden.shape[1] + 1
@@ -221,8 +205,7 @@ class Host(ABC):
         return past
 
     def windows_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the inputs [R, reach, C] just before position starts[r] of window rows[r]; zeros before the
-        window."""
+        """Return the inputs [R, reach, C] before position starts[r] of window rows[r], or zeros."""
         windows = {}
         for name, (inputs, reach) in record.windows.items():
             positions = starts[:, None] + torch.arange(-reach, 0, device=starts.device)
@@ -230,11 +213,7 @@ class Host(ABC):
         return windows
 
     def state_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """Return the states [R, H, d_k, d_v] before position starts[r] of window rows[r], computed from the
-        factors.
-
-        This method is for scalar decays.
-        """
+        """Return the states [R, H, d_k, d_v] before position starts[r] of window rows[r] (scalar decays)."""
         longest = max(1, int(starts.max()))
         names = "key", "effective", "log_decay"
         key, effective, log_decay = (record.factors[name][rows, :longest] for name in names)
@@ -242,8 +221,7 @@ class Host(ABC):
 
     @staticmethod
     def carried(past: Past | None) -> dict:
-        """Return the arguments of the chunked recurrences: the state, how rows share it, and whether to
-        return the end state."""
+        """Return the arguments state, groups and end of the chunked recurrences."""
         if past is None:
             return {}
         if past.last and past.shared is not None:
@@ -251,8 +229,7 @@ class Host(ABC):
         return dict(state=past.state, end=not past.last)
 
     def expand_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x [..., H_k, d] as [..., H, d]: each key head serves the consecutive value heads of its
-        group."""
+        """Return x [..., H_k, d] as [..., H, d]: a key head serves consecutive value heads."""
         return x if x.shape[-2] == self.heads else x.repeat_interleave(self.heads // x.shape[-2], dim=-2)
 
     def branch(
@@ -268,9 +245,8 @@ class Host(ABC):
         """Run the layers from `layer` on again, with `change` [R, steps, d_v] added to the head's output.
 
         Row r begins at position starts[r] of window rows[r]. Returns the last hidden states [R, steps, D],
-        differentiable in `change`, and with `keep` also the pasts after the last step: of the layer itself
-        (its state as if unedited) and of each layer above. Raises ValueError where rows [R], starts [R] and
-        change do not fit the run or each other, and where a row would leave its window.
+        differentiable in `change`, and, with `keep`, the pasts after the last step: of the layer itself (its
+        state is not edited) and of each layer above. Raises ValueError for arguments that do not fit.
         """
         self._check_branch(run, layer, head, rows, starts, change)
         rows, starts, change = (x.to(self.device) for x in (rows, starts, change))
@@ -294,7 +270,6 @@ class Host(ABC):
         return hidden, pasts
 
     def _check_branch(self, run: Run, layer: int, head: int, rows, starts, change) -> None:
-        """Raise ValueError for arguments that `branch` does not take."""
         self.check_cell(layer, head)
         if len(run.records) < self.layers:
             reached = len(run.records)
@@ -328,8 +303,7 @@ class Host(ABC):
 
 
 def _edited(native: Record, rows, positions, head: int, change: torch.Tensor) -> Record:
-    """Return the record of a layer at positions [R, steps] of windows rows [R, 1], with the head's output
-    changed."""
+    """Return a layer's record at positions [R, steps] of windows rows [R, 1], with one head's output changed."""
     outputs = native.outputs[rows, positions]
     changed = (outputs[:, :, head] + change)[:, :, None]
     outputs = torch.cat([outputs[:, :, :head], changed, outputs[:, :, head + 1 :]], 2)
@@ -338,7 +312,7 @@ def _edited(native: Record, rows, positions, head: int, change: torch.Tensor) ->
 
 
 def check_places(rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Raise ValueError where rows or positions, of any shape, are outside of tokens [B, T, ...]."""
+    """Raise ValueError for rows or positions, of any shape, outside of tokens [B, T, ...]."""
     for what, places, count in (("window", rows, tokens.shape[0]), ("position", positions, tokens.shape[1])):
         outside = places[(places < 0) | (places >= count)]
         if outside.numel():

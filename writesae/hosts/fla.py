@@ -1,13 +1,13 @@
 """DeltaNet and GLA hosts: checkpoints in flash-linear-attention's format.
 
-DeltaNet (Yang et al. 2024, arXiv 2406.06484) is a Gated DeltaNet without decay: log decays are zero,
-half-lives infinite, and a state loses only what is erased along a key. In GLA (gated linear attention, Yang
-et al. 2024, arXiv 2312.06635) a state decays by one factor per channel and nothing is erased, so that the
-added write is the effective write; its erase is zero. tests/writesae/test_delta_net_gla.py compares both with
-a step loop in fp64 and with that package's models.
+DeltaNet (Yang et al. 2024, arXiv 2406.06484) is a Gated DeltaNet without decay. In GLA (gated linear
+attention, Yang et al. 2024, arXiv 2312.06635) a state decays by one factor per channel and nothing is erased,
+so the added write is the effective write. tests/writesae/test_delta_net_gla.py has the proofs.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -44,17 +44,12 @@ register(GLAForCausalLM)
 
 
 class FLAHost(Host):
-    """What both families share: everything except the mixer. Raises ValueError for a config that `check`
-    refuses."""
+    """Everything that both families share. Raises ValueError for a config that `check` refuses."""
 
     @classmethod
     def shape(cls, config) -> Shape:
+        check(config)
         return Shape(config.num_hidden_layers, config.num_heads, *head_dims(config), not cls.scalar_decay)
-
-    def __init__(self, model: torch.nn.Module, tokenizer, name: str):
-        super().__init__(model, tokenizer, name)
-        check(model.config)
-        _, self.heads, self.d_k, self.d_v, _ = self.shape(model.config)
 
     def unembed(self, final: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(rms(self.model.model.norm, final))
@@ -76,7 +71,6 @@ class DeltaNet(FLAHost):
 
     @staticmethod
     def build(architecture: dict) -> torch.nn.Module:
-        """Return a DeltaNet with random weights. `architecture`: fields of DeltaNetConfig."""
         return DeltaNetForCausalLM(DeltaNetConfig(**architecture))
 
     def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
@@ -89,11 +83,6 @@ class DeltaNet(FLAHost):
         reach = mixer.q_conv1d.kernel_size[0] - 1
         return Record(hidden, outputs, factors, end, windows={"conv": (raw, reach)})
 
-    def cell_factors(self, record: Record, head: int) -> Factors:
-        f = {name: x[:, :, head] for name, x in record.factors.items()}
-        beta, log_decay = f.pop("beta")[..., None], f.pop("log_decay")[..., None]
-        return Factors(**f, log_decay=log_decay, erase=beta * f["key"], probe=f["key"])
-
 
 class GLA(FLAHost):
     family = "gla"
@@ -103,8 +92,7 @@ class GLA(FLAHost):
 
     @staticmethod
     def build(architecture: dict) -> torch.nn.Module:
-        """Return a GLA with random weights and half-lives of about 16 tokens. `architecture`: fields of
-        GLAConfig."""
+        """Return a GLA with random weights and half-lives of about 16 tokens."""
         return GLAForCausalLM(GLAConfig(**architecture))
 
     def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
@@ -114,8 +102,6 @@ class GLA(FLAHost):
         return Record(hidden, outputs, factors, end, beside={"gate": gate})
 
     def state_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """Return the states [R, H, d_k, d_v] before position starts[r] of window rows[r], by one batched
-        product."""
         longest = max(1, int(starts.max()))
         names = "key", "added", "log_decay"
         key, added, log_decay = (record.factors[name][rows, :longest] for name in names)
@@ -124,6 +110,6 @@ class GLA(FLAHost):
         return key.permute(0, 2, 3, 1) @ added.transpose(1, 2)
 
     def cell_factors(self, record: Record, head: int) -> Factors:
-        f = {name: x[:, :, head] for name, x in record.factors.items()}
-        zeros = torch.zeros_like(f["key"])
-        return Factors(**f, effective=f["added"], erase=zeros, probe=zeros)
+        factors = super().cell_factors(record, head)
+        zeros = torch.zeros_like(factors.key)
+        return replace(factors, effective=factors.added, erase=zeros, probe=zeros)

@@ -1,8 +1,7 @@
 """DeltaNet and GLA in plain PyTorch, with the parameter names of flash-linear-attention's checkpoints.
 
-DeltaNet: Yang et al. 2024, arXiv 2406.06484; GLA: Yang et al. 2024, arXiv 2312.06635. Config fields and
-formulas follow that package (its layers/delta_net.py, layers/gla.py), which runs on CUDA only. For one head,
-with x the normed input:
+Config fields and formulas follow that package (its layers/delta_net.py and layers/gla.py), which runs on CUDA
+only. The functions below also work on its modules. For one head, with x the normed input:
 
 | here      | DeltaNet                                        | GLA                                        |
 |-----------|-------------------------------------------------|--------------------------------------------|
@@ -13,9 +12,8 @@ with x the normed input:
 | erase     | beta key, along key                             | none                                       |
 | output    | RMS norm per head                               | RMS norm per head, times silu(W_g x)       |
 
-conv is a causal convolution of each channel over four tokens, then SiLU. Both mixers have pre-norms, and a
-SwiGLU follows. The functions below use only the weights of a module, and therefore also work on
-flash-linear-attention's own modules.
+conv is a causal convolution of each channel over four tokens, then SiLU. Each mixer has a pre-norm, and a
+SwiGLU follows.
 """
 
 from __future__ import annotations
@@ -25,32 +23,19 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 
-from writesae.hosts.layers import PlainCausalLM, PlainModel, short_convolution, split_heads, unit, wide
+from writesae.hosts.layers import PlainCausalLM, PlainConfig, PlainModel, short_convolution, split_heads, unit, wide
 from writesae.recurrence import diagonal_chunks, gated_delta_chunks
 
 GATE_RANK = GATE_NORMALIZER = 16  # of GLA's decays; constants in that package, not config fields
 
 
-class FLAConfig(PreTrainedConfig):
-    """The fields that DeltaNet and GLA share.
+class FLAConfig(PlainConfig):
+    """expand_k, expand_v: the width of all heads' keys and values together, in units of hidden_size."""
 
-    expand_k, expand_v: the width of all heads' keys and values together, in units of hidden_size.
-    hidden_ratio is used where intermediate_size is None.
-    """
-
-    vocab_size: int = 32000
-    hidden_size: int = 2048
-    num_hidden_layers: int = 24
     num_heads: int = 4
     expand_k: float | int = 1
     expand_v: float | int = 1
-    hidden_ratio: float | int | None = 4
-    intermediate_size: int | None = None
     norm_eps: float = 1e-6
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
 
 
 class DeltaNetConfig(FLAConfig):
@@ -66,15 +51,13 @@ class GLAConfig(FLAConfig):
     expand_k: float | int = 0.5
 
 
+# config fields that change the model; the published checkpoints have these values
 COMMON = dict(attn=None, attnres_block_size=None, hidden_act="swish")
-IMPLEMENTED = {  # config fields that change the model; the published checkpoints have these values
-    "delta_net": COMMON
-    | dict(use_short_conv=True, use_beta=True, use_gate=False, allow_neg_eigval=False)
-    | dict(qk_norm="l2", qk_activation="silu"),
-    "gla": COMMON
-    | dict(use_short_conv=False, use_gk=True, use_gv=False, use_output_gate=True, fuse_norm=True)
-    | dict(elementwise_affine=True, feature_map=None, clamp_min=None),
-}
+DELTA_NET = dict(use_short_conv=True, use_beta=True, use_gate=False, allow_neg_eigval=False)
+DELTA_NET |= dict(qk_norm="l2", qk_activation="silu")
+GLA = dict(use_short_conv=False, use_gk=True, use_gv=False, use_output_gate=True, fuse_norm=True)
+GLA |= dict(elementwise_affine=True, feature_map=None, clamp_min=None)
+IMPLEMENTED = {"delta_net": COMMON | DELTA_NET, "gla": COMMON | GLA}
 
 
 def check(config: PreTrainedConfig) -> None:
@@ -100,15 +83,15 @@ def head_dims(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def rms(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return the RMS norm of x over its last dimension with a module's weight and eps, in the weight's
-    dtype."""
+    """Return the RMS norm of x with a module's weight and eps, in the weight's dtype."""
     return F.rms_norm(x.to(norm.weight.dtype), norm.weight.shape, norm.weight, norm.eps)
 
 
 def project_delta(mixer: nn.Module, x: torch.Tensor, before: torch.Tensor | None):
-    """Return query, key [B, T, H, d_k], value [B, T, H, d_v] and beta [B, T, H], in fp32 or better, and the
-    inputs of the convolutions [B, T, C], of normed inputs x [B, T, D]. before: the last convolution inputs
-    before x, [B, reach, C]."""
+    """Return query, key [B, T, H, d_k], value [B, T, H, d_v], beta [B, T, H] and convolution inputs [B, T, C].
+
+    x: normed inputs [B, T, D]. before: the last convolution inputs before x, [B, reach, C]; None: zeros.
+    """
     projections = [getattr(mixer, f"{name}_proj")(x) for name in "qkv"]
     raw = torch.cat(projections, -1)
     weight = torch.cat([getattr(mixer, f"{name}_conv1d").weight for name in "qkv"])
@@ -120,18 +103,17 @@ def project_delta(mixer: nn.Module, x: torch.Tensor, before: torch.Tensor | None
 
 
 def recur_delta(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, beta: torch.Tensor, **carried):
-    """Return outputs and effective writes, each [B, T, H, d_v], and the last state [B, H, d_k, d_v].
-
-    query, key, value, beta: of `project_delta`; carried: state, groups and end, for gated_delta_chunks.
-    """
+    """Return outputs and effective writes, each [B, T, H, d_v], and the last state [B, H, d_k, d_v]."""
     heads_first = [x.transpose(1, 2) for x in (query, key, value, beta, torch.zeros_like(beta))]
     outputs, effective, end = gated_delta_chunks(*heads_first, **carried)
     return outputs.transpose(1, 2), effective.transpose(1, 2), end
 
 
 def project_gla(mixer: nn.Module, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return the recurrence's query, key, log_decay [B, T, H, d_k] and added [B, T, H, d_v], in fp32 or
-    better, and the outputs' gate [B, T, H d_v], of normed inputs x [B, T, D]."""
+    """Return {query, key, log_decay [B, T, H, d_k]; added [B, T, H, d_v]} and the gate [B, T, H d_v].
+
+    x: normed inputs [B, T, D].
+    """
     projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.gk_proj)
     query, key, added, decay_logit = (split_heads(layer(x), mixer.num_heads) for layer in projections)
     query = query * query.shape[-1] ** -0.5
@@ -140,15 +122,13 @@ def project_gla(mixer: nn.Module, x: torch.Tensor) -> tuple[dict[str, torch.Tens
 
 
 def recur_gla(factors: dict[str, torch.Tensor], **carried) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return outputs [B, T, H, d_v] and the last state [B, H, d_k, d_v]. carried: options of
-    diagonal_chunks."""
+    """Return outputs [B, T, H, d_v] and the last state [B, H, d_k, d_v]."""
     outputs, end = diagonal_chunks(**{name: x.transpose(1, 2) for name, x in factors.items()}, **carried)
     return outputs.transpose(1, 2), end
 
 
 def read_out(mixer: nn.Module, outputs: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the layer's update [B, T, D] of the heads' outputs [B, T, H, d_v] and of GLA's gate [B, T, H
-    d_v]."""
+    """Return the layer's update [B, T, D] of the heads' outputs [B, T, H, d_v] and of GLA's gate."""
     if gate is None:
         return mixer.o_proj(rms(mixer.o_norm, outputs).flatten(-2))
     return mixer.o_proj(rms(mixer.g_norm_swish_gate, outputs).flatten(-2) * F.silu(gate))
@@ -162,10 +142,9 @@ def feed_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
 class DeltaNetMixer(nn.Module):
     def __init__(self, config: DeltaNetConfig):
         super().__init__()
-        d, (d_k, d_v) = config.hidden_size, head_dims(config)
-        self.num_heads = config.num_heads
-        for name, width in dict(q=d_k, k=d_k, v=d_v).items():
-            width *= self.num_heads
+        d, heads, (d_k, d_v) = config.hidden_size, config.num_heads, head_dims(config)
+        self.num_heads = heads
+        for name, width in dict(q=heads * d_k, k=heads * d_k, v=heads * d_v).items():
             convolution = nn.Conv1d(width, width, config.conv_size, groups=width, bias=False)
             setattr(self, f"{name}_proj", nn.Linear(d, width, bias=False))
             setattr(self, f"{name}_conv1d", convolution)

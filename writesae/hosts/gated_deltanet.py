@@ -1,10 +1,7 @@
-"""Gated DeltaNet hosts: the Qwen3.5 text models of transformers (Yang et al. 2025; Eq. 2 of the WriteSAE
-paper).
+"""Gated DeltaNet hosts: Qwen3.5 text models of transformers (Yang et al. 2025; Eq. 2 of the WriteSAE paper).
 
 The adapter calls the submodules of transformers' layers, with the recurrence of `writesae.recurrence` between
-them. One pass then gives the effective writes too, and each row can start at a position of its own.
-tests/writesae/test_hosts.py compares it with transformers' forward and decoding, and with a step loop in
-fp64.
+them, which also returns the effective writes and lets each row start at a position of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ from writesae.hosts.base import Host, Shape
 from writesae.hosts.layers import normalized, short_convolution, slow_decays, split_heads, unit, wide
 from writesae.hosts.layers import rms_norm as plain_rms_norm
 from writesae.hosts.past import Past, Record, attend
-from writesae.recurrence import Factors, gated_delta_chunks
+from writesae.recurrence import gated_delta_chunks
 
 
 def rms_norm(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
@@ -32,8 +29,6 @@ class GatedDeltaNet(Host):
 
     @staticmethod
     def build(architecture: dict) -> torch.nn.Module:
-        """Return a Qwen3.5 text model with random weights and slow decays. `architecture`: of
-        Qwen3_5TextConfig."""
         from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
         model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**architecture))
@@ -50,10 +45,8 @@ class GatedDeltaNet(Host):
 
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
-        config = model.config
-        kinds = enumerate(config.layer_types)
+        kinds = enumerate(model.config.layer_types)
         self.recurrent_layers = tuple(layer for layer, kind in kinds if kind == "linear_attention")
-        _, self.heads, self.d_k, self.d_v, _ = self.shape(config)
 
     def unembed(self, final: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(rms_norm(final, self.model.model.norm))
@@ -69,8 +62,6 @@ class GatedDeltaNet(Host):
         return self._attend(block.self_attn, hidden, normed, past, positions)
 
     def _recur(self, mixer, hidden, normed, past: Past | None) -> Record:
-        """Return the record of a recurrent layer. hidden, normed: its input [B, T, D] before and after the
-        norm."""
         raw = mixer.in_proj_qkv(normed)
         reach = mixer.conv_kernel_size - 1
         mixed = F.silu(short_convolution(raw, past and past.windows["conv"], mixer.conv1d.weight))
@@ -89,8 +80,6 @@ class GatedDeltaNet(Host):
         return Record(hidden, outputs.transpose(1, 2), factors, end, windows={"conv": (raw, reach)})
 
     def _attend(self, attention, hidden, normed, past: Past | None, positions: torch.Tensor) -> Record:
-        """Return the record of an attention layer. hidden, normed: its input [B, T, D] before and after the
-        norm."""
         width = attention.head_dim
         query, gate = attention.q_proj(normed).unflatten(-1, (-1, 2 * width)).chunk(2, -1)
         key = attention.k_proj(normed).unflatten(-1, (-1, width))
@@ -105,8 +94,7 @@ class GatedDeltaNet(Host):
         return Record(hidden, outputs.transpose(1, 2) * gate.sigmoid(), keys=keys, values=values)
 
     def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Apply rotary position embeddings to the first dimensions of x [B, heads, T, d], as many as the
-        tables have."""
+        """Apply rotary position embeddings to the first dimensions of x [B, heads, T, d]."""
         cos, sin = self.model.model.rotary_emb(x, positions.expand(3, *positions.shape))
         cos, sin = cos[:, None], sin[:, None]
         turned, kept = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
@@ -124,18 +112,3 @@ class GatedDeltaNet(Host):
             update = block.self_attn.o_proj(outputs.flatten(-2))
         hidden = hidden + update
         return hidden + block.mlp(rms_norm(hidden, block.post_attention_layernorm))
-
-    def cell_factors(self, record: Record, head: int) -> Factors:
-        f = record.factors
-        key_head = head // (self.heads // f["key"].shape[2])
-        key = f["key"][:, :, key_head]
-        log_decay = f["log_decay"][:, :, head, None]
-        return Factors(
-            query=f["query"][:, :, key_head],
-            key=key,
-            added=f["added"][:, :, head],
-            effective=f["effective"][:, :, head],
-            log_decay=log_decay,
-            erase=log_decay.exp() * f["beta"][:, :, head, None] * key,
-            probe=key,
-        )

@@ -1,4 +1,4 @@
-"""Model folders of the Hugging Face Hub: download, sizes, and one sentence for each thing that goes wrong."""
+"""Model folders of the Hugging Face Hub: download, sizes, and one sentence for each error."""
 
 from __future__ import annotations
 
@@ -6,24 +6,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from huggingface_hub import DryRunFileInfo, HfApi, constants, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import (
-    DryRunError,
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import DryRunFileInfo, HfApi, constants, errors, snapshot_download, try_to_load_from_cache
 from huggingface_hub.utils import filter_repo_objects
 
 
 def fetch(name: str | Path, files: Sequence[str], revision: str | None = None, **options) -> Path:
-    """Return the folder `name`, or the cached copy of those `files` (patterns) of the Hub's model `name` at
-    `revision`.
+    """Return the folder `name`, or the cached copy of the Hub's model `name` at `revision`.
 
-    options: further arguments of huggingface_hub.snapshot_download (token, cache_dir, local_files_only, ...).
+    files: patterns of the files to download. options: of huggingface_hub.snapshot_download (token, ...).
 
     Raises FileNotFoundError if there is neither folder nor model nor revision, PermissionError for a gated
     model, ConnectionError if the Hub does not answer, ValueError for a revision of a folder."""
@@ -35,11 +25,7 @@ def fetch(name: str | Path, files: Sequence[str], revision: str | None = None, *
 
 
 def download_sizes(name: str, files: Sequence[str], revision: str | None = None) -> dict[str, int]:
-    """Return {file: bytes} of what `fetch` of a Hub model would download: those `files` that are not in the
-    cache.
-
-    Raises as `fetch` does.
-    """
+    """Return {file: bytes} of what `fetch` would download from the Hub. Raises as `fetch` does."""
     try:
         answer = _snapshot(name, files, revision, dry_run=True)
     except ConnectionError:
@@ -51,45 +37,44 @@ def download_sizes(name: str, files: Sequence[str], revision: str | None = None)
 
 
 def _snapshot(name: str, files: Sequence[str], revision: str | None, **options) -> str | list[DryRunFileInfo]:
-    """Call snapshot_download, and raise its errors as `fetch` says, in one sentence."""
+    """Call snapshot_download, and raise its errors as `fetch` does."""
     page = f"{constants.ENDPOINT}/{name}"
     try:
         return snapshot_download(name, revision=revision, allow_patterns=list(files), **options)
-    except HFValidationError as error:
+    except errors.HFValidationError as error:
         raise FileNotFoundError(
             f"There is no folder {name}, and it is no hub id either: give a folder, or owner/name."
         ) from error
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
+        size = _size(name, files, revision, options.get("token"))
         raise PermissionError(
-            f"{name} is gated: accept its terms at {page} and log in with `hf auth login`"
-            f"{_size(name, files, revision, options.get('token'))}."
+            f"{name} is gated: accept its terms at {page} and log in with `hf auth login`{size}."
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
             f"There is no folder {name}, and no model of that name at {page}, or it is private: give another name, "
             "or log in with `hf auth login`."
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise FileNotFoundError(
             f"{name} has no revision {revision}: give a branch, tag or commit of {page}/commits/main."
         ) from error
-    except (LocalEntryNotFoundError, DryRunError) as error:
+    except (errors.LocalEntryNotFoundError, errors.DryRunError) as error:
         cache = options.get("cache_dir") or constants.HF_HUB_CACHE
         raise ConnectionError(
             f"{name} is no folder here and not (wholly) in the cache {cache}, and {_reason(error, options)}: its "
             f"{', '.join(files)} would be downloaded; allow that, or copy them into a folder and give its path."
         ) from error
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         raise ConnectionError(
             f"The Hub answered {error.response.status_code} when asked for {name}: see {page}, or try again later."
         ) from error
 
 
 def commit(name: str | Path, revision: str | None = None) -> str | None:
-    """Return the commit of a Hub model's copy in the cache, without asking the Hub; None if there is no
-    copy."""
-    found = try_to_load_from_cache(str(name), "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    """Return the commit of a Hub model's cached copy, without asking the Hub; None if there is no copy."""
+    config = try_to_load_from_cache(str(name), "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def _reason(error: Exception, options: dict) -> str:
@@ -97,18 +82,17 @@ def _reason(error: Exception, options: dict) -> str:
         return "HF_HUB_OFFLINE is set"
     if options.get("local_files_only"):
         return "local_files_only forbids a download"
-    cause = error.__cause__
-    if isinstance(cause, HfHubHTTPError):
-        return f"the Hub answered {cause.response.status_code}"
+    if isinstance(error.__cause__, errors.HfHubHTTPError):
+        return f"the Hub answered {error.__cause__.response.status_code}"
     return f"{constants.ENDPOINT} cannot be reached"
 
 
 def _size(name: str, files: Sequence[str], revision: str | None, token: str | bool | None) -> str:
-    """Return a clause on what would be downloaded, or nothing if the Hub does not tell."""
+    """Return a clause with the size of the download, or an empty string if the Hub does not give it."""
     try:
         tree = HfApi(token=token).list_repo_tree(name, recursive=True, revision=revision)
         sizes = {x.path: x.size for x in tree if hasattr(x, "size")}
-    except (HfHubHTTPError, OSError):
+    except (errors.HfHubHTTPError, OSError):
         return ""
     wanted = [sizes[path] for path in filter_repo_objects(sizes, allow_patterns=list(files))]
     return f"; {len(wanted)} files of {sum(wanted) / 1e6:.1f} MB would then be downloaded"

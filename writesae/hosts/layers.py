@@ -1,5 +1,4 @@
-"""Parts that several families share: norms, heads, short convolutions, initial decays, and the model around
-blocks."""
+"""Parts that several families share: norms, short convolutions, initial decays, and the model around blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 
@@ -30,12 +29,10 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 
 
 def normalized(x: torch.Tensor, eps: float, groups: int = 1) -> torch.Tensor:
-    """Return x over its root mean square in each of `groups` equal parts of the last dimension, in fp32 or
-    better.
+    """Return x over its root mean square in each of `groups` equal parts of the last dimension.
 
-    The norms of transformers compute in fp32 even in fp64 models. Their last bit then depends on where an
-    element is among those that the processor handles at once, so that the result of a row depends on the
-    other rows.
+    It computes in fp32 or better. The norms of transformers compute in fp32 even for fp64 models, and the
+    last bit of a row then depends on the other rows.
     """
     parts = wide(x).unflatten(-1, (groups, -1))
     return (parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2)
@@ -51,10 +48,9 @@ def short_convolution(
 ) -> torch.Tensor:
     """Return the causal convolution of each channel over inputs [B, T, C], in the dtype of the inputs.
 
-    before: the last inputs before these, [B, K - 1, C]; None: zeros. weight [C, 1, K] and bias [C]: those of
-    an nn.Conv1d. The result is a sum of K shifted products in fp32 or better. The channels stay in the last
-    dimension, where the layers before and after have them: on a CPU 1.5 to 1.7 times as fast as conv1d on
-    transposed inputs, which is little of the time of a whole run (benchmarks/short_convolution.py).
+    before: the last inputs before these, [B, K - 1, C]; None: zeros. weight [C, 1, K], bias [C]: of an
+    nn.Conv1d. It sums K shifted products in fp32 or better, which is 1.5 to 1.7 times as fast on a CPU as
+    conv1d on transposed inputs (benchmarks/short_convolution.py).
     """
     taps = wide(weight[:, 0].T).contiguous()
     length = inputs.shape[1]
@@ -68,20 +64,32 @@ def short_convolution(
 
 
 def slow_decays(heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw (A_log, dt_bias), each [heads]: A uniform in [1, 16], dt log-uniform in [1e-3, 0.1], as Mamba is
-    trained.
+    """Draw (A_log, dt_bias), each [heads]: A uniform in [1, 16], dt log-uniform in [1e-3, 0.1], as Mamba is trained.
 
-    With alpha = exp(-A softplus(. + dt_bias)) the half-lives of the heads are then about 1 to 600 tokens. The
-    initial values of the classes in transformers give alphas near zero: a state then holds a single write.
+    The half-lives of the heads are then about 1 to 600 tokens. With the initial values of the classes in
+    transformers, alphas are near zero and a state holds a single write.
     """
     step = torch.exp(torch.empty(heads).uniform_(math.log(1e-3), math.log(0.1)))
     inverse_softplus = step + torch.log(-torch.expm1(-step))
     return torch.empty(heads).uniform_(1, 16).log(), inverse_softplus
 
 
+class PlainConfig(PreTrainedConfig):
+    """Fields that the models outside transformers share. hidden_ratio: used where intermediate_size is None."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 2048
+    num_hidden_layers: int = 24
+    hidden_ratio: float | int | None = 4
+    intermediate_size: int | None = None
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+
+
 class PlainModel(nn.Module):
-    """Embeddings, blocks and a final norm, with the parameter names of flash-linear-attention's
-    checkpoints."""
+    """Embeddings, blocks and a final norm, named as in flash-linear-attention's checkpoints."""
 
     def __init__(self, config, block: Callable[[int], nn.Module], norm: nn.Module):
         super().__init__()
@@ -91,8 +99,10 @@ class PlainModel(nn.Module):
 
 
 class PlainCausalLM(PreTrainedModel):
-    """A language model in plain PyTorch, for training and loading; it has no cache (host adapters decode with
-    states)."""
+    """A language model in plain PyTorch, without a cache. Subclasses define `build_model` and `final_hidden`.
+
+    build_model: config -> PlainModel. final_hidden: ids [B, T] -> hidden states [B, T, D] after the final norm.
+    """
 
     base_model_prefix = "model"
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
@@ -104,18 +114,8 @@ class PlainCausalLM(PreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @staticmethod
-    def build_model(config) -> PlainModel:
-        """Return the model below the head."""
-        raise NotImplementedError
-
-    def final_hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Return the hidden states [B, T, D] after the final norm."""
-        raise NotImplementedError
-
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, use_cache: bool = False):
-        """Return the logits [B, T, vocabulary] of ids [B, T]; with labels [B, T] also the mean next-token
-        loss, nats."""
+        """Return the logits [B, T, vocabulary] of ids [B, T]; with labels also the mean next-token loss in nats."""
         if use_cache:
             kind = self.config.model_type
             raise ValueError(f"This {kind} has no cache: pass use_cache=False, or decode with its adapter.")

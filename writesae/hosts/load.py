@@ -41,12 +41,7 @@ def adapter(family: str) -> type[Host]:
 
 
 def without_triton() -> None:
-    """Hide kernel packages from transformers where there is no GPU.
-
-    transformers uses the kernels of every such package that it can import, and they fail without a GPU. The
-    adapters use none of them. A package that was imported before stays visible: then only transformers' own
-    forward fails.
-    """
+    """Hide kernel packages from transformers where there is no GPU, since their kernels fail there."""
     if not torch.cuda.is_available():
         for name in KERNEL_PACKAGES:
             sys.modules.setdefault(name, None)
@@ -62,13 +57,12 @@ def load_host(
 ) -> Host:
     """Return the adapter of a model from a local folder, or from a Hub id (at a `revision`).
 
-    A folder is one that save_pretrained wrote, or a Mamba-2 release of its authors. device: cuda where there
-    is a GPU, else cpu. tokenizer: a tokenizer, or its folder or Hub id, for models without one.
+    A folder is one that save_pretrained wrote, or a Mamba-2 release of its authors. device: by default cuda
+    where there is a GPU, else cpu. tokenizer: a tokenizer, or its folder or Hub id, for models without one.
 
     Raises FileNotFoundError where config.json, weights or tokenizer are missing; ValueError for a class of no
-    family, for weights that are missing (also a tied head that a multimodal checkpoint does not declare),
-    unexpected, of another shape, damaged or not finite, for the tokenizer of another model, for a device that
-    does not exist and for a single .pth file; for Hub ids also what `writesae.hosts.hub.fetch` raises.
+    family, for weights that are missing, unexpected, of another shape, damaged or not finite, for the tokenizer
+    of another model, for an unknown device and for a .pth file; for Hub ids also what `fetch` raises.
     """
     without_triton()
     device = _checked_device(device)
@@ -80,10 +74,7 @@ def load_host(
     folder = fetch(name_or_path, MODEL_FILES, revision)
     if not any(folder.glob("*.safetensors")):  # older models have pickles only
         folder = fetch(name_or_path, PICKLED_FILES, revision)
-    if mamba2_release.is_release(_settings(folder, name_or_path)):
-        family, model = "mamba2", mamba2_release.from_release(folder, dtype)
-    else:
-        family, model = _model(folder, name_or_path, dtype)
+    family, model = _model(folder, name_or_path, dtype)
     damaged = next((key for key, x in model.named_parameters() if not torch.isfinite(x).all()), None)
     if damaged is not None:
         raise ValueError(f"The weights of {name_or_path} are damaged: {damaged} is not finite.")
@@ -102,18 +93,14 @@ def _checked_device(device: str | None) -> str:
 
 
 def read_shape(folder: Path) -> Shape:
-    """Return the Shape of the host in a folder, from its config.json alone. Raises FileNotFoundError and ValueError as
-    `load_host` does."""
-    settings = _settings(folder, folder)
-    if mamba2_release.is_release(settings):
-        return adapter("mamba2").shape(mamba2_release.library_config(settings))
-    family, _, text = _family(folder, folder)
-    return adapter(family).shape(text)
+    """Return the Shape of the host in a folder, from its config.json. Raises as `load_host` does."""
+    family, _, config = _family(folder, folder)
+    return adapter(family).shape(config)
 
 
 def family_of(folder: Path) -> str:
-    """Return the family of the host in a folder, from its config.json alone. Raises as `read_shape` does."""
-    return "mamba2" if mamba2_release.is_release(_settings(folder, folder)) else _family(folder, folder)[0]
+    """Return the family of the host in a folder, from its config.json. Raises as `load_host` does."""
+    return _family(folder, folder)[0]
 
 
 def _settings(folder: Path, name: str | Path) -> dict:
@@ -128,10 +115,13 @@ def _settings(folder: Path, name: str | Path) -> dict:
         raise ValueError(f"{path} is damaged: it is not a JSON object ({error}).") from error
 
 
-def _family(folder: Path, name: str | Path) -> tuple[str, type[torch.nn.Module], PreTrainedConfig]:
-    """Return the family, the class and the text model's config of a folder in transformers' format."""
+def _family(folder: Path, name: str | Path) -> tuple[str, type[torch.nn.Module] | None, PreTrainedConfig]:
+    """Return the family, the class (None for a release of Mamba-2) and the text model's config of a folder."""
     import transformers
 
+    settings = _settings(folder, name)
+    if mamba2_release.is_release(settings):
+        return "mamba2", None, mamba2_release.library_config(settings)
     classes = {family: adapter(family).model_classes for family in FAMILIES}  # importing registers classes
     choices = "; ".join(f"{', '.join(names)} ({family})" for family, names in classes.items())
     try:
@@ -152,8 +142,9 @@ def _family(folder: Path, name: str | Path) -> tuple[str, type[torch.nn.Module],
 
 
 def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, torch.nn.Module]:
-    """Return the family and the model of a folder in transformers' format."""
     family, model_class, text = _family(folder, name)
+    if model_class is None:
+        return family, mamba2_release.from_release(folder, dtype)
     options = dict(config=text, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
     try:
         model, info = model_class.from_pretrained(folder, **options)
@@ -205,10 +196,7 @@ def _tokenizer(folder: Path, name: str | Path, given: str | Path | PreTrainedTok
 
 
 def _check_tokenizer(tokenizer, vocabulary: int, name: str | Path) -> None:
-    """Raise ValueError for a tokenizer with more ids than the model, or with fewer than half of the model's.
-
-    Models pad their vocabulary, but they do not double it.
-    """
+    """Raise ValueError for a tokenizer with more ids than the model, or fewer than half (models pad, but less)."""
     count = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if not vocabulary / 2 <= count <= vocabulary:
         raise ValueError(
@@ -217,6 +205,6 @@ def _check_tokenizer(tokenizer, vocabulary: int, name: str | Path) -> None:
 
 
 def host_name(folder: Path) -> str:
-    """Return the name for tables: the one in the folder's training.json, or else the folder's name."""
+    """Return the name in the folder's training.json, or else the folder's name."""
     record = folder / "training.json"
     return json.loads(record.read_text()).get("name", folder.name) if record.is_file() else folder.name

@@ -1,10 +1,8 @@
 """Mamba-2 hosts: Mamba2ForCausalLM of transformers (Dao and Gu 2024).
 
-Each token adds a rank-1 write to a head's state, S_t = alpha_t S_{t-1} + B_t (dt_t x_t)^T with alpha_t =
-exp(dt_t A), and reads it with C_t. Nothing is erased, so that the added write is the effective write.
-transformers stores the state transposed. The skip D x does not pass through the state: it is part of a
-record's outputs, and one of its factors. tests/writesae/test_mamba2.py compares the adapter with
-transformers' forward and decoding, and with a step loop in fp64.
+S_t = alpha_t S_{t-1} + B_t (dt_t x_t)^T with alpha_t = exp(dt_t A), read with C_t. Nothing is erased, so the
+added write is the effective write. transformers stores the state transposed. The skip D x does not pass
+through the state; it is part of a record's outputs and one of its factors.
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from writesae.hosts.base import Host, Shape
 from writesae.hosts.layers import rms_norm, short_convolution, slow_decays, split_heads, wide
 from writesae.hosts.past import Past, Record
-from writesae.recurrence import Factors, decayed_chunks
+from writesae.recurrence import decayed_chunks
 
 
 class Mamba2(Host):
@@ -26,8 +24,6 @@ class Mamba2(Host):
 
     @staticmethod
     def build(architecture: dict) -> torch.nn.Module:
-        """Return a Mamba-2 model with random weights and slow decays. `architecture`: fields of
-        Mamba2Config."""
         from transformers import Mamba2Config, Mamba2ForCausalLM
 
         model = Mamba2ForCausalLM(Mamba2Config(**architecture))
@@ -37,7 +33,7 @@ class Mamba2(Host):
 
     @staticmethod
     def before_training(model: torch.nn.Module) -> None:
-        """Scale the gradients of the rows of in_proj that set the steps dt, and so the decays, by 0.05."""
+        """Scale the gradients of the rows of in_proj that set the decays (through dt) by 0.05."""
         heads = model.config.num_heads
         for block in model.backbone.layers:
             weight = block.mixer.in_proj.weight
@@ -48,10 +44,6 @@ class Mamba2(Host):
     @staticmethod
     def shape(config) -> Shape:
         return Shape(config.num_hidden_layers, config.num_heads, config.state_size, config.head_dim)
-
-    def __init__(self, model: torch.nn.Module, tokenizer, name: str):
-        super().__init__(model, tokenizer, name)
-        _, self.heads, self.d_k, self.d_v, _ = self.shape(model.config)
 
     def unembed(self, final: torch.Tensor) -> torch.Tensor:
         normed = rms_norm(final, self.model.backbone.norm_f)
@@ -70,8 +62,7 @@ class Mamba2(Host):
         width = mixer.n_groups * self.d_k
         value, key, query = mixed.split([mixer.intermediate_size, width, width], -1)
         value = split_heads(value, self.heads)
-        key = split_heads(key, mixer.n_groups)
-        query = split_heads(query, mixer.n_groups)
+        query, key = split_heads(query, mixer.n_groups), split_heads(key, mixer.n_groups)
         step = F.softplus(wide(step) + wide(mixer.dt_bias)).clamp(*mixer.time_step_limit)
         log_decay = -wide(mixer.A_log).exp() * step
         added = step[..., None] * value
@@ -86,9 +77,3 @@ class Mamba2(Host):
         gated = record.outputs.flatten(-2) * F.silu(wide(gate))
         update = mixer.out_proj(rms_norm(gated, mixer.norm, mixer.n_groups).to(gate.dtype))
         return (wide(record.hidden) if block.residual_in_fp32 else record.hidden) + update
-
-    def cell_factors(self, record: Record, head: int) -> Factors:
-        f = record.factors
-        key_head = head // (self.heads // f["key"].shape[2])
-        query, key, added = f["query"][:, :, key_head], f["key"][:, :, key_head], f["added"][:, :, head]
-        return Factors(query, key, added, f["log_decay"][:, :, head, None], effective=added)

@@ -1,9 +1,7 @@
 """Mamba-2 as its authors release it (state-spaces/mamba2-*), read into transformers' Mamba2ForCausalLM.
 
-A release has a config.json of the package mamba_ssm and a pytorch_model.bin (or model.safetensors). Its
-tensors have the names of transformers except for the embedding; fields that its config leaves out have the
-defaults of mamba_ssm's modules/mamba2.py. A release has no tokenizer: the models were trained with that of
-EleutherAI/gpt-neox-20b.
+A release has a config.json of the package mamba_ssm, whose defaults are those of its modules/mamba2.py. Its
+tensors have the names of transformers, except for the embedding. It has no tokenizer.
 """
 
 from __future__ import annotations
@@ -14,9 +12,9 @@ from typing import Any
 
 import torch
 
-from writesae.hosts.weights import read_weights
+from writesae.files import read_weights
 
-TOKENIZER = "EleutherAI/gpt-neox-20b"
+TOKENIZER = "EleutherAI/gpt-neox-20b"  # the one that the models were trained with
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # fields of ssm_cfg that may vary: mamba_ssm's name -> (name in Mamba2Config, mamba_ssm's default)
 FIELDS = {
@@ -30,10 +28,10 @@ FIELDS = {
     "bias": ("use_bias", False),
     "conv_bias": ("use_conv_bias", True),
 }
-# fields for which transformers' class implements one value only
+# fields of which transformers' class implements one value only
 FIXED = dict(layer="Mamba2", rmsnorm=True, rms_norm=True, norm_before_gate=False, D_has_hdim=False)
 FIXED |= dict(d_ssm=None, d_intermediate=0, attn_layer_idx=[])
-# fields for initial values and speed, which do not change the function of a trained model
+# fields for initial values and speed, which do not change a trained model
 IGNORED = {"conv_init", "A_init_range", "dt_min", "dt_max", "dt_init_floor", "use_mem_eff_path"}
 
 
@@ -43,8 +41,7 @@ def is_release(settings: dict[str, Any]) -> bool:
 
 
 def library_config(settings: dict[str, Any]):
-    """Return the Mamba2Config of a release's config.json. Raises ValueError for what transformers does not
-    implement."""
+    """Return the Mamba2Config of a release's config.json. Raises ValueError where transformers has none."""
     from transformers import Mamba2Config
 
     if not is_release(settings):
@@ -77,9 +74,8 @@ def library_config(settings: dict[str, Any]):
 def from_release(folder: str | Path, dtype: torch.dtype = torch.float32):
     """Return the Mamba2ForCausalLM of a release's folder.
 
-    Raises FileNotFoundError where config.json or the weights are missing. Raises ValueError for a config that
-    transformers does not implement, for a damaged file, for a pickle with code in it, and, with its name, for
-    the first tensor that is missing, unexpected or of another shape.
+    Raises FileNotFoundError where config.json or the weights are missing; ValueError for a config that
+    transformers does not implement, a damaged file, a pickle with code in it, and other tensors.
     """
     from transformers import Mamba2ForCausalLM
 
@@ -106,7 +102,7 @@ def from_release(folder: str | Path, dtype: torch.dtype = torch.float32):
 
 
 def _difference(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> str | None:
-    """Return how the weights first differ from the model's parameters; None where they do not."""
+    """Return the first difference between the weights and the model's parameters, or None."""
     for name, shape in shapes.items():
         if weights.get(name) is None:
             return f"it lacks the tensor {name}"

@@ -1,4 +1,4 @@
-"""What is kept of a layer: the record of a native run, and the past that an edited run starts from."""
+"""What a native run keeps of a layer (`Record`), and what an edited run starts from (`Past`)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from writesae.recurrence import Groups
 class Record:
     """What one layer computed in a run over tokens [B, T]: enough to start again at any position.
 
-    hidden: the layer's input [B, T, D]. outputs: of the heads, [B, T, heads, d]. beside: what `Host.finish`
-    needs besides them, each [B, T, ...]. factors: of a recurrent layer, by the family's names, each [B, T,
-    ...]. end: the last state of a recurrent layer, [B, H, d_k, d_v]. keys, values: of an attention layer, [B,
-    H_kv, T, d]. windows: the inputs of short convolutions and token shifts, name -> ([B, T, C], number of
-    positions they look back).
+    hidden [B, T, D]: the layer's input. outputs [B, T, heads, d]: of the heads. beside: what else
+    `Host.finish` needs, each [B, T, ...]. Recurrent layers have factors, each [B, T, ...], and the last state
+    end [B, H, d_k, d_v]; attention layers have keys and values [B, H_kv, T, d]. windows: the inputs of short
+    convolutions and token shifts, name -> ([B, T, C], number of positions they look back).
     """
 
     hidden: torch.Tensor
@@ -34,8 +33,8 @@ class Record:
 class Prefix:
     """The keys and values before each of R rows.
 
-    keys, values: those of U distinct prefixes, [U, H_kv, L, d], which rows share as `groups` says; seen [U,
-    L]: which of them exist. own_keys, own_values: those that each row has added since, [R, H_kv, M, d].
+    keys, values [U, H_kv, L, d]: of U distinct prefixes, which rows share by `groups`; seen [U, L]: which of
+    them exist. own_keys, own_values [R, H_kv, M, d]: those that each row has added since.
     """
 
     keys: torch.Tensor
@@ -53,8 +52,7 @@ class Prefix:
 
 
 def attend(query: torch.Tensor, prefix: Prefix, scale: float) -> torch.Tensor:
-    """Return the causal attention [R, H, T, d] of queries [R, H, T, d] to the shared prefixes and the rows'
-    own keys.
+    """Return the causal attention [R, H, T, d] of queries to the shared prefixes and the rows' own keys.
 
     The last T own keys are those of the queries. Prefixes are not copied per row.
     """
@@ -74,8 +72,7 @@ def attend(query: torch.Tensor, prefix: Prefix, scale: float) -> torch.Tensor:
 
 @dataclass
 class SharedState:
-    """The states before each of R rows: U distinct states [U, H, d_k, d_v], which rows share as `groups`
-    says."""
+    """The states before each of R rows: U distinct states [U, H, d_k, d_v], which rows share by `groups`."""
 
     states: torch.Tensor
     groups: Groups
@@ -85,8 +82,8 @@ class SharedState:
 class Past:
     """What a layer needs of earlier tokens, per row: a state (own or shared) or a prefix of keys and values.
 
-    windows: the last inputs of short convolutions and token shifts, [R, reach, C]. last: nothing continues
-    after the tokens that follow, so that their end state is not computed.
+    windows: the last inputs of short convolutions and token shifts, [R, reach, C]. last: skip computing the
+    final state; nothing continues from it.
     """
 
     own_state: torch.Tensor | None = None
@@ -97,12 +94,12 @@ class Past:
 
     @property
     def state(self) -> torch.Tensor:
-        """[R, H, d_k, d_v]: the rows' own states, or for each row a copy of its shared state."""
+        """The state of each row, [R, H, d_k, d_v]; shared states are copied."""
         return self.shared.states[self.shared.groups.which] if self.own_state is None else self.own_state
 
 
 def extend(past: Past, record: Record) -> Past:
-    """Return what the layer needs of the tokens of `past` and of `record`, which follow them."""
+    """Return the Past after the tokens of `record`, which follow those of `past`."""
     longer = Past(own_state=record.end)
     if record.keys is not None:
         longer.prefix = past.prefix.with_own(record.keys, record.values)

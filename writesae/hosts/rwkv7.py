@@ -1,10 +1,8 @@
 """RWKV-7 hosts (Peng et al. 2025): checkpoints in the format of flash-linear-attention.
 
-A state decays by one factor per channel and is erased along a direction of its own, so that the effective
-write has rank 2; the added write k~ v^T has rank 1. The erase reads the state before its decay. Two things
-bypass the state: the bonus and the gate, which a record keeps in `beside`, and the values of layer 0, which
-every later layer uses; they are appended to the hidden states. tests/writesae/test_rwkv7.py compares the
-adapter with a step loop in fp64.
+A state decays by one factor per channel and is erased along another direction than the key, so the effective
+write has rank 2; the added write k~ v^T has rank 1. The erase reads the state before its decay. The bonus and
+the gate bypass the state, in `Record.beside`. All layers use the values of layer 0, appended to `hidden`.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ from writesae.hosts.rwkv7_model import (
     read_out,
     recur,
 )
-from writesae.recurrence import Factors
 
 register(RWKV7ForCausalLM)
 
@@ -37,7 +34,6 @@ class RWKV7(Host):
 
     @staticmethod
     def build(architecture: dict) -> torch.nn.Module:
-        """Return an RWKV-7 model with its authors' initial values. `architecture`: fields of RWKV7Config."""
         return RWKV7ForCausalLM(RWKV7Config(**architecture))
 
     @staticmethod
@@ -47,9 +43,7 @@ class RWKV7(Host):
 
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
-        config = model.config
-        self.width = config.hidden_size
-        _, self.heads, self.d_k, self.d_v, _ = self.shape(config)
+        self.width = model.config.hidden_size
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         return embed(self.model.model, tokens)
@@ -61,8 +55,7 @@ class RWKV7(Host):
         return self.blocks[layer].attn.o_proj
 
     def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
-        """Run a layer up to its heads' outputs. hidden: [B, T, D]; above layer 0 [B, T, D + H d_v], with the
-        values of layer 0 appended."""
+        """As `Host.mix`; above layer 0, hidden is [B, T, D + H d_v], with the values of layer 0 appended."""
         block = self.blocks[layer]
         x = hidden[..., : self.width]
         v_first = hidden[..., self.width :] if layer else None
@@ -84,10 +77,7 @@ class RWKV7(Host):
         return x if layer == self.layers - 1 else torch.cat([x, v_first], -1)
 
     def state_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        """Return the states [R, H, d_k, d_v] before position starts[r] of window rows[r].
-
-        The recurrence runs from the last recorded state at or before that position, over at most one chunk.
-        """
+        """As `Host.state_at`: run the recurrence from the last recorded state, over at most one chunk."""
         factors = dict(record.factors)
         before = factors.pop("before")
         chunk = (starts // CHUNK).clamp(max=before.shape[2] - 1)
@@ -96,6 +86,3 @@ class RWKV7(Host):
         earlier = (positions < starts[:, None])[..., None, None]  # zero factors leave a state as it is
         factors = {name: x[index] * earlier for name, x in factors.items()}
         return recur(factors, state=before[rows, :, chunk])[1]
-
-    def cell_factors(self, record: Record, head: int) -> Factors:
-        return Factors(**{name: x[:, :, head] for name, x in record.factors.items() if name != "before"})

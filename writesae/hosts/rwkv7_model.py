@@ -1,9 +1,8 @@
-"""RWKV-7 in plain PyTorch (Peng et al. 2025), with the parameter names of flash-linear-attention's
-checkpoints.
+"""RWKV-7 in plain PyTorch (Peng et al. 2025), with the parameter names of flash-linear-attention's checkpoints.
 
-Equations and config fields follow the paper and that package (its layers/rwkv7.py and models/rwkv7), which
-runs on CUDA only. For one head, with x the normed input and mix_i a learned blend of x_t and x_{t-1} per
-channel:
+Config fields and formulas follow that package (its layers/rwkv7.py and models/rwkv7), which runs on CUDA
+only. The functions below also work on its modules. For one head, with x the normed input and mix_i a learned
+blend of x_t and x_{t-1} per channel:
 
 | here                 | RWKV-7                                                                            |
 |----------------------|-----------------------------------------------------------------------------------|
@@ -13,48 +12,39 @@ channel:
 | erase, probe         | a kk and kk = k k_k / |k k_k|; a = sigmoid(a_lora(mix_a))                           |
 | state                | S_t = diag(w_t) S_{t-1} - (a_t kk_t)(kk_t^T S_{t-1}) + k~_t v_t^T, [d_k, d_v]       |
 | output               | o_t = S_t^T r_t; then GroupNorm per head, + bonus (sum of r k~ r_k) v, times gate   |
-
-The functions below also work on flash-linear-attention's own modules, because all parameter names are the
-same.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 
-from writesae.hosts.layers import PlainCausalLM, PlainModel, split_heads
-from writesae.hosts.weights import read_weights
+from writesae.files import read_weights
+from writesae.hosts.layers import PlainCausalLM, PlainConfig, PlainModel, split_heads
 from writesae.recurrence import diagonal_delta_chunks
 
 CHUNK = 32
 MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 
 
-class RWKV7Config(PreTrainedConfig):
+class RWKV7Config(PlainConfig):
     """The fields of flash-linear-attention's RWKV7Config that change the model.
 
-    value_dim: d_v times the number of heads (or a list with this number for each layer, all equal). head_dim:
-    d_k. hidden_ratio is used where intermediate_size is None. Raises ValueError for models that are not
-    implemented here.
+    head_dim: d_k. value_dim: d_v times the number of heads, or a list with this number for each layer.
+    Raises ValueError for models that are not implemented here.
     """
 
     model_type = "rwkv7"
 
-    vocab_size: int = 32000
-    hidden_size: int = 2048
-    num_hidden_layers: int = 24
     head_dim: int | None = 64
     num_heads: int | None = None
     value_dim: int | list[int] | None = None
-    intermediate_size: int | None = None
-    hidden_ratio: float | None = 4
     hidden_act: str = "sqrelu"
     decay_low_rank_dim: int = 64
     a_low_rank_dim: int = 64
@@ -64,10 +54,6 @@ class RWKV7Config(PreTrainedConfig):
     norm_bias: bool = True
     norm_eps: float = 1e-5
     attn: dict | None = None
-    initializer_range: float = 0.02
-    tie_word_embeddings: bool = False
-    bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
 
     def __post_init__(self, **kwargs):
         self.head_dim = self.head_dim or self.hidden_size // self.num_heads
@@ -93,14 +79,10 @@ def shifted(x: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
 def project(attention: nn.Module, x: torch.Tensor, before: torch.Tensor | None, v_first: torch.Tensor | None):
     """Return (factors, beside, v_first) of normed inputs x [B, T, D].
 
-    factors: of the recurrence, each [B, T, H, d], in fp32 or better. beside: what bypasses the state, bonus
-    [B, T, H, d_v] and gate [B, T, H d_v]. v_first: the values of layer 0 [B, T, H d_v]; None is passed in
-    layer 0. before: the normed input before x, [B, 1, D]; None: zeros.
+    factors: each [B, T, H, d], in fp32 or better. beside: bonus [B, T, H, d_v] and gate [B, T, H d_v].
+    v_first: the values of layer 0, [B, T, H d_v]; None in layer 0. before: the input before x, [B, 1, D].
     """
-
-    def heads(y: torch.Tensor) -> torch.Tensor:
-        return split_heads(y, attention.num_heads)
-
+    heads = partial(split_heads, heads=attention.num_heads)
     change = shifted(x, before) - x
     x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, change, getattr(attention, name)) for name in MIXES)
     value = attention.v_proj(x_v)
@@ -108,9 +90,7 @@ def project(attention: nn.Module, x: torch.Tensor, before: torch.Tensor | None, 
         v_first = value
     else:
         value = torch.lerp(value, v_first, attention.v_lora(x_v).sigmoid())
-    value = heads(value)
-    query = heads(attention.r_proj(x_r))
-    key = heads(attention.k_proj(x_k))
+    query, key, value = heads(attention.r_proj(x_r)), heads(attention.k_proj(x_k)), heads(value)
     rate = heads(attention.a_lora(x_a)).sigmoid()
     probe = F.normalize(key * heads(attention.k_k), dim=-1)
     key = key * (1 + (rate - 1) * heads(attention.k_a))
@@ -121,16 +101,17 @@ def project(attention: nn.Module, x: torch.Tensor, before: torch.Tensor | None, 
 
 
 def recur(factors: dict[str, torch.Tensor], **carried):
-    """Return outputs [B, T, H, d_v], the last state [B, H, d_k, d_v] and the states before each chunk [B, H,
-    chunks, d_k, d_v]. factors: of `project`; carried: state, groups and end, for diagonal_delta_chunks."""
+    """Return outputs [B, T, H, d_v], the last state [B, H, d_k, d_v] and the states before each chunk.
+
+    factors: of `project`. The states before the chunks are [B, H, chunks, d_k, d_v].
+    """
     heads_first = {name: x.transpose(1, 2) for name, x in factors.items()}
     outputs, end, before = diagonal_delta_chunks(**heads_first, chunk=CHUNK, **carried)
     return outputs.transpose(1, 2), end, before
 
 
 def read_out(attention: nn.Module, outputs, bonus, gate: torch.Tensor) -> torch.Tensor:
-    """Return the layer's update [B, T, D] of the heads' outputs [B, T, H, d_v] and of `project`'s bonus and
-    gate."""
+    """Return the layer's update [B, T, D] of the heads' outputs [B, T, H, d_v] and of `project`'s beside."""
     normed = attention.g_norm(outputs.to(gate.dtype).flatten(0, 1).flatten(1)).view_as(gate)
     return attention.o_proj((normed + bonus.flatten(2).to(gate.dtype)) * gate)
 
@@ -162,8 +143,7 @@ class RWKV7Attention(nn.Module):
         self.layer_idx, self.num_heads = layer, config.num_heads
         for name in MIXES:
             setattr(self, name, nn.Parameter(torch.zeros(1, 1, d)))
-        self.k_k = nn.Parameter(torch.zeros(d))
-        self.k_a = nn.Parameter(torch.zeros(d))
+        self.k_k, self.k_a = nn.Parameter(torch.zeros(d)), nn.Parameter(torch.zeros(d))
         self.r_k = nn.Parameter(torch.zeros(self.num_heads, config.head_dim))
         self.r_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, d, bias=False)
@@ -241,8 +221,7 @@ class RWKV7ForCausalLM(PlainCausalLM):
 
 
 def init_mix(module: RWKV7Attention | RWKV7FeedForward, config: RWKV7Config) -> None:
-    """Set the authors' initial values. Decays per token go from exp(-0.0009) to exp(-0.11) over a layer's
-    channels."""
+    """Set the authors' initial values; decays per token are exp(-0.0009) to exp(-0.11) over the channels."""
     d, layers = config.hidden_size, config.num_hidden_layers
     channel = torch.arange(d) / d  # from 0 to 1, as depth; left goes from 1 towards 0
     depth = module.layer_idx / max(1, layers - 1)
@@ -269,40 +248,25 @@ def init_mix(module: RWKV7Attention | RWKV7FeedForward, config: RWKV7Config) -> 
     init.zeros_(module.r_k)
 
 
-RELEASE_NAMES = (
-    ("model.embeddings", "emb"),
-    ("model.layers", "blocks"),
-    ("model.norm", "ln_out"),
-    ("lm_head", "head"),
-    ("pre_norm", "ln0"),
-    ("attn_norm", "ln1"),
-    ("ffn_norm", "ln2"),
-    (".attn.", ".att."),
-    ("r_proj", "receptance"),
-    ("k_proj", "key"),
-    ("v_proj", "value"),
-    ("o_proj", "output"),
-    ("g_norm", "ln_x"),
-    ("_lora.lora.2.bias", "0"),
-    ("_lora.lora.0.weight", "1"),
-    ("_lora.lora.2.weight", "2"),
-)
+RELEASE_NAMES = """
+    model.embeddings=emb model.layers=blocks model.norm=ln_out lm_head=head pre_norm=ln0 attn_norm=ln1
+    ffn_norm=ln2 .attn.=.att. r_proj=receptance k_proj=key v_proj=value o_proj=output g_norm=ln_x
+    _lora.lora.2.bias=0 _lora.lora.0.weight=1 _lora.lora.2.weight=2
+"""
 
 
 def release_name(name: str) -> str:
-    """Return a parameter's name in the authors' .pth releases. Low-rank matrices are [in, out] there, not
-    [out, in]."""
-    for ours, theirs in RELEASE_NAMES:
-        name = name.replace(ours, theirs)
+    """Return a parameter's name in the authors' .pth releases, where low-rank matrices are [in, out]."""
+    for pair in RELEASE_NAMES.split():
+        name = name.replace(*pair.split("="))
     return name
 
 
 def from_pth(path: str | Path, dtype: torch.dtype = torch.float32) -> RWKV7ForCausalLM:
     """Return the model of one of the authors' releases (RWKV-x070-*.pth).
 
-    For `load_host`, save it to a folder with save_pretrained and put a tokenizer into that folder. Raises
-    ValueError naming the first tensor that is missing, unexpected or of another size, and what `read_weights`
-    raises.
+    For `load_host`, save it with save_pretrained and put a tokenizer into that folder. Raises ValueError for
+    the first tensor that is missing, unexpected or of another size, and what `read_weights` raises.
     """
 
     class Tensors(dict):
@@ -329,7 +293,6 @@ def from_pth(path: str | Path, dtype: torch.dtype = torch.float32) -> RWKV7ForCa
 
 
 def _release_config(tensors: dict[str, torch.Tensor]) -> RWKV7Config:
-    """Return the config that a release's tensors have the shapes of."""
     layers = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=0)
     return RWKV7Config(
         vocab_size=tensors["emb.weight"].shape[0],

@@ -1,8 +1,7 @@
 """The tokenizer of the RWKV "World" models, read from their vocabulary file, rwkv_vocab_v20230424.txt.
 
-At each position of the UTF-8 bytes it takes the longest token that matches. The models' repositories come
-with Python code for it, which is not run here. Each line of the file has an id, a Python literal (str or
-bytes) and the number of its bytes. Id 0, which is not in the file, is end-of-text.
+Each line of the file has an id, a Python literal (str or bytes) and the number of its bytes. Id 0, which is
+not in the file, is end-of-text. The Python code in the models' repositories is not run.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ VOCABULARY = "rwkv_vocab*.txt"
 
 
 class WorldTokenizer:
-    """The methods of a tokenizer that hosts need. Raises ValueError for a file that is not such a
-    vocabulary."""
+    """A tokenizer that takes the longest matching token. Raises ValueError for a file of another form."""
 
     eos_token_id = 0
 
@@ -59,10 +57,9 @@ class WorldTokenizer:
         return ids
 
     def __call__(self, text: str, **options) -> dict[str, list[int]]:
-        """Return the ids as the tokenizers of transformers do. There are no special tokens to add."""
+        """Return {"input_ids": ids}, as the tokenizers of transformers do; options have no effect."""
         return {"input_ids": self.encode(text)}
 
     def decode(self, ids, **options) -> str:
-        """Return the text of ids, with replacement characters for invalid UTF-8; ids without a token are
-        skipped."""
+        """Return the text of ids; unknown ids are skipped, and invalid UTF-8 is replaced."""
         return b"".join(self.tokens.get(int(i), b"") for i in ids).decode(errors="replace")
