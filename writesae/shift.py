@@ -69,14 +69,7 @@ def _read_by_decay(factors: Factors, edit: Edit, steps: int) -> Tensor:
 
 
 def logit_gradient(
-    host: Host,
-    run: Run,
-    layer: int,
-    head: int,
-    rows: Tensor,
-    starts: Tensor,
-    steps: int,
-    tokens: Tensor,
+    host: Host, run: Run, layer: int, head: int, rows: Tensor, starts: Tensor, steps: int, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient [R, steps, d_v] of each row's logit of tokens[r], at the last of `steps` positions
     from starts[r] on, with respect to the head's output there; and the native logits [R, V] at that position.

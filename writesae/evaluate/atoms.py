@@ -1,5 +1,4 @@
-"""Atoms one by one: the same atom in another SAE, the contexts of its firings, the tokens at which it
-fires."""
+"""Atoms one by one: the same atom in another SAE, the contexts of its firings, the tokens at which it fires."""
 
 from __future__ import annotations
 

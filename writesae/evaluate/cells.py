@@ -16,8 +16,7 @@ RANK_TOLERANCE = 1e-5  # singular values below this share of the largest count a
 
 
 def numerical_rank(matrices: torch.Tensor) -> int:
-    """Return the largest number of singular values above RANK_TOLERANCE of the largest, over [M, d_k,
-    d_v]."""
+    """Return the largest number of singular values above RANK_TOLERANCE of the largest, over [M, d_k, d_v]."""
     values = torch.linalg.svdvals(matrices)
     return int((values > RANK_TOLERANCE * values[:, :1]).sum(1).max())
 

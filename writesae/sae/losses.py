@@ -57,8 +57,8 @@ def factored_loss(
 ) -> Loss:
     """Return the loss of a bilinear or tied + rank-1 SAE on every token, without states.
 
-    energy [N, T] is history.energy(sae.mean), in raw units; dead [D] int64 are the silent atoms, if any;
-    bf16 as in History.read.
+    energy [N, T] is history.energy(sae.mean), in raw units; dead [D] int64 are the silent atoms, if any; bf16
+    as in History.read.
     """
     encoder, decoder = sae.encoder, sae.decoder
     pre = sae.overlaps(encoder, history, encoder.bias, bf16)
