@@ -263,7 +263,7 @@ class VectorHistory(History):
             yield state
 
     def steps(self) -> Tensor:
-        """Return all X_t, [N, T, d_k, d_v], by chunks: X_t over the product of decays so far is a plain sum."""
+        """Return all X_t, [N, T, d_k, d_v], by chunks: X_t over the decay so far is a plain sum."""
         state, parts = None, []
         chunks = zip(*(x.split(STATE_CHUNK, 1) for x in self.tensors().values()))
         for key, value, log_decay, erase, taken in chunks:

@@ -146,12 +146,12 @@ class Factors(TensorFields):
 
 
 def step_states(factors: Factors, state: Tensor | None = None) -> Tensor:
-    """Return all states [B, T, d_k, d_v] by a slow loop, the reference for tests. state [B, d_k, d_v]: before."""
+    """Return all states [B, T, d_k, d_v] by a slow loop (the reference). state [B, d_k, d_v]: before."""
     return torch.stack([now for now, _ in factors.walk(state)], 1)
 
 
 def split_chunks(x: Tensor, chunk: int, axis: int = -2) -> Tensor:
-    """Split time, at a negative axis, into chunks padded with zeros: [..., T, ...] -> [..., C, chunk, ...]."""
+    """Split time, at a negative axis, into zero-padded chunks: [..., T, ...] -> [..., C, chunk, ...]."""
     pad = -x.shape[axis] % chunk
     x = F.pad(x, [0, 0] * (-axis - 1) + [0, pad]) if pad else x
     return x.unflatten(axis, (-1, chunk))
@@ -222,7 +222,8 @@ def gated_delta_chunks(
         if end or c < chunks - 1:
             state, groups = whole[..., c, :, :] * _each(state, groups), None
             state.flatten(0, -3).baddbmm_(to_end[..., c, :, :].mT.flatten(0, -3), u.flatten(0, -3))
-    return torch.cat(outputs, -2)[..., :length, :], torch.cat(writes, -2)[..., :length, :], state if end else None
+    outputs, writes = (torch.cat(x, -2)[..., :length, :] for x in (outputs, writes))
+    return outputs, writes, state if end else None
 
 
 def decayed_chunks(
