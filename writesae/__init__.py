@@ -9,8 +9,7 @@
     firings = ws.find_firings(sae, cell, windows)
     tests = ws.replace_writes(host, windows, sae, firings)
 
-Names are imported on first use, so that `import writesae` takes no time. The modules have more, for work with
-batches of edits or with shards of a harvest.
+Names are imported on first use, so that `import writesae` takes no time.
 """
 
 from importlib import import_module

@@ -1,10 +1,8 @@
-"""Exact edits of single writes: at all later tokens, a changed state differs by a sum of the same few rank-1
-terms.
+"""Exact edits of single writes: rank-1 terms that are added to a cell's state at chosen positions.
 
-An edit adds sum_j left_j right_j^T to a cell's state at chosen positions. Later, dS_t = sum_j x_{j,t}
-right_j^T with x_{j,t} = A_t x_{j,t-1}: only the key sides change, by the host's own transition matrices (the
-paper's Eq. 3, without its approximations), and the head's output changes by dS_t^T q_t. The rest of the model
-is then run again from the first edited position on (`Host.branch`).
+A term left_j right_j^T moves on as dS_t = sum_j x_{j,t} right_j^T with x_{j,t} = A_t x_{j,t-1} (the paper's
+Eq. 3, without its approximations), and changes the head's output by dS_t^T q_t. `Host.branch` runs the rest
+of the model.
 """
 
 from __future__ import annotations
@@ -27,12 +25,11 @@ Vector = Tensor | Sequence[float]
 
 @dataclass
 class Edit:
-    """R edited rows, each with r rank-1 terms that enter the state of a cell. `Edit.at` makes one term at one
-    place.
+    """R edited rows, each with r rank-1 terms that enter the state of a cell. `Edit.at` makes a single term.
 
     rows [R]: windows of the run; positions [R, r]: where each term enters; left [R, r, d_k]; right [R, r,
-    d_v]; reads_write [R] bool: whether the token at that position already reads the edit (scope "write") or
-    only later tokens do (scope "cache"). Raises ValueError for shapes that do not fit together.
+    d_v]; reads_write [R] bool: whether the token at that position reads the edit (scope "write") or only
+    later tokens do (scope "cache"). Raises ValueError for shapes that do not fit together.
     """
 
     rows: Tensor
@@ -46,24 +43,22 @@ class Edit:
         terms = shapes[2][:2]
         fits = len(shapes[2]) == len(shapes[3]) == 3 and 0 not in terms[1:]
         if not fits or shapes[:2] + shapes[3:] != [terms[:1], terms, terms + shapes[3][2:], terms[:1]]:
-            raise ValueError(
-                "An edit takes rows [R], positions [R, r], left [R, r, d_k], right [R, r, d_v] and reads_write [R]; got "
-                f"{', '.join(map(str, shapes))}."
-            )
+            wanted = "rows [R], positions [R, r], left [R, r, d_k], right [R, r, d_v] and reads_write [R]"
+            raise ValueError(f"An edit takes {wanted}; got {', '.join(map(str, shapes))}.")
 
     @classmethod
     def at(cls, window: int, position: int, key: Vector, value: Vector, scope: str = "write") -> Edit:
         """Return the edit that adds key value^T to the state at one position of one window.
 
-        key [d_k], value [d_v]: tensors, arrays or lists. scope: whether the token at the position reads the
-        edit ("write") or only later tokens do ("cache"). Raises ValueError for other shapes and scopes.
+        key [d_k], value [d_v]: tensors, arrays or lists. scope: "write" or "cache". Raises ValueError for
+        others.
         """
         key, value = torch.as_tensor(key), torch.as_tensor(value)
         if (key.dim(), value.dim()) != (1, 1):
-            raise ValueError(
-                f"An edit at one place takes key [d_k] and value [d_v]; got {[*key.shape]}, {[*value.shape]}."
-            )
-        return make_edit(torch.tensor([window]), torch.tensor([position]), key[None, None], value[None, None], scope)
+            shapes = f"{[*key.shape]}, {[*value.shape]}"
+            raise ValueError(f"An edit at one place takes key [d_k] and value [d_v]; got {shapes}.")
+        place = torch.tensor([window]), torch.tensor([position])
+        return make_edit(*place, key[None, None], value[None, None], scope)
 
     @property
     def starts(self) -> Tensor:
@@ -71,7 +66,7 @@ class Edit:
         return self.positions.min(1).values
 
     def split(self, size: int) -> list[Edit]:
-        """Return the same edit in pieces of at most `size` rows."""
+        """Return the edit in pieces of at most `size` rows."""
         return [Edit(*part) for part in zip(*(x.split(size) for x in vars(self).values()), strict=True)]
 
 
@@ -88,20 +83,18 @@ def make_edit(rows: Tensor, position: Tensor, left: Tensor, right: Tensor, scope
 
 @torch.no_grad()
 def run_edited(host: Host, windows: Windows | Tensor, edit: Edit, *, layer: int, head: int, steps: int) -> Tensor:
-    """Return the logits [R, steps, V] of edited runs, fp32: `steps` tokens from each row's first edited
-    position on.
+    """Return the logits [R, steps, V], fp32, of edited runs from each row's first edited position on.
 
-    windows: those that the edit's rows count, or their tokens [N, T]; only the edited ones are run. (layer,
-    head) is the cell. Raises ValueError for places outside the windows, sides of another cell's size, and
-    values that are not finite.
+    windows: those to which the edit's rows refer, or their tokens [N, T]; only the edited ones are run.
+    Raises ValueError for places outside the windows, sides of another size than the cell's, and values that
+    are not finite.
     """
     run, edit = run_of(host, windows, edit, layer, head)
     return host.logits(edited_hidden(host, run, layer, head, edit, steps))
 
 
 def run_of(host: Host, windows: Windows | Tensor, edit: Edit, layer: int, head: int) -> tuple[Run, Edit]:
-    """Return a native run over the edited windows only, and the edit with its rows in that run and in its
-    dtype."""
+    """Return a native run of the edited windows, and the edit with its rows in that run and in its dtype."""
     tokens = windows if isinstance(windows, Tensor) else windows.tokens
     host.check_cell(layer, head)
     check_places(edit.rows, edit.positions, tokens)
@@ -112,11 +105,11 @@ def run_of(host: Host, windows: Windows | Tensor, edit: Edit, layer: int, head: 
 
 
 def head_change(factors: Factors, edit: Edit, steps: int) -> tuple[Tensor, Tensor]:
-    """Return the change of the head's output, [R, steps, d_v] from each row's start on, and the key sides [R,
-    r, d_k] after the last step. factors: the cell's, over the run's [B, T].
+    """Return the change of the head's output [R, steps, d_v] from each row's start on, and the last key
+    sides.
 
-    Raises ValueError for places outside the run, sides of another cell's size or dtype, and values that are
-    not finite.
+    factors: the cell's, over the run's [B, T]; the key sides are [R, r, d_k]. Raises ValueError for places
+    outside the run, sides of another size or dtype than the cell's, and values that are not finite.
     """
     _check_fits(factors, edit, steps)
     starts, moved, changes = edit.starts, torch.zeros_like(edit.left), []
@@ -130,10 +123,12 @@ def head_change(factors: Factors, edit: Edit, steps: int) -> tuple[Tensor, Tenso
 
 
 def _check_fits(factors: Factors, edit: Edit, steps: int) -> None:
-    d_k, d_v, dtype = factors.key.shape[-1], factors.added.shape[-1], factors.key.dtype
-    if (edit.left.shape[-1], edit.right.shape[-1]) != (d_k, d_v):
-        sides = f"{edit.left.shape[-1]} x {edit.right.shape[-1]}"
-        raise ValueError(f"The cell's states are {d_k} x {d_v} (key x value), and the edit is {sides}.")
+    dtype = factors.key.dtype
+    states, sides = (
+        f"{x.shape[-1]} x {y.shape[-1]}" for x, y in ((factors.key, factors.added), (edit.left, edit.right))
+    )
+    if states != sides:
+        raise ValueError(f"The cell's states are {states} (key x value), and the edit is {sides}.")
     if (edit.left.dtype, edit.right.dtype) != (dtype, dtype):
         raise ValueError(f"The edit must be in {dtype}, as the run; it is in {edit.left.dtype} and {edit.right.dtype}.")
     finite = (edit.left.isfinite().all(-1) & edit.right.isfinite().all(-1)).all(-1)
@@ -153,18 +148,16 @@ def edited_hidden(host: Host, run: Run, layer: int, head: int, edit: Edit, steps
 
 
 def kl(native: Tensor, patched: Tensor) -> Tensor:
-    """Return KL(native, patched) in nats over the last dimension of logits; in fp64, for it may be as small
-    as 1e-8."""
+    """Return KL(native, patched) in nats over the last dimension of logits; in fp64, as it can be tiny."""
     p, q = F.log_softmax(native.double(), -1), F.log_softmax(patched.double(), -1)
     return (p.exp() * (p - q)).sum(-1)
 
 
 @torch.no_grad()
 def generate(host: Host, run: Run, layer: int, head: int, edit: Edit, count: int) -> tuple[Tensor, Tensor]:
-    """Return greedy continuations [R, count] under an edit, and the logits [R, V] of the first new token.
+    """Return greedy continuations [R, count] of edited prompts, and the logits [R, V] of the first new token.
 
-    Each row's window is the whole prompt; the edit enters inside it and stays in the state while the model
-    continues. Raises ValueError for rows with different starting positions, and for a count below 1.
+    A window is a prompt. Raises ValueError for rows with different starting positions, and a count below 1.
     """
     if count < 1 or not len(edit.rows):
         raise ValueError(f"There is nothing to generate: {count} tokens for {len(edit.rows)} rows were asked for.")

@@ -1,8 +1,4 @@
-"""Harvest: the factors of chosen cells over many windows, in one pass of the model; never a state.
-
-Per token and cell: key, value of the write, log decay. For d_k = d_v = 128 that is 257 numbers where the
-paper's extraction keeps states of 16,384.
-"""
+"""Harvest: the factors of chosen cells over many windows, in one pass of the model, without states."""
 
 from __future__ import annotations
 
@@ -33,14 +29,11 @@ def harvest(
 
 @torch.no_grad()
 def harvest(host, windows, cells=None, batch=16, progress=True, *, layer=None, head=None):
-    """Return the factors of one cell (`layer`, `head`), or those of `cells` by cell, over windows or their
-    tokens [N, T].
+    """Return the factors of one cell, or of several by cell, over windows or their tokens [N, T].
 
-    `batch` windows are run at once, through the layers up to the last cell. The factors are in fp32 on the
-    CPU: key, added and log_decay; effective where decays are scalar; erase and taken where they are vectors.
-
-    Raises ValueError for no cell, a cell that the host does not have, a batch below 1, and tokens that
-    `Host.run` refuses.
+    batch: windows per run. The factors are in fp32 on the CPU: key, added and log_decay; effective for scalar
+    decays; erase and taken for vector decays. Raises ValueError for no cell, a cell that the host does not
+    have, a batch below 1, and tokens that `Host.run` refuses.
     """
     if (layer is None) != (head is None) or (layer is None) == (cells is None):
         raise ValueError("A harvest is of one cell (layer and head) or of a list of cells.")
@@ -58,21 +51,18 @@ def harvest(host, windows, cells=None, batch=16, progress=True, *, layer=None, h
         run = host.run(rows, upto=max(cell[0] for cell in chosen) + 1)
         for cell in chosen:
             factors = host.cell_factors(run.records[cell[0]], cell[1])
-            parts[cell].append(_kept(factors, host.scalar_decay).map(lambda x: x.float().cpu()))
+            if host.scalar_decay:
+                factors = replace(factors, query=None, erase=None, probe=None)
+            else:
+                taken = factors.taken_by_erase()
+                factors = replace(factors, query=None, effective=None, probe=None, taken=taken)
+            parts[cell].append(factors.map(lambda x: x.float().cpu()))
     whole = {cell: _joined(parts.pop(cell), Origin(host.name, *cell, "added")) for cell in chosen}
     return whole if layer is None else whole[layer, head]
 
 
-def _kept(factors: Factors, scalar_decay: bool) -> Factors:
-    """Return what a harvest keeps: the factors from which states and writes follow."""
-    if scalar_decay:
-        return replace(factors, query=None, erase=None, probe=None)
-    return replace(factors, query=None, effective=None, probe=None, taken=factors.taken_by_erase())
-
-
 def _joined(parts: list[Factors], origin: Origin) -> Factors:
-    """Return the factors of all batches, in order. Empties `parts`, so that memory holds only one field
-    twice."""
+    """Return the factors of all batches; empty `parts`, so that memory holds only one field twice."""
     tensors = [part.tensors() for part in parts]
     parts.clear()
     whole = {name: torch.cat([x.pop(name) for x in tensors]) for name in list(tensors[0])}

@@ -1,38 +1,35 @@
-"""A cell's history: the factors from which every state follows, and what can be computed without states.
+"""A cell's history: the factors of all states, and what is computed from them without states.
 
-Sec. 2 of the paper writes the recurrence of one head as a gate product and a rank-1 write. In code's names,
-
-    X_t = exp(log_decay_t) X_{t-1} + key_t value_t^T      (target "state", X_0 = 0 before every window)
+    X_t = exp(log_decay_t) X_{t-1} + key_t value_t^T      (target "state"; Sec. 2 of the paper; X starts at 0)
     X_t = key_t value_t^T                                 (target "write")
 
-A quantity that is linear in X_t then obeys a scalar recurrence, p_t = exp(log_decay_t) p_{t-1} + x_t. Within
-a chunk of L tokens that is a product with the lower-triangular D_ts = exp(log_decay_{s+1} + ... +
-log_decay_t); from one chunk to the next a single row is carried. Decays are summed in fp64: differences of
-long sums lose too many digits in fp32.
+A linear function of X_t obeys a scalar recurrence, p_t = exp(log_decay_t) p_{t-1} + x_t. Within a chunk of L
+tokens it is a product with D_ts = exp(log_decay_{s+1} + ... + log_decay_t), and one row is carried from chunk
+to chunk. Decays are summed in fp64, since differences of long sums lose too many digits in fp32.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from writesae.recurrence import decay_between, decay_until, split_chunks
+from writesae.recurrence import TensorFields, decay_between, decay_until, split_chunks
 
 CHUNK = 64
 STATE_CHUNK = 32
-GROUP = 64  # windows, or picked places, that are worked on at once
-VECTOR_GROUP = 8  # windows, where their states are rebuilt
-VECTOR_NUMBERS = 2**26  # in the states that are rebuilt at once, if they are of more than one window
+GROUP = 64  # maximum number of windows, or places, per batch
+VECTOR_GROUP = 8  # the same for windows whose states are rebuilt
+VECTOR_NUMBERS = 2**26  # maximum size of the states that are rebuilt at once (but at least one window)
 
 
 class Origin(NamedTuple):
-    """The cell that a history is of. write: added or effective, the definition of the write that it uses."""
+    """The cell of a history. write: added or effective, the definition of its native write."""
 
     host: str | None
     layer: int
@@ -41,7 +38,7 @@ class Origin(NamedTuple):
 
 
 class Chunks(NamedTuple):
-    """A history cut into C chunks of L tokens, the last chunk padded with zeros."""
+    """A history cut into C chunks of L tokens, the last one padded with zeros."""
 
     key: Tensor  # [N, C, L, d_k]
     value: Tensor  # [N, C, L, d_v]
@@ -50,12 +47,12 @@ class Chunks(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class History:
+class History(TensorFields):
     """N windows of T tokens of one cell, each from a zero state; floating point, fp32 in a harvest.
 
     key [N, T, d_k]; value [N, T, d_v]; log_decay [N, T] (target "state") or None (target "write"). origin:
-    where the data come from, if that is known; an SAE that is trained on them records it. Raises ValueError
-    for shapes that do not fit together, several dtypes, and values that are not finite.
+    the cell, if known, which an SAE of these data records. Raises ValueError for wrong shapes, mixed dtypes
+    and values not finite.
     """
 
     key: Tensor
@@ -69,43 +66,31 @@ class History:
         shapes = [tuple(x.shape) for x in self.tensors().values()]
         fits = self.key.dim() == 3 and self.value.dim() == 3 and all(s[:2] == shapes[0][:2] for s in shapes)
         if not fits or 0 in shapes[0] + shapes[1] or len(shapes) == 3 and len(shapes[2]) != 2:
-            raise ValueError(
-                f"A history needs key [N, T, d_k], value [N, T, d_v] and log_decay [N, T] or None; got {shapes}."
-            )
+            wanted = "key [N, T, d_k], value [N, T, d_v] and log_decay [N, T] or None"
+            raise ValueError(f"A history needs {wanted}; got {shapes}.")
         self._check_values()
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that are not None, by field."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: x for name, x in values.items() if isinstance(x, Tensor)}
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> History:
-        return replace(self, **{name: change(x) for name, x in self.tensors().items()})
 
     def _check_values(self) -> None:
         tensors = self.tensors()
-        types = {name: x.dtype for name, x in tensors.items()}
-        if len(set(types.values())) > 1 or not self.key.is_floating_point():
-            listed = ", ".join(f"{name} in {dtype}" for name, dtype in types.items())
+        if len({x.dtype for x in tensors.values()}) > 1 or not self.key.is_floating_point():
+            listed = ", ".join(f"{name} in {x.dtype}" for name, x in tensors.items())
             raise ValueError(f"A history needs all its tensors in one floating-point type; got {listed}.")
-        if all(torch.isfinite(x.sum()) for x in tensors.values()):  # quick: no sum is finite if a term is not
+        if all(torch.isfinite(x.sum()) for x in tensors.values()):  # fast; a sum can also overflow
             return
-        bad = [~torch.isfinite(x.reshape(*self.shape, -1)) for x in tensors.values()]
-        per_token = sum(b.sum(-1) for b in bad)
+        bad = {name: (~x.isfinite()).reshape(*self.shape, -1).sum(-1) for name, x in tensors.items()}
+        per_token = sum(bad.values())
         if not per_token.any():
             return
         window, position = per_token.nonzero()[0].tolist()
-        names = [n for n, b in zip(tensors, bad) if b[window, position].any()]
+        names = " and ".join(name for name, count in bad.items() if count[window, position])
         count = int(per_token.sum())
         values = f"{count} values that are" if count > 1 else "1 value that is"
-        raise ValueError(
-            f"The harvest holds {values} not finite, the first at window {window}, position {position}: "
-            f"in {' and '.join(names)}."
-        )
+        place = f"window {window}, position {position}: in {names}"
+        raise ValueError(f"The harvest holds {values} not finite, the first at {place}.")
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, T): the number of windows, and of tokens in each."""
+        """(N, T): windows, and tokens per window."""
         return self.key.shape[0], self.key.shape[1]
 
     @property
@@ -127,7 +112,7 @@ class History:
         """Return the windows at `index`; for an int a history with N = 1."""
         if isinstance(index, int):
             index = [index]
-        return self._map(lambda x: x[index])
+        return self.map(lambda x: x[index])
 
     def groups(self, windows: int = GROUP) -> Iterator[History]:
         """Yield the history in parts of at most `windows` windows, in order."""
@@ -139,19 +124,15 @@ class History:
         return self.key[window, position], self.value[window, position]
 
     def fingerprint(self) -> str:
-        """Return a hash of all values, which two runs have in common only with the same data."""
+        """Return a hash of all values."""
         digest = hashlib.sha256(str((self.shape, self.target, self.key.dtype)).encode())
         for x in self.tensors().values():
             digest.update(x.detach().cpu().contiguous().numpy())
         return digest.hexdigest()
 
-    def to(self, device: torch.device | str) -> History:
-        """Return the same history on a device."""
-        return self._map(lambda x: x.to(device))
-
     def double(self) -> History:
         """Return the same history in fp64."""
-        return self._map(Tensor.double)
+        return self.map(Tensor.double)
 
     def walk(self) -> Iterator[Tensor]:
         """Yield X_0, X_1, ... one token at a time, each [N, d_k, d_v], by the recurrence as written above."""
@@ -162,8 +143,7 @@ class History:
             yield state
 
     def steps(self) -> Tensor:
-        """Return all X_t, [N, T, d_k, d_v], by the plain loop: slow and large; the oracle, and for batches on
-        states."""
+        """Return all X_t, [N, T, d_k, d_v], by the plain loop: slow and large."""
         return torch.stack(list(self.walk()), dim=1)
 
     @cached_property
@@ -174,17 +154,20 @@ class History:
         return Chunks(key, value, decay_between(total, key.dtype), total.exp().to(key.dtype))
 
     def read(self, left: Tensor, right: Tensor, bf16: bool = False) -> Tensor:
-        """Return left_i^T X_t right_i, [N, T, n], for left [n, d_k] and right [n, d_v]; differentiable in
-        both. bf16: with rounded factors, and sums in fp32."""
+        """Return left_i^T X_t right_i, [N, T, n], for left [n, d_k], right [n, d_v]; differentiable in both.
+
+        bf16: round the factors, and sum in fp32.
+        """
         product = _RoundedProduct.apply if bf16 else lambda x, y: x @ y.T
         if self.log_decay is None:
             return product(self.key, left) * product(self.value, right)
         chunks = self.chunks
-        out = _Scan.apply(product(chunks.key, left) * product(chunks.value, right), chunks.decay, chunks.carry)
+        x = product(chunks.key, left) * product(chunks.value, right)
+        out = _Scan.apply(x, chunks.decay, chunks.carry)
         return out.flatten(1, 2)[:, : self.key.shape[1]]
 
     def inner(self, matrix: Tensor) -> Tensor:
-        """Return <X_t, matrix>, [N, T] in the history's dtype, for matrix [d_k, d_v]; computed in fp64."""
+        """Return <X_t, matrix>, [N, T], for matrix [d_k, d_v]; computed in fp64."""
         return torch.cat([part.double()._inner(matrix.double()) for part in self.groups()]).to(self.key.dtype)
 
     def _inner(self, matrix: Tensor) -> Tensor:
@@ -192,11 +175,7 @@ class History:
         return write if self.log_decay is None else _scan(self.log_decay, write)
 
     def energy(self, centre: Tensor | None = None) -> Tensor:
-        """Return ||X_t - centre||_F^2, [N, T] in the history's dtype; centre [d_k, d_v], by default zero.
-
-        Computed in fp64 from the Gram matrices of keys and values within a chunk and one carried state per
-        window.
-        """
+        """Return ||X_t - centre||_F^2, [N, T]; centre [d_k, d_v], by default zero; computed in fp64."""
         centre = torch.zeros(self.d_k, self.d_v, device=self.key.device) if centre is None else centre
         centre = centre.double()
         parts = []
@@ -205,6 +184,7 @@ class History:
         return torch.cat(parts).clamp_min(0).to(self.key.dtype)
 
     def _energy(self) -> Tensor:
+        """Sum Gram matrices of keys and values within a chunk, and carry one state per window."""
         if self.log_decay is None:
             return self.key.square().sum(-1) * self.value.square().sum(-1)
         state = self.key.new_zeros(len(self), self.d_k, self.d_v)
@@ -212,28 +192,26 @@ class History:
         for key, value, decay, carry in zip(*(x.unbind(1) for x in self.chunks)):
             gram = (key @ key.transpose(1, 2)) * (value @ value.transpose(1, 2))
             cross = (decay @ ((key @ state) * value).sum(-1, keepdim=True)).squeeze(-1)
-            own = ((decay @ gram) * decay).sum(-1)
-            out.append(own + 2 * carry * cross + carry.square() * state.square().sum((1, 2))[:, None])
+            within = ((decay @ gram) * decay).sum(-1)
+            out.append(within + 2 * carry * cross + carry.square() * state.square().sum((1, 2))[:, None])
             state = carry[:, -1, None, None] * state + (key * decay[:, -1, :, None]).transpose(1, 2) @ value
         return torch.cat(out, dim=1)[:, : self.key.shape[1]]
 
     def mean(self) -> Tensor:
-        """Return the mean of X_t over all windows and positions, [d_k, d_v] in the history's dtype; computed
-        in fp64."""
+        """Return the mean of X_t over all windows and positions, [d_k, d_v]; computed in fp64."""
         total = sum(part.double()._sum() for part in self.groups())
         return (total / (self.shape[0] * self.shape[1])).to(self.key.dtype)
 
     def _sum(self) -> Tensor:
-        """A write at s counts 1 + alpha_{s+1} + alpha_{s+1} alpha_{s+2} + ... times: a scan from the end."""
+        """Weight the write at s by 1 + alpha_{s+1} + alpha_{s+1} alpha_{s+2} + ...: a scan from the end."""
         weight = torch.ones_like(self.key[..., 0])
         if self.log_decay is not None:
             weight = _scan(self.log_decay.roll(-1, dims=1).flip(1), weight).flip(1)
         return torch.einsum("nt,ntk,ntv->kv", weight, self.key, self.value)
 
     def matrices(self, window: Tensor, position: Tensor) -> Tensor:
-        """Return X at chosen places, [M, d_k, d_v], from the factors: window [M], position [M] (int64)."""
-        picks = zip(window.split(GROUP), position.split(GROUP))
-        parts = [self._matrices(w, p) for w, p in picks]
+        """Return X at chosen places, [M, d_k, d_v]: window [M], position [M] (int64)."""
+        parts = list(map(self._matrices, window.split(GROUP), position.split(GROUP)))
         return torch.cat(parts) if parts else self.key.new_zeros(0, self.d_k, self.d_v)
 
     def _matrices(self, window: Tensor, position: Tensor) -> Tensor:
@@ -248,12 +226,11 @@ class History:
 
 @dataclass(frozen=True, eq=False)
 class VectorHistory(History):
-    """States whose decay is a vector, d_k numbers a token, as in RWKV-7 and GLA:
+    """States with one decay per key channel, as in RWKV-7 and GLA, rebuilt for a few windows at a time:
 
         X_t = diag(exp(log_decay_t)) X_{t-1} + key_t value_t^T - erase_t taken_t^T
 
-    log_decay, erase [N, T, d_k]; taken [N, T, d_v], what the erase found in X_{t-1}. No scalar recurrence
-    gives left^T X_t right then, so states are rebuilt from these, a few windows at a time, and never kept.
+    log_decay, erase [N, T, d_k]; taken [N, T, d_v], what the erase found in X_{t-1}.
     """
 
     erase: Tensor | None = None
@@ -266,10 +243,8 @@ class VectorHistory(History):
         key, value = shapes["key"], shapes["value"]
         wanted = dict(key=key, value=(*key[:2], *value[2:]), log_decay=key, erase=key, taken=value)
         if len(shapes) != 5 or len(key) != 3 or len(value) != 3 or 0 in key + value or shapes != wanted:
-            raise ValueError(
-                "A history with vector decays needs key, log_decay, erase [N, T, d_k] and value, taken [N, T, d_v]; "
-                f"got {shapes}."
-            )
+            wanted = "key, log_decay, erase [N, T, d_k] and value, taken [N, T, d_v]"
+            raise ValueError(f"A history with vector decays needs {wanted}; got {shapes}.")
         self._check_values()
 
     @property
@@ -282,31 +257,29 @@ class VectorHistory(History):
     def walk(self) -> Iterator[Tensor]:
         state = torch.zeros_like(self.key[:, 0, :, None] * self.value[:, 0, None, :])
         for t in range(self.key.shape[1]):
-            write = (
-                self.key[:, t, :, None] * self.value[:, t, None] - self.erase[:, t, :, None] * self.taken[:, t, None]
-            )
+            erased = self.erase[:, t, :, None] * self.taken[:, t, None]
+            write = self.key[:, t, :, None] * self.value[:, t, None] - erased
             state = self.log_decay[:, t, :, None].exp() * state + write
             yield state
 
     def steps(self) -> Tensor:
-        """Return all X_t, [N, T, d_k, d_v], by chunks: over W_t, the product of decays so far, X_t is a plain
-        sum."""
-        state, found = None, []
-        for key, value, log_decay, erase, taken in zip(*(x.split(STATE_CHUNK, 1) for x in self.tensors().values())):
+        """Return all X_t, [N, T, d_k, d_v], by chunks: X_t over the decay so far is a plain sum."""
+        state, parts = None, []
+        chunks = zip(*(x.split(STATE_CHUNK, 1) for x in self.tensors().values()))
+        for key, value, log_decay, erase, taken in chunks:
             total = log_decay.cumsum(1)
             if total.min() < -60:  # 1 / W would leave fp32
                 return super().steps()
             grow = torch.exp(-total)
-            summed = torch.cat([key * grow, -erase * grow], -1).unflatten(-1, (2, -1)).mT @ torch.stack(
-                [value, taken], -2
-            )
+            left = torch.cat([key * grow, -erase * grow], -1).unflatten(-1, (2, -1))
+            summed = left.mT @ torch.stack([value, taken], -2)
             summed = summed.cumsum(1) if state is None else summed.cumsum(1) + state[:, None]
-            found.append(summed * total.exp()[..., None])
-            state = found[-1][:, -1]
-        return torch.cat(found, 1)
+            parts.append(summed * total.exp()[..., None])
+            state = parts[-1][:, -1]
+        return torch.cat(parts, 1)
 
     def read(self, left: Tensor, right: Tensor, bf16: bool = False) -> Tensor:
-        """Return the same as History.read, from states; nothing is rounded."""
+        """Return the same as History.read, from states and without rounding."""
         return self.steps().flatten(-2) @ (left[:, :, None] * right[:, None]).flatten(1).T
 
     def _inner(self, matrix: Tensor) -> Tensor:
@@ -321,8 +294,7 @@ class VectorHistory(History):
     def _matrices(self, window: Tensor, position: Tensor) -> Tensor:
         if at_once(self) >= GROUP:
             unique, which = window.unique(return_inverse=True)
-            states = self[unique].steps()
-            return states[which, position]
+            return self[unique].steps()[which, position]
         key, value, log_decay, erase, taken = (x[window] for x in self.tensors().values())
         seen = (torch.arange(key.shape[1], device=key.device) <= position[:, None])[..., None]
         weight = decay_until(log_decay, seen)
@@ -335,9 +307,8 @@ def at_once(history: History) -> int:
 
 
 def _scan(log_decay: Tensor, x: Tensor) -> Tensor:
-    """Return p_t = exp(log_decay_t) p_{t-1} + x_t along the second axis of [N, T], by a plain loop."""
-    out = x.clone()
-    decay = log_decay.exp()
+    """Return p_t = exp(log_decay_t) p_{t-1} + x_t, [N, T], by a plain loop."""
+    out, decay = x.clone(), log_decay.exp()
     for t in range(1, x.shape[1]):
         out[:, t].addcmul_(decay[:, t], out[:, t - 1])
     return out
@@ -354,17 +325,16 @@ class _RoundedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
-        (x,) = ctx.saved_tensors
-        return None, _mm(grad.bfloat16().flatten(0, -2).T, x)
+        return None, _mm(grad.bfloat16().flatten(0, -2).T, *ctx.saved_tensors)
 
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b of bf16 matrices, in fp32; on a CPU as the same products of fp32 numbers."""
+    """Return a b of bf16 matrices, in fp32."""
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 class _Scan(torch.autograd.Function):
-    """p_t = alpha_t p_{t-1} + x_t for x [N, C, L, n]: D x within each chunk, then the carried row."""
+    """p_t = alpha_t p_{t-1} + x_t for x [N, C, L, n]: D x within chunks, then the carried row."""
 
     @staticmethod
     def forward(ctx, x: Tensor, decay: Tensor, carry: Tensor) -> Tensor:
@@ -376,10 +346,10 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Apply the transpose: D^T grad, and what later chunks send back through the carried row."""
+        """Apply the transpose: D^T grad, plus the gradient of later chunks through the carried row."""
         decay, carry = ctx.saved_tensors
         out = decay.transpose(-1, -2) @ grad
-        carried = (carry[:, :, None] @ grad).squeeze(2)  # [N, C, n]: grad of the carried row, from chunk c
+        carried = (carry[:, :, None] @ grad).squeeze(2)  # [N, C, n]: gradient of the row carried into chunk c
         for c in range(out.shape[1] - 1, 0, -1):
             out[:, c - 1].addcmul_(decay[:, c - 1, -1, :, None], carried[:, c, None])
             carried[:, c - 1].addcmul_(carry[:, c - 1, -1:], carried[:, c])

@@ -1,7 +1,6 @@
-"""The recurrence of every host as data: S_t = A_t S_{t-1} + key_t added_t^T, where
-A_t = diag(decay_t) - erase_t probe_t^T.
+"""The recurrence: S_t = A_t S_{t-1} + key_t added_t^T with A_t = diag(decay_t) - erase_t probe_t^T.
 
-Symbols against the paper (Sec. 2, Eq. 2-3), for one cell, S always [d_k, d_v] and o_t = S_t^T q_t:
+Symbols of the paper (Sec. 2, Eq. 2-3) for one cell; S is always [d_k, d_v] and o_t = S_t^T q_t:
 
 | here        | Gated DeltaNet                          |
 |-------------|-----------------------------------------|
@@ -12,15 +11,13 @@ Symbols against the paper (Sec. 2, Eq. 2-3), for one cell, S always [d_k, d_v] a
 | log_decay   | log alpha_t, one number per token       |
 | erase, probe| alpha_t beta_t k_t and k_t              |
 | taken       | S_{t-1}^T probe_t, what the erase finds |
-
-`step_states` is the slow loop that everything else is tested against.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +28,7 @@ if TYPE_CHECKING:
 
 
 class Groups:
-    """R rows that share U things: row r has thing which[r], int64 [R]. Rows of one thing are computed
-    together."""
+    """R rows that share `count` states: row r has state which[r], int64 [R]."""
 
     def __init__(self, which: Tensor, count: int):
         same = which[:, None] == torch.arange(count, device=which.device)
@@ -40,22 +36,37 @@ class Groups:
         self.which, self.count, self.place, self.largest = which, count, place, int(place.max()) + 1
 
     def read(self, x: Tensor, shared: Tensor) -> Tensor:
-        """Return x[r] @ shared[which[r]] for x [R, H, L, d] and shared [U, H, d, e]: [R, H, L, e]. Nothing
-        shared is copied."""
+        """Return x[r] @ shared[which[r]], [R, H, L, e], for x [R, H, L, d] and shared [count, H, d, e]."""
         rows, heads, length, width = x.shape
         side = x.new_zeros(self.count, self.largest, *x.shape[1:]).index_put((self.which, self.place), x)
         products = side.transpose(1, 2).reshape(self.count, heads, self.largest * length, width) @ shared
         return products.view(self.count, heads, self.largest, length, -1)[self.which, :, self.place]
 
 
+class TensorFields:
+    """A dataclass with tensors among its fields."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are not None, by field."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: x for name, x in values.items() if isinstance(x, Tensor)}
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """Return a copy with every tensor changed."""
+        return replace(self, **{name: change(x) for name, x in self.tensors().items()})
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy on a device."""
+        return self.map(lambda x: x.to(device))
+
+
 @dataclass
-class Factors:
-    """A cell over [B, T]: per token a rank-1 write and a transition, never a state. Both a run and a harvest
-    give them.
+class Factors(TensorFields):
+    """The rank-1 write and the transition of a cell at every token, from a run or a harvest.
 
     query, key, erase, probe [B, T, d_k]; added, effective, taken [B, T, d_v]; log_decay [B, T, 1], or [B, T,
-    d_k] with vector decays. None: query and probe in a harvest; effective where it is not of rank 1; erase
-    where nothing is erased; taken in a run, and with scalar decays. origin: the cell.
+    d_k] for vector decays. None: query and probe in a harvest; effective if its rank exceeds 1; erase if
+    nothing is erased; taken in a run and for scalar decays. origin: the cell.
     """
 
     query: Tensor | None
@@ -68,43 +79,29 @@ class Factors:
     taken: Tensor | None = None
     origin: Origin | None = None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that are not None, by field."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: x for name, x in parts.items() if isinstance(x, Tensor)}
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Factors:
-        """Return the same factors with every tensor changed."""
-        return replace(self, **{name: change(x) for name, x in self.tensors().items()})
-
     def at(self, *index) -> Factors:
         """Return the factors at an index of the leading dimensions, e.g. `.at(rows, positions)`."""
         return self.map(lambda x: x[index])
 
-    def to(self, device: torch.device | str) -> Factors:
-        """Return the factors on a device."""
-        return self.map(lambda x: x.to(device))
-
     def write(self, definition: str) -> Tensor:
-        """Return the value side [B, T, d_v] of the native write: "added", or "effective" (the write minus
-        what is erased).
+        """Return the value side [B, T, d_v] of the native write: "added" or "effective" (minus the erased
+        part).
 
-        Raises ValueError for another name, and for an effective write that is not of rank 1 or was not
+        Raises ValueError for another name, and for an effective write of higher rank or that was not
         harvested.
         """
-        kept = dict(added=self.added, effective=self.effective)
-        if kept.get(definition) is None:
-            known = " or ".join(name for name, x in kept.items() if x is not None)
-            raise ValueError(f"There is no rank-1 write {definition!r}: choose {known}.")
-        return kept[definition]
+        values = dict(added=self.added) | ({} if self.effective is None else dict(effective=self.effective))
+        if definition not in values:
+            raise ValueError(f"There is no rank-1 write {definition!r}: choose {' or '.join(values)}.")
+        return values[definition]
 
     def history(self, target: str, write: str = "added", origin: Origin | None = None) -> History:
-        """Return what an SAE trains on: the "state", or the native "write" of that definition.
+        """Return the training data of an SAE: the "state", or the native "write" by that definition.
 
-        origin: the cell that the history names; by default that of these factors. Raises ValueError for
-        another target or write, and for values that are not finite.
+        origin: the cell, by default that of these factors. Raises ValueError for another target or write, and
+        for values that are not finite.
         """
-        from writesae.history import History, VectorHistory  # that module is built on this one
+        from writesae.history import History, VectorHistory  # imports this module
 
         origin = origin or (self.origin and self.origin._replace(write=write))
         if target == "write":
@@ -130,39 +127,31 @@ class Factors:
             moved = moved - self.probe[:, :, None] * (self.erase[:, None] @ y)
         return moved
 
+    def walk(self, state: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield S_t [B, d_k, d_v] and S_{t-1}^T probe_t [B, 1, d_v] (None without erase) token by token."""
+        if state is None:
+            state = self.key.new_zeros(len(self.key), self.key.shape[-1], self.added.shape[-1])
+        for t in range(self.key.shape[1]):
+            now, taken = self.at(slice(None), t), None
+            before = state
+            state = now.log_decay.exp()[:, :, None] * before + now.key[:, :, None] * now.added[:, None]
+            if now.erase is not None:
+                taken = now.probe[:, None] @ before
+                state = state - now.erase[:, :, None] * taken
+            yield state, taken
+
     def taken_by_erase(self) -> Tensor:
-        """Return what each erase finds, S_{t-1}^T probe_t [B, T, d_v], by a loop over tokens that keeps one
-        state."""
-        batch, length, d_k = self.key.shape
-        state, taken = self.key.new_zeros(batch, d_k, self.added.shape[-1]), []
-        for t in range(length):
-            now = self.at(slice(None), t)
-            taken.append((now.probe[:, None] @ state)[:, 0])
-            state = now.log_decay.exp()[:, :, None] * state + now.key[:, :, None] * now.added[:, None]
-            state = state - now.erase[:, :, None] * taken[-1][:, None]
-        return torch.stack(taken, 1)
+        """Return what each erase finds, S_{t-1}^T probe_t [B, T, d_v], by a loop over tokens."""
+        return torch.cat([taken for _, taken in self.walk()], 1)
 
 
 def step_states(factors: Factors, state: Tensor | None = None) -> Tensor:
-    """Return all states [B, T, d_k, d_v] by a loop over tokens (slow; the oracle). state: [B, d_k, d_v]
-    before."""
-    batch, length, d_k = factors.key.shape
-    if state is None:
-        state = factors.key.new_zeros(batch, d_k, factors.added.shape[-1])
-    states = []
-    for t in range(length):
-        now = factors.at(slice(None), t)
-        before = state
-        state = now.log_decay.exp()[:, :, None] * before + now.key[:, :, None] * now.added[:, None]
-        if now.erase is not None:
-            state = state - now.erase[:, :, None] * (now.probe[:, None] @ before)
-        states.append(state)
-    return torch.stack(states, 1)
+    """Return all states [B, T, d_k, d_v] by a slow loop (the reference). state [B, d_k, d_v]: before."""
+    return torch.stack([now for now, _ in factors.walk(state)], 1)
 
 
 def split_chunks(x: Tensor, chunk: int, axis: int = -2) -> Tensor:
-    """Split time, at a negative axis, into chunks, padded with zeros: [..., T, ...] -> [..., C, chunk,
-    ...]."""
+    """Split time, at a negative axis, into zero-padded chunks: [..., T, ...] -> [..., C, chunk, ...]."""
     pad = -x.shape[axis] % chunk
     x = F.pad(x, [0, 0] * (-axis - 1) + [0, pad]) if pad else x
     return x.unflatten(axis, (-1, chunk))
@@ -171,8 +160,7 @@ def split_chunks(x: Tensor, chunk: int, axis: int = -2) -> Tensor:
 def decay_between(total: Tensor, dtype: torch.dtype, axis: int = -1) -> Tensor:
     """Return exp(total_t - total_s) from token s to token t of a chunk, [..., t, s, ...]; 0 where s > t.
 
-    total: log decays summed since the chunk began, in fp64 for long sums; time at a negative axis. dtype: of
-    the result.
+    total: log decays summed since the chunk began; time at a negative axis. dtype: of the result.
     """
     tokens = total.shape[axis]
     later = torch.ones(tokens, tokens, dtype=torch.bool, device=total.device).triu(1)
@@ -182,12 +170,10 @@ def decay_between(total: Tensor, dtype: torch.dtype, axis: int = -1) -> Tensor:
 
 
 def _read(x: Tensor, state: Tensor, groups: Groups | None) -> Tensor:
-    """Return x @ state; each row has its own state, or shares one with its group."""
     return x @ state if groups is None else groups.read(x, state)
 
 
 def _each(state: Tensor, groups: Groups | None) -> Tensor:
-    """Return the state of each row."""
     return state if groups is None else state[groups.which]
 
 
@@ -202,13 +188,13 @@ def gated_delta_chunks(
     groups: Groups | None = None,
     end: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute the gated delta rule by chunks: outputs and effective writes u [..., T, d_v], last state [...,
-    d_k, d_v].
+    """Compute the gated delta rule by chunks; return outputs, effective writes u [..., T, d_v] and the last
+    state.
 
     query, key [..., T, d_k] (keys of unit norm, queries scaled); value [..., T, d_v]; beta, log_decay [...,
-    T]. state [..., d_k, d_v]: the one to start from; with `groups` those that the rows share, [U, H, d_k,
-    d_v]. Without `end` there is no last state. Within a chunk, (I + tril(beta_t (k_t . k_s) prod alpha, -1))
-    u = beta (v - decayed read of the carried state).
+    T]. state [..., d_k, d_v]: the initial one; with `groups` the shared ones, [U, H, d_k, d_v]. Without `end`
+    there is no last state. In a chunk, (I + tril(beta_t (k_t . k_s) prod alpha, -1)) u = beta (v - decayed
+    read of the state).
     """
     length, d_k, d_v = key.shape[-2], key.shape[-1], value.shape[-1]
     chunk = min(chunk, length)
@@ -236,7 +222,8 @@ def gated_delta_chunks(
         if end or c < chunks - 1:
             state, groups = whole[..., c, :, :] * _each(state, groups), None
             state.flatten(0, -3).baddbmm_(to_end[..., c, :, :].mT.flatten(0, -3), u.flatten(0, -3))
-    return torch.cat(outputs, -2)[..., :length, :], torch.cat(writes, -2)[..., :length, :], state if end else None
+    outputs, writes = (torch.cat(x, -2)[..., :length, :] for x in (outputs, writes))
+    return outputs, writes, state if end else None
 
 
 def decayed_chunks(
@@ -249,21 +236,21 @@ def decayed_chunks(
     groups: Groups | None = None,
     end: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute S_t = alpha_t S_{t-1} + key_t added_t^T by chunks: outputs [B, T, H, d_v], last state [B, H,
-    d_k, d_v].
+    """Compute S_t = alpha_t S_{t-1} + key_t added_t^T by chunks; return outputs [B, T, H, d_v] and last
+    state.
 
-    query, key [B, T, H_k, d_k]: each of the H_k serves H / H_k consecutive heads, which are columns of one
-    matrix, so that it is not copied. added [B, T, H, d_v]; log_decay [B, T, H]; state [B, H, d_k, d_v],
-    groups and end as in `gated_delta_chunks`.
+    query, key [B, T, H_k, d_k]: each of the H_k serves H / H_k consecutive heads, as columns of one matrix.
+    added [B, T, H, d_v]; log_decay [B, T, H]; state [B, H, d_k, d_v]; groups and end as in
+    `gated_delta_chunks`.
     """
     length, key_heads, d_v = key.shape[1], key.shape[2], added.shape[-1]
     chunk = min(chunk, length)
     query, key, added = (split_chunks(x, chunk, -3) for x in (query, key, added))
     log_decay = split_chunks(log_decay, chunk)
-    # key heads before tokens: query, key [B, C, H_k, chunk, d_k]; the others [B, C, H_k, chunk, H / H_k, ...]
+    # query, key [B, C, H_k, chunk, d_k]; added, log_decay [B, C, H_k, chunk, H / H_k, ...]
     added, log_decay = (x.unflatten(3, (key_heads, -1)) for x in (added, log_decay.double()))
     query, key, added, log_decay = (x.transpose(2, 3) for x in (query, key, added, log_decay))
-    total = log_decay.cumsum(3)  # in fp64, for differences of long sums follow
+    total = log_decay.cumsum(3)
     attention = decay_between(total.mT, key.dtype) * (query @ key.mT)[:, :, :, None]
     own = (attention @ added.transpose(3, 4)).transpose(3, 4)
     from_start, to_end = (x.to(key.dtype).exp()[..., None] for x in (total, total[..., -1:, :] - total))
@@ -295,12 +282,12 @@ def diagonal_chunks(
     groups: Groups | None = None,
     end: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute S_t = diag(exp(log_decay_t)) S_{t-1} + key_t added_t^T by chunks: outputs S_t^T q_t [..., T,
-    d_v], last state [..., d_k, d_v].
+    """Compute S_t = diag(exp(log_decay_t)) S_{t-1} + key_t added_t^T by chunks; return outputs and last
+    state.
 
-    query, key, log_decay [..., T, d_k]; added [..., T, d_v]; state, groups, end as in `gated_delta_chunks`.
-    The decays from token to token of a chunk are computed themselves, [..., T, chunk, d_k], so no decay is
-    too fast.
+    query, key, log_decay [..., T, d_k]; added [..., T, d_v]; state [..., d_k, d_v], groups, end as in
+    `gated_delta_chunks`. The decays between the tokens of a chunk are computed directly, so no decay is too
+    fast.
     """
     length, d_k, d_v = key.shape[-2], key.shape[-1], added.shape[-1]
     chunk = min(chunk, length)
@@ -322,10 +309,9 @@ def diagonal_chunks(
 
 
 def decay_until(log_decay: Tensor, seen: Tensor) -> Tensor:
-    """Return what is left of each token's write at the last seen token: exp of the later log decays' sum; 0
-    after it.
+    """Return the decay of each token's write until the last seen token of its row; 0 after that token.
 
-    log_decay [R, T, ...]; seen: bool, of a shape that broadcasts to it, true up to some token of each row.
+    log_decay [R, T, ...]; seen: bool, broadcastable to log_decay, true up to some token of each row.
     """
     later = (log_decay * seen).flip(1).cumsum(1).flip(1) - log_decay
     return later.masked_fill(~seen, -torch.inf).exp()
@@ -343,17 +329,16 @@ def diagonal_delta_chunks(
     groups: Groups | None = None,
     end: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Compute S_t = diag(exp(log_decay_t)) S_{t-1} - erase_t (probe_t^T S_{t-1}) + key_t added_t^T by chunks:
-    outputs S_t^T q_t [..., T, d_v], last state [..., d_k, d_v], and the state before each chunk [..., chunks,
-    d_k, d_v].
+    """Compute S_t = diag(exp(log_decay_t)) S_{t-1} - erase_t (probe_t^T S_{t-1}) + key_t added_t^T by chunks.
 
+    Return outputs [..., T, d_v], the last state and the states before each chunk [..., chunks, d_k, d_v].
     query, key, log_decay, erase, probe [..., T, d_k]; added [..., T, d_v]; state, groups, end as in
-    `gated_delta_chunks`. With W_t the decay since the chunk began, diag(1/W_t) S_t has no decay left, so that
-    the reads probe_t^T S_{t-1} solve one unit triangular system per chunk; outputs and next state are then
-    affine in the state before the chunk.
+    `gated_delta_chunks`. With W_t the decay since the chunk began, diag(1/W_t) S_t has no decay, so the reads
+    probe_t^T S_{t-1} solve one unit triangular system per chunk; outputs and next state are affine in the
+    state before the chunk.
 
-    Raises ValueError where a channel decays below exp(-60) within a chunk, for 1/W is computed. No RWKV-7
-    decays so fast (its log decays are above -0.61), and torch.compile does not check it.
+    Raises ValueError where a channel decays below exp(-60) within a chunk, since 1/W is computed (not checked
+    under torch.compile). The log decays of RWKV-7 are above -0.61 per token.
     """
     length, d_k, d_v = key.shape[-2], key.shape[-1], added.shape[-1]
     chunk = min(chunk, length)
@@ -390,12 +375,11 @@ def diagonal_delta_chunks(
 
 
 def states_before(key: Tensor, effective: Tensor, log_decay: Tensor, starts: Tensor) -> Tensor:
-    """Return the state before position starts[r] of each row, [R, H, d_k, d_v], by one batched product; zero
-    at start 0.
+    """Return the state before position starts[r] of each row, [R, H, d_k, d_v]; zero at start 0.
 
     key [R, T, H, d_k], effective [R, T, H, d_v], log_decay [R, T, H] (scalar decays), starts [R].
     """
-    total = log_decay.double().cumsum(1)  # in fp64, for differences of long sums follow
+    total = log_decay.double().cumsum(1)  # fp64: differences of long sums follow
     last = (starts - 1).clamp(min=0)
     at_last = total[torch.arange(len(starts), device=starts.device), last][:, None]
     before = torch.arange(key.shape[1], device=starts.device) < starts[:, None]

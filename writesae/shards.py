@@ -1,16 +1,11 @@
 """Harvests that do not fit into memory: a cell's factors in shards on disk, and training from there.
 
-`harvest_shards` runs the host over a stream of windows and stores a fixed number of windows per file. A run
-that was killed and is started again continues at the first missing shard. A `ShardedHistory` reads windows
-when training asks for them. Batches are drawn by the same seeded shuffle of all windows as for a history in
-memory, so training gives the same SAE either way and continues from the same checkpoints.
-
     windows = (tokens for _, tokens in each_window(host.tokenizer, texts, 1024))
     harvest_shards(host, windows, [(9, 4)], folder, identity="0.8B")
     sae, record = train(ShardedHistory(folder, (9, 4), "state"), settings, checkpoint="run.safetensors")
 
-Memory holds one shard of all cells during a harvest; in training a batch, and ||X_t - mean||^2 of every
-token.
+A harvest holds one shard of all cells in memory, and continues at the first missing shard if it is run again.
+Training holds a batch and ||X_t - mean||^2 of every token, and gives the same SAE as a history in memory.
 """
 
 from __future__ import annotations
@@ -50,13 +45,11 @@ def harvest_shards(
     shard_windows: int = SHARD_WINDOWS,
     batch: int = 16,
 ) -> int:
-    """Harvest the cells over windows of T token ids, which may be a stream, in one pass; return the count of
-    shards.
+    """Harvest cells over a stream of windows of T token ids in one pass; return the number of shards.
 
-    identity: what identifies the host's weights and the code (plain values; a Path counts by its file's
-    content). Shards of the same tokens and identity are kept, all others are replaced. Raises ValueError for
-    no windows, windows of several lengths, a cell that the host does not have, and values that are not
-    finite.
+    identity: plain values that identify the host's weights and the code; a Path counts by its file's content.
+    Shards of the same tokens and identity are kept. Raises ValueError for no windows, windows of several
+    lengths, a cell that the host does not have, and values that are not finite.
     """
     base = json.dumps(identity, sort_keys=True, default=files._plain)
     places = {cell: cell_folder(folder, cell) for cell in cells}
@@ -80,13 +73,14 @@ def _shard(place: Path, number: int) -> Path:
 
 
 def _stacked(windows: Iterable[Iterable[int]], count: int) -> Iterator[Tensor]:
-    """Yield `count` windows at a time, [count, T] int64, and the rest. ValueError for several lengths."""
+    """Yield up to `count` windows at a time, [count, T] int64."""
     stream, length = iter(windows), None
     while part := [torch.as_tensor(window) for window in islice(stream, count)]:
         length = length or len(part[0])
-        other = next((len(window) for window in part if len(window) != length), None)
-        if other is not None:
-            raise ValueError(f"All windows must have the same length: the first has {length} tokens, another {other}.")
+        for other in map(len, part):
+            if other != length:
+                lengths = f"the first has {length} tokens, another {other}"
+                raise ValueError(f"All windows must have the same length: {lengths}.")
         yield torch.stack(part)
 
 
@@ -94,14 +88,14 @@ def _store(host: Host, tokens: Tensor, paths: dict[Cell, Path], batch: int, expe
     factors = harvest(host, tokens, list(paths), batch, progress=False)
     for cell, path in paths.items():
         try:
-            factors[cell].history("state"), factors[cell].history("write")  # refuses infinite values
+            factors[cell].history("state"), factors[cell].history("write")  # checks that values are finite
         except ValueError as error:
             raise ValueError(f"Cell {cell}, shard {path.stem}: {error}") from error
         files.save_tensors(path, factors.pop(cell).tensors(), {"fingerprint": expected})
 
 
 def _close(place: Path, count: int, host: str) -> None:
-    """Write shards.json for the first `count` shards, and remove the others, of a longer harvest before."""
+    """Write shards.json for the first `count` shards, and remove other shards of an earlier harvest."""
     for path in sorted(place.glob("*.safetensors"))[count:]:
         path.unlink()
         files.sidecar(path).unlink(missing_ok=True)
@@ -115,12 +109,11 @@ def _close(place: Path, count: int, host: str) -> None:
 
 
 class ShardedHistory:
-    """A cell's history on disk, whose windows are read when they are indexed. Training takes it as it takes a
-    History.
+    """A cell's history on disk, from which windows are read by index; `train` takes it like a History.
 
-    target, write: as for `Factors.history`; limit: only the first windows. Raises ArtifactError where shards
-    are missing or damaged; ValueError for an unknown target, a write that was not harvested, and a limit
-    above the number of windows.
+    target, write: as for `Factors.history`; limit: only the first windows. Raises ArtifactError for missing
+    or damaged shards; ValueError for an unknown target, a write that was not harvested, and a limit above the
+    number of windows.
     """
 
     def __init__(self, folder: Path | str, cell: Cell, target: str, write: str = "added", limit: int | None = None):
@@ -134,19 +127,17 @@ class ShardedHistory:
         self._identity = str((self.windows, target, write, [shard["sha256"] for shard in shards]))
         with safe_open(_shard(self.place, 0), framework="pt") as file:
             stored = set(file.keys())
-        state = (
-            ["key", "added", "log_decay", "erase", "taken"] if "taken" in stored else ["key", "effective", "log_decay"]
-        )
-        self.names = {"write": ["key", write], "state": state}.get(target, ["key"])
+        state = ["added", "log_decay", "erase", "taken"] if "taken" in stored else ["effective", "log_decay"]
+        self.names = ["key", *{"write": [write], "state": state}.get(target, [])]
         if lacking := set(self.names) - stored:
             raise ValueError(f"{self.place} holds no {', '.join(sorted(lacking))}: choose write = added.")
         first = self[0]
         self.factored, self.d_k, self.d_v = first.factored, first.d_k, first.d_v
         self._per_window = sum(x.numel() for x in first.tensors().values())
-        self.key = first.key[:0]  # no window, but dtype and device
+        self.key = first.key[:0]  # for dtype and device
 
     def _manifest(self) -> tuple[str | None, list[dict]]:
-        """Return the host's name, and the shards, each compared with its checksum."""
+        """Return the host's name, and the shards after a check of their checksums."""
         path = self.place / "shards.json"
         try:
             content = json.loads(path.read_text())
@@ -164,12 +155,12 @@ class ShardedHistory:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(N, T): windows, and tokens in each."""
+        """(N, T): windows, and tokens per window."""
         return self.windows, self.length
 
     @property
     def numbers(self) -> int:
-        """How many numbers the windows hold."""
+        """The count of numbers in all windows."""
         return self.windows * self._per_window
 
     def __len__(self) -> int:
@@ -185,13 +176,12 @@ class ShardedHistory:
                 part = file.get_slice(name)
                 for row, place in zip(rows, places):
                     read[name][place] = part[row : row + 1]
-        unread = dict.fromkeys(("query", "key", "added", "log_decay"))  # no history needs all of them
-        factors = Factors(**unread | {name: torch.cat(parts) for name, parts in read.items()})
+        required = dict.fromkeys(("query", "key", "added", "log_decay"))
+        factors = Factors(**required | {name: torch.cat(parts) for name, parts in read.items()})
         return factors.history(self.target, self.write, self.origin)
 
     def _files(self, window: Tensor) -> Iterator[tuple[list[int], list[int], safe_open]]:
-        """Yield each shard with some of the windows: their rows in it, their places in `window`, the open
-        file."""
+        """Yield for each shard the rows of the windows in it, their places in `window`, and the open file."""
         shard, row = window // self.per_shard, window % self.per_shard
         for number in shard.unique().tolist():
             places = (shard == number).nonzero().squeeze(-1)
@@ -214,7 +204,7 @@ class ShardedHistory:
         return History.groups(self, windows if self.factored else min(windows, VECTOR_GROUP, at_once(self)))
 
     def fingerprint(self) -> str:
-        """Return a hash of all values, by the checksums of the shards."""
+        """Return a hash of all values, from the checksums of the shards."""
         return hashlib.sha256(self._identity.encode()).hexdigest()
 
-    mean, energy = History.mean, History.energy  # they go group by group
+    mean, energy = History.mean, History.energy  # group by group

@@ -1,14 +1,11 @@
-"""The effect of a write on a logit: the paper's formula, the same with exact transport, and exact to first
-order.
-
-For a write x w^T at t0 and the logit of `token` at t (the paper's Sec. 2, Eq. 1, and App. A):
+"""The effect of a write x w^T at t0 on the logit of `token` at t (the paper's Sec. 2, Eq. 1, and App. A).
 
 - paper:      prod alpha . <x, q_t> . <W_O w, W_U[token]>, the direct path with the decay alone;
 - transport:  <x_t, q_t> . <W_O w, W_U[token]>, x_t moved by the host's own transition matrices;
-- exact:      x^T Gamma w, Gamma = sum_s (A_{t0+1}^T ... A_s^T q_s) r_s^T, where r_s is the gradient of the logit
-              by the head's output at s: every path, one backward pass for all atoms and magnitudes.
+- exact:      x^T Gamma w, Gamma = sum_s (A_{t0+1}^T ... A_s^T q_s) r_s^T, where r_s is the gradient of the
+              logit with respect to the head's output at s: every path to first order, one backward pass.
 
-Nothing is fitted in any of them.
+None of them has fitted parameters.
 """
 
 from __future__ import annotations
@@ -37,12 +34,10 @@ def predict_shift(
     steps: int,
     by: str = "exact",
 ) -> Tensor:
-    """Return the predicted change [R] of the logit of `token` at the last of the `steps` tokens of
-    `run_edited`.
+    """Return the predicted change [R] of a logit at the last of the `steps` tokens of `run_edited`.
 
-    token: one id, or one per row of the edit. by: "exact" (first order, every path), "transport" (the direct
-    path with the exact transition matrices) or "paper" (the direct path with the decay alone); nothing is
-    fitted. Raises ValueError for another predictor, tokens outside the vocabulary, and as `run_edited`.
+    token: one id, or one per row of the edit. by: a predictor as described above. Raises ValueError for
+    another predictor, tokens outside the vocabulary, and as `run_edited`.
     """
     if by not in PREDICTORS:
         raise ValueError(f"There is no predictor {by!r}: choose one of {', '.join(PREDICTORS)}.")
@@ -58,7 +53,7 @@ def predict_shift(
 
 
 def _read_by_decay(factors: Factors, edit: Edit, steps: int) -> Tensor:
-    """Return the head's change [R, d_v] at the last step, if terms only decayed until then."""
+    """Return the head's change [R, d_v] at the last step if terms only decay until then."""
     places = edit.starts[:, None] + torch.arange(steps)  # [R, steps]
     log_decay, last = factors.log_decay[edit.rows[:, None], places], places[:, -1:]
     after = places[:, None] > edit.positions[..., None]  # [R, r, steps]
@@ -69,19 +64,13 @@ def _read_by_decay(factors: Factors, edit: Edit, steps: int) -> Tensor:
 
 
 def logit_gradient(
-    host: Host,
-    run: Run,
-    layer: int,
-    head: int,
-    rows: Tensor,
-    starts: Tensor,
-    steps: int,
-    tokens: Tensor,
+    host: Host, run: Run, layer: int, head: int, rows: Tensor, starts: Tensor, steps: int, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient [R, steps, d_v] of each row's logit of tokens[r], at the last of `steps` positions
-    from starts[r] on, with respect to the head's output there; and the native logits [R, V] at that position.
+    """Return the gradient [R, steps, d_v] of each row's logit of tokens[r], and the native logits [R, V].
 
-    Raises ValueError for tokens outside the vocabulary or not one per row, and for places as `Host.branch`.
+    The logit is at the last of `steps` positions from starts[r] on; the gradient is with respect to the
+    head's output at each. Raises ValueError for tokens outside the vocabulary or not one per row, and as
+    `Host.branch`.
     """
     host.check_tokens(tokens)
     if tokens.shape != rows.shape:
@@ -95,32 +84,30 @@ def logit_gradient(
 
 
 def gamma(factors: Factors, rows: Tensor, starts: Tensor, gradient: Tensor) -> Tensor:
-    """Return Gamma [R, steps, d_k, d_v] at every position from starts[r] on: a write x w^T there shifts the
-    logit by x^T Gamma w, to first order.
+    """Return Gamma [R, steps, d_k, d_v] of writes (scope "write") at every position from starts[r] on.
 
-    The scope is "write". For "cache" at t0 pass starts = t0 + 1 and use A_{t0+1}^T Gamma (`cache_gamma`).
-    Raises ValueError for places outside the run.
+    gradient: as from `logit_gradient`. Raises ValueError for places outside the run.
     """
     steps, influence = gradient.shape[1], []
     check_places(rows, torch.stack([starts, starts + steps - 1]), factors.key)
     for step in reversed(range(steps)):
         now = factors.at(rows, starts + step)
-        own = now.query[:, :, None] * gradient[:, step, None, :]
+        direct = now.query[:, :, None] * gradient[:, step, None, :]
         if influence:
-            own = own + factors.at(rows, starts + step + 1).transition_transposed(influence[-1])
-        influence.append(own)
+            direct = direct + factors.at(rows, starts + step + 1).transition_transposed(influence[-1])
+        influence.append(direct)
     return torch.stack(influence[::-1], 1)
 
 
 def cache_gamma(factors: Factors, rows: Tensor, t0: Tensor, gradient: Tensor) -> Tensor:
-    """Return Gamma [R, d_k, d_v] of a write at t0 that only later tokens read; gradient: from t0 + 1 on."""
+    """Return Gamma [R, d_k, d_v] of writes at t0 (scope "cache"); gradient: from t0 + 1 on."""
     after = gamma(factors, rows, t0 + 1, gradient)[:, 0]
     return factors.at(rows, t0 + 1).transition_transposed(after)
 
 
 def reads(factors: Factors, rows: Tensor, t0: Tensor, steps: int, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how the query at t0 + steps reads a write at t0 with n key sides [n, d_k]: by decay alone, and
-    exactly, [R, n].
+    """Return what the query at t0 + steps reads of n key sides [n, d_k] at t0, by decay alone and exactly,
+    [R, n].
 
     Raises ValueError where t0 or t0 + steps is outside the run.
     """
@@ -135,7 +122,6 @@ def reads(factors: Factors, rows: Tensor, t0: Tensor, steps: int, keys: Tensor) 
 
 
 def direct_path(host: Host, layer: int, head: int, values: Tensor, tokens: Tensor) -> Tensor:
-    """Return <W_O value, W_U[token]>, [R, n], for n value sides [n, d_v] and R tokens. ValueError for unknown
-    ones."""
+    """Return <W_O value, W_U[token]>, [R, n], for values [n, d_v] and R tokens. Raises as `check_tokens`."""
     host.check_tokens(tokens)
     return host.unembedding()[tokens] @ host.output_projection(layer, head) @ values.T

@@ -29,7 +29,7 @@ def rounded(x):
 def test_rounded_reads_are_those_of_rounded_factors(target):
     history = history_of(target)
     left, right = torch.randn(7, 20), torch.randn(7, 28)
-    states = history._map(lambda x: rounded(x) if x.ndim == 3 else x).double().steps()
+    states = history.map(lambda x: rounded(x) if x.ndim == 3 else x).double().steps()
     wanted = torch.einsum("ntkv,ak,av->nta", states, rounded(left).double(), rounded(right).double())
     got = history.read(left, right, bf16=True)
     assert got.dtype == torch.float32

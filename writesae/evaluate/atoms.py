@@ -1,5 +1,4 @@
-"""Atoms one by one: the same atom in another SAE, the contexts of its firings, the tokens at which it
-fires."""
+"""Single atoms: the same atom in another SAE, and the contexts and tokens of its firings."""
 
 from __future__ import annotations
 
@@ -20,14 +19,12 @@ ATOM_KEYS = ["host", "layer", "head", "target", "atom"]
 
 
 def best_match(atoms: tuple, others: tuple) -> torch.Tensor:
-    """Return [n]: the largest |cosine| of each atom (unit key [n, d_k], unit value [n, d_v]) with any of the
-    others."""
+    """Return the largest |cosine| [n] of each atom (unit key [n, d_k], value [n, d_v]) with the others."""
     return ((atoms[0] @ others[0].T) * (atoms[1] @ others[1].T)).abs().amax(1)
 
 
 def matches(seeds: dict[int, SAE], seed: int = 0) -> pd.DataFrame:
-    """Return one row per atom of each SAE and other SAE: `best`, its best |cosine| there, and `chance`, its
-    best |cosine| after the other SAE's values are permuted over its keys."""
+    """Return one row per atom and other SAE: `best`, its best |cosine| there, and `chance`, with values permuted."""
     tables = []
     for number, other in permutations(seeds, 2):
         atoms, (key, value) = seeds[number].atoms(), seeds[other].atoms()
@@ -38,15 +35,10 @@ def matches(seeds: dict[int, SAE], seed: int = 0) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-# Exemplars (Table 1, Fig. 11)
-
-
 def choose_exemplars(alive: pd.DataFrame, counts: dict[str, int], fewest_passages: int) -> pd.DataFrame:
-    """Return the counts[class] atoms of each class with the most firings, among those that fire in enough
-    passages."""
+    """Return per class the counts[class] atoms with the most firings that fire in enough passages (Table 1)."""
     able = alive[alive.passages >= fewest_passages]
-    tables = [able[able["class"] == name].nlargest(count, "firings") for name, count in counts.items()]
-    return pd.concat(tables)
+    return pd.concat([able[able["class"] == name].nlargest(count, "firings") for name, count in counts.items()])
 
 
 def marked(tokenizer, tokens: Sequence[int], position: int, before: int = 14, after: int = 6) -> str:
@@ -61,8 +53,7 @@ def _text(tokenizer, tokens: Sequence[int]) -> str:
 
 
 def top_firings(firings: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Return the `count` firings per atom with the largest coefficients, at most one per passage, with their
-    `rank`."""
+    """Return the `count` largest firings per atom, at most one per passage, with their `rank`."""
     largest = firings.sort_values("coefficient", ascending=False, kind="stable")
     top = largest.drop_duplicates([*ATOM_KEYS, "passage"]).groupby(ATOM_KEYS).head(count)
     top = top.assign(rank=top.groupby(ATOM_KEYS).cumcount() + 1)
@@ -77,7 +68,7 @@ def top_contexts(tokenizer, windows: Windows, firings: pd.DataFrame, count: int)
 
 
 def frequent_tokens(tokenizer, windows: Windows, firings: pd.DataFrame, count: int = 3) -> str:
-    """Return the tokens at which an atom fires most often, with their shares of its firings."""
+    """Return the most frequent tokens of an atom's firings, with their shares."""
     window, position = (torch.tensor(firings[name].to_numpy()) for name in ("window", "position"))
     tokens = windows.tokens[window, position]
     shares = pd.Series(tokens.numpy()).value_counts(normalize=True).head(count)
@@ -85,8 +76,7 @@ def frequent_tokens(tokenizer, windows: Windows, firings: pd.DataFrame, count: i
 
 
 def sides(cell_sae: CellSAE, firings: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per atom: medians over its firings of |cosine| of its key with the write's key, and of
-    its value with the write's value."""
+    """Return one row per atom: median |cosine| of its key, and of its value, with those of the native writes."""
     places, cosines = firings[["window", "position", "atom"]].to_numpy().T, {}
     window, position, atom = map(torch.tensor, places)
     for name, side in zip(("key", "value"), cell_sae.sae.atoms(), strict=True):

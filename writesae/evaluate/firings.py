@@ -1,8 +1,6 @@
-"""Firings: where an SAE's atoms fire on text that it was not trained on, and seeded rules that draw some
-firings.
+"""Firings, and seeded rules that draw some of them before any outcome is measured.
 
-A firing is (window, position, atom, coefficient): the atom with the largest coefficient at that position. The
-rules draw firings before any outcome is measured.
+A firing is (window, position, atom, coefficient): the atom with the largest coefficient at a position.
 """
 
 from __future__ import annotations
@@ -25,11 +23,11 @@ from writesae.text import Windows
 
 @dataclass
 class CellSAE:
-    """An SAE of a cell, and what it does on some windows.
+    """An SAE of a cell, applied to some windows.
 
-    target, write: what it is trained on. indices, coefficients [N, T, slots]: its active atoms. writes: the
-    native writes; mean_write [d_k, d_v]: their mean. alive: the atoms that are active anywhere, ascending.
-    flat, states: a flat SAE of the cell and the states that it encodes, for the flat_svd condition of the
+    target, write: its training data. indices, coefficients [N, T, slots]: active atoms. writes: the native
+    writes; mean_write [d_k, d_v]: their mean. alive: the atoms that are active anywhere, ascending. flat,
+    states: a flat SAE of the cell and the states that it encodes, for the condition flat_svd of the
     replacement test.
     """
 
@@ -52,7 +50,7 @@ class CellSAE:
 
 
 def encode_cell(cell: tuple[int, int], target: str, write: str, sae: SAE, factors: Factors) -> CellSAE:
-    """Return the SAE of a cell (layer, head) with its active atoms on the windows of harvested factors."""
+    """Return the SAE of a cell (layer, head), applied to harvested factors."""
     active = encode(sae, factors.history(target, write))
     return CellSAE(*cell, target, write, sae, *active, factors.history("write", write))
 
@@ -65,22 +63,16 @@ def encode(sae: SAE, history: History, batch: int = 16) -> Active:
 
 
 def all_firings(active: Active | CellSAE, passage: Tensor, first: int, last: int) -> pd.DataFrame:
-    """Return every firing at positions first <= t < last: window, passage, position, atom, coefficient.
+    """Return all firings at positions first <= t < last: window, passage, position, atom, coefficient.
 
-    passage [N]: the number of the passage of each window.
+    passage [N]: the passage of each window.
     """
     coefficient, slot = active.coefficients[:, first:last].max(-1)
     atom = active.indices[:, first:last].gather(-1, slot[..., None])[..., 0]
     window, position = torch.meshgrid(torch.arange(len(atom)), torch.arange(first, last), indexing="ij")
-    frame = pd.DataFrame(
-        dict(
-            window=window.flatten().numpy(),
-            passage=passage[window.flatten()].numpy(),
-            position=position.flatten().numpy(),
-            atom=atom.flatten().numpy(),
-            coefficient=coefficient.flatten().double().numpy(),
-        )
-    )
+    columns = dict(window=window, passage=passage[window], position=position, atom=atom)
+    columns["coefficient"] = coefficient.double()
+    frame = pd.DataFrame({name: x.flatten().numpy() for name, x in columns.items()})
     return frame[frame.coefficient > 0].reset_index(drop=True)
 
 
@@ -94,35 +86,32 @@ def find_firings(
     first: int = 0,
     last: int | None = None,
 ) -> pd.DataFrame:
-    """Return every firing of an SAE on a harvested cell: window, passage, position, atom, coefficient (in raw
+    """Return all firings of an SAE on a harvested cell: window, passage, position, atom, coefficient (raw
     units).
 
-    cell: harvested over these windows. first, last: only positions first <= t < last. target, write: what the
-    SAE is trained on; an SAE that was trained on the history of a harvest knows it. Raises ValueError where
-    it is not known, and for an SAE of another cell or other windows.
+    cell: harvested over these windows. first, last: only positions first <= t < last. target, write: of the
+    SAE's training data, by default those of its config. Raises ValueError where they are unknown, and for
+    another cell or other windows.
     """
     if len(windows) != len(cell.key):
         raise ValueError(f"The cell was harvested over {len(cell.key)} windows, and these are {len(windows)}.")
-    config, origin = getattr(sae, "config", None), cell.origin
-    if config and origin and config.layer is not None and (config.layer, config.head) != (origin.layer, origin.head):
-        trained, harvested = (config.layer, config.head), (origin.layer, origin.head)
+    trained, origin = (sae.config.layer, sae.config.head), cell.origin
+    if origin and trained[0] is not None and trained != (harvested := (origin.layer, origin.head)):
         raise ValueError(f"The SAE is of the cell (layer, head) {trained}, and the harvest is of {harvested}.")
     active = encode(sae, cell.history(*trained_on(sae, target, write)))
     return all_firings(active, windows.passage, first, cell.key.shape[1] if last is None else last)
 
 
 def trained_on(sae: SAE, target: str | None, write: str | None) -> tuple[str, str]:
-    """Return what an SAE is trained on: the target and write given, else those of its config. ValueError for
-    none."""
-    config = getattr(sae, "config", None)
-    target, write = target or getattr(config, "target", None), write or getattr(config, "write", None)
+    """Return the target and write given, else those of the SAE's config. ValueError for none."""
+    target, write = target or sae.config.target, write or sae.config.write
     if target is None or write is None:
         raise ValueError("This SAE does not say what it was trained on: pass target (state or write) and write.")
     return target, write
 
 
 class Places(NamedTuple):
-    """n firings as tensors [n]: row (of the window in a run), position, atom, coefficient (fp64), window."""
+    """n firings as tensors [n]; row: of the window in a run; coefficient: fp64."""
 
     row: Tensor
     position: Tensor
@@ -132,7 +121,7 @@ class Places(NamedTuple):
 
     @classmethod
     def of(cls, firings: pd.DataFrame, row: np.ndarray | None = None) -> Places:
-        """Return the places of firings; row: of each in the run, by default the number of its window."""
+        """Return the places of firings; row: in the run, by default the window."""
         columns = ("position", "atom", "coefficient", "window")
         position, atom, coefficient, window = (torch.tensor(np.array(firings[name])) for name in columns)
         return cls(window if row is None else torch.tensor(row), position, atom, coefficient, window)
@@ -142,24 +131,20 @@ class Places(NamedTuple):
         return Places(*(x[index] for x in self))
 
     def draw(self, seed: int, one: Callable[[torch.Generator], Tensor]) -> Tensor:
-        """Return what `one` draws for each place, [n, ...], from a generator seeded by (seed, window,
-        position)."""
-        drawn = []
-        for window, position in zip(self.window.tolist(), self.position.tolist(), strict=True):
-            drawn.append(one(torch.Generator().manual_seed((seed * 1_000_003 + window) * 4_099 + position)))
-        return torch.stack(drawn)
+        """Return the draws [n, ...] of `one` from generators seeded by (seed, window, position)."""
+        seeds = ((seed * 1_000_003 + self.window) * 4_099 + self.position).tolist()
+        return torch.stack([one(torch.Generator().manual_seed(number)) for number in seeds])
 
 
 def draw_in_rounds(firings: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    """Return `count` firings spread over the atoms: a random one of every atom, then a second of each, and so
-    on.
+    """Return `count` firings, first a random one of every atom, then a second of each, and so on.
 
     Raises ValueError where there are fewer firings.
     """
     if len(firings) < count:
         raise ValueError(
-            f"{count} firings are asked for and the held-out windows hold {len(firings)}: ask for fewer, or take more "
-            "windows (data.heldout_windows of a profile)."
+            f"{count} firings are asked for and the held-out windows hold {len(firings)}: ask for fewer, "
+            "or take more windows (data.heldout_windows of a profile)."
         )
     shuffled = firings.sample(frac=1.0, random_state=seed)
     turn = shuffled.groupby("atom").cumcount().to_numpy()
@@ -168,8 +153,7 @@ def draw_in_rounds(firings: pd.DataFrame, count: int, seed: int) -> pd.DataFrame
 
 
 def draw_atoms(firings: pd.DataFrame, count: int, fewest: int, seed: int) -> np.ndarray:
-    """Return `count` random atoms with at least `fewest` firings, ascending. ValueError where there are
-    fewer."""
+    """Return `count` random atoms with at least `fewest` firings, ascending. ValueError for too few atoms."""
     counts = firings.groupby("atom").size()
     able = counts.index[counts >= fewest].to_numpy()
     if len(able) < count:
@@ -181,5 +165,5 @@ def draw_atoms(firings: pd.DataFrame, count: int, fewest: int, seed: int) -> np.
 
 
 def atom_names(frame: pd.DataFrame) -> pd.Series:
-    """Return layer.head.atom for each firing: atoms of different cells are different atoms."""
+    """Return layer.head.atom for each firing."""
     return frame.layer.astype(str) + "." + frame["head"].astype(str) + "." + frame.atom.astype(str)

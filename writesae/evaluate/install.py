@@ -199,13 +199,7 @@ def trials(
 
 
 def doses(
-    host: Host,
-    cell: tuple[int, int],
-    trial: Setting,
-    *,
-    grid: Sequence[float],
-    bisections: int,
-    batch_rows: int = 512,
+    host: Host, cell: tuple[int, int], trial: Setting, *, grid: Sequence[float], bisections: int, batch_rows: int = 512
 ) -> pd.DataFrame:
     """Return one row per trial and direction: the smallest magnitude at which the target is the next token.
 

@@ -207,8 +207,7 @@ def _head_changes(factors, native, cell_sae, places, put_in, conditions, scopes)
 
 
 def _native_columns(native: Factors, write: str, put_in: dict[str, Terms], outcome: _Outcome) -> dict:
-    """Return the columns that a firing's rows share: the native write's norm and cosine, the native
-    output."""
+    """Return the columns that a firing's rows share: the native write's norm and cosine, the native output."""
     key, value = native.key, native.write(write)
     atom_key, atom_value = (x[:, 0] for x in put_in["atom"])
     cosine = (atom_key * F.normalize(key, dim=-1)).sum(-1) * (atom_value * F.normalize(value, dim=-1)).sum(-1)
@@ -249,8 +248,7 @@ def measure_group(
     measure: Callable[..., pd.DataFrame] = replace,
     **options,
 ) -> pd.DataFrame:
-    """Return `measure` of the drawn firings in `size` windows from `start` on, with one native run for
-    all."""
+    """Return `measure` of the drawn firings in `size` windows from `start` on, with one native run for all."""
     tables, run = [], None
     for cell_sae, firings in drawn:
         part = firings[(firings.window >= start) & (firings.window < start + size)]

@@ -1,4 +1,4 @@
-"""The description of a sparse autoencoder: parts, size, training data. Its fields are listed only here."""
+"""The description of a sparse autoencoder: parts, size, training data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FORMAT_VERSION = 1
 
 
 class Parts(BaseModel):
-    """Encoder, decoder, sparsity rule. Raises ValidationError for unknown ones and pairs that do not fit."""
+    """Encoder, decoder, sparsity rule. Raises ValidationError for what does not exist."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -36,7 +36,7 @@ class Parts(BaseModel):
 
 
 class Architecture(Parts):
-    """The parts and the size. With the sides of the matrices this defines an SAE."""
+    """The parts and the size of an SAE."""
 
     n_atoms: PositiveInt
     k: PositiveInt = Field(description="active atoms per token; on average for activations other than topk")
@@ -49,10 +49,7 @@ class Architecture(Parts):
 
 
 class SAEConfig(Architecture):
-    """The content of config.json; fields about the training data and the seed are None if unknown.
-
-    write: the definition of the native write, added or effective (the write minus what it erases).
-    """
+    """The content of config.json; fields about the training data and the seed are None if unknown."""
 
     host: str | None = None
     layer: int | None = None
@@ -67,7 +64,7 @@ class SAEConfig(Architecture):
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return the first problem as a clause: the field, and what is wrong with it."""
+    """Return the first problem as a clause: the field and its fault."""
     first = error.errors()[0]
     field = ".".join(map(str, first["loc"]))
     return ": ".join(filter(None, [field, first["msg"].removeprefix("Value error, ")]))

@@ -1,13 +1,13 @@
 """The loss of a sparse autoencoder of matrices: without states where the parts allow it, else on states.
 
-For a bilinear or tied encoder and a rank-1 decoder the squared error of a token needs no d_k x d_v matrix.
-With x = (X - mean) / scale, atoms v_i w_i^T, coefficients c and G_ij = (v_i . v_j)(w_i . w_j),
+With x = (X - mean) / scale, atoms v_i w_i^T, coefficients c and G_ij = (v_i . v_j)(w_i . w_j), the squared
+error is
 
     ||x - sum_i c_i v_i w_i^T||^2 = ||x||^2 - 2 sum_i c_i <v_i w_i^T, x> + c^T G c.
 
-Its mean over tokens is the fraction of variance unexplained (FVU), because the mean of ||x||^2 is 1. The
-dead-atom loss follows Gao et al. 2024 (Scaling and evaluating sparse autoencoders, App. A.2): atoms that have
-not fired for long reconstruct the residual e = x - xhat. Sparsity rules add terms (writesae.sae.sparsity).
+Its mean is the fraction of variance unexplained (FVU), since the mean of ||x||^2 is 1. The dead-atom loss is
+that of Gao et al. 2024 (App. A.2): silent atoms reconstruct the residual. Sparsity rules add terms
+(writesae.sae.sparsity).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from writesae.sae.model import SAE
 
 
 class Loss(NamedTuple):
-    """One batch: the total (with gradient) and detached parts. Coefficients are in scaled units."""
+    """The total loss of a batch, with gradient, and detached parts; coefficients are in scaled units."""
 
     total: Tensor  # scalar
     fvu: Tensor  # scalar
@@ -37,10 +37,7 @@ class Loss(NamedTuple):
 def loss_of(
     sae: SAE, history: History, energy: Tensor, dead: Tensor | None = None, bf16: bool = False, **weights: float
 ) -> Loss:
-    """Return the loss on every token of a history, by the factored path where SAE and history allow it.
-
-    Arguments as for `factored_loss`; the dense path uses neither energy nor bf16.
-    """
+    """Return `factored_loss` where SAE and history allow it, else `dense_loss`."""
     if sae.factored and history.factored:
         return factored_loss(sae, history, energy, dead, **weights, bf16=bf16)
     return dense_loss(sae, history.steps(), dead, **weights)
@@ -57,8 +54,8 @@ def factored_loss(
 ) -> Loss:
     """Return the loss of a bilinear or tied + rank-1 SAE on every token, without states.
 
-    energy [N, T] is history.energy(sae.mean), in raw units; dead [D] int64 are the silent atoms, if any;
-    bf16 as in History.read.
+    energy [N, T]: history.energy(sae.mean), in raw units; dead [D] int64: silent atoms; bf16: as in
+    History.read.
     """
     encoder, decoder = sae.encoder, sae.decoder
     pre = sae.overlaps(encoder, history, encoder.bias, bf16)
@@ -85,22 +82,20 @@ def factored_loss(
 
 
 def _squared_error(energy: Tensor, overlaps: Tensor, coefficients: Tensor, gram: Tensor) -> Tensor:
-    """Return ||x - sum_i c_i atom_i||^2, [N, T], from ||x||^2, <atom_i, x>, c [N, T, n] and G [n, n]."""
+    """Return ||x - sum_i c_i atom_i||^2, [N, T], from ||x||^2, <atom_i, x>, c and G."""
     return energy - 2 * (coefficients * overlaps).sum(-1) + ((coefficients @ gram) * coefficients).sum(-1)
 
 
 def _gram(key: Tensor, value: Tensor) -> Tensor:
-    """Return G, [n, n]."""
     return (key @ key.T) * (value @ value.T)
 
 
 def _quadratic(key: Tensor, value: Tensor, indices: Tensor, coefficients: Tensor) -> Tensor:
-    """Return c^T G c of every token's active atoms, [N, T]; G is looked up in a table if pairs are few."""
+    """Return c^T G c of every token's active atoms, [N, T], from a table of G if it is small."""
     atoms, k = len(key), indices.shape[-1]
     if atoms * atoms <= 2 * indices.numel() * k:
-        table = _gram(key, value)
         pairs = indices[..., :, None] * atoms + indices[..., None, :]
-        gram = table.flatten().index_select(0, pairs.flatten()).view(pairs.shape)
+        gram = _gram(key, value).flatten().index_select(0, pairs.flatten()).view(pairs.shape)
         return ((gram * coefficients[..., None, :]).sum(-1) * coefficients).sum(-1)
     active = (F.embedding(indices.flatten(0, -2), factor) for factor in (key, value))
     return _Quadratic.apply(coefficients.flatten(0, -2), *active).view(indices.shape[:-1])
@@ -109,7 +104,7 @@ def _quadratic(key: Tensor, value: Tensor, indices: Tensor, coefficients: Tensor
 class _Quadratic(torch.autograd.Function):
     """c^T ((K K^T) * (V V^T)) c for c [B, k], K [B, k, d_k], V [B, k, d_v] -> [B].
 
-    The products are symmetric, so each gradient takes one matrix product; autograd would take two and a sum.
+    The products are symmetric, so each gradient takes one matrix product instead of two.
     """
 
     @staticmethod
@@ -128,7 +123,7 @@ class _Quadratic(torch.autograd.Function):
 
 
 def _explained(sae: SAE, indices: Tensor, coefficients: Tensor, dead: Tensor) -> Tensor:
-    """Return <xhat, atom_j> for the silent atoms j, [N, T, D], from k rows of G per token, xhat constant."""
+    """Return <xhat, atom_j> for the silent atoms j, [N, T, D], without gradient for xhat."""
     key, value = sae.decoder.key, sae.decoder.value
     gram = (key.detach() @ key[dead].T) * (value.detach() @ value[dead].T)
     weights = coefficients.detach().flatten(0, -2)
@@ -139,7 +134,7 @@ def _explained(sae: SAE, indices: Tensor, coefficients: Tensor, dead: Tensor) ->
 def dense_loss(
     sae: SAE, matrices: Tensor, dead: Tensor | None = None, aux_weight: float = 1e-2, k_aux: int = 256
 ) -> Loss:
-    """Return the same loss for any SAE, on matrices [N, T, d_k, d_v]; the oracle of `factored_loss`."""
+    """Return the loss of any SAE on matrices [N, T, d_k, d_v]."""
     x = sae.standardise(matrices)
     pre = sae.encoder.dense(x)
     indices, coefficients = sae.select(pre, ordered=False)
@@ -159,7 +154,7 @@ def dense_loss(
 
 
 def top_positive(pre: Tensor, k: int) -> Tensor:
-    """Return the ReLU of the k largest of [..., n], and zero elsewhere; of all of them where n <= k."""
+    """Return the ReLU of the k largest of [..., n] (of all if n <= k), and zero elsewhere."""
     if pre.shape[-1] <= k:
         return pre.relu()
     indices = pre.detach().topk(k, dim=-1, sorted=False).indices

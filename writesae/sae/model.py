@@ -1,19 +1,13 @@
-"""Sparse autoencoders of matrices: encoding and decoding, and folders on disk or on the Hugging Face Hub.
+"""Sparse autoencoders of matrices: encoding, decoding, and folders on disk or on the Hugging Face Hub.
 
-Table 10 of the paper lists the variants; here each is an encoder and a decoder: FlatSAE is dense + flat,
-MatrixSAE dense + rank1, BilinearSAE bilinear + rank1 (tied: tied + rank1; flat decoder: bilinear + flat).
-Data are centred and divided by one number first, x = (X - mean) / scale, so that the mean of ||x||_F^2 is 1:
+Data are standardised, x = (X - mean) / scale, so that the mean of ||x||_F^2 is 1. The variants of the paper's
+Table 10 are combinations of an encoder and a decoder (writesae.sae.parts) and a sparsity rule
+(writesae.sae.sparsity):
 
     p_i = enc_key_i^T x enc_value_i + bias_i   c = ReLU(TopK_k(p))   xhat = sum_i c_i dec_key_i dec_value_i^T
 
-The other sparsity rules are in writesae.sae.sparsity. With rank r > 1 (App. F.3) an atom is a sum of r outer
-products, and so is the filter of a bilinear encoder. Table 10 has no encoder bias; ours is learnt from zero.
-
-Coefficients that SAE returns are in raw units, c_i * scale, so that coefficient * unit atom adds to a state.
-A saved SAE is a folder with model.safetensors and config.json (the fields of SAEConfig, and a checksum):
-
-    sae.save("folder")                  # or sae.push_to_hub("owner/name")
-    sae = SAE.load("folder or owner/name", expect=dict(layer=9, head=4))
+Table 10 has no encoder bias; ours is learnt from zero. The SAE returns coefficients in raw units, c_i *
+scale.
 """
 
 from __future__ import annotations
@@ -60,8 +54,8 @@ indices, coefficients = sae.encode(matrices)  # matrices: [..., {d_k}, {d_v}]
 class SAE(nn.Module):
     """A sparse autoencoder of [d_k, d_v] matrices; buffers mean [d_k, d_v] and scale (a scalar), fp32.
 
-    `config` says what it is and, if known, what it was trained on. A new SAE has random weights and is in
-    evaluation mode. Raises ValidationError for sides below 1.
+    `config` describes it and, if known, its training data. A new SAE has random weights and is in evaluation
+    mode.
     """
 
     def __init__(self, architecture: Architecture, d_k: int, d_v: int) -> None:
@@ -91,10 +85,7 @@ class SAE(nn.Module):
         return (matrices - self.mean) / self.scale
 
     def overlaps(self, part: nn.Module, history: History, bias: Tensor | float = 0.0, bf16: bool = False) -> Tensor:
-        """Return <key_i value_i^T, x_t> + bias_i for the factors of either part, without states: [N, T, n].
-
-        Differentiable in the factors. bf16: as in History.read.
-        """
+        """Return <key_i value_i^T, x_t> + bias_i for either part, [N, T, n] without states."""
         key = part.key / self.scale
         return history.read(key, part.value, bf16) + (bias - ((key @ self.mean) * part.value).sum(-1))
 
@@ -106,7 +97,7 @@ class SAE(nn.Module):
     def encode(self, matrices: Tensor) -> Active:
         """Return indices and raw coefficients [..., slots] of matrices [..., d_k, d_v]; TopK has k slots.
 
-        Raises ValueError for another shape, a dtype wider than the SAE's, and values that are not finite.
+        Raises ValueError for another shape, a wider dtype than the SAE's, and values that are not finite.
         """
         if matrices.shape[-2:] != (self.d_k, self.d_v):
             raise ValueError(f"This SAE takes matrices [..., {self.d_k}, {self.d_v}], not {tuple(matrices.shape)}.")
@@ -117,10 +108,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def encode_history(self, history: History) -> Active:
-        """Return indices and raw coefficients [N, T, slots] of every X_t; a bilinear encoder needs no states.
-
-        Raises ValueError as `check_history` does.
-        """
+        """Return indices and raw coefficients [N, T, slots] of every X_t. Raises as `check_history`."""
         self.check_history(history)
         parts = []
         for group in history.groups(self.group_size(history)):
@@ -132,7 +120,7 @@ class SAE(nn.Module):
         return Active(*(torch.cat(x) for x in zip(*parts)))
 
     def check_history(self, history: History) -> None:
-        """Raise ValueError for a history of other matrices or another dtype than the SAE's."""
+        """Raise ValueError for a history of another shape or a wider dtype than the SAE's."""
         if (history.d_k, history.d_v) != (self.d_k, self.d_v):
             raise ValueError(f"This SAE takes {self.d_k} x {self.d_v} matrices, not {history.d_k} x {history.d_v}.")
         self._check_dtype(history.key)
@@ -142,9 +130,9 @@ class SAE(nn.Module):
             raise ValueError(f"This SAE is in {self.mean.dtype} and the data in {x.dtype}: convert one of them (.to).")
 
     def group_size(self, history: History) -> int:
-        """Return how many windows to encode at once so that about GROUP_ELEMENTS numbers are held."""
+        """Return the number of windows to encode at once, for about GROUP_ELEMENTS numbers in memory."""
         factored = self.encoder.factored and history.factored
-        per_token = self.n_atoms if factored else self.n_atoms + self.d_k * self.d_v
+        per_token = self.n_atoms + (0 if factored else self.d_k * self.d_v)
         return max(1, GROUP_ELEMENTS // (per_token * history.shape[1]))
 
     def _raw(self, pre: Tensor) -> Active:
@@ -154,9 +142,10 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, indices: Tensor, coefficients: Tensor) -> Tensor:
-        """Return the reconstruction [..., d_k, d_v], mean included, of indices and coefficients [..., slots].
+        """Return the reconstruction [..., d_k, d_v], mean included, from indices and coefficients [...,
+        slots].
 
-        Raises ValueError for indices of no atom and for other than one coefficient per index.
+        Raises ValueError for different shapes, and for indices without an atom.
         """
         if indices.shape != coefficients.shape:
             raise ValueError(f"Each atom takes a coefficient: {list(indices.shape)} and {list(coefficients.shape)}.")
@@ -167,17 +156,14 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def atoms(self) -> tuple[Tensor, Tensor]:
-        """Return the unit key [n, d_k] and unit value [n, d_v] of every atom.
-
-        For other decoders this is the top singular pair of each atom, the paper's baseline "flat SAE + SVD".
-        """
+        """Return the unit key [n, d_k] and value [n, d_v] of every atom, or its top singular pair."""
         if isinstance(self.decoder, RankOneDecoder):
             return F.normalize(self.decoder.key, dim=-1), F.normalize(self.decoder.value, dim=-1)
         left, _, right = torch.linalg.svd(self.decoder.weight(), full_matrices=False)
         return left[:, :, 0], right[:, 0, :]
 
     def save(self, folder: Path | str) -> None:
-        """Write model.safetensors, then config.json with its sha256, each atomically, over existing ones."""
+        """Write model.safetensors and config.json (SAEConfig and the sha256), each atomically."""
         weights = Path(folder) / WEIGHTS
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         write_atomically(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
@@ -185,7 +171,7 @@ class SAE(nn.Module):
         write_atomically(Path(folder) / CONFIG, lambda path: path.write_text(text))
 
     def push_to_hub(self, name: str, token: str | None = None, private: bool | None = None) -> None:
-        """Upload the folder and a README to the Hub's repository `name`, which is created if needed."""
+        """Upload the SAE and a README to the Hub's repository `name`, which is created if needed."""
         api = HfApi(token=token)
         api.create_repo(name, private=private, exist_ok=True)
         with TemporaryDirectory() as folder:
@@ -200,12 +186,10 @@ class SAE(nn.Module):
     ) -> SAE:
         """Return the SAE of a folder or of a Hub id at `revision`, in evaluation mode and without gradients.
 
-        expect: fields of SAEConfig and their required values. options: of huggingface_hub.snapshot_download
-        (token, cache_dir, ...). The older format, two files NAME.json and NAME.safetensors, is read as well.
-
-        Raises FileNotFoundError for missing files; ValueError for another format version, a damaged file,
-        tensors that do not fit the config, values that are not finite, and fields that differ from `expect`;
-        and what `writesae.hosts.hub.fetch` raises.
+        expect: required values of SAEConfig's fields. options: of huggingface_hub.snapshot_download. The
+        older format, NAME.json and NAME.safetensors, is read as well. Raises FileNotFoundError for missing
+        files; ValueError for another format version, damaged files, tensors that do not fit the config,
+        values that are not finite, and other values than expected; and as `writesae.hosts.hub.fetch`.
         """
         description, weights = _locate(name, revision, options)
         config, checksum = _read_config(description)
@@ -218,14 +202,13 @@ class SAE(nn.Module):
         except SafetensorError as error:
             raise ValueError(f"{weights} is damaged or was cut short: {error}") from error
         except RuntimeError as error:
-            problem = f"{weights} does not hold the tensors that {description.name} describes"
-            raise ValueError(f"{problem}: {error}") from error
+            message = f"{weights} does not hold the tensors that {description.name} describes: {error}"
+            raise ValueError(message) from error
         refuse_not_finite(sae, weights)
         return sae.requires_grad_(False)
 
 
 def _locate(name: Path | str, revision: str | None, options: dict[str, Any]) -> tuple[Path, Path]:
-    """Return the paths of an SAE's config and weights."""
     pair = Path(f"{name}.json"), Path(f"{name}.safetensors")
     if not Path(name).is_dir() and all(path.is_file() for path in pair):
         return pair
@@ -237,7 +220,7 @@ def _locate(name: Path | str, revision: str | None, options: dict[str, Any]) -> 
 
 
 def _read_config(path: Path) -> tuple[SAEConfig, str | None]:
-    """Return the config in a file and the checksum of the weights, None where the file has none."""
+    """Return the config in a file, and the checksum of the weights or None."""
     try:
         content = dict(json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
@@ -252,19 +235,17 @@ def _read_config(path: Path) -> tuple[SAEConfig, str | None]:
 
 
 def _refuse_other(config: SAEConfig, expect: dict[str, Any], path: Path) -> None:
-    """Raise ValueError where fields of the config differ from the expected ones, or do not exist."""
     unknown = expect.keys() - SAEConfig.model_fields.keys()
     if unknown:
         raise ValueError(f"A checkpoint has no field {', '.join(sorted(unknown))}.")
     wrong = [name for name, value in expect.items() if getattr(config, name) != value]
     if wrong:
-        actual = ", ".join(f"{name} {getattr(config, name)}" for name in wrong)
-        wanted = ", ".join(f"{name} {expect[name]}" for name in wrong)
+        actual, wanted = (", ".join(f"{x} {values[x]}" for x in wrong) for values in (dict(config), expect))
         raise ValueError(f"{path} is an SAE of {actual}, but {wanted} was asked for.")
 
 
 def refuse_not_finite(sae: SAE, path: Path) -> None:
-    """Raise ValueError where the SAE, which was read from `path`, holds values that are not finite."""
-    name = next((name for name, x in sae.state_dict().items() if not torch.isfinite(x).all()), None)
-    if name is not None:
-        raise ValueError(f"{path} holds values that are not finite, first in {name}: train that SAE again.")
+    """Raise ValueError where the SAE, read from `path`, has values that are not finite."""
+    for name, x in sae.state_dict().items():
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{path} holds values that are not finite, first in {name}: train that SAE again.")

@@ -1,7 +1,7 @@
 """Encoders and decoders of a sparse autoencoder of matrices (the paper's Table 10).
 
-Every part holds n matrices, one per atom: `weight()` returns them, [n, d_k, d_v]; `normalise()` applies the
-norm constraint of Table 10; `assign(rows, key, value)` makes the matrices `rows` [r] equal to key value^T.
+Each has one matrix per atom: `weight()` returns them, [n, d_k, d_v]; `normalise()` applies the norm
+constraint of Table 10; `assign(rows, key, value)` sets the matrices `rows` [r] to key value^T.
 """
 
 from __future__ import annotations
@@ -35,10 +35,7 @@ class _RankOne(nn.Module):
 
 
 class _LowRank(nn.Module):
-    """n matrices sum_r key_ir value_ir^T of unit Frobenius norm: key [n, rank, d_k], value [n, rank, d_v].
-
-    `assign` takes key [m, rank, d_k] and value [m, rank, d_v].
-    """
+    """n matrices sum_r key_ir value_ir^T of unit Frobenius norm: key [n, rank, d_k], value [n, rank, d_v]."""
 
     def __init__(self, n_atoms: int, d_k: int, d_v: int, rank: int) -> None:
         super().__init__()
@@ -75,16 +72,16 @@ class _Matrices(nn.Module):
 
 
 class _Encoder:
-    """A bias [n] beside the matrices, and the pre-activations of data."""
+    """A bias [n] for each matrix, and pre-activations."""
 
-    factored = False  # whether filters are key_i value_i^T: a history is then encoded without its states
+    factored = False  # True: the matrices are key_i value_i^T, and a history is encoded without states
 
     def __init__(self, n_atoms: int, *sizes: int) -> None:
         super().__init__(n_atoms, *sizes)
         self.bias = nn.Parameter(torch.zeros(n_atoms))
 
     def dense(self, x: Tensor) -> Tensor:
-        """Return <weight_i, x> + bias_i for x [..., d_k, d_v] as [..., n]."""
+        """Return <weight_i, x> + bias_i, [..., n], for x [..., d_k, d_v]."""
         return F.linear(x.flatten(-2), self.weight().flatten(1), self.bias)
 
     @torch.no_grad()
@@ -106,11 +103,11 @@ class DenseEncoder(_Encoder, _Matrices):
     """A linear map of vec(x)."""
 
     def normalise(self) -> None:
-        """Do nothing: Table 10 puts no norm on a dense encoder."""
+        """Do nothing: Table 10 has no norm constraint for it."""
 
 
 class TiedEncoder(_Encoder, _RankOne):
-    """The decoder's own atoms as matched filters: its parameters, and a bias."""
+    """The decoder's atoms as matched filters, and a bias."""
 
     factored = True
     key = property(lambda self: self.decoder.key)
@@ -118,27 +115,26 @@ class TiedEncoder(_Encoder, _RankOne):
 
     def __init__(self, decoder: RankOneDecoder) -> None:
         nn.Module.__init__(self)
-        object.__setattr__(self, "decoder", decoder)  # not registered as a submodule
+        object.__setattr__(self, "decoder", decoder)  # not as a submodule
         self.bias = nn.Parameter(torch.zeros(len(decoder.key)))
 
     def normalise(self) -> None:
-        """Do nothing: the decoder does."""
+        """Do nothing: the decoder normalises its atoms."""
 
 
 class RankOneDecoder(_RankOne):
     """Atoms key_i value_i^T."""
 
     def dense(self, indices: Tensor, coefficients: Tensor) -> Tensor:
-        """Return sum_j coefficients_j atom_indices_j for [..., k] as [..., d_k, d_v]."""
+        """Return sum_j coefficients_j atom_indices_j, [..., d_k, d_v], for [..., k]."""
         key, value = F.embedding(indices, self.key), F.embedding(indices, self.value)
         return (key * coefficients[..., None]).transpose(-1, -2) @ value
 
 
 class _WholeDecoder:
-    """Decoding with the atoms multiplied out."""
+    """Decoding with whole matrices."""
 
     def dense(self, indices: Tensor, coefficients: Tensor) -> Tensor:
-        """Return sum_j coefficients_j atom_indices_j for [..., k] as [..., d_k, d_v]."""
         weight = self.weight()
         spread = coefficients.new_zeros(*indices.shape[:-1], len(weight)).scatter(-1, indices, coefficients)
         return (spread @ weight.flatten(1)).unflatten(-1, weight.shape[1:])

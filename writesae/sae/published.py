@@ -4,9 +4,9 @@ In their names, for a state X in [d_k, d_v] (which their training code does not 
 
     c = ReLU(TopK(sum_r V_enc_ir^T X W_enc_ir + b_enc_i))        Xhat = sum_ir c_i V_dec_ir W_dec_ir^T + bias
 
-with V on the first axis, and factors [n, rank, d], or [n, d] in older files. Ours subtract a mean first, so
-mean = bias and our encoder bias is b_enc_i + <encoder_i, bias>: the same function up to rounding. Their
-decoder factors have unit norm only every 100 steps, so atom norms can differ from one by some per cent.
+with factors [n, rank, d], or [n, d] in older files. Ours subtract a mean first, so mean = bias and our
+encoder bias is b_enc_i + <encoder_i, bias>: the same function up to rounding. Their atoms differ from unit
+norm by some per cent.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ IGNORED = {"steps_since_active"}
 
 
 def load_authors_sae(path: Path | str, host: str, *, transposed: bool = False, **given: int) -> SAE:
-    """Return the SAE of states in a file of the paper's author; `host` names the model it was trained on.
+    """Return the SAE of states in a file of the paper's author; `host` is the name of its model.
 
-    given: layer, head, k, seed, d_k, d_v where the file's config lacks them. transposed: the file's states
-    are [d_v, d_k], as transformers keeps those of Mamba-2; d_k and d_v in `given` and in the result are ours.
+    given: layer, head, k, seed, d_k, d_v if the file's config lacks them. transposed: the file's states are
+    [d_v, d_k], as those of Mamba-2 in transformers; d_k and d_v in `given` and in the result are ours.
 
-    Raises FileNotFoundError for a missing file, and ValueError for a damaged one, for one with more than
-    tensors and plain values (such a pickle is not executed), for missing, extra or misshapen tensors, for a
-    config that lacks a field or contradicts the tensors or `given`, for rank above 1, and for BatchTopK.
+    Raises FileNotFoundError for a missing file, and ValueError for a damaged one, one with more than tensors
+    and plain values (its pickle is not executed), missing, extra or misshapen tensors, a config that lacks a
+    field or contradicts the tensors or `given`, rank above 1, and BatchTopK.
     """
     state, config = _read(Path(path))
     kind = _kind(path, state, config)
@@ -73,7 +73,6 @@ def load_authors_sae(path: Path | str, host: str, *, transposed: bool = False, *
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state dict and the config of a file."""
     content = read_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no published SAE, but a {type(content).__name__}.")
@@ -81,14 +80,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(state, dict) or not isinstance(config, dict):
         keys = ", ".join(map(str, content))
         raise ValueError(f"{path} is no published SAE: those hold model_state_dict and config, this one {keys}.")
-    for name, x in state.items():
-        if not isinstance(x, Tensor):
-            raise ValueError(f"{path} is no published SAE: its {name} is not a tensor.")
+    if other := [name for name, x in state.items() if not isinstance(x, Tensor)]:
+        raise ValueError(f"{path} is no published SAE: its {other[0]} is not a tensor.")
     return {name: x for name, x in state.items() if name not in IGNORED}, config
 
 
 def _kind(path: Path | str, state: dict[str, Tensor], config: dict[str, Any]) -> str:
-    """Return their sae_type: the config's, else the one whose tensor names fit best; all names must fit."""
+    """Return their sae_type: that of the config, else the one whose tensor names fit best."""
     if config.get("use_batchtopk"):
         raise ValueError(f"{path} was trained with BatchTopK, and only SAEs with the top k of each token can be read.")
     kind = config.get("sae_type") or min(KINDS, key=lambda name: len(set(KINDS[name][2]) ^ set(state)))
@@ -103,7 +101,7 @@ def _kind(path: Path | str, state: dict[str, Tensor], config: dict[str, Any]) ->
 
 
 def _agreed(path: Path | str, name: str, theirs: int | None, given: int | None) -> int:
-    """Return the value of a field, which the file or the caller must give."""
+    """Return the value of a field from the file or the caller."""
     if theirs is None and given is None:
         raise ValueError(f"The config of {path} does not say {name}: pass {name}=.")
     if theirs is not None and given is not None and theirs != given:
@@ -117,7 +115,7 @@ def _agreed(path: Path | str, name: str, theirs: int | None, given: int | None) 
 def _tensors(
     path: Path | str, state: dict[str, Tensor], kind: str, shape: tuple[int, int, int], transposed: bool
 ) -> dict[str, Tensor]:
-    """Return our tensors, except the scale, from theirs; shape: (n, first, second axis) of their matrices."""
+    """Return our tensors, except the scale, from theirs; shape: of their matrices."""
     n, d_1, d_2 = shape
     encoder, decoder, _ = KINDS[kind]
 

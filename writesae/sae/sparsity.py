@@ -7,9 +7,9 @@
 | jumprelu   | those above a learnt threshold per atom                          | Rajamanoharan et al. 2024b |
 | gated      | those whose gate is open; a rescaled copy gives the coefficient  | Rajamanoharan et al. 2024a |
 
-All are held to k active atoms per token on average, so that they are compared at one sparsity. (The paper's
-JumpReLU is not: it has 1,142 of 2,048.) Pre-activations and thresholds are in scaled units; only positive
-ones make an atom active. A rule adapts to every batch in training mode and is fixed in evaluation mode.
+All have k active atoms per token on average, so that they are compared at one sparsity (the paper's JumpReLU
+has 1,142 of 2,048). Pre-activations and thresholds are in scaled units; only positive ones make an atom
+active. A rule adapts to every batch in training mode and is fixed in evaluation mode.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 FOLLOW = 0.01  # BatchTopK: weight of one batch in the running mean of the threshold
 WIDTH = 0.05  # JumpReLU: width of the kernel that gives thresholds their gradient
-PACE = 10.0  # JumpReLU: log thresholds move this much faster than other parameters, since runs are short
+PACE = 10.0  # JumpReLU: speed of log thresholds relative to other parameters, since runs are short
 L1 = 0.1  # Gated: weight of the sparsity term at the start
 L1_PACE = 0.05  # Gated: maximum relative change of that weight in one step
 
@@ -36,28 +36,28 @@ class Active(NamedTuple):
 class Activation(nn.Module):
     """A rule that gives every atom a coefficient, most of them 0."""
 
-    every = True  # slots = n_atoms; only TopK returns k slots
+    every = True  # slots = n_atoms, not k
 
     def __init__(self, n_atoms: int, k: int) -> None:
         super().__init__()
         self.k = k
 
     def forward(self, pre: Tensor, bias: Tensor, ordered: bool = True) -> Active:
-        """Return the active atoms for pre [..., n], which includes bias [n]; largest first if `ordered`."""
+        """Return the active atoms for pre [..., n], which includes bias [n]; sorted if `ordered`."""
         coefficients = self.coefficients(pre, bias)
         if ordered:
             return Active(*reversed(coefficients.sort(-1, descending=True)))
         return Active(torch.arange(pre.shape[-1], device=pre.device).expand(pre.shape), coefficients)
 
     def coefficients(self, pre: Tensor, bias: Tensor) -> Tensor:
-        """Return the coefficient of every atom, [..., n]; each rule has its own."""
+        """Return the coefficient of every atom, [..., n]."""
 
     def penalty(self, pre: Tensor) -> Tensor | float:
-        """Return what the rule adds to the loss of a batch."""
+        """Return the rule's term in the loss of a batch."""
         return 0.0
 
     def gate(self, pre: Tensor) -> Tensor | None:
-        """Return coefficients [..., n] that must reconstruct too, with fixed atoms; None for most rules."""
+        """Return coefficients [..., n] that must also reconstruct, with fixed atoms, or None."""
         return None
 
     def start(self, pre: Tensor, bias: Tensor) -> None:
@@ -84,10 +84,7 @@ class TopK(Activation):
 
 
 class BatchTopK(Activation):
-    """The k * tokens largest of a batch; outside training, those that reach a fixed threshold.
-
-    The threshold is the running mean of the smallest coefficient kept in a batch.
-    """
+    """The k * tokens largest of a batch; in evaluation, those above the mean threshold."""
 
     def __init__(self, n_atoms: int, k: int) -> None:
         super().__init__(n_atoms, k)
@@ -124,7 +121,7 @@ class _Jump(torch.autograd.Function):
 
 
 class JumpReLU(Activation):
-    """A learnt threshold per atom; (L0 / k - 1)^2 is added to the loss, L0 the active atoms per token."""
+    """A learnt threshold per atom. Its loss term is (L0 / k - 1)^2 for L0 active atoms per token."""
 
     def __init__(self, n_atoms: int, k: int) -> None:
         super().__init__(n_atoms, k)
@@ -153,8 +150,8 @@ class JumpReLU(Activation):
 class Gated(Activation):
     """exp(log_scale) (pre - bias) + offset where the gate pre > 0, after ReLU.
 
-    The gate learns from an L1 term and from reconstructing by itself; the weight of the L1 term adapts until
-    k atoms per token are active.
+    The gate learns from reconstruction and an L1 term, whose weight adapts until k atoms per token are
+    active.
     """
 
     def __init__(self, n_atoms: int, k: int) -> None:

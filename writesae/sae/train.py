@@ -1,7 +1,7 @@
-"""Training sparse autoencoders of a cell's history by the paper's recipe (its App. D).
+"""Training sparse autoencoders of a cell's history by the paper's recipe (App. D).
 
-Each step of Adam takes the loss (writesae.sae.losses) of all tokens of some windows. Atoms that have not
-fired for long get a dead-atom loss, and at regular steps they restart from badly reconstructed tokens.
+Each step of Adam takes the loss (writesae.sae.losses) of all tokens of some windows. Silent atoms get a
+dead-atom loss, and at regular steps they restart from badly reconstructed tokens.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from writesae.sae.model import SAE
 
 CHECKPOINT_SECONDS = 60.0
 RESAMPLE_UNTIL = 0.8  # fraction of all steps
-RESAMPLE_BATCHES = 4  # batches from whose worst tokens silent atoms are restarted
+RESAMPLE_BATCHES = 4  # batches from which silent atoms restart
 POWER_ITERATIONS = 20
-INIT_NOISE = 0.2  # norm of the noise on the unit factors of the tokens that atoms start from
+INIT_NOISE = 0.2  # norm of the noise on initial atoms
 CURVE_POINTS = 200
-START_WINDOWS = 4  # in which sparsity rules with thresholds count active atoms before training
+START_WINDOWS = 4  # windows from which initial thresholds are set
 
 
 class TrainingSettings(Architecture):
-    """An architecture and its training. The defaults are the paper's (Sec. 3, App. D, Table 10)."""
+    """An architecture and its training; defaults of the paper (Sec. 3, App. D, Table 10)."""
 
     tokens: PositiveInt = Field(description="training tokens seen in total, rounded up to whole batches")
     batch_windows: PositiveInt = 4
@@ -51,9 +51,7 @@ class TrainingSettings(Architecture):
     resample_every: PositiveInt = 250
     renormalise_every: PositiveInt = 100
     products: Literal["fp32", "tf32", "bf16"] = Field(
-        "fp32",
-        description="of matrix products; bf16: the factored loss rounds factors of products with tokens and "
-        "sums in fp32, all other products are in tf32 (fp32 without CUDA)",
+        "fp32", description="of matrix products; bf16: those with tokens in the factored loss, the others in tf32"
     )
     seed: int = 0
 
@@ -64,13 +62,13 @@ class TrainingSettings(Architecture):
         return self
 
     def steps(self, window_tokens: int) -> int:
-        """Return the steps of batch_windows windows of `window_tokens` tokens."""
+        """Return the number of steps for windows of `window_tokens` tokens."""
         return -(-self.tokens // (self.batch_windows * window_tokens))
 
 
 @dataclass
 class TrainingRecord:
-    """How a run went. A curve is a list of (last step, mean over the steps since the previous point)."""
+    """The course of a run. A curve is a list of (last step, mean since the previous point)."""
 
     seconds: float
     tokens: int
@@ -83,7 +81,7 @@ class TrainingRecord:
 
 
 def learning_rate(settings: TrainingSettings, step: int, steps: int) -> float:
-    """Return the learning rate of a step, from 0: linear warm-up, then a cosine from lr to final_lr."""
+    """Return the learning rate of a step: linear warm-up, then a cosine from lr to final_lr."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(1, steps - 1 - settings.warmup)
@@ -111,14 +109,12 @@ def train(
     checkpoint: Path | str | None = None,
     validation: History | None = None,
 ) -> tuple[SAE, TrainingRecord]:
-    """Train an SAE on every X_t of `history` (or of a writesae.shards.ShardedHistory, which stays on disk).
+    """Train an SAE on every X_t of `history` (a History or a ShardedHistory). The same seed gives the same
+    bits.
 
-    The same seed and thread count give the same result, bit for bit. The SAE's config has target and origin.
-    checkpoint: a file that is written every minute and at the end; a killed run that is started again
-    continues from it, to the same result. Remove it once the SAE is saved.
-
-    Raises ValueError for fewer windows than a batch, constant data, validation data of another kind, and a
-    checkpoint of another run; FloatingPointError when the loss is not finite.
+    checkpoint: a file that is written every minute and at the end, and from which a killed run continues, to
+    the same result. Raises ValueError for fewer windows than a batch, constant data, validation data of
+    another kind, and a checkpoint of another run; FloatingPointError when the loss is not finite.
     """
     if len(history) < settings.batch_windows:
         raise ValueError(f"A batch takes {settings.batch_windows} windows, the history has {len(history)}.")
@@ -153,14 +149,14 @@ class Tokens(NamedTuple):
     """An SAE on every token of some windows, in raw units."""
 
     squared: Tensor  # [N, T] fp64, ||X - Xhat||^2
-    energy: Tensor  # [N, T], ||X - mean||^2, with the SAE's own mean
+    energy: Tensor  # [N, T], ||X - mean||^2, with the SAE's mean
     indices: Tensor  # [N, T, slots]
     coefficients: Tensor  # [N, T, slots], in no order
 
 
 @torch.no_grad()
 def by_group(sae: SAE, history: History) -> Iterator[Tokens]:
-    """Yield errors and active atoms of a few windows at a time, in order. Raises as `SAE.check_history`."""
+    """Yield `Tokens` of a few windows at a time. Raises as `SAE.check_history`."""
     sae.check_history(history)
     for group in history.groups(sae.group_size(history)):
         energy = group.energy(sae.mean)
@@ -170,7 +166,7 @@ def by_group(sae: SAE, history: History) -> Iterator[Tokens]:
 
 
 def evaluate(sae: SAE, history: History) -> tuple[float, int]:
-    """Return (FVU about the SAE's own mean, number of atoms that fire) over all tokens of a history."""
+    """Return the FVU about the SAE's mean, and the number of atoms that fire, over a history."""
     error, variance, fired = 0.0, 0.0, torch.zeros(sae.n_atoms, dtype=torch.bool)
     for tokens in by_group(sae, history):
         error += tokens.squared.sum().item()
@@ -184,7 +180,10 @@ class _Run:
 
     def __init__(self, history: History, settings: TrainingSettings) -> None:
         self.settings, self.history, self.steps = settings, history, settings.steps(history.shape[1])
-        self.sae = SAE(_config(history, settings), history.d_k, history.d_v).to(history.key).train()
+        fields = settings.model_dump(include=set(SAEConfig.model_fields)) | dict(target=history.target)
+        fields |= history.origin._asdict() if history.origin else {}
+        config = SAEConfig(**fields, d_k=history.d_k, d_v=history.d_v)
+        self.sae = SAE(config, history.d_k, history.d_v).to(history.key).train()
         self.sae.mean.copy_(history.mean())
         self.energy = history.energy(self.sae.mean)  # [N, T], ||X_t - mean||^2
         self.sae.scale.copy_(self.energy.double().mean().sqrt())
@@ -193,11 +192,11 @@ class _Run:
         initialise(self.sae, history, settings.seed)
         self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=settings.lr, fused=True)
         self.silent = torch.zeros(settings.n_atoms, dtype=torch.int64, device=history.key.device)
-        self.losses = torch.zeros(self.steps, 2)  # loss, FVU; `silent` counts the steps since each atom fired
+        self.losses = torch.zeros(self.steps, 2)  # loss, FVU; `silent`: steps since each atom fired
         self.step, self.seconds = 0, 0.0
 
     def advance(self) -> None:
-        """Take one step: gradient, Adam, and every so many steps normalisation and resampling."""
+        """Take one step: gradient, Adam, and at regular steps normalisation and resampling."""
         settings = self.settings
         windows = batch_of(settings, len(self.history), self.step)
         dead = (self.silent >= settings.dead_after).nonzero().squeeze(-1)
@@ -223,15 +222,14 @@ class _Run:
 
     @torch.no_grad()
     def resample(self, dead: Tensor) -> None:
-        """Restart atoms [D] as top singular pairs of residuals, drawn in proportion to their energy."""
+        """Restart atoms [D] as top singular pairs of residuals, drawn by their energy."""
         if not len(dead):
             return
         generator = _generator(self.settings.seed, "resample", self.step)
         count = min(len(self.history), RESAMPLE_BATCHES * self.settings.batch_windows)
         windows = torch.randperm(len(self.history), generator=generator)[:count]
-        self.sae.eval()
-        history, energy = self.history[windows], self.energy[windows]
-        residuals = _worst_residuals(self.sae, history, energy, len(dead), generator)
+        data = self.history[windows], self.energy[windows]
+        residuals = _worst_residuals(self.sae.eval(), *data, len(dead), generator)
         self.sae.train()
         dead, rank = dead[: len(residuals)], self.sae.rank
         key, value = top_singular_pair(residuals) if rank == 1 else top_singular_pairs(residuals, rank)
@@ -240,8 +238,7 @@ class _Run:
         self.sae.encoder.clear_bias(dead)
         self.sae.activation.restart(dead, self.sae.encoder.bias)
         for state in self.optimiser.state.values():
-            state["exp_avg"][dead] = 0
-            state["exp_avg_sq"][dead] = 0
+            state["exp_avg"][dead] = state["exp_avg_sq"][dead] = 0
         self.silent[dead] = 0
 
     def _named_moments(self) -> Iterator[tuple[str, torch.nn.Parameter, str]]:
@@ -250,7 +247,7 @@ class _Run:
                 yield f"adam.{name}.{moment}", parameter, moment
 
     def save(self, path: Path, identity: str) -> None:
-        """Write all that the next step depends on as safetensors; `identity` is of settings and data."""
+        """Write the state of the run as safetensors; `identity`: of settings and data."""
         tensors = {f"sae.{name}": x for name, x in self.sae.state_dict().items()}
         tensors |= {name: self.optimiser.state[p][moment] for name, p, moment in self._named_moments()}
         tensors |= {"silent": self.silent, "losses": self.losses}
@@ -259,7 +256,7 @@ class _Run:
         write_atomically(path, lambda partial: save_file(tensors, partial, metadata))
 
     def restore(self, path: Path, identity: str) -> None:
-        """Continue from what `save` wrote. Raises ValueError when it belongs to other settings or data."""
+        """Continue from a file of `save`. Raises ValueError for other settings or data, and damage."""
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -276,19 +273,11 @@ class _Run:
         self.step, self.seconds = int(metadata["step"]), float(metadata["seconds"])
 
 
-def _config(history: History, settings: TrainingSettings) -> SAEConfig:
-    """Return the config of the SAE that the settings and the data make."""
-    fields = settings.model_dump(include=set(SAEConfig.model_fields))
-    origin = history.origin._asdict() if history.origin else {}
-    return SAEConfig(**fields, **origin, target=history.target, d_k=history.d_k, d_v=history.d_v)
-
-
 @torch.no_grad()
 def initialise(sae: SAE, history: History, seed: int) -> None:
-    """Start each atom at the unit factors of a random token's write plus noise; the encoder starts the same.
+    """Start each atom, and its encoder, at the unit factors of a random token's write plus noise.
 
-    Atoms then point where the data are, so few are dead from the start; the noise separates repeated tokens.
-    An atom of rank r starts as the sum of r tokens' writes. Sparsity rules set thresholds on a few windows.
+    An atom of rank r is the sum of r writes. Sparsity rules set thresholds on a few windows.
     """
     generator = _generator(seed, "initialise")
     windows, tokens = history.shape
@@ -313,7 +302,7 @@ def initialise(sae: SAE, history: History, seed: int) -> None:
 
 
 def _worst_residuals(sae: SAE, history: History, energy: Tensor, count: int, generator) -> Tensor:
-    """Return x - xhat of at most `count` tokens, drawn in proportion to its energy, [count, d_k, d_v]."""
+    """Return x - xhat, [count, d_k, d_v], of at most `count` tokens, drawn by its energy."""
     size, start, losses = sae.group_size(history), 0, []
     for group in history.groups(size):
         losses.append(loss_of(sae, group, energy[start : start + size]))
@@ -327,10 +316,7 @@ def _worst_residuals(sae: SAE, history: History, energy: Tensor, count: int, gen
 
 
 def top_singular_pair(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the unit left [r, d_k] and right [r, d_v] top singular vectors of matrices, by power iteration.
-
-    It starts from each matrix's longest row; a nearly equal second pair may remain mixed in.
-    """
+    """Return the unit left [r, d_k] and right [r, d_v] top singular vectors of matrices (power iteration)."""
     longest = matrices.norm(dim=2).argmax(1)
     right = F.normalize(matrices[torch.arange(len(matrices), device=matrices.device), longest], dim=-1)
     for _ in range(POWER_ITERATIONS):
@@ -342,7 +328,7 @@ def top_singular_pair(matrices: Tensor) -> tuple[Tensor, Tensor]:
 def top_singular_pairs(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return key [m, rank, d_k] and value [m, rank, d_v] of the top singular pairs of [m, d_k, d_v].
 
-    sum_r key_r value_r^T has unit Frobenius norm; the pairs keep the proportions of their singular values.
+    sum_r key_r value_r^T has unit norm, with the proportions of the singular values.
     """
     left, size, right = torch.linalg.svd(matrices, full_matrices=False)
     weight = F.normalize(size[:, :rank], dim=-1).sqrt()[..., None]
@@ -350,6 +336,5 @@ def top_singular_pairs(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _curve(values: Tensor) -> list[tuple[int, float]]:
-    """Return at most CURVE_POINTS points of a curve over all steps."""
     size = max(1, -(-len(values) // CURVE_POINTS))
     return [(min((i + 1) * size, len(values)), part.mean().item()) for i, part in enumerate(values.split(size))]
