@@ -146,7 +146,7 @@ from replication.commands import CommandError, sweep
 from replication.study.lock import LockError
 from replication.study.profile import Profile
 import test_sweep
-test_sweep.study.split_windows = test_sweep.random_windows
+test_sweep.study_module.split_windows = test_sweep.random_windows
 profile, grid = Profile.model_validate_json(sys.argv[1]), sweep.Grid(**test_sweep.GRID)
 real = sweep.stages.write_table
 
@@ -164,7 +164,8 @@ def test_a_killed_sweep_goes_on_in_several_processes_to_the_same_table(output, p
     path = os.pathsep.join([str(paths.ROOT), str(paths.ROOT / "tests"), str(paths.ROOT / "tests" / "replication")])
     environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=path)
     command = [sys.executable, "-c", KILLED, profile.model_dump_json()]
-    assert subprocess.run(command, env=environment, stderr=subprocess.DEVNULL).returncode == -9
+    killed = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     stored = {path: path.stat().st_mtime_ns for path in records(output)}
     assert len(stored) == 3
     table = run_sweep(profile, Grid(**GRID), jobs=2)
