@@ -150,8 +150,8 @@ class Sweep:
         try:
             return TrainingSettings(**base | variant.settings | dict(seed=point.seed))
         except ValidationError as error:
-            sentence = f"Grid {self.grid.name}: variants.{point.variant}: {first_error(error)}."
-            raise ValueError(sentence) from None
+            place = f"Grid {self.grid.name}: variants.{point.variant}"
+            raise ValueError(f"{place}: {first_error(error)}.") from None
 
     def training_windows(self, variant: str) -> int:
         """Return the number of training windows of a variant."""

@@ -21,7 +21,8 @@ import tempfile
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -117,28 +118,16 @@ def read_tolerances(path: Path) -> list[Tolerance]:
 # One metric of one table
 
 
-class Comparison(NamedTuple):
-    """One metric of two tables. problems: what one side lacks; used: sentence on a row -> `Tolerance.used`."""
-
-    metric: str
-    problems: list[str]
-    used: pd.Series
-
-    @property
-    def moved(self) -> list[str]:
-        return self.used.index[self.used > 1].tolist()
-
-
-def _problem(table: pd.DataFrame, tolerance: Tolerance, side: str) -> str | None:
+def _problems(table: pd.DataFrame, tolerance: Tolerance, side: str) -> list[str]:
     """Return a sentence if a table lacks what the comparison needs."""
     needed = [*tolerance.keys, tolerance.metric, *(tolerance.overlap or ())]
-    if lacking := [name for name in needed if name not in table]:
-        return f"{tolerance.file}: the {side} table has no column {', '.join(lacking)}"
+    if lacking := ", ".join(name for name in needed if name not in table):
+        return [f"{tolerance.file}: the {side} table has no column {lacking}"]
     if table.empty:
-        return f"{tolerance.file}: the {side} table has no rows"
+        return [f"{tolerance.file}: the {side} table has no rows"]
     if table.duplicated(tolerance.keys).any():
-        return f"{tolerance.file}: {', '.join(tolerance.keys)} do not name one row in the {side} table"
-    return None
+        return [f"{tolerance.file}: {', '.join(tolerance.keys)} do not name one row in the {side} table"]
+    return []
 
 
 def _named(table: pd.DataFrame, tolerance: Tolerance) -> pd.DataFrame:
@@ -157,12 +146,13 @@ def _shown(table: pd.DataFrame, tolerance: Tolerance) -> list[str]:
     return [f"{value} [{bottom}, {top}]" for value, bottom, top in zip(values, low, high, strict=True)]
 
 
-def measure(reference: pd.DataFrame, fresh: pd.DataFrame, tolerance: Tolerance) -> Comparison:
-    """Compare every row of two tables by one tolerance."""
-    sides = ((reference, "reference"), (fresh, "fresh"))
-    problems = [problem for table, side in sides if (problem := _problem(table, tolerance, side))]
+def measure(reference: pd.DataFrame, fresh: pd.DataFrame, tolerance: Tolerance) -> tuple[list[str], pd.Series]:
+    """Compare every row of two tables by one tolerance.
+
+    Return sentences on what one side lacks, and per row of both (sentence on it) -> `Tolerance.used`."""
+    problems = _problems(reference, tolerance, "reference") + _problems(fresh, tolerance, "fresh")
     if problems:
-        return Comparison(tolerance.metric, problems, pd.Series(dtype=float))
+        return problems, pd.Series(dtype=float)
     before, after = _named(reference, tolerance), _named(fresh, tolerance)
     for one, other, what in ((before, after, "missing"), (after, before, "not in the reference")):
         rows = one.index[~one.index.isin(other.index)]
@@ -170,20 +160,18 @@ def measure(reference: pd.DataFrame, fresh: pd.DataFrame, tolerance: Tolerance) 
     before = before[before.index.isin(after.index)]
     after = after.loc[before.index]
     shown = zip(before.index, _shown(after, tolerance), _shown(before, tolerance), strict=True)
-    sentences = [
-        f"{row} {tolerance.metric} is {new}, in the reference {old} (allowed: {tolerance})" for row, new, old in shown
-    ]
-    return Comparison(tolerance.metric, problems, tolerance.used(before, after).set_axis(sentences))
+    form = f"{{}} {tolerance.metric} is {{}}, in the reference {{}} (allowed: {tolerance})"
+    return problems, tolerance.used(before, after).set_axis([form.format(*row) for row in shown])
 
 
 def check(reference: Path, fresh: Path, tolerance: Tolerance) -> list[str]:
-    """Return a sentence for each difference between the tables of two folders that is not allowed, or for a
-    missing or damaged file."""
+    """Return a sentence for each difference between two folders' tables that is not allowed, and for a missing
+    or damaged file."""
     try:
-        comparison = measure(*(read_table(folder / tolerance.file) for folder in (reference, fresh)), tolerance)
+        problems, used = measure(*(read_table(folder / tolerance.file) for folder in (reference, fresh)), tolerance)
     except ArtifactError as error:
         return [str(error)]
-    return comparison.problems + comparison.moved
+    return problems + used.index[used > 1].tolist()
 
 
 # Two folders
@@ -212,10 +200,9 @@ class Report(NamedTuple):
         lines = []
         for verdict in VERDICTS:
             tables = [table for table in self.tables if table.verdict == verdict]
-            if tables:
-                bare = ", ".join(table.name for table in tables if not table.details)
-                lines += [f"{verdict}: {len(tables)}"]
-                lines += textwrap.wrap(bare, 116, initial_indent="  ", subsequent_indent="  ")
+            lines += [f"{verdict}: {len(tables)}"] if tables else []
+            bare = ", ".join(table.name for table in tables if not table.details)
+            lines += textwrap.wrap(bare, 116, initial_indent="  ", subsequent_indent="  ")
             for table in (table for table in tables if table.details):
                 lines += [f"  {table.name}", *(f"    {detail}" for detail in table.details)]
         lines += ["verdicts of the scorecard that turned:", *(f"  {x}" for x in self.turned or ["none"])]
@@ -260,22 +247,24 @@ def _judge(name: str, reference: Path, fresh: Path, tolerances: list[Tolerance],
         return Table(name, "identical")
     if exact or not entries:
         return Table(name, "moved" if exact else "no tolerance", changes)
-    verdict, details = _weigh([measure(*tables, entry) for entry in entries])
+    verdict, details = _weigh(*tables, entries)
     return Table(name, verdict, [sentence.replace(f"{name} ", "") for sentence in details])
 
 
-def _weigh(comparisons: list[Comparison]) -> tuple[str, list[str]]:
+def _weigh(before: pd.DataFrame, after: pd.DataFrame, tolerances: list[Tolerance]) -> tuple[str, list[str]]:
     """Return the verdict on a table, with what one side lacks and the worst value of each metric that moved;
     if none did, the value that uses most of its tolerance."""
-    sentences = list(dict.fromkeys(problem for one in comparisons for problem in one.problems))
-    for one in sorted((one for one in comparisons if one.moved), key=lambda one: -one.used.max()):
-        sentences.append(f"{len(one.moved)} of {len(one.used)} values of {one.metric}; worst: {one.used.idxmax()}")
+    problems, shares = zip(*(measure(before, after, tolerance) for tolerance in tolerances), strict=True)
+    sentences = list(dict.fromkeys(chain(*problems)))
+    metrics = [tolerance.metric for tolerance in tolerances]
+    for used, metric in sorted(zip(shares, metrics, strict=True), key=lambda pair: -pair[0].max()):
+        if moved := (used > 1).sum():
+            sentences.append(f"{moved} of {len(used)} values of {metric}; worst: {used.idxmax()}")
     if sentences:
         return "moved", sentences
-    used = pd.concat([one.used for one in comparisons])
-    if used.max():
-        return "within tolerance", [f"worst: {used.idxmax()}, {used.max():.0%} of it"]
-    return "within tolerance", [f"no difference in {', '.join(one.metric for one in comparisons)}"]
+    used = pd.concat(shares)
+    worst = f"worst: {used.idxmax()}, {used.max():.0%} of it"
+    return "within tolerance", [worst if used.max() else f"no difference in {', '.join(metrics)}"]
 
 
 def _turned(reference: Path, fresh: Path) -> list[str]:
@@ -304,23 +293,21 @@ def _origins(reference: Path, fresh: Path, names: set[str]) -> list[str]:
 
 def verify(reference: Path, fresh: Path, tolerances: list[Tolerance], exact: bool = False) -> Report:
     """Compare the tables of two folders. Raises CommandError if one of them has none."""
-    names = set() if exact else {tolerance.file for tolerance in tolerances}
-    present = set()
-    for folder in (reference, fresh):
-        tables = {path.name for path in folder.glob("[!.]*.csv")}
-        if not tables:
+    present = {folder: {path.name for path in folder.glob("[!.]*.csv")} for folder in (reference, fresh)}
+    for folder, names in present.items():
+        if not names:
             raise CommandError(f"There are no tables in {folder}.")
-        present |= tables
-    tables = [_judge(name, reference, fresh, tolerances, exact) for name in sorted(present | names)]
-    return Report(tables, _turned(reference, fresh), _origins(reference, fresh, present))
+    names = set.union(*present.values())
+    listed = set() if exact else {tolerance.file for tolerance in tolerances}
+    tables = [_judge(name, reference, fresh, tolerances, exact) for name in sorted(names | listed)]
+    return Report(tables, _turned(reference, fresh), _origins(reference, fresh, names))
 
 
 @contextmanager
 def committed(profile: str) -> Iterator[tuple[Path, str]]:
-    """Yield (a temporary folder with results/PROFILE of the last commit, the commit).
+    """Yield a temporary folder with results/PROFILE of the last commit, and its name.
 
-    Raises CommandError if the commit does not have it, and outside git.
-    """
+    Raises CommandError if the commit does not have it, and outside git."""
     git = ["git", "-C", str(paths_module.ROOT)]
     archive = subprocess.run([*git, "archive", "HEAD", f"results/{profile}"], capture_output=True)
     if archive.returncode:
@@ -329,7 +316,7 @@ def committed(profile: str) -> Iterator[tuple[Path, str]]:
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as content:
             content.extractall(folder, filter="data")
-        yield Path(folder) / "results" / profile, commit
+        yield Path(folder) / "results" / profile, f"results/{profile} of commit {commit}"
 
 
 def _tables_of(folder: str, profile: str) -> Path:
@@ -347,13 +334,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     """Print the report; return 0 if the run agrees with the reference, else 1."""
-    fresh, tolerances = _tables_of(options.run, options.profile), read_tolerances(TOLERANCES)
-    if options.reference is None:
-        with committed(options.profile) as (reference, commit):
-            name = f"results/{options.profile} of commit {commit}"
-            report = verify(reference, fresh, tolerances, options.exact)
-    else:
-        name = reference = _tables_of(options.reference, options.profile)
-        report = verify(reference, fresh, tolerances, options.exact)
+    fresh, profile = _tables_of(options.run, options.profile), options.profile
+    other = options.reference and nullcontext((_tables_of(options.reference, profile),) * 2)
+    with other or committed(profile) as (reference, name):
+        report = verify(reference, fresh, read_tolerances(TOLERANCES), options.exact)
     print(f"{fresh} against {name}\n{report}")
     return 1 if report.failures else 0
