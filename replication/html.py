@@ -1,5 +1,4 @@
-"""Data and HTML of the atom browser and of the controls in notebooks 03 and 10: all HTML that is written by
-hand."""
+"""Data and HTML of the atom browser and of the controls in notebooks 03 and 10."""
 
 from __future__ import annotations
 
@@ -21,15 +20,14 @@ BEFORE, AFTER = 14, 6  # tokens shown around a firing, as in notebook 03
 
 
 def plain(values, digits: int = 4) -> list:
-    """Return numbers for JSON, with so many significant digits; None for a missing or an infinite one."""
+    """Return numbers for JSON, rounded to significant digits; None for a missing or infinite number."""
     short = [None if pd.isna(x) or np.isinf(x) else float(f"{x:.{digits}g}") for x in values]
     return [int(x) if x is not None and x.is_integer() else x for x in short]
 
 
 def spans(tokenizer, tokens: Sequence[int], firing: dict[int, float], position: int) -> list:
-    """Return the text around a position: plain strings, and [text, coefficient] for each token at which the
-    atom fires, with a third element, 1, for the token at `position` itself. firing: position ->
-    coefficient."""
+    """Return the text around a position: plain strings, [text, coefficient] where the atom fires, and
+    [text, coefficient, 1] at `position` itself. firing: position -> coefficient."""
     parts, waiting = [], []
     decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     for t in range(max(0, position - BEFORE), min(len(tokens), position + AFTER + 1)):
@@ -44,8 +42,7 @@ def spans(tokenizer, tokens: Sequence[int], firing: dict[int, float], position: 
 
 
 def contexts(tokenizer, windows: Windows, firings: pd.DataFrame, count: int) -> dict[int, list]:
-    """Return atom -> its top contexts, largest coefficient first: each [passage, spans]. firings: those of
-    one SAE."""
+    """Return atom -> its top contexts, each [passage, spans]. firings: those of one SAE."""
     coefficients: dict[tuple, dict] = {}
     rows = zip(firings.atom, firings.window, firings.position, firings.coefficient, strict=True)
     for atom, window, position, coefficient in rows:
@@ -58,7 +55,7 @@ def contexts(tokenizer, windows: Windows, firings: pd.DataFrame, count: int) -> 
 
 
 def fires_on(tokenizer, windows: Windows, firings: pd.DataFrame) -> dict[int, str]:
-    """Return atom -> the tokens at which it fires most often, with their shares of its firings."""
+    """Return atom -> the tokens at which it fires most often, with their shares."""
     return {atom: frequent_tokens(tokenizer, windows, part) for atom, part in firings.groupby("atom")}
 
 
@@ -66,24 +63,19 @@ def fires_on(tokenizer, windows: Windows, firings: pd.DataFrame) -> dict[int, st
 
 
 def table_html(table: pd.DataFrame) -> str:
-    """Return a table with its text escaped; numbers with three significant digits."""
+    """Return a table with escaped text and three significant digits."""
     return table.to_html(index=False, border=0, float_format="{:.3g}".format, na_rep="")
 
 
 def marked_html(parts: Sequence) -> str:
-    """Return text of plain strings and marked pieces, each [text, ...], escaped; line breaks as ⏎."""
+    """Return escaped text of plain strings and marked pieces [text, ...]; line breaks as ⏎."""
     pieces = [(part, "{}") if isinstance(part, str) else (part[0], "<mark>{}</mark>") for part in parts]
     return "".join(form.format(html.escape(text.replace("\n", "⏎"))) for text, form in pieces)
 
 
-def sentence_html(error: Exception) -> str:
-    """Return an error's sentence."""
-    return f"<p><b>{html.escape(str(error))}</b></p>"
-
-
 def atom_html(title: str, facts: dict, shown: list, tokens: pd.DataFrame, tokenizer) -> str:
-    """Return an atom's facts, its top contexts (`shown`, from `contexts`) and the tokens that it promotes and
-    demotes (`top_tokens`), one column per predictor and direction, each token with its shift."""
+    """Return an atom's facts, its top contexts (`shown`, from `contexts`) and its `top_tokens` with their
+    shifts, one column per direction and kind."""
     columns = {}
     for (direction, kind), rows in tokens.sort_values("rank").groupby(["direction", "kind"]):
         words = [repr(tokenizer.decode([token])) for token in rows.token]
@@ -102,8 +94,7 @@ def atom_html(title: str, facts: dict, shown: list, tokens: pd.DataFrame, tokeni
 
 
 def install_html(summary: str, shifts: pd.DataFrame, texts: dict[str, list]) -> str:
-    """Return the shifts of an install and its continuations side by side: title -> parts, as for
-    `marked_html`."""
+    """Return the shifts of an install and its continuations side by side; texts: title -> `marked_html` parts."""
     titles = "".join(f"<th>{html.escape(title)}</th>" for title in texts)
     look = "text-align: left; vertical-align: top"
     cells = "".join(f'<td style="{look}"><pre>{marked_html(parts)}</pre></td>' for parts in texts.values())

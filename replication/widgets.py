@@ -1,12 +1,11 @@
 """Controls in JupyterLab: look at any atom (notebook 03), install any word after any prompt (notebook 10).
 
-Each is one output: the controls (ipywidgets), and as HTML the page of the first atom or of the default
-prompt, for front ends without controls.
-"""
+Front ends without ipywidgets show the page of the first atom or of the default prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from html import escape
 
 import numpy as np
 import pandas as pd
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from IPython.display import HTML, display
 from ipywidgets import Dropdown, FloatText, Text, Textarea, interactive
 
-from replication.html import atom_html, contexts, fires_on, install_html, sentence_html
+from replication.html import atom_html, contexts, fires_on, install_html
 from replication.pages import promoted
 from replication.study.firings import firing_windows
 from replication.study.stages import rows_with
@@ -36,14 +35,14 @@ PREDICTED |= dict(predicted_exact="predicted, exact to first order")
 
 
 def show(page: Callable[..., str], **controls) -> None:
-    """Display the controls, one per argument of `page`, with the page for their present values. A button
+    """Display controls, one per argument of `page`, with the page for their present values and a button that
     shows the page for other values; a ValueError becomes its sentence."""
 
     def answer(**values) -> HTML:
         try:
             return HTML(page(**values))
         except ValueError as error:
-            return HTML(sentence_html(error))
+            return HTML(f"<p><b>{escape(str(error))}</b></p>")
 
     widget = interactive(answer, dict(manual=True, manual_name="Show", auto_display=True), **controls)
     first = answer(**{name: control.value for name, control in controls.items()}).data
@@ -55,7 +54,7 @@ def show(page: Callable[..., str], **controls) -> None:
 
 
 def atoms(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> None:
-    """Display any alive atom of the main host's cell; alive, firings: what pages.atoms.run returns."""
+    """Display any alive atom of the main host's cell. alive, firings: what pages.atoms.run returns."""
     place = study.profile.section("atoms", study.main).place
     table = rows_with(alive, host=study.main, place=place, role="main")
     table = table.sort_values("firings", ascending=False, kind="stable")
@@ -72,7 +71,7 @@ def atoms(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> None:
 
 
 def atom_page(study: Study, row: pd.Series, firings: pd.DataFrame) -> str:
-    """Return the HTML page of one atom, given its row of atoms.csv and all of its firings."""
+    """Return the page of one atom, given its row of atoms.csv and all of its firings."""
     tokenizer, windows = study.host(row.host).tokenizer, firing_windows(study, row.host)
     facts = {"class": row["class"], "median cosine to the write": row.cosine, "of the keys": row.cosine_key}
     facts |= {"of the values": row.cosine_value, "at other atoms' firings": row.elsewhere}
@@ -93,24 +92,20 @@ def installs(study: Study) -> None:
 
 
 def one_token(tokenizer, word: str) -> int:
-    """Return the token that is this word, preferably with a space before it, as inside a text.
-
-    Raises ValueError for a word that is empty or more than one token."""
+    """Return the token of a word, preferably with a space before it. Raises ValueError if it is not one token."""
     if not word.strip():
         raise ValueError(f"Type a target word that is one token of the model, such as {TARGET!r}.")
     for form in [word] if word[0].isspace() else [f" {word}", word]:
         ids = tokenizer(form, add_special_tokens=False)["input_ids"]
         if len(ids) == 1:
             return ids[0]
-    pieces = ", ".join(repr(tokenizer.decode([i])) for i in ids)
-    several = f"{word!r} is {len(ids)} ({pieces})"
+    several = f"{word!r} is {len(ids)} ({', '.join(repr(tokenizer.decode([i])) for i in ids)})"
     raise ValueError(f"The target must be one token, and {several}: type a more common word.")
 
 
 def predicted(host, cell, trial: install.Setting, key, value, magnitude: float) -> dict[str, float]:
-    """Return the predicted shift of the target's logit at the prompt's end by all writes of one trial:
-    `paper` (App. A), `exact` (x^T Gamma w), nothing fitted. Unit key [1, writes, d_k], value [1, writes,
-    d_v]."""
+    """Return the shift of the target's logit by all writes of one trial, as predicted by the paper (App. A)
+    and exactly to first order (x^T Gamma w). Unit key [1, writes, d_k], value [1, writes, d_v]."""
     factors, count = host.factors(trial.run, *cell), key.shape[1]
     starts, size = torch.full_like(trial.prompt, trial.start), magnitude * trial.norms[0]
     influence = gamma(factors, trial.prompt, starts, trial.gradient)[0, :count]
@@ -123,12 +118,10 @@ def predicted(host, cell, trial: install.Setting, key, value, magnitude: float) 
 
 
 def install_word(study: Study, prompt: str, word: str, magnitude: float) -> tuple[pd.DataFrame, dict]:
-    """Install a word by writes at the prompt's last tokens, as in notebook 10, in the cell of section
-    `install`.
+    """Install a word by writes at the prompt's last tokens, in the cell of the profile's section `install`.
 
-    Return one row per direction (predicted and measured shift of the target's logit, its rank and
-    log-probability before and after), and the greedy continuations: unedited, paper, gamma -> tokens. Raises
-    ValueError, in one sentence, for a prompt, a word or a magnitude that cannot be used."""
+    Return one row per direction (shift of the target's logit, its rank and log-probability), and the greedy
+    continuations: unedited, paper, gamma -> tokens. Raises ValueError for unusable input."""
     if not 0 < magnitude < float("inf"):
         raise ValueError(f"The magnitude is {magnitude:g}: give one above 0, in native write norms.")
     host, settings = study.host(study.main), study.profile.section("install", study.main)
@@ -158,8 +151,7 @@ def install_word(study: Study, prompt: str, word: str, magnitude: float) -> tupl
 
 
 def install_page(study: Study, prompt: str, word: str, magnitude: float) -> str:
-    """Return the HTML page of an install, the target marked in the continuations. Raises as
-    `install_word`."""
+    """Return the page of an install, with the target marked in the continuations. Raises as `install_word`."""
     table, texts = install_word(study, prompt, word, magnitude)
     tokenizer, writes = study.host(study.main).tokenizer, study.profile.section("install", study.main).writes
     token, decode = one_token(tokenizer, word), tokenizer.decode
@@ -171,7 +163,8 @@ def install_page(study: Study, prompt: str, word: str, magnitude: float) -> str:
         f"{writes} writes of {magnitude:g} native write norms at the end of “{prompt}”, for the token "
         f"{decode([token])!r} (native rank {table.rank_native[0]}). Shift of its logit, nothing fitted:"
     )
-    marked = {}
-    for name, text in texts.items():
-        marked[NAMES.get(name, name)] = [[decode([t])] if t == token else decode([t]) for t in text]
+    marked = {
+        NAMES.get(name, name): [[decode([t])] if t == token else decode([t]) for t in text]
+        for name, text in texts.items()
+    }
     return install_html(summary, shifts, marked)

@@ -1,10 +1,7 @@
-"""The atom browser: every atom of every cell on one page, figures/<profile>/atoms.html, opened from disk.
+"""The atom browser: one page with every atom of every cell, figures/<profile>/atoms.html.
 
-    python -m replication browser --profile mini
-
-All numbers are read from tables: those in results/<profile>, the firings that notebook 03 leaves in
-build/<profile>, and the promoted tokens, which are computed once and kept there too. The page (browser.html
-beside this file) holds its data as JSON and uses no network.
+All numbers come from tables: those in results/<profile>, and in build/<profile> the firings that notebook 03
+stores and the promoted tokens, computed once. The page (browser.html, with its data as JSON) uses no network.
 """
 
 from __future__ import annotations
@@ -49,10 +46,9 @@ MAXIMUM_BYTES = 5_000_000
 
 
 def read_tables(study: Study) -> tuple[dict[str, pd.DataFrame], list[str]]:
-    """Return the tables that the page shows, and a sentence for each optional one that is missing.
+    """Return the tables of the page, and a sentence for each optional one that is missing.
 
-    Raises ArtifactError, with one sentence that names the notebook, if a required table is missing.
-    """
+    Raises ArtifactError, in one sentence that names the notebook, if a required table is missing."""
     tables, notes = {}, []
     for name, notebook in (REQUIRED | OPTIONAL).items():
         if (study.paths.results / f"{name}.csv").is_file():
@@ -66,25 +62,22 @@ def read_tables(study: Study) -> tuple[dict[str, pd.DataFrame], list[str]]:
 
 
 def of_cell(table: pd.DataFrame, where: dict) -> pd.DataFrame:
-    """Return the rows in which the columns have these values; columns that the table lacks do not count."""
+    """Return the rows with these values, in the columns that the table has."""
     return rows_with(table, **{name: value for name, value in where.items() if name in table})
 
 
 def intervals(wins, counts) -> dict[str, list]:
-    """Return Wilson's interval of each share of wins, as lists low and high; None for a count of None."""
+    """Return lists low and high: Wilson's interval of each share of wins, None for a count of None."""
     ends = [wilson(won, n) if n else (None, None) for won, n in zip(wins, counts, strict=True)]
     return dict(low=plain([low for low, _ in ends], 3), high=plain([high for _, high in ends], 3))
 
 
 def tested(firings: pd.DataFrame, atoms: list[int]) -> dict[str, dict]:
-    """Return the replacement test of each atom, per amplitude; lists in the order of `atoms`, None if
-    untested.
+    """Return the replacement test per amplitude, as lists in the order of `atoms` (None: untested).
 
-    n firings; wins of the atom over deletion, with Wilson's interval; kl: the mean KL of each condition in
-    nats; beats: firings at which a control has a lower KL than deletion; beaten: at which the atom has a
-    lower KL than the control. Read scope "write"; cache_wins of cache_n: the atom over deletion in scope
-    "cache".
-    """
+    n firings; wins of the atom over deletion, with Wilson's interval; kl: mean KL per condition in nats; beats:
+    firings at which the KL of a control is below deletion's; beaten: at which the atom's KL is below the control's.
+    These read at the next token (scope "write"); cache_wins and cache_n are wins and n in scope "cache"."""
 
     def counts(table: pd.DataFrame, **columns) -> dict[str, list]:
         sums = table[["atom"]].assign(**columns).groupby("atom").sum().reindex(atoms)
@@ -106,7 +99,7 @@ def tested(firings: pd.DataFrame, atoms: list[int]) -> dict[str, dict]:
 
 
 def drawn(population: pd.DataFrame) -> dict[int, dict]:
-    """Return the population test of each atom in it: atom -> amplitude -> n, wins, low, high."""
+    """Return the population test: atom -> amplitude -> n, wins, low, high."""
     wins = (population.win_rate * population.firings).round().astype(int)
     columns = dict(n=population.firings, wins=wins, **intervals(wins, population.firings))
     table = population[["atom", "amplitude"]].assign(**columns).set_index("amplitude")
@@ -114,7 +107,7 @@ def drawn(population: pd.DataFrame) -> dict[int, dict]:
 
 
 def scored(shifts: pd.DataFrame) -> dict:
-    """Return R2 of the logit-shift predictors: sizes eps, n prompts, atom -> predictor -> R2 at each eps."""
+    """Return R2 of the logit-shift predictors: eps, n prompts, and atom -> predictor -> R2 per eps."""
     if shifts.empty:
         return {}
     wide = shifts.pivot(index=["atom", "predictor"], columns="eps", values="r2")
@@ -125,8 +118,7 @@ def scored(shifts: pd.DataFrame) -> dict:
 
 
 def histograms(firings: pd.DataFrame, window: int) -> dict[int, list]:
-    """Return atom -> [its largest coefficient, counts of its firings by coefficient (from 0 to the largest),
-    counts by position in the window]."""
+    """Return atom -> [largest coefficient, counts of firings by coefficient, counts by position]."""
     counts = {}
     for atom, rows in firings.groupby("atom"):
         largest = rows.coefficient.max()
@@ -137,8 +129,7 @@ def histograms(firings: pd.DataFrame, window: int) -> dict[int, list]:
 
 
 def tokens_of(table: pd.DataFrame) -> dict[int, list]:
-    """Return atom -> [n firings, then of each of KINDS: promoted tokens, their shifts, demoted tokens, their
-    shifts, R2]."""
+    """Return atom -> [n firings, then per kind: promoted tokens, shifts, demoted tokens, shifts, R2]."""
     tokens: dict[int, list] = {}
     for row in table.sort_values("rank", kind="stable").itertuples():
         kinds = tokens.setdefault(row.atom, [row.n, *([[], [], [], [], None] for _ in KINDS)])
@@ -153,8 +144,8 @@ def tokens_of(table: pd.DataFrame) -> dict[int, list]:
 
 
 def entry(study: Study, tables: dict, where: dict, windows: Windows, firings, test, columns: dict) -> dict:
-    """Return what the page shows of every SAE: its place, memory, size and error, these columns and those of
-    its contexts (`firings`), and its replacement test (`test`)."""
+    """Return what the page shows of every SAE: place, memory, size and error of it, `columns` with one value
+    per atom, to which contexts are added, and the replacement test."""
     sae, cell = of_cell(tables["saes"], where), of_cell(tables["cells"], where)
     shown = where | dict(place=cell.place.iloc[0] if len(cell) else "")
     for table, names in ((sae, ("n_atoms", "k", "fvu")), (cell, ("half_life_median", "sigma1_over_sigma2"))):
@@ -167,9 +158,7 @@ def entry(study: Study, tables: dict, where: dict, windows: Windows, firings, te
 
 
 def main_sae(study: Study, tables: dict, where: dict, firings: pd.DataFrame, tokens: pd.DataFrame) -> dict:
-    """Return everything that the page shows of one of the profile's main SAEs.
-
-    Raises ArtifactError if its firings in build/ and atoms.csv are not of one run."""
+    """Return what the page shows of a main SAE. Raises ArtifactError if firings and atoms.csv do not match."""
     name, profile = where["host"], study.profile
     table = of_cell(tables["atoms"], where).sort_values("atom")
     if firings.groupby("atom").size().to_dict() != dict(zip(table.atom, table.firings, strict=True)):
@@ -197,7 +186,7 @@ def main_sae(study: Study, tables: dict, where: dict, firings: pd.DataFrame, tok
 
 
 def survey_saes(study: Study, tables: dict, name: str) -> list[dict]:
-    """Return the smaller SAEs of every cell of a host: only the tested atoms, at the tested firings."""
+    """Return the survey's SAEs of a host: their tested atoms, at the tested firings."""
     if "replacement_by_cell" not in tables:
         return []
     shown, windows = [], study.windows(name, "heldout")
@@ -211,8 +200,7 @@ def survey_saes(study: Study, tables: dict, name: str) -> list[dict]:
 
 
 def collect(study: Study) -> dict:
-    """Return the data of the page. Raises ArtifactError for a missing table, and FileNotFoundError for an
-    SAE."""
+    """Return the page's data. Raises ArtifactError if a table is missing, FileNotFoundError if an SAE is."""
     tables, notes = read_tables(study)
     saes, survey, vocabulary = [], [], {}
     for name in study.profile.hosts:
@@ -233,7 +221,7 @@ def collect(study: Study) -> dict:
 
 
 def embedded(data: dict) -> str:
-    """Return JSON that is safe inside a script element, whatever text is in it."""
+    """Return JSON that is safe inside a script element."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -241,7 +229,7 @@ def embedded(data: dict) -> str:
 
 
 def render(data: dict) -> bytes:
-    """Return the page in UTF-8. Its policy allows its own script and nothing else, and loads nothing."""
+    """Return the page in UTF-8, whose security policy allows only its own script and no loading."""
     template = TEMPLATE.read_text(encoding="utf-8")
     script = template.split("<script>")[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -250,24 +238,21 @@ def render(data: dict) -> bytes:
 
 
 def page(data: dict) -> bytes:
-    """Return the page; if it would be too large, without the survey's cells and with a note that says so.
-
-    Raises ValueError if it is too large even so."""
+    """Return the page, without the survey if it would be too large; ValueError if it is too large even so."""
     content = render(data)
     if len(content) > MAXIMUM_BYTES:
         size = f"{len(content) / 1e6:.1f} MB"
         note = f"The cells of the survey are left out: with them the page would have {size}."
         kept = [sae for sae in data["saes"] if sae["role"] == "main"]
         content = render(data | dict(saes=kept, notes=[*data["notes"], note]))
-    if len(content) > MAXIMUM_BYTES:
-        size = f"{len(content):,} bytes, more than {MAXIMUM_BYTES:,}"
-        raise ValueError(f"The page would have {size}: give the profile fewer cells.")
+        if len(content) > MAXIMUM_BYTES:
+            size = f"{len(content):,} bytes, more than {MAXIMUM_BYTES:,}"
+            raise ValueError(f"The page would have {size}: give the profile fewer cells.")
     return content
 
 
 def write(study: Study) -> Path:
-    """Write figures/<profile>/atoms.html, whole or not at all, and return its path. Raises as `collect` and
-    `page`."""
+    """Write figures/<profile>/atoms.html and return its path. Raises as `collect` and `page`."""
     content, path = page(collect(study)), study.paths.figures / "atoms.html"
     write_atomically(path, lambda partial: partial.write_bytes(content))
     return path
@@ -281,8 +266,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         path = write(open_study(options.profile))
     except FileNotFoundError as error:
-        raise CommandError(
-            f"a trained SAE is missing ({error}): `make 02_train_saes PROFILE={options.profile}` makes it."
-        ) from error
+        remedy = f"`make 02_train_saes PROFILE={options.profile}` makes it"
+        raise CommandError(f"a trained SAE is missing ({error}): {remedy}.") from error
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -1,12 +1,8 @@
-"""Sweeps: a grid of SAEs (host x layer x head x variant x seed), each trained and tested.
+"""Train and test the SAEs of a grid (host x layer x head x variant x seed) in several processes.
 
-    python -m replication sweep --profile mini --grid profiles/sweeps/cells.yaml
-
-A grid is a file in profiles/sweeps/; its fields are those of `Grid`. There are two kinds of tasks: the
-harvest of one layer, and the training and test of a few SAEs of a layer, whose replacement tests share one
-run of the host. Tasks run in processes of this machine, with one thread each. A task writes its files
-atomically into build/<profile>/sweeps/<grid> and skips what is there, so an interrupted sweep continues where
-it stopped. The result is one table with a row per SAE, results/<profile>/sweep-<grid>.csv."""
+A task harvests one layer, or trains and tests a few SAEs of a layer. An interrupted sweep continues from the
+files in build/<profile>/sweeps/<grid>. The result, results/<profile>/sweep-<grid>.csv, has one row per SAE.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +11,15 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from itertools import groupby, islice
+from itertools import groupby, islice, product
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import pandas as pd
 import yaml
 from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
-from pydantic import Field, NonNegativeInt, ValidationError, field_validator
+from pydantic import Field, NonNegativeInt, ValidationError
 from tqdm import tqdm
 
 from replication.commands import CommandError, check_disk, first_error
@@ -46,12 +42,12 @@ from writesae.sae.train import TrainingSettings
 from writesae.shards import ShardedHistory, harvest_shards
 from writesae.text import Windows
 
-IN_MEMORY = 2**28  # numbers of a cell's training data up to which they are read once and kept, 1 GiB in fp32
-TOGETHER = 8  # SAEs of a layer in one task, at most
+IN_MEMORY = 2**28  # training data of a cell with at most so many numbers (1 GiB in fp32) are kept in memory
+TOGETHER = 8  # maximum of SAEs per task; their replacement tests share one run of the host
 
 
 class Variant(Section):
-    """One kind of SAE: the profile's settings for a role, with `settings` put in their place."""
+    """One kind of SAE: the profile's settings for a role, replaced by those in `settings`."""
 
     role: Literal["main", "survey", "flat"]
     target: Target
@@ -59,37 +55,20 @@ class Variant(Section):
 
 
 class Grid(Section):
-    """What is swept over. `firings`: how many of each SAE go into the replacement test (0: no test); `keep`:
-    whether the SAEs stay in build/."""
+    """A file in profiles/sweeps/. firings: tested per SAE (0: no test); keep: whether SAEs stay in build/."""
 
     name: str
-    hosts: Literal["all", "main"] | list[str]
-    layers: Literal["all", "headline"] | list[NonNegativeInt]
-    heads: Literal["all"] | list[NonNegativeInt]
-    variants: dict[str, Variant] = Field(min_length=1)
+    hosts: Literal["all", "main"] | list[str] = Field(min_length=1)
+    layers: Literal["all", "headline"] | list[NonNegativeInt] = Field(min_length=1)
+    heads: Literal["all"] | list[NonNegativeInt] = Field(min_length=1)
+    variants: dict[Annotated[str, Field(pattern=r"^\w+$")], Variant] = Field(min_length=1)  # names of files
     seeds: list[int] = Field(min_length=1)
     firings: NonNegativeInt = 0
     keep: bool = True
 
-    @field_validator("variants")
-    @classmethod
-    def _names_fit_into_files(cls, variants: dict[str, Variant]) -> dict[str, Variant]:
-        for name in variants:
-            if not name.isidentifier():
-                raise ValueError(f"a variant's name is made of letters, digits and underscores, not {name!r}")
-        return variants
-
-    @field_validator("hosts", "layers", "heads", "seeds")
-    @classmethod
-    def _each_once(cls, values: str | list) -> str | list:
-        if isinstance(values, list) and (not values or len(set(values)) < len(values)):
-            raise ValueError(f"a list names at least one value, and each once, not {values}")
-        return values
-
 
 def load_grid(path: Path | str) -> Grid:
-    """Return the grid in a YAML file, named after it. Raises ValueError, in one sentence, for any other
-    file."""
+    """Return the grid in a YAML file, named after it. Raises ValueError if the file is missing or wrong."""
     path = Path(path)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (paths_module.ROOT / "profiles" / "sweeps").glob("*.yaml")))
@@ -103,49 +82,42 @@ def load_grid(path: Path | str) -> Grid:
 
 
 class Point(NamedTuple):
-    """One SAE of a grid."""
-
     host: str
     layer: int
     head: int
     variant: str
     seed: int
 
-    @property
-    def cell(self) -> tuple[int, int]:
-        return self.layer, self.head
-
     def __str__(self) -> str:
         return f"{self.host}-L{self.layer}-H{self.head}-{self.variant}-s{self.seed}"
 
 
 class Sweep:
-    """A grid over a profile: its points, the places of their files, and what those depend on."""
+    """A grid for one profile: its points, their files, and the fingerprints of those files."""
 
     def __init__(self, profile: Profile, grid: Grid):
         self.profile, self.grid, self.study = profile, grid, Study(profile)
         self.folder = self.study.paths.build / "sweeps" / grid.name
 
     def record(self, point: Point) -> Path:
-        """The table of an SAE, with one row."""
+        """Return the path of the table, with one row, of an SAE."""
         return self.folder / "saes" / f"{point}.csv"
 
     def heldout(self, host: str, layer: int, head: int) -> Path:
-        """The factors of a cell over the held-out windows, and their tokens."""
+        """Return the path of a cell's factors over the held-out windows and of their tokens."""
         return self.folder / "harvest" / host / f"heldout-L{layer}-H{head}.safetensors"
 
     def memory(self, host: str, layer: int) -> Path:
-        """Half-life and spectrum of the cells of a layer."""
+        """Return the path of the half-lives and spectra of a layer's cells."""
         return self.folder / "memory" / f"{host}-L{layer}.csv"
 
     def sae(self, point: Point) -> tuple[str, int, int, str, str]:
-        """The names of an SAE in the study: host, layer, head, target, role."""
+        """Return the arguments of `Study.sae`: host, layer, head, target, role."""
         role = f"sweep-{self.grid.name}-{point.variant}-s{point.seed}"
-        return point.host, *point.cell, self.grid.variants[point.variant].target, role
+        return *point[:3], self.grid.variants[point.variant].target, role
 
     def points(self) -> list[Point]:
-        """Return all SAEs of the grid. Raises ValueError for a host, cell or setting that the profile does
-        not have."""
+        """Return all SAEs of the grid. Raises ValueError if the profile lacks a host, cell or setting."""
         grid, profile = self.grid, self.profile
         named = {"all": list(profile.hosts), "main": [self.study.main]}
         hosts = grid.hosts if isinstance(grid.hosts, list) else named[grid.hosts]
@@ -154,67 +126,61 @@ class Sweep:
                 known = ", ".join(profile.hosts)
                 raise ValueError(f"Profile {profile.name} has no host {name!r}: choose among {known}.")
         cells = [(host, *cell) for host in hosts for cell in self.cells(host)]
-        points = [Point(*cell, variant, seed) for cell in cells for variant in grid.variants for seed in grid.seeds]
+        points = [Point(*cell, *rest) for cell in cells for rest in product(grid.variants, grid.seeds)]
         for point in points:
             self.settings(point)
-        return points
+        return list(dict.fromkeys(points))
 
     def cells(self, host: str) -> list[tuple[int, int]]:
-        """Return the grid's (layer, head) of a host. Raises ValueError for one that is not a recurrent
-        cell."""
+        """Return the (layer, head) of the grid on a host. Raises ValueError if one is not recurrent."""
         model, grid = self.study.host(host), self.grid
         rules = self.profile.hosts[host].cells.values()
         named = {"all": model.recurrent_layers, "headline": sorted({rule.layer for rule in rules})}
         layers = grid.layers if isinstance(grid.layers, list) else named[grid.layers]
         heads = grid.heads if isinstance(grid.heads, list) else range(model.heads)
-        cells = [(layer, head) for layer in layers for head in heads]
+        cells = list(dict.fromkeys(product(layers, heads)))
         for cell in cells:
             model.check_cell(*cell)
         return cells
 
     def settings(self, point: Point) -> TrainingSettings:
-        """Return how an SAE is trained. Raises ValueError, in one sentence, for settings that do not go
-        together."""
+        """Return the training settings of an SAE. Raises ValueError if they are invalid."""
         variant = self.grid.variants[point.variant]
         base = getattr(self.profile.section("saes", point.host), variant.role).model_dump()
         try:
             return TrainingSettings(**base | variant.settings | dict(seed=point.seed))
         except ValidationError as error:
-            sentence = f"variants.{point.variant}: {first_error(error)}."
-            raise ValueError(f"Grid {self.grid.name}: {sentence}") from None
+            place = f"Grid {self.grid.name}: variants.{point.variant}"
+            raise ValueError(f"{place}: {first_error(error)}.") from None
 
     def training_windows(self, variant: str) -> int:
-        """Return how many windows of the SAE split the profile gives to the variant's role."""
+        """Return the number of training windows of a variant."""
         data = self.profile.data
         return data.survey_windows if self.grid.variants[variant].role == "survey" else data.sae_windows
 
     def test_windows(self, host: str) -> int:
-        """Return how many held-out windows the replacement test has."""
+        """Return the number of held-out windows of the replacement test."""
         return self.profile.section("replacement", host).survey_windows
 
     def expected(self, host: str, **inputs) -> str:
-        """Return the fingerprint of what is made of a host."""
         code = dict(modules=[__name__], host=self.study.host_fingerprint(host))
         return fingerprint(**code, data=self.profile.data, **inputs)
 
     def expected_harvest(self, host: str, layer: int) -> str:
-        """Return the fingerprint of the harvest of a layer."""
         counts = max(map(self.training_windows, self.grid.variants)), self.test_windows(host)
         return self.expected(host, layer=layer, counts=counts)
 
     def expected_record(self, point: Point) -> str:
-        """Return the fingerprint of an SAE's record."""
         inputs = dict(point=point, variant=self.grid.variants[point.variant], settings=self.settings(point))
         inputs |= dict(write=self.profile.saes.write, seed=self.profile.seed, firings=self.grid.firings)
         return self.expected(point.host, **inputs, replacement=self.profile.section("replacement", point.host))
 
 
-# What runs in a worker process
+# In a worker process
 
 
 def run_task(work: Callable, profile: Profile, grid: Grid, host: str, layer: int, expected) -> list[str]:
-    """Call work(sweep, host, layer, expected) with one thread. Return a sentence for each SAE, or harvest,
-    that cannot be made, so that the others are."""
+    """Return the failures, one sentence each, of work(sweep, host, layer, expected), run with one thread."""
     try:
         with threads(1):
             return work(Sweep(profile, grid), host, layer, expected)
@@ -223,8 +189,8 @@ def run_task(work: Callable, profile: Profile, grid: Grid, host: str, layer: int
 
 
 def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> list[str]:
-    """Store the factors of the grid's cells of a layer, in shards over the training windows and in one file
-    per cell over the held-out ones, and the half-lives and spectra of all cells of the layer."""
+    """Store the factors of a layer's cells, in shards for training and in a file per cell for held-out windows,
+    and the half-lives and spectra of all cells of the layer."""
     study, data = sweep.study, sweep.profile.data
     cells = [cell for cell in sweep.cells(host) if cell[0] == layer]
     files, memory = {cell: sweep.heldout(host, *cell) for cell in cells}, sweep.memory(host, layer)
@@ -246,8 +212,7 @@ def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> list[st
 
 
 def train_points(sweep: Sweep, host: str, layer: int, expected: dict[Point, str]) -> list[str]:
-    """Train SAEs of one layer, test them, and write the row of each. Return sentences on those that
-    failed."""
+    """Train and test SAEs of one layer, and write the row of each. Return a sentence per failure."""
     study, rows, tests, failures = sweep.study, {}, {}, []
     for point, wanted in expected.items():
         began = time.monotonic()
@@ -270,39 +235,37 @@ def train_points(sweep: Sweep, host: str, layer: int, expected: dict[Point, str]
 
 
 def train_point(sweep: Sweep, point: Point, expected: str) -> dict:
-    """Train an SAE on the harvest of its cell and keep it in build/. Return its row."""
+    """Train an SAE on the harvest of its cell and store it in build/. Return its row."""
     (host, *_, target, role), write = sweep.sae(point), sweep.profile.saes.write
     count = sweep.training_windows(point.variant)
-    training = ShardedHistory(sweep.folder / "harvest" / host, point.cell, target, write, count)
+    training = ShardedHistory(sweep.folder / "harvest" / host, point[1:3], target, write, count)
     if training.numbers <= IN_MEMORY:
         training = training[:]
     validation = _heldout(sweep, point, VALIDATION_WINDOWS)[0].history(target, write)
-    spec = SaeSpec(host, *point.cell, target, role, write, sweep.settings(point), len(training))
+    spec = SaeSpec(*point[:3], target, role, write, sweep.settings(point), len(training))
     row = train_one(sweep.study, spec, training, validation, expected)
     return dict(name=point.variant) | row | dict(role=sweep.grid.variants[point.variant].role)
 
 
 def _heldout(sweep: Sweep, point: Point, count: int) -> tuple[Factors, Windows]:
-    """Return the factors of a point's cell over the first held-out windows, and those windows."""
-    tensors, _ = load_tensors(sweep.heldout(point.host, *point.cell))
+    """Return the factors of a point's cell over the first `count` held-out windows, and those windows."""
+    tensors, _ = load_tensors(sweep.heldout(*point[:3]))
     windows = Windows(tensors.pop("tokens"), tensors.pop("passage"))
     return Factors(query=None, **tensors).at(slice(count)), windows[slice(count)]
 
 
 def draw_test(sweep: Sweep, point: Point) -> tuple[Windows, CellSAE, pd.DataFrame]:
-    """Return the held-out windows of the replacement test, the SAE on them, and the drawn firings: as many as
-    the grid says, or all if there are fewer."""
+    """Return the windows of the replacement test, the SAE on them, and `Grid.firings` of its firings."""
     study, profile = sweep.study, sweep.profile
     factors, windows = _heldout(sweep, point, sweep.test_windows(point.host))
     target, sae = sweep.grid.variants[point.variant].target, study.sae(*sweep.sae(point))
-    subject = encode_cell(point.cell, target, profile.saes.write, sae, factors)
+    subject = encode_cell(point[1:3], target, profile.saes.write, sae, factors)
     every = firings_of(study, subject, windows)
     return windows, subject, draw_in_rounds(every, min(sweep.grid.firings, len(every)), profile.seed)
 
 
 def replacement_scores(sweep: Sweep, tests: dict[Point, tuple]) -> dict[Point, dict]:
-    """Return the columns of the replacement tests, at the next token, of SAEs of one layer (`tests`: from
-    `draw_test`); none for an SAE without firings."""
+    """Return the columns of replacement tests at the next token; tests: what `draw_test` returns, for a layer."""
     if not tests:
         return {}
     first = next(iter(tests))
@@ -318,8 +281,8 @@ def replacement_scores(sweep: Sweep, tests: dict[Point, tuple]) -> dict[Point, d
 
 
 def _shares(table: pd.DataFrame) -> dict:
-    """Return the number of firings that were tested, and at both amplitudes the share in which the atom (with
-    its Wilson interval), another atom and the mean write beat deletion."""
+    """Return the number of tested firings, and per amplitude the share of firings at which each replacement
+    beats deletion, for the atom with its Wilson interval."""
     scores = dict(firings=len(table) // len(AMPLITUDES))
     for amplitude, part in table.groupby("amplitude", sort=False):
         wins = {name: int((part[f"kl_{name}"] < part.kl_delete).sum()) for name in CONDITIONS_OF_SURVEYS[1:]}
@@ -329,15 +292,13 @@ def _shares(table: pd.DataFrame) -> dict:
     return scores
 
 
-# What runs in the process that starts a sweep
+# In the process that starts a sweep
 
 
 def run_sweep(profile: Profile, grid: Grid, jobs: int | None = None) -> pd.DataFrame:
-    """Run what is not up to date in `jobs` processes (None: one per core), and write results/<profile>/
-    sweep-<grid>.csv: a row per SAE in the grid's order, with the half-life and sigma1/sigma2 of its cell.
+    """Run what is not up to date in `jobs` processes (None: one per core), and write the table of the sweep.
 
-    Raises ValueError for a grid that does not fit the profile, CommandError if tasks fail, LockError while
-    another process writes."""
+    Raises ValueError if the grid does not fit the profile, CommandError if tasks fail, LockError."""
     sweep = Sweep(profile, grid)
     with writing(sweep.study.paths):
         expected = {point: sweep.expected_record(point) for point in sweep.points()}
@@ -360,7 +321,7 @@ def run_sweep(profile: Profile, grid: Grid, jobs: int | None = None) -> pd.DataF
 
 
 def _run_all(tasks: list[tuple], what: str, jobs: int | None) -> None:
-    """Run tasks in worker processes. Raises CommandError if some fail, once all others are done."""
+    """Run tasks in worker processes. Raises CommandError if some failed, after all others are done."""
     pool = Parallel(jobs or len(os.sched_getaffinity(0)), return_as="generator_unordered", batch_size=1)
     try:
         results = tqdm(pool(delayed(run_task)(*task) for task in tasks), total=len(tasks), desc=what)
@@ -373,7 +334,7 @@ def _run_all(tasks: list[tuple], what: str, jobs: int | None) -> None:
 
 
 def _table(sweep: Sweep, points: list[Point]) -> pd.DataFrame:
-    """Write all records as one table, and return it."""
+    """Write and return the rows of all SAEs as one table, with half-life and sigma1/sigma2 of their cells."""
     records, keys = [sweep.record(point) for point in points], ["host", "layer", "head"]
     rows = pd.concat(map(stages.read_table, records), ignore_index=True)
     places = dict.fromkeys((point.host, point.layer) for point in points)

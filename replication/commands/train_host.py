@@ -1,8 +1,6 @@
-"""Train an embedded host from its recipe, on the installed corpus: `python -m replication train-host
-models/NAME`.
+"""Train an embedded host from models/NAME/recipe.yaml, on the installed corpus.
 
-The recipe (models/NAME/recipe.yaml) holds every number. Progress is kept in build/hosts/NAME: if the process
-is killed at any moment and started again, it continues from the last checkpoint. At the end models/NAME holds
+An interrupted training continues from the last checkpoint, in build/hosts/NAME. The result is in models/NAME:
 weights (fp16 safetensors), config, tokenizer, and training.csv, the loss curve."""
 
 from __future__ import annotations
@@ -60,19 +58,16 @@ class Recipe(BaseModel):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is the nearest orthogonal matrix (Jordan et al. 2024), in the parameters' own
-    precision.
+    """Momentum whose step is the nearest orthogonal matrix (Jordan et al. 2024), in the parameters' precision.
 
-    torch.optim.Muon iterates in bfloat16, which takes minutes per step on a CPU without bfloat16
-    instructions."""
+    torch.optim.Muon computes in bfloat16: minutes per step on a CPU without bfloat16 instructions."""
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @staticmethod
     def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-        """Return matrices [count, rows, columns] with all singular values near 1, by five Newton-Schulz
-        steps."""
+        """Return matrices [count, rows, columns] after five Newton-Schulz steps: singular values near 1."""
         tall = matrices.shape[1] > matrices.shape[2]
         x = matrices.mT if tall else matrices
         x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -97,11 +92,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Return Muon for the matrices of the layers with both sides 32 or more, and AdamW for all other
-    parameters.
+    """Return Muon for the layers' matrices (both sides at least 32), and AdamW for all other parameters.
 
-    The parameters that set a head's decay have a learning rate of their own: at the rate of the other
-    vectors, heads that start with a half-life of tens of tokens end below one."""
+    Parameters of the decays have their own learning rate: at that of the other vectors, half-lives of tens of
+    tokens end below one."""
     matrices, decays, others = [], [], []
     for name, p in model.named_parameters():
         if any(part in load.adapter(recipe.family).decay_parameters for part in name.split(".")):
@@ -110,20 +104,16 @@ def optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optim
             matrices.append(p)
         else:
             others.append(p)
-    slow = dict(params=decays, lr=recipe.decay_lr)
-    made = [
-        Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW([dict(params=others), slow], lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    for optimizer in made:
-        for group in optimizer.param_groups:
-            group["base_lr"] = group["lr"]
-    return made
+    muon = Muon(matrices, lr=recipe.matrix_lr, weight_decay=recipe.weight_decay)
+    groups = [dict(params=others), dict(params=decays, lr=recipe.decay_lr)]
+    adam = torch.optim.AdamW(groups, lr=recipe.other_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    for group in muon.param_groups + adam.param_groups:
+        group["base_lr"] = group["lr"]
+    return [muon, adam]
 
 
 def stream(tokenizer: Tokenizer, split: str, cache: Path) -> torch.Tensor:
-    """Return all tokens of a split as one int64 vector, with an end-of-text token (the id 0) before each
-    passage."""
+    """Return the tokens of a split as an int64 vector, with an end-of-text token (0) before each passage."""
     if not cache.exists():
         encoded = tokenizer.encode_batch(docstrings.texts(split))
         tokens = np.concatenate([np.array([0, *e.ids], dtype=np.uint16) for e in encoded])
@@ -132,15 +122,15 @@ def stream(tokenizer: Tokenizer, split: str, cache: Path) -> torch.Tensor:
 
 
 def batch_at(tokens: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
-    """Return windows [batch, context] at random places, which follow from seed and step alone."""
+    """Return windows [batch, context] at random places that depend on seed and step alone."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     starts = torch.randint(len(tokens) - recipe.context, (recipe.batch,), generator=generator)
     return torch.stack([tokens[s : s + recipe.context] for s in starts])
 
 
 def loss_function(model, recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return the function from tokens [batch, context] to the mean next-token loss in nats: through the
-    model's own forward, or, where that is slow on a CPU, through our adapter, which is tested against it."""
+    """Return the function from tokens [batch, context] to the mean next-token loss in nats, by the model's
+    forward or, where that is slow on a CPU, by our adapter."""
     if recipe.through == "library":
         return lambda tokens: model(input_ids=tokens, labels=tokens, use_cache=False).loss
     host = load.adapter(recipe.family)(model, None, recipe.family)
@@ -149,8 +139,7 @@ def loss_function(model, recipe: Recipe) -> Callable[[torch.Tensor], torch.Tenso
 
 
 def accumulate(loss_of: Callable, tokens: torch.Tensor, at_once: int) -> float:
-    """Add the gradient of the mean loss over tokens [batch, context], `at_once` windows at a time. Return the
-    loss."""
+    """Add the gradient of the mean loss over tokens [batch, context], in pieces. Return the loss."""
     pieces, total = tokens.split(at_once), 0.0
     for piece in pieces:
         loss = loss_of(piece) * (len(piece) / len(tokens))
@@ -168,7 +157,7 @@ def heldout_loss(loss_of: Callable, tokens: torch.Tensor, context: int, windows:
 
 
 def export(model, tokenizer: Tokenizer, record: dict, history: list[dict], folder: Path) -> None:
-    """Write weights in fp16, config, tokenizer, manifest of the text, loss curve and record to `folder`."""
+    """Write weights in fp16, config, tokenizer, manifest of the text, loss curve and record."""
     from transformers import PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -183,8 +172,7 @@ def export(model, tokenizer: Tokenizer, record: dict, history: list[dict], folde
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Return the recipe in a YAML file. Raises ValueError, in one sentence, if there is none or a field is
-    wrong."""
+    """Return the recipe in a YAML file. Raises ValueError if the file is missing or a field is wrong."""
     try:
         return Recipe(**yaml.safe_load(path.read_text()))
     except OSError as error:
@@ -196,11 +184,9 @@ def read_recipe(path: Path) -> Recipe:
 
 
 class Training:
-    """The state of a training: model, optimizers, the next step, the loss curve, and the seconds that it has
-    taken."""
+    """The state of a training, from a checkpoint if there is one."""
 
     def __init__(self, recipe: Recipe, checkpoint: Path):
-        """Build the model, or take everything from the checkpoint if there is one."""
         architecture = recipe.architecture | {"vocab_size": recipe.vocabulary}
         self.recipe, self.checkpoint = recipe, checkpoint
         self.model = load.adapter(recipe.family).build(architecture).train()
@@ -241,11 +227,9 @@ class Training:
 
 
 def train(folder: Path, build: Path) -> float:
-    """Train (or continue to train) the host whose recipe is in `folder`. Return its held-out loss in nats per
-    token.
+    """Train the host of a folder, or continue. Return its held-out loss in nats per token.
 
-    Raises ValueError as `read_recipe` does, FloatingPointError if the loss is not finite.
-    """
+    Raises ValueError as `read_recipe` does, FloatingPointError if the loss is not finite."""
     recipe = read_recipe(folder / "recipe.yaml")
     build.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
@@ -263,9 +247,8 @@ def train(folder: Path, build: Path) -> float:
         loss = training.step(batch_at(tokens, recipe, number), number)
         running = loss if math.isnan(running) else 0.95 * running + 0.05 * loss
         if not math.isfinite(running):
-            raise FloatingPointError(
-                f"The loss of {folder.name} is not finite at step {number}: lower matrix_lr in its recipe."
-            )
+            message = f"The loss of {folder.name} is not finite at step {number}: lower matrix_lr in its recipe."
+            raise FloatingPointError(message)
         bar.set_postfix(loss=f"{running:.3f}", refresh=False)
         done = number + 1
         if done % recipe.evaluate_every == 0 or done == recipe.steps:
