@@ -71,6 +71,7 @@ def fresh(seed: int, places: Places, d_k: int, d_v: int) -> tuple[torch.Tensor, 
     return rank_one(*drawn.float().split([d_k, d_v], -1))
 
 
+@torch.no_grad()
 def measure(host: Host, run: Run, cell_sae: CellSAE, firings, places: Places, seed, horizon, batch_rows=512):
     """Return one row per (firing, read scope, amplitude): KLs in nats, in columns CONDITION.HORIZON.DIRECTION.
 
