@@ -160,6 +160,25 @@ def wider(*intervals: Interval) -> Interval:
     return Interval(min(x.low for x in intervals), max(x.high for x in intervals))
 
 
+# Rows of tables
+
+
+def with_ends(name: str, value, interval: Interval) -> dict:
+    """Return the columns NAME, NAME_low and NAME_high."""
+    return {name: value, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def ci(interval: Interval) -> dict:
+    """Return the columns ci_low and ci_high."""
+    return dict(ci_low=interval.low, ci_high=interval.high)
+
+
+def per_group(table: pd.DataFrame, keys: list[str], row: Callable, sort: bool = False) -> pd.DataFrame:
+    """Return one row per group of rows with the same keys: the keys, and the columns `row(group)`."""
+    groups = table.groupby(keys, sort=sort, observed=True)
+    return pd.DataFrame([dict(zip(keys, values, strict=True)) | row(part) for values, part in groups])
+
+
 # Win rates
 
 

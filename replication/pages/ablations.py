@@ -1,20 +1,9 @@
-"""What the results depend on: encoder, decoder, sparsity rule and rank of the SAE (the paper's Sec. 3.4, App. B, C, F.3).
+"""Page 11_ablations: encoder, decoder, sparsity rule and rank of the SAE (the paper's Sec. 3.4, App. B, C, F.3).
 
-Every variant is trained on the same windows with the same settings but for the parts that it names, and is then asked
-the same questions on the same held-out windows: how much it explains (FVU), how many atoms are active a token (L0), how
-many never are (dead), which of them are registers and bundles, and whether its atoms stand for writes. The native write is
-replaced by the top singular pair of the firing's atom, and where an atom has a higher rank by the whole of it as well.
-
-Selectivity (App. I.1) asks of the profile's own SAEs whether another direction would do as well as the atom:
-
-| control    | what                                                                           |
-|------------|--------------------------------------------------------------------------------|
-| random     | a rank-1 matrix of Gaussian factors                                            |
-| orthogonal | the same with key and value each orthogonal to those of the atom               |
-
-put in the native write's place at the atom's coefficient or at the write's norm, or added to the state at the write's
-norm with the write left in ("added"). There the paper's measure is taken too: 1 - |A and B| / K, for the K tokens A
-whose logits the atom moves most and the K tokens B that the control moves most.
+Every variant is trained on the same windows with the same settings, except for the parts that it names, and asked
+the same questions on the same held-out windows: its FVU, L0 and dead atoms, its registers and bundles, and the
+replacement test. The native write is replaced by the top singular pair of the firing's atom, and by the whole atom
+if its rank is above 1.
 """
 
 from __future__ import annotations
@@ -28,7 +17,17 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 from tqdm import tqdm
 
 from replication.classes import described_atoms, partition, scanned
-from replication.statistics import beats, cluster_bootstrap, difference_bootstrap, rate_row, wider, wilson
+from replication.statistics import (
+    Interval,
+    beats,
+    ci,
+    cluster_bootstrap,
+    difference_bootstrap,
+    rate_row,
+    wider,
+    wilson,
+    with_ends,
+)
 from replication.study.firings import firing_windows, firings_of, run_firings
 from replication.study.stages import rows_with
 from replication.study.study import Study
@@ -39,34 +38,30 @@ from writesae.harvesting import harvest
 from writesae.sae.train import by_group
 from writesae.text import Windows
 
-REFERENCE = "bilinear+rank1"  # the variant that the others are compared with
-FEWEST_ALIVE = 8  # atoms, below which no partition is made of them
+REFERENCE = "bilinear+rank1"  # the others are compared with this variant
+FEWEST_ALIVE = 8  # minimum number of atoms for a partition into classes
 KEYS = ["host", "place", "layer", "head", "target", "variant"]
 
 
-# What every variant is asked
-
-
 def encode(study: Study, host: str, windows: Windows) -> dict[tuple, tuple[CellSAE, pd.DataFrame]]:
-    """Return each variant's SAE on the windows and its errors, a row per window, by (place, target, variant)."""
+    """Return each variant's SAE on the windows, and its errors per window, by (place, target, variant)."""
     section, write, encoded = study.profile.section("ablations", host), study.profile.saes.write, {}
     groups = [(place, target, s.variant) for place, target, s in ablation_variants(section, study.profile.seed)]
     cells = {place: study.cell(host, place) for place, _, _ in groups}
     batch = study.profile.data.batch_windows
     factors = harvest(study.host(host), windows.tokens, list(dict.fromkeys(cells.values())), batch)
-    for group in tqdm(groups, desc="encoding"):
-        place, target, variant = group
+    for place, target, variant in tqdm(groups, desc="encoding"):
         cell, sae = cells[place], study.sae(host, *cells[place], target, ablation_role(variant))
         parts = zip(*by_group(sae, factors[cell].history(target, write)), strict=True)
         squared, energy, indices, coefficients = (torch.cat(x) for x in parts)
         writes = factors[cell].history("write", write)
         cell_sae = CellSAE(*cell, target, write, sae, indices, coefficients, writes)
-        sums = {name: x.double().sum(1).numpy() for name, x in dict(squared=squared, energy=energy).items()}
-        active = (coefficients > 0).sum((1, 2)).numpy()
-        dead = dict(dead=sae.n_atoms - len(cell_sae.alive), n_atoms=sae.n_atoms, k=sae.k)
-        where = dict(host=host, place=place, layer=cell[0], head=cell[1], target=target, variant=variant)
-        rows = dict(window=range(len(active)), passage=windows.passage.numpy(), **sums, active=active)
-        encoded[group] = cell_sae, pd.DataFrame(where | rows | dead | dict(tokens=squared.shape[1]))
+        columns = dict(host=host, place=place, layer=cell[0], head=cell[1], target=target, variant=variant)
+        columns |= dict(window=range(len(windows)), passage=windows.passage.numpy())
+        columns |= dict(squared=squared.double().sum(1).numpy(), energy=energy.double().sum(1).numpy())
+        columns |= dict(active=(coefficients > 0).sum((1, 2)).numpy(), dead=sae.n_atoms - len(cell_sae.alive))
+        columns |= dict(n_atoms=sae.n_atoms, k=sae.k, tokens=squared.shape[1])
+        encoded[place, target, variant] = cell_sae, pd.DataFrame(columns)
     return encoded
 
 
@@ -76,37 +71,31 @@ def _errors(group: tuple, errors: dict[tuple, pd.DataFrame]) -> pd.DataFrame:
 
 def _classes(group: tuple, host: str, encoded: dict, firings: dict, seed: int, tokens: int) -> pd.DataFrame:
     """Return one row per alive atom of a variant, as in atoms.csv; none for an SAE with too few of them."""
-    place, _, variant = group
     if firings[group].atom.nunique() < FEWEST_ALIVE:
         return pd.DataFrame({"host": []})
     sae, table = encoded[group].sae, described_atoms(host, encoded[group], firings[group], seed, tokens)
-    return table.assign(place=place, variant=variant, k=sae.k, seed=seed, n_atoms=sae.n_atoms)
+    return table.assign(place=group[0], variant=group[2], k=sae.k, seed=seed, n_atoms=sae.n_atoms)
 
 
 def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """Return results ablation_windows.csv (a row per window: the errors), ablation_atoms.csv (per alive atom) and
-    ablation_firings.csv (per firing and amplitude), over all hosts whose profile asks for ablations."""
-    names, parts = ("ablation_windows", "ablation_atoms", "ablation_firings"), []
+    """Write results ablation_windows (errors per window), ablation_atoms (alive ones), ablation_firings."""
+    windowed, atoms, tested = [], [], []
     for name, section in ablation_hosts(study).items():
         seed, windows = study.profile.seed, firing_windows(study, name)[slice(0, section.windows)]
         pairs, tokens = encode(study, name, windows), scanned(windows, study.profile.data.first_position)
         encoded, errors = ({group: pair[i] for group, pair in pairs.items()} for i in (0, 1))
         firings = {group: firings_of(study, cell_sae, windows) for group, cell_sae in encoded.items()}
-        given = dict(host=name, encoded=encoded, firings=firings, seed=seed, tokens=tokens)
-        drawn = []
+        given, drawn = dict(host=name, encoded=encoded, firings=firings, seed=seed, tokens=tokens), []
         for group, cell_sae in encoded.items():
             some = draw_in_rounds(firings[group], min(section.firings, len(firings[group])), seed)
             drawn.append((cell_sae, some.assign(place=group[0], variant=group[2])))
         options = dict(conditions=("delete", "atom", "random", "reconstruction", "whole_atom"), scopes=("write",))
         options["batch_rows"] = study.profile.section("replacement", name).batch_rows
-        parts.append(
-            (
-                study.stage(names[0], name, encoded, _errors, errors=errors),
-                study.stage(names[1], name, encoded, _classes, **given),
-                run_firings(study, name, names[2], windows, drawn, **options),
-            )
-        )
-    return tuple(study.gather(name, list(part)) for name, part in zip(names, zip(*parts), strict=True))
+        windowed.append(study.stage("ablation_windows", name, encoded, _errors, errors=errors))
+        atoms.append(study.stage("ablation_atoms", name, encoded, _classes, **given))
+        tested.append(run_firings(study, name, "ablation_firings", windows, drawn, **options))
+    tables = dict(ablation_windows=windowed, ablation_atoms=atoms, ablation_firings=tested)
+    return tuple(study.gather(name, parts) for name, parts in tables.items())
 
 
 def fvu(windows: pd.DataFrame) -> Callable[[np.ndarray], float]:
@@ -118,17 +107,16 @@ def fvu(windows: pd.DataFrame) -> Callable[[np.ndarray], float]:
 def summarise(windows: pd.DataFrame, classes: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed: int):
     """Return one row per (place, target, variant).
 
-    Columns: FVU with its bootstrap interval by passage; L0; dead atoms (never active) and Wilson's interval
-    of their share; the classes of the others; and per amplitude the atom's win rate over deletion with
-    Wilson's interval (ci) and the bootstrap by atom (boot). Classes or win rates are missing where there are
-    too few atoms or no firings.
+    Columns: FVU with its bootstrap interval by passage; L0; dead atoms and Wilson's interval of their share; the classes
+    of the others; per amplitude the atom's win rate over deletion with Wilson's interval (ci) and the bootstrap by atom
+    (boot). Classes and win rates are missing if there are too few atoms or no firings.
     """
     rows = []
     for values, part in windows.groupby(KEYS, sort=False):
         where, first = dict(zip(KEYS, values, strict=True)), part.iloc[0]
         fvu_of, tokens = fvu(part), int(part.tokens.sum())
-        low, high = cluster_bootstrap(fvu_of, part.passage, resamples=resamples, seed=seed)
-        row = where | dict(n_atoms=first.n_atoms, k=first.k, fvu=fvu_of(slice(None)), fvu_low=low, fvu_high=high)
+        interval = cluster_bootstrap(fvu_of, part.passage, resamples=resamples, seed=seed)
+        row = where | dict(n_atoms=first.n_atoms, k=first.k) | with_ends("fvu", fvu_of(slice(None)), interval)
         row |= dict(n_tokens=tokens, n_passages=part.passage.nunique(), l0=part.active.sum() / tokens)
         low, high = wilson(int(first.dead), int(first.n_atoms))
         row |= dict(dead=first.dead, dead_fraction=first.dead / first.n_atoms, dead_low=low, dead_high=high)
@@ -143,13 +131,13 @@ def summarise(windows: pd.DataFrame, classes: pd.DataFrame, firings: pd.DataFram
 
 
 def wins(firings: pd.DataFrame, resamples: int, seed: int) -> dict:
-    """Return win rates over deletion: of the atom, the random atom, and the whole atom of rank above 1."""
+    """Return win rates over deletion of the atom, the random atom, and the whole atom if its rank is above 1."""
     row = rate_row(beats(firings), resamples, seed, boot=firings.atom)
     row["win_random"] = beats(firings, "random").mean()
     if "kl_whole_atom" in firings and firings.kl_whole_atom.notna().all():
-        whole = int(beats(firings, "whole_atom").sum())
-        row["whole_win_rate"] = whole / len(firings)
-        row["whole_low"], row["whole_high"] = wilson(whole, len(firings))
+        whole = beats(firings, "whole_atom")
+        row["whole_win_rate"] = whole.mean()
+        row["whole_low"], row["whole_high"] = wilson(int(whole.sum()), len(firings))
     return row
 
 
@@ -175,8 +163,8 @@ def contrasts(windows: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed
             def ratio(rows, fvu_of=part_fvu, base_fvu=base_fvu):
                 return fvu_of(rows) / base_fvu(rows)
 
-            low, high = cluster_bootstrap(ratio, base.passage, resamples=resamples, seed=seed)
-            row = dict(quantity="fvu_ratio", value=ratio(slice(None)), ci_low=low, ci_high=high)
+            interval = ci(cluster_bootstrap(ratio, base.passage, resamples=resamples, seed=seed))
+            row = dict(quantity="fvu_ratio", value=ratio(slice(None))) | interval
             rows.append(line | row | dict(n=int(part.tokens.sum())))
             rows.append(line | _dead_contrast(part.iloc[0], base.iloc[0]))
             fired = rows_with(firings, **where, variant=variant)
@@ -189,17 +177,16 @@ def contrasts(windows: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed
 
 def _dead_contrast(a: pd.Series, b: pd.Series) -> dict:
     counts = int(a.dead), int(a.n_atoms), int(b.dead), int(b.n_atoms)
-    low, high = confint_proportions_2indep(*counts, method="newcomb")
+    interval = ci(Interval(*confint_proportions_2indep(*counts, method="newcomb")))
     value = a.dead / a.n_atoms - b.dead / b.n_atoms
-    return dict(quantity="dead_fraction", value=value, ci_low=low, ci_high=high, n=counts[1] + counts[3])
+    return dict(quantity="dead_fraction", value=value) | interval | dict(n=counts[1] + counts[3])
 
 
 def _win_contrast(a: pd.DataFrame, b: pd.DataFrame, amplitude: str, resamples: int, seed: int) -> dict:
     wins = beats(a), beats(b)
     by = (difference_bootstrap(*wins, (a[name], b[name]), resamples, seed) for name in ("passage", "atom"))
-    low, high = wider(*by)
-    value = wins[0].mean() - wins[1].mean()
-    return dict(quantity=f"win_rate_{amplitude}", value=value, ci_low=low, ci_high=high, n=len(a) + len(b))
+    row = dict(quantity=f"win_rate_{amplitude}", value=wins[0].mean() - wins[1].mean())
+    return row | ci(wider(*by)) | dict(n=len(a) + len(b))
 
 
 def tables(study: Study, windows, classes, firings) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -209,5 +196,5 @@ def tables(study: Study, windows, classes, firings) -> tuple[pd.DataFrame, pd.Da
     trained = study.table("ablation_saes").rename(columns=dict(seconds="training_seconds"))
     trained = trained[[*keys, "activation", "rank", "seed", "training_seconds"]]
     table = summarise(windows, classes, firings, resamples, seed).merge(trained, on=keys, validate="one_to_one")
-    compared = contrasts(windows, firings, resamples, seed)
-    return study.write("ablations", table), study.write("ablation_contrasts", compared)
+    contrasted = contrasts(windows, firings, resamples, seed)
+    return study.write("ablations", table), study.write("ablation_contrasts", contrasted)

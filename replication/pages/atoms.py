@@ -1,17 +1,7 @@
-"""Notebook 03: the classes of atoms (the paper's Sec. 3.1, Table 1, App. E, G.1) and how they differ (App.
-F.2, H).
+"""Notebook 03: the classes of atoms (the paper's Sec. 3.1, Table 1, App. E, G.1) and their differences (App. F.2, H).
 
-An atom fires at a position if its coefficient is the largest there. Over the held-out windows an atom is
-
-| class    | if                                                                                             |
-|----------|------------------------------------------------------------------------------------------------|
-| register | it is alive, its median cosine to the native write belongs to the upper of two Gaussian        |
-|          | components, and it exceeds the lower component's mean                                          |
-| bundle   | it is alive, and not a register                                                                |
-| null     | it never fires                                                                                 |
-
-Beside the profile's main SAEs there are *variants* of one cell: other k at the profile's seed, other seeds at
-their k.
+`replication.classes` defines the classes. Beside the profile's main SAEs there are *variants* of one cell: other k at
+the profile's seed, and other seeds at their k.
 """
 
 from __future__ import annotations
@@ -24,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from replication.classes import described_atoms, mixtures, partition, scanned, thresholds
-from replication.statistics import Interval, cliffs_delta, cluster_bootstrap, mann_whitney
+from replication.statistics import Interval, ci, cliffs_delta, cluster_bootstrap, mann_whitney, per_group
 from replication.study.fingerprint import Later
 from replication.study.firings import firing_windows
 from replication.study.study import Study
@@ -32,17 +22,13 @@ from replication.study.training import host_variants, variant_name
 from writesae.evaluate.atoms import ATOM_KEYS, CLASSES, MATCH, choose_exemplars, frequent_tokens, matches, top_contexts
 from writesae.evaluate.firings import all_firings, encode_cell
 from writesae.evaluate.replacement import STEPS
-from writesae.harvesting import harvest
+from writesae.harvesting import Cell, harvest
 
 SAE_KEYS = ["host", "place", "layer", "head", "target", "role", "k", "seed", "n_atoms"]
 
 
-# Seeds: do the counts recur, and do the atoms?
-
-
 def variation(counts: Sequence[float]) -> dict:
-    """Return the coefficient of variation of a few counts (standard deviation with n - 1), with the
-    chi-square interval of the deviation. Raises ValueError for fewer than two counts."""
+    """Return the coefficient of variation of at least two counts, with the chi-square interval of the deviation."""
     n = len(counts)
     if n < 2:
         raise ValueError("A coefficient of variation needs at least two counts.")
@@ -52,39 +38,38 @@ def variation(counts: Sequence[float]) -> dict:
 
 
 def match_shares(pairs: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return one row per class, and one for all: the share of (atom, other seed) pairs with a best |cosine|
-    above MATCH; bootstrap by atom."""
+    """Return the share of (atom, other seed) pairs with a best |cosine| above MATCH, per class and for all.
+
+    Intervals: bootstrap by atom.
+    """
     rows = []
     for name, part in [("all", pairs), *pairs.groupby("class")]:
-        atom = part.seed.astype(str) + "." + part.atom.astype(str)
-        low, high = cluster_bootstrap(part.best > MATCH, atom, seed=seed)
-        share = dict(share=(part.best > MATCH).mean(), ci_low=low, ci_high=high)
-        share |= dict(chance=(part.chance > MATCH).mean(), median_best=part.best.median())
-        rows.append({"class": name, **share, "n_atoms": atom.nunique(), "n": len(part)})
+        atom, matched = part.seed.astype(str) + "." + part.atom.astype(str), part.best > MATCH
+        row = {"class": name, "share": matched.mean()} | ci(cluster_bootstrap(matched, atom, seed=seed))
+        row |= dict(chance=(part.chance > MATCH).mean(), median_best=part.best.median())
+        rows.append(row | dict(n_atoms=atom.nunique(), n=len(part)))
     return pd.DataFrame(rows)
 
-
-# How the classes differ in replacement (Tables 13 and 17), from a table of firings and one of alive atoms
 
 AXES = ("delta_kl", "flip_delete", "flip_atom", "firings_per_10k")
 COSINE_EDGES = (0.0, 0.05, 0.2, 0.3)  # Table 13
 
 
 def with_atoms(table: pd.DataFrame, alive: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with each atom's class, atom_cosine and firings. Raises ValueError for an atom not in
-    `alive`."""
+    """Return the table with each atom's class, atom_cosine and firings. ValueError for an atom not in `alive`."""
     classes = alive[[*ATOM_KEYS, "class", "cosine", "firings"]].rename(columns=dict(cosine="atom_cosine"))
     table = table.merge(classes, how="left", on=ATOM_KEYS, validate="many_to_one")
-    if table["class"].isna().any():
-        missing = int(table["class"].isna().sum())
+    if missing := int(table["class"].isna().sum()):
         raise ValueError(f"{missing} of {len(table)} rows are of atoms that have no class.")
     return table
 
 
 def axes_per_atom(firings: pd.DataFrame, alive: pd.DataFrame, scanned: int) -> pd.DataFrame:
-    """Return one row per (atom, amplitude) with the four axes of Table 17: median KL(delete) - KL(atom); the
-    share of firings at which deletion changes the top-1 token, and at which the atom does; firings per 10,000
-    of the `scanned` tokens. `firings` has the top tokens top1_native, top1_delete, top1_atom."""
+    """Return one row per (atom, amplitude) with the four axes of Table 17.
+
+    delta_kl: median KL(delete) - KL(atom). flip_delete, flip_atom: the share of firings at which deletion and the atom
+    change the top-1 token (columns top1_native, top1_delete, top1_atom). firings_per_10k: of the `scanned` tokens.
+    """
     changed = {f"flip_{name}": firings[f"top1_{name}"] != firings.top1_native for name in ("delete", "atom")}
     table = firings.assign(delta_kl=firings.kl_delete - firings.kl_atom, **changed)
     table = table.groupby([*ATOM_KEYS, "amplitude"], as_index=False).agg(
@@ -93,8 +78,7 @@ def axes_per_atom(firings: pd.DataFrame, alive: pd.DataFrame, scanned: int) -> p
         flip_atom=("flip_atom", "mean"),
         n=("delta_kl", "size"),
     )
-    table = with_atoms(table, alive)
-    return table.assign(firings_per_10k=table.firings * 1e4 / scanned)
+    return with_atoms(table, alive).assign(firings_per_10k=lambda x: x.firings * 1e4 / scanned)
 
 
 def delta_interval(a: Sequence[float], b: Sequence[float], seed: int = 0, resamples: int = 1000) -> Interval:
@@ -112,44 +96,42 @@ def delta_interval(a: Sequence[float], b: Sequence[float], seed: int = 0, resamp
 
 
 def class_axes(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return Table 17: one row per axis, cell, target and amplitude. Cliff's delta is positive if registers
-    are higher, and missing if a class has fewer than two atoms."""
+    """Return Table 17: one row per (axis, cell, target, amplitude).
+
+    Cliff's delta is positive if registers are higher, and missing if a class has fewer than two atoms.
+    """
     rows, keys = [], ["host", "layer", "head", "target", "amplitude"]
     for values, part in table.groupby(keys, sort=False):
         for axis in AXES:
             register, bundle = (part.loc[part["class"] == name, axis] for name in CLASSES)
-            row = dict(zip(keys, values, strict=True), axis=axis)
-            row |= dict(n_register=len(register), n_bundle=len(bundle))
+            row = dict(zip(keys, values, strict=True), axis=axis, n_register=len(register), n_bundle=len(bundle))
             row |= dict(register_median=register.median(), bundle_median=bundle.median())
             row |= dict.fromkeys(["cliffs_delta", "ci_low", "ci_high", "p"], np.nan)
             if min(len(register), len(bundle)) > 1:
-                row["ci_low"], row["ci_high"] = delta_interval(register, bundle, seed)
+                row |= ci(delta_interval(register, bundle, seed))
                 row |= dict(cliffs_delta=cliffs_delta(register, bundle), p=mann_whitney(register, bundle).p)
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def by_cosine(
-    firings: pd.DataFrame, alive: pd.DataFrame, edges: Sequence[float] = COSINE_EDGES, seed: int = 0
-) -> pd.DataFrame:
-    """Return Table 13: one row per bin of the atom's median cosine, low <= cosine < high, with the share of
-    firings at which the atom wins over deletion; bootstrap by atom."""
+def by_cosine(firings: pd.DataFrame, alive: pd.DataFrame, edges=COSINE_EDGES, seed: int = 0) -> pd.DataFrame:
+    """Return Table 13: the atom's win rate over deletion per bin of its median cosine, low <= cosine < high.
+
+    Intervals: bootstrap by atom.
+    """
     binned = with_atoms(firings.assign(win=firings.kl_atom < firings.kl_delete), alive)
-    between = [f"{a:g} to {b:g}" for a, b in pairwise(edges)]
-    names = [f"below {edges[0]:g}", *between, f"{edges[-1]:g} and above"]
+    names = [f"below {edges[0]:g}", *(f"{a:g} to {b:g}" for a, b in pairwise(edges)), f"{edges[-1]:g} and above"]
     binned["cosine_bin"] = pd.cut(binned.atom_cosine, [-np.inf, *edges, np.inf], right=False, labels=names)
-    rows, keys = [], ["host", "layer", "head", "target", "amplitude", "cosine_bin"]
-    for values, part in binned.groupby(keys, observed=True):
-        low, high = cluster_bootstrap(part.win, part.atom, seed=seed)
-        rate = dict(win_rate=part.win.mean(), ci_low=low, ci_high=high)
-        counts = dict(n_atoms=part.atom.nunique(), n_firings=len(part))
-        rows.append(dict(zip(keys, values, strict=True)) | rate | counts)
-    return pd.DataFrame(rows)
+
+    def row(part: pd.DataFrame) -> dict:
+        rate = dict(win_rate=part.win.mean()) | ci(cluster_bootstrap(part.win, part.atom, seed=seed))
+        return rate | dict(n_atoms=part.atom.nunique(), n_firings=len(part))
+
+    return per_group(binned, ["host", "layer", "head", "target", "amplitude", "cosine_bin"], row, sort=True)
 
 
 def class_tables(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
-    """Write results population_axes.csv and population_by_cosine.csv, from the alive atoms and notebook 07's
-    firings."""
+    """Write results population_axes and population_by_cosine, from the alive atoms and notebook 07's firings."""
     hosts, seed = firings.groupby("host", sort=False), study.profile.seed
     first = study.profile.data.first_position
     parts = [axes_per_atom(part, alive, scanned(firing_windows(study, name), first)) for name, part in hosts]
@@ -158,49 +140,59 @@ def class_tables(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tu
 
 
 def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Write results atoms.csv, one row per alive atom of every SAE: the main SAEs of all cells, and the
-    variants. Return it with every firing of the main SAEs (kept in build/ only)."""
+    """Write results atoms.csv: one row per alive atom of the main SAEs of all cells, and of the variants.
+
+    Return it with every firing of the main SAEs, which is kept in build/ only.
+    """
     profile, tables, every = study.profile, [], []
     for name in profile.hosts:
         cell, factors = study.cell(name, profile.section("atoms", name).place), _factors(study, name)
-        cells, targets = [study.cell(name, place) for place in profile.hosts[name].cells], profile.saes.targets
-        groups = [(*place, target, "main", profile.seed) for place in cells for target in targets]
-        variants = host_variants(study, name)
-        groups += [(*cell, target, variant_name(v), v.seed) for v in variants for target in targets]
-        tables.append(describe(study, name, groups, factors))
+        roles = [(*x, "main", profile.seed) for x in _main_saes(study, name)]
+        variants, targets = host_variants(study, name), profile.saes.targets
+        roles += [(*cell, target, variant_name(v), v.seed) for v in variants for target in targets]
+        tables.append(describe(study, name, roles, factors))
         every.append(main_firings(study, name, factors))
     return study.gather("atoms", tables), pd.concat(every, ignore_index=True)
 
 
+def _cells(study: Study, host_name: str) -> dict[Cell, str]:
+    """Return the place of each of a host's cells."""
+    return {study.cell(host_name, place): place for place in study.profile.hosts[host_name].cells}
+
+
+def _main_saes(study: Study, host_name: str) -> list[tuple[int, int, str]]:
+    """Return (layer, head, target) of a host's main SAEs."""
+    return [(*cell, target) for cell in _cells(study, host_name) for target in study.profile.saes.targets]
+
+
 def describe(study: Study, host_name: str, groups: list[tuple], factors: Later | None = None) -> pd.DataFrame:
     """Return one row per alive atom of some SAEs of a host. groups: (layer, head, target, role, seed) of each."""
-    places = {study.cell(host_name, place): place for place in study.profile.hosts[host_name].cells}
     saes = {group: study.sae(host_name, *group[:4]) for group in groups}
-    given = _given(study, host_name) | dict(factors=factors or _factors(study, host_name), saes=saes)
     tokens = scanned(firing_windows(study, host_name), study.profile.data.first_position)
-    given |= dict(places=places, seed=study.profile.seed, tokens=tokens)
-    return study.stage("atoms", host_name, groups, _atoms, **given)
+    given = _given(study, host_name, saes, factors) | dict(places=_cells(study, host_name))
+    return study.stage("atoms", host_name, groups, _atoms, **given, seed=study.profile.seed, tokens=tokens)
 
 
 def main_firings(study: Study, host_name: str, factors: Later | None = None) -> pd.DataFrame:
-    """Return every firing of the main SAEs of a host (kept in build/ only): window, passage, position,
-    coefficient, and ATOM_KEYS. `factors` that are harvested already save time."""
-    cells = [study.cell(host_name, place) for place in study.profile.hosts[host_name].cells]
-    saes = {(*cell, x): study.sae(host_name, *cell, x) for cell in cells for x in study.profile.saes.targets}
-    given = _given(study, host_name) | dict(factors=factors or _factors(study, host_name), saes=saes)
-    return study.stage("atom_firings", host_name, saes, _firings, **given)
+    """Return every firing of a host's main SAEs: window, passage, position, coefficient, ATOM_KEYS; kept in build/.
+
+    factors: those of the cells, if they are harvested already.
+    """
+    saes = {group: study.sae(host_name, *group) for group in _main_saes(study, host_name)}
+    return study.stage("atom_firings", host_name, saes, _firings, **_given(study, host_name, saes, factors))
 
 
 def _factors(study: Study, host_name: str) -> Later:
     """Return the factors of a host's cells over the held-out windows, harvested when they are first asked for."""
-    cells = [study.cell(host_name, place) for place in study.profile.hosts[host_name].cells]
     tokens, batch = firing_windows(study, host_name).tokens, study.profile.data.batch_windows
+    cells = list(_cells(study, host_name))
     return Later(harvest, host=study.host(host_name), windows=tokens, cells=cells, batch=batch)
 
 
-def _given(study: Study, host_name: str) -> dict:
-    windows, first = firing_windows(study, host_name), study.profile.data.first_position
-    return dict(host=host_name, passage=windows.passage, write=study.profile.saes.write, first=first)
+def _given(study: Study, host_name: str, saes: dict, factors: Later | None) -> dict:
+    given = dict(saes=saes, factors=factors or _factors(study, host_name), write=study.profile.saes.write)
+    passage = firing_windows(study, host_name).passage
+    return given | dict(host=host_name, passage=passage, first=study.profile.data.first_position)
 
 
 def _encoded(group: tuple, saes: dict, factors: Later, passage, write: str, first: int):
@@ -212,9 +204,8 @@ def _encoded(group: tuple, saes: dict, factors: Later, passage, write: str, firs
 
 def _atoms(group: tuple, host: str, places: dict, seed: int, tokens: int, **given) -> pd.DataFrame:
     cell_sae, firings = _encoded(group, **given)
-    role, sae_seed = group[3:]
+    columns = dict(role=group[3], k=cell_sae.sae.k, seed=group[4], n_atoms=cell_sae.sae.n_atoms)
     table = described_atoms(host, cell_sae, firings, seed, tokens)
-    columns = dict(role=role, k=cell_sae.sae.k, seed=sae_seed, n_atoms=cell_sae.sae.n_atoms)
     return table.assign(place=places[group[:2]], **columns)
 
 
@@ -223,7 +214,7 @@ def _firings(group: tuple, host: str, **given) -> pd.DataFrame:
 
 
 def tables(study: Study, alive: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
-    """Write results atom_partition.csv and atom_mixtures.csv (all SAEs), atom_thresholds.csv (main SAEs)."""
+    """Write results atom_partition and atom_mixtures (all SAEs), atom_thresholds (main SAEs)."""
     seed, counts, orders, sweeps = study.profile.seed, [], [], []
     for values, part in alive.groupby(SAE_KEYS, sort=False):
         where = dict(zip(SAE_KEYS, values, strict=True))
@@ -233,32 +224,32 @@ def tables(study: Study, alive: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
             taus = study.profile.section("atoms", where["host"]).taus
             sweeps.append(thresholds(part.cosine, taus).assign(**where))
     orders, sweeps = (pd.concat(x).set_index(SAE_KEYS).reset_index() for x in (orders, sweeps))
-    written = study.write("atom_partition", pd.DataFrame(counts)), study.write("atom_mixtures", orders)
-    return *written, study.write("atom_thresholds", sweeps)
+    results = dict(atom_partition=pd.DataFrame(counts), atom_mixtures=orders, atom_thresholds=sweeps)
+    return tuple(study.write(name, table) for name, table in results.items())
 
 
 def seeds(study: Study, alive: pd.DataFrame, parts: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
-    """Write results atom_seeds.csv (variation of the counts over seeds), atom_matches.csv (one row per alive
-    atom and other seed) and atom_match_shares.csv, for hosts with variants of several seeds. parts:
-    atom_partition.csv."""
-    variations, found, shares = [], [], []
+    """Write results atom_seeds, atom_matches and atom_match_shares, for hosts with variants of several seeds.
+
+    They have the variation of the counts over seeds, one row per alive atom and other seed, and the shares of those
+    pairs that match. parts: atom_partition.csv.
+    """
+    counts, matched, shares = [], [], []
     for name in study.profile.hosts:
-        settings = study.profile.section("atoms", name)
-        k = getattr(study.profile.section("saes", name), settings.training).k
-        ours = parts[(parts.host == name) & (parts.role != "main") & (parts.k == k)]
-        for target, part in ours.groupby("target") if ours.seed.nunique() > 1 else ():
+        k = getattr(study.profile.section("saes", name), study.profile.section("atoms", name).training).k
+        variants = parts[(parts.host == name) & (parts.role != "main") & (parts.k == k)]
+        for target, part in variants.groupby("target") if variants.seed.nunique() > 1 else ():
             where = {c: part[c].iloc[0] for c in ("host", "layer", "head", "target", "k", "n_atoms")}
             for counted in ("alive", "registers", "bundles"):
-                variations.append(where | dict(counted=counted) | variation(part[counted]))
-            cell, roles = (where["layer"], where["head"]), zip(part.seed, part.role)
-            saes = {seed: study.sae(name, *cell, target, role) for seed, role in roles}
+                counts.append(where | dict(counted=counted) | variation(part[counted]))
+            cell = where["layer"], where["head"]
+            saes = {seed: study.sae(name, *cell, target, role) for seed, role in zip(part.seed, part.role)}
             classes = alive[(alive.host == name) & (alive.target == target) & alive.role.isin(part.role)]
-            pairs = matches(saes, study.profile.seed)
-            pairs = pairs.merge(classes[["seed", "atom", "class"]], on=["seed", "atom"]).assign(**where)
-            found.append(pairs)
+            pairs = matches(saes, study.profile.seed).merge(classes[["seed", "atom", "class"]], on=["seed", "atom"])
+            matched.append(pairs.assign(**where))
             shares.append(match_shares(pairs, study.profile.seed).assign(host=name, target=target))
-    written = study.write("atom_seeds", pd.DataFrame(variations)), study.write("atom_matches", pd.concat(found))
-    return *written, study.write("atom_match_shares", pd.concat(shares))
+    tables = dict(atom_seeds=pd.DataFrame(counts), atom_matches=pd.concat(matched), atom_match_shares=pd.concat(shares))
+    return tuple(study.write(name, table) for name, table in tables.items())
 
 
 def exemplars(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
@@ -267,14 +258,12 @@ def exemplars(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple
     for name, part in firings.groupby("host", sort=False):
         tokenizer, windows = study.host(name).tokenizer, firing_windows(study, name)
         settings = study.profile.section("atoms", name)
-        able = main[(main.host == name) & (main.place == settings.place)]
-        rule = settings.exemplars, settings.fewest_passages
-        chosen = [choose_exemplars(rows, *rule) for _, rows in able.groupby("target")]
+        able = main[(main.host == name) & (main.place == settings.place)].groupby("target")
+        chosen = [choose_exemplars(rows, settings.exemplars, settings.fewest_passages) for _, rows in able]
         part = part.merge(pd.concat(chosen)[ATOM_KEYS], on=ATOM_KEYS)
         contexts.append(top_contexts(tokenizer, windows, part, settings.contexts))
         for keys, rows in part.groupby(ATOM_KEYS, sort=False):
-            frequent = frequent_tokens(tokenizer, windows, rows)
-            tokens.append(dict(zip(ATOM_KEYS, keys, strict=True), tokens=frequent))
-    table = pd.DataFrame(tokens).merge(main, on=ATOM_KEYS)
+            tokens.append((*keys, frequent_tokens(tokenizer, windows, rows)))
+    table = pd.DataFrame(tokens, columns=[*ATOM_KEYS, "tokens"]).merge(main, on=ATOM_KEYS)
     contexts = pd.concat(contexts).merge(table[[*ATOM_KEYS, "class"]], on=ATOM_KEYS)
     return study.write("atom_exemplars", table), study.write("atom_contexts", contexts)

@@ -1,18 +1,18 @@
-"""Page 11_every_cell: the tables of the sweeps `cells` and `seeds`, which ask the replacement test in every
-recurrent cell of every host, and with three seeds in every head of the headline's layers."""
+"""Page 11_every_cell: the sweeps `cells` and `seeds`, the replacement test in every recurrent cell of every host."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-from replication.statistics import cluster_bootstrap
+from replication.statistics import cluster_bootstrap, per_group, with_ends
 from writesae.evaluate.replacement import AMPLITUDES
 
 
 def by_amplitude(saes: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per (SAE, amplitude) from a sweep's one row per SAE, with the columns of
-    replacement_by_cell: n, win_atom with ci_low_atom and ci_high_atom, win_random, win_mean_write. SAEs that
-    never fire have no row."""
+    """Return one row per (SAE, amplitude) from one row per SAE, with the columns of replacement_by_cell.
+
+    SAEs that never fire have no row.
+    """
     names = ["win_atom", "ci_low_atom", "ci_high_atom", "win_random", "win_mean_write"]
     tables = []
     for amplitude in AMPLITUDES:
@@ -24,21 +24,20 @@ def by_amplitude(saes: pd.DataFrame) -> pd.DataFrame:
 
 
 def targets_apart(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return one row per (host, amplitude): mean win rates over cells of SAEs trained on states and on
-    writes, and their difference, with bootstrap intervals by cell; `write_ahead`: the number of cells in
-    which training on writes has the higher rate.
+    """Return one row per (host, amplitude): mean win rates over cells per target of the SAEs, and their difference.
 
-    cells: the table of `by_amplitude`, one SAE per cell and target."""
-    rows, keys = [], ["host", "amplitude"]
-    for values, part in cells.groupby(keys, sort=False):
+    Intervals: bootstrap by cell. write_ahead: the number of cells in which training on writes has the higher rate.
+    cells: the table of `by_amplitude`, one SAE per cell and target.
+    """
+
+    def row(part: pd.DataFrame) -> dict:
         wide = part.pivot(index=["layer", "head"], columns="target", values="win_atom").dropna()
-        row = dict(zip(keys, values, strict=True), n_cells=len(wide), n=int(part.n.sum()))
-        rates = dict(state=wide.state, write=wide.write, difference=wide.write - wide.state)
-        for name, rate in rates.items():
-            interval = cluster_bootstrap(rate.to_numpy(), range(len(rate)), seed=seed)
-            row |= {name: rate.mean(), f"{name}_low": interval.low, f"{name}_high": interval.high}
-        rows.append(row | dict(write_ahead=int((wide.write > wide.state).sum())))
-    return pd.DataFrame(rows)
+        numbers = dict(n_cells=len(wide), n=int(part.n.sum()))
+        for name, rate in dict(state=wide.state, write=wide.write, difference=wide.write - wide.state).items():
+            numbers |= with_ends(name, rate.mean(), cluster_bootstrap(rate, range(len(rate)), seed=seed))
+        return numbers | dict(write_ahead=int((wide.write > wide.state).sum()))
+
+    return per_group(cells, ["host", "amplitude"], row)
 
 
 def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
@@ -52,14 +51,13 @@ def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
     | sampling_sd   | the variation expected from the number of firings alone                             |
     | between_sd    | standard deviation between cells of their means over seeds                          |
     """
-    rows, keys = [], ["host", "target", "amplitude"]
-    for values, part in cells.groupby(keys, sort=False):
-        wide = part.pivot(index=["layer", "head"], columns="seed", values="win_atom").dropna()
-        means = wide.mean()
-        binomial = (part.win_atom * (1 - part.win_atom) / part.n).mean() ** 0.5
-        row = dict(zip(keys, values, strict=True), n_cells=len(wide), n_seeds=len(means), n=int(part.n.sum()))
-        row |= dict(mean_win_rate=means.mean(), lowest=means.min(), highest=means.max(), seed_sd=means.std())
-        row |= dict(cell_sd=wide.var(axis=1).mean() ** 0.5, sampling_sd=binomial)
-        row |= dict(between_sd=wide.mean(axis=1).std())
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return per_group(cells, ["host", "target", "amplitude"], _over_seeds)
+
+
+def _over_seeds(part: pd.DataFrame) -> dict:
+    wide = part.pivot(index=["layer", "head"], columns="seed", values="win_atom").dropna()
+    means, variances = wide.mean(), part.win_atom * (1 - part.win_atom) / part.n
+    row = dict(n_cells=len(wide), n_seeds=len(means), n=int(part.n.sum()), mean_win_rate=means.mean())
+    row |= dict(lowest=means.min(), highest=means.max(), seed_sd=means.std())
+    row |= dict(cell_sd=wide.var(axis=1).mean() ** 0.5, sampling_sd=variances.mean() ** 0.5)
+    return row | dict(between_sd=wide.mean(axis=1).std())

@@ -2,86 +2,83 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 
-from replication.statistics import beats, cliffs_delta, cluster_bootstrap, paired_wilcoxon, permutation_test, rate_row
+from replication.statistics import (
+    beats,
+    ci,
+    cliffs_delta,
+    cluster_bootstrap,
+    paired_wilcoxon,
+    per_group,
+    permutation_test,
+    rate_row,
+    with_ends,
+)
 from replication.study import training
 from replication.study.firings import CONDITIONS_OF_SURVEYS, encoded_saes, firings_of, run_firings
 from replication.study.study import Study
 from writesae.evaluate.firings import atom_names, draw_in_rounds, encode_cell
 from writesae.harvesting import harvest
 
-SMALLEST = 1e-12  # nats; below this a divergence is rounding
-
-
-# Every head of the middle cell's layer.
+SMALLEST = 1e-12  # nats; a smaller divergence is rounding
+GROUP = ["host", "target", "amplitude"]
+HEAD = ["layer", "head"]
 
 
 def heads(study: Study) -> pd.DataFrame:
-    """results replacement_heads.csv: the firings of every head, on hosts whose settings ask for them (App. F.1)."""
-    tables = []
-    for name in study.profile.hosts:
-        settings = study.profile.section("multiverse", name)
-        if settings.head_firings:
-            tables.append(heads_of_host(study, name, settings))
+    """Write results replacement_heads.csv: firings of every head, on hosts whose settings ask for it (App. F.1)."""
+    settings = {name: study.profile.section("multiverse", name) for name in study.profile.hosts}
+    tables = [heads_of_host(study, name, x) for name, x in settings.items() if x.head_firings]
     return study.gather("replacement_heads", tables)
 
 
 def heads_of_host(study: Study, name: str, settings) -> pd.DataFrame:
-    """settings.head_firings of every head (all it has, where it has fewer), from SAEs trained as the survey's are."""
+    """Return at most settings.head_firings of each head of a layer, from SAEs trained like the survey's."""
     layer, _ = study.cell(name, "middle")
-    training.train_all(study, training.survey_specs(study, name, [layer]))  # most are there already
+    training.train_all(study, training.survey_specs(study, name, [layer]))
     windows = study.windows(name, "heldout")[slice(0, settings.windows)]
-    cells = [(layer, head) for head in range(study.host(name).heads)]
-    drawn = []
-    for subject in encoded_saes(study, name, cells, "survey", windows):
-        every = firings_of(study, subject, windows)
-        drawn.append((subject, draw_in_rounds(every, min(settings.head_firings, len(every)), study.profile.seed)))
+    cells, drawn = [(layer, head) for head in range(study.host(name).heads)], []
+    for cell_sae in encoded_saes(study, name, cells, "survey", windows):
+        firings = firings_of(study, cell_sae, windows)
+        count = min(settings.head_firings, len(firings))
+        drawn.append((cell_sae, draw_in_rounds(firings, count, study.profile.seed)))
     options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), batch_rows=settings.batch_rows)
     return run_firings(study, name, "replacement_heads", windows, drawn, **options)
 
 
-# Every seed of the middle cell's SAE.
-
-
 def seeds(study: Study) -> pd.DataFrame:
-    """results replacement_seeds.csv: as many firings for the SAEs of every seed that notebook 03 has trained."""
-    tables = []
-    for name in study.profile.hosts:
-        if training.seed_variants(study, name):
-            tables.append(seeds_of_host(study, name, study.profile.section("multiverse", name)))
+    """Write results replacement_seeds.csv: firings of the SAEs of every seed that notebook 03 trains."""
+    hosts = [name for name in study.profile.hosts if training.seed_variants(study, name)]
+    tables = [seeds_of_host(study, name, study.profile.section("multiverse", name)) for name in hosts]
     return study.gather("replacement_seeds", tables)
 
 
 def seeds_of_host(study: Study, name: str, settings) -> pd.DataFrame:
-    """settings.firings of every seed and target in the cell of notebook 03, with the column `seed`."""
+    """Return settings.firings of every seed and target in the cell of notebook 03, with the column `seed`."""
     windows = study.windows(name, "heldout")[slice(0, settings.windows)]
     cell, drawn = study.cell(name, study.profile.section("atoms", name).place), []
     factors = harvest(study.host(name), windows.tokens, [cell], study.profile.data.batch_windows)[cell]
-    for variant in training.seed_variants(study, name):
-        role = training.variant_name(variant)
-        for target in study.profile.saes.targets:
-            sae = study.sae(name, *cell, target, role)
-            subject = encode_cell(cell, target, study.profile.saes.write, sae, factors)
-            firings = draw_in_rounds(firings_of(study, subject, windows), settings.firings, study.profile.seed)
-            drawn.append((subject, firings.assign(seed=variant.seed)))
+    for variant, target in product(training.seed_variants(study, name), study.profile.saes.targets):
+        sae = study.sae(name, *cell, target, training.variant_name(variant))
+        cell_sae = encode_cell(cell, target, study.profile.saes.write, sae, factors)
+        firings = draw_in_rounds(firings_of(study, cell_sae, windows), settings.firings, study.profile.seed)
+        drawn.append((cell_sae, firings.assign(seed=variant.seed)))
     options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), batch_rows=settings.batch_rows)
     return run_firings(study, name, "replacement_seeds", windows, drawn, **options)
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     """Return mean, sd and range over seeds of the win rates of `per`, per host, target and amplitude."""
-    rows = []
-    for values, part in table.groupby(GROUP, sort=False):
-        rate = part.win_rate
-        row = dict(seeds=len(part), n=int(part.n.sum()), mean_win_rate=rate.mean(), sd=rate.std())
-        rows.append(dict(zip(GROUP, values, strict=True)) | row | dict(lowest=rate.min(), highest=rate.max()))
-    return pd.DataFrame(rows)
 
+    def row(part: pd.DataFrame) -> dict:
+        rate, numbers = part.win_rate, dict(seeds=len(part), n=int(part.n.sum()))
+        return numbers | dict(mean_win_rate=rate.mean(), sd=rate.std(), lowest=rate.min(), highest=rate.max())
 
-GROUP = ["host", "target", "amplitude"]
-HEAD = ["layer", "head"]
+    return per_group(table, GROUP, row)
 
 
 def per(by: list[str], firings: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
@@ -89,12 +86,12 @@ def per(by: list[str], firings: pd.DataFrame, resamples: int, seed: int) -> pd.D
 
     Columns: n, the atom's win rate over deletion with its intervals (`_rate`), and median KLs.
     """
-    rows = []
-    for values, part in firings.groupby([*GROUP, *by], sort=False):
-        row = dict(zip([*GROUP, *by], values, strict=True))
-        row |= _rate(beats(part), part, "win_rate", resamples, seed)
-        rows.append(row | {f"kl_{name}": part[f"kl_{name}"].median() for name in ("atom", "delete", "random")})
-    return pd.DataFrame(rows)
+
+    def row(part: pd.DataFrame) -> dict:
+        medians = {f"kl_{name}": part[f"kl_{name}"].median() for name in ("atom", "delete", "random")}
+        return _rate(beats(part), part, "win_rate", resamples, seed) | medians
+
+    return per_group(firings, [*GROUP, *by], row)
 
 
 def _rate(happened: pd.Series, part: pd.DataFrame, name: str, resamples: int, seed: int) -> dict:
@@ -103,25 +100,23 @@ def _rate(happened: pd.Series, part: pd.DataFrame, name: str, resamples: int, se
 
 
 def over_heads(table: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude) over the heads of a layer, as the text of App. F.1 does.
+    """Return one row per (host, target, amplitude) over the heads of a layer, like the text of App. F.1.
 
-    Columns: mean, sd and range of the heads' win rates, the bootstrap interval over heads, the numbers of
-    heads whose interval is above and below one half, and the distance in sd of the middle cell's head from
-    the mean.
+    Columns: mean (bootstrap over heads), sd and range of the heads' win rates; the numbers of heads whose interval
+    is above and below one half; own_head_in_sd: the distance of the middle cell's head from the mean, in sd.
     """
-    middle, rows = places[places.place == "middle"].set_index("host")["head"], []
-    for values, part in table.groupby(GROUP, sort=False):
+    middle = places[places.place == "middle"].set_index("host")["head"]
+
+    def row(part: pd.DataFrame) -> dict:
         mean, sd = part.win_rate.mean(), part.win_rate.std()
-        low, high = cluster_bootstrap(part.win_rate, part["head"])
-        chosen = part[part["head"] == middle[values[0]]].win_rate
-        row = dict(zip(GROUP, values, strict=True), heads=len(part), n=int(part.n.sum()), mean_win_rate=mean)
-        row |= dict(ci_low=low, ci_high=high, sd=sd, lowest=part.win_rate.min(), highest=part.win_rate.max())
-        row |= dict(above_half=int((part.ci_low > 0.5).sum()), below_half=int((part.ci_high < 0.5).sum()))
-        rows.append(row | dict(own_head_in_sd=(chosen.item() - mean) / sd if len(chosen) else np.nan))
-    return pd.DataFrame(rows)
+        chosen = part[part["head"] == middle[part.host.iloc[0]]].win_rate
+        numbers = dict(heads=len(part), n=int(part.n.sum()), mean_win_rate=mean)
+        numbers |= ci(cluster_bootstrap(part.win_rate, part["head"])) | dict(sd=sd)
+        numbers |= dict(lowest=part.win_rate.min(), highest=part.win_rate.max())
+        numbers |= dict(above_half=int((part.ci_low > 0.5).sum()), below_half=int((part.ci_high < 0.5).sum()))
+        return numbers | dict(own_head_in_sd=(chosen.item() - mean) / sd if len(chosen) else np.nan)
 
-
-# Failures (Fig. 14) and the tests of the headline, on the firings of replacement.csv.
+    return per_group(table, GROUP, row)
 
 
 def log_ratio(firings: pd.DataFrame) -> pd.Series:
@@ -136,17 +131,17 @@ def quartiles(effect: pd.Series) -> pd.Series:
 
 
 def failures(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude, by, level): how often the atom does not beat deletion.
+    """Return one row per (host, target, amplitude, by, level): how often the atom does not beat deletion (Fig. 14).
 
-    `by` is all firings, the place, the quartile of KL(delete) over all cells as in Fig. 14, and the quartile
-    within each cell, which keeps layers with small effects from filling the lowest quartile.
+    `by` is all firings, the place, the quartile of KL(delete) over all cells, and the quartile within each cell,
+    which keeps layers with small effects from filling the lowest quartile.
     """
-    named, rows = firings.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"]), []
+    named, rows = firings.merge(places[["host", *HEAD, "place"]], on=["host", *HEAD]), []
     named["place"] = pd.Categorical(named.place, list(dict.fromkeys(places.place)))
     for values, part in named.groupby(GROUP, sort=False):
-        within = part.groupby("place", observed=True).kl_delete.transform(quartiles)
         levels = dict(all=pd.Series("all", index=part.index), place=part.place, quartile=quartiles(part.kl_delete))
-        for by, level in (levels | {"quartile within cell": within}).items():
+        levels["quartile within cell"] = part.groupby("place", observed=True).kl_delete.transform(quartiles)
+        for by, level in levels.items():
             for name, group in part.groupby(level, observed=True):
                 row = dict(zip(GROUP, values, strict=True), by=by, level=name)
                 rows.append(row | _rate(~beats(group), group, "failure_rate", resamples, seed))
@@ -154,36 +149,35 @@ def failures(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: 
 
 
 def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude): the paper's tests (Sec. 3.2, App. G).
+    """Return one row per (host, target, amplitude) of replacement.csv: the paper's tests (Sec. 3.2, App. G).
 
     wilcoxon_p: signed ranks of paired KLs. permutation_p: mean log ratio, exchanging atom and deletion within
-    firings, as if those were independent; permutation_by_atom_p: within whole atoms. cliffs_delta: of
-    KL(delete) over KL(atom), with its bootstrap by passage. q1_minus_q4: the failure rate in the lowest
-    quartile of KL(delete) minus that in the highest, with the same bootstrap and a permutation of the
-    quartiles' labels (nan for fewer than two firings in a quartile).
+    firings as if those were independent; permutation_by_atom_p: within whole atoms. cliffs_delta: of KL(delete)
+    over KL(atom); bootstrap by passage. q1_minus_q4: failure rate in the lowest quartile of KL(delete) minus that
+    in the highest; the same bootstrap, and a permutation of the labels (nan below two firings in a quartile).
     """
-    rows = []
-    for values, part in firings.groupby(GROUP, sort=False):
+
+    def row(part: pd.DataFrame) -> dict:
         atom, delete, ratio = part.kl_atom.to_numpy(), part.kl_delete.to_numpy(), log_ratio(part)
         by_atom = ratio.groupby(atom_names(part)).mean().to_numpy()
         failed, quarter = (atom >= delete).astype(float), quartiles(part.kl_delete).to_numpy()
 
-        def delta(rows, atom=atom, delete=delete):
+        def permuted(*sides, **paired) -> float:
+            return permutation_test(*sides, **paired, resamples=permutations, seed=seed).p
+
+        def delta(rows):
             return cliffs_delta(delete[rows], atom[rows])
 
-        def gap(rows, failed=failed, quarter=quarter):
+        def gap(rows):
             return failed[rows][quarter[rows] == "Q1"].mean() - failed[rows][quarter[rows] == "Q4"].mean()
 
-        every, options = np.arange(len(part)), dict(resamples=permutations, seed=seed)
-        row = dict(zip(GROUP, values, strict=True), n=len(part), n_atoms=len(by_atom))
-        row["wilcoxon_p"] = paired_wilcoxon(atom, delete).p
-        row["mean_log_ratio"] = ratio.mean()
-        row["permutation_p"] = permutation_test(ratio, np.zeros(len(ratio)), paired=True, **options).p
-        row["permutation_by_atom_p"] = permutation_test(by_atom, np.zeros(len(by_atom)), paired=True, **options).p
+        numbers = dict(n=len(part), n_atoms=len(by_atom), wilcoxon_p=paired_wilcoxon(atom, delete).p)
+        numbers |= dict(mean_log_ratio=ratio.mean(), permutation_p=permuted(ratio, 0 * ratio, paired=True))
+        numbers["permutation_by_atom_p"] = permuted(by_atom, 0 * by_atom, paired=True)
         for name, statistic in (("cliffs_delta", delta), ("q1_minus_q4", gap)):
-            low, high = cluster_bootstrap(statistic, part.passage, resamples=resamples, seed=seed)
-            row |= {name: statistic(every), f"{name}_low": low, f"{name}_high": high}
+            interval = cluster_bootstrap(statistic, part.passage, resamples=resamples, seed=seed)
+            numbers |= with_ends(name, statistic(np.arange(len(part))), interval)
         outer = [failed[quarter == name] for name in ("Q1", "Q4")]
-        enough = min(map(len, outer)) > 1  # not in a dry run, whose quartiles have one firing each
-        rows.append(row | dict(q1_minus_q4_p=permutation_test(*outer, **options).p if enough else np.nan))
-    return pd.DataFrame(rows)
+        return numbers | dict(q1_minus_q4_p=permuted(*outer) if min(map(len, outer)) > 1 else np.nan)
+
+    return per_group(firings, GROUP, row)

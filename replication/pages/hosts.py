@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from replication.statistics import cluster_bootstrap
+from replication.statistics import ci, cluster_bootstrap
 from replication.study import docstrings
 from replication.study.fingerprint import Later
 from replication.study.profile import HostSection
@@ -21,10 +21,11 @@ from writesae.text import Windows
 
 
 def choose_cells(survey: pd.DataFrame, section: HostSection) -> pd.DataFrame:
-    """Return the cell of each place: the rule's head, or the head of its layer whose sigma1/sigma2 is nearest
-    (in ratio) to the rule's. rule_sigma_ratio is missing if the rule names the head.
+    """Return the cell of each place: the rule's head, or the head of its layer nearest to the rule's sigma1/sigma2.
 
-    Raises ValueError if the rule names a layer without cells, or a head that the layer does not have."""
+    Nearest is meant in ratio; rule_sigma_ratio is missing if the rule names the head. Raises ValueError if the rule
+    names a layer without cells, or a head that the layer does not have.
+    """
     chosen = []
     for place, rule in section.cells.items():
         layer = survey[survey.layer == rule.layer]
@@ -38,10 +39,8 @@ def choose_cells(survey: pd.DataFrame, section: HostSection) -> pd.DataFrame:
         else:
             cell = layer[layer["head"] == rule.head]
         if cell.empty:
-            raise ValueError(
-                f"The {place} cell's head {rule.head} does not exist: layer {rule.layer} has heads 0 to "
-                f"{layer['head'].max()}."
-            )
+            wrong = f"The {place} cell's head {rule.head} does not exist"
+            raise ValueError(f"{wrong}: layer {rule.layer} has heads 0 to {layer['head'].max()}.")
         chosen.append(cell.assign(place=place, rule_sigma_ratio=rule.sigma_ratio or math.nan))
     return pd.concat(chosen, ignore_index=True)
 
@@ -50,8 +49,7 @@ CURVE = ["tokens", "training_loss", "heldout_loss"]
 
 
 def check_corpus(study: Study, host: str) -> list[str]:
-    """Return sentences about how the installed text differs from the text of this host's training; empty if
-    it does not differ, and if the profile has a corpus of its own."""
+    """Return sentences on how the installed text differs from that of this host's training; none for a corpus of one's own."""
     path = Path(study.host_path(host)) / "corpus.json"
     return docstrings.check_manifest(path) if path.is_file() and not study.profile.corpus else []
 
@@ -90,29 +88,15 @@ def describe(study: Study, losses: pd.DataFrame) -> pd.DataFrame:
     """Write results hosts.csv: one row per host, its held-out loss with an interval over passages."""
     rows = []
     for name, section in study.profile.hosts.items():
-        host, mine = study.host(name), losses[losses.host == name]
-        low, high = cluster_bootstrap(mine.loss.to_numpy(), mine.passage.to_numpy(), seed=study.profile.seed)
+        host, part = study.host(name), losses[losses.host == name]
         record = Path(study.host_path(name)) / "training.json"
         trained = json.loads(record.read_text()) if record.is_file() else {}
-        rows.append(
-            dict(
-                host=name,
-                family=host.family,
-                path=section.path,
-                parameters=sum(p.numel() for p in host.model.parameters()),
-                heldout_loss=mine.loss.mean(),
-                ci_low=low,
-                ci_high=high,
-                n_windows=len(mine),
-                context=study.profile.data.window,
-                layers=host.layers,
-                recurrent_layers=len(host.recurrent_layers),
-                heads=host.heads,
-                d_k=host.d_k,
-                d_v=host.d_v,
-                training_tokens=trained.get("tokens", 0),
-            )
-        )
+        row = dict(host=name, family=host.family, path=section.path)
+        row |= dict(parameters=sum(p.numel() for p in host.model.parameters()), heldout_loss=part.loss.mean())
+        row |= ci(cluster_bootstrap(part.loss, part.passage, seed=study.profile.seed))
+        row |= dict(n_windows=len(part), context=study.profile.data.window, layers=host.layers)
+        row |= dict(recurrent_layers=len(host.recurrent_layers), heads=host.heads, d_k=host.d_k, d_v=host.d_v)
+        rows.append(row | dict(training_tokens=trained.get("tokens", 0)))
     return study.write("hosts", pd.DataFrame(rows))
 
 

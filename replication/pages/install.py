@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from replication.statistics import wilson
+from replication.statistics import ci, wilson
 from replication.study.firings import passage_prompts
 from replication.study.profile import Install
 from replication.study.study import Study
@@ -25,33 +25,28 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (host, direction, magnitude), group in table.groupby(["host", "direction", "magnitude"]):
         for name, part in _classes(group):
-            low, high = wilson(int(part.included_edited.sum()), len(part))
             row = dict(host=host, direction=direction, target_class=name, magnitude=magnitude, n=len(part))
             row |= dict(included_native=part.included_native.mean(), included_edited=part.included_edited.mean())
-            row |= dict(ci_low=low, ci_high=high, median_lift=part.first_step_lift.median())
+            row |= ci(wilson(int(part.included_edited.sum()), len(part)))
+            row["median_lift"] = part.first_step_lift.median()
             row["rank_improved"] = (part.edited_rank < part.native_rank).mean()
-            row["median_rank_shift"] = (part.native_rank - part.edited_rank).median()
-            rows.append(row)
+            rows.append(row | dict(median_rank_shift=(part.native_rank - part.edited_rank).median()))
     return pd.DataFrame(rows)
 
 
-# The stage of notebook 10.
-
-
 def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return results install.csv (a row per trial) and install_dose.csv (per prompt, position, target and
-    direction)."""
+    """Write results install (one row per trial) and install_dose (per prompt, position, target, direction)."""
     tables = ("install", "install_dose")
     return tuple(study.gather(x, [_stage(study, name, x) for name in study.profile.hosts]) for x in tables)
 
 
 def _stage(study: Study, name: str, table: str) -> pd.DataFrame:
-    """Return one of a host's two tables, a group of trials per distance from the end of the prompt."""
+    """Return one of a host's two tables; one group of trials per distance from the end of the prompt."""
     profile, settings = study.profile, study.profile.section("install", name)
-    host, cell = study.host(name), study.cell(name, settings.place)
     prompts = passage_prompts(study, name, settings.prompts, settings.prompt_tokens)
-    given = dict(host=host, prompts=prompts, cell=cell, write=profile.saes.write, settings=settings, seed=profile.seed)
-    return study.stage(table, name, settings.distances, _trials, **given, dose=table == "install_dose")
+    given = dict(host=study.host(name), prompts=prompts, cell=study.cell(name, settings.place), settings=settings)
+    given |= dict(write=profile.saes.write, seed=profile.seed, dose=table == "install_dose")
+    return study.stage(table, name, settings.distances, _trials, **given)
 
 
 def _trials(distance: int, host, prompts, cell, write, settings, seed, dose: bool) -> pd.DataFrame:
@@ -65,23 +60,21 @@ def _trials(distance: int, host, prompts, cell, write, settings, seed, dose: boo
         rows = doses(host, cell, trial, grid=settings.doses, bisections=settings.bisections)
     else:
         native = native_continuations(host, run, settings.new_tokens)
-        options = dict(magnitudes=settings.magnitudes, new_tokens=settings.new_tokens)
-        rows = trials(host, cell, trial, native, **options)
+        rows = trials(host, cell, trial, native, magnitudes=settings.magnitudes, new_tokens=settings.new_tokens)
     return rows.assign(host=host.name, layer=cell[0], head=cell[1], distance=distance)
 
 
 def summarise_doses(table: pd.DataFrame, settings: Install) -> pd.DataFrame:
     """Return one row per (host, direction, target class or all): the share of trials that some dose reaches.
 
-    Wilson's interval, and quartiles of the dose, which are infinite beyond the largest dose.
+    With Wilson's interval, and quartiles of the dose, which are infinite beyond the largest dose.
     """
     rows = []
     for (host, direction), group in table.groupby(["host", "direction"]):
         for name, part in _classes(group):
             reached = int(np.isfinite(part.dose).sum())
-            low, high = wilson(reached, len(part))
             quartiles = np.quantile(part.dose.to_numpy(), [0.25, 0.5, 0.75], method="inverted_cdf")
             row = dict(host=host, direction=direction, target_class=name, n=len(part), reached=reached / len(part))
-            row |= dict(ci_low=low, ci_high=high, largest_dose=max(settings.doses))
+            row |= ci(wilson(reached, len(part))) | dict(largest_dose=max(settings.doses))
             rows.append(row | dict(zip(("dose_p25", "dose_median", "dose_p75"), quartiles, strict=True)))
     return pd.DataFrame(rows)

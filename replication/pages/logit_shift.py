@@ -1,4 +1,4 @@
-"""Notebook 04: predicted against measured logit shifts (the paper's Sec. 2, App. A)."""
+"""Notebook 04: predicted and measured logit shifts (the paper's Sec. 2, App. A)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from replication.statistics import cluster_bootstrap, r2
+from replication.statistics import ci, cluster_bootstrap, r2
 from replication.study.firings import encoded_saes, firings_of
 from replication.study.study import Study
 from writesae.evaluate.firings import draw_atoms
@@ -24,8 +24,7 @@ def score(shifts: pd.DataFrame) -> pd.DataFrame:
 
 def _median(scores: pd.DataFrame) -> dict:
     """Return the median R2 with its bootstrap interval over atoms."""
-    low, high = cluster_bootstrap(scores.r2, scores.atom, np.median)
-    return dict(r2_median=scores.r2.median(), ci_low=low, ci_high=high)
+    return dict(r2_median=scores.r2.median()) | ci(cluster_bootstrap(scores.r2, scores.atom, np.median))
 
 
 def summarise(scores: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
@@ -44,10 +43,7 @@ def summarise(scores: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_rank(points: pd.DataFrame) -> pd.DataFrame:
-    """Return the median R2 over (atom, eps), one row per (host, predictor, native rank of the token).
-
-    The paper's App. A gives it for the tokens after the first.
-    """
+    """Return the median R2 over (atom, eps) per (host, predictor, native rank of the token), as in App. A."""
     rows = []
     for (host, rank), part in points.groupby(["host", "rank"]):
         for name, group in score(part).groupby("predictor", sort=False):
@@ -56,34 +52,33 @@ def by_rank(points: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# The stage of notebook 04.
-
-
 def run(study: Study) -> pd.DataFrame:
-    """Return every (prompt, atom, eps, rank) of each host's cell, with the fitted predictor (tens of MB: in
-    build/ only)."""
+    """Return the shifts of every (prompt, atom, eps, rank) in each host's cell, with the fitted predictor.
+
+    The table has tens of MB and is kept in build/ only.
+    """
     points = pd.concat([measure(study, name) for name in study.profile.hosts], ignore_index=True)
     return points.assign(paper_fitted=fit_paper_scalar(points))
 
 
 def measure(study: Study, name: str) -> pd.DataFrame:
-    """Return the shifts of a host's cell, a group of prompts at a time."""
+    """Return the shifts in a host's cell, measured in groups of prompts."""
     profile, settings = study.profile, study.profile.section("logit_shift", name)
-    host, cell = study.host(name), study.cell(name, settings.place)
-    windows = study.windows(name, "heldout")
+    cell, windows = study.cell(name, settings.place), study.windows(name, "heldout")
     if len(windows) < settings.prompts:
         raise ValueError(f"{settings.prompts} prompts are asked for and there are {len(windows)} held-out windows.")
     some = windows[slice(0, ATOM_WINDOWS)]
-    cell_saes = {x.target: x for x in encoded_saes(study, name, [cell], "main", some)}
-    cell_sae = cell_saes[settings.target]
+    saes = encoded_saes(study, name, [cell], "main", some)
+    cell_sae = next(x for x in saes if x.target == settings.target)
     atoms = draw_atoms(firings_of(study, cell_sae, some), settings.atoms, 1, profile.seed)
     windows = windows[slice(0, settings.prompts)].beginnings(settings.prompt_tokens)
     sides = [x[torch.from_numpy(atoms)] for x in cell_sae.sae.atoms()]
     last = windows.tokens.shape[1] - settings.horizon
     t0 = draw_positions(settings.prompts, profile.data.first_position, last, profile.seed)
     options = dict(eps=settings.eps, horizon=settings.horizon, ranks=settings.ranks, write=profile.saes.write)
-    given = dict(host=host, windows=windows, t0=t0, cell=cell, sides=sides, atoms=atoms, options=options)
-    return study.stage("logit_shift_points", name, range(0, settings.prompts, GROUP), _shifts, **given)
+    given = dict(windows=windows, t0=t0, cell=cell, sides=sides, atoms=atoms, options=options)
+    groups = range(0, settings.prompts, GROUP)
+    return study.stage("logit_shift_points", name, groups, _shifts, host=study.host(name), **given)
 
 
 def _shifts(start: int, host, windows, t0, cell, sides, atoms, options) -> pd.DataFrame:
@@ -98,11 +93,8 @@ def tables(study: Study, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFra
     """Write and return results logit_shift and logit_shift_summary (top-1 token), and logit_shift_ranks."""
     scores, summaries = [], []
     for (name, layer, head), part in points[points["rank"] == 1].groupby(["host", "layer", "head"]):
-        scored = score(part)
-        scores.append(scored.assign(host=name, layer=layer, head=head))
-        summaries.append(summarise(scored, part).assign(host=name))
-    return (
-        study.write("logit_shift", pd.concat(scores, ignore_index=True)),
-        study.write("logit_shift_summary", pd.concat(summaries, ignore_index=True)),
-        study.write("logit_shift_ranks", by_rank(points)),
-    )
+        scores.append(score(part).assign(host=name, layer=layer, head=head))
+        summaries.append(summarise(scores[-1], part).assign(host=name))
+    results = dict(logit_shift=pd.concat(scores), logit_shift_summary=pd.concat(summaries))
+    results["logit_shift_ranks"] = by_rank(points)
+    return tuple(study.write(name, table.reset_index(drop=True)) for name, table in results.items())

@@ -1,24 +1,20 @@
-"""The multiverse of the replacement test, every head of a layer, every seed, and where the atom fails.
+"""Page 11_multiverse: the replacement test under every choice that the paper leaves open (Sec. 2, 3.2, App. F.1, J).
 
-**Multiverse.** The paper (Sec. 2, 3.2, App. F.1, J) leaves these choices open, or says two things about them.
-A universe is one level of each; the first level is this repository's default.
+A universe is one level of each choice; the first level is the default of this repository.
 
 | choice       | levels                                                                                |
 |--------------|---------------------------------------------------------------------------------------|
 | target       | what the SAE is trained on: state, write                                              |
 | write        | the native write: added (beta k v^T), effective (S_t - alpha_t S_{t-1})               |
 | pooling      | rounds: one firing of every alive atom, then a second; most_firing: as in Fig. 14     |
-| amplitude    | coefficient: the atom's; matched_norm: the native write's; so has every control       |
+| amplitude    | of the atom and of every control: coefficient, or matched_norm (the native write's)   |
 | reading      | who reads the edit (edit.SCOPES); KL at the writing position, the next, the mean of H |
 | kl_direction | KL(native, patched), KL(patched, native)                                              |
-| control      | what the atom is compared with: delete, another alive atom, a fresh rank-1 matrix,    |
+| control      | compared with the atom: delete, another alive atom, a fresh rank-1 matrix,            |
 |              | the mean write, another write                                                         |
 
-Where only later tokens read the edit, the KL at the writing position is exactly 0: no universe. Effective
-writes are not of rank 1 on RWKV-7 and are the added ones on Mamba-2, so that this choice is open on Gated
-DeltaNet only.
-
-**Heads** (App. F.1, Table 12), **seeds** and **failures** (Fig. 14) use the runs of `replacement`.
+There is no universe for the KL at the writing position if only later tokens read the edit: it is exactly 0. Only
+Gated DeltaNet has both writes: the effective one is the added one on Mamba-2 and not of rank 1 on RWKV-7.
 """
 
 from __future__ import annotations
@@ -53,45 +49,31 @@ CHOICES = dict(
     kl_direction=DIRECTIONS,
     control=CONTROLS,
 )
-DRAWN = ("target", "write", "pooling")  # what decides which firings there are
+DRAWN = ("target", "write", "pooling")  # the choices that decide which firings there are
 DEFAULT = {choice: levels[0] for choice, levels in CHOICES.items()}
-PAPER = DEFAULT | dict(pooling="most_firing", kl_direction="patched_native")  # Sec. 2 and 3.2 to the letter
-MOST = 300  # firings of one atom at most where the most-firing atoms are pooled, as in the paper
+PAPER = DEFAULT | dict(pooling="most_firing", kl_direction="patched_native")  # Sec. 2 and 3.2
+MOST = 300  # maximum number of firings per atom when the most-firing atoms are pooled, as in the paper
 PUT_IN = ("atom", *CONTROLS[1:])
 ROWS = len(SCOPES) * (1 + len(AMPLITUDES) * len(PUT_IN))  # edited runs of one firing
 FIRING = ["layer", "head", "atom", "passage", "window", "position"]
 
 
-# Measuring: one branch of horizon + 1 tokens a firing and edit serves all universes of that firing.
-
-
 def both_ways(native: torch.Tensor, patched: torch.Tensor) -> torch.Tensor:
-    """KL(native, patched) and KL(patched, native) in nats, in fp64, of logits [..., V]: [2, ...]."""
+    """Return KL(native, patched) and KL(patched, native) in nats [2, ...], in fp64, of logits [..., V]."""
     p, q = F.log_softmax(native.double(), -1), F.log_softmax(patched.double(), -1)
     gap = p - q
     return torch.stack([(p.exp() * gap).sum(-1), -(q.exp() * gap).sum(-1)])
 
 
 def fresh(seed: int, places: Places, d_k: int, d_v: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return random rank-1 terms of unit norm, [n, 1, d_k] and [n, 1, d_v], which depend on seed and firing
-    only."""
+    """Return random unit rank-1 terms [n, 1, d_k], [n, 1, d_v] that depend only on the seed and the firing."""
     drawn = places.draw(seed, lambda generator: torch.randn(d_k + d_v, generator=generator, dtype=torch.float64))
     return rank_one(*drawn.float().split([d_k, d_v], -1))
 
 
 @torch.no_grad()
-def measure(
-    host: Host,
-    run: Run,
-    cell_sae: CellSAE,
-    firings: pd.DataFrame,
-    places: Places,
-    seed: int,
-    horizon: int,
-    batch_rows: int = 512,
-) -> pd.DataFrame:
-    """Return one row per (firing, read scope, amplitude): divergences in nats, in columns
-    CONDITION.HORIZON.DIRECTION.
+def measure(host: Host, run: Run, cell_sae: CellSAE, firings, places: Places, seed, horizon, batch_rows=512):
+    """Return one row per (firing, read scope, amplitude): KLs in nats, in columns CONDITION.HORIZON.DIRECTION.
 
     places: where the firings are in the run, with `horizon` further tokens after each.
     """
@@ -129,29 +111,24 @@ def _measure(host, run, cell_sae, firings, places, seed, horizon) -> pd.DataFram
 
 
 def _changes(factors, cell_sae, places, seed, steps) -> tuple[torch.Tensor, list]:
-    """Return the head's change under every edit, [n, scopes, conditions, steps, d_v], and the conditions'
-    (amplitude, name).
+    """Return the head's changes [n, scopes, conditions, steps, d_v] and the conditions' (amplitude, name).
 
-    A change is linear in what is put in: each is computed once, at unit norm, and then scaled.
+    A change is linear in its edit: each is computed once, at unit norm, and then scaled.
     """
-    put_in = replacements(cell_sae, places, factors, seed)
-    put_in["fresh"] = fresh(seed, places, factors.key.shape[-1], factors.added.shape[-1])
     native = factors.at(places.row, places.position)
     key, write = native.key, native.write(cell_sae.write)
-    put_in["native"] = key[:, None], write[:, None]
+    put_in = replacements(cell_sae, places, factors, seed) | dict(native=(key[:, None], write[:, None]))
+    put_in["fresh"] = fresh(seed, places, key.shape[-1], write.shape[-1])
     unit = {
         name: head_change(factors, make_edit(places.row, places.position, *put_in[name]), steps)[0]
         for name in (*PUT_IN, "native")
     }
     norms = dict(coefficient=places.coefficient.to(write), matched_norm=key.norm(dim=-1) * write.norm(dim=-1))
-    labels, parts = [("", "delete")], [-unit["native"]]
-    for amplitude, name in product(AMPLITUDES, PUT_IN):
-        labels.append((amplitude, name))
-        parts.append(norms[amplitude][:, None, None] * unit[name] - unit["native"])
-    whole = torch.stack(parts, 1)
-    by_scope = torch.stack([whole] * len(SCOPES), 1)
+    labels = list(product(AMPLITUDES, PUT_IN))
+    parts = [norms[amplitude][:, None, None] * unit[name] - unit["native"] for amplitude, name in labels]
+    by_scope = torch.stack([torch.stack([-unit["native"], *parts], 1)] * len(SCOPES), 1)
     by_scope[:, SCOPES.index("cache"), :, 0] = 0
-    return by_scope, labels
+    return by_scope, [("", "delete"), *labels]
 
 
 def most_firing(firings: pd.DataFrame, atoms: int, count: int, seed: int) -> pd.DataFrame:
@@ -162,8 +139,10 @@ def most_firing(firings: pd.DataFrame, atoms: int, count: int, seed: int) -> pd.
 
 
 def draws(study: Study, name: str, settings) -> list[tuple[CellSAE, pd.DataFrame]]:
-    """Return (SAE, firings with place and pooling) for every cell, target and definition of a host, before
-    any outcome is measured. settings.firings are shared equally among the host's cells."""
+    """Return (SAE, firings with place and pooling) for every cell, target and write, before any outcome is measured.
+
+    settings.firings are shared equally among the host's cells.
+    """
     profile, windows = study.profile, study.windows(name, "heldout")[slice(0, settings.windows)]
     places = {study.cell(name, place): place for place in profile.hosts[name].cells}
     factors = harvest(study.host(name), windows.tokens, list(places), profile.data.batch_windows, progress=False)
@@ -172,26 +151,21 @@ def draws(study: Study, name: str, settings) -> list[tuple[CellSAE, pd.DataFrame
         for write in write_definitions(factors[cell]):
             cell_sae = encode_cell(cell, target, write, _sae(study, name, cell, target, write), factors[cell])
             every = all_firings(cell_sae, windows.passage, profile.data.first_position, last)
-            pools = dict(
-                rounds=draw_in_rounds(every, count, profile.seed),
-                most_firing=most_firing(every, settings.atoms, count, profile.seed),
-            )
-            drawn += [
-                (cell_sae, pools[pooling].assign(place=places[cell], pooling=pooling)) for pooling in CHOICES["pooling"]
-            ]
+            most = most_firing(every, settings.atoms, count, profile.seed)
+            pools = dict(rounds=draw_in_rounds(every, count, profile.seed), most_firing=most)
+            drawn += [(cell_sae, pools[x].assign(place=places[cell], pooling=x)) for x in pools]
     return drawn
 
 
 def _sae(study: Study, name: str, cell, target: str, write: str):
-    """States do not depend on the definition of a write; SAEs of the other definition's writes have the role `other`."""
+    """Return the SAE of a cell; one trained on the writes of the other definition has the role `other`."""
     if target == "state" or write == study.profile.saes.write:
         return study.sae(name, *cell, target)
     return study.sae(name, *cell, target, "other", write)
 
 
 def firings_of_host(study: Study, name: str, settings) -> pd.DataFrame:
-    """Return a host's firings under every condition (`measure`), with `place` and `pooling`; kept in
-    build/."""
+    """Return a host's firings under every condition (`measure`), with place and pooling; kept in build/."""
     windows = study.windows(name, "heldout")[slice(0, settings.windows)]
     options = dict(horizon=settings.horizon, batch_rows=settings.batch_rows)
     drawn = draws(study, name, settings)
@@ -199,9 +173,9 @@ def firings_of_host(study: Study, name: str, settings) -> pd.DataFrame:
 
 
 def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """results multiverse.csv (a line a universe) and multiverse_effects.csv (a line a level of a choice), all hosts.
+    """Write results multiverse (one row per universe) and multiverse_effects (one per level of a choice).
 
-    The firings themselves stay in build/: they are as large as everything else together.
+    The firings stay in build/, for they are as large as all other tables together.
     """
     lines, effect = [], []
     for name in study.profile.hosts:
@@ -211,11 +185,8 @@ def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
         won = gains(firings_of_host(study, name, settings))
         lines.append(universes(won, settings.bootstrap, study.profile.seed))
         effect.append(effects(won, lines[-1], settings.bootstrap, study.profile.seed))
-    tables = pd.concat(lines, ignore_index=True), pd.concat(effect, ignore_index=True)
-    return study.write("multiverse", tables[0]), study.write("multiverse_effects", tables[1])
-
-
-# From firings to universes.
+    tables = dict(multiverse=lines, multiverse_effects=effect)
+    return tuple(study.write(name, pd.concat(parts, ignore_index=True)) for name, parts in tables.items())
 
 
 def gains(firings: pd.DataFrame) -> pd.DataFrame:
@@ -232,8 +203,8 @@ def gains(firings: pd.DataFrame) -> pd.DataFrame:
 def universes(won: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per universe, pooled over the host's cells.
 
-    win_rate is the share of firings with a positive gain, with Wilson's interval (ci) and the bootstraps by
-    atom (boot) and by passage; then the median gain and the numbers of atoms and passages.
+    win_rate: the share of firings with a positive gain, with Wilson's interval (ci) and the bootstraps by atom (boot)
+    and by passage; then the median gain and the numbers of atoms and passages.
     """
     tables, rest = [], [choice for choice in CHOICES if choice not in DRAWN]
     for values, part in won.groupby(["host", *DRAWN], sort=False):
@@ -241,30 +212,30 @@ def universes(won: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
         firing, win = wide.index.to_frame(index=False), (wide > 0).to_numpy(dtype=float)
         wins, n = win.sum(0).astype(int).tolist(), len(win)
         low, high = np.array([wilson(count, n) for count in wins]).T
-        by_atom = cluster_bootstrap(win, atom_names(firing), resamples=resamples, seed=seed)
-        by_passage = cluster_bootstrap(win, firing.passage, resamples=resamples, seed=seed)
-        table = wide.columns.to_frame(index=False).assign(
-            **dict(zip(["host", *DRAWN], values, strict=True)), n=n, win_rate=win.mean(0), ci_low=low, ci_high=high
-        )
-        table[["boot_low", "boot_high", "passage_low", "passage_high"]] = np.r_[by_atom, by_passage].T
+        where, atoms = dict(zip(["host", *DRAWN], values, strict=True)), atom_names(firing)
+        table = wide.columns.to_frame(index=False)
+        table = table.assign(**where, n=n, win_rate=win.mean(0), ci_low=low, ci_high=high)
+        for kind, clusters in dict(boot=atoms, passage=firing.passage).items():
+            ends = cluster_bootstrap(win, clusters, resamples=resamples, seed=seed)
+            table[f"{kind}_low"], table[f"{kind}_high"] = ends
         table["median_gain"] = wide.median().to_numpy()
-        tables.append(table.assign(n_atoms=atom_names(firing).nunique(), n_passages=firing.passage.nunique()))
+        tables.append(table.assign(n_atoms=atoms.nunique(), n_passages=firing.passage.nunique()))
     whole = pd.concat(tables, ignore_index=True)
     return whole[["host", *CHOICES, *(name for name in whole if name not in ("host", *CHOICES))]]
 
 
 def is_(universe: dict, table: pd.DataFrame) -> pd.Series:
-    """Return a mask of the rows of a table that are this universe."""
+    """Return a mask of the rows of a table that belong to this universe."""
     return np.logical_and.reduce([table[choice] == level for choice, level in universe.items()])
 
 
 def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per (host, choice, level), for the choices that have several levels on the host.
 
-    mean_win_rate: over the universes with that level (bootstrap by atom). difference: from the default level,
-    by one least-squares fit of wins on all choices, with errors clustered by atom (ci) and by passage. share:
-    the part of the variance of win rates over universes that the choice explains alone. decides: the share of
-    settings of all other choices in which this choice alone moves the win rate across one half.
+    mean_win_rate: over the universes with that level; bootstrap by atom. difference: from the first level, by one
+    least-squares fit of wins on all choices, with errors clustered by atom (ci) and by passage. share: of the variance
+    of win rates over universes, the part that the choice explains alone. decides: the share of settings of the other
+    choices in which this choice alone moves the win rate across one half.
     """
     rows = []
     for host, part in won.groupby("host", sort=False):
@@ -293,7 +264,7 @@ def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -
 def _fit(win: np.ndarray, part: pd.DataFrame, levels: dict, clusterings) -> dict:
     """Return (choice, level) -> difference from the choice's first level, with one interval per clustering.
 
-    The interval is nan where a clustering has one cluster only.
+    The interval is nan for a clustering with a single cluster.
     """
     names = [(choice, level) for choice, several in levels.items() for level in several[1:]]
     design = sm.add_constant(np.stack([(part[c] == x).to_numpy(dtype=float) for c, x in names], 1))

@@ -1,8 +1,6 @@
-"""Notebook 08: the same experiments on every architecture, side by side (the paper's Sec. 3.3, App. F.4, Sec.
-6.2).
+"""Notebook 08: the same experiments on every architecture (the paper's Sec. 3.3, App. F.4, Sec. 6.2).
 
-All numbers are those of the cell called `middle`, so that hosts with one cell and hosts with three can be
-compared.
+All numbers are those of the cell `middle`, so that hosts with one cell and with three can be compared.
 """
 
 from __future__ import annotations
@@ -17,7 +15,8 @@ PLACE = "middle"
 MAGNITUDE = 3.0  # of the install, in native write norms, as in the paper's Table 3
 
 
-def _line(host: str, quantity: str, choice: str, value: float, low: float, high: float, n: int) -> dict:
+def _line(host: str, quantity: str, choice: str, value: float, interval: tuple[float, float], n: int) -> dict:
+    low, high = interval
     return dict(host=host, quantity=quantity, choice=choice, value=value, ci_low=low, ci_high=high, n=n)
 
 
@@ -25,32 +24,30 @@ def win_rates(summary: pd.DataFrame) -> list[dict]:
     """Return the atom's win rate over deletion, per target and amplitude; bootstrap by atom."""
     part = summary[(summary.cells == PLACE) & (summary.read == "write")]
     return [
-        _line(r.host, "win rate", f"{r.target}, {r.amplitude}", r.win_rate, r.boot_low, r.boot_high, r.n)
+        _line(r.host, "win rate", f"{r.target}, {r.amplitude}", r.win_rate, (r.boot_low, r.boot_high), r.n)
         for r in part.itertuples()
     ]
 
 
 def against_flat(firings: pd.DataFrame, cells: pd.DataFrame) -> list[dict]:
-    """Return the win rate of the state-trained atom minus that of the flat SAE's top singular pair (claims
-    X11 to X13).
+    """Return the win rate of the state-trained atom minus that of the flat SAE's top singular pair (X11-X13).
 
     In percentage points, on the same firings at matched norm; bootstrap by atom.
     """
-    middle = cells[cells.place == PLACE]
-    part = firings.merge(middle[["host", "layer", "head"]], on=["host", "layer", "head"])
+    part = firings.merge(cells[cells.place == PLACE][["host", "layer", "head"]], on=["host", "layer", "head"])
     part = part[(part.target == "state") & (part.amplitude == "matched_norm") & (part.read == "write")]
     rows = []
     for host, group in part.groupby("host", sort=False):
         gap = 100.0 * (beats(group).astype(float) - beats(group, "flat_svd"))
-        low, high = cluster_bootstrap(gap, group.atom, resamples=1000)
-        rows.append(_line(host, "atom less flat SVD (pp)", "state, matched_norm", gap.mean(), low, high, len(group)))
+        interval = cluster_bootstrap(gap, group.atom, resamples=1000)
+        rows.append(_line(host, "atom less flat SVD (pp)", "state, matched_norm", gap.mean(), interval, len(group)))
     return rows
 
 
 def r2(summary: pd.DataFrame) -> list[dict]:
     """Return the median R2 per predictor and size of the write; bootstrap over atoms."""
     return [
-        _line(r.host, "R2", f"{r.predictor}, {r.eps:g}", r.r2_median, r.ci_low, r.ci_high, r.n_fits)
+        _line(r.host, "R2", f"{r.predictor}, {r.eps:g}", r.r2_median, (r.ci_low, r.ci_high), r.n_fits)
         for r in summary.itertuples()
     ]
 
@@ -62,31 +59,24 @@ def installs(trials: pd.DataFrame) -> list[dict]:
         lift = part.first_step_lift.to_numpy()
         increase = (part.included_edited - part.included_native).to_numpy(dtype=float)
         for name, values, statistic in (("lift (nats)", lift, np.median), ("rise of inclusion", increase, np.mean)):
-            low, high = cluster_bootstrap(values, part.prompt, statistic, resamples=1000)
-            rows.append(_line(host, name, direction, statistic(values), low, high, len(part)))
+            interval = cluster_bootstrap(values, part.prompt, statistic, resamples=1000)
+            rows.append(_line(host, name, direction, statistic(values), interval, len(part)))
     return rows
 
 
 def cosines(alive: pd.DataFrame) -> list[dict]:
-    """Return the median over the atoms of a class of their median cosine to the native write (claims X2 to
-    X8).
-
-    Bootstrap over atoms.
-    """
+    """Return the median of the atoms' median cosines to the native write per class (X2-X8); bootstrap by atom."""
     rows = []
     for (host, target, name), part in alive.groupby(["host", "target", "class"], sort=False):
-        if len(part) < 2:
-            continue  # no interval
-        low, high = cluster_bootstrap(part.cosine, part.atom, np.median, resamples=1000)
-        rows.append(_line(host, "cosine to the write", f"{target}, {name}", part.cosine.median(), low, high, len(part)))
+        if len(part) > 1:  # else there is no interval
+            interval = cluster_bootstrap(part.cosine, part.atom, np.median, resamples=1000)
+            choice = f"{target}, {name}"
+            rows.append(_line(host, "cosine to the write", choice, part.cosine.median(), interval, len(part)))
     return rows
 
 
 def side_by_side(study: Study) -> pd.DataFrame:
     """Write and return results other_hosts.csv: one row per (host, quantity, choice)."""
-    rows = win_rates(study.table("replacement_summary"))
-    rows += against_flat(study.table("replacement"), study.cells)
-    rows += r2(study.table("logit_shift_summary"))
-    rows += installs(study.table("install"))
-    rows += cosines(study.table("alive_atoms"))
-    return study.write("other_hosts", pd.DataFrame(rows))
+    rows = win_rates(study.table("replacement_summary")) + against_flat(study.table("replacement"), study.cells)
+    rows += r2(study.table("logit_shift_summary")) + installs(study.table("install"))
+    return study.write("other_hosts", pd.DataFrame(rows + cosines(study.table("alive_atoms"))))

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pandas as pd
 
 from replication.classes import alive_atoms
-from replication.statistics import beats, cluster_bootstrap
+from replication.statistics import beats, ci, cluster_bootstrap
 from replication.study.firings import CONDITIONS_OF_SURVEYS, encoded_saes, firing_windows, firings_of, run_firings
 from replication.study.study import Study
 from writesae.evaluate.firings import draw_atoms
 
 
 def per_atom(firings: pd.DataFrame, classes: pd.Series) -> pd.DataFrame:
-    """Return one row per (atom, amplitude): firings, median cosine, class, and win rates."""
+    """Return firings, median cosine, class, and win rates per (atom, amplitude)."""
     marked = firings.assign(win=beats(firings), win_random=beats(firings, "atom", "random"))
     keys = ["host", "layer", "head", "target", "atom", "amplitude"]
     table = marked.groupby(keys, as_index=False).agg(
@@ -27,7 +27,7 @@ def per_atom(firings: pd.DataFrame, classes: pd.Series) -> pd.DataFrame:
 
 
 def summarise(atoms: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude, class or all) with two atoms or more.
+    """Return one row per (host, target, amplitude, class or all) with at least two atoms.
 
     mean_win_rate is the mean of the atoms' win rates, with its bootstrap interval over atoms.
     """
@@ -37,27 +37,24 @@ def summarise(atoms: pd.DataFrame, seed: int) -> pd.DataFrame:
             if len(part) < 2:
                 continue  # no interval
             rate, row = part.win_rate, dict(zip([*keys, "class"], [*values, name], strict=True))
-            low, high = cluster_bootstrap(rate, part.atom, seed=seed)
             row |= dict(n_atoms=len(part), n_firings=int(part.firings.sum()), mean_win_rate=rate.mean())
-            row |= dict(ci_low=low, ci_high=high, median_win_rate=rate.median())
+            row |= ci(cluster_bootstrap(rate, part.atom, seed=seed)) | dict(median_win_rate=rate.median())
             rows.append(row | dict(lowest=rate.min(), highest=rate.max()))
     return pd.DataFrame(rows)
 
 
 def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """results alive_atoms.csv (every alive atom of the cell) and the firings of the drawn ones, population_firings.csv."""
+    """Write results alive_atoms (every alive atom of the cell) and population_firings (of the drawn atoms)."""
     profile, alive, tables = study.profile, [], []
-    for name in study.profile.hosts:
-        settings = profile.section("population", name)
-        cell, windows = study.cell(name, settings.place), firing_windows(study, name)
-        drawn = []
-        for subject in encoded_saes(study, name, [cell], "main", windows):
-            firings = firings_of(study, subject, windows)
-            alive.append(alive_atoms(name, subject, firings, profile.seed))
+    for name in profile.hosts:
+        settings, windows, drawn = profile.section("population", name), firing_windows(study, name), []
+        for cell_sae in encoded_saes(study, name, [study.cell(name, settings.place)], "main", windows):
+            firings = firings_of(study, cell_sae, windows)
+            alive.append(alive_atoms(name, cell_sae, firings, profile.seed))
             atoms = draw_atoms(firings, settings.atoms, settings.fewest_firings, profile.seed)
             shuffled = firings[firings.atom.isin(atoms)].sample(frac=1.0, random_state=profile.seed)
-            kept = shuffled[shuffled.groupby("atom").cumcount() < settings.most_firings]
-            drawn.append((subject, kept.sort_values(["window", "position"]).reset_index(drop=True)))
+            kept = shuffled.groupby("atom").head(settings.most_firings)
+            drawn.append((cell_sae, kept.sort_values(["window", "position"]).reset_index(drop=True)))
         options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",))
         options["batch_rows"] = profile.replacement.batch_rows
         tables.append(run_firings(study, name, "population_firings", windows, drawn, **options))

@@ -9,22 +9,22 @@ from replication.study.study import Study
 from writesae.evaluate.atoms import top_firings
 from writesae.evaluate.promoted import mean_shifts, top_tokens
 
-FIRINGS = 3  # per atom, those with the largest coefficients, over which its shifts are averaged
+FIRINGS = 3  # an atom's shifts are averaged over its firings with the largest coefficients
 
 
 def measure(study: Study, host_name: str, firings: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Return the `count` most promoted and demoted tokens of every atom of these firings of a host's main
-    SAEs: the columns of `top_tokens` and of ATOM_KEYS."""
+    """Return the `count` most promoted and demoted tokens of every atom of these firings of a host's main SAEs.
+
+    The columns are those of `top_tokens` and of ATOM_KEYS.
+    """
     return _measure(host_name, **_given(study, host_name, firings), count=count)
 
 
 def _given(study: Study, host_name: str, firings: pd.DataFrame) -> dict:
-    """Return what the shifts depend on: the SAEs with those firings that are averaged over."""
     picked = top_firings(firings, FIRINGS).sort_values(["window", "position"])
     saes = [(cell, study.sae(host_name, *cell), part) for cell, part in picked.groupby(["layer", "head", "target"])]
-    data, write = study.profile.data, study.profile.saes.write
-    given = dict(host=study.host(host_name), windows=firing_windows(study, host_name), batch=data.batch_windows)
-    return given | dict(saes=saes, write=write)
+    given = dict(host=study.host(host_name), windows=firing_windows(study, host_name), saes=saes)
+    return given | dict(batch=study.profile.data.batch_windows, write=study.profile.saes.write)
 
 
 def _measure(_: str, host, windows, saes, write, batch, count) -> pd.DataFrame:
@@ -37,6 +37,6 @@ def _measure(_: str, host, windows, saes, write, batch, count) -> pd.DataFrame:
 
 
 def run(study: Study, host_name: str, firings: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Return `measure` of all firings of a host, kept in build/ and computed where something has changed."""
+    """Return `measure` of all firings of a host, kept in build/ and computed only if something has changed."""
     given = _given(study, host_name, firings)
     return study.stage("promoted", host_name, [host_name], _measure, **given, count=count)

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import pandas as pd
 
-from replication.statistics import beats, cliffs_delta, paired_wilcoxon, rate_row, spearman, wilson
+from replication.statistics import (
+    beats,
+    cliffs_delta,
+    paired_wilcoxon,
+    per_group,
+    rate_row,
+    spearman,
+    wilson,
+    with_ends,
+)
 from replication.study.firings import CONDITIONS_OF_SURVEYS, encoded_saes, firing_windows, firings_of, run_firings
 from replication.study.study import Study
 from writesae.evaluate.firings import atom_names, draw_atoms, draw_in_rounds
 from writesae.evaluate.replacement import CONDITIONS
 
+CONTROLS = tuple(name for name in CONDITIONS if name not in ("delete", "atom"))
+
 
 def headline(study: Study) -> pd.DataFrame:
-    """results replacement.csv: the profile's count of firings in each host's cells, per target."""
+    """Write results replacement.csv: the profile's count of firings in each host's cells, per target."""
     tables = []
     for name in study.profile.hosts:
         settings, windows = study.profile.section("replacement", name), firing_windows(study, name)
@@ -30,7 +41,7 @@ def headline(study: Study) -> pd.DataFrame:
 
 
 def survey(study: Study) -> pd.DataFrame:
-    """results replacement_by_cell.csv: a smaller test in every cell of the host, for the dependence on memory."""
+    """Write results replacement_by_cell.csv: a smaller test in every cell of the host, for the dependence on memory."""
     tables = []
     for name in study.profile.hosts:
         settings, layers = study.profile.section("replacement", name), study.survey_layers(name)
@@ -47,16 +58,12 @@ def survey(study: Study) -> pd.DataFrame:
     return study.gather("replacement_by_cell", tables)
 
 
-CONTROLS = tuple(name for name in CONDITIONS if name not in ("delete", "atom"))
-
-
 def summarise(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per (host, cell or all cells pooled, target, amplitude, read scope).
 
-    Columns: the atom's win rate over deletion with Wilson's interval (ci) and the bootstrap intervals by atom
-    (boot) and by passage; median KLs; the share of firings with KL(atom) < KL(delete) < KL(random); each
-    control's win rate over deletion; the share of the KL of deletion that the atom and the reconstruction
-    recover.
+    Columns: the atom's win rate over deletion with Wilson's interval (ci) and the bootstraps by atom (boot) and passage;
+    median KLs; the share of firings with KL(atom) < KL(delete) < KL(random); each control's win rate over deletion; the
+    share of the KL of deletion that the atom and the reconstruction recover.
     """
     named = firings.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     keys, rows = ["host", "target", "amplitude", "read"], []
@@ -95,30 +102,32 @@ def _summary(part: pd.DataFrame, resamples: int, seed: int) -> dict:
 
 def by_cell(firings: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     """Return win rates with Wilson's intervals, and the cell's memory, per cell, target and amplitude."""
-    keys, rows = ["host", "layer", "head", "target", "amplitude"], []
-    for values, part in firings.groupby(keys, sort=False):
-        row = dict(zip(keys, values, strict=True), n=len(part))
+
+    def row(part: pd.DataFrame) -> dict:
+        numbers = dict(n=len(part))
         for name in ("atom", "random", "mean_write"):
             wins = int(beats(part, name).sum())
-            row[f"win_{name}"] = wins / len(part)
-            row[f"ci_low_{name}"], row[f"ci_high_{name}"] = wilson(wins, len(part))
-        rows.append(row)
-    memory = cells[["host", "layer", "head", "half_life_median", "sigma1_over_sigma2"]]
-    return pd.DataFrame(rows).merge(memory, on=["host", "layer", "head"])
+            numbers[f"win_{name}"] = wins / len(part)
+            numbers[f"ci_low_{name}"], numbers[f"ci_high_{name}"] = wilson(wins, len(part))
+        return numbers
+
+    cell = ["host", "layer", "head"]
+    memory = cells[[*cell, "half_life_median", "sigma1_over_sigma2"]]
+    return per_group(firings, [*cell, "target", "amplitude"], row).merge(memory, on=cell)
 
 
 def trend(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude) of the table of `by_cell`: Spearman's rho over the host's
-    cells.
+    """Return one row per (host, target, amplitude) of the table of `by_cell`: Spearman's rho over the host's cells.
 
-    rho is that of the atom's win rate with the cell's half-life, and with sigma1/sigma2 of its states.
+    The atom's win rate is correlated with the cell's half-life, and with sigma1/sigma2 of its states.
     """
-    keys, rows = ["host", "target", "amplitude"], []
-    for values, part in cells.groupby(keys, sort=False):
-        row = dict(zip(keys, values, strict=True), n_cells=len(part), n=int(part.n.sum()))
-        row |= dict(win_lowest=part.win_atom.min(), win_median=part.win_atom.median(), win_highest=part.win_atom.max())
+
+    def row(part: pd.DataFrame) -> dict:
+        win, numbers = part.win_atom, dict(n_cells=len(part), n=int(part.n.sum()))
+        numbers |= dict(win_lowest=win.min(), win_median=win.median(), win_highest=win.max())
         for name in ("half_life_median", "sigma1_over_sigma2"):
-            rho = spearman(part.win_atom, part[name])
-            row |= {f"rho_{name}": rho.value, f"rho_{name}_low": rho.low, f"rho_{name}_high": rho.high}
-        rows.append(row)
-    return pd.DataFrame(rows)
+            rho = spearman(win, part[name])
+            numbers |= with_ends(f"rho_{name}", rho.value, rho)
+        return numbers
+
+    return per_group(cells, ["host", "target", "amplitude"], row)

@@ -1,11 +1,23 @@
-"""Notebook 11 (ablations): would another direction do as well as the atom (the paper's App. I.1)?"""
+"""Page 11_ablations, selectivity: would another direction do as well as the atom (the paper's App. I.1)?
+
+| control    | what                                                                           |
+|------------|--------------------------------------------------------------------------------|
+| random     | a rank-1 matrix of Gaussian factors                                            |
+| orthogonal | the same with key and value each orthogonal to those of the atom               |
+
+Each replaces the native write at the atom's coefficient or at the write's norm, or is added to the state at the
+write's norm beside the native write ("added"). The latter also has the paper's measure: 1 - |A and B| / K, for the K
+tokens A whose logits the atom moves most and the K tokens B that the control moves most.
+"""
 
 from __future__ import annotations
+
+from itertools import product
 
 import pandas as pd
 import torch
 
-from replication.statistics import beats, cliffs_delta, cluster_bootstrap, paired_wilcoxon, rate_row, wider
+from replication.statistics import beats, ci, cliffs_delta, cluster_bootstrap, paired_wilcoxon, rate_row, wider
 from replication.study.firings import encoded_saes, firing_windows, firings_of, run_firings
 from replication.study.study import Study
 from replication.study.training import ablation_hosts
@@ -18,11 +30,8 @@ CONTROLS = ("random", "orthogonal")
 PLACEMENTS = (*AMPLITUDES, "added")
 
 
-# Selectivity
-
-
 def directions(places: Places, d: int, seed: int) -> torch.Tensor:
-    """Return a Gaussian vector [n, d] for each firing, that depends on the seed and the firing only."""
+    """Return a Gaussian vector [n, d] per firing that depends only on the seed and the firing."""
     return places.draw(seed + 1, lambda generator: torch.randn(2, d, generator=generator)[0])
 
 
@@ -38,19 +47,12 @@ def overlap(a: torch.Tensor, b: torch.Tensor, top: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def compare(
-    host: Host,
-    run: Run,
-    cell_sae: CellSAE,
-    firings: pd.DataFrame,
-    places: Places,
-    seed: int,
-    tops: list[int],
-    batch_rows: int = 512,
-) -> pd.DataFrame:
-    """Return one row per firing and placement: kl_delete, kl_atom, kl_random, kl_orthogonal; where the
-    direction is added beside the native write also overlap_CONTROL_K for each K of `tops`. places: where the
-    firings are in the run."""
+def compare(host: Host, run: Run, cell_sae: CellSAE, firings, places: Places, seed, tops, batch_rows=512):
+    """Return one row per (firing, placement): kl_delete, kl_atom, kl_random, kl_orthogonal in nats.
+
+    Where the direction is added beside the native write, also overlap_CONTROL_K for each K of `tops`. places: where
+    the firings are in the run.
+    """
     size = max(1, batch_rows // (1 + len(PLACEMENTS) * (1 + len(CONTROLS))))
     parts = [slice(i, i + size) for i in range(0, len(firings), size)]
     tables = [_compare(host, run, cell_sae, firings.iloc[x], places.at(x), seed, tops) for x in parts]
@@ -73,39 +75,34 @@ def _compare(host, run, cell_sae, firings, places, seed, tops) -> pd.DataFrame:
     norm = key.norm(dim=-1) * write.norm(dim=-1)
     scales = dict.fromkeys(PLACEMENTS, norm) | dict(coefficient=places.coefficient.to(norm))
     nothing, take_out = (key[:, None], torch.zeros_like(write)[:, None]), (key[:, None], -write[:, None])
-    parts = [changes(factors, places, take_out, [x[:, None] for x in nothing], "write")]
+    parts = [changes(factors, places, take_out, [x[:, None] for x in nothing], "write")]  # deletion
     for placement in PLACEMENTS:
         terms = side_by_side(put_in, list(put_in), dict.fromkeys(put_in, scales[placement]))
         parts.append(changes(factors, places, nothing if placement == "added" else take_out, terms, "write"))
     patched = patched_logits(host, run, cell_sae, places, torch.cat(parts, 1))
     before = host.logits(run.final[places.row, places.position + STEPS - 1])
-    divergence = kl(before[:, None], patched)
-    tables = []
+    divergence, tables = kl(before[:, None], patched).numpy(), []
     for number, placement in enumerate(PLACEMENTS):
-        first = 1 + number * len(put_in)
-        columns = dict(zip(put_in, range(first, first + len(put_in)), strict=True))
-        table = firings.assign(placement=placement, kl_delete=divergence[:, 0].numpy())
-        table = table.assign(**{f"kl_{name}": divergence[:, c].numpy() for name, c in columns.items()})
-        if placement == "added":
-            shift = {name: patched[:, c] - before for name, c in columns.items()}
-            for name in CONTROLS:
-                for top in tops:
-                    table[f"overlap_{name}_{top}"] = overlap(shift["atom"], shift[name], top).numpy()
-        tables.append(table)
+        columns = {name: 1 + number * len(put_in) + i for i, name in enumerate(put_in)}
+        table = firings.assign(placement=placement, kl_delete=divergence[:, 0])
+        tables.append(table.assign(**{f"kl_{name}": divergence[:, c] for name, c in columns.items()}))
+    shift = {name: patched[:, c] - before for name, c in columns.items()}  # of the last placement, "added"
+    for name, top in product(CONTROLS, tops):
+        tables[-1][f"overlap_{name}_{top}"] = overlap(shift["atom"], shift[name], top).numpy()
     return pd.concat(tables, ignore_index=True)
 
 
 def selectivity(study: Study) -> pd.DataFrame:
-    """results selectivity.csv: a line a firing and placement, in every cell of the hosts that are asked."""
+    """Write results selectivity.csv: one row per (firing, placement), in every cell of the hosts with ablations."""
     parts = []
-    for name, own in ablation_hosts(study).items():
-        windows = firing_windows(study, name)[slice(0, own.selectivity.windows)]
+    for name, section in ablation_hosts(study).items():
+        settings, drawn = section.selectivity, []
+        windows = firing_windows(study, name)[slice(0, settings.windows)]
         cells = [study.cell(name, place) for place in study.profile.hosts[name].cells]
-        drawn = []
         for cell_sae in encoded_saes(study, name, cells, "main", windows):
             firings = firings_of(study, cell_sae, windows)
-            drawn.append((cell_sae, draw_in_rounds(firings, own.selectivity.firings, study.profile.seed)))
-        options = dict(tops=own.selectivity.tops, batch_rows=study.profile.section("replacement", name).batch_rows)
+            drawn.append((cell_sae, draw_in_rounds(firings, settings.firings, study.profile.seed)))
+        options = dict(tops=settings.tops, batch_rows=study.profile.section("replacement", name).batch_rows)
         parts.append(run_firings(study, name, "selectivity", windows, drawn, compare, **options))
     return study.gather("selectivity", parts)
 
@@ -128,11 +125,9 @@ def selectivity_tables(study: Study, firings: pd.DataFrame) -> tuple[pd.DataFram
 
 
 def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict:
-    """Return how often the atom's KL is below the control's, with Wilson's interval (ci) and the bootstrap by
-    atom (boot).
+    """Return how often the atom's KL is below the control's, with Wilson's interval (ci) and the bootstrap by atom (boot).
 
-    Also the p-value of a paired Wilcoxon test, and Cliff's delta, which is positive where the control's KL is
-    larger.
+    Also a paired Wilcoxon test, and Cliff's delta, which is positive if the control's KL is larger.
     """
     other, atoms = part[f"kl_{control}"], atom_names(part)
     return dict(
@@ -150,10 +145,9 @@ def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict
 def _overlaps(part: pd.DataFrame, control: str, resamples: int, seed: int) -> list[dict]:
     """Return one row per K: 1 - overlap, with the wider of the bootstraps by atom and by passage."""
     rows, prefix = [], f"overlap_{control}_"
-    for column in [name for name in part if name.startswith(prefix)]:
+    for column in part.filter(regex=f"^{prefix}"):
         selective = 1 - part[column]
         by = (cluster_bootstrap(selective, c, resamples=resamples, seed=seed) for c in (atom_names(part), part.passage))
-        low, high = wider(*by)
-        top = int(column[len(prefix) :])
-        rows.append(dict(top=top, selectivity=selective.mean(), ci_low=low, ci_high=high, n=len(part)))
+        row = dict(top=int(column.removeprefix(prefix)), selectivity=selective.mean())
+        rows.append(row | ci(wider(*by)) | dict(n=len(part)))
     return rows
