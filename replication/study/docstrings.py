@@ -1,13 +1,7 @@
-"""The text of the embedded hosts: the docstrings of the packages that this project pins.
+"""The text of the embedded hosts: the docstrings of the installed scientific packages and of Python itself.
 
-The paper reads OpenWebText, which a machine without a network cannot. The docstrings of the scientific Python
-packages and of the standard library, with `pydoc_data.topics`, are about 20 MB of English and code. The
-repository does not hold the text: it is read from the installed packages, and a manifest of versions and
-hashes says whether it is the same text.
-
-A *passage* is one docstring. Its *split* (host, sae or heldout) follows from the hash of its text alone, so
-that the texts that a host is trained on, that its SAEs are trained on and that experiments read never
-overlap.
+A *passage* is one docstring. The hash of its text decides its *split* (host, sae or heldout), so that hosts,
+SAEs and experiments never read the same text. The repository stores a manifest instead of the text.
 """
 
 from __future__ import annotations
@@ -22,8 +16,8 @@ import json
 import platform
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,26 +27,13 @@ from writesae.text import split_of
 PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "sklearn", "sympy", "networkx", "statsmodels")
 SPLITS = {"host": range(0, 78), "sae": range(78, 92), "heldout": range(92, 100)}
 MIN_CHARACTERS = 200  # shorter docstrings are mostly signatures
+LEFT_OUT = {"test", "tests", "site-packages", "idlelib", "lib2to3"}
 END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
-class Passage:
-    """One docstring: its text, its source (package/file:line) and the sha256 of the text."""
-
-    text: str
-    source: str
-    sha256: str
-
-    @property
-    def split(self) -> str:
-        return split_of(self.sha256, SPLITS)
-
-
-@dataclass(frozen=True)
 class Manifest:
-    """A description of the text: versions of its sources, passages per split, characters, and a hash of all
-    of it."""
+    """A description of the text: versions of its sources, passages per split, characters, and a hash."""
 
     python: str
     packages: dict[str, str]
@@ -61,8 +42,7 @@ class Manifest:
     sha256: str
 
     def differences(self, other: Manifest) -> list[str]:
-        """Return a sentence for each source whose version differs from `other`; none where the text is the
-        same."""
+        """Return one sentence for each source of another version; none if the text is the same."""
         if self.sha256 == other.sha256:
             return []
         mine, theirs = ({"python": m.python, **m.packages} for m in (self, other))
@@ -73,86 +53,56 @@ class Manifest:
         ] or ["the versions agree but the text does not: some package files were changed"]
 
 
-def _docstrings(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (line, text) of each docstring in a Python file, and of each string in an `add_newdoc` call."""
+def _docstrings(path: Path) -> Iterator[str]:
+    """Yield the docstrings in a Python file, and the strings in its calls of `add_newdoc`."""
     try:
-        tree = ast.parse(path.read_bytes())
+        nodes: list[ast.AST] = [ast.parse(path.read_bytes())]
     except (SyntaxError, ValueError):  # templates and test files that are broken on purpose
         return
-    nodes: list[ast.AST] = [tree]
-    while nodes:  # statements only: the many expressions hold no docstrings
+    while nodes:  # a walk through statements only, because expressions contain no docstrings
         node = nodes.pop()
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            text = ast.get_docstring(node, clean=True)
-            if text:
-                yield getattr(node, "lineno", 1), text
-        elif isinstance(node, ast.Expr) and "newdoc" in _called(node.value):
-            for part in ast.walk(node):
-                if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                    yield part.lineno, inspect.cleandoc(part.value)
+            yield ast.get_docstring(node, clean=True) or ""
+        elif isinstance(node, ast.Expr):
+            function = getattr(node.value, "func", None)
+            if "newdoc" in getattr(function, "attr", getattr(function, "id", "")):
+                texts = (part.value for part in ast.walk(node) if isinstance(part, ast.Constant))
+                yield from (inspect.cleandoc(text) for text in texts if isinstance(text, str))
         for block in ("body", "orelse", "finalbody", "handlers", "cases"):
             nodes += getattr(node, block, [])
 
 
-def _called(node: ast.AST) -> str:
-    """Return the last part of a called function's name; empty where `node` is not a call."""
-    function = getattr(node, "func", None)
-    return getattr(function, "attr", getattr(function, "id", ""))
-
-
-def _files() -> Iterator[tuple[str, Path]]:
-    """Yield (name, path) of each Python file of the standard library and of PACKAGES, sorted, without
-    tests."""
-    roots = [("python", Path(sysconfig.get_path("stdlib")))]
+def _files() -> Iterator[Path]:
+    """Yield the Python files of the standard library and of PACKAGES, without tests."""
+    roots = [Path(sysconfig.get_path("stdlib"))]
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is None:
             raise ModuleNotFoundError(f"The corpus needs the package {package}: install it with `make env`.")
-        roots.append((package, Path(spec.submodule_search_locations[0])))
-    for name, root in roots:
-        for path in sorted(root.rglob("*.py")):
-            relative = path.relative_to(root)
-            if not {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(relative.parts):
-                yield f"{name}/{relative.as_posix()}", path
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Switch off the search for reference cycles, which takes as long as the parsing of these many nodes."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
+        roots.append(Path(spec.submodule_search_locations[0]))
+    for root in roots:
+        yield from (path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts))
 
 
 @lru_cache(maxsize=1)
-def passages() -> tuple[Passage, ...]:
-    """Return all passages without repeats, in the order of their hashes (which does not depend on file
-    names)."""
-    by_hash: dict[str, Passage] = {}
-    with _without_collection():
-        for name, path in _files():
-            for line, text in _docstrings(path):
-                if len(text) >= MIN_CHARACTERS:
-                    sha = hashlib.sha256(text.encode()).hexdigest()
-                    by_hash.setdefault(sha, Passage(text, f"{name}:{line}", sha))
+def passages() -> dict[str, str]:
+    """Return all passages, by the sha256 of the text and in its order, so that file names do not matter."""
     from pydoc_data.topics import topics
 
-    for topic, text in sorted(topics.items()):
-        text = inspect.cleandoc(text)
-        sha = hashlib.sha256(text.encode()).hexdigest()
-        by_hash.setdefault(sha, Passage(text, f"pydoc_data.topics:{topic}", sha))
-    return tuple(by_hash[sha] for sha in sorted(by_hash))
+    gc.disable()  # with so many nodes, the search for reference cycles takes as long as the parsing
+    try:
+        texts = {text for path in _files() for text in _docstrings(path) if len(text) >= MIN_CHARACTERS}
+    finally:
+        gc.enable()
+    texts.update(map(inspect.cleandoc, topics.values()))
+    return dict(sorted((hashlib.sha256(text.encode()).hexdigest(), text) for text in texts))
 
 
 def texts(split: str) -> list[str]:
     """Return the texts of a split. Raises ValueError for a name other than host, sae and heldout."""
     if split not in SPLITS:
         raise ValueError(f"The corpus has no split {split!r}: choose one of {', '.join(SPLITS)}.")
-    return [p.text for p in passages() if p.split == split]
+    return [text for sha, text in passages().items() if split_of(sha, SPLITS) == split]
 
 
 def versions() -> dict[str, str]:
@@ -164,18 +114,14 @@ def versions() -> dict[str, str]:
 
 def manifest() -> Manifest:
     """Return the manifest of the installed text."""
-    counts = dict.fromkeys(SPLITS, 0)
-    total = hashlib.sha256()
-    for passage in passages():
-        counts[passage.split] += 1
-        total.update(passage.sha256.encode())
+    counts = Counter(split_of(sha, SPLITS) for sha in passages())
     packages = versions()
     return Manifest(
         python=packages.pop("python"),
         packages=packages,
-        passages=counts,
-        characters=sum(len(p.text) for p in passages()),
-        sha256=total.hexdigest(),
+        passages={split: counts[split] for split in SPLITS},
+        characters=sum(map(len, passages().values())),
+        sha256=hashlib.sha256("".join(passages()).encode()).hexdigest(),
     )
 
 
@@ -184,8 +130,7 @@ def write_manifest(path: Path) -> None:
 
 
 def check_manifest(path: Path) -> list[str]:
-    """Return sentences on how the installed text differs from the manifest at `path`; also print them to
-    stderr."""
+    """Return (and print to stderr) how the installed text differs from the manifest at `path`."""
     differences = manifest().differences(Manifest(**json.loads(Path(path).read_text())))
     if differences:
         sentence = "The corpus is not the reference corpus, so numbers will differ somewhat: "
@@ -194,8 +139,7 @@ def check_manifest(path: Path) -> list[str]:
 
 
 def train_tokenizer(documents: Iterable[str], vocabulary: int):
-    """Return a byte-level BPE (`tokenizers.Tokenizer`) of `vocabulary` tokens; the first one is
-    END_OF_TEXT."""
+    """Return a byte-level BPE (`tokenizers.Tokenizer`) of `vocabulary` tokens; token 0 is END_OF_TEXT."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

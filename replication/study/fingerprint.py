@@ -1,8 +1,8 @@
-"""What a stage's result depends on, as one hash: the values it is given, the code that computes it, package versions.
+"""What a stage's result depends on, as one hash: its inputs, the code that computes it, package versions.
 
-A module's code is its own and that of every module of the two packages that it imports anywhere (in functions too). The
-search stops at LOADERS: what those modules give (weights, tokenizers, windows, harvests, SAEs) is hashed by content.
-Comments, docstrings and layout do not count.
+The code of a module is its own and that of all modules of the two packages that it imports, directly or not.
+The search stops at LOADERS, because what these modules return is hashed by content. Comments, docstrings and
+layout do not count.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from importlib.util import resolve_name
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -29,27 +30,20 @@ from writesae.hosts.base import Host
 
 PACKAGES = ("writesae", "replication")
 VERSIONS = ("torch", "transformers", "numpy", "scipy", "scikit-learn")  # of packages that decide numbers
-LOADERS = {
-    "replication.study.fingerprint",
-    "replication.study.lock",
-    "replication.study.paths",
-    "replication.study.profile",
-    "replication.study.stages",
-    "replication.study.study",
-    "writesae.files",
-    "writesae.hosts.hub",
-    "writesae.hosts.load",
-}
+STUDY = ("fingerprint", "lock", "paths", "profile", "stages", "study")
+LOADERS = {f"replication.study.{name}" for name in STUDY}
+LOADERS |= {"writesae.files", "writesae.hosts.hub", "writesae.hosts.load"}
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Later:
-    """A value that a function computes when it is first asked for, and that counts by the function and what it is given."""
+    """A value that is computed on first use; its fingerprint is that of the function and its arguments."""
 
     def __init__(self, function: FunctionType, **given: Any):
         self.function, self.given, self._lock = function, given, threading.Lock()
 
     def __call__(self) -> Any:
-        """Return the value; threads that ask at once share one computation."""
+        """Return the value. Threads that ask at the same time share one computation."""
         with self._lock:
             if not hasattr(self, "_value"):
                 self._value = self.function(**self.given)
@@ -57,12 +51,11 @@ class Later:
 
 
 def fingerprint(modules: Iterable[str] = (), **inputs: Any) -> str:
-    """Return a hash of the content of `inputs`, of the code of `modules` (dotted names) and of package versions.
+    """Return a hash of the content of `inputs`, of the code of `modules` and of versions.
 
-    Inputs may be plain values, paths (which count by the content of their file), functions (by name and code), tensors,
-    arrays, tables, dataclasses, pydantic models, torch modules, hosts (by name) and `Later`, and containers of these.
-
-    Raises TypeError for a value of another kind, ArtifactError for a missing file, ValueError for an unknown module.
+    Inputs may be plain values, paths (the content of the file counts), functions (name and code), tensors,
+    arrays, tables, dataclasses, pydantic models, torch modules, hosts (name), `Later`, and containers of these.
+    Raises TypeError for any other value, ArtifactError for a missing file, ValueError for an unknown module.
     """
     functions: set[str] = set()
     plain = _content(inputs, functions)
@@ -77,7 +70,7 @@ def _versions() -> dict[str, str]:
 
 
 def _content(value: Any, functions: set[str]) -> Any:
-    """Return a value as plain JSON; the modules of functions are added to `functions`."""
+    """Return a value as plain JSON, and add the modules of its functions to `functions`."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Path):
@@ -85,12 +78,15 @@ def _content(value: Any, functions: set[str]) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, torch.Tensor):
-        return ["array", str(value.dtype), list(value.shape), _bytes_hash(value.detach().cpu().contiguous())]
+        array = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        return ["array", str(value.dtype), list(value.shape), hashlib.sha256(array).hexdigest()]
     if isinstance(value, np.ndarray) and value.dtype != object:
-        return ["array", str(value.dtype), list(value.shape), _bytes_hash(np.ascontiguousarray(value))]
+        array = np.ascontiguousarray(value)
+        return ["array", str(value.dtype), list(value.shape), hashlib.sha256(array).hexdigest()]
     if isinstance(value, pd.DataFrame):
         rows = pd.util.hash_pandas_object(value, index=False).to_numpy()
-        return ["table", [str(name) for name in value], [str(x) for x in value.dtypes], _bytes_hash(rows)]
+        names, dtypes = list(map(str, value)), list(map(str, value.dtypes))
+        return ["table", names, dtypes, hashlib.sha256(rows).hexdigest()]
     if isinstance(value, FunctionType):
         if value.__module__.partition(".")[0] in PACKAGES:
             functions.add(value.__module__)
@@ -104,7 +100,7 @@ def _content(value: Any, functions: set[str]) -> Any:
         return ["module", type(value).__qualname__, _content(parts, functions)]
     if hasattr(value, "model_dump"):
         return _content(value.model_dump(mode="json"), functions)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if dataclasses.is_dataclass(value):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return [type(value).__qualname__, _content(fields, functions)]
     if isinstance(value, Mapping):
@@ -115,60 +111,49 @@ def _content(value: Any, functions: set[str]) -> Any:
     raise TypeError(f"A fingerprint is made of values with content, not of {type(value).__name__}.")
 
 
-def _bytes_hash(array: torch.Tensor | np.ndarray) -> str:
-    data = array.flatten().view(torch.uint8).numpy() if isinstance(array, torch.Tensor) else array
-    return hashlib.sha256(data).hexdigest()
-
-
 # Code
 
 
 def module_file(name: str, root: Path = ROOT) -> Path | None:
-    """Return the file of a module of the packages by its dotted name; None where there is no such module."""
+    """Return the file of a module of the packages by its dotted name, or None for any other name."""
     parts = name.split(".")
-    if parts[0] not in PACKAGES or parts[-1] == "__init__" or not all(part.isidentifier() for part in parts):
+    if parts[0] not in PACKAGES or parts[-1] == "__init__":
         return None
     base = root.joinpath(*parts)
     return next((path for path in (base / "__init__.py", base.with_suffix(".py")) if path.is_file()), None)
 
 
-def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
-    """Return the absolute name of the module in `from ... import`, as seen from `module`."""
-    if not node.level:
-        return node.module or ""
-    parts = module.split(".") if is_package else module.split(".")[:-1]
-    parts = parts[: len(parts) - (node.level - 1)]
-    return ".".join(parts + ([node.module] if node.module else []))
-
-
-def _imported(tree: ast.AST, module: str, is_package: bool) -> Iterator[str]:
-    """Yield the dotted names that a syntax tree may import; many of them are not modules of the packages."""
+def _imported(tree: ast.AST, package: str) -> Iterator[str]:
+    """Yield the dotted names that a module of `package` may import; many of them are not modules."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = _absolute(node, module, is_package)
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            base = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
 
 
 @cache
 def _read(name: str, path: Path, version: tuple[int, int], root: Path) -> tuple[frozenset[str], bytes]:
     """Return the modules that a module imports, and its code without docstrings.
 
-    Stages ask often, and parsing is slow: each version of a file (time of the last change, size) is parsed once.
-    Raises ValueError for invalid Python.
+    Each version of a file (time of the last change, size) is parsed once, because parsing is slow. Raises
+    ValueError for invalid Python.
     """
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except SyntaxError as error:
         raise ValueError(f"{path.relative_to(root)} is not valid Python: line {error.lineno}.") from error
-    names = {x for x in _imported(tree, name, path.name == "__init__.py") if module_file(x, root)}
-    return frozenset(names - {name}), f"{name}\n{ast.dump(_without_docstrings(tree))}\n".encode()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    names = {x for x in _imported(tree, package) if module_file(x, root)}
+    for node in ast.walk(tree):
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            node.body[0] = ast.Pass()
+    return frozenset(names - {name}), f"{name}\n{ast.dump(tree)}\n".encode()
 
 
 def _module(name: str, root: Path) -> tuple[frozenset[str], bytes]:
-    """Return `_read` of a module. Raises ValueError where there is none of that name."""
+    """Return `_read` of a module. Raises ValueError for a name that is not a module."""
     path = module_file(name, root)
     if path is None:
         raise ValueError(f"There is no module {name} in this project.")
@@ -177,9 +162,9 @@ def _module(name: str, root: Path) -> tuple[frozenset[str], bytes]:
 
 
 def module_closure(names: Iterable[str], root: Path = ROOT) -> set[str]:
-    """Return the dotted names of modules and of all that they import, directly or not, LOADERS left out.
+    """Return the dotted names of modules and of all that they import, directly or not, without LOADERS.
 
-    Raises ValueError for a name that is not a module of the packages and for a module that is not valid Python.
+    Raises ValueError for a name that is not a module of the packages and for invalid Python.
     """
     closure: set[str] = set()
     waiting = list(names)
@@ -191,18 +176,7 @@ def module_closure(names: Iterable[str], root: Path = ROOT) -> set[str]:
     return closure
 
 
-def _without_docstrings(tree: ast.Module) -> ast.Module:
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and node.body:
-            first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
-                node.body[0] = ast.Pass()
-    return tree
-
-
 def code_hash(names: Iterable[str], root: Path = ROOT) -> str:
-    """Return a hash of the code of modules and of all that they depend on. Raises ValueError as `module_closure`."""
-    total = hashlib.sha256()
-    for name in sorted(module_closure(names, root)):
-        total.update(_module(name, root)[1])
-    return total.hexdigest()
+    """Return a hash of the code of `module_closure`, which also says what is raised."""
+    code = (_module(name, root)[1] for name in sorted(module_closure(names, root)))
+    return hashlib.sha256(b"".join(code)).hexdigest()

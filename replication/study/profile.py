@@ -1,8 +1,7 @@
-"""Profiles: every number that an experiment uses, validated, in profiles/NAME.yaml; the YAML says what each is. A profile
-that `extends` another has its fields, but for those that it gives itself.
+"""Profiles: all numbers of the experiments, read from profiles/NAME.yaml (which explains each) and validated.
 
-In a dry run (`python -m replication dryrun`) the tiny counts of profiles/dryrun/overrides.yaml replace the profile's own,
-and hosts of the same shapes with random weights replace its hosts.
+In a dry run (`python -m replication dryrun`) the tiny counts of profiles/dryrun/overrides.yaml replace those of
+the profile, and hosts of the same shapes with random weights replace its hosts.
 """
 
 from __future__ import annotations
@@ -11,19 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from replication.study.paths import ROOT, dry_run, output_root
-from writesae.sae.config import Parts
+from writesae.sae.config import Parts, first_problem
 from writesae.sae.train import TrainingSettings
 from writesae.text import Corpus
 
@@ -37,11 +27,11 @@ Overridable = Literal[
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = dict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class CellRule(Section):
-    """A cell: the head itself, or the ratio sigma1/sigma2 of its states that the head is chosen by."""
+    """A cell of a layer: a head, or a ratio sigma1/sigma2 of states by which the head is chosen."""
 
     layer: int
     head: int | None = Field(None, ge=0)
@@ -57,7 +47,7 @@ class CellRule(Section):
 class HostSection(Section):
     path: str
     revision: str | None = None
-    tokenizer: str | None = None  # a folder or hub id, where the model's own holds none
+    tokenizer: str | None = None  # a folder or hub id, for a model without a tokenizer
     dtype: Literal["float32", "bfloat16"] = "float32"
     cells: dict[Place, CellRule]
     overrides: dict[Overridable, dict] = {}
@@ -71,7 +61,7 @@ class Data(Section):
     survey_windows: PositiveInt
     first_position: int = Field(ge=1)
     batch_windows: PositiveInt
-    cell_windows: PositiveInt = 32  # over which the cells are described, in one run
+    cell_windows: PositiveInt = 32  # for half-lives and spectra of cells, in one run
 
 
 class Saes(Section):
@@ -90,7 +80,7 @@ class LogitShift(Section):
     prompts: PositiveInt
     prompt_tokens: PositiveInt
     horizon: PositiveInt
-    ranks: list[PositiveInt]  # of the tokens whose logits are read, 1 the native top one
+    ranks: list[PositiveInt]  # of the tokens whose logits are read; 1 is the native top token
 
 
 class Replacement(Section):
@@ -99,7 +89,7 @@ class Replacement(Section):
     atoms: PositiveInt | None = None
     survey_firings: int = Field(ge=0)
     survey_windows: PositiveInt
-    survey_every: PositiveInt = 1  # how many recurrent layers on the next one is surveyed; 1: all are
+    survey_every: PositiveInt = 1  # survey every n-th recurrent layer
     batch_rows: PositiveInt
     bootstrap: PositiveInt
 
@@ -214,22 +204,18 @@ class Install(Section):
     def _fits(self) -> Install:
         for name, (first, last) in self.rank_classes.items():
             if not 1 <= first <= last:
-                raise ValueError(
-                    f"rank_classes.{name} goes from its first rank, 1 or more, to its last, not {first} to {last}"
-                )
-        if max(self.distances, default=0) > self.prompt_tokens:
-            raise ValueError(
-                f"distances are {max(self.distances)} at most, and a prompt has {self.prompt_tokens} tokens"
-            )
+                raise ValueError(f"rank_classes.{name} needs 1 <= first rank <= last rank, not {first} to {last}")
+        if (farthest := max(self.distances, default=0)) > self.prompt_tokens:
+            raise ValueError(f"a distance of {farthest} exceeds the {self.prompt_tokens} tokens of a prompt")
         return self
 
 
 class Profile(Section):
     name: str
-    seed: NonNegativeInt
-    corpus: Corpus | None = None  # the docstrings of the installed packages
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA where there is some
-    workers: PositiveInt | None = None  # what is worked on at once, each with its share of memory; None: one a core
+    seed: int = Field(ge=0)
+    corpus: Corpus | None = None  # None: the docstrings of the installed packages
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: CUDA if available
+    workers: PositiveInt | None = None  # tasks at once, each with memory of its own; None: one per core
     hosts: dict[str, HostSection]
     data: Data
     saes: Saes
@@ -249,28 +235,27 @@ class Profile(Section):
 
     @model_validator(mode="after")
     def _overrides_fit(self) -> Profile:
-        for host in self.hosts:
-            for name in self.hosts[host].overrides:
+        for host, section in self.hosts.items():
+            for name in section.overrides:
                 try:
                     self.section(name, host)
                 except ValidationError as error:
-                    raise ValueError(f"{host}, overrides, {name}.{_first(error)}") from None
+                    raise ValueError(f"{host}, overrides, {name}.{first_problem(error)}") from None
         return self
 
     def section(self, name: str, host: str) -> Section:
-        """The settings of an experiment for a host: the profile's, with what the host's own `overrides` put in place."""
-        own = getattr(self, name)
-        return type(own)(**own.model_dump() | self.hosts[host].overrides.get(name, {}))
+        """Return the settings of an experiment for a host, with the `overrides` of the host."""
+        section = getattr(self, name)
+        return type(section)(**section.model_dump() | self.hosts[host].overrides.get(name, {}))
 
 
-def load_profile(name: str, folder: Path | None = None) -> Profile:
-    """profiles/NAME.yaml. Raises ValueError, in one sentence, for an unknown name or a field that is wrong."""
-    folder = folder or ROOT / "profiles"
+def load_profile(name: str, folder: Path = ROOT / "profiles") -> Profile:
+    """Return the profile in profiles/NAME.yaml. Raises ValueError for an unknown name or a wrong field."""
     path = folder / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
         raise ValueError(
-            f"There is no profile {name!r}: choose one of {known}, or write {path.name} in {folder.name}/."
+            f"There is no profile {name!r}: choose one of {names}, or write {path.name} in {folder.name}/."
         )
     try:
         content = profile_content(path)
@@ -278,36 +263,31 @@ def load_profile(name: str, folder: Path | None = None) -> Profile:
             content = dry(content, yaml.safe_load((ROOT / "profiles" / "dryrun" / "overrides.yaml").read_text()))
         return Profile(name=name, **content)
     except ValidationError as error:
-        raise ValueError(f"Profile {name}: {_first(error)}.") from None
+        raise ValueError(f"Profile {name}: {first_problem(error)}.") from None
     except (TypeError, UnicodeDecodeError, yaml.YAMLError):
         raise ValueError(f"Profile {name} is not a YAML mapping of fields to values.") from None
 
 
 def profile_content(path: Path) -> dict:
-    """The fields of a profile's file, over those of the profile beside it that it `extends`, if it extends one.
+    """Return the fields of a profile's file, on top of those of the profile that it `extends`, if any.
 
-    Raises ValueError where that one is not there.
+    Raises ValueError if there is no such profile in the same folder.
     """
-    own = {**yaml.safe_load(path.read_text())}
-    if "extends" not in own:
-        return own
-    below = path.with_name(f"{own.pop('extends')}.yaml")
-    if not below.is_file():
-        raise ValueError(
-            f"Profile {path.stem} extends {below.stem!r}, which is not there: write {below.name} beside it."
-        )
-    return {**yaml.safe_load(below.read_text())} | own
-
-
-def _first(error: ValidationError) -> str:
-    """Where a file first goes wrong, and how."""
-    first = error.errors()[0]
-    return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]))
+    content = {**yaml.safe_load(path.read_text())}
+    if "extends" not in content:
+        return content
+    base = path.with_name(f"{content.pop('extends')}.yaml")
+    if not base.is_file():
+        raise ValueError(f"Profile {path.stem} extends {base.stem!r}, which is not there: write {base.name} beside it.")
+    return {**yaml.safe_load(base.read_text())} | content
 
 
 def lay_over(base: Any, over: Any) -> Any:
-    """`base` with the values of `over` wherever both have one. A plain value laid over a mapping replaces each of its
-    values; what `base` leaves out or switches off (0, null, an empty list) stays so."""
+    """Return `base` with the values of `over` wherever both have one.
+
+    A plain value over a mapping replaces each of its values. What `base` leaves out or switches off (0, null, an
+    empty list) stays so.
+    """
     if isinstance(base, dict):
         below = over if isinstance(over, dict) else dict.fromkeys(base, over)
         return {name: lay_over(value, below[name]) if name in below else value for name, value in base.items()}
@@ -315,8 +295,10 @@ def lay_over(base: Any, over: Any) -> Any:
 
 
 def dry(content: dict, over: dict) -> dict:
-    """The content of a profile for a dry run: tiny counts everywhere, one thing at a time on the CPU, and for every host
-    that would be downloaded the folder that `python -m replication dryrun` makes."""
+    """Return the content of a profile for a dry run: tiny counts, one task at a time, on the CPU.
+
+    A host that would be downloaded is replaced by the folder that `python -m replication dryrun` makes.
+    """
     content = lay_over(content, over) | dict(device="cpu", workers=1, corpus=None)
     content["data"] = content["data"] | dict(cell_windows=over["data"]["cell_windows"])
     hosts = {}

@@ -1,9 +1,8 @@
-"""Files that stages leave for one another: whole or absent, checked when read, and computed again only when needed.
+"""Tables that stages store: complete or absent, checked when they are read, computed again only when needed.
 
-Beside each table (CSV) and each file of tensors (safetensors) stands a sidecar, `<name>.json`, with the sha256 of the
-file, the version of this format, where the file comes from (its provenance) and the *fingerprint* of everything it was
-computed from. A stage whose fingerprint has not changed is skipped. Stages ask this of files in build/ only: a fresh clone
-has the reference results in results/, no build/, and computes its own.
+Each table (CSV) has a sidecar, `<name>.json`, with the sha256 of the file, its provenance and the *fingerprint* of all
+inputs. A stage with an unchanged fingerprint is skipped. Stages look in build/ only: a fresh clone has the reference
+results in results/, and computes its own.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import numpy as np
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
-from pandas.api.types import is_any_real_numeric_dtype as is_number
+from pandas.api.types import is_any_real_numeric_dtype, is_bool_dtype
 from tqdm import tqdm
 
 from replication.study.paths import ROOT
@@ -31,11 +30,11 @@ from writesae.files import ArtifactError, _store, read_sidecar, up_to_date
 
 REQUIRED = ("profile", "config", "host", "seed", "seconds")
 VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas", "scikit-learn")
-KEPT = re.compile(r"(sweep|repeats)-.*\.csv")  # tables that `make sweep` and `make repeats` make, and no notebook
+KEPT = re.compile(r"(sweep|repeats)-.*\.csv")  # tables of `make sweep` and `make repeats`, not of notebooks
 
 
 def git_commit() -> str:
-    """The commit of the repository, with `+changes` where the tree differs from it; `unknown` outside git."""
+    """Return the commit of the repository, with `+changes` if files differ from it; `unknown` outside git."""
     command = ["git", "-C", str(ROOT)]
     try:
         commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
@@ -47,18 +46,17 @@ def git_commit() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a result depends on beside its inputs: commit, versions, device, kernel path, time.
+    """Return what a result depends on besides its inputs: commit, versions, device, kernel path, time.
 
-    The kernel path is always torch: no result comes from another package's kernels. A CPU's device names the vector
-    instructions that torch uses, because they decide the order of sums."""
-    cuda = torch.cuda.is_available()
+    The kernel path is always torch, because no result comes from kernels of other packages. The device of a CPU
+    names the vector instructions that torch uses, because they decide the order of sums.
+    """
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+    cpu = f"cpu ({torch.backends.cpu.get_cpu_capability()})"
     return {
         "commit": git_commit(),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in VERSIONS},
-        },
-        "device": torch.cuda.get_device_name() if cuda else f"cpu ({torch.backends.cpu.get_cpu_capability()})",
+        "versions": {"python": platform.python_version(), **versions},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
         "kernel": "torch",
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
@@ -70,7 +68,7 @@ def environment() -> dict[str, Any]:
 def _write_csv(frame: pd.DataFrame, path: Path, fields: Mapping[str, Any], float_format: str | None) -> None:
     if not len(frame.columns):
         raise ValueError(f"The table for {Path(path).name} has no columns.")
-    text = [name for name in frame if not pd.api.types.is_bool_dtype(frame[name]) and not is_number(frame[name])]
+    text = [name for name in frame if not is_bool_dtype(frame[name]) and not is_any_real_numeric_dtype(frame[name])]
     frame = frame.assign(**{name: frame[name].map(_one_line, na_action="ignore") for name in text})
     write = {"index": False, "lineterminator": "\n", "float_format": float_format}
     _store(path, lambda partial: frame.to_csv(partial, **write), {**fields, "text_columns": text, "rows": len(frame)})
@@ -83,21 +81,18 @@ def _one_line(value: Any) -> str:
 def write_table(frame: pd.DataFrame, path: Path, provenance: Mapping[str, Any]) -> None:
     """Write a CSV (floats with six significant digits) and its sidecar.
 
-    `provenance` names at least profile, config (its hash), host, seed and seconds, and the fingerprint where the
-    stage is to be skipped next time; commit, versions, device, kernel path and time are added here.
-
-    Raises ValueError for a table without columns or a provenance that lacks a field.
+    `provenance` has at least the fields REQUIRED (config is a hash), and the fingerprint if the stage is to be skipped
+    next time. `environment` is added to it. Raises ValueError for a table without columns and for a missing field.
     """
-    lacking = [name for name in REQUIRED if name not in provenance]
-    if lacking:
-        raise ValueError(f"The provenance of {Path(path).name} lacks {', '.join(lacking)}.")
+    if missing := [name for name in REQUIRED if name not in provenance]:
+        raise ValueError(f"The provenance of {Path(path).name} lacks {', '.join(missing)}.")
     _write_csv(frame, Path(path), {**environment(), **provenance}, "%.6g")
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read a table back; only an empty field is a missing value, so that a token `null` stays text.
+    """Read a table. Only an empty field is a missing value, so that a token `null` stays text.
 
-    Raises ArtifactError where it is missing, damaged, no table, or of another format version.
+    Raises ArtifactError if the file is missing, damaged, not a table, or of another format version.
     """
     record = read_sidecar(path)
     if "text_columns" not in record:
@@ -107,7 +102,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def rows_with(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
-    """The rows in which the columns have these values."""
+    """Return the rows in which the columns have these values."""
     return table[np.logical_and.reduce([table[name] == value for name, value in values.items()])]
 
 
@@ -118,16 +113,15 @@ def _partial_folder(name: str, expected: str, folder: Path) -> Path:
     return Path(folder) / f"{name}-{expected[:16]}"
 
 
-def clear_partials(name: str, folder: Path, keep: str | None = None) -> None:
-    """Remove the stored groups of a stage, all but those under the fingerprint `keep`."""
-    kept = _partial_folder(name, keep, folder) if keep else None
+def clear_partials(name: str, folder: Path, keep: str = "") -> None:
+    """Remove the stored groups of a stage, except those with the fingerprint `keep`."""
     for path in Path(folder).glob("*"):
-        if re.fullmatch(re.escape(name) + "-[0-9a-f]{16}", path.name) and path != kept:
+        if re.fullmatch(re.escape(name) + "-[0-9a-f]{16}", path.name) and path != _partial_folder(name, keep, folder):
             shutil.rmtree(path)
 
 
 def _finished(path: Path, group: str) -> dict[str, Any] | None:
-    """The sidecar of a group that is stored whole, else None."""
+    """Return the sidecar of a group, or None if the group is not stored completely."""
     try:
         record = read_sidecar(path)
     except ArtifactError:
@@ -143,14 +137,11 @@ def resumable(
     folder: Path,
     workers: int = 1,
 ) -> pd.DataFrame:
-    """The rows of all groups in order, from `compute(group)`, each stored as soon as it is done.
+    """Return the rows of `compute(group)` for all groups in order, and store each group when it is done.
 
-    Killed at any moment and called again with the same fingerprint `expected`, it computes only what is not stored.
-    `compute` must depend on its group alone (a random generator is seeded by the group), for `workers` threads call it
-    at once. `frame.attrs["seconds"]` is the time of all groups added up. The stored groups stay until
-    `clear_partials`; those of other fingerprints are removed.
-
-    Raises ValueError where there are no groups.
+    After an interruption, another call with the same fingerprint `expected` computes only the missing groups. `compute`
+    must depend on its group alone, because `workers` threads call it at the same time. `frame.attrs["seconds"]` is the
+    total time of all groups. Groups with other fingerprints are removed. Raises ValueError if there are no groups.
     """
     if not groups:
         raise ValueError(f"The stage {name} has nothing to compute: no groups were given.")
@@ -170,9 +161,9 @@ def resumable(
     tasks = (delayed(finish)(number, group) for number, group in enumerate(groups))
     finished = Parallel(workers, backend="threading", return_as="generator", pre_dispatch=workers)(tasks)
     paths, seconds = zip(*tqdm(finished, desc=name, total=len(groups)), strict=True)
-    whole = pd.concat(map(read_table, paths), ignore_index=True)
-    whole.attrs["seconds"] = sum(seconds)
-    return whole
+    table = pd.concat(map(read_table, paths), ignore_index=True)
+    table.attrs["seconds"] = sum(seconds)
+    return table
 
 
 def staged_table(
@@ -184,11 +175,10 @@ def staged_table(
     provenance: Mapping[str, Any],
     workers: int = 1,
 ) -> pd.DataFrame:
-    """The table at `path`: read where it is up to date, else computed group by group (resumable) and written.
+    """Return the table at `path`, after `resumable` has computed it if it is not up to date.
 
-    `workers` as for `resumable`; `provenance` as for `write_table`, without seconds and fingerprint. The rows are always
-    those of the file, with its six digits, so that a second run goes on from the same numbers. Raises ValueError as
-    `resumable`, `write_table` do.
+    `provenance` is without seconds and fingerprint. The rows are always read from the file, with its six digits, so
+    that a second run continues from the same numbers. Raises ValueError as `resumable` and `write_table`.
     """
     name = Path(path).stem
     if not up_to_date(path, expected):

@@ -13,6 +13,7 @@ from replication.scorecard import table as table_module
 from replication.study import docstrings, paths
 from replication.study.profile import load_profile
 from writesae.hosts import load
+from writesae.text import split_of
 
 QWEN_4B, QWEN_27B = "Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-27B"
 FAILURES = [f"failure_rate_q{quartile}" for quartile in (2, 3, 4)]
@@ -64,16 +65,14 @@ def test_docstrings_of_a_file(tmp_path):
     path = tmp_path / "module.py"
     nested = 'class A:\n    def f(self):\n        if 1:\n            def g():\n                "deep"\n'
     path.write_text('"""Of the module."""\n' + nested + 'add_newdoc("x", "y", """of y""")\n"not one"\n')
-    assert {text for _, text in docstrings._docstrings(path)} == {"Of the module.", "deep", "x", "y", "of y"}
+    assert {*docstrings._docstrings(path)} - {""} == {"Of the module.", "deep", "x", "y", "of y"}
     path.write_text("def broken(:\n")
     assert list(docstrings._docstrings(path)) == []
 
 
 def test_splits_are_disjoint_and_follow_from_the_text_alone():
     assert sorted(b for buckets in docstrings.SPLITS.values() for b in buckets) == list(range(100))
-    one = docstrings.Passage("text", "here:1", "0000004f" + "0" * 56)
-    assert one.split == "sae"  # 0x4f = 79
-    assert dataclasses.replace(one, source="there:9").split == "sae"
+    assert split_of("0000004f" + "0" * 56, docstrings.SPLITS) == "sae"  # 0x4f = 79
     with pytest.raises(ValueError, match="no split 'test'"):
         docstrings.texts("test")
 
