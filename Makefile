@@ -52,14 +52,15 @@ dryrun: $(ENV)  ## test every notebook at the profile's shapes, with random weig
 
 $(NAMES): %: $(STAMPS)/%
 
-# A stamp has the time at which its run began, so a source edited during the run is newer. During the run its name
-# contains the process id of this make (bash's PPID), so that a second make, which is refused, cannot change it.
+# A stamp has the time at which its run began, so a source edited during the run is newer. During the run its
+# name contains the process id of this make (bash's PPID), so that a second make, which is refused, cannot
+# change it.
 $(addprefix $(STAMPS)/,$(NAMES)): $(STAMPS)/%: requirements.lock $(SOURCES) profiles/$(PROFILE).yaml | $(ENV)
 	@mkdir -p $(STAMPS) && touch $@.$$PPID
 	@$(PY) -m replication run $* --profile $(PROFILE)
 	@mv $@.$$PPID $@
 
-test: test-unit test-notebooks test-reference  ## run the unit tests and all notebooks from scratch, and compare the results
+test: test-unit test-notebooks test-reference  ## run unit tests and all notebooks, and compare results
 
 test-unit: $(ENV)  ## run only the unit tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests
