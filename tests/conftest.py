@@ -1,4 +1,4 @@
-"""Fixtures: a small fp64 host of every family, with random weights, d_k != d_v and (if possible) shared keys."""
+"""Fixtures: a small fp64 host per family, with random weights, d_k != d_v and shared keys where possible."""
 
 import os
 from contextlib import ExitStack
