@@ -1,5 +1,4 @@
 """Run the embedded hosts in a new process and save the outputs: `python kernel_run.py OUTPUTS [MODULE ...]`.
-[MODULE ...]`.
 
 The modules (or attributes, as in transformers:Mamba2ForCausalLM) are imported before any module of this
 project. With "--library", the forward of the library also runs, and its errors are printed.
