@@ -1,7 +1,7 @@
 # `make help` lists the targets. Variables:
 #   PROFILE=mini        a file in profiles/
-#   PY=python           use this Python, of an environment that is already there, instead of .venv
-#   PYTHON=python3.11   the Python that .venv is made with
+#   PY=python           the Python of an existing environment to use instead of .venv
+#   PYTHON=python3.11   the Python that creates .venv
 #   PIP_OPTIONS=...     further options for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
 #                       (a torch without CUDA, which is much smaller)
 #   GRID=cells          for `make sweep`: a file in profiles/sweeps/
@@ -11,7 +11,7 @@
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
-# glibc keeps freed memory for the next tensor. Mapping new memory costs a page fault every 4 KiB.
+# glibc keeps freed memory for the next tensor, because new memory costs a page fault per 4 KiB.
 export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 2147483647
 export MALLOC_ARENA_MAX := 1
@@ -43,37 +43,38 @@ env: $(ENV)  ## create the environment in .venv
 	.venv/bin/python -m pip install $(PIP_OPTIONS) -c requirements.lock -e '.[dev]'
 	@touch $@
 
-all: $(addprefix $(STAMPS)/,$(NAMES))  ## run every notebook that is not up to date: results, figures, and the outputs in the notebooks
+all: $(addprefix $(STAMPS)/,$(NAMES))  ## run all outdated notebooks: results, figures, and their outputs
 
-figures: all  ## draw missing or outdated figures; this is the same as all, and stored results are not computed again
+figures: all  ## the same as all; redraws missing or outdated figures from stored results
 
-dryrun: $(ENV)  ## run every notebook with random weights of the profile's true shapes and tiny counts, into build/dryrun
+dryrun: $(ENV)  ## test every notebook at the profile's shapes, with random weights and tiny counts
 	$(PY) -m replication dryrun --profile $(PROFILE)
 
 $(NAMES): %: $(STAMPS)/%
 
-# The stamp has the time at which the run began: a source that is edited during the run is newer. During the run
-# its name has the process id of this make (bash's PPID): another make, which is refused, must not change its time.
+# A stamp has the time at which its run began, so a source edited during the run is newer. During the run its
+# name contains the process id of this make (bash's PPID), so that a second make, which is refused, cannot
+# change it.
 $(addprefix $(STAMPS)/,$(NAMES)): $(STAMPS)/%: requirements.lock $(SOURCES) profiles/$(PROFILE).yaml | $(ENV)
 	@mkdir -p $(STAMPS) && touch $@.$$PPID
 	@$(PY) -m replication run $* --profile $(PROFILE)
 	@mv $@.$$PPID $@
 
-test: test-unit test-notebooks test-reference  ## run the unit tests, then every notebook from nothing, and compare the results with the reference
+test: test-unit test-notebooks test-reference  ## run unit tests and all notebooks, and compare results
 
 test-unit: $(ENV)  ## run only the unit tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests
 
-test-notebooks: $(ENV)  ## run only the notebooks, from nothing into build/test, and compare them with their committed outputs
+test-notebooks: $(ENV)  ## run all notebooks into build/test and compare their committed outputs
 	rm -rf build/test
 	names="$$($(PY) -I replication/commands/order.py --order)" && \
 	WRITESAE_OUTPUT=build/test $(PY) -m pytest -p no:xdist -x -v --nbval --nbval-current-env \
 	    --nbval-cell-timeout 3600 $$(printf 'notebooks/%s.ipynb ' $$names)
 
-test-reference: $(ENV)  ## only compare build/test with the results/mini of the last commit
+test-reference: $(ENV)  ## compare build/test with results/mini of the last commit
 	$(PY) -m pytest -o addopts=--import-mode=importlib tests/reference
 
-verify: $(ENV)  ## report how results/PROFILE, or those of RUN=folder, differ from the committed ones (EXACT=--exact: bit for bit)
+verify: $(ENV)  ## compare results/PROFILE (or RUN=folder) with the last commit (EXACT=--exact: bitwise)
 	$(PY) -m replication verify --profile $(PROFILE) $(if $(RUN),--run $(RUN)) $(EXACT)
 
 lint: $(ENV)  ## check style, format and the directions of imports
@@ -81,23 +82,23 @@ lint: $(ENV)  ## check style, format and the directions of imports
 	$(PY) -m ruff format --check .
 	$(PY) -c 'import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_logo=True, no_cache=True))'
 
-bench: $(ENV)  ## measure speed, memory and storage in a quarter of an hour (BENCH=--quick only checks that it runs)
+bench: $(ENV)  ## measure speed, memory and storage in 15 minutes (BENCH=--quick: smoke test)
 	$(PY) benchmarks/run.py $(BENCH)
 
-hosts: $(ENV)  ## train the embedded hosts again, each from its recipe (this takes hours and can be interrupted)
+hosts: $(ENV)  ## retrain the embedded hosts from their recipes (hours; resumable)
 	$(PY) -m replication train-host $(RECIPES:/recipe.yaml=)
 
-browser: $(ENV)  ## write figures/PROFILE/atoms.html, one page with every atom, from the existing results
+browser: $(ENV)  ## write figures/PROFILE/atoms.html, a page with every atom, from the results
 	$(PY) -m replication browser --profile $(PROFILE)
 
 GRID ?= cells
 
-sweep: $(ENV)  ## train and test the SAEs of the grid profiles/sweeps/GRID.yaml (this can be interrupted)
+sweep: $(ENV)  ## train and test the SAEs of profiles/sweeps/GRID.yaml (resumable)
 	$(PY) -m replication sweep --profile $(PROFILE) --grid profiles/sweeps/$(GRID).yaml
 
 REPEATS = $(patsubst profiles/%.yaml,%,$(wildcard profiles/$(PROFILE)-[0-9]*.yaml))
 
-repeats: $(ENV)  ## run everything with each seed of profiles/PROFILE-*.yaml, for page 12 (hours; RUN=folder adds the run there)
+repeats: $(ENV)  ## run all with each seed of profiles/PROFILE-*.yaml (hours; RUN=folder adds a run)
 	for profile in $(REPEATS); do $(MAKE) all PROFILE=$$profile || exit 1; done
 	$(PY) -m replication repeats --profile $(PROFILE) $(REPEATS:%=results/%) $(RUN:%=%/results/$(PROFILE))
 
@@ -107,13 +108,13 @@ lab: $(ENV)  ## open JupyterLab in the environment
 clean:  ## remove build/ (intermediate files and stamps); results and figures stay
 	rm -rf build
 
-# Every goal but those named here needs the dependencies of the notebooks.
+# All goals except these need the dependencies between notebooks.
 ifneq ($(filter-out help env dryrun test test-% verify lint bench hosts browser sweep repeats lab clean,$(or $(MAKECMDGOALS),help)),)
 ifeq ($(wildcard profiles/$(PROFILE).yaml),)
 $(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif
 
-# The file appears whole or not at all: after a kill, a part of the rules would pass for all of them.
+# The file is renamed when complete: after a kill, make would take partial rules for all rules.
 build/deps.mk: notebooks $(wildcard notebooks/*.ipynb) replication/commands/order.py
 	@mkdir -p build
 	@$(or $(PYTHON),python3) -I replication/commands/order.py > $@.$$$$ && mv $@.$$$$ $@ || { rm -f $@.$$$$; exit 2; }

@@ -1,15 +1,15 @@
-"""Logit shifts from one backward against one forward per atom: `python benchmarks/closed_form.py`.
+"""Logit shifts from one backward pass or from one forward per atom: `python benchmarks/closed_form.py`.
 
-The shift of a token's logit, four tokens after each of n unit atoms is written at a tenth of the native
-write's norm:
+Each of n unit atoms is written at a tenth of the native write's norm. The benchmark measures how much the
+logit of a token shifts four tokens later, in three ways:
 
-- backward: the exact first-order form of writesae.shift, one gradient for all atoms;
-- one by one: transformers' whole model from a deep copy of the prefix's cache, one atom at a time;
+- backward: the exact first-order formula of writesae.shift, with one gradient for all atoms;
+- one by one: transformers' whole model from a copy of the cache of the prefix, one atom at a time;
 - batched: the exact edited runs of this project, all atoms in one batch.
 
-The first one predicts what the others measure: `r2` is the R2 of its predictions for the one-by-one shifts,
-with nothing fitted. Such small shifts are noisy in fp32, so that R2 is also given in fp64. The two measured
-ways must agree in fp64.
+"backward" predicts what the other two measure: `r2` is the R2 of its predictions for the one-by-one shifts,
+with no fitted parameter. Such small shifts are noisy in fp32, so there is also an R2 in fp64. The two
+measured ways must agree in fp64.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from writesae.hosts.base import Host
 from writesae.shift import cache_gamma, logit_gradient
 
 HORIZON = 4  # tokens from the write to the logit
-EPS = 0.1  # of the native write's norm
+EPS = 0.1  # norm of each written atom, in native write norms
 TOLERANCE = 1e-3
 
 
 @torch.no_grad()
 def backward(host: Host, tokens: Tensor, position: int, token: int, layer: int, head: int, key, value) -> Tensor:
-    """Return the predicted shifts [n] of the logit of `token`, HORIZON tokens after atoms key [n, d_k], value
-    [n, d_v] at `position`."""
+    """Return the predicted shifts [n] of the logit of `token`, HORIZON tokens after `position`.
+
+    The atoms key [n, d_k], value [n, d_v] are written at `position`, one at a time."""
     run = host.run(tokens)
     row, start, wanted = (torch.tensor([x], device=host.device) for x in (0, position, token))
     gradient, _ = logit_gradient(host, run, layer, head, row, start + 1, HORIZON, wanted)
@@ -44,7 +45,7 @@ def backward(host: Host, tokens: Tensor, position: int, token: int, layer: int, 
 
 @torch.no_grad()
 def batched(host: Host, tokens: Tensor, position: int, token: int, layer: int, head: int, key, value) -> Tensor:
-    """Return the same shifts from edited runs, all at once."""
+    """Return the same shifts from edited runs, all atoms in one batch."""
     run, n = host.run(tokens), len(key)
     rows = torch.zeros(n, dtype=torch.int64, device=host.device)
     edit = make_edit(rows, rows + position, key[:, None], value[:, None], "cache")
@@ -57,16 +58,15 @@ def one_by_one(host: Host, tokens: Tensor, position: int, token: int, layer: int
     """Return the same shifts from transformers' model, one forward per atom."""
     where = host, prefix_cache(host, tokens, position), tokens, position, layer, head
     native = logits_after(*where, torch.zeros_like(key[0, :, None] * value[0]), HORIZON)[token]
-    found = [logits_after(*where, k[:, None] * v, HORIZON)[token] for k, v in zip(key, value, strict=True)]
-    return torch.stack(found) - native
+    edited = [logits_after(*where, k[:, None] * v, HORIZON)[token] for k, v in zip(key, value, strict=True)]
+    return torch.stack(edited) - native
 
 
 WAYS = {"backward": backward, "one by one": one_by_one, "batched": batched}
 
 
 def problem(host: Host, length: int, atoms: int) -> tuple:
-    """Return (tokens, position, token, layer, head, key, value): a random window and random atoms of the
-    wanted size."""
+    """Return (tokens, position, token, layer, head, key, value): a random window and atoms of norm EPS."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(host.vocabulary, (1, length), generator=generator).to(host.device)
     position, layer, head = length - HORIZON - 1, host.recurrent_layers[len(host.recurrent_layers) // 2], 0
@@ -79,24 +79,25 @@ def problem(host: Host, length: int, atoms: int) -> tuple:
 
 
 def case(way: str, dtype: torch.dtype = torch.float32, **size: int) -> Callable[[], Tensor]:
-    """Return one of the ways, ready to run."""
+    """Return one of the ways as a function without arguments."""
     host = load(FOLDER, None, dtype)
-    given = problem(host, **size)
-    return lambda: WAYS[way](host, *given)
+    return partial(WAYS[way], host, *problem(host, **size))
 
 
 def r_squared(predicted: Tensor, measured: Tensor) -> float:
+    """Return R2 = 1 - (squared error) / (variance of `measured`)."""
     return 1 - ((measured - predicted).square().sum() / (measured - measured.mean()).square().sum()).item()
 
 
 def agreement(size: dict[str, int], results: dict[str, Tensor]) -> dict[str, float]:
     """Return the R2 of the prediction in fp32 and fp64, and the difference of the measured ways in fp64.
-    Raises AssertionError where they do not agree."""
-    predicted, measured, ours = (case(way, torch.float64, **size)() for way in WAYS)
-    off = apart(ours, measured)
-    assert off < TOLERANCE, f"the measured shifts differ by {off:.1e}: the two ways do not do the same edit"
+
+    Raises AssertionError if that difference exceeds TOLERANCE."""
+    predicted, one_at_a_time, in_batch = (case(way, torch.float64, **size)() for way in WAYS)
+    difference = apart(in_batch, one_at_a_time)
+    assert difference < TOLERANCE, f"the measured shifts differ by {difference:.1e}: the edits are not the same"
     r2 = r_squared(results["backward"], results["one by one"])
-    return dict(r2=r2, r2_fp64=r_squared(predicted, measured), difference_fp64=off)
+    return dict(r2=r2, r2_fp64=r_squared(predicted, one_at_a_time), difference_fp64=difference)
 
 
 def comparisons(quick: bool) -> list[Comparison]:

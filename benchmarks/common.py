@@ -1,19 +1,20 @@
-"""Comparisons as ratios within one run: the cases take turns, so that a noisy machine slows all of them
-equally.
+"""Shared code of the benchmarks: time cases in turn, compare them within each round, and write a table.
 
-A benchmark lists its comparisons, and `main` measures them: one round to warm up, then the rounds, in each of
-which every case runs once (a short one several times in a row). results/bench/NAME.csv has one line per case:
+The cases of a comparison take turns, so that noise on the machine slows all of them equally. After one
+warm-up round, every case runs once per round (a short case several times). results/bench/NAME.csv has one row
+per case:
 
-    seconds, fastest, slowest      of one run: median, minimum and maximum over the rounds
-    rate                           units of work (tokens, firings, atoms) per second
-    against, ratio, low, high      time per unit over that of the case `against`, in the same round: median, minimum, maximum
-    gflop, of_peak                 fp32 matrix products of one run, and their rate over that of one large product measured
-                                   in the same rounds (only where asked for)
-    peak_mib                       largest resident size of a fresh process that prepares the case and runs it once
-    device_mib                     the same for the GPU's memory; empty without a GPU
-    imports_mib                    largest resident size of a process that only imports the same
+    seconds, fastest, slowest  time of one run: median, minimum and maximum over the rounds
+    rate                       units of work (tokens, firings, atoms) per second
+    against                    the case that this one is compared with
+    ratio, low, high           time per unit over that of `against`, per round: median, minimum, maximum
+    gflop                      matrix products of one run (only where count_products is set)
+    of_peak                    their rate, as a share of the rate of one large fp32 product in the same round
+    peak_mib                   largest resident size of a new process that prepares the case and runs it once
+    device_mib                 the same for GPU memory; empty without a GPU
+    imports_mib                largest resident size of a process that only does the imports
 
-Every benchmark has the option `--quick`: everything tiny, written to build/bench, to see only that it runs.
+With `--quick` every benchmark runs at toy size and writes to build/bench; this only shows that it runs.
 OMP_NUM_THREADS sets the number of threads; the default is the number of cores.
 """
 
@@ -41,18 +42,16 @@ from replication.study import paths as paths_module
 from replication.study import stages
 
 ROUNDS = 5
-SHORTEST = (
-    0.2  # seconds for which a case runs in each round, at least, by running it again (MOST_REPEATS times at most)
-)
-MOST_REPEATS = 20
-PEAK_SIDE = 2048  # of the matrices whose product is the machine's peak
+SHORTEST = 0.2  # seconds: in each round, a case repeats until it has taken this long
+MAX_REPEATS = 20
+PEAK_SIDE = 2048  # side of the square matrices whose product gives the peak rate
 
 
 @dataclass
 class Case:
-    """`prepare()` returns what is timed, a function without arguments; `amount`: units of work of one call.
+    """One thing to time. `prepare()` returns the function to time, which takes no arguments.
 
-    `against`: the case that its time is compared with; by default the first case of the comparison.
+    amount: units of work per call. against: name of the case to compare with (default: the first one).
     """
 
     name: str
@@ -64,8 +63,7 @@ class Case:
 
 @dataclass
 class Comparison:
-    """Cases that take turns. `agree(results by case)` raises where they should be equal and are not; it
-    returns columns."""
+    """Cases that take turns. `agree` checks the results (by case name) and returns extra columns."""
 
     labels: dict[str, Any]
     cases: list[Case]
@@ -75,21 +73,24 @@ class Comparison:
 
 
 def device() -> torch.device:
-    """Return the GPU where there is one, else the CPU."""
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def device_name() -> str:
+    """Return the model name of the GPU if there is one, else of the CPU."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else _processor()
 
 
 def _processor() -> str:
+    """Return the model name of the CPU."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
 def _seconds(run: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
+    """Return the seconds per call and the last result."""
     start = time.perf_counter()
     for _ in range(repeats):
         result = run()
@@ -99,12 +100,13 @@ def _seconds(run: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
 
 
 def _product() -> Case:
+    """Return the case that measures the peak rate: one large fp32 matrix product."""
     a = torch.randn(PEAK_SIDE, PEAK_SIDE, device=device())
     return Case("matrix product", lambda: lambda: a @ a, 1)
 
 
 def measure(comparison: Comparison) -> pd.DataFrame:
-    """Return the lines of one comparison, without memory."""
+    """Return the rows of one comparison, without the memory columns."""
     cases = comparison.cases + ([_product()] if comparison.count_products else [])
     runs = {case.name: case.prepare() for case in cases}
     repeats, results, gflop = {}, {}, {}
@@ -112,9 +114,9 @@ def measure(comparison: Comparison) -> pd.DataFrame:
         with FlopCounterMode(display=False) as counter:
             took, results[name] = _seconds(run)
         gflop[name] = counter.get_total_flops() / 1e9
-        if took < 10 * SHORTEST:  # the first call pays for allocations and the choice of kernels
+        if took < 10 * SHORTEST:  # time again: the first call also allocates memory and selects kernels
             took, _ = _seconds(run)
-        repeats[name] = min(MOST_REPEATS, math.ceil(SHORTEST / took))
+        repeats[name] = min(MAX_REPEATS, math.ceil(SHORTEST / took))
     columns = comparison.agree(results)
     del results
     times = pd.DataFrame(
@@ -123,71 +125,79 @@ def measure(comparison: Comparison) -> pd.DataFrame:
     unit = times / [case.amount for case in cases]
     rows = []
     for case in cases:
-        own, against = times[case.name], case.against or cases[0].name
-        row = comparison.labels | case.labels | dict(case=case.name, rounds=len(times), seconds=own.median())
-        row |= dict(fastest=own.min(), slowest=own.max(), rate=case.amount / own.median())
+        seconds, against = times[case.name], case.against or cases[0].name
+        row = comparison.labels | case.labels | dict(case=case.name, rounds=len(times), seconds=seconds.median())
+        row |= dict(fastest=seconds.min(), slowest=seconds.max(), rate=case.amount / seconds.median())
         if case.name != "matrix product":
             row |= dict(against=against) | _spread(unit[case.name] / unit[against], "ratio", "low", "high")
         if comparison.count_products:
-            speed, peak = gflop[case.name] / own, gflop["matrix product"] / times["matrix product"]
+            speed, peak = gflop[case.name] / seconds, gflop["matrix product"] / times["matrix product"]
             row |= dict(gflop=gflop[case.name]) | _spread(speed / peak, "of_peak", "of_peak_low", "of_peak_high")
         rows.append(row | columns)
     return pd.DataFrame(rows)
 
 
 def _spread(values: pd.Series, *names: str) -> dict[str, float]:
+    """Return the median, minimum and maximum under these names."""
     return dict(zip(names, (values.median(), values.min(), values.max()), strict=True))
 
 
 def _largest() -> float:
-    """Return the largest resident size of this process in MiB. On Linux ru_maxrss starts at the parent's
-    value."""
+    """Return the largest resident size of this process in MiB."""
     status = Path("/proc/self/status")
-    if status.is_file():
+    if status.is_file():  # Linux, where ru_maxrss starts at the value of the parent process
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def _peak_of(case: Case | None) -> dict[str, float]:
-    """Return the largest resident size, in MiB, of a new process that runs the case once."""
+    """Run the case once and return the peak memory of this process in MiB."""
     if case is not None:
         case.prepare()()
-    found = dict(peak_mib=_largest())
+    peaks = dict(peak_mib=_largest())
     if torch.cuda.is_available():
-        found["device_mib"] = torch.cuda.max_memory_allocated() / 2**20
-    return found
+        peaks["device_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    return peaks
 
 
 def _peak(number: int, case: str, quick: bool) -> dict[str, float]:
+    """Return the peak memory of a new process that runs the case of this name in comparison `number`.
+
+    With no such case, the process only does the imports."""
     command = [sys.executable, sys.argv[0], "--peak", str(number), case] + ["--quick"] * quick
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
 
 def start() -> argparse.Namespace:
-    """Read the options and set threads and memory; every benchmark calls this first."""
+    """Read the options and set up torch. Every benchmark but gpu.py calls this first."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="everything tiny, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="run at toy size, to check that it runs")
     parser.add_argument("--peak", nargs=2, metavar=("NUMBER", "CASE"), help=argparse.SUPPRESS)
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+    set_threads()
     torch.backends.cuda.matmul.allow_tf32 = False
     return parser.parse_args()
 
 
+def set_threads() -> None:
+    """Let torch use OMP_NUM_THREADS threads (default: the number of cores)."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+
+
 def main(name: str, comparisons: Callable[[bool], list[Comparison]]) -> None:
-    """Measure `comparisons(quick)`, print the lines and write them."""
+    """Measure `comparisons(quick)`, then print and write the rows."""
     options, began = start(), time.monotonic()
-    listed = comparisons(options.quick)
+    planned = comparisons(options.quick)
     if options.peak:
-        number, wanted = int(options.peak[0]), options.peak[1]
-        case = next((case for case in listed[number].cases if case.name == wanted), None)
+        number, name_of_case = int(options.peak[0]), options.peak[1]
+        case = next((case for case in planned[number].cases if case.name == name_of_case), None)
         print(json.dumps(_peak_of(case)))
         return
-    tables, idle = [], _peak(0, "", options.quick)["peak_mib"]
-    for number, comparison in enumerate(listed):
+    tables, imports_mib = [], _peak(0, "", options.quick)["peak_mib"]
+    for number, comparison in enumerate(planned):
         if options.quick:
             comparison.rounds = 1
-        table = measure(comparison).assign(imports_mib=idle)
+        table = measure(comparison).assign(imports_mib=imports_mib)
         measured = [case.name for case in comparison.cases][: 1 if options.quick else None]
         peaks = pd.DataFrame([dict(case=case) | _peak(number, case, options.quick) for case in measured])
         tables.append(table.merge(peaks, on="case", how="left"))
@@ -196,7 +206,7 @@ def main(name: str, comparisons: Callable[[bool], list[Comparison]]) -> None:
 
 
 def save(name: str, table: pd.DataFrame, quick: bool, seconds: float) -> None:
-    """Write results/bench/NAME.csv with its provenance; a quick run is written to build/bench."""
+    """Write results/bench/NAME.csv and its provenance. A quick run writes to build/bench instead."""
     paths = paths_module.Paths("bench")
     folder = paths.build if quick else paths.results
     table = table.assign(device=device_name(), threads=torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""Cost against state size, from results/bench/training_step.csv: `python benchmarks/figure.py`."""
+"""Draw cost against state size from results/bench/training_step.csv: `python benchmarks/figure.py`."""
 
 from __future__ import annotations
 
@@ -19,23 +19,21 @@ GIB = (0.5, 1, 2, 4)
 
 
 def draw(table: pd.DataFrame) -> plt.Figure:
-    """Draw two panels against the side of the state: milliseconds per token (median, range of the rounds),
-    peak memory."""
+    """Draw time per token (median and range of the rounds) and peak memory against the side of the state."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(6.5, 2.7))
     sides = sorted(table.side.unique())
     for method, (label, colour, marker) in METHODS.items():
         rows = table[table.method == method].sort_values("side")
-        per_token = (
-            1e3 * rows[["seconds", "fastest", "slowest"]] / rows[["windows"]].to_numpy() / rows[["tokens"]].to_numpy()
-        )
+        seconds = rows[["seconds", "fastest", "slowest"]]
+        per_token = 1e3 * seconds / rows[["windows"]].to_numpy() / rows[["tokens"]].to_numpy()
         low, middle, high = per_token.fastest, per_token.seconds, per_token.slowest
         style = dict(color=colour, marker=marker, markersize=4, label=label)
         left.errorbar(rows.side, middle, yerr=[middle - low, high - middle], capsize=2, **style)
         right.plot(rows.side, rows.peak_mib / 1024, **style)
-    left.set(ylabel="milliseconds a token")
+    left.set(ylabel="milliseconds per token")
     right.set(ylabel="peak memory, GiB")
     for axes in (left, right):
-        axes.set(xscale="log", yscale="log", xlabel="state's side d (states of d x d)")
+        axes.set(xscale="log", yscale="log", xlabel="side d of the state (d x d)")
         axes.set_xticks(sides, [f"{side:g}" for side in sides])
         axes.minorticks_off()
     right.set_yticks(GIB, [f"{size:g}" for size in GIB])

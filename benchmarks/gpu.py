@@ -1,19 +1,18 @@
-"""Harvest, replacement and training on a GPU at Qwen3.5-0.8B's shape: `python benchmarks/gpu.py`.
+"""Harvest, replacement and training on a GPU at the shape of Qwen3.5-0.8B: `python benchmarks/gpu.py`.
 
-Each part is measured with fp32 and TF32 products, and in bf16 (the weights of the model, or the products of
-the trainer). results/bench/gpu.csv has one line per case, with the columns of benchmarks/common.py and
+Each part is measured with fp32 products, with TF32 products, and in bf16 (model weights, or products of the
+trainer). results/bench/gpu.csv has one row per case, with the columns of benchmarks/common.py and
 
-    part, products     what was measured, and how its matrix products were taken
-    kernel             what the case's recurrence ran on: the project's own is torch's, the library's forward may have another
-    gflop, of_peak     matrix products of one run (those of other packages' kernels are not seen), and their rate over that of
-                       one large product in the same precision, also measured here (part peak)
-    difference         from the same case in fp32 (its loss, its factors, its logits: norm of the difference over the norm);
-                       of plain replacements from the batched ones, of the KLs
-    agrees             of training steps: whether the loss is fp32's to 1e-4
-    device_mib         largest allocated memory during one run, the model's included
+    part, products  what was measured, and the precision of its matrix products
+    gflop           matrix products of one run, without those inside compiled kernels of other packages
+    of_peak         their rate, as a share of the rate of one large product in the same precision
+    difference      of loss, factors or logits from the same case in fp32 (norm of the difference over norm);
+                    for plain replacements, of the KLs from the batched ones
+    agrees          for training steps: whether the loss equals that of fp32 to 1e-4
+    device_mib      largest allocated memory during one run, including the model
 
-Without CUDA it prints that, and writes nothing. `--shape tiny --device cpu` (or `--quick`) runs the same code
-in seconds, into build/bench.
+Without CUDA it prints a sentence and writes nothing. `--shape tiny --device cpu` (or `--quick`) runs the same
+code in seconds and writes to build/bench.
 """
 
 from __future__ import annotations
@@ -33,9 +32,12 @@ import pandas as pd
 import replacement
 import torch
 import training_step
+import yaml
 from common import Case, Comparison
+from harvest_speed import windows
 from torch import Tensor
 
+from replication.study.paths import ROOT
 from writesae.harvesting import harvest
 from writesae.hosts import load
 from writesae.hosts.base import Host
@@ -44,25 +46,11 @@ from writesae.sae import losses
 from writesae.sae.losses import tf32
 
 PRODUCTS = ("fp32", "tf32", "bf16")
-TOLERANCE = 1e-4  # of the training loss, against fp32
-PERIOD = ["linear_attention"] * 3 + ["full_attention"]
+TOLERANCE = 1e-4  # largest relative difference of a training loss from fp32 that counts as agreement
+MODELS = yaml.safe_load((ROOT / "profiles" / "dryrun" / "hosts.yaml").read_text())
 SHAPES = {
-    "qwen3.5-0.8b": dict(  # its config.json, vision tower left out
-        host=dict(
-            vocab_size=248320,
-            hidden_size=1024,
-            intermediate_size=3584,
-            num_hidden_layers=24,
-            num_attention_heads=8,
-            num_key_value_heads=2,
-            head_dim=256,
-            linear_num_key_heads=16,
-            linear_num_value_heads=16,
-            linear_key_head_dim=128,
-            linear_value_head_dim=128,
-            tie_word_embeddings=True,
-            layer_types=PERIOD * 6,
-        ),
+    "qwen3.5-0.8b": dict(
+        host=MODELS["Qwen/Qwen3.5-0.8B"]["architecture"],
         tokens=(2, 1024),
         training=dict(side=128, n_atoms=2048, k=32, windows=4, tokens=1024, silent=300),
         replacement=dict(windows=2, length=256, firings=32, conditions=3),
@@ -83,7 +71,6 @@ SHAPES = {
             linear_key_head_dim=16,
             linear_value_head_dim=16,
             tie_word_embeddings=True,
-            layer_types=PERIOD,
         ),
         tokens=(2, 32),
         training=dict(side=16, n_atoms=64, k=4, windows=2, tokens=64, silent=12),
@@ -95,7 +82,7 @@ SHAPES = {
 
 
 def under(kind: str, run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` with TF32 allowed for that kind; fp32 is what it is, and bf16 a matter of the tensors."""
+    """Return `run` with TF32 products allowed if `kind` is "tf32". For bf16, the tensors are bf16."""
 
     def wrapped() -> Any:
         with tf32(kind == "tf32"):
@@ -106,7 +93,7 @@ def under(kind: str, run: Callable[[], Any]) -> Callable[[], Any]:
 
 @lru_cache
 def host_of(shape: str, bf16: bool) -> Host:
-    """Return a host with random weights on the device, in fp32, or the same host in bf16."""
+    """Return a host with random weights on the device, in fp32 or (the same weights) in bf16."""
     if bf16:
         model = copy.deepcopy(host_of(shape, False).model).bfloat16()
     else:
@@ -115,29 +102,27 @@ def host_of(shape: str, bf16: bool) -> Host:
             model = load.adapter("gated_deltanet").build(SHAPES[shape]["host"])
         for weight in model.parameters():
             if weight.ndim > 1:
-                weight.data.mul_(3)  # as they are built, the layers above hardly read an edit
+                weight.data.mul_(3)  # with smaller weights, an edit hardly changes the layers above
     return load.adapter("gated_deltanet")(model.to(common.device()), None, shape)
 
 
-def windows(shape: str) -> Tensor:
-    """Return random tokens [count, length]."""
-    size = SHAPES[shape]["tokens"]
-    tokens = torch.randint(SHAPES[shape]["host"]["vocab_size"], size, generator=torch.Generator().manual_seed(0))
-    return tokens.to(common.device())
+def host_and_tokens(shape: str, kind: str) -> tuple[Host, Tensor]:
+    """Return the host in the precision of `kind`, and random tokens [count, length]."""
+    host = host_of(shape, kind == "bf16")
+    return host, windows(host, *SHAPES[shape]["tokens"]).to(common.device())
 
 
 def harvesting(shape: str, kind: str) -> Callable[[], Tensor]:
-    """Harvest all heads of the last recurrent layer; the case returns the values of one. bf16: the model's
-    weights."""
-    host, tokens = host_of(shape, kind == "bf16"), windows(shape)
+    """Harvest all heads of the last recurrent layer. The result is the values of the first head."""
+    host, tokens = host_and_tokens(shape, kind)
     cells = [(host.recurrent_layers[-1], head) for head in range(host.heads)]
     run = under(kind, lambda: harvest(host, tokens, cells, len(tokens), progress=False))
     return lambda: run()[cells[0]].added
 
 
 def forward(shape: str, kind: str) -> Callable[[], Tensor]:
-    """Run transformers' forward on the same windows; the case returns the logits of the last position."""
-    host, tokens = host_of(shape, kind == "bf16"), windows(shape)
+    """Run transformers' forward on the same windows. The result is the logits at the last position."""
+    host, tokens = host_and_tokens(shape, kind)
 
     @torch.no_grad()
     def run() -> Tensor:
@@ -147,37 +132,29 @@ def forward(shape: str, kind: str) -> Callable[[], Tensor]:
 
 
 def replacing(shape: str, way: str, kind: str) -> Callable[[], Tensor]:
-    """Run replacements in batches or one by one; the case returns the KLs."""
+    """Run replacements, "batched" or "plain". The result is the KLs."""
     host = host_of(shape, kind == "bf16")
-    *where, left, right = replacement.problem(host, "late", **SHAPES[shape]["replacement"])
-    if way == "batched":
-        run = partial(replacement.batched, host, *where, left, right)
-    else:
-        run = partial(replacement.plain, host, *where, left.mT @ right)
-    return under(kind, run)
+    return under(kind, replacement.ready(host, way, "late", **SHAPES[shape]["replacement"]))
 
 
 def training(shape: str, kind: str, compiled: bool = False) -> Callable[[], Tensor]:
-    """A step of the trainer on fp32 factors, some atoms silent; returns the loss. Nothing moves
-    (training_step.py). compiled: the loss goes through torch.compile."""
+    """Do a training step on fp32 factors with some dead atoms. The result is the loss [1].
+
+    No parameter changes (see training_step.py). compiled: the loss goes through torch.compile."""
     sizes, loss_of = SHAPES[shape]["training"], losses.factored_loss
     loss_of = torch.compile(loss_of) if compiled else loss_of
     run = training_step.new_run(**sizes)
     run.settings = run.settings.model_copy(update=dict(products=kind))
 
     def step() -> Tensor:
-        run.step = 0
-        run.silent.zero_()
-        run.silent[: sizes["silent"]] = run.settings.dead_after
         with mock.patch.object(losses, "factored_loss", loss_of):
-            run.advance()
-        return run.losses[0, :1].clone()
+            return training_step.first_step(run, sizes["silent"]).clone()
 
     return step
 
 
 def product(shape: str, kind: str) -> Callable[[], Tensor]:
-    """Return the case of one large matrix product."""
+    """Do one large matrix product, which gives the peak rate of its precision."""
     side = SHAPES[shape]["side"]
     a = torch.randn(side, side, device=common.device())
     a = a.bfloat16() if kind == "bf16" else a
@@ -185,51 +162,54 @@ def product(shape: str, kind: str) -> Callable[[], Tensor]:
 
 
 def comparisons(shape: str) -> list[Comparison]:
-    """Cases named "part kind products"; the difference of each comes back as a column of that name."""
+    """Return the comparisons. Each case is named "PART PRODUCTS"."""
     sizes = SHAPES[shape]
-    amount, firings = sizes["tokens"][0] * sizes["tokens"][1], sizes["replacement"]["firings"]
-    steps, rounds = sizes["training"]["windows"] * sizes["training"]["tokens"], sizes["rounds"]
+    harvested, firings = sizes["tokens"][0] * sizes["tokens"][1], sizes["replacement"]["firings"]
+    trained = sizes["training"]["windows"] * sizes["training"]["tokens"]
 
     def case(part: str, make, units: float, kind: str, against: str | None = None) -> Case:
         return Case(f"{part} {kind}", make, units, against and f"{against} {kind}", dict(part=part, products=kind))
 
-    def several(part: str, make, units: float, against: str | None = None) -> list[Case]:
+    def in_each(part: str, make, units: float, against: str | None = None) -> list[Case]:
         return [case(part, partial(make, shape, kind), units, kind, against) for kind in PRODUCTS]
 
     def replaced(way: str) -> list[Case]:
-        kinds, make = ("fp32", "tf32"), partial(replacing, shape, way)  # bf16 cannot tell KLs of single writes
+        # Not bf16, which is too coarse for KLs of single writes.
+        kinds, make = ("fp32", "tf32"), partial(replacing, shape, way)
         name, against = f"{way} replacement", "batched replacement"
         return [case(name, partial(make, kind), firings, kind, against) for kind in kinds]
 
-    found = [
-        ("product", several("peak", product, 1)),
-        ("token", several("forward", forward, amount) + several("harvest", harvesting, amount, "forward")),
+    groups = [
+        ("product", in_each("peak", product, 1)),
+        ("token", in_each("forward", forward, harvested) + in_each("harvest", harvesting, harvested, "forward")),
         ("firing", replaced("batched") + replaced("plain")),
-        ("token", several("training step", training, steps)),
+        ("token", in_each("training step", training, trained)),
     ]
-    # On two cores of a CPU compiling took half a minute, and steps as long as without.
+    # On two CPU cores, compiling took half a minute and did not make the step faster.
     if common.device().type == "cuda":
         make = partial(training, compiled=True)
-        found[-1][1].extend(several("compiled step", make, steps, "training step"))
-    return [Comparison(dict(unit=unit), cases, differences, rounds, count_products=True) for unit, cases in found]
+        groups[-1][1].extend(in_each("compiled step", make, trained, "training step"))
+    rounds = sizes["rounds"]
+    return [Comparison(dict(unit=unit), cases, differences, rounds, count_products=True) for unit, cases in groups]
 
 
 def differences(results: dict[str, Tensor]) -> dict[str, float]:
-    """Return the difference of each case from the same case in fp32, and of plain replacements from batched
-    ones."""
-    found = {}
+    """Return, in column "difference CASE", how far each case is from the same case in fp32.
+
+    Plain replacements are compared with batched ones, compiled steps with the fp32 training step."""
+    columns = {}
     for name, result in results.items():
         part, kind = name.rsplit(" ", 1)
         if part in ("peak", "matrix"):
             continue
         others = {"plain replacement": f"batched replacement {kind}", "compiled step": "training step fp32"}
         wanted = results[others.get(part, f"{part} fp32")]
-        found[f"difference {name}"] = replacement.apart(result.double().cpu(), wanted.double().cpu())
-    return found
+        columns[f"difference {name}"] = replacement.apart(result.double().cpu(), wanted.double().cpu())
+    return columns
 
 
 def memory_of(case: Case) -> float:
-    """Return the largest allocated device memory of one run, in MiB; nan on a CPU."""
+    """Return the largest allocated GPU memory of one run, in MiB (nan on a CPU)."""
     run = case.prepare()
     if common.device().type != "cuda":
         return float("nan")
@@ -239,52 +219,53 @@ def memory_of(case: Case) -> float:
 
 
 def tidy(table: pd.DataFrame, peaks: dict[str, float]) -> pd.DataFrame:
-    """Return the lines of one comparison with a single column `difference` and the share of the peak of their
-    precision."""
+    """Return the rows of one comparison with one column `difference`, and `of_peak` computed from `peaks`.
+
+    peaks: the peak rate of each precision, in GFLOP/s."""
     table = table[table.case != "matrix product"]
     rows = table.to_dict("records")
     table = table.assign(
         difference=[row.get(f"difference {row['case']}", math.nan) for row in rows],
         of_peak=table.gflop / table.seconds / table.products.map(peaks),
     )
-    trained = table.part.isin(["training step", "compiled step"])
-    table["agrees"] = (table.difference <= TOLERANCE).where(trained, None)
+    is_training = table.part.isin(["training step", "compiled step"])
+    table["agrees"] = (table.difference <= TOLERANCE).where(is_training, None)
     return table[[name for name in table if not name.startswith(("difference ", "of_peak_"))]]
 
 
 def measure(shape: str) -> pd.DataFrame:
-    """Return all lines. A part that does not fit into the GPU's memory is left out, and a printed line says
-    so."""
+    """Return all rows. A comparison that does not fit into GPU memory is skipped with a message."""
     common.PEAK_SIDE, peaks, tables = SHAPES[shape]["side"], {}, []
     for comparison in comparisons(shape):
         try:
             table = common.measure(comparison)
             memory = {case.name: memory_of(case) for case in comparison.cases}
         except torch.OutOfMemoryError as error:
-            print(f"{comparison.cases[-1].name} and what it is compared with do not fit this card: {error}")
+            names = ", ".join(case.name for case in comparison.cases)
+            print(f"Skipped, because the GPU has too little memory: {names} ({error})")
             continue
         if not peaks:
-            own = table[table.part == "peak"]
-            peaks = dict(zip(own.products, own.gflop / own.seconds, strict=True))
+            peak = table[table.part == "peak"]
+            peaks = dict(zip(peak.products, peak.gflop / peak.seconds, strict=True))
         tables.append(tidy(table, peaks).assign(device_mib=table.case.map(memory)))
         print(tables[-1].drop(columns=["against", "rounds", "fastest", "slowest"]).to_string(index=False), flush=True)
     return pd.concat(tables, ignore_index=True).assign(shape=shape)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, also where there is no card."""
-    parser = argparse.ArgumentParser(description="Measure the GPU paths.")
+    """Run the benchmark and return the exit status 0, also without a GPU."""
+    parser = argparse.ArgumentParser(description="Measure speed and memory on a GPU.")
     parser.add_argument("--shape", choices=SHAPES, default="qwen3.5-0.8b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--quick", action="store_true", help="--shape tiny, on whatever there is")
+    parser.add_argument("--quick", action="store_true", help="the same as --shape tiny, on a GPU or a CPU")
     options, began = parser.parse_args(arguments), time.monotonic()
     if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before anything asks for a card
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the first use of CUDA
     elif not torch.cuda.is_available() and not options.quick:
         print("There is no CUDA device here: nothing was measured (--shape tiny --device cpu shows that it runs).")
         return 0
     without_triton()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
+    common.set_threads()
     shape = "tiny" if options.quick else options.shape
     common.save("gpu", measure(shape), shape == "tiny", time.monotonic() - began)
     return 0

@@ -1,10 +1,10 @@
-"""Harvest against the plain forward of the same model: `python benchmarks/harvest_speed.py`.
+"""Compare the harvest with the plain forward of the same model: `python benchmarks/harvest_speed.py`.
 
-Both take the same windows of random tokens in the same batches. The harvest keeps the factors of all heads of
-a layer; the last recurrent layer needs nearly the whole model, the middle one half of it. The forward is the
-library's own, with logits, on a CPU with its reference operators; `without head` is its body alone, nearer to
-what a harvest has to do. RWKV-7 is not in transformers: its forward is that of writesae.hosts.rwkv7_model,
-which has no separate body.
+Both run the same windows of random tokens in the same batches. The harvest keeps the factors of all heads of
+one layer: for the last recurrent layer it runs nearly the whole model, for the middle one half of it. The
+forward is that of transformers, with logits; on a CPU it uses the reference operators. "forward without head"
+does not compute logits, which is closer to the work of a harvest. RWKV-7 is not in transformers: its forward
+is writesae.hosts.rwkv7_model, which has no part without the head.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def windows(host: Host, count: int, length: int) -> torch.Tensor:
 
 
 def harvesting(folder: str, place: str, count: int, length: int, batch: int) -> Callable[[], None]:
-    """Return the case that harvests all heads of the last or the middle recurrent layer."""
+    """Return the harvest of all heads of the last or the middle recurrent layer, as a function."""
     host = load(ROOT / "models" / folder)
     layers = host.recurrent_layers
     layer = layers[-1] if place == "last" else layers[len(layers) // 2]
@@ -39,7 +39,7 @@ def harvesting(folder: str, place: str, count: int, length: int, batch: int) -> 
 
 
 def forward(folder: str, head: bool, count: int, length: int, batch: int) -> Callable[[], None]:
-    """Return the case that runs transformers' forward on the same windows."""
+    """Return the forward on the same windows, with or without the head, as a function."""
     host = load(ROOT / "models" / folder)
     model, tokens = host.model if head else host.model.base_model, windows(host, count, length)
 
@@ -53,7 +53,7 @@ def forward(folder: str, head: bool, count: int, length: int, batch: int) -> Cal
 
 def comparisons(quick: bool) -> list[Comparison]:
     size = dict(count=2, length=32, batch=2) if quick else dict(count=32, length=256, batch=16)
-    amount, found = size["count"] * size["length"], []
+    amount, planned = size["count"] * size["length"], []
     for folder in FOLDERS:
         makes = {
             "harvest, last layer": partial(harvesting, folder, "last", **size),
@@ -63,8 +63,8 @@ def comparisons(quick: bool) -> list[Comparison]:
         if folder != "rwkv7":
             makes["forward without head"] = partial(forward, folder, False, **size)
         cases = [Case(name, make, amount) for name, make in makes.items()]
-        found.append(Comparison(dict(unit="token", host=folder, **size), cases))
-    return found
+        planned.append(Comparison(dict(unit="token", host=folder, **size), cases))
+    return planned
 
 
 if __name__ == "__main__":

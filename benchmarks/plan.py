@@ -1,20 +1,20 @@
-"""The cost of the paper's sizes, from the rates of the other benchmarks: `python benchmarks/plan.py`.
+"""Estimate the cost of the paper's sizes from the other benchmarks: `python benchmarks/plan.py`.
 
-The plan: TOKENS tokens harvested once and passed once through the training of every cell, LAYERS layers of
-HEADS heads of 128 x 128, 2,048 atoms, on a model of PARAMETERS parameters of which the harvest runs DEPTH.
-Two ways: this project's (factors in shards, factored training) and the paper's (states on disk, its training
-step). One line per way and machine:
+The plan: TOKENS tokens are harvested once and used once to train every cell (LAYERS layers of HEADS heads
+with 128 x 128 states, 2,048 atoms). The model has PARAMETERS parameters, and the harvest runs the share DEPTH
+of its layers. There are two ways: this project's (factors in shards, factored training) and the paper's
+(states on disk, its training step). There is one row per way and machine:
 
-    disk_gb          data on disk, in fp32, for all cells and for those of one layer at a time
-    harvest_hours    2 operations per parameter and token, at the share of the matrix-product rate that the embedded Gated
-                     DeltaNet's harvest was measured at
-    training_hours   all cells, one after the other, at the measured rate of the step at 128 x 128
-    memory_gib       peak of a training step, as measured (both ways read their data from disk)
+    disk_gb          data on disk in fp32 for all cells (disk_gb_a_layer: for the cells of one layer)
+    harvest_hours    at 2 operations per parameter and token, and the share of the matrix-product peak that
+                     the harvest of the embedded Gated DeltaNet reaches
+    training_hours   all cells one after the other, at the measured rate of the step at 128 x 128
+    memory_gib       measured peak memory of a training step
 
-The first machine is the one of the measurements. The card is estimated, none was measured, twice: once as if
-all time went into matrix products (the same share of its peak, TF32), once as if all went into moving memory
-(the same share of its bandwidth; this machine's is measured here, by copying). Both peaks are the data
-sheet's. The truth should lie between.
+The first machine is the one that ran the benchmarks. The GPU was not measured. It is estimated twice: as if
+all time went into matrix products (the same share of the TF32 peak), and as if all time went into moving
+memory (the same share of the bandwidth). The peaks of the GPU are from its data sheet; the bandwidth of the
+first machine is measured here by copying memory. The true cost is probably between the two estimates.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from writesae.hosts.load import load_host
 TOKENS, LAYERS, HEADS = 5_000_000, 3, 16
 PARAMETERS, DEPTH = 752.4e6, 18 / 24  # Qwen3.5-0.8B's text model, up to its layer 17
 CARD, CARD_GFLOPS, CARD_BANDWIDTH = "H100 SXM", 494.7e3, 3350  # NVIDIA's data sheet: TF32, dense; GB/s
-COPIED, COPIES = 2**28, 9  # bytes
+COPIED, COPIES = 2**28, 9  # bytes per copy, number of copies
 
 
 def rate(table: pd.DataFrame, **where) -> float:
-    """Return the units of work per second of the one row with these values."""
+    """Return the units of work per second of the only row with these values."""
     return float(stages.rows_with(table, **where).rate.item())
 
 
 def bandwidth() -> float:
-    """Return the GB/s read and written while memory is copied: the median of some copies."""
+    """Return the GB/s read and written while memory is copied (median of COPIES copies)."""
     source = torch.ones(COPIED, dtype=torch.uint8)
     target, seconds = torch.empty_like(source), []
     for _ in range(COPIES):
@@ -55,15 +55,16 @@ def bandwidth() -> float:
 def plan(
     training: pd.DataFrame, harvests: pd.DataFrame, storage: pd.DataFrame, parameters: float, moved: float
 ) -> pd.DataFrame:
-    """The lines, from the tables training_step, harvest_speed and storage; `parameters` of the embedded host;
-    GB/s that this machine moves."""
+    """Return the rows, from the tables of training_step, harvest_speed and storage.
+
+    parameters: of the embedded host. moved: memory bandwidth of this machine in GB/s."""
     cells = LAYERS * HEADS
     product = training[training.case == "matrix product"].iloc[0]
     peak = product.gflop / product.seconds  # GFLOP/s of this machine
     harvest = rate(harvests, host="gated_deltanet", case="harvest, last layer")
     share = harvest * 2 * parameters / 1e9 / peak
-    here = str(product.device)
-    machines = [(here, "measured", 1), (CARD, "products", CARD_GFLOPS / peak), (CARD, "memory", CARD_BANDWIDTH / moved)]
+    machines = [(str(product.device), "measured", 1)]
+    machines += [(CARD, "products", CARD_GFLOPS / peak), (CARD, "memory", CARD_BANDWIDTH / moved)]
     rows = []
     for way in ("factored", "plain"):
         step = stages.rows_with(training, method=way, side=128).iloc[0]
@@ -84,7 +85,7 @@ def main() -> None:
     tables = [stages.read_table(folder / f"{name}.csv") for name in ("training_step", "harvest_speed", "storage")]
     host = load_host(paths_module.ROOT / "models" / "gated_deltanet")
     count = sum(x.numel() for x in host.model.parameters())
-    if quick:  # the sides of a quick run stand in for 128
+    if quick:  # a quick run has no side 128: use its largest side instead
         tables[0] = tables[0].assign(side=tables[0].side.replace(32, 128))
     table = plan(*tables, count, bandwidth())
     print(table.to_string(index=False))

@@ -1,16 +1,18 @@
-"""Replacements in batches against the paper's protocol, firing by firing: `python benchmarks/replacement.py`.
+"""Replace writes in batches or one firing at a time: `python benchmarks/replacement.py`.
 
-A firing is a window, a position and some conditions: the native write is taken out and a rank-1 matrix, or
-nothing, or another one is put in. Three conditions are the paper's; sixteen is about what notebook 05 asks of
-each firing (eight, at two amplitudes). Twelve firings to a window is what one SAE of the middle cell has in
-the profile `mini`.
+A firing has a window, a position and several conditions. In each condition the native write is removed and a
+rank-1 matrix, or nothing, takes its place. The paper has three conditions; page 05 has about sixteen (eight,
+at two amplitudes). One SAE of the middle cell has about twelve firings per window in the profile `mini`.
 
-The plain way runs the library's whole model: the prefix once a firing, and for each condition, and once for
-none, a deep copy of the cache, the writing token, the edit of the cached state, and the next token. The
-batched way is the project's; its native run of all windows counts. Both read the edit from the next token on
-(scope "cache") and must give the same KLs. Small ones are differences of nearly equal logits, and the library
-works in fp32 here and there whatever the model's dtype: the differences are of all KLs together (norm of the
-difference over the norm), and the largest single one is taken over KLs above LEAST_KL.
+- plain: transformers' whole model. It runs the prefix once per firing. For each condition, and once without
+  an edit, it copies the cache, runs the writing token, edits the cached state and runs the next token.
+- batched: this project's edited runs, all firings and conditions in one batch. Its time includes the native
+  run.
+
+In both, tokens read the edit from the next token on (scope "cache"). Both must give the same KLs. Small KLs
+are differences of nearly equal logits, and transformers uses fp32 in places whatever the dtype of the model.
+Therefore `difference` is over all KLs together (norm of the difference over the norm), and the largest
+difference of a single KL is taken over KLs above MIN_KL.
 """
 
 from __future__ import annotations
@@ -30,18 +32,21 @@ from writesae.hosts.load import load_host
 
 FOLDER = ROOT / "models" / "gated_deltanet"
 TOLERANCE = 1e-4
-LEAST_KL = 1e-5  # nats
+MIN_KL = 1e-5  # nats
 load = lru_cache(load_host)
 
 
 def prefix_cache(host: Host, window: Tensor, position: int):
-    """Return transformers' cache after the first `position` tokens of window [1, T]."""
+    """Return transformers' cache after the first `position` tokens of `window` [1, T]."""
     return host.model(input_ids=window[:, :position], use_cache=True).past_key_values
 
 
-def logits_after(host: Host, prefix, window: Tensor, position: int, layer: int, head: int, delta, steps: int) -> Tensor:
-    """Return the logits [vocabulary] of transformers' model `steps` tokens after a write at `position`, to
-    which delta [d_k, d_v] was added in the cache of one head."""
+def logits_after(
+    host: Host, prefix, window: Tensor, position: int, layer: int, head: int, delta: Tensor, steps: int
+) -> Tensor:
+    """Return the logits [vocabulary] of transformers' model `steps` tokens after the write at `position`.
+
+    delta [d_k, d_v] is added to the cached state of one head right after the write."""
     cache = copy.deepcopy(prefix)
     host.model(input_ids=window[:, position : position + 1], past_key_values=cache, use_cache=True)
     cache.layers[layer].recurrent_states[0][0, head] += delta
@@ -51,21 +56,23 @@ def logits_after(host: Host, prefix, window: Tensor, position: int, layer: int, 
 
 @torch.no_grad()
 def plain(host: Host, tokens: Tensor, rows, positions, layer: int, head: int, deltas: Tensor) -> Tensor:
-    """Return the KLs [firings, conditions] of the next token under deltas [firings, conditions, d_k, d_v],
-    one at a time."""
-    found = []
+    """Return the KLs [firings, conditions] at the next token, one condition at a time.
+
+    deltas [firings, conditions, d_k, d_v] are the changes of the state."""
+    kls = []
     for row, position, changes in zip(rows.tolist(), positions.tolist(), deltas, strict=True):
         window = tokens[row : row + 1]
         where = host, prefix_cache(host, window, position), window, position, layer, head
         native = logits_after(*where, torch.zeros_like(changes[0]), 1)
-        found.append(torch.stack([kl(native, logits_after(*where, change, 1)) for change in changes]))
-    return torch.stack(found)
+        kls.append(torch.stack([kl(native, logits_after(*where, change, 1)) for change in changes]))
+    return torch.stack(kls)
 
 
 @torch.no_grad()
 def batched(host: Host, tokens: Tensor, rows, positions, layer: int, head: int, left: Tensor, right: Tensor) -> Tensor:
-    """Return the same for terms left [firings, conditions, r, d_k], right [firings, conditions, r, d_v], all
-    at once."""
+    """Return the same KLs from edited runs, all conditions in one batch.
+
+    The changes are rank-r terms: left [firings, conditions, r, d_k], right [firings, conditions, r, d_v]."""
     run, count = host.run(tokens), left.shape[1]
     where = rows.repeat_interleave(count), positions.repeat_interleave(count)
     edit = make_edit(*where, left.flatten(0, 1), right.flatten(0, 1), "cache")
@@ -74,9 +81,9 @@ def batched(host: Host, tokens: Tensor, rows, positions, layer: int, head: int, 
 
 
 def terms(host: Host, tokens: Tensor, rows, positions, layer: int, head: int, count: int) -> tuple[Tensor, Tensor]:
-    """`count` conditions as rank-2 terms: left [firings, count, 2, d_k], right [firings, count, 2, d_v]. The
-    first puts nothing in, the others a random direction with twice the norm of the write that is taken
-    out."""
+    """Return `count` conditions as terms left [firings, count, 2, d_k], right [firings, count, 2, d_v].
+
+    The first only removes the native write. The others also add a random write of twice its norm."""
     generator, n = torch.Generator().manual_seed(1), len(rows)
     factors = host.factors(host.run(tokens, upto=layer + 1), layer, head)
     key, value = factors.key[rows, positions], factors.added[rows, positions]
@@ -84,12 +91,12 @@ def terms(host: Host, tokens: Tensor, rows, positions, layer: int, head: int, co
     left, right = (unit(torch.randn(n, count, d, generator=generator), dim=-1).to(key) for d in (host.d_k, host.d_v))
     right = right * 2 * (key.norm(dim=-1) * value.norm(dim=-1))[:, None, None]
     right[:, 0] = 0
-    taken = [x[:, None].expand(-1, count, -1) for x in (key, -value)]
-    return torch.stack([taken[0], left], 2), torch.stack([taken[1], right], 2)
+    removed_key, removed_value = (x[:, None].expand(-1, count, -1) for x in (key, -value))
+    return torch.stack([removed_key, left], 2), torch.stack([removed_value, right], 2)
 
 
 def problem(host: Host, depth: str, windows: int, length: int, firings: int, conditions: int) -> tuple:
-    """(tokens, rows, positions, layer, head, left, right): random windows, firings spread over them."""
+    """Return (tokens, rows, positions, layer, head, left, right): firings spread over random windows."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(host.vocabulary, (windows, length), generator=generator).to(host.device)
     rows = (torch.arange(firings) % windows).to(host.device)
@@ -98,42 +105,49 @@ def problem(host: Host, depth: str, windows: int, length: int, firings: int, con
     return tokens, rows, positions, layer, 0, *terms(host, tokens, rows, positions, layer, 0, conditions)
 
 
-def case(way: str, depth: str, dtype: torch.dtype = torch.float32, **size: int) -> Callable[[], Tensor]:
-    """Return one of the ways, "batched" or "plain", ready to run."""
-    host = load(FOLDER, None, dtype)
+def ready(host: Host, way: str, depth: str, **size: int) -> Callable[[], Tensor]:
+    """Return the replacement of one way, "batched" or "plain", as a function without arguments."""
     *where, left, right = problem(host, depth, **size)
     if way == "batched":
-        return lambda: batched(host, *where, left, right)
-    return lambda: plain(host, *where, left.mT @ right)
+        return partial(batched, host, *where, left, right)
+    return partial(plain, host, *where, left.mT @ right)
+
+
+def case(way: str, depth: str, dtype: torch.dtype = torch.float32, **size: int) -> Callable[[], Tensor]:
+    """Return the same for the embedded host."""
+    return ready(load(FOLDER, None, dtype), way, depth, **size)
 
 
 def same_kls(depth: str, size: dict[str, int], results: dict[str, Tensor]) -> dict[str, float]:
-    """Return the difference of the two ways' KLs in fp32 and fp64. Raises AssertionError where it exceeds
-    TOLERANCE in fp64."""
-    ours, wanted = (case(way, depth, torch.float64, **size)() for way in ("batched", "plain"))
-    found = dict(difference=apart(results["batched"], results["plain"]), difference_fp64=apart(ours, wanted))
-    assert found["difference_fp64"] < TOLERANCE, f"the two ways do not do the same edit: {found}"
-    large = wanted > LEAST_KL
-    found["largest_difference_fp64"] = ((ours - wanted) / wanted)[large].abs().max().item() if large.any() else None
-    return found | dict(median_kl=wanted.median().item())
+    """Return the differences between batched and plain KLs, in fp32 and fp64.
+
+    Raises AssertionError if the difference in fp64 exceeds TOLERANCE."""
+    batched_kls, plain_kls = (case(way, depth, torch.float64, **size)() for way in ("batched", "plain"))
+    in_fp32, in_fp64 = apart(results["batched"], results["plain"]), apart(batched_kls, plain_kls)
+    assert in_fp64 < TOLERANCE, f"batched and plain KLs differ by {in_fp64:.1e} in fp64: different edits"
+    large = plain_kls > MIN_KL
+    relative = ((batched_kls - plain_kls) / plain_kls)[large].abs()
+    largest = relative.max().item() if large.any() else None
+    columns = dict(difference=in_fp32, difference_fp64=in_fp64, largest_difference_fp64=largest)
+    return columns | dict(median_kl=plain_kls.median().item())
 
 
 def apart(got: Tensor, wanted: Tensor) -> float:
-    """||got - wanted|| / ||wanted||."""
+    """Return ||got - wanted|| / ||wanted||."""
     return ((got - wanted).norm() / wanted.norm()).item()
 
 
 def comparisons(quick: bool) -> list[Comparison]:
     three = dict(windows=4, length=256, firings=48, conditions=3)
-    asked = [("early", three), ("late", three), ("late", three | dict(windows=2, firings=24, conditions=16))]
+    sizes = [("early", three), ("late", three), ("late", three | dict(windows=2, firings=24, conditions=16))]
     if quick:
-        asked = [("late", dict(windows=2, length=64, firings=4, conditions=3))]
-    found = []
-    for depth, size in asked:
+        sizes = [("late", dict(windows=2, length=64, firings=4, conditions=3))]
+    planned = []
+    for depth, size in sizes:
         cases = [Case(way, partial(case, way, depth, **size), size["firings"]) for way in ("batched", "plain")]
         labels = dict(unit="firing", depth=depth, **size)
-        found.append(Comparison(labels, cases, partial(same_kls, depth, size), rounds=3))
-    return found
+        planned.append(Comparison(labels, cases, partial(same_kls, depth, size), rounds=3))
+    return planned
 
 
 if __name__ == "__main__":

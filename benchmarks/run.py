@@ -1,4 +1,4 @@
-"""All benchmarks, each in its own process, and the figure: `make bench`, `python benchmarks/run.py --quick`."""
+"""Run every benchmark in a process of its own, then draw the figure: `make bench`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ORDER = (
-    "storage",
-    "training_step",
-    "harvest_speed",
-    "short_convolution",
-    "replacement",
-    "closed_form",
-    "gpu",
-    "plan",
-    "figure",
-)
+ORDER = "storage training_step harvest_speed short_convolution replacement closed_form gpu plan figure"
 
-for name in ORDER:
+for name in ORDER.split():
     print(f"== {name}", flush=True)
     subprocess.run([sys.executable, Path(__file__).with_name(f"{name}.py"), *sys.argv[1:]], check=True)

@@ -1,7 +1,7 @@
-"""The short convolutions as shifted products against conv1d: `python benchmarks/short_convolution.py`.
+"""Compare short convolutions as shifted products with conv1d: `python benchmarks/short_convolution.py`.
 
-One layer's convolution on random inputs of the embedded hosts' widths, and the hosts' native run with either
-in all layers. Both must give the same numbers.
+The benchmark times the convolution of one layer on random inputs of the width of an embedded host, and the
+native run of the host with either version in all layers. Both must give the same numbers.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from writesae.hosts.layers import short_convolution
 from writesae.hosts.load import adapter
 
 FOLDERS = ("gated_deltanet", "mamba2")
-TOLERANCE = 1e-4  # of the largest number
+TOLERANCE = 1e-4  # largest difference over the largest number
 
 
 def with_conv1d(inputs: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Do the same as short_convolution with conv1d, which takes the channels before the time."""
+    """Do the same as short_convolution with conv1d, which needs channels before time."""
     if before is None:
         before = inputs.new_zeros(len(inputs), weight.shape[-1] - 1, inputs.shape[-1])
     return F.conv1d(torch.cat([before, inputs], 1).mT, weight, bias, groups=len(weight)).mT
 
 
 def convolution(way: Callable[..., Tensor], folder: str, batch: int, length: int) -> Callable[[], Tensor]:
-    """Return the case of one convolution of the host's width, on random inputs."""
+    """Return one convolution of the host's width on random inputs, as a function."""
     conv = next(part for part in load(ROOT / "models" / folder).model.modules() if isinstance(part, torch.nn.Conv1d))
     inputs = torch.randn(batch, length, conv.in_channels, generator=torch.Generator().manual_seed(0))
     return torch.no_grad()(lambda: way(inputs, None, conv.weight, conv.bias).contiguous())
 
 
 def native_run(way: Callable[..., Tensor], folder: str, batch: int, length: int) -> Callable[[], Tensor]:
-    """Return the case of the host's native run over random tokens, up to its last hidden states."""
+    """Return the native run of the host on random tokens, as a function that gives the last hidden states."""
     host = load(ROOT / "models" / folder)
     tokens = windows(host, batch, length)
 
@@ -52,8 +52,7 @@ def native_run(way: Callable[..., Tensor], folder: str, batch: int, length: int)
 
 
 def same_numbers(results: dict[str, Tensor]) -> dict[str, float]:
-    """Return the largest difference of the ways over the largest number. Raises AssertionError above
-    TOLERANCE."""
+    """Return the largest difference over the largest number. Raise AssertionError above TOLERANCE."""
     ours, conv1d = results.values()
     largest = ((ours - conv1d).abs().max() / conv1d.abs().max()).item()
     assert largest < TOLERANCE, f"shifted products and conv1d differ by {largest:.1e}"
@@ -61,13 +60,13 @@ def same_numbers(results: dict[str, Tensor]) -> dict[str, float]:
 
 
 def comparisons(quick: bool) -> list[Comparison]:
-    size, found = dict(batch=2, length=32) if quick else dict(batch=16, length=256), []
+    size, planned = dict(batch=2, length=32) if quick else dict(batch=16, length=256), []
     ways, amount = {"shifted products": short_convolution, "conv1d": with_conv1d}, size["batch"] * size["length"]
     for what, make in dict(convolution=convolution, run=native_run).items():
         for folder in FOLDERS:
             cases = [Case(name, partial(make, way, folder, **size), amount) for name, way in ways.items()]
-            found.append(Comparison(dict(unit="token", what=what, host=folder, **size), cases, same_numbers))
-    return found
+            planned.append(Comparison(dict(unit="token", what=what, host=folder, **size), cases, same_numbers))
+    return planned
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The numbers stored per token and cell, against the states (nothing is timed): `python benchmarks/storage.py`.
+"""Count the numbers stored per token and cell, compared with states: `python benchmarks/storage.py`.
 
-The numbers are counted in what `harvest` returns, of the embedded hosts and of a Gated DeltaNet with random
-weights at the paper's 128 x 128. `kept`: state or write is what training on that target needs, both is all
-that a harvest holds.
+The numbers are counted in the result of `harvest`, for the embedded hosts and for a Gated DeltaNet with
+random weights and the paper's head size 128 x 128. `kept`: "state" or "write" is what training on that target
+needs; "both" is the whole result of a harvest. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -37,29 +37,30 @@ WIDE = dict(
 
 
 def wide_host() -> Host:
-    """Return a Gated DeltaNet of the paper's head size, 128 x 128, with random weights."""
-    return load.adapter("gated_deltanet")(load.adapter("gated_deltanet").build(WIDE), None, "gated_deltanet_128")
+    """Return a Gated DeltaNet with the paper's head size, 128 x 128, and random weights."""
+    adapter = load.adapter("gated_deltanet")
+    return adapter(adapter.build(WIDE), None, "gated_deltanet_128")
 
 
 def stored(host: Host) -> list[dict]:
-    """Return the numbers and bytes per token of the host's first cell, one line for each target."""
+    """Return the numbers and bytes per token of the host's first cell, one row per value of `kept`."""
     cell, tokens = host.cells[0], torch.arange(1, 33)[None]
-    found = harvest(host, tokens, [cell], batch=1, progress=False)[cell]
-    kept = dict(state=found.history("state").tensors(), write=found.history("write").tensors(), both=found.tensors())
-    lines = []
+    factors = harvest(host, tokens, [cell], batch=1, progress=False)[cell]
+    kept = {target: factors.history(target).tensors() for target in ("state", "write")} | dict(both=factors.tensors())
+    rows, state_numbers = [], host.d_k * host.d_v
     for name, tensors in kept.items():
         numbers = sum(x[0, 0].numel() for x in tensors.values())
         size = sum(x.nbytes for x in tensors.values()) // tokens.numel()
-        states = host.d_k * host.d_v
-        line = dict(host=host.name, d_k=host.d_k, d_v=host.d_v, kept=name, numbers=numbers, bytes=size)
-        lines.append(line | dict(state_numbers=states, state_bytes=4 * states, ratio=states / numbers))
-    return lines
+        row = dict(host=host.name, d_k=host.d_k, d_v=host.d_v, kept=name, numbers=numbers, bytes=size)
+        row |= dict(state_numbers=state_numbers, state_bytes=4 * state_numbers, ratio=state_numbers / numbers)
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
     quick, began = start().quick, time.monotonic()
     hosts = [wide_host(), *(load_host(ROOT / "models" / name) for name in FOLDERS)]
-    table = pd.DataFrame([line for host in hosts for line in stored(host)])
+    table = pd.DataFrame([row for host in hosts for row in stored(host)])
     print(table.to_string(index=False))
     save("storage", table, quick, time.monotonic() - began)
 

@@ -1,18 +1,18 @@
-"""The factored training step against steps on stored states: `python benchmarks/training_step.py`.
+"""Compare the factored training step with steps on stored states: `python benchmarks/training_step.py`.
 
-All do a whole step on the same tokens: pre-activations, top-k, reconstruction, dead-atom loss, gradient,
-Adam.
+Each case does one whole training step on the same tokens: pre-activations, top-k, reconstruction, dead-atom
+loss, gradient, Adam.
 
-- factored: writesae.sae.train, a step as `train` takes it;
-- plain: the paper's recipe (Sec. 2, App. D, Table 10) written down: bilinear encoder by einsum over states, decoder over
-  all atoms, on the paper's batches of 256 states;
-- whole: the same on all states at once (of the middle side only);
-- dense: `dense_loss`, the project's own path for states, which is better than the recipe (the encoder is one matrix
-  product, the decoder sees active atoms only).
+- factored: one step of writesae.sae.train;
+- plain: the paper's recipe (Sec. 2, App. D, Table 10), literally: the bilinear encoder is an einsum over
+  states, the decoder multiplies all atoms, and a batch has 256 states;
+- whole: the same with all states in one batch (middle side only);
+- dense: `dense_loss`, this project's code for states. It is faster than the recipe: the encoder is one matrix
+  product, and the decoder reads active atoms only.
 
-The states are in memory; the paper's pipeline also reads them from disk. Steps on states that take them in
-parts add the gradients up, which takes less time and less memory than all states at once. The learning rate
-is so small that no parameter changes, and every call of every case must give the same loss.
+The states are in memory; the paper's pipeline also reads them from disk. "plain" and "dense" sum the
+gradients of batches of 256 states, which takes less time and memory than all states at once. The learning
+rate is so small that no parameter changes, so every call of every case must give the same loss.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ TOLERANCE = 1e-4
 
 
 def plain_loss(x: Tensor, parameters: list[Tensor], k: int, dead: Tensor) -> Tensor:
-    """The paper's loss on centred and scaled states x [B, d_k, d_v]. parameters: encoder key, value, bias;
-    decoder key, value."""
+    """Return the paper's loss on centred and scaled states x [B, d_k, d_v].
+
+    parameters: encoder key, value, bias; decoder key, value. dead: the indices of the dead atoms."""
     enc_key, enc_value, bias, dec_key, dec_value = parameters
     pre = torch.einsum("nk,bkv,nv->bn", enc_key, x, enc_value) + bias
     error = x - torch.einsum("bn,nk,nv->bkv", top(pre, k), dec_key, dec_value)
@@ -47,13 +48,13 @@ def plain_loss(x: Tensor, parameters: list[Tensor], k: int, dead: Tensor) -> Ten
 
 
 def top(pre: Tensor, k: int) -> Tensor:
-    """ReLU of the k largest of [B, n], zero elsewhere."""
+    """Return `pre` [B, n] with the k largest values of each row after a ReLU, and zeros elsewhere."""
     values, indices = pre.topk(k, dim=-1)
     return torch.zeros_like(pre).scatter(-1, indices, values.relu())
 
 
 def new_run(side: int, n_atoms: int, k: int, windows: int, tokens: int, silent: int) -> _Run:
-    """Return a training run on a random history in which the first `silent` atoms count as dead."""
+    """Return a training run on a random history. No atom is dead yet: `silent` is for the caller's step."""
     generator = torch.Generator().manual_seed(0)
     key, value = (torch.randn(windows, tokens, side, generator=generator) for _ in range(2))
     log_decay = -0.1 * torch.rand(windows, tokens, generator=generator)
@@ -64,22 +65,23 @@ def new_run(side: int, n_atoms: int, k: int, windows: int, tokens: int, silent: 
     return _Run(history, settings)
 
 
+def first_step(run: _Run, silent: int) -> Tensor:
+    """Do the first step of the trainer, with the first `silent` atoms dead, and return its loss [1]."""
+    run.step = 0
+    run.silent.zero_()
+    run.silent[:silent] = run.settings.dead_after
+    run.advance()
+    return run.losses[0, :1]
+
+
 def factored(silent: int, **sizes: int) -> Callable[[], float]:
-    """Return the case of one step of the trainer."""
+    """Return one step of the trainer as a function that returns the loss."""
     run = new_run(silent=silent, **sizes)
-
-    def step() -> float:
-        run.step = 0
-        run.silent.zero_()
-        run.silent[:silent] = run.settings.dead_after
-        run.advance()
-        return run.losses[0, 0].item()
-
-    return step
+    return lambda: first_step(run, silent).item()
 
 
 def on_states(kind: str, k: int, silent: int, **sizes: int) -> Callable[[], float]:
-    """Return the case of one step of kind "plain", "whole" or "dense" from the same parameters."""
+    """Return one step of kind "plain", "whole" or "dense", from the same parameters, as a function."""
     run = new_run(k=k, silent=silent, **sizes)
     sae, dead = run.sae, torch.arange(silent, device=device())
     states = run.history.steps().flatten(0, 1)
@@ -108,8 +110,9 @@ def on_states(kind: str, k: int, silent: int, **sizes: int) -> Callable[[], floa
 
 
 def same_losses(results: dict[str, float]) -> dict[str, float]:
-    """Return the largest relative difference of the losses of one side. Raises AssertionError above
-    TOLERANCE."""
+    """Return the largest relative difference between a loss on states and the factored loss of the same side.
+
+    Raises AssertionError if it exceeds TOLERANCE."""
     largest = 0.0
     for name, loss in results.items():
         kind, _, side = name.partition(" ")

@@ -1,4 +1,4 @@
-"""A small host of every family with random weights, d_k != d_v and shared key heads where the family has them, in fp64."""
+"""Fixtures: a small fp64 host per family, with random weights, d_k != d_v and shared keys where possible."""
 
 import os
 from contextlib import ExitStack
@@ -79,17 +79,17 @@ def small(family):
     model = load.adapter(family).build(SMALL[family]).double()
     for p in model.parameters():
         if p.ndim > 1:
-            p.data.mul_(3)  # larger random weights, so that the layers above are not nearly linear
+            p.data.mul_(3)  # with small weights, the layers above would be nearly linear
             if not p.any():
-                p.data.normal_(std=0.3)  # RWKV-7's layers start as the identity
+                p.data.normal_(std=0.3)  # the layers of RWKV-7 start as the identity
         else:
-            p.data.add_(0.1 * torch.randn_like(p))  # vectors start as constants, which could hide a mistake
+            p.data.add_(0.1 * torch.randn_like(p))  # vectors start as constants, which could hide an error
     return load.adapter(family)(model, None, "small")
 
 
 @pytest.fixture(scope="session", params=list(load.FAMILIES))
 def host(request):
-    """A test that takes it runs once a family; tests of one family alone take the fixture of its name."""
+    """A test with this fixture runs once per family. Tests of one family use the fixture of that name."""
     return small(request.param)
 
 
@@ -110,7 +110,7 @@ def run(host, tokens):
 
 @pytest.fixture(scope="session")
 def last_commit():
-    """Call with NAME: results/NAME of the last commit; the working copy's where there is no git (a downloaded archive)."""
+    """Return a function: NAME -> results/NAME of the last commit (without git: of the working copy)."""
     with ExitStack() as stack:
 
         def folder(name):

@@ -1,9 +1,9 @@
-"""flash-linear-attention's own DeltaNet and GLA on tiny random weights, recorded for test_delta_net_gla.py: `python fla_run.py`.
+"""Record logits of flash-linear-attention's DeltaNet and GLA for test_delta_net_gla.py: `python fla_run.py`.
 
-Run it on demand, in an environment with flash-linear-attention (0.6.0 was used) and einops, with or without a GPU. The package's
-Triton operators are replaced, one module at a time, by its own torch references, or where it has none by what its docstring
-says. Leaves tests/fla: a folder of config and weights a model, and logits.safetensors with tokens and logits, the
-versions in its metadata.
+Run this by hand, in an environment with flash-linear-attention (0.6.0 was used) and einops; no GPU is needed.
+The models have tiny random weights. Triton operators are replaced by the package's torch references or, if
+there is none, by what their docstrings say. The output is in tests/fla: one folder per model with config and
+weights, and logits.safetensors with tokens, logits and (as metadata) versions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MODELS = dict(delta_net=(DeltaNetForCausalLM, DeltaNetConfig), gla=(GLAForCausal
 
 
 def delta_rule(q, k, v, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel, **_):
-    """The package's reference takes heads first, and leaves the norm of queries and keys to its callers."""
+    """Call the package's reference, which needs heads first and normalised queries and keys."""
     assert use_qk_l2norm_in_kernel
     q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))  # as its l2norm_fwd
     heads_first = [x.transpose(1, 2) for x in (q, k, v, beta)]
@@ -65,7 +65,7 @@ OPERATORS = dict(
 
 
 def on_references(model: torch.nn.Module, operators: dict) -> None:
-    """Let a model run in torch: its modules' forwards, and the operators in the globals of its mixers'."""
+    """Replace the forwards of a model's modules, and the operators that its mixers call, by torch code."""
     for module in model.modules():
         if type(module) in FORWARDS:
             module.forward = types.MethodType(FORWARDS[type(module)], module)

@@ -19,7 +19,7 @@ from writesae.text import Windows
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str, tolerance: float) -> None:
-    """Fail unless ||actual - expected|| <= tolerance * ||expected|| (Frobenius); the message names the tensor."""
+    """Fail unless ||actual - expected|| <= tolerance * ||expected||. The message names the tensor."""
     actual, expected = torch.as_tensor(actual).detach().double(), torch.as_tensor(expected).detach().double()
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     size = expected.norm().item()
@@ -28,8 +28,9 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, name: str, tolera
 
 
 def stepped(parts: dict, state: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Outputs [B, H, T, d_v] and states [B, H, T, d_k, d_v] of factors [B, H, T, d] and a state [B, H, d_k, d_v], by the
-    step loop."""
+    """Return outputs [B, H, T, d_v] and states [B, H, T, d_k, d_v], computed by the step loop.
+
+    parts: factors [B, H, T, d]. state: the initial state [B, H, d_k, d_v]."""
     lead = parts["query"].shape[:2]
     factors = Factors(**{name: x.flatten(0, 1) for name, x in parts.items()})
     states = step_states(factors, None if state is None else state.flatten(0, 1))
@@ -38,8 +39,9 @@ def stepped(parts: dict, state: torch.Tensor | None = None) -> tuple[torch.Tenso
 
 
 def assert_gradients_close(recur: Callable, parts: dict, tolerance: float) -> None:
-    """Fail unless the gradients of recur(parts, state) -> (outputs, last state) are those of the step loop, in every one of
-    the parts and in the state."""
+    """Fail unless recur(parts, state) -> (outputs, last state) has the gradients of the step loop.
+
+    The gradients are compared for every factor in `parts` and for the initial state."""
     shape = *parts["key"].shape[:2], parts["key"].shape[-1], parts["added"].shape[-1]
     state = torch.randn(shape, dtype=torch.float64).requires_grad_()
     leaves = [x.requires_grad_() for x in parts.values()] + [state]
@@ -53,7 +55,7 @@ def assert_gradients_close(recur: Callable, parts: dict, tolerance: float) -> No
 
 
 class Malicious:
-    """Its pickle makes a file when it is executed."""
+    """An object whose pickle creates a file when it is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -63,10 +65,11 @@ class Malicious:
 
 
 class FakeHub:
-    """huggingface_hub's HTTP client answered from `repositories` (id -> file name -> bytes), with no network.
+    """A fake of the Hugging Face Hub: answers huggingface_hub's HTTP requests without a network.
 
-    It has the revision main alone. `answers` (a part of a URL's path -> a response's keyword arguments, or an exception)
-    come first. requests: (method, path) of all that was asked; created, commits: bodies of the calls that write.
+    repositories: id -> file name -> bytes; the only revision is main. answers: responses that take precedence (part of
+    a URL path -> keyword arguments of a response, or an exception). requests: (method, path) of each request so far.
+    created, commits: the bodies of the requests that write.
     """
 
     SHA = "a" * 40
@@ -128,7 +131,7 @@ class FakeHub:
 
 @dataclass
 class SmallProfile:
-    """What stages read of a profile; `sections`: the settings of experiments by name, the same for every host."""
+    """The part of a profile that stages read. `sections` has the settings by experiment, for every host."""
 
     name: str
     seed: int
@@ -144,7 +147,7 @@ class SmallProfile:
 
 
 class SmallStudy(Study):
-    """A profile's study with one small host and windows of these tokens in place of the profile's; two a passage."""
+    """A study with one small host and windows of the given tokens, two windows per passage."""
 
     def __init__(self, profile, host, tokens: torch.Tensor):
         super().__init__(profile)
@@ -164,7 +167,7 @@ class SmallStudy(Study):
 
 
 def train_sae(study: Study, role: str, cell: tuple[int, int], target: str, settings, factors: Factors) -> None:
-    """Train an SAE of the small host on a cell's factors, which validate it as well."""
+    """Train an SAE of the small host on the factors of a cell, and validate it on the same factors."""
     spec = SaeSpec("small", *cell, target, role, study.profile.saes.write, settings, len(factors.key))
     data = factors.history(target, spec.write, Origin("small", *cell, spec.write))
     train_one(study, spec, data, data, role.ljust(8, "0"))

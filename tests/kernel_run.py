@@ -1,7 +1,7 @@
-"""What the embedded hosts compute, for a process of its own: `python kernel_run.py OUTPUTS [MODULE ...]`.
+"""Run the embedded hosts in a new process and save the outputs: `python kernel_run.py OUTPUTS [MODULE ...]`.
 
-The modules (transformers:Mamba2ForCausalLM is one's attribute) are imported before anything of this project. With
-"--library" the library's own forward runs as well, and its errors are printed.
+The modules (or attributes, as in transformers:Mamba2ForCausalLM) are imported before any module of this
+project. With "--library", the forward of the library also runs, and its errors are printed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CELLS = [(1, 0), (4, 1)]
 
 
 def outputs(library: bool) -> dict:
-    """Last hidden states and the harvest of two cells of each host on random tokens, and the library's own logits."""
+    """Return last hidden states, the factors of two cells and (with `library`) logits, per host."""
     import torch
 
     from writesae.harvesting import harvest

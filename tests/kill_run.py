@@ -1,14 +1,15 @@
-"""Does a run survive kill -9? On demand: `python tests/kill_run.py --kills 20 --pages 00_hosts,01_harvest,02_train_saes`.
+"""Test that a run survives kill -9: `python tests/kill_run.py --kills 20 --pages 00_hosts,01_harvest`.
 
-Two clones of the last commit in a scratch folder. In the first, `make` runs the pages undisturbed. In the other it is killed at
-seeded random moments and started again at once, until it is through: half of the times all processes at once, half of
-them only the process group of make, which leaves the notebook's kernel behind for a moment. After each kill every table
-under results/ must have a sidecar that vouches for it; at the end all must be those of the undisturbed run bit for bit,
-times apart, and no unfinished file may be left. A line a kill goes to tests/records/kill_run.csv.
+The test uses two clones of the last commit in a scratch folder. In the first, `make` runs the pages
+undisturbed. In the second, it is killed at random moments (seeded) and restarted at once, until it finishes.
+Half of the kills hit all processes; the others hit only the process group of make, and the kernel of the
+notebook lives a moment longer. After each kill, every table under results/ must have a valid sidecar. At the
+end, every table must equal that of the undisturbed run (except times), and no unfinished file may be left.
+tests/records/kill_run.csv has one row per kill.
 
-The scratch folder may be kept: an undisturbed run of the same commit is not made again. Nor is one made where
-`--reference` names the tables of one: `--profile mini --mean 90 --reference results/mini` is `make all` against the
-committed tables, in 50 minutes.
+An undisturbed run of the same commit in the scratch folder is reused. With `--reference` its tables come from
+another folder: `--profile mini --mean 90 --reference results/mini` tests `make all` against the committed
+tables, in 50 minutes.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ REFUSED = "Another run with this profile is at work"
 
 
 def clone(folder: Path) -> None:
-    """A clone of the last commit at `folder`, unless it is there."""
+    """Clone the last commit into `folder`, unless it is already there."""
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
     git = ["git", "-C", folder]
     if folder.exists():
@@ -51,14 +52,14 @@ def clone(folder: Path) -> None:
 
 
 def keep_main_host(profile: Path) -> None:
-    """Take all hosts but the first out of a profile."""
+    """Remove all hosts except the first from a profile."""
     content = yaml.safe_load(profile.read_text())
     content["hosts"] = dict(list(content["hosts"].items())[:1])
     profile.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
 def start(folder: Path, profile: str, pages: list[str], log: Path) -> subprocess.Popen:
-    """`make` in a session of its own."""
+    """Start `make` in a new process session."""
     handed_down = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "WRITESAE_OUTPUT")
     environment = {k: v for k, v in os.environ.items() if k not in handed_down} | {"PYTHONPATH": str(folder)}
     command = ["make", f"PROFILE={profile}", f"PY={sys.executable}", *pages]
@@ -69,7 +70,7 @@ def start(folder: Path, profile: str, pages: list[str], log: Path) -> subprocess
 
 
 def kill(process: subprocess.Popen, everything: bool) -> None:
-    """SIGKILL to the process group of make, and where `everything` also to the kernel and its workers."""
+    """Kill the process group of make and, if `everything`, also the kernel and its workers."""
     below = psutil.Process(process.pid).children(recursive=True) if everything else []
     os.killpg(process.pid, signal.SIGKILL)
     for child in below:
@@ -83,14 +84,14 @@ def tables(folder: Path) -> list[Path]:
 
 
 def half_written(folder: Path) -> list[str]:
-    """The tables that no sidecar vouches for."""
-    found = []
+    """Return the names of the tables without a valid sidecar."""
+    invalid = []
     for path in tables(folder):
         try:
             read_sidecar(path)
         except ArtifactError:
-            found.append(path.name)
-    return found
+            invalid.append(path.name)
+    return invalid
 
 
 def tables_of_pages(folder: Path, profile: str) -> list[Path]:
@@ -100,7 +101,7 @@ def tables_of_pages(folder: Path, profile: str) -> list[Path]:
 
 
 def page_of(log: Path) -> str:
-    """The page that was running."""
+    """Return the page that was running, from the log of make."""
     return (re.findall(r"^(\d\d_\w+) \(\w+\)$", log.read_text(), re.MULTILINE) or ["make"])[-1]
 
 
@@ -109,11 +110,11 @@ def main() -> int:
     parser.add_argument("--profile", default="smoke")
     parser.add_argument("--pages", default="all", help="targets of make, separated by commas (default: %(default)s)")
     parser.add_argument(
-        "--main-host", action="store_true", help="with the profile's first host only: a third of the time"
+        "--main-host", action="store_true", help="run only the first host of the profile (a third of the time)"
     )
-    parser.add_argument("--reference", type=Path, help="tables of an undisturbed run (default: one is made)")
+    parser.add_argument("--reference", type=Path, help="tables of an undisturbed run (default: do one)")
     parser.add_argument(
-        "--after", help="a page that is run through before the first kill: 00_hosts reads the corpus at each start"
+        "--after", help="a page to finish before the first kill (00_hosts reads the corpus at each start)"
     )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument(
@@ -132,7 +133,7 @@ def main() -> int:
         clone(folder)
         if given.main_host:
             keep_main_host(folder / "profiles" / f"{given.profile}.yaml")
-    for path in tables_of_pages(killed, given.profile):  # a clone has the committed tables of the default profile
+    for path in tables_of_pages(killed, given.profile):  # the clone has committed tables
         path.unlink(missing_ok=True)
     if not given.reference and start(calm, given.profile, pages, log).wait():
         print(f"The undisturbed run failed:\n{log.read_text()}", file=sys.stderr)
@@ -163,7 +164,7 @@ def main() -> int:
             print(lines[-1], flush=True)
             continue
         if code and REFUSED in log.read_text():
-            print("refused while the kernel of the killed run is at work", flush=True)
+            print("refused: the kernel of the killed run is still at work", flush=True)
             continue
         if code:
             failures.append(f"make failed:\n{log.read_text()}")
@@ -171,20 +172,26 @@ def main() -> int:
         report, rounds = verify(wanted, killed / "results" / given.profile, [], exact=True), rounds + 1
         print(report, flush=True)
         left = [str(path) for path in killed.rglob(".partial-*")]
-        failures += ["other tables than those of the undisturbed run"] if report.failures else []
+        failures += ["the tables differ from those of the undisturbed run"] if report.failures else []
         failures += [f"left over: {', '.join(left)}"] if left else []
         wanted_tables = tables_of_pages(killed, given.profile) if given.pages == "all" else []
         missed = [path.name for path in wanted_tables if not path.is_file()]
         failures += [f"not made by this run: {', '.join(missed)}"] if missed else []
         if len(lines) >= given.kills or failures:
             break
-        for folder in (killed / "build", killed / "results" / given.profile):  # through too early: once more
+        for folder in (
+            killed / "build",
+            killed / "results" / given.profile,
+        ):  # it finished before the last kill: run again
             shutil.rmtree(folder)
     failures += [f"half-written after kill {x['kill']}" for x in lines if x["half_written"] != "none"]
     told = dict(pages=given.pages, main_host=given.main_host, kills=len(lines), rounds=rounds, failures=failures)
     provenance = dict(profile=given.profile, config=given.pages, host="all", seed=given.seed)
     write_table(pd.DataFrame(lines), given.record, provenance | told | dict(seconds=time.monotonic() - began))
-    print("\n".join(failures) or f"{len(lines)} kills, {rounds} runs through, every table as in the undisturbed run")
+    print(
+        "\n".join(failures)
+        or f"{len(lines)} kills, {rounds} complete runs; every table equals that of the undisturbed run"
+    )
     return 1 if failures else 0
 
 

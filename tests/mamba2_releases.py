@@ -1,9 +1,9 @@
-"""Mamba-2 releases with random weights, in the format of its authors."""
+"""Mamba-2 releases with random weights, in the format of the authors of Mamba-2."""
 
 import torch
 
 ODD = dict(d_state=10, headdim=8, ngroups=2, expand=3, d_conv=3, dt_limit=[0.01, 0.5], bias=True, chunk_size=16)
-RELEASES = {  # the config.json of state-spaces/mamba2-370m but for the sizes, and one that says more
+RELEASES = {  # config.json as in state-spaces/mamba2-370m but small, and one with more fields
     "default": dict(d_model=64, n_layer=2, vocab_size=260, ssm_cfg={"layer": "Mamba2"}, tie_embeddings=True),
     "odd": dict(d_model=16, n_layer=3, vocab_size=272, ssm_cfg={"layer": "Mamba2"} | ODD, tie_embeddings=False),
 }
@@ -12,14 +12,14 @@ COMMON |= dict(fused_add_norm=True, pad_vocab_size_multiple=16)
 
 
 def sizes(settings: dict) -> dict:
-    """mamba_ssm's own names and defaults."""
+    """Return the sizes under the names of mamba_ssm, with its defaults."""
     return dict(d_state=128, headdim=64, ngroups=1, expand=2, d_conv=4, dt_limit=(0, float("inf")), bias=False) | {
         k: x for k, x in settings["ssm_cfg"].items() if k != "layer"
     }
 
 
 def tensors_of(settings: dict) -> dict[str, torch.Tensor]:
-    """Random weights under mamba_ssm's names and shapes."""
+    """Return random weights with the names and shapes of mamba_ssm."""
     g, s, d = torch.Generator().manual_seed(0), sizes(settings), settings["d_model"]
     inner, width = s["expand"] * d, s["ngroups"] * s["d_state"]
     heads, conv = inner // s["headdim"], inner + 2 * width

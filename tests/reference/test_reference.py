@@ -1,5 +1,4 @@
-"""The results of the notebook run (build/test) against those of the last commit, whatever `make all` has left in results/ since;
-`make test-reference` runs this."""
+"""Compare the results in build/test with those of the last commit: `make test-reference`."""
 
 from pathlib import Path
 
@@ -11,7 +10,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 FRESH = REPOSITORY / "build" / "test" / "results" / "mini"
 TOLERANCES = read_tolerances(Path(__file__).with_name("tolerances.yaml"))
 TABLES = {tolerance.file for tolerance in TOLERANCES}
-OF_ATOMS = {"cache_erase_summary.csv", "readers_summary.csv"}  # lines by atom: another machine's training has others
+OF_ATOMS = {"cache_erase_summary.csv", "readers_summary.csv"}  # rows are atoms: they vary by machine
 
 
 @pytest.fixture(scope="module")
