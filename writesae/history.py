@@ -51,8 +51,7 @@ class History(TensorFields):
     """N windows of T tokens of one cell, each from a zero state; floating point, fp32 in a harvest.
 
     key [N, T, d_k]; value [N, T, d_v]; log_decay [N, T] (target "state") or None (target "write"). origin:
-    the cell, if known, which an SAE of these data records. Raises ValueError for wrong shapes, mixed dtypes
-    and values not finite.
+    the cell, if known, which an SAE records. Raises ValueError for wrong shapes, dtypes and values.
     """
 
     key: Tensor
@@ -246,10 +245,6 @@ class VectorHistory(History):
             wanted = "key, log_decay, erase [N, T, d_k] and value, taken [N, T, d_v]"
             raise ValueError(f"A history with vector decays needs {wanted}; got {shapes}.")
         self._check_values()
-
-    @property
-    def target(self) -> str:
-        return "state"
 
     def groups(self, windows: int = VECTOR_GROUP) -> Iterator[History]:
         return super().groups(min(windows, VECTOR_GROUP, at_once(self)))

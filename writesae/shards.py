@@ -112,8 +112,7 @@ class ShardedHistory:
     """A cell's history on disk, from which windows are read by index; `train` takes it like a History.
 
     target, write: as for `Factors.history`; limit: only the first windows. Raises ArtifactError for missing
-    or damaged shards; ValueError for an unknown target, a write that was not harvested, and a limit above the
-    number of windows.
+    or damaged shards; ValueError for an unknown target, a write that was not harvested, and too high a limit.
     """
 
     def __init__(self, folder: Path | str, cell: Cell, target: str, write: str = "added", limit: int | None = None):

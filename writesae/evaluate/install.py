@@ -1,13 +1,11 @@
-"""Install (the paper's Sec. 4, App. I.6): write a direction at consecutive positions so that the model says a
-token.
+"""Install (the paper's Sec. 4, App. I.6): write a direction repeatedly to make a model say a token.
 
-Two directions for a target token, at m times the native write's norm:
+Directions at m times the native write's norm:
 
 - paper: the native key, and W_O[head]^T W_U[target], normalised, as value;
 - gamma: the top singular pair of Gamma, the first-order influence on the target's logit at the prompt's end.
 
-Inclusion: the target is in the greedy continuation. Dose: the smallest m at which the target is the next
-token.
+Inclusion: the target is in the greedy continuation. Dose: the smallest m for which it is the next token.
 """
 
 from __future__ import annotations
@@ -30,8 +28,7 @@ DIRECTIONS = ("paper", "gamma")
 
 @dataclass
 class Setting:
-    """A run of prompts, and R trials: each has a prompt, a target and native writes at the positions from
-    `start` on.
+    """A run of prompts, and R trials: each has a prompt, a target and native writes from `start` on.
 
     prompt, target, native_rank [R]; label [R]: the target's class; gradient [R, steps, d_v]: of the target's
     logit with respect to the head's output from start on; norms [R, writes]: of the native writes.
@@ -89,8 +86,7 @@ def setting(
     writes: int,
     write: str = "added",
 ) -> Setting:
-    """Return a trial per prompt and target, with `writes` writes from `distance` tokens before the prompt's
-    end on.
+    """Return a trial per prompt and target: `writes` writes from `distance` tokens before the end on.
 
     targets [prompts, targets], labels [targets]; write: the definition of the native write. Raises ValueError
     for targets of another shape, and for writes or a distance that do not fit into the prompt.
@@ -118,7 +114,7 @@ def setting(
 
 
 def directions(host: Host, cell: tuple[int, int], trial: Setting, name: str) -> tuple[Tensor, Tensor]:
-    """Return unit keys [R, writes, d_k] and values [R, writes, d_v]. name: one of DIRECTIONS, else ValueError."""
+    """Return unit keys [R, writes, d_k] and values [R, writes, d_v]. ValueError for an unknown name."""
     factors, writes = host.factors(trial.run, *cell), trial.norms.shape[1]
     if name == "paper":
         value = F.normalize(host.unembedding()[trial.target] @ host.output_projection(*cell), dim=-1)
@@ -158,8 +154,7 @@ def trials(
     new_tokens: int,
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Return one row per trial, direction and magnitude (in native write norms): ranks and inclusion of the
-    target.
+    """Return one row per trial, direction and magnitude (in native write norms): ranks, inclusion, lift.
 
     native: the unedited continuations [prompts, new_tokens].
     """
@@ -196,10 +191,10 @@ def doses(
             return logits.argmax(-1) == trial.target[pick]
 
         low, high = torch.zeros(len(key)), torch.full((len(key),), torch.inf)
-        for dose in grid:
+        for dose in map(float, grid):
             waiting = torch.nonzero(high.isinf())[:, 0]
-            won = succeeds(waiting, torch.full((len(waiting),), float(dose))) if len(waiting) else waiting.bool()
-            high[waiting[won]], low[waiting[~won]] = float(dose), float(dose)
+            won = succeeds(waiting, torch.full((len(waiting),), dose)) if len(waiting) else waiting.bool()
+            high[waiting[won]] = low[waiting[~won]] = dose
         reached = torch.nonzero(high.isfinite())[:, 0]
         for _ in range(bisections if len(reached) else 0):
             middle = (low[reached] + high[reached]) / 2

@@ -80,11 +80,9 @@ def mean_shifts(
 
 
 def top_tokens(shifts: dict[str, torch.Tensor], firings: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Return one row per (atom, kind, promoted or demoted, rank): token, mean shift (logits), n firings and
-    r2.
+    """Return one row per (atom, kind, promoted or demoted, rank): token, mean shift, n firings, r2.
 
-    shifts: of one SAE, from `mean_shifts`. r2: of the kind as a prediction of `measured`, over the
-    vocabulary.
+    shifts: of one SAE, from `mean_shifts`. r2: of the kind as a prediction of `measured`.
     """
     atoms, n = np.unique(firings.atom, return_counts=True)
     measured, tables = shifts["measured"][atoms], []

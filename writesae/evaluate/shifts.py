@@ -1,8 +1,7 @@
 """The closed-form logit shift (the paper's Sec. 2, App. A): predicted and measured shifts of a token's logit.
 
 Per prompt, eps native write norms of each atom are added to the state at t0, and logits are read `horizon`
-tokens later. `paper_fitted` fits one scalar over the eps per (prompt, atom, token), as in App. A; the others
-fit nothing.
+tokens later. `paper_fitted` fits one scalar over the eps per (prompt, atom, token); the others fit nothing.
 """
 
 from __future__ import annotations
@@ -46,8 +45,7 @@ def measure_shifts(
     write: str = "added",
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Return one row per (prompt, atom, eps, native rank of the token): the measured and the predicted
-    shifts.
+    """Return one row per (prompt, atom, eps, native rank of the token): measured and predicted shifts.
 
     windows [B, T] are run together; t0 [B]: where the atom is added (scope "cache"). key [n, d_k], value [n,
     d_v]: unit atoms. eps: in norms of the native write. ranks: 1 is the native top token.

@@ -150,8 +150,7 @@ class JumpReLU(Activation):
 class Gated(Activation):
     """exp(log_scale) (pre - bias) + offset where the gate pre > 0, after ReLU.
 
-    The gate learns from reconstruction and an L1 term, whose weight adapts until k atoms per token are
-    active.
+    The gate learns from reconstruction and an L1 term, whose weight adapts to k atoms per token.
     """
 
     def __init__(self, n_atoms: int, k: int) -> None:
