@@ -88,7 +88,7 @@ class Factors(TensorFields):
 
         Raises ValueError for another name, and for an effective write of higher rank or not harvested.
         """
-        values = dict(added=self.added) | ({} if self.effective is None else dict(effective=self.effective))
+        values = {name: x for name, x in self.tensors().items() if name in ("added", "effective")}
         if definition not in values:
             raise ValueError(f"There is no rank-1 write {definition!r}: choose {' or '.join(values)}.")
         return values[definition]
@@ -130,8 +130,7 @@ class Factors(TensorFields):
         if state is None:
             state = self.key.new_zeros(len(self.key), self.key.shape[-1], self.added.shape[-1])
         for t in range(self.key.shape[1]):
-            now, taken = self.at(slice(None), t), None
-            before = state
+            now, before, taken = self.at(slice(None), t), state, None
             state = now.log_decay.exp()[:, :, None] * before + now.key[:, :, None] * now.added[:, None]
             if now.erase is not None:
                 taken = now.probe[:, None] @ before

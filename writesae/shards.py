@@ -77,10 +77,9 @@ def _stacked(windows: Iterable[Iterable[int]], count: int) -> Iterator[Tensor]:
     stream, length = iter(windows), None
     while part := [torch.as_tensor(window) for window in islice(stream, count)]:
         length = length or len(part[0])
-        for other in map(len, part):
-            if other != length:
-                lengths = f"the first has {length} tokens, another {other}"
-                raise ValueError(f"All windows must have the same length: {lengths}.")
+        if others := {len(window) for window in part} - {length}:
+            lengths = f"the first has {length} tokens, another {others.pop()}"
+            raise ValueError(f"All windows must have the same length: {lengths}.")
         yield torch.stack(part)
 
 
@@ -136,7 +135,6 @@ class ShardedHistory:
         self.key = first.key[:0]  # for dtype and device
 
     def _manifest(self) -> tuple[str | None, list[dict]]:
-        """Return the host's name, and the shards after a check of their checksums."""
         path = self.place / "shards.json"
         try:
             content = json.loads(path.read_text())

@@ -24,7 +24,7 @@ def best_match(atoms: tuple, others: tuple) -> torch.Tensor:
 
 
 def matches(seeds: dict[int, SAE], seed: int = 0) -> pd.DataFrame:
-    """Return one row per atom and other SAE: its best |cosine| there, and that by chance."""
+    """Return per atom and other SAE `best`, its largest |cosine| there, and `chance`, after a permutation."""
     tables = []
     for number, other in permutations(seeds, 2):
         atoms, (key, value) = seeds[number].atoms(), seeds[other].atoms()
@@ -38,8 +38,8 @@ def matches(seeds: dict[int, SAE], seed: int = 0) -> pd.DataFrame:
 def choose_exemplars(alive: pd.DataFrame, counts: dict[str, int], fewest_passages: int) -> pd.DataFrame:
     """Return per class the counts[class] atoms with the most firings, of those in enough passages."""
     able = alive[alive.passages >= fewest_passages]
-    tables = [able[able["class"] == name].nlargest(count, "firings") for name, count in counts.items()]
-    return pd.concat(tables)
+    chosen = (able[able["class"] == name].nlargest(count, "firings") for name, count in counts.items())
+    return pd.concat(chosen)
 
 
 def marked(tokenizer, tokens: Sequence[int], position: int, before: int = 14, after: int = 6) -> str:

@@ -64,7 +64,7 @@ def encode(sae: SAE, history: History, batch: int = 16) -> Active:
 def all_firings(active: Active | CellSAE, passage: Tensor, first: int, last: int) -> pd.DataFrame:
     """Return all firings at positions first <= t < last: window, passage, position, atom, coefficient.
 
-    passage [N]: the passage of each window.
+    passage [N]: of each window.
     """
     coefficient, slot = active.coefficients[:, first:last].max(-1)
     atom = active.indices[:, first:last].gather(-1, slot[..., None])[..., 0]
@@ -88,8 +88,7 @@ def find_firings(
     """Return all firings of an SAE on a harvested cell: window, passage, position, atom, raw coefficient.
 
     cell: harvested over these windows. first, last: only positions first <= t < last. target, write: of the
-    SAE's training data, by default those of its config. Raises ValueError if unknown, and for another cell or
-    windows.
+    SAE's training data, by default those of its config. Raises ValueError if unknown, or for another cell.
     """
     if len(windows) != len(cell.key):
         raise ValueError(f"The cell was harvested over {len(cell.key)} windows, and these are {len(windows)}.")

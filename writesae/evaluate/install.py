@@ -67,8 +67,7 @@ def draw_targets(
         last = min(last, logits.shape[-1])
         if last - first + 1 < per_class:
             size = f"{max(0, last - first + 1)} of the {logits.shape[-1]} tokens"
-            problem = f"{per_class} targets are asked for, and the class {name} has {size}"
-            raise ValueError(f"{problem}: ask for fewer targets, or widen the class.")
+            raise ValueError(f"{per_class} targets are asked for, and the class {name} has {size}: widen the class.")
         drawn = np.stack([generator.choice(np.arange(first, last + 1), per_class, False) for _ in logits])
         columns.append(order.gather(-1, torch.from_numpy(drawn) - 1))
         labels += [name] * per_class

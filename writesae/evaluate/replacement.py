@@ -167,7 +167,7 @@ def _head_changes(factors, native, cell_sae, places, put_in, conditions, scopes)
     """Return labels (scope, amplitude or "", condition), and the head's change [n, labels, STEPS, d_v]."""
     key, write = native.key, native.write(cell_sae.write)
     norms = dict(coefficient=places.coefficient.float(), matched_norm=key.norm(dim=-1) * write.norm(dim=-1))
-    own_norm = put_in["reconstruction"][1].flatten(1).norm(dim=1)
+    size = put_in["reconstruction"][1].flatten(1).norm(dim=1)
     take_out = key[:, None], -write[:, None]
     nothing = torch.zeros_like(key)[:, None, None], torch.zeros_like(write)[:, None, None]
     labels, parts = [], []
@@ -177,10 +177,9 @@ def _head_changes(factors, native, cell_sae, places, put_in, conditions, scopes)
         for amplitude in AMPLITUDES:
             scales = dict.fromkeys(conditions, norms[amplitude])
             matched = amplitude == "matched_norm"
-            scales["reconstruction"] = norms[amplitude] / own_norm if matched else torch.ones_like(own_norm)
+            scales["reconstruction"] = norms[amplitude] / size if matched else torch.ones_like(size)
             for group in RANKS:
-                names = [name for name in conditions if name in group]
-                if names:
+                if names := [name for name in conditions if name in group]:
                     labels += [(scope, amplitude, name) for name in names]
                     terms = side_by_side(put_in, names, scales)
                     parts.append(changes(factors, places, take_out, terms, scope))
@@ -232,7 +231,7 @@ def measure_group(
     """Return `measure` of the firings in `size` windows from `start` on, with one native run for all."""
     tables, run = [], None
     for cell_sae, firings in drawn:
-        part = firings[(firings.window >= start) & (firings.window < start + size)]
+        part = firings[firings.window.between(start, start + size, inclusive="left")]
         if len(part):
             run = run or host.run(windows[slice(start, start + size)].tokens)
             places = Places.of(part, part.window.to_numpy() - start)

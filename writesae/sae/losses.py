@@ -99,7 +99,7 @@ def _quadratic(key: Tensor, value: Tensor, indices: Tensor, coefficients: Tensor
 
 
 class _Quadratic(torch.autograd.Function):
-    """c^T ((K K^T) * (V V^T)) c, [B], for c [B, k], K [B, k, d_k], V [B, k, d_v]; symmetric, hence fast."""
+    """c^T ((K K^T) * (V V^T)) c, [B], for c [B, k], K [B, k, d_k], V [B, k, d_v]; symmetric."""
 
     @staticmethod
     def forward(ctx, c: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -54,15 +54,15 @@ def load_authors_sae(path: Path | str, host: str, *, transposed: bool = False, *
     if given:
         raise ValueError(f"{', '.join(given)} is not needed: a file of the author may lack {', '.join(fields)}.")
     per_atom = "encoder.weight" if encoder == "dense" else "b_enc"
-    n = len(state[per_atom]) if state[per_atom].ndim else 0
+    n, *_ = *state[per_atom].shape, 0
     if not n:
         raise ValueError(f"{path} has no atoms: its {per_atom} is of shape {list(state[per_atom].shape)}.")
     if config.get("n_features") not in (None, n):
         raise ValueError(f"The config of {path} says n_features = {config['n_features']}, its tensors have {n}.")
     tensors = _tensors(path, state, kind, (n, fields[d_1], fields[d_2]), transposed)
-    parts = dict(encoder=encoder, decoder=decoder, n_atoms=n)
+    fields |= dict(host=host, target="state", write="added", encoder=encoder, decoder=decoder, n_atoms=n)
     try:
-        ours = SAEConfig(host=host, target="state", write="added", **fields, **parts)
+        ours = SAEConfig(**fields)
     except ValidationError as error:
         raise ValueError(f"{path} is no SAE: {first_problem(error)}.") from error
     sae = SAE(ours, ours.d_k, ours.d_v)
