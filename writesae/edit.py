@@ -69,10 +69,7 @@ class Edit:
 
 
 def make_edit(rows: Tensor, position: Tensor, left: Tensor, right: Tensor, scope: str = "write") -> Edit:
-    """Return an edit whose terms all enter at `position` [R]; rows [R], left [R, r, d_k], right [R, r, d_v].
-
-    Raises ValueError for an unknown scope, and for shapes that do not fit together.
-    """
+    """Return an edit whose terms all enter at `position` [R]; the other arguments are as for `Edit`."""
     if scope not in SCOPES:
         raise ValueError(f"There is no read scope {scope!r}: choose one of {', '.join(SCOPES)}.")
     positions = position[:, None].expand(-1, left.shape[1]) if position.dim() == 1 and left.dim() == 3 else position
@@ -151,9 +148,9 @@ def kl(native: Tensor, patched: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(host: Host, run: Run, layer: int, head: int, edit: Edit, count: int) -> tuple[Tensor, Tensor]:
-    """Return greedy continuations [R, count] of edited prompts, and the logits [R, V] of the first new token.
+    """Return greedy continuations [R, count] of edited windows, and the logits [R, V] of the first new token.
 
-    A window is a prompt. Raises ValueError for rows with different starting positions, and a count below 1.
+    Raises ValueError for rows with different starting positions, and a count below 1.
     """
     if count < 1 or not len(edit.rows):
         raise ValueError(f"There is nothing to generate: {count} tokens for {len(edit.rows)} rows were asked for.")

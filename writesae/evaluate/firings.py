@@ -62,10 +62,7 @@ def encode(sae: SAE, history: History, batch: int = 16) -> Active:
 
 
 def all_firings(active: Active | CellSAE, passage: Tensor, first: int, last: int) -> pd.DataFrame:
-    """Return all firings at positions first <= t < last: window, passage, position, atom, coefficient.
-
-    passage [N]: of each window.
-    """
+    """Return all firings at first <= t < last: window, passage, position, atom, coefficient."""
     coefficient, slot = active.coefficients[:, first:last].max(-1)
     atom = active.indices[:, first:last].gather(-1, slot[..., None])[..., 0]
     window, position = torch.meshgrid(torch.arange(len(atom)), torch.arange(first, last), indexing="ij")
@@ -134,10 +131,7 @@ class Places(NamedTuple):
 
 
 def draw_in_rounds(firings: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    """Return `count` firings, first a random one of every atom, then a second of each, and so on.
-
-    Raises ValueError where there are fewer firings.
-    """
+    """Return `count` firings: a random one of every atom, then a second, ... ValueError for too few."""
     if len(firings) < count:
         hold = f"the held-out windows hold {len(firings)}"
         raise ValueError(f"{count} firings are asked for and {hold}: ask for fewer, or take more windows.")

@@ -1,10 +1,7 @@
-"""Install (the paper's Sec. 4, App. I.6): write a direction repeatedly to make a model say a token.
+"""Install (the paper's Sec. 4, App. I.6): write a direction at some positions so that the model says a token.
 
-Directions at m times the native write's norm:
-
-- paper: the native key, and W_O[head]^T W_U[target], normalised, as value;
-- gamma: the top singular pair of Gamma, the first-order influence on the target's logit at the prompt's end.
-
+The directions are "paper", the native key with the value W_O[head]^T W_U[target], and "gamma", the top
+singular pair of Gamma, the first-order influence on the target's logit; their norm is m native write norms.
 Inclusion: the target is in the greedy continuation. Dose: the smallest m for which it is the next token.
 """
 
@@ -177,10 +174,7 @@ def trials(
 def doses(
     host: Host, cell: tuple[int, int], trial: Setting, *, grid: Sequence[float], bisections: int, batch_rows: int = 512
 ) -> pd.DataFrame:
-    """Return one row per trial and direction: the dose, which is infinite for none.
-
-    It is the first success on the grid, refined by bisection towards the grid point below.
-    """
+    """Return one row per trial and direction: its dose on the grid, refined by bisection, or infinity."""
     rows = []
     for name in DIRECTIONS:
         key, value = directions(host, cell, trial, name)

@@ -1,13 +1,11 @@
 """Tokens that an atom promotes and demotes at its largest firings, predicted and measured.
 
 One native write norm of the atom is added to the state (scope "cache"), and the logits are read one token
-later. A shift is the mean over the atom's firings, relative to the mean over the vocabulary.
+later. Shifts are relative to the mean over the vocabulary. Kinds:
 
-| kind     | shift of the logits                                                                      |
-|----------|------------------------------------------------------------------------------------------|
-| paper    | prod alpha . <key, q_t> . <W_O value, W_U[token]>: decay alone, the direct path (App. A) |
-| exact    | the derivative of the logits along the exact change of the head: every first-order path  |
-| measured | logits of the edited run minus those of the native run                                   |
+- paper:    prod alpha . <key, q_t> . <W_O value, W_U[token]>, by decay alone and the direct path (App. A);
+- exact:    the derivative of the logits along the exact change of the head, every path to first order;
+- measured: logits of the edited run minus those of the native run.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """The loss of a sparse autoencoder of matrices: without states where the parts allow it, else on states.
 
 With x = (X - mean) / scale, atoms v_i w_i^T, coefficients c and G_ij = (v_i . v_j)(w_i . w_j), the error is
-
-    ||x - sum_i c_i v_i w_i^T||^2 = ||x||^2 - 2 sum_i c_i <v_i w_i^T, x> + c^T G c.
-
-Its mean is the fraction of variance unexplained (FVU), since the mean of ||x||^2 is 1. The dead-atom loss is
-that of Gao et al. 2024 (App. A.2): silent atoms reconstruct the residual. Sparsity rules add terms.
+||x - sum_i c_i v_i w_i^T||^2 = ||x||^2 - 2 sum_i c_i <v_i w_i^T, x> + c^T G c. Its mean is the fraction of
+variance unexplained (FVU). The dead-atom loss is that of Gao et al. 2024, App. A.2.
 """
 
 from __future__ import annotations

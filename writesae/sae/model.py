@@ -1,7 +1,7 @@
 """Sparse autoencoders of matrices: encoding, decoding, and folders on disk or on the Hugging Face Hub.
 
-Data are standardised, x = (X - mean) / scale, so that the mean of ||x||_F^2 is 1. The variants of the paper's
-Table 10 are combinations of an encoder, a decoder (see parts.py) and a sparsity rule (see sparsity.py):
+With x = (X - mean) / scale, of mean ||x||_F^2 = 1, and the parts bilinear + rank1 + topk (the paper's Table
+10),
 
     p_i = enc_key_i^T x enc_value_i + bias_i   c = ReLU(TopK_k(p))   xhat = sum_i c_i dec_key_i dec_value_i^T
 

@@ -1,11 +1,10 @@
 """SAEs that the paper's author published: files best.pt, pickles of a dict with model_state_dict and config.
 
-In their names, for a state X in [d_k, d_v] (which their training code does not centre):
+In their names, for an uncentred state X in [d_k, d_v] and factors [n, rank, d], or [n, d] in older files,
 
     c = ReLU(TopK(sum_r V_enc_ir^T X W_enc_ir + b_enc_i))        Xhat = sum_ir c_i V_dec_ir W_dec_ir^T + bias
 
-with factors [n, rank, d], or [n, d] in older files. Ours subtract a mean first, so mean = bias and our
-encoder bias is b_enc_i + <encoder_i, bias>: the same up to rounding. Their atoms have norms near one.
+Ours subtract a mean first, so mean = bias, and our encoder bias is b_enc_i + <encoder_i, bias>.
 """
 
 from __future__ import annotations

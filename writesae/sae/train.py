@@ -145,7 +145,7 @@ def train(
 
 
 class Tokens(NamedTuple):
-    """An SAE on every token of some windows, in raw units."""
+    """The errors and active atoms of an SAE on some windows, in raw units."""
 
     squared: Tensor  # [N, T] fp64, ||X - Xhat||^2
     energy: Tensor  # [N, T], ||X - mean||^2, with the SAE's mean
@@ -325,10 +325,7 @@ def top_singular_pair(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def top_singular_pairs(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return key [m, rank, d_k] and value [m, rank, d_v] of the top singular pairs of [m, d_k, d_v].
-
-    sum_r key_r value_r^T has unit norm, with the proportions of the singular values.
-    """
+    """Return key [m, rank, d_k] and value [m, rank, d_v] of the top singular pairs, of unit norm in sum."""
     left, size, right = torch.linalg.svd(matrices, full_matrices=False)
     weight = F.normalize(size[:, :rank], dim=-1).sqrt()[..., None]
     return left[:, :, :rank].transpose(1, 2) * weight, right[:, :rank] * weight
