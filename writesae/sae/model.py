@@ -1,11 +1,11 @@
 """Sparse autoencoders of matrices: encoding, decoding, and folders on disk or on the Hugging Face Hub.
 
-With x = (X - mean) / scale, of mean ||x||_F^2 = 1, and the parts bilinear + rank1 + topk (the paper's Table
-10),
+With x = (X - mean) / scale, of mean ||x||_F^2 = 1, and the parts bilinear + rank1 + topk,
 
     p_i = enc_key_i^T x enc_value_i + bias_i   c = ReLU(TopK_k(p))   xhat = sum_i c_i dec_key_i dec_value_i^T
 
-Table 10 has no encoder bias; ours is learnt from zero. Returned coefficients are in raw units, c_i * scale.
+The paper's Table 10 has no encoder bias; ours is learnt from zero. Returned coefficients are in raw units,
+c_i * scale.
 """
 
 from __future__ import annotations
