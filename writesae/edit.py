@@ -1,8 +1,7 @@
 """Exact edits of single writes: rank-1 terms that are added to a cell's state at chosen positions.
 
 A term left_j right_j^T moves on as dS_t = sum_j x_{j,t} right_j^T with x_{j,t} = A_t x_{j,t-1} (the paper's
-Eq. 3, without its approximations), and changes the head's output by dS_t^T q_t. `Host.branch` runs the rest
-of the model.
+Eq. 3, without its approximations), and changes the head's output by dS_t^T q_t.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ class Edit:
     def at(cls, window: int, position: int, key: Vector, value: Vector, scope: str = "write") -> Edit:
         """Return the edit that adds key value^T to the state at one position of one window.
 
-        key [d_k], value [d_v]: tensors, arrays or lists. scope: "write" or "cache". Raises ValueError for
-        others.
+        key [d_k], value [d_v]: tensors, arrays or lists. scope: "write" or "cache", else ValueError.
         """
         key, value = torch.as_tensor(key), torch.as_tensor(value)
         if (key.dim(), value.dim()) != (1, 1):
@@ -71,10 +69,7 @@ class Edit:
 
 
 def make_edit(rows: Tensor, position: Tensor, left: Tensor, right: Tensor, scope: str = "write") -> Edit:
-    """Return an edit whose terms all enter at `position` [R]; rows [R], left [R, r, d_k], right [R, r, d_v].
-
-    Raises ValueError for an unknown scope, and for shapes that do not fit together.
-    """
+    """Return an edit whose terms all enter at `position` [R]; the other arguments are as for `Edit`."""
     if scope not in SCOPES:
         raise ValueError(f"There is no read scope {scope!r}: choose one of {', '.join(SCOPES)}.")
     positions = position[:, None].expand(-1, left.shape[1]) if position.dim() == 1 and left.dim() == 3 else position
@@ -86,8 +81,7 @@ def run_edited(host: Host, windows: Windows | Tensor, edit: Edit, *, layer: int,
     """Return the logits [R, steps, V], fp32, of edited runs from each row's first edited position on.
 
     windows: those to which the edit's rows refer, or their tokens [N, T]; only the edited ones are run.
-    Raises ValueError for places outside the windows, sides of another size than the cell's, and values that
-    are not finite.
+    Raises ValueError for places outside the windows, sides of another size, and values that are not finite.
     """
     run, edit = run_of(host, windows, edit, layer, head)
     return host.logits(edited_hidden(host, run, layer, head, edit, steps))
@@ -105,8 +99,7 @@ def run_of(host: Host, windows: Windows | Tensor, edit: Edit, layer: int, head: 
 
 
 def head_change(factors: Factors, edit: Edit, steps: int) -> tuple[Tensor, Tensor]:
-    """Return the change of the head's output [R, steps, d_v] from each row's start on, and the last key
-    sides.
+    """Return the change of the head's output [R, steps, d_v] from each row's start, and the last key sides.
 
     factors: the cell's, over the run's [B, T]; the key sides are [R, r, d_k]. Raises ValueError for places
     outside the run, sides of another size or dtype than the cell's, and values that are not finite.
@@ -155,9 +148,9 @@ def kl(native: Tensor, patched: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generate(host: Host, run: Run, layer: int, head: int, edit: Edit, count: int) -> tuple[Tensor, Tensor]:
-    """Return greedy continuations [R, count] of edited prompts, and the logits [R, V] of the first new token.
+    """Return greedy continuations [R, count] of edited windows, and the logits [R, V] of the first new token.
 
-    A window is a prompt. Raises ValueError for rows with different starting positions, and a count below 1.
+    Raises ValueError for rows with different starting positions, and a count below 1.
     """
     if count < 1 or not len(edit.rows):
         raise ValueError(f"There is nothing to generate: {count} tokens for {len(edit.rows)} rows were asked for.")

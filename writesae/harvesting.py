@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import overload
 
 import torch
 from torch import Tensor
@@ -17,18 +16,17 @@ from writesae.text import Windows
 Cell = tuple[int, int]  # layer, head
 
 
-@overload
-def harvest(
-    host: Host, windows: Windows | Tensor, *, layer: int, head: int, batch: int = ..., progress: bool = ...
-) -> Factors: ...
-@overload
-def harvest(
-    host: Host, windows: Windows | Tensor, cells: list[Cell], batch: int = ..., progress: bool = ...
-) -> dict[Cell, Factors]: ...
-
-
 @torch.no_grad()
-def harvest(host, windows, cells=None, batch=16, progress=True, *, layer=None, head=None):
+def harvest(
+    host: Host,
+    windows: Windows | Tensor,
+    cells: list[Cell] | None = None,
+    batch: int = 16,
+    progress: bool = True,
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+) -> Factors | dict[Cell, Factors]:
     """Return the factors of one cell, or of several by cell, over windows or their tokens [N, T].
 
     batch: windows per run. The factors are in fp32 on the CPU: key, added and log_decay; effective for scalar

@@ -3,9 +3,8 @@
     X_t = exp(log_decay_t) X_{t-1} + key_t value_t^T      (target "state"; Sec. 2 of the paper; X starts at 0)
     X_t = key_t value_t^T                                 (target "write")
 
-A linear function of X_t obeys a scalar recurrence, p_t = exp(log_decay_t) p_{t-1} + x_t. Within a chunk of L
-tokens it is a product with D_ts = exp(log_decay_{s+1} + ... + log_decay_t), and one row is carried from chunk
-to chunk. Decays are summed in fp64, since differences of long sums lose too many digits in fp32.
+A linear function of X_t is a product with D_ts = exp(log_decay_{s+1} + ... + log_decay_t) within a chunk of
+tokens, and one row is carried from chunk to chunk. Decays are summed in fp64, since long sums are subtracted.
 """
 
 from __future__ import annotations
@@ -51,8 +50,7 @@ class History(TensorFields):
     """N windows of T tokens of one cell, each from a zero state; floating point, fp32 in a harvest.
 
     key [N, T, d_k]; value [N, T, d_v]; log_decay [N, T] (target "state") or None (target "write"). origin:
-    the cell, if known, which an SAE of these data records. Raises ValueError for wrong shapes, mixed dtypes
-    and values not finite.
+    the cell, if known, which an SAE records. Raises ValueError for wrong shapes, dtypes and values.
     """
 
     key: Tensor
@@ -154,10 +152,7 @@ class History(TensorFields):
         return Chunks(key, value, decay_between(total, key.dtype), total.exp().to(key.dtype))
 
     def read(self, left: Tensor, right: Tensor, bf16: bool = False) -> Tensor:
-        """Return left_i^T X_t right_i, [N, T, n], for left [n, d_k], right [n, d_v]; differentiable in both.
-
-        bf16: round the factors, and sum in fp32.
-        """
+        """Return left_i^T X_t right_i, [N, T, n], for left [n, d_k], right [n, d_v]; bf16: rounded."""
         product = _RoundedProduct.apply if bf16 else lambda x, y: x @ y.T
         if self.log_decay is None:
             return product(self.key, left) * product(self.value, right)
@@ -246,10 +241,6 @@ class VectorHistory(History):
             wanted = "key, log_decay, erase [N, T, d_k] and value, taken [N, T, d_v]"
             raise ValueError(f"A history with vector decays needs {wanted}; got {shapes}.")
         self._check_values()
-
-    @property
-    def target(self) -> str:
-        return "state"
 
     def groups(self, windows: int = VECTOR_GROUP) -> Iterator[History]:
         return super().groups(min(windows, VECTOR_GROUP, at_once(self)))

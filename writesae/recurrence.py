@@ -84,13 +84,11 @@ class Factors(TensorFields):
         return self.map(lambda x: x[index])
 
     def write(self, definition: str) -> Tensor:
-        """Return the value side [B, T, d_v] of the native write: "added" or "effective" (minus the erased
-        part).
+        """Return the value side [B, T, d_v] of the native write: "added", or "effective" (minus the erase).
 
-        Raises ValueError for another name, and for an effective write of higher rank or that was not
-        harvested.
+        Raises ValueError for another name, and for an effective write of higher rank or not harvested.
         """
-        values = dict(added=self.added) | ({} if self.effective is None else dict(effective=self.effective))
+        values = {name: x for name, x in self.tensors().items() if name in ("added", "effective")}
         if definition not in values:
             raise ValueError(f"There is no rank-1 write {definition!r}: choose {' or '.join(values)}.")
         return values[definition]
@@ -132,8 +130,7 @@ class Factors(TensorFields):
         if state is None:
             state = self.key.new_zeros(len(self.key), self.key.shape[-1], self.added.shape[-1])
         for t in range(self.key.shape[1]):
-            now, taken = self.at(slice(None), t), None
-            before = state
+            now, before, taken = self.at(slice(None), t), state, None
             state = now.log_decay.exp()[:, :, None] * before + now.key[:, :, None] * now.added[:, None]
             if now.erase is not None:
                 taken = now.probe[:, None] @ before
@@ -188,13 +185,11 @@ def gated_delta_chunks(
     groups: Groups | None = None,
     end: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute the gated delta rule by chunks; return outputs, effective writes u [..., T, d_v] and the last
-    state.
+    """Compute the gated delta rule by chunks; return outputs, effective writes u and the last state.
 
     query, key [..., T, d_k] (keys of unit norm, queries scaled); value [..., T, d_v]; beta, log_decay [...,
     T]. state [..., d_k, d_v]: the initial one; with `groups` the shared ones, [U, H, d_k, d_v]. Without `end`
-    there is no last state. In a chunk, (I + tril(beta_t (k_t . k_s) prod alpha, -1)) u = beta (v - decayed
-    read of the state).
+    there is no last state. (I + tril(beta_t (k_t . k_s) prod alpha, -1)) u = beta (v - read of the state).
     """
     length, d_k, d_v = key.shape[-2], key.shape[-1], value.shape[-1]
     chunk = min(chunk, length)
@@ -236,12 +231,10 @@ def decayed_chunks(
     groups: Groups | None = None,
     end: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute S_t = alpha_t S_{t-1} + key_t added_t^T by chunks; return outputs [B, T, H, d_v] and last
-    state.
+    """Compute S_t = alpha_t S_{t-1} + key_t added_t^T by chunks; return outputs [B, T, H, d_v], last state.
 
     query, key [B, T, H_k, d_k]: each of the H_k serves H / H_k consecutive heads, as columns of one matrix.
-    added [B, T, H, d_v]; log_decay [B, T, H]; state [B, H, d_k, d_v]; groups and end as in
-    `gated_delta_chunks`.
+    added [B, T, H, d_v]; log_decay [B, T, H]; state [B, H, d_k, d_v].
     """
     length, key_heads, d_v = key.shape[1], key.shape[2], added.shape[-1]
     chunk = min(chunk, length)
@@ -282,12 +275,10 @@ def diagonal_chunks(
     groups: Groups | None = None,
     end: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute S_t = diag(exp(log_decay_t)) S_{t-1} + key_t added_t^T by chunks; return outputs and last
-    state.
+    """Compute S_t = diag(exp(log_decay_t)) S_{t-1} + key_t added_t^T by chunks; return outputs, last state.
 
     query, key, log_decay [..., T, d_k]; added [..., T, d_v]; state [..., d_k, d_v], groups, end as in
-    `gated_delta_chunks`. The decays between the tokens of a chunk are computed directly, so no decay is too
-    fast.
+    `gated_delta_chunks`. Decays between tokens of a chunk are computed directly: none is too fast.
     """
     length, d_k, d_v = key.shape[-2], key.shape[-1], added.shape[-1]
     chunk = min(chunk, length)
@@ -334,8 +325,7 @@ def diagonal_delta_chunks(
     Return outputs [..., T, d_v], the last state and the states before each chunk [..., chunks, d_k, d_v].
     query, key, log_decay, erase, probe [..., T, d_k]; added [..., T, d_v]; state, groups, end as in
     `gated_delta_chunks`. With W_t the decay since the chunk began, diag(1/W_t) S_t has no decay, so the reads
-    probe_t^T S_{t-1} solve one unit triangular system per chunk; outputs and next state are affine in the
-    state before the chunk.
+    probe_t^T S_{t-1} solve one unit triangular system per chunk; the rest is affine in the state before.
 
     Raises ValueError where a channel decays below exp(-60) within a chunk, since 1/W is computed (not checked
     under torch.compile). The log decays of RWKV-7 are above -0.61 per token.

@@ -77,10 +77,9 @@ def _stacked(windows: Iterable[Iterable[int]], count: int) -> Iterator[Tensor]:
     stream, length = iter(windows), None
     while part := [torch.as_tensor(window) for window in islice(stream, count)]:
         length = length or len(part[0])
-        for other in map(len, part):
-            if other != length:
-                lengths = f"the first has {length} tokens, another {other}"
-                raise ValueError(f"All windows must have the same length: {lengths}.")
+        if others := {len(window) for window in part} - {length}:
+            lengths = f"the first has {length} tokens, another {others.pop()}"
+            raise ValueError(f"All windows must have the same length: {lengths}.")
         yield torch.stack(part)
 
 
@@ -112,8 +111,7 @@ class ShardedHistory:
     """A cell's history on disk, from which windows are read by index; `train` takes it like a History.
 
     target, write: as for `Factors.history`; limit: only the first windows. Raises ArtifactError for missing
-    or damaged shards; ValueError for an unknown target, a write that was not harvested, and a limit above the
-    number of windows.
+    or damaged shards; ValueError for an unknown target, a write that was not harvested, and too high a limit.
     """
 
     def __init__(self, folder: Path | str, cell: Cell, target: str, write: str = "added", limit: int | None = None):
@@ -137,7 +135,6 @@ class ShardedHistory:
         self.key = first.key[:0]  # for dtype and device
 
     def _manifest(self) -> tuple[str | None, list[dict]]:
-        """Return the host's name, and the shards after a check of their checksums."""
         path = self.place / "shards.json"
         try:
             content = json.loads(path.read_text())

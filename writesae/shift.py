@@ -4,8 +4,6 @@
 - transport:  <x_t, q_t> . <W_O w, W_U[token]>, x_t moved by the host's own transition matrices;
 - exact:      x^T Gamma w, Gamma = sum_s (A_{t0+1}^T ... A_s^T q_s) r_s^T, where r_s is the gradient of the
               logit with respect to the head's output at s: every path to first order, one backward pass.
-
-None of them has fitted parameters.
 """
 
 from __future__ import annotations
@@ -69,8 +67,7 @@ def logit_gradient(
     """Return the gradient [R, steps, d_v] of each row's logit of tokens[r], and the native logits [R, V].
 
     The logit is at the last of `steps` positions from starts[r] on; the gradient is with respect to the
-    head's output at each. Raises ValueError for tokens outside the vocabulary or not one per row, and as
-    `Host.branch`.
+    head's output at each. Raises ValueError for unknown tokens or not one per row, and as `Host.branch`.
     """
     host.check_tokens(tokens)
     if tokens.shape != rows.shape:
@@ -106,8 +103,7 @@ def cache_gamma(factors: Factors, rows: Tensor, t0: Tensor, gradient: Tensor) ->
 
 
 def reads(factors: Factors, rows: Tensor, t0: Tensor, steps: int, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the query at t0 + steps reads of n key sides [n, d_k] at t0, by decay alone and exactly,
-    [R, n].
+    """Return how the query at t0 + steps reads n key sides [n, d_k] at t0: by decay and exactly, [R, n].
 
     Raises ValueError where t0 or t0 + steps is outside the run.
     """

@@ -24,7 +24,7 @@ def best_match(atoms: tuple, others: tuple) -> torch.Tensor:
 
 
 def matches(seeds: dict[int, SAE], seed: int = 0) -> pd.DataFrame:
-    """Return one row per atom and other SAE: `best`, its best |cosine| there, and `chance`, with values permuted."""
+    """Return per atom and other SAE `best`, its largest |cosine| there, and `chance`, after a permutation."""
     tables = []
     for number, other in permutations(seeds, 2):
         atoms, (key, value) = seeds[number].atoms(), seeds[other].atoms()
@@ -36,9 +36,10 @@ def matches(seeds: dict[int, SAE], seed: int = 0) -> pd.DataFrame:
 
 
 def choose_exemplars(alive: pd.DataFrame, counts: dict[str, int], fewest_passages: int) -> pd.DataFrame:
-    """Return per class the counts[class] atoms with the most firings that fire in enough passages (Table 1)."""
+    """Return per class the counts[class] atoms with the most firings, of those in enough passages."""
     able = alive[alive.passages >= fewest_passages]
-    return pd.concat([able[able["class"] == name].nlargest(count, "firings") for name, count in counts.items()])
+    chosen = (able[able["class"] == name].nlargest(count, "firings") for name, count in counts.items())
+    return pd.concat(chosen)
 
 
 def marked(tokenizer, tokens: Sequence[int], position: int, before: int = 14, after: int = 6) -> str:
@@ -76,7 +77,7 @@ def frequent_tokens(tokenizer, windows: Windows, firings: pd.DataFrame, count: i
 
 
 def sides(cell_sae: CellSAE, firings: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per atom: median |cosine| of its key, and of its value, with those of the native writes."""
+    """Return one row per atom: median |cosine| of its key and value with those of the native writes."""
     places, cosines = firings[["window", "position", "atom"]].to_numpy().T, {}
     window, position, atom = map(torch.tensor, places)
     for name, side in zip(("key", "value"), cell_sae.sae.atoms(), strict=True):

@@ -42,7 +42,7 @@ def survey_cells(host: Host, run: Run, first_position: int, layers: Iterable[int
 
 
 def write_ranks(factors) -> tuple[int, int]:
-    """Return the ranks of S_t - A_t S_{t-1} (added) and S_t - diag(decay_t) S_{t-1} (effective) in one window."""
+    """Return the ranks of S_t - A_t S_{t-1} (added) and S_t - diag(decay_t) S_{t-1} (effective)."""
     one = factors.at(slice(0, 1))
     states = step_states(one)[0]
     before, after, now = states[:-1:EVERY], states[1::EVERY], one.at(0, slice(1, None, EVERY))

@@ -27,8 +27,7 @@ class CellSAE:
 
     target, write: its training data. indices, coefficients [N, T, slots]: active atoms. writes: the native
     writes; mean_write [d_k, d_v]: their mean. alive: the atoms that are active anywhere, ascending. flat,
-    states: a flat SAE of the cell and the states that it encodes, for the condition flat_svd of the
-    replacement test.
+    states: a flat SAE and the states that it encodes, for the condition flat_svd.
     """
 
     layer: int
@@ -63,10 +62,7 @@ def encode(sae: SAE, history: History, batch: int = 16) -> Active:
 
 
 def all_firings(active: Active | CellSAE, passage: Tensor, first: int, last: int) -> pd.DataFrame:
-    """Return all firings at positions first <= t < last: window, passage, position, atom, coefficient.
-
-    passage [N]: the passage of each window.
-    """
+    """Return all firings at first <= t < last: window, passage, position, atom, coefficient."""
     coefficient, slot = active.coefficients[:, first:last].max(-1)
     atom = active.indices[:, first:last].gather(-1, slot[..., None])[..., 0]
     window, position = torch.meshgrid(torch.arange(len(atom)), torch.arange(first, last), indexing="ij")
@@ -86,12 +82,10 @@ def find_firings(
     first: int = 0,
     last: int | None = None,
 ) -> pd.DataFrame:
-    """Return all firings of an SAE on a harvested cell: window, passage, position, atom, coefficient (raw
-    units).
+    """Return all firings of an SAE on a harvested cell: window, passage, position, atom, raw coefficient.
 
     cell: harvested over these windows. first, last: only positions first <= t < last. target, write: of the
-    SAE's training data, by default those of its config. Raises ValueError where they are unknown, and for
-    another cell or other windows.
+    SAE's training data, by default those of its config. Raises ValueError if unknown, or for another cell.
     """
     if len(windows) != len(cell.key):
         raise ValueError(f"The cell was harvested over {len(cell.key)} windows, and these are {len(windows)}.")
@@ -137,15 +131,10 @@ class Places(NamedTuple):
 
 
 def draw_in_rounds(firings: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
-    """Return `count` firings, first a random one of every atom, then a second of each, and so on.
-
-    Raises ValueError where there are fewer firings.
-    """
+    """Return `count` firings: a random one of every atom, then a second, ... ValueError for too few."""
     if len(firings) < count:
-        raise ValueError(
-            f"{count} firings are asked for and the held-out windows hold {len(firings)}: ask for fewer, "
-            "or take more windows (data.heldout_windows of a profile)."
-        )
+        hold = f"the held-out windows hold {len(firings)}"
+        raise ValueError(f"{count} firings are asked for and {hold}: ask for fewer, or take more windows.")
     shuffled = firings.sample(frac=1.0, random_state=seed)
     turn = shuffled.groupby("atom").cumcount().to_numpy()
     order = np.argsort(turn, kind="stable")[:count]
@@ -157,10 +146,8 @@ def draw_atoms(firings: pd.DataFrame, count: int, fewest: int, seed: int) -> np.
     counts = firings.groupby("atom").size()
     able = counts.index[counts >= fewest].to_numpy()
     if len(able) < count:
-        raise ValueError(
-            f"{count} atoms are asked for and only {len(able)} are alive with {fewest} or more held-out firings: "
-            "ask for fewer, or take more windows (data.heldout_windows of a profile)."
-        )
+        alive = f"only {len(able)} are alive with {fewest} or more held-out firings"
+        raise ValueError(f"{count} atoms are asked for and {alive}: ask for fewer, or take more windows.")
     return np.sort(np.random.default_rng(seed).choice(able, count, replace=False))
 
 

@@ -1,14 +1,8 @@
-"""Install (the paper's Sec. 4, App. I.6): write a direction at consecutive positions to make the model say a
-token.
+"""Install (the paper's Sec. 4, App. I.6): write a direction at some positions so that the model says a token.
 
-Two directions for a target token, both with the norm m x the native write's norm at each position:
-
-- paper: the native key there, and W_O[head]^T W_U[target], normalised, as value;
-- gamma: the top singular pair of Gamma, the exact first-order influence of a write there on the target's
-  logit at the end of the prompt.
-
-Inclusion: the target is among the greedily chosen tokens. The dose is the smallest magnitude m at which the
-target is the very next token.
+The directions are "paper", the native key with the value W_O[head]^T W_U[target], and "gamma", the top
+singular pair of Gamma, the first-order influence on the target's logit; their norm is m native write norms.
+Inclusion: the target is in the greedy continuation. Dose: the smallest m for which it is the next token.
 """
 
 from __future__ import annotations
@@ -22,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from writesae.edit import Edit, generate, head_change
+from writesae.edit import Edit, edited_hidden, generate
 from writesae.hosts.base import Host, Run
 from writesae.shift import gamma, logit_gradient
 
@@ -31,11 +25,10 @@ DIRECTIONS = ("paper", "gamma")
 
 @dataclass
 class Setting:
-    """Prompts run together, and R trials: for each its prompt, target and the native writes at its positions.
+    """A run of prompts, and R trials: each has a prompt, a target and native writes from `start` on.
 
-    prompt, target, native_rank [R]; label [R]: the target's class; start: first position; gradient [R, steps,
-    d_v]: of the target's logit with respect to the head's output from start on; norms [R, writes]: of the
-    native writes.
+    prompt, target, native_rank [R]; label [R]: the target's class; gradient [R, steps, d_v]: of the target's
+    logit with respect to the head's output from start on; norms [R, writes]: of the native writes.
     """
 
     run: Run
@@ -61,17 +54,17 @@ def ranks(logits: Tensor, tokens: Tensor) -> Tensor:
 def draw_targets(
     logits: Tensor, rank_classes: Mapping[str, tuple[int, int]], per_class: int, seed: int
 ) -> tuple[Tensor, np.ndarray]:
-    """Draw targets [prompts, targets] at random, `per_class` tokens of each class of native ranks (first,
-    last); also return their classes [targets]. Raises ValueError where a class has fewer tokens."""
+    """Draw `per_class` tokens per prompt of each class of native ranks (first, last).
+
+    Return targets [prompts, targets] and classes [targets]. Raises ValueError where a class has fewer tokens.
+    """
     order, generator = logits.argsort(-1, descending=True), np.random.default_rng(seed)
     columns, labels = [], []
     for name, (first, last) in rank_classes.items():
         last = min(last, logits.shape[-1])
         if last - first + 1 < per_class:
-            raise ValueError(
-                f"{per_class} targets are asked for, and the class {name} has {max(0, last - first + 1)} of the "
-                f"{logits.shape[-1]} tokens: ask for fewer targets, or widen the class."
-            )
+            size = f"{max(0, last - first + 1)} of the {logits.shape[-1]} tokens"
+            raise ValueError(f"{per_class} targets are asked for, and the class {name} has {size}: widen the class.")
         drawn = np.stack([generator.choice(np.arange(first, last + 1), per_class, False) for _ in logits])
         columns.append(order.gather(-1, torch.from_numpy(drawn) - 1))
         labels += [name] * per_class
@@ -89,25 +82,20 @@ def setting(
     writes: int,
     write: str = "added",
 ) -> Setting:
-    """Return all trials with `writes` writes from `distance` tokens before the prompts' end on, each prompt
-    with each target.
+    """Return a trial per prompt and target: `writes` writes from `distance` tokens before the end on.
 
     targets [prompts, targets], labels [targets]; write: the definition of the native write. Raises ValueError
-    for targets that are not single tokens, the same number for every prompt, and for writes or a distance
-    that do not fit into the prompt.
+    for targets of another shape, and for writes or a distance that do not fit into the prompt.
     """
-    if targets.dim() != 2 or len(targets) != len(run.tokens):
-        raise ValueError(
-            f"Targets are single tokens, [prompts, targets] with {len(run.tokens)} prompts here; got "
-            f"{list(targets.shape)}."
-        )
+    count, length = run.tokens.shape
+    if targets.dim() != 2 or len(targets) != count:
+        shapes = f"[prompts, targets] with {count} prompts here; got {list(targets.shape)}"
+        raise ValueError(f"Targets are single tokens, {shapes}.")
     host.check_tokens(targets)
-    length = run.tokens.shape[1]
     start = length - distance
     if start < 0:
-        raise ValueError(
-            f"A prompt of {length} tokens has no place {distance} tokens before its end: lower the distance."
-        )
+        problem = f"A prompt of {length} tokens has no place {distance} tokens before its end"
+        raise ValueError(f"{problem}: lower the distance.")
     if writes > distance:
         raise ValueError(f"{writes} writes do not fit in the last {distance} tokens: raise the distance.")
     prompt = torch.arange(len(targets)).repeat_interleave(targets.shape[1])
@@ -122,10 +110,7 @@ def setting(
 
 
 def directions(host: Host, cell: tuple[int, int], trial: Setting, name: str) -> tuple[Tensor, Tensor]:
-    """Return the unit keys [R, writes, d_k] and unit values [R, writes, d_v] of each trial's writes.
-
-    name: one of DIRECTIONS. Raises ValueError for another one.
-    """
+    """Return unit keys [R, writes, d_k] and values [R, writes, d_v]. ValueError for an unknown name."""
     factors, writes = host.factors(trial.run, *cell), trial.norms.shape[1]
     if name == "paper":
         value = F.normalize(host.unembedding()[trial.target] @ host.output_projection(*cell), dim=-1)
@@ -140,25 +125,19 @@ def directions(host: Host, cell: tuple[int, int], trial: Setting, name: str) -> 
 
 
 def write_edit(trial: Setting, key: Tensor, value: Tensor, magnitude: Tensor, pick=slice(None)) -> Edit:
-    """Return the writes of the picked trials as an edit, a row per trial. magnitude [R]: in native write
-    norms. The writing token reads its write."""
-    count = key.shape[1]
-    positions = (trial.start + torch.arange(count)).expand(len(trial.prompt[pick]), -1)
+    """Return the writes of the picked trials as an edit. magnitude [R]: in native write norms."""
+    rows = trial.prompt[pick]
+    positions = (trial.start + torch.arange(key.shape[1])).expand(len(rows), -1)
     size = (trial.norms[pick] * magnitude[:, None])[..., None]
-    reads_write = torch.ones(len(positions), dtype=torch.bool)
-    return Edit(trial.prompt[pick], positions, key[pick], value[pick] * size, reads_write)
+    return Edit(rows, positions, key[pick], value[pick] * size, torch.ones(len(rows), dtype=torch.bool))
 
 
 @torch.no_grad()
 def first_logits(host: Host, cell: tuple[int, int], trial: Setting, edit: Edit, batch_rows: int = 512) -> Tensor:
     """Return the logits [R, V] at the end of the prompt under the edit."""
-    factors, steps = host.factors(trial.run, *cell), trial.run.tokens.shape[1] - trial.start
-    logits = []
-    for piece in edit.split(batch_rows):
-        change, _ = head_change(factors, piece, steps)
-        final, _ = host.branch(trial.run, *cell, piece.rows, piece.starts, change)
-        logits.append(host.logits(final[:, -1]))
-    return torch.cat(logits)
+    steps = trial.run.tokens.shape[1] - trial.start
+    hidden = (edited_hidden(host, trial.run, *cell, piece, steps) for piece in edit.split(batch_rows))
+    return torch.cat([host.logits(final[:, -1]) for final in hidden])
 
 
 def trials(
@@ -171,40 +150,31 @@ def trials(
     new_tokens: int,
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Return one row per trial, direction and magnitude (in native write norms): ranks of the target, and
-    whether it is in the greedy continuation of `new_tokens` tokens. native: the unedited continuations
-    [prompts, new_tokens]."""
-    native_log_p = F.log_softmax(host.logits(trial.run.final[:, -1]), -1)[trial.prompt]
-    native_log_p = native_log_p.gather(-1, trial.target[:, None])[:, 0]
-    rows = []
+    """Return one row per trial, direction and magnitude (in native write norms): ranks, inclusion, lift.
+
+    native: the unedited continuations [prompts, new_tokens].
+    """
+    target, rows = trial.target[:, None], []
+    native_log_p = F.log_softmax(host.logits(trial.run.final[:, -1]), -1)[trial.prompt].gather(-1, target)[:, 0]
+    included_native = (native[trial.prompt] == target).any(1).int().numpy()
     for name in DIRECTIONS:
         key, value = directions(host, cell, trial, name)
         for magnitude in magnitudes:
             edit = write_edit(trial, key, value, torch.full((len(key),), magnitude))
             pieces = [generate(host, trial.run, *cell, piece, new_tokens) for piece in edit.split(batch_rows)]
             tokens, logits = (torch.cat(x) for x in zip(*pieces, strict=True))
-            log_p = F.log_softmax(logits, -1).gather(-1, trial.target[:, None])[:, 0]
-            rows.append(
-                trial.table(
-                    name,
-                    magnitude=magnitude,
-                    native_rank=trial.native_rank.numpy(),
-                    edited_rank=ranks(logits, trial.target).numpy(),
-                    included_native=(native[trial.prompt] == trial.target[:, None]).any(1).int().numpy(),
-                    included_edited=(tokens == trial.target[:, None]).any(1).int().numpy(),
-                    first_step_lift=(log_p - native_log_p).numpy(),
-                )
-            )
+            log_p = F.log_softmax(logits, -1).gather(-1, target)[:, 0]
+            columns = dict(magnitude=magnitude, native_rank=trial.native_rank.numpy())
+            columns |= dict(edited_rank=ranks(logits, trial.target).numpy(), included_native=included_native)
+            columns |= dict(included_edited=(tokens == target).any(1).int().numpy())
+            rows.append(trial.table(name, **columns, first_step_lift=(log_p - native_log_p).numpy()))
     return pd.concat(rows, ignore_index=True)
 
 
 def doses(
     host: Host, cell: tuple[int, int], trial: Setting, *, grid: Sequence[float], bisections: int, batch_rows: int = 512
 ) -> pd.DataFrame:
-    """Return one row per trial and direction: the smallest magnitude at which the target is the next token.
-
-    It is the first success on the grid, refined by bisection towards the grid point below; infinite for none.
-    """
+    """Return one row per trial and direction: its dose on the grid, refined by bisection, or infinity."""
     rows = []
     for name in DIRECTIONS:
         key, value = directions(host, cell, trial, name)
@@ -214,10 +184,10 @@ def doses(
             return logits.argmax(-1) == trial.target[pick]
 
         low, high = torch.zeros(len(key)), torch.full((len(key),), torch.inf)
-        for dose in grid:
+        for dose in map(float, grid):
             waiting = torch.nonzero(high.isinf())[:, 0]
-            won = succeeds(waiting, torch.full((len(waiting),), float(dose))) if len(waiting) else waiting.bool()
-            high[waiting[won]], low[waiting[~won]] = float(dose), float(dose)
+            won = succeeds(waiting, torch.full((len(waiting),), dose)) if len(waiting) else waiting.bool()
+            high[waiting[won]] = low[waiting[~won]] = dose
         reached = torch.nonzero(high.isfinite())[:, 0]
         for _ in range(bisections if len(reached) else 0):
             middle = (low[reached] + high[reached]) / 2
@@ -230,9 +200,7 @@ def doses(
 @torch.no_grad()
 def native_continuations(host: Host, run: Run, new_tokens: int) -> Tensor:
     """Return the unedited greedy continuations [prompts, new_tokens]."""
-    length = run.tokens.shape[1]
-    rows = torch.arange(len(run.tokens))
-    ends = torch.full_like(rows, length)
-    pasts = [host.past_at(record, rows, ends) for record in run.records]
-    first = host.logits(run.final[:, -1]).argmax(-1)
-    return host.decode(pasts, first, length, new_tokens - 1)
+    count, length = run.tokens.shape
+    ends = torch.full((count,), length)
+    pasts = [host.past_at(record, torch.arange(count), ends) for record in run.records]
+    return host.decode(pasts, host.logits(run.final[:, -1]).argmax(-1), length, new_tokens - 1)

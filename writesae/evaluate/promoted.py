@@ -1,18 +1,11 @@
-"""Tokens that an atom promotes and demotes, predicted and measured, at the firings with its largest
-coefficients.
+"""Tokens that an atom promotes and demotes at its largest firings, predicted and measured.
 
-One native write norm of the atom is added to the state at such a firing, and the logits of the whole
-vocabulary are read one token later (only later tokens read the edit). The shift of a token is the mean over
-the atom's firings.
+One native write norm of the atom is added to the state (scope "cache"), and the logits are read one token
+later. Shifts are relative to the mean over the vocabulary. Kinds:
 
-| kind     | shift of the logits                                                                          |
-|----------|----------------------------------------------------------------------------------------------|
-| paper    | prod alpha . <key, q_t> . <W_O value, W_U[token]>: the decay alone, the direct path (App. A) |
-| exact    | the true first-order path: the derivative of the logits along the exact change of the head   |
-| measured | no prediction: logits of the edited run minus those of the native run                        |
-
-A constant added to all logits changes no probability, so every shift is relative to the mean over the
-vocabulary.
+- paper:    prod alpha . <key, q_t> . <W_O value, W_U[token]>, by decay alone and the direct path (App. A);
+- exact:    the derivative of the logits along the exact change of the head, every path to first order;
+- measured: logits of the edited run minus those of the native run.
 """
 
 from __future__ import annotations
@@ -36,8 +29,7 @@ def token_shifts(
 ) -> dict[str, torch.Tensor]:
     """Return the shifts of all tokens at R firings: kind -> [R, vocabulary].
 
-    rows, position [R], int64: where the firings are in the run; key [R, d_k], value [R, d_v]: the unit atom
-    that is added.
+    rows, position [R] int64: places in the run; key [R, d_k], value [R, d_v]: the unit atoms.
     """
     factors = host.factors(run, *cell)
     norm = factors.key[rows, position].norm(dim=-1) * factors.write(write)[rows, position].norm(dim=-1)
@@ -60,11 +52,9 @@ def token_shifts(
 def mean_shifts(
     host: Host, windows: Windows, saes: list[tuple[tuple, SAE, pd.DataFrame]], write: str, batch: int
 ) -> list[dict[str, torch.Tensor]]:
-    """Return for each SAE the mean shifts of its atoms, kind -> [n_atoms, vocabulary]; 0 for atoms without a
-    firing.
+    """Return per SAE the mean shifts of its atoms, kind -> [n_atoms, vocabulary]; 0 for atoms without firing.
 
-    saes: (cell, SAE, its firings: window, position, atom). Windows with a firing are run `batch` at a time,
-    once for all SAEs.
+    saes: (cell, SAE, its firings: window, position, atom). batch: windows per run, which all SAEs share.
     """
     sums = [{kind: torch.zeros(sae.n_atoms, host.vocabulary) for kind in KINDS} for _, sae, _ in saes]
     needed = np.unique(np.concatenate([firings.window for _, _, firings in saes]))
@@ -88,11 +78,9 @@ def mean_shifts(
 
 
 def top_tokens(shifts: dict[str, torch.Tensor], firings: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Return one row per (atom, kind, promoted or demoted, rank): token, mean shift (logit units), n firings,
-    and r2.
+    """Return one row per (atom, kind, promoted or demoted, rank): token, mean shift, n firings, r2.
 
-    shifts: those of one SAE from `mean_shifts`. r2: of the kind's shifts of the whole vocabulary as
-    predictions of the measured ones; missing for `measured`.
+    shifts: of one SAE, from `mean_shifts`. r2: of the kind as a prediction of `measured`.
     """
     atoms, n = np.unique(firings.atom, return_counts=True)
     measured, tables = shifts["measured"][atoms], []

@@ -1,31 +1,28 @@
-"""The replacement test (the paper's Sec. 3.2, Table 2): take out a native write, put something in, compare
-the output.
+"""The replacement test (the paper's Sec. 3.2, Table 2): replace a native write, and compare the outputs.
 
-Per firing, amplitude and read scope the table has the KL(native, patched) in nats of the next token's
-distribution, and for each condition the loss on the token after it; of the native run, deletion and atom also
-the top token:
+Per firing, amplitude and read scope the table has, for each condition, the KL(native, patched) in nats of the
+next token's distribution and the loss on the token after it; for native, delete and atom also the top token:
 
-| condition       | put in the place of the write                                                          |
-|-----------------|----------------------------------------------------------------------------------------|
-| delete          | nothing                                                                                |
-| atom            | the firing's atom                                                                      |
-| random          | another alive atom                                                                     |
-| reconstruction  | the SAE's whole reconstruction: all active atoms; plus the mean for write-trained SAEs |
-| mean_write      | the cell's mean write                                                                  |
-| resampled       | the native write of another position                                                   |
-| native_rescaled | the native write itself, at the atom's norm                                            |
-| flat_svd        | the top singular pair of a flat SAE's reconstruction of the state (App. F.4)           |
-| whole_atom      | the firing's atom itself, where its rank is above 1 (only on request)                  |
+| condition       | replaces the native write                                                             |
+|-----------------|---------------------------------------------------------------------------------------|
+| delete          | nothing                                                                               |
+| atom            | the firing's atom (for a higher rank, its top singular pair)                          |
+| random          | another alive atom                                                                    |
+| reconstruction  | the SAE's reconstruction: all active atoms, plus the mean for SAEs of writes          |
+| mean_write      | the cell's mean write                                                                 |
+| resampled       | the native write of another position                                                  |
+| native_rescaled | the native write itself, at the atom's norm                                           |
+| flat_svd        | the top singular pair of a flat SAE's reconstruction of the state (App. F.4)          |
+| whole_atom      | the firing's atom itself, where its rank is above 1 (only on request)                 |
 
-For an atom of a higher rank "atom" is its top singular pair. amplitude "coefficient": the atom and its
-controls have the atom's coefficient as their norm, and the reconstruction keeps its own; "matched_norm": all
-have the Frobenius norm of the native write.
+At the amplitude "coefficient" the norm is the atom's coefficient, and the reconstruction keeps its own; at
+"matched_norm" it is the Frobenius norm of the native write.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from itertools import product
 
 import pandas as pd
 import torch
@@ -64,9 +61,9 @@ def full_rank(matrices: Tensor) -> Terms:
 
 
 def replacements(cell_sae: CellSAE, places: Places, factors: Factors, seed: int) -> dict[str, Terms]:
-    """Return what each condition but delete puts in, of unit norm; the reconstruction is in its own norm.
+    """Return the replacements of all conditions but delete, of unit norm; the reconstruction keeps its own.
 
-    factors: those of the cell over the run. Random draws depend only on the seed and the firing.
+    factors: of the cell over the run. Random draws depend only on the seed and the firing.
     """
     window, position, atom = places.window, places.position, places.atom
     key, value = cell_sae.sae.atoms()
@@ -96,24 +93,22 @@ def replacements(cell_sae: CellSAE, places: Places, factors: Factors, seed: int)
 
 
 def reconstruction(cell_sae: CellSAE, window: Tensor, position: Tensor) -> Tensor:
-    """Return [n, d_k, d_v]: all active atoms at their coefficients, plus the mean write for a write-trained
-    SAE."""
-    active = cell_sae.indices[window, position], cell_sae.coefficients[window, position]
-    decoded = cell_sae.sae.decode(*active)
+    """Return the sum of all active atoms [n, d_k, d_v], plus the mean for an SAE of writes."""
+    decoded = cell_sae.sae.decode(cell_sae.indices[window, position], cell_sae.coefficients[window, position])
     return decoded if cell_sae.target == "write" else decoded - cell_sae.sae.mean
 
 
 def side_by_side(put_in: dict[str, Terms], names: Sequence[str], scales: dict[str, Tensor]) -> Terms:
-    """Return conditions of the same rank, scaled to their norms: left, right [n, conditions, r, d]."""
+    """Return conditions of the same rank at their norms: left, right [n, conditions, r, d]."""
     left = torch.stack([put_in[name][0] for name in names], 1)
     right = torch.stack([put_in[name][1] * scales[name][:, None, None] for name in names], 1)
     return left, right
 
 
 def changes(factors: Factors, places: Places, take_out: Terms, put_in: Terms, scope: str) -> Tensor:
-    """Return the head's change [n, conditions, STEPS, d_v] where each condition replaces the native write.
+    """Return the head's change [n, conditions, STEPS, d_v] under each condition.
 
-    take_out: minus the native write; put_in: terms [n, conditions, r, d], as `side_by_side` gives them.
+    take_out: minus the native write; put_in: terms [n, conditions, r, d] from `side_by_side`.
     """
     n, count = put_in[0].shape[:2]
     left, right = (
@@ -126,19 +121,10 @@ def changes(factors: Factors, places: Places, take_out: Terms, put_in: Terms, sc
 
 
 def patched_logits(host: Host, run: Run, cell_sae: CellSAE, places: Places, change: Tensor) -> Tensor:
-    """Return the logits [n, conditions, V] after the last step, under each change [n, conditions, steps,
-    d_v]."""
+    """Return the logits [n, conditions, V] after the last step of each change [n, conditions, steps, d_v]."""
     rows, position = (x.repeat_interleave(change.shape[1]) for x in (places.row, places.position))
     hidden, _ = host.branch(run, cell_sae.layer, cell_sae.head, rows, position, change.flatten(0, 1))
     return host.logits(hidden[:, -1]).unflatten(0, change.shape[:2])
-
-
-class _Outcome(NamedTuple):
-    """Logits of the next token, native [n, V] and patched [n, labels, V], and the token [n] after it."""
-
-    native: Tensor
-    patched: Tensor
-    following: Tensor
 
 
 @torch.no_grad()
@@ -155,13 +141,11 @@ def replace(
 ) -> pd.DataFrame:
     """Return one row per firing, amplitude and read scope, in the order scope, amplitude, firing.
 
-    places: where the firings are in the run, with two tokens after each. nll_ columns: the loss on the second
-    of them.
+    places: where the firings are in the run, each with two tokens after it.
     """
-    if cell_sae.flat is None:
-        conditions = tuple(name for name in conditions if name != "flat_svd")
-    if isinstance(cell_sae.sae.decoder, RankOneDecoder):
-        conditions = tuple(name for name in conditions if name != "whole_atom")
+    whole = not isinstance(cell_sae.sae.decoder, RankOneDecoder)
+    available = dict(flat_svd=cell_sae.flat is not None, whole_atom=whole)
+    conditions = [name for name in conditions if available.get(name, True)]
     size = max(1, batch_rows // (len(scopes) * len(AMPLITUDES) * len(conditions)))
     factors = host.factors(run, cell_sae.layer, cell_sae.head)
     tables = []
@@ -170,23 +154,20 @@ def replace(
         put_in = replacements(cell_sae, some, factors, seed)
         native = factors.at(some.row, some.position)
         labels, change = _head_changes(factors, native, cell_sae, some, put_in, conditions, scopes)
-        outcome = _Outcome(
-            host.logits(run.final[some.row, some.position + 1]),
-            patched_logits(host, run, cell_sae, some, change),
-            run.tokens[some.row, some.position + STEPS],
-        )
-        shared = firings.iloc[part].assign(**_native_columns(native, cell_sae.write, put_in, outcome))
-        tables += _tables(shared, labels, outcome, scopes)
-    where = dict(host=host.name, layer=cell_sae.layer, head=cell_sae.head, target=cell_sae.target, write=cell_sae.write)
-    return pd.concat(tables, ignore_index=True).assign(**where)
+        logits = host.logits(run.final[some.row, some.position + 1])
+        patched = patched_logits(host, run, cell_sae, some, change)
+        following = run.tokens[some.row, some.position + STEPS]
+        columns = _native_columns(native, cell_sae.write, put_in["atom"], logits, following)
+        tables += _tables(firings.iloc[part].assign(**columns), labels, logits, patched, following)
+    where = {name: getattr(cell_sae, name) for name in ("layer", "head", "target", "write")}
+    return pd.concat(tables, ignore_index=True).assign(host=host.name, **where)
 
 
 def _head_changes(factors, native, cell_sae, places, put_in, conditions, scopes) -> tuple[list[tuple], Tensor]:
-    """Return labels (scope, amplitude or "", condition), and the head's change [n, labels, STEPS, d_v] for
-    each."""
+    """Return labels (scope, amplitude or "", condition), and the head's change [n, labels, STEPS, d_v]."""
     key, write = native.key, native.write(cell_sae.write)
     norms = dict(coefficient=places.coefficient.float(), matched_norm=key.norm(dim=-1) * write.norm(dim=-1))
-    own_norm = put_in["reconstruction"][1].flatten(1).norm(dim=1)
+    size = put_in["reconstruction"][1].flatten(1).norm(dim=1)
     take_out = key[:, None], -write[:, None]
     nothing = torch.zeros_like(key)[:, None, None], torch.zeros_like(write)[:, None, None]
     labels, parts = [], []
@@ -196,45 +177,44 @@ def _head_changes(factors, native, cell_sae, places, put_in, conditions, scopes)
         for amplitude in AMPLITUDES:
             scales = dict.fromkeys(conditions, norms[amplitude])
             matched = amplitude == "matched_norm"
-            scales["reconstruction"] = norms[amplitude] / own_norm if matched else torch.ones_like(own_norm)
+            scales["reconstruction"] = norms[amplitude] / size if matched else torch.ones_like(size)
             for group in RANKS:
-                names = [name for name in conditions if name in group]
-                if names:
+                if names := [name for name in conditions if name in group]:
                     labels += [(scope, amplitude, name) for name in names]
                     terms = side_by_side(put_in, names, scales)
                     parts.append(changes(factors, places, take_out, terms, scope))
     return labels, torch.cat(parts, 1)
 
 
-def _native_columns(native: Factors, write: str, put_in: dict[str, Terms], outcome: _Outcome) -> dict:
-    """Return the columns that a firing's rows share: the native write's norm and cosine, the native output."""
+def _native_columns(native: Factors, write: str, atom: Terms, logits: Tensor, following: Tensor) -> dict:
+    """Return the columns of a firing's native write and native output."""
     key, value = native.key, native.write(write)
-    atom_key, atom_value = (x[:, 0] for x in put_in["atom"])
+    atom_key, atom_value = (x[:, 0] for x in atom)
     cosine = (atom_key * F.normalize(key, dim=-1)).sum(-1) * (atom_value * F.normalize(value, dim=-1)).sum(-1)
     return dict(
         native_norm=(key.norm(dim=-1) * value.norm(dim=-1)).numpy(),
         cosine=cosine.numpy(),
-        top1_native=outcome.native.argmax(-1).numpy(),
-        nll_native=F.cross_entropy(outcome.native, outcome.following, reduction="none").numpy(),
+        top1_native=logits.argmax(-1).numpy(),
+        nll_native=F.cross_entropy(logits, following, reduction="none").numpy(),
     )
 
 
-def _tables(shared: pd.DataFrame, labels: list[tuple], outcome: _Outcome, scopes) -> list[pd.DataFrame]:
+def _tables(shared: pd.DataFrame, labels: list[tuple], native: Tensor, patched: Tensor, following: Tensor) -> list:
     """Return a table per scope and amplitude: the shared columns, and KL and loss of every condition."""
-    divergence, top = kl(outcome.native[:, None], outcome.patched), outcome.patched.argmax(-1)
-    following = outcome.following.repeat_interleave(len(labels))
-    loss = F.cross_entropy(outcome.patched.flatten(0, 1), following, reduction="none").view(-1, len(labels))
+    divergence, top = kl(native[:, None], patched), patched.argmax(-1)
+    following = following.repeat_interleave(len(labels))
+    loss = F.cross_entropy(patched.flatten(0, 1), following, reduction="none").view(-1, len(labels))
     tables = []
-    for scope in scopes:
-        for amplitude in AMPLITUDES:
-            table = shared.assign(amplitude=amplitude, read=scope)
-            for column, (label_scope, label_amplitude, name) in enumerate(labels):
-                if label_scope == scope and label_amplitude in ("", amplitude):
-                    table[f"kl_{name}"] = divergence[:, column].numpy()
-                    table[f"nll_{name}"] = loss[:, column].numpy()
-                    if name in ("delete", "atom"):
-                        table[f"top1_{name}"] = top[:, column].numpy()
-            tables.append(table)
+    for scope, amplitude in product(dict.fromkeys(label[0] for label in labels), AMPLITUDES):
+        table = shared.assign(amplitude=amplitude, read=scope)
+        for column, label in enumerate(labels):
+            if label[:2] in ((scope, ""), (scope, amplitude)):
+                name = label[2]
+                table[f"kl_{name}"] = divergence[:, column].numpy()
+                table[f"nll_{name}"] = loss[:, column].numpy()
+                if name in ("delete", "atom"):
+                    table[f"top1_{name}"] = top[:, column].numpy()
+        tables.append(table)
     return tables
 
 
@@ -248,10 +228,10 @@ def measure_group(
     measure: Callable[..., pd.DataFrame] = replace,
     **options,
 ) -> pd.DataFrame:
-    """Return `measure` of the drawn firings in `size` windows from `start` on, with one native run for all."""
+    """Return `measure` of the firings in `size` windows from `start` on, with one native run for all."""
     tables, run = [], None
     for cell_sae, firings in drawn:
-        part = firings[(firings.window >= start) & (firings.window < start + size)]
+        part = firings[firings.window.between(start, start + size, inclusive="left")]
         if len(part):
             run = run or host.run(windows[slice(start, start + size)].tokens)
             places = Places.of(part, part.window.to_numpy() - start)
@@ -278,15 +258,12 @@ def replace_writes(
     """Replace the native write at each firing, and return one row per firing, amplitude and read scope.
 
     Columns: the firing, and `kl_CONDITION` (nats), `nll_CONDITION`, ... as described above. firings: rows of
-    `find_firings` on these windows. Each takes some dozen edited runs of two tokens; those without two tokens
-    after them are left out. Cell, target and write are by default those in the SAE's config. `batch` windows
-    are run at once, and `batch_rows` edited rows.
+    `find_firings` on these windows; those without two tokens after them are left out. Cell, target and write
+    are by default those in the SAE's config. batch, batch_rows: windows and edited rows per run.
 
-    Raises ValueError for a cell or target that is not known, an unknown condition or scope, and where no
-    firing is left.
+    Raises ValueError for an unknown cell, target, condition or scope, and where no firing is left.
     """
-    config = getattr(sae, "config", None)
-    cell = tuple(getattr(config, name, None) if x is None else x for name, x in (("layer", layer), ("head", head)))
+    cell = sae.config.layer if layer is None else layer, sae.config.head if head is None else head
     if None in cell:
         raise ValueError("This SAE does not say which cell it is of: pass layer and head.")
     unknown = [name for name in (*conditions, *scopes) if name not in (*CONDITIONS, "whole_atom", *SCOPES)]

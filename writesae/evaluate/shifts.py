@@ -1,8 +1,7 @@
 """The closed-form logit shift (the paper's Sec. 2, App. A): predicted and measured shifts of a token's logit.
 
-Per prompt, eps native write norms of each atom are added to the state at a position t0, and the logits of the
-native top-1 token and of some further ranks are read `horizon` tokens later. Three of the four predictors fit
-nothing; `paper_fitted` fits one scalar over the eps per (prompt, atom, token), as the paper does in App. A.
+Per prompt, eps native write norms of each atom are added to the state at t0, and logits are read `horizon`
+tokens later. `paper_fitted` fits one scalar over the eps per (prompt, atom, token); the others fit nothing.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ PREDICTORS = ("paper", "paper_fitted", "transport", "exact")
 def draw_positions(count: int, first: int, last: int, seed: int) -> Tensor:
     """Draw [count] positions with first <= t0 < last from the seed alone. ValueError where there are none."""
     if first >= last:
-        raise ValueError(
-            f"There is no position from {first} on and before {last}: take longer prompts, or a smaller horizon."
-        )
+        problem = f"There is no position from {first} on and before {last}"
+        raise ValueError(f"{problem}: take longer prompts, or a smaller horizon.")
     return torch.tensor(np.random.default_rng(seed).integers(first, last, count))
 
 
@@ -47,12 +45,10 @@ def measure_shifts(
     write: str = "added",
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Return one row per (prompt, atom, eps, native rank of the token): the measured shift of the token's
-    logit, and what paper, transport and exact predict for it.
+    """Return one row per (prompt, atom, eps, native rank of the token): measured and predicted shifts.
 
-    key [n, d_k], value [n, d_v]: unit atoms. windows [B, T] are run together; t0 [B]: where the atom is
-    added; only later tokens read it. eps: in norms of the native write of that definition. ranks: 1 is the
-    native top token.
+    windows [B, T] are run together; t0 [B]: where the atom is added (scope "cache"). key [n, d_k], value [n,
+    d_v]: unit atoms. eps: in norms of the native write. ranks: 1 is the native top token.
     """
     run, rows = host.run(windows.tokens), torch.arange(len(windows))
     factors = host.factors(run, *cell)
@@ -74,7 +70,7 @@ def measure_shifts(
 
 
 def _predicted(host, run, factors, cell, rows, t0, horizon, key, value, tokens) -> dict[str, Tensor]:
-    """Return what each formula predicts for unit atoms, [B, n, ranks]."""
+    """Return the predictions for unit atoms, [B, n, ranks]."""
     with torch.no_grad():
         by_decay, by_transport = reads(factors, rows, t0, horizon, key)
     unit = dict(paper=[], transport=[], exact=[])  # of each rank [B, n]
@@ -90,8 +86,7 @@ def _predicted(host, run, factors, cell, rows, t0, horizon, key, value, tokens) 
 
 @torch.no_grad()
 def _head_changes(factors, rows, t0, horizon, key, value, amount) -> Tensor:
-    """Return the head's change [B, n, eps, horizon, d_v]. It is computed once per atom and scaled by eps,
-    which is exact: the cell's own recurrence is linear in the edit."""
+    """Return the head's change [B, n, eps, horizon, d_v], which is linear in eps."""
     n, count = len(key), amount.shape[-1]
     places = rows.repeat_interleave(n), t0.repeat_interleave(n)
     sides = key.repeat(len(rows), 1)[:, None], value.repeat(len(rows), 1)[:, None]
@@ -102,7 +97,7 @@ def _head_changes(factors, rows, t0, horizon, key, value, amount) -> Tensor:
 
 @torch.no_grad()
 def _measured(host, run, cell, rows, t0, changes, tokens, native, batch_rows) -> Tensor:
-    """Return the shifts [B, n, eps, ranks] of tokens [B, ranks] from edited runs, `batch_rows` at once."""
+    """Return the shifts [B, n, eps, ranks] of tokens [B, ranks] in edited runs."""
     repeat = changes.shape[1] * changes.shape[2]
     row, start = (x.repeat_interleave(repeat) for x in (rows, t0 + 1))
     change, shifts = changes.flatten(0, 2), []

@@ -1,13 +1,8 @@
 """The loss of a sparse autoencoder of matrices: without states where the parts allow it, else on states.
 
-With x = (X - mean) / scale, atoms v_i w_i^T, coefficients c and G_ij = (v_i . v_j)(w_i . w_j), the squared
-error is
-
-    ||x - sum_i c_i v_i w_i^T||^2 = ||x||^2 - 2 sum_i c_i <v_i w_i^T, x> + c^T G c.
-
-Its mean is the fraction of variance unexplained (FVU), since the mean of ||x||^2 is 1. The dead-atom loss is
-that of Gao et al. 2024 (App. A.2): silent atoms reconstruct the residual. Sparsity rules add terms
-(writesae.sae.sparsity).
+With x = (X - mean) / scale, atoms v_i w_i^T, coefficients c and G_ij = (v_i . v_j)(w_i . w_j), the error is
+||x - sum_i c_i v_i w_i^T||^2 = ||x||^2 - 2 sum_i c_i <v_i w_i^T, x> + c^T G c. Its mean is the fraction of
+variance unexplained (FVU). The dead-atom loss is that of Gao et al. 2024, App. A.2.
 """
 
 from __future__ import annotations
@@ -54,8 +49,7 @@ def factored_loss(
 ) -> Loss:
     """Return the loss of a bilinear or tied + rank-1 SAE on every token, without states.
 
-    energy [N, T]: history.energy(sae.mean), in raw units; dead [D] int64: silent atoms; bf16: as in
-    History.read.
+    energy [N, T]: history.energy(sae.mean), in raw units; dead [D]: silent atoms; bf16: as in History.read.
     """
     encoder, decoder = sae.encoder, sae.decoder
     pre = sae.overlaps(encoder, history, encoder.bias, bf16)
@@ -102,10 +96,7 @@ def _quadratic(key: Tensor, value: Tensor, indices: Tensor, coefficients: Tensor
 
 
 class _Quadratic(torch.autograd.Function):
-    """c^T ((K K^T) * (V V^T)) c for c [B, k], K [B, k, d_k], V [B, k, d_v] -> [B].
-
-    The products are symmetric, so each gradient takes one matrix product instead of two.
-    """
+    """c^T ((K K^T) * (V V^T)) c, [B], for c [B, k], K [B, k, d_k], V [B, k, d_v]; symmetric."""
 
     @staticmethod
     def forward(ctx, c: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,13 +1,11 @@
 """Sparse autoencoders of matrices: encoding, decoding, and folders on disk or on the Hugging Face Hub.
 
-Data are standardised, x = (X - mean) / scale, so that the mean of ||x||_F^2 is 1. The variants of the paper's
-Table 10 are combinations of an encoder and a decoder (writesae.sae.parts) and a sparsity rule
-(writesae.sae.sparsity):
+With x = (X - mean) / scale, of mean ||x||_F^2 = 1, and the parts bilinear + rank1 + topk,
 
     p_i = enc_key_i^T x enc_value_i + bias_i   c = ReLU(TopK_k(p))   xhat = sum_i c_i dec_key_i dec_value_i^T
 
-Table 10 has no encoder bias; ours is learnt from zero. The SAE returns coefficients in raw units, c_i *
-scale.
+The paper's Table 10 has no encoder bias; ours is learnt from zero. Returned coefficients are in raw units,
+c_i * scale.
 """
 
 from __future__ import annotations
@@ -54,8 +52,7 @@ indices, coefficients = sae.encode(matrices)  # matrices: [..., {d_k}, {d_v}]
 class SAE(nn.Module):
     """A sparse autoencoder of [d_k, d_v] matrices; buffers mean [d_k, d_v] and scale (a scalar), fp32.
 
-    `config` describes it and, if known, its training data. A new SAE has random weights and is in evaluation
-    mode.
+    `config` describes it and, if known, its training data. A new SAE is in evaluation mode.
     """
 
     def __init__(self, architecture: Architecture, d_k: int, d_v: int) -> None:
@@ -76,7 +73,7 @@ class SAE(nn.Module):
         return self.encoder.factored and isinstance(self.decoder, RankOneDecoder)
 
     def normalise(self) -> None:
-        """Apply the norm constraints of Table 10 to both parts."""
+        """Apply the norm constraints of Table 10."""
         self.encoder.normalise()
         self.decoder.normalise()
 
@@ -142,8 +139,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, indices: Tensor, coefficients: Tensor) -> Tensor:
-        """Return the reconstruction [..., d_k, d_v], mean included, from indices and coefficients [...,
-        slots].
+        """Return the reconstruction [..., d_k, d_v], mean included, of active atoms [..., slots].
 
         Raises ValueError for different shapes, and for indices without an atom.
         """

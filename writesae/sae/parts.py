@@ -84,10 +84,6 @@ class _Encoder:
         """Return <weight_i, x> + bias_i, [..., n], for x [..., d_k, d_v]."""
         return F.linear(x.flatten(-2), self.weight().flatten(1), self.bias)
 
-    @torch.no_grad()
-    def clear_bias(self, rows: Tensor) -> None:
-        self.bias[rows] = 0
-
 
 class BilinearEncoder(_Encoder, _RankOne):
     """The paper's matched filter."""

@@ -1,12 +1,10 @@
 """SAEs that the paper's author published: files best.pt, pickles of a dict with model_state_dict and config.
 
-In their names, for a state X in [d_k, d_v] (which their training code does not centre):
+In their names, for an uncentred state X in [d_k, d_v] and factors [n, rank, d], or [n, d] in older files,
 
     c = ReLU(TopK(sum_r V_enc_ir^T X W_enc_ir + b_enc_i))        Xhat = sum_ir c_i V_dec_ir W_dec_ir^T + bias
 
-with factors [n, rank, d], or [n, d] in older files. Ours subtract a mean first, so mean = bias and our
-encoder bias is b_enc_i + <encoder_i, bias>: the same function up to rounding. Their atoms differ from unit
-norm by some per cent.
+Ours subtract a mean first, so mean = bias, and our encoder bias is b_enc_i + <encoder_i, bias>.
 """
 
 from __future__ import annotations
@@ -55,15 +53,15 @@ def load_authors_sae(path: Path | str, host: str, *, transposed: bool = False, *
     if given:
         raise ValueError(f"{', '.join(given)} is not needed: a file of the author may lack {', '.join(fields)}.")
     per_atom = "encoder.weight" if encoder == "dense" else "b_enc"
-    n = len(state[per_atom]) if state[per_atom].ndim else 0
+    n, *_ = *state[per_atom].shape, 0
     if not n:
         raise ValueError(f"{path} has no atoms: its {per_atom} is of shape {list(state[per_atom].shape)}.")
     if config.get("n_features") not in (None, n):
         raise ValueError(f"The config of {path} says n_features = {config['n_features']}, its tensors have {n}.")
     tensors = _tensors(path, state, kind, (n, fields[d_1], fields[d_2]), transposed)
-    parts = dict(encoder=encoder, decoder=decoder, n_atoms=n)
+    fields |= dict(host=host, target="state", write="added", encoder=encoder, decoder=decoder, n_atoms=n)
     try:
-        ours = SAEConfig(host=host, target="state", write="added", **fields, **parts)
+        ours = SAEConfig(**fields)
     except ValidationError as error:
         raise ValueError(f"{path} is no SAE: {first_problem(error)}.") from error
     sae = SAE(ours, ours.d_k, ours.d_v)

@@ -7,9 +7,8 @@
 | jumprelu   | those above a learnt threshold per atom                          | Rajamanoharan et al. 2024b |
 | gated      | those whose gate is open; a rescaled copy gives the coefficient  | Rajamanoharan et al. 2024a |
 
-All have k active atoms per token on average, so that they are compared at one sparsity (the paper's JumpReLU
-has 1,142 of 2,048). Pre-activations and thresholds are in scaled units; only positive ones make an atom
-active. A rule adapts to every batch in training mode and is fixed in evaluation mode.
+All have k active atoms per token on average (the paper's JumpReLU has 1,142 of 2,048). Pre-activations are in
+scaled units; only positive ones make an atom active. Rules adapt to the batches in training mode only.
 """
 
 from __future__ import annotations
@@ -150,8 +149,7 @@ class JumpReLU(Activation):
 class Gated(Activation):
     """exp(log_scale) (pre - bias) + offset where the gate pre > 0, after ReLU.
 
-    The gate learns from reconstruction and an L1 term, whose weight adapts until k atoms per token are
-    active.
+    The gate learns from reconstruction and an L1 term, whose weight adapts to k atoms per token.
     """
 
     def __init__(self, n_atoms: int, k: int) -> None:

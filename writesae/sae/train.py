@@ -109,8 +109,7 @@ def train(
     checkpoint: Path | str | None = None,
     validation: History | None = None,
 ) -> tuple[SAE, TrainingRecord]:
-    """Train an SAE on every X_t of `history` (a History or a ShardedHistory). The same seed gives the same
-    bits.
+    """Train an SAE on every X_t of `history`, in memory or on disk. The same seed gives the same bits.
 
     checkpoint: a file that is written every minute and at the end, and from which a killed run continues, to
     the same result. Raises ValueError for fewer windows than a batch, constant data, validation data of
@@ -146,7 +145,7 @@ def train(
 
 
 class Tokens(NamedTuple):
-    """An SAE on every token of some windows, in raw units."""
+    """The errors and active atoms of an SAE on some windows, in raw units."""
 
     squared: Tensor  # [N, T] fp64, ||X - Xhat||^2
     energy: Tensor  # [N, T], ||X - mean||^2, with the SAE's mean
@@ -235,7 +234,7 @@ class _Run:
         key, value = top_singular_pair(residuals) if rank == 1 else top_singular_pairs(residuals, rank)
         for part in (self.sae.encoder, self.sae.decoder):
             part.assign(dead, key, value)
-        self.sae.encoder.clear_bias(dead)
+        self.sae.encoder.bias[dead] = 0
         self.sae.activation.restart(dead, self.sae.encoder.bias)
         for state in self.optimiser.state.values():
             state["exp_avg"][dead] = state["exp_avg_sq"][dead] = 0
@@ -293,7 +292,7 @@ def initialise(sae: SAE, history: History, seed: int) -> None:
     rows = torch.arange(sae.n_atoms, device=history.key.device)
     for part in (sae.encoder, sae.decoder):
         part.assign(rows, *factors)
-    sae.encoder.clear_bias(rows)
+    sae.encoder.bias.zero_()
     if sae.rank > 1:
         sae.normalise()
     if sae.activation.every:
@@ -326,10 +325,7 @@ def top_singular_pair(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def top_singular_pairs(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return key [m, rank, d_k] and value [m, rank, d_v] of the top singular pairs of [m, d_k, d_v].
-
-    sum_r key_r value_r^T has unit norm, with the proportions of the singular values.
-    """
+    """Return key [m, rank, d_k] and value [m, rank, d_v] of the top singular pairs, of unit norm in sum."""
     left, size, right = torch.linalg.svd(matrices, full_matrices=False)
     weight = F.normalize(size[:, :rank], dim=-1).sqrt()[..., None]
     return left[:, :, :rank].transpose(1, 2) * weight, right[:, :rank] * weight
