@@ -59,12 +59,6 @@ def _difference_of_means(a: pd.Series, b: pd.Series) -> Answer:
     return Answer(gap, gap - reach, gap + reach, len(a) + len(b))
 
 
-def _difference_of_shares(counts: tuple[int, int], others: tuple[int, int]) -> Answer:
-    """Return the difference of two shares (count, of how many) with Newcombe's interval."""
-    interval = confint_proportions_2indep(*counts, *others, method="newcomb")
-    return Answer(counts[0] / counts[1] - others[0] / others[1], *interval, counts[1] + others[1])
-
-
 # Rows of summary tables
 
 
@@ -222,7 +216,8 @@ def alive_by_k(tables: Tables, host: str) -> Answer | None:
     shared = set.intersection(*part.groupby("k").seed.apply(set))
     part = part[part.seed == min(shared)]  # the one seed that every k was trained with
     few, many = ((int(row.alive), int(row.n_atoms)) for row in (part.iloc[0], part.iloc[-1]))
-    return _difference_of_shares(many, few)
+    interval = confint_proportions_2indep(*many, *few, method="newcomb")
+    return Answer(many[0] / many[1] - few[0] / few[1], *interval, many[1] + few[1])
 
 
 def sigma_decrease(tables: Tables, host: str) -> Answer | None:

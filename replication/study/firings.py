@@ -60,7 +60,7 @@ def _measure(start: int, host: Host, windows, drawn, size, seed, measure, option
 
 def firing_windows(study: Study, host_name: str) -> Windows:
     """Return the held-out windows that are searched for firings."""
-    return study.windows(host_name, "heldout")[slice(0, study.profile.data.firing_windows)]
+    return study.windows(host_name, "heldout")[: study.profile.data.firing_windows]
 
 
 def passage_prompts(study: Study, host_name: str, count: int, tokens: int) -> Windows:

@@ -7,6 +7,7 @@ fresh clone has the reference results in results/, and computes its own.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import platform
@@ -68,14 +69,12 @@ def _write_csv(frame: pd.DataFrame, path: Path, fields: Mapping[str, Any], float
     if not len(frame.columns):
         raise ValueError(f"The table for {Path(path).name} has no columns.")
     text = [name for name, x in frame.items() if not is_bool_dtype(x) and not is_any_real_numeric_dtype(x)]
-    frame = frame.assign(**{name: frame[name].map(_one_line, na_action="ignore") for name in text})
+    # a carriage return that is not escaped would end the row
+    escaped = frame[text].map(lambda value: str(value).replace("\r", "\\r"), na_action="ignore")
+    frame = frame.assign(**escaped)
     options = {"index": False, "lineterminator": "\n", "float_format": float_format}
     fields = {**fields, "text_columns": text, "rows": len(frame)}
     _store(path, lambda partial: frame.to_csv(partial, **options), fields)
-
-
-def _one_line(value: Any) -> str:
-    return str(value).replace("\r", "\\r")  # a bare carriage return would end the row
 
 
 def write_table(frame: pd.DataFrame, path: Path, provenance: Mapping[str, Any]) -> None:
@@ -122,15 +121,6 @@ def clear_partials(name: str, folder: Path, keep: str = "") -> None:
             shutil.rmtree(path)
 
 
-def _finished(path: Path, group: str) -> dict[str, Any] | None:
-    """Return the sidecar of a group, or None if the group is not stored completely."""
-    try:
-        record = read_sidecar(path)
-    except ArtifactError:
-        return None
-    return record if record["group"] == group else None
-
-
 def resumable(
     name: str,
     expected: str,
@@ -153,8 +143,10 @@ def resumable(
 
     def finish(number: int, group: Hashable) -> tuple[Path, float]:
         path = place / f"group-{number:05d}.csv"
-        record = _finished(path, repr(group))
-        if record is None:
+        record = {}
+        with contextlib.suppress(ArtifactError):
+            record = read_sidecar(path)
+        if record.get("group") != repr(group):
             start = time.monotonic()
             frame = compute(group)
             _write_csv(frame, path, {"group": repr(group), "seconds": time.monotonic() - start}, None)

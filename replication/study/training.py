@@ -8,7 +8,6 @@ interrupted training continues from its checkpoint.
 from __future__ import annotations
 
 import time
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,8 +35,8 @@ NEED_NO_STATES = [("bilinear", "rank1", 1), ("tied", "rank1", 1)]
 class SaeSpec(NamedTuple):
     """One SAE of a profile: its cell, target, role and training.
 
-    windows: it uses this many windows of the SAE split, from the first on; check: of these, the last ones, on
-    which it is not trained, but its FVU measured (0: the FVU is measured on held-out windows).
+    windows: the number of windows of the SAE split that it uses; check: how many of these, the last ones, are
+    used only to measure its FVU (0: the FVU is measured on held-out windows).
     """
 
     host: str
@@ -80,17 +79,6 @@ def survey_specs(study: Study, host: str, layers) -> list[SaeSpec]:
     return _specs(study, host, cells, "survey", _settings(study, host, "survey"), windows=windows)
 
 
-def main_specs(study: Study) -> list[SaeSpec]:
-    """Return the SAEs of notebook 02: survey, main ones of the headline's cells, flat ones of states."""
-    surveyed, specs = [], []
-    for host, section in study.profile.hosts.items():
-        cells = [study.cell(host, place) for place in section.cells]
-        surveyed = survey_specs(study, host, study.survey_layers(host)) + surveyed
-        specs += _specs(study, host, cells, "main", _settings(study, host, "main"))
-        specs += _specs(study, host, cells, "flat", _settings(study, host, "flat"), targets=["state"])
-    return surveyed + specs
-
-
 def variants(training: TrainingSettings, ks: list, seeds: list, seed: int) -> list[TrainingSettings]:
     """Return settings for each k (at `seed`) and for each of the seeds (at the default k), the slowest first.
 
@@ -118,16 +106,6 @@ def seed_variants(study: Study, host: str) -> list[TrainingSettings]:
     section = study.profile.section("atoms", host)
     k = getattr(study.profile.section("saes", host), section.training).k
     return [variant for variant in host_variants(study, host) if variant.k == k]
-
-
-def variant_specs(study: Study) -> list[SaeSpec]:
-    """Return the SAEs of notebook 03: other k and other seeds, in one cell of each host."""
-    specs = []
-    for host in study.profile.hosts:
-        cell = study.cell(host, study.profile.section("atoms", host).place)
-        for settings in host_variants(study, host):
-            specs += _specs(study, host, [cell], variant_name(settings), settings)
-    return specs
 
 
 def ablation_hosts(study: Study) -> dict[str, Ablations]:
@@ -161,19 +139,6 @@ def ablation_variants(section: Ablations, seed: int) -> list[tuple[str, str, Tra
 def ablation_role(variant: str) -> str:
     """Return the role of an ablation's SAEs."""
     return f"ablation-{variant}"
-
-
-def ablation_specs(study: Study) -> list[SaeSpec]:
-    """Return the SAEs of notebook 11 (ablations). Raises ValueError for too many training windows."""
-    specs, available = [], study.profile.data.sae_windows
-    for host, section in ablation_hosts(study).items():
-        if (windows := section.training_windows) > available:
-            raise ValueError(f"ablations.training_windows is {windows}, above data.sae_windows, {available}.")
-        for place, target, settings in ablation_variants(section, study.profile.seed):
-            options = dict(targets=[target], windows=windows, check=CHECK_WINDOWS)
-            role = ablation_role(settings.variant)
-            specs += _specs(study, host, [study.cell(host, place)], role, settings, **options)
-    return specs
 
 
 def write_definitions(factors: Factors) -> tuple[str, ...]:
@@ -212,19 +177,15 @@ def train_all(study: Study, specs: list[SaeSpec]) -> pd.DataFrame:
 def _tasks(study: Study, specs: list[SaeSpec]) -> list[list[SaeSpec]]:
     """Divide specifications into tasks: one per cell and role; a survey task has several layers."""
     parts = study.workers * (1 if study.profile.workers is None else SURVEY_PARTS)
-    layers: dict[str, list[int]] = {}
+    layers: dict[tuple[str, int], int] = {}  # the part of each surveyed layer of a host
+    tasks: dict[tuple, list[SaeSpec]] = {}
     for spec in specs:
-        if spec.role == "survey" and spec.layer not in layers.setdefault(spec.host, []):
-            layers[spec.host].append(spec.layer)
-
-    def task_of(spec: SaeSpec) -> tuple:
+        place = spec.cell
         if spec.role == "survey":
-            return spec.host, spec.role, layers[spec.host].index(spec.layer) % parts
-        return spec.host, spec.role, *spec.cell
-
-    order = list(dict.fromkeys(map(task_of, specs)))
-    by_task = sorted(specs, key=lambda spec: order.index(task_of(spec)))
-    return [list(task) for _, task in groupby(by_task, key=task_of)]
+            number = sum(host == spec.host for host, _ in layers)
+            place = layers.setdefault((spec.host, spec.layer), number % parts)
+        tasks.setdefault((spec.host, spec.role, place), []).append(spec)
+    return list(tasks.values())
 
 
 def expected(study: Study, spec: SaeSpec) -> str:
@@ -245,7 +206,11 @@ def train_task(study: Study, specs: list[SaeSpec]) -> None:
     """Train SAEs of one host that share their windows, in this process with one thread."""
     first = specs[0]
     with threads(1):
-        training = validation = _factors(study, specs)
+        if first.role == "survey":
+            training = _harvest(study, specs, study.windows(first.host, "sae").tokens[: first.windows])
+        else:
+            training = {spec.cell: study.harvested(spec.host, *spec.cell) for spec in specs}
+        validation = training
         if not first.check:
             tokens = study.windows(first.host, "heldout").tokens[:VALIDATION_WINDOWS]
             validation = _harvest(study, specs, tokens)
@@ -258,14 +223,6 @@ def train_task(study: Study, specs: list[SaeSpec]) -> None:
             row = train_one(study, spec, data, held_out, key)
             provenance = study.provenance(spec.host, seconds=time.monotonic() - began, fingerprint=key)
             stages.write_table(pd.DataFrame([row]), _record(study, spec), provenance)
-
-
-def _factors(study: Study, specs: list[SaeSpec]) -> dict[tuple[int, int], Factors]:
-    """Return the factors of the cells over the training windows: from files, or (survey) harvested now."""
-    first = specs[0]
-    if first.role != "survey":
-        return {spec.cell: study.harvested(spec.host, *spec.cell) for spec in specs}
-    return _harvest(study, specs, study.windows(first.host, "sae").tokens[: first.windows])
 
 
 def _harvest(study: Study, specs: list[SaeSpec], tokens: torch.Tensor) -> dict[tuple[int, int], Factors]:
@@ -297,8 +254,17 @@ def train_one(study: Study, spec: SaeSpec, data: History, validation: History, f
 
 
 def train_saes(study: Study) -> pd.DataFrame:
-    """Train the SAEs of notebook 02 and write saes.csv, with one row per SAE."""
-    specs = main_specs(study)
+    """Train the SAEs of notebook 02 and write saes.csv, with one row per SAE.
+
+    They are those of the survey, and main and flat ones (of states) of the headline's cells.
+    """
+    surveyed, specs = [], []
+    for host, section in study.profile.hosts.items():
+        cells = [study.cell(host, place) for place in section.cells]
+        surveyed = survey_specs(study, host, study.survey_layers(host)) + surveyed
+        specs += _specs(study, host, cells, "main", _settings(study, host, "main"))
+        specs += _specs(study, host, cells, "flat", _settings(study, host, "flat"), targets=["state"])
+    specs = surveyed + specs
     table = train_all(study, specs)
     heads = ["" if spec.role == "survey" else f"-H{spec.head}" for spec in specs]
     names = [f"{spec.host}-{spec.role}-L{spec.layer}{head}" for spec, head in zip(specs, heads, strict=True)]
@@ -307,12 +273,27 @@ def train_saes(study: Study) -> pd.DataFrame:
 
 
 def train_variants(study: Study) -> pd.DataFrame:
-    """Train the variants of notebook 03 and write variants.csv, with one row per SAE."""
-    return study.write("variants", train_all(study, variant_specs(study)))
+    """Train the SAEs of notebook 03 (other k and seeds, one cell per host) and write variants.csv."""
+    specs = []
+    for host in study.profile.hosts:
+        cell = study.cell(host, study.profile.section("atoms", host).place)
+        for settings in host_variants(study, host):
+            specs += _specs(study, host, [cell], variant_name(settings), settings)
+    return study.write("variants", train_all(study, specs))
 
 
 def train_ablations(study: Study) -> pd.DataFrame:
-    """Train the ablations of notebook 11 and write ablation_saes.csv, with one row per SAE."""
-    specs = ablation_specs(study)
+    """Train the ablations of notebook 11 and write ablation_saes.csv, with one row per SAE.
+
+    Raises ValueError for more training windows than there are.
+    """
+    specs, available = [], study.profile.data.sae_windows
+    for host, section in ablation_hosts(study).items():
+        if (windows := section.training_windows) > available:
+            raise ValueError(f"ablations.training_windows is {windows}, above data.sae_windows, {available}.")
+        for place, target, settings in ablation_variants(section, study.profile.seed):
+            options = dict(targets=[target], windows=windows, check=CHECK_WINDOWS)
+            role = ablation_role(settings.variant)
+            specs += _specs(study, host, [study.cell(host, place)], role, settings, **options)
     parts = dict(activation=[x.settings.activation for x in specs], rank=[x.settings.rank for x in specs])
     return study.write("ablation_saes", train_all(study, specs).assign(**parts))
