@@ -124,8 +124,7 @@ def cluster_bootstrap(
     values: a vector [n]; a matrix [n, m], for the means of all columns from the same draws (`statistic` is
     not used, the ends are [m]); or a function of row numbers, for a statistic of several columns. clusters:
     one label per row. draw: "multinomial" draws the counts of clusters, "integers" their numbers. Both ends
-    are nan for a single cluster. Also raises ValueError if values and labels differ in number, and for
-    resamples < 1.
+    are nan for a single cluster. Raises ValueError also for resamples < 1.
     """
     if resamples < 1:
         raise ValueError(f"A bootstrap takes at least one resample, not {resamples}.")

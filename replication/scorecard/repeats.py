@@ -77,8 +77,7 @@ def stability(scorecard: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
 
     runs: how many runs answer the claim, with this one; agree: how many have the verdict of this run; turned:
     whether any has another; least, most: the range of values; standard_error: from the width of this run's
-    interval; z_most: the largest distance of a repeat from this run, in standard errors (nan for an interval
-    without width).
+    interval; z_most: the largest distance of a repeat from this run, in standard errors (nan if these are 0).
     """
     rows = []
     for line in _answered(scorecard).itertuples():

@@ -81,8 +81,7 @@ def write_table(frame: pd.DataFrame, path: Path, provenance: Mapping[str, Any]) 
     """Write a CSV (floats with six significant digits) and its sidecar.
 
     `provenance` has at least the fields REQUIRED (config is a hash), and the fingerprint if the stage is to
-    be skipped next time. `environment` is added to it. Raises ValueError for a table without columns and for
-    a missing field.
+    be skipped next time. Raises ValueError for a table without columns and for a missing field.
     """
     if missing := [name for name in REQUIRED if name not in provenance]:
         raise ValueError(f"The provenance of {Path(path).name} lacks {', '.join(missing)}.")
@@ -173,8 +172,7 @@ def staged_table(
     """Return the table at `path`, after `resumable` has computed it if it is not up to date.
 
     `provenance` is without seconds and fingerprint. The rows are always read from the file, with its six
-    digits, so that a second run continues from the same numbers. Raises ValueError as `resumable` and
-    `write_table`.
+    digits, so that a second run continues from the same numbers.
     """
     name = Path(path).stem
     if not up_to_date(path, expected):

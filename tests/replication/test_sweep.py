@@ -146,7 +146,7 @@ from replication.commands import CommandError, sweep
 from replication.study.lock import LockError
 from replication.study.profile import Profile
 import test_sweep
-test_sweep.study.split_windows = test_sweep.random_windows
+test_sweep.study_module.split_windows = test_sweep.random_windows
 profile, grid = Profile.model_validate_json(sys.argv[1]), sweep.Grid(**test_sweep.GRID)
 real = sweep.stages.write_table
 
