@@ -1,8 +1,7 @@
 """Statistics from numpy, scipy, statsmodels and scikit-learn. All intervals are 95% intervals.
 
-Unless a docstring says otherwise, a function takes anything that numpy reads as a vector, computes in fp64,
-and raises ValueError for empty input, for values that are not finite, and for paired vectors of different
-lengths.
+Functions take whatever numpy reads as a vector, and compute in fp64. Unless a docstring says otherwise, they
+raise ValueError for empty input, for values that are not finite, and for pairs of unequal length.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from statsmodels.stats.proportion import proportion_confint
 
 
 class Interval(NamedTuple):
-    """A 95% interval; arrays [m] where the statistic has m columns."""
+    """A 95% interval; the ends are arrays [m] for a statistic with m columns."""
 
     low: float
     high: float
 
 
 class Correlation(NamedTuple):
-    """A correlation with its 95% interval and the p-value of the hypothesis that it is zero."""
+    """A correlation, its 95% interval, and the p-value of the hypothesis that it is zero."""
 
     value: float
     low: float
@@ -36,7 +35,7 @@ class Correlation(NamedTuple):
 
 
 class Test(NamedTuple):
-    """The statistic and p-value of a test; n counts all values, or the pairs of a paired test."""
+    """The statistic and p-value of a test; n is the number of values, or of pairs in a paired test."""
 
     __test__ = False  # not a test case of pytest
 
@@ -46,7 +45,7 @@ class Test(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """A one-dimensional Gaussian mixture, its components in order of their means."""
+    """A one-dimensional Gaussian mixture, with components in order of their means."""
 
     components: int
     bic: float
@@ -98,11 +97,11 @@ def _codes(clusters) -> tuple[np.ndarray, int]:
     return codes, int(codes.max()) + 1
 
 
-def _draws(count: int, resamples: int, generator: np.random.Generator, draw: str = "multinomial") -> np.ndarray:
+def _draws(count: int, resamples: int, rng: np.random.Generator, draw: str = "multinomial") -> np.ndarray:
     """Return [resamples, count]: how often each cluster is in each bootstrap sample."""
     if draw == "multinomial":
-        return generator.multinomial(count, np.full(count, 1 / count), size=resamples)
-    return np.stack([np.bincount(x, minlength=count) for x in generator.integers(0, count, (resamples, count))])
+        return rng.multinomial(count, np.full(count, 1 / count), size=resamples)
+    return np.stack([np.bincount(x, minlength=count) for x in rng.integers(0, count, (resamples, count))])
 
 
 def _means(values: np.ndarray, codes: np.ndarray, draws: np.ndarray) -> np.ndarray:
@@ -122,11 +121,10 @@ def cluster_bootstrap(
 ) -> Interval:
     """Return the percentile interval of a statistic when whole clusters are drawn with replacement.
 
-    clusters: one label of any kind per row. values: a vector [n]; a matrix [n, m], for the means of all
-    columns from the same draws (statistic is then not used, the ends are [m]); or a function of row numbers,
-    for a statistic of several columns. draw: "multinomial" draws the counts of the clusters, "integers" their
-    numbers; both are the same scheme from other random numbers. Both ends are nan where there is only one
-    cluster. Raises ValueError also where the numbers of values and labels differ, and for resamples < 1.
+    values: a vector [n]; a matrix [n, m], for the means of all columns from the same draws (`statistic` is
+    not used, the ends are [m]); or a function of row numbers, for a statistic of several columns. clusters:
+    one label per row. draw: "multinomial" draws the counts of clusters, "integers" their numbers. Both ends
+    are nan for a single cluster. Raises ValueError also for resamples < 1.
     """
     if resamples < 1:
         raise ValueError(f"A bootstrap takes at least one resample, not {resamples}.")
@@ -156,7 +154,7 @@ def difference_bootstrap(a, b, clusters: tuple[Sequence, Sequence], resamples: i
 
 
 def wider(*intervals: Interval) -> Interval:
-    """Return the lowest of the low ends and the highest of the high ends."""
+    """Return the smallest of the low ends and the largest of the high ends."""
     return Interval(min(x.low for x in intervals), max(x.high for x in intervals))
 
 
@@ -188,7 +186,7 @@ def beats(firings: pd.DataFrame, condition: str = "atom", control: str = "delete
 
 
 def rate_row(happened, resamples: int, seed: int, name: str = "win_rate", **clusters: Sequence) -> dict:
-    """Return the share of True values as the columns of a table.
+    """Return the share of True values as columns of a table.
 
     The columns are `name`, Wilson's interval (ci_low, ci_high), and for each keyword KIND=labels the
     bootstrap interval over these clusters (KIND_low, KIND_high).
@@ -205,20 +203,18 @@ def rate_row(happened, resamples: int, seed: int, name: str = "win_rate", **clus
 # Tests and correlations
 
 
-def paired_wilcoxon(a, b, alternative: str = "two-sided") -> Test:
-    """Wilcoxon's signed-rank test of a - b; p = 1 where all pairs are equal."""
+def paired_wilcoxon(a, b) -> Test:
+    """Wilcoxon's two-sided signed-rank test of a - b; p = 1 if all pairs are equal."""
     a, b = _pair(a, b)
     if (a == b).all():
         return Test(0.0, 1.0, a.size)
-    result = stats.wilcoxon(a, b, alternative=alternative)
-    return Test(float(result.statistic), float(result.pvalue), a.size)
+    return Test(*map(float, stats.wilcoxon(a, b)), a.size)
 
 
-def mann_whitney(a, b, alternative: str = "two-sided") -> Test:
-    """The Mann-Whitney U test of two independent samples; the statistic is U of `a`."""
+def mann_whitney(a, b) -> Test:
+    """The two-sided Mann-Whitney U test of two independent samples; the statistic is U of `a`."""
     a, b = _vector(a), _vector(b)
-    result = stats.mannwhitneyu(a, b, alternative=alternative)
-    return Test(float(result.statistic), float(result.pvalue), a.size + b.size)
+    return Test(*map(float, stats.mannwhitneyu(a, b)), a.size + b.size)
 
 
 def cliffs_delta(a, b) -> float:
@@ -228,9 +224,9 @@ def cliffs_delta(a, b) -> float:
 
 
 def permutation_test(a, b, paired: bool = False, resamples: int = 10_000, seed: int = 0) -> Test:
-    """Two-sided permutation test of mean(a) - mean(b), which exchanges labels, or the two sides of pairs.
+    """Two-sided test of mean(a) - mean(b) by exchange of labels, or of the two values of a pair.
 
-    Raises ValueError also for fewer than two values on a side.
+    Also raises ValueError for fewer than two values on a side.
     """
     a, b = _pair(a, b) if paired else (_vector(a), _vector(b))
     if min(a.size, b.size) < 2:
@@ -248,34 +244,32 @@ def permutation_test(a, b, paired: bool = False, resamples: int = 10_000, seed: 
 
 
 def r2(actual, predicted) -> float:
-    """Return 1 - residual / total sum of squares, nothing fitted. ValueError for fewer than two pairs."""
+    """Return 1 - residual / total sum of squares, without a fit. Raises ValueError below two pairs."""
     actual, predicted = _pair(actual, predicted)
     if actual.size < 2:
         raise ValueError("R2 needs at least two pairs.")
     return float(r2_score(actual, predicted))
 
 
-def _undefined(a: np.ndarray, b: np.ndarray) -> Correlation | None:
-    """Return nan for fewer than four pairs, and where one side is constant."""
-    defined = a.size >= 4 and np.ptp(a) > 0 and np.ptp(b) > 0
-    return None if defined else Correlation(np.nan, np.nan, np.nan, np.nan, a.size)
+def _is_undefined(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.size < 4 or np.ptp(a) == 0 or np.ptp(b) == 0
 
 
 def pearson(a, b) -> Correlation:
     """Pearson's r with Fisher's interval; all nan for fewer than four pairs or a constant side."""
     a, b = _pair(a, b)
-    if undefined := _undefined(a, b):
-        return undefined
+    if _is_undefined(a, b):
+        return Correlation(*[np.nan] * 4, a.size)
     result = stats.pearsonr(a, b)
-    low, high = result.confidence_interval(0.95)
-    return Correlation(float(result.statistic), float(low), float(high), float(result.pvalue), a.size)
+    numbers = (result.statistic, *result.confidence_interval(0.95), result.pvalue)
+    return Correlation(*map(float, numbers), a.size)
 
 
 def spearman(a, b) -> Correlation:
-    """Spearman's rho with Bonett and Wright's interval; infinity has a rank. All nan where `pearson` is."""
+    """Spearman's rho with Bonett and Wright's interval; infinity has a rank. All nan as in `pearson`."""
     a, b = _pair(*(stats.rankdata(x, nan_policy="omit") for x in (a, b)))
-    if undefined := _undefined(a, b):
-        return undefined
+    if _is_undefined(a, b):
+        return Correlation(*[np.nan] * 4, a.size)
     result = stats.spearmanr(a, b)
     rho = float(np.clip(result.statistic, -1, 1))
     if abs(rho) == 1:
@@ -289,18 +283,16 @@ def spearman(a, b) -> Correlation:
 
 
 def fit_mixture(values: np.ndarray, components: int, seed: int) -> GaussianMixture:
-    """Return scikit-learn's Gaussian mixture of values [n, 1], fitted in the dtype that they have."""
+    """Return scikit-learn's Gaussian mixture of values [n, 1], fitted in their dtype."""
     return GaussianMixture(components, n_init=5, random_state=seed).fit(values)
 
 
 def gaussian_mixture_bic(values, components: Sequence[int] = (1, 2, 3), seed: int = 0) -> list[Mixture]:
-    """Return one Gaussian mixture per number of components; the one with the lowest BIC is to be preferred.
+    """Return one Gaussian mixture per number of components; the lowest BIC is the best.
 
-    Raises ValueError also where there are fewer values than components, and where `components` is empty.
+    Also raises ValueError for fewer values than components.
     """
     values = _vector(values)[:, None]
-    if not components or min(components) < 1:
-        raise ValueError(f"A mixture has at least one component, not {list(components)}.")
     if len(values) < max(components):
         raise ValueError(f"{len(values)} values cannot make a mixture of {max(components)} components.")
     return [_mixture(fit_mixture(values, count, seed), values) for count in components]

@@ -1,4 +1,4 @@
-"""The paper's numbers: its claims in paper/claims.csv, and more that figures show in paper/figures.csv."""
+"""The numbers of the paper: claims in paper/claims.csv, and values from its figures in paper/figures.csv."""
 
 from __future__ import annotations
 
@@ -18,10 +18,6 @@ def _values() -> dict[str, float]:
 
 
 def papers_value(*names: str) -> float | list[float]:
-    """Return the paper's number for an id of claims.csv or figures.csv, or the list of numbers for several
-    ids.
-
-    Raises KeyError for an id that has no number there.
-    """
+    """Return the paper's number for an id, or a list for several ids. Raises KeyError for ids without one."""
     values = [_values()[name] for name in names]
     return values[0] if len(values) == 1 else values

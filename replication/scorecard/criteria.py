@@ -1,4 +1,4 @@
-"""The criteria of the claims: paper/criteria.yaml, written before any run, read and checked."""
+"""The criteria of the claims: paper/criteria.yaml, which was written before any run."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from typing import Any, Literal
 
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from replication.scorecard.claims import CLAIMS
 from replication.scorecard.measures import MEASURES, Answer
 from replication.study.paths import ROOT
+from writesae.sae.config import first_problem
 
 
 class Criterion(BaseModel):
-    """How a claim is judged.
+    """How a claim is judged: `measure`, with `arguments`, should be above, below or equal to `indifference`.
 
-    The claim is that what `measure` measures, with these arguments, is above or below the point of
-    indifference, or ("equal") that it does not differ from it. A claim about one architecture names its
-    `family`; a claim about one size of it names the `model`, which is the path in hosts.csv. Only such hosts
-    are asked.
+    A claim about one architecture has its `family`; a claim about one size has its `model`, a path in
+    hosts.csv. Other hosts are not asked.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = dict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     criterion: str = Field(min_length=1)
     notebook: str
@@ -48,15 +47,15 @@ class Criterion(BaseModel):
         return self
 
     def asks(self, host: pd.Series) -> bool:
-        """Return whether the claim is about the host of this row of hosts.csv."""
+        """Return whether the claim is about this host, a row of hosts.csv."""
         return self.family in ("", host.family) and self.model in ("", host.path)
 
     def answer(self, tables: Callable[[str], pd.DataFrame], host: str) -> Answer | None:
-        """Return our number for the claim, or None where the host has no rows, or too few atoms, for it."""
+        """Return our number for the claim, or None if the host has no rows, or too few atoms."""
         return MEASURES[self.measure](tables, host, **self.arguments)
 
     def status(self, answer: Answer) -> str:
-        """Return the verdict: the interval is above, below, or across the point of indifference."""
+        """Return the verdict: is the interval above, below or across the point of indifference?"""
         above, below = answer.low > self.indifference, answer.high < self.indifference
         if self.claimed == "equal":
             return "opposite" if above or below else "same direction"
@@ -66,22 +65,19 @@ class Criterion(BaseModel):
 
 
 @cache
-def read_criteria(path: Path = ROOT / "paper" / "criteria.yaml", claims: Path = CLAIMS) -> dict[str, Criterion]:
-    """Return the criterion of every claim by its id, in the order of claims.csv.
+def read_criteria(path: Path = ROOT / "paper/criteria.yaml", claims: Path = CLAIMS) -> dict[str, Criterion]:
+    """Return the criteria of all claims by id, in the order of claims.csv.
 
-    Raises ValueError, in one sentence, for a claim without a criterion, a criterion without a claim, and a
-    criterion with a field, measure or argument that is missing or unknown.
+    Raises ValueError for a claim without criterion, a criterion without claim, and a missing or unknown
+    field, measure or argument.
     """
-    content, criteria = yaml.safe_load(Path(path).read_text(encoding="utf-8")), {}
-    for name in pd.read_csv(claims).id:
-        if name not in content:
-            raise ValueError(f"{path}: claim {name} has no criterion.")
-        try:
-            criteria[name] = Criterion.model_validate(content[name])
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, (name, *first["loc"])))
-            raise ValueError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}.") from None
-    if unknown := [name for name in content if name not in criteria]:
+    content, ids = yaml.safe_load(Path(path).read_text(encoding="utf-8")), pd.read_csv(claims).id
+    try:
+        criteria = TypeAdapter(dict[str, Criterion]).validate_python(content)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {first_problem(error)}.") from None
+    if missing := [name for name in ids if name not in criteria]:
+        raise ValueError(f"{path}: claim {missing[0]} has no criterion.")
+    if unknown := [name for name in criteria if name not in set(ids)]:
         raise ValueError(f"{path}: claims.csv has no claim {unknown[0]}.")
-    return criteria
+    return {name: criteria[name] for name in ids}

@@ -1,8 +1,8 @@
 """The measures of the scorecard: our number for a claim, with its interval and count.
 
-Each public function is a measure, which paper/criteria.yaml names. It takes `tables` (tables(NAME) returns
-results/PROFILE/NAME.csv), a host, and the arguments given there. It returns None where the host has no rows,
-or too few atoms, for the claim.
+Each public function is a measure of paper/criteria.yaml. It takes `tables` (tables(NAME) returns
+results/PROFILE/NAME.csv), a host, and the arguments given there. It returns None if the host has no rows for
+the claim, or too few atoms.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from replication.statistics import beats, cluster_bootstrap, pearson, wider, wil
 from replication.study.stages import rows_with
 from writesae.evaluate.firings import atom_names
 
-FEWEST_ATOMS = 5  # of a class: an interval over fewer atoms means nothing, so that the claim is "not run"
-CHOICES = dict(target="state", amplitude="coefficient")  # the paper's own
-MIDDLE = dict(place="middle", target="state", role="main")  # what the paper's claims are about
+FEWEST_ATOMS = 5  # per class: an interval over fewer means nothing, so the claim is "not run"
+CHOICES = dict(target="state", amplitude="coefficient")  # those of the paper
+MIDDLE = dict(place="middle", target="state", role="main")  # the SAE of the paper's claims
 
 Tables = Callable[[str], pd.DataFrame]
 
@@ -36,7 +36,7 @@ class Answer(NamedTuple):
 
 
 def _row(table: pd.DataFrame, **where) -> pd.Series:
-    """Return the only row with these values. Raises KeyError where there is no such row, or more than one."""
+    """Return the only row with these values. Raises KeyError unless there is exactly one."""
     rows = rows_with(table, **where)
     if len(rows) != 1:
         raise KeyError(f"{len(rows)} rows have {where}.")
@@ -50,19 +50,13 @@ def _bootstrapped(values, clusters, statistic=np.mean, resamples: int = 1000) ->
 
 def _by_atom_and_passage(values, part: pd.DataFrame, statistic=np.mean, resamples: int = 500) -> Answer:
     """Return a statistic over firings with the wider of the bootstraps by atom and by passage."""
-    by_atom, by_passage = (_bootstrapped(values, x, statistic, resamples) for x in (atom_names(part), part.passage))
-    return Answer(by_atom.value, *wider(by_atom, by_passage), len(part))
+    by = [_bootstrapped(values, x, statistic, resamples) for x in (atom_names(part), part.passage)]
+    return Answer(by[0].value, *wider(*by), len(part))
 
 
 def _difference_of_means(a: pd.Series, b: pd.Series) -> Answer:
     gap, reach = a.mean() - b.mean(), 1.96 * np.sqrt(a.var() / len(a) + b.var() / len(b))
     return Answer(gap, gap - reach, gap + reach, len(a) + len(b))
-
-
-def _difference_of_shares(counts: tuple[int, int], others: tuple[int, int]) -> Answer:
-    """Return the difference of two shares (count, of how many) with Newcombe's interval."""
-    interval = confint_proportions_2indep(*counts, *others, method="newcomb")
-    return Answer(counts[0] / counts[1] - others[0] / others[1], *interval, counts[1] + others[1])
 
 
 # Rows of summary tables
@@ -75,10 +69,7 @@ def summary(tables: Tables, host: str, table: str, value: str, where: dict, **co
 
 
 def _answer(row: pd.Series, value: str, low="ci_low", high="ci_high", n="n", atoms=()) -> Answer | None:
-    """Return the Answer in these columns, or None where one of the counts `atoms` is below FEWEST_ATOMS.
-
-    Where n names several columns, it is their sum.
-    """
+    """Return the Answer in these columns (the sum of several n), or None if a count in `atoms` is low."""
     enough = all(row[name] >= FEWEST_ATOMS for name in atoms)
     return Answer(row[value], row[low], row[high], np.sum(row[n])) if enough else None
 
@@ -89,7 +80,8 @@ def win_rate(tables: Tables, host: str, cells: str) -> Answer | None:
     if rows.empty:
         return None
     row = _row(rows, read="write", **CHOICES)
-    return Answer(row.win_rate, min(row.boot_low, row.passage_low), max(row.boot_high, row.passage_high), row.n)
+    low, high = min(row.boot_low, row.passage_low), max(row.boot_high, row.passage_high)
+    return Answer(row.win_rate, low, high, row.n)
 
 
 def population(tables: Tables, host: str, atoms: str) -> Answer | None:
@@ -101,7 +93,8 @@ def population(tables: Tables, host: str, atoms: str) -> Answer | None:
 def class_axis(tables: Tables, host: str, axis: str) -> Answer | None:
     """Cliff's delta of registers against bundles on an axis of the paper's Table 17, over the drawn atoms."""
     counts = ["n_register", "n_bundle"]
-    return summary(tables, host, "population_axes", "cliffs_delta", CHOICES | dict(axis=axis), n=counts, atoms=counts)
+    columns = dict(n=counts, atoms=counts, where=CHOICES | dict(axis=axis))
+    return summary(tables, host, "population_axes", "cliffs_delta", **columns)
 
 
 def lowest_bin(tables: Tables, host: str) -> Answer | None:
@@ -160,8 +153,8 @@ def against_flat(tables: Tables, host: str) -> Answer:
     cell = _row(tables("cells"), host=host, place="middle")
     part = _firings(tables, host, layer=cell.layer, head=cell["head"], amplitude="matched_norm")
     gap = 100.0 * (beats(part).astype(float) - beats(part, "flat_svd"))
-    by_atom, by_passage = (_bootstrapped(gap, clusters) for clusters in (part.atom, part.passage))
-    return Answer(by_atom.value, *wider(by_atom, by_passage), len(part))
+    by = [_bootstrapped(gap, clusters) for clusters in (part.atom, part.passage)]
+    return Answer(by[0].value, *wider(*by), len(part))
 
 
 # Atoms and their classes
@@ -171,14 +164,15 @@ def class_difference(tables: Tables, host: str) -> Answer | None:
     """Mean win rate of registers minus that of bundles."""
     part = rows_with(tables("population"), host=host, **CHOICES)
     registers, bundles = (part[part["class"] == name].win_rate for name in ("register", "bundle"))
-    return _difference_of_means(registers, bundles) if min(len(registers), len(bundles)) >= FEWEST_ATOMS else None
+    enough = min(len(registers), len(bundles)) >= FEWEST_ATOMS
+    return _difference_of_means(registers, bundles) if enough else None
 
 
 def cosine_correlation(tables: Tables, host: str) -> Answer:
     """Pearson's r, over atoms, of the cosine to the native write with the win rate."""
     part = rows_with(tables("population"), host=host, **CHOICES)
-    r = pearson(part.cosine, part.win_rate)
-    return Answer(r.value, r.low, r.high, r.n)
+    value, low, high, _, n = pearson(part.cosine, part.win_rate)
+    return Answer(value, low, high, n)
 
 
 def register_cosine(tables: Tables, host: str) -> Answer | None:
@@ -194,7 +188,7 @@ def class_share(tables: Tables, host: str, of: str, among: str) -> Answer:
 
 
 def busiest_register(tables: Tables, host: str) -> Answer | None:
-    """Share of the held-out tokens at which the register fires that fires most, with Wilson's interval."""
+    """Share of held-out tokens at which the most frequent register fires, with Wilson's interval."""
     part = rows_with(tables("atoms"), host=host, **MIDDLE, **{"class": "register"})
     if part.empty:
         return None
@@ -222,7 +216,8 @@ def alive_by_k(tables: Tables, host: str) -> Answer | None:
     shared = set.intersection(*part.groupby("k").seed.apply(set))
     part = part[part.seed == min(shared)]  # the one seed that every k was trained with
     few, many = ((int(row.alive), int(row.n_atoms)) for row in (part.iloc[0], part.iloc[-1]))
-    return _difference_of_shares(many, few)
+    interval = confint_proportions_2indep(*many, *few, method="newcomb")
+    return Answer(many[0] / many[1] - few[0] / few[1], *interval, many[1] + few[1])
 
 
 def sigma_decrease(tables: Tables, host: str) -> Answer | None:
@@ -277,5 +272,5 @@ def saturation(tables: Tables, host: str) -> Answer:
     return _bootstrapped(change, three.prompt)
 
 
-MEASURES = {name: x for name, x in list(globals().items()) if inspect.isfunction(x) and x.__module__ == __name__}
-MEASURES = {name: function for name, function in MEASURES.items() if not name.startswith("_")}
+MEASURES = {name: x for name, x in list(globals().items()) if inspect.isfunction(x) and name[0] != "_"}
+MEASURES = {name: function for name, function in MEASURES.items() if function.__module__ == __name__}

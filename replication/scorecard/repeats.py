@@ -1,10 +1,9 @@
-"""Do other runs come to the same verdicts? Tables of whole runs side by side, for notebook 12.
+"""Comparison of whole runs with other seeds or on other machines, for notebook 12.
 
-The intervals of the scorecard are over the atoms, passages or prompts of one run. Another seed trains other
-SAEs and draws other firings and prompts; another processor takes sums in another order, which training
-amplifies until other atoms come out. `make repeats` (`replication.commands.repeats`) takes the runs of a
-profile with other seeds, or on other machines, and writes two tables to results/PROFILE: their scorecards
-(repeats-scorecard.csv) and their replacement_summary.csv (repeats-replacement.csv).
+Intervals of the scorecard are over the atoms, passages or prompts of one run. Another seed changes SAEs,
+firings and prompts; another processor changes the order of sums, which training amplifies to other atoms.
+`make repeats` (`replication.commands.repeats`) gathers the scorecards and the replacement_summary.csv of such
+runs.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ import pandas as pd
 
 from replication.statistics import cluster_bootstrap
 from replication.study.profile import load_profile
-from replication.study.stages import read_table
+from replication.study.stages import read_table, rows_with
 from writesae.files import read_sidecar
 
 WIDTH = 2 * 1.959964  # of a 95% interval, in standard errors
-EXPECTED = 0.834  # share of repeats in a correct interval: |z| < 1.96 / sqrt(2), as both are estimates
+EXPECTED = 0.834  # share of repeats in a correct interval: |z| < 1.96 / sqrt(2), since both are estimates
 RUN = ["seed", "device", "commit"]
 KEYS = ["host", "cells", "target", "amplitude", "write", "read", "kl_direction"]  # of replacement_summary
 COLUMNS = dict(
@@ -40,26 +39,25 @@ def _answered(scorecard: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_run(folder: Path, profile: str, kind: str) -> pd.DataFrame:
-    """Return one table of a run (`kind`: a key of COLUMNS) with the run's seed, device and commit in front.
+    """Return a table of a run (`kind`: a key of COLUMNS) with the columns RUN, without claims not run.
 
-    Of the scorecard, only the claims that were asked. Raises ArtifactError where the table is missing or
-    damaged, RepeatsError where the run's profile differs from `profile` in more than its seed.
+    Raises ArtifactError if the table is missing or damaged, RepeatsError if the profile of the run differs
+    from `profile` in more than its seed.
     """
     path = Path(folder) / f"{FILES[kind]}.csv"
     table, record = read_table(path), read_sidecar(path)
-    settings, wanted = (load_profile(x).model_dump(exclude={"name", "seed"}) for x in (record["profile"], profile))
+    name = record["profile"]
+    settings, wanted = (load_profile(x).model_dump(exclude={"name", "seed"}) for x in (name, profile))
     if settings != wanted:
-        raise RepeatsError(
-            f"{folder} is a run of {record['profile']}, which differs from {profile} in more than its seed."
-        )
+        raise RepeatsError(f"{folder} is a run of {name}, which differs from {profile} not only in its seed.")
     table = _answered(table) if kind == "scorecard" else table
     return table.assign(**{name: record[name] for name in RUN})[[*RUN, *COLUMNS[kind]]]
 
 
 def gather(folders: list[Path], profile: str, kind: str) -> pd.DataFrame:
-    """Return the tables of the runs in these folders (`read_run`), one below the other.
+    """Return the rows of `read_run` for all folders.
 
-    Raises RepeatsError also for a run that is given twice, and where all runs have the profile's own seed.
+    Also raises RepeatsError for a run that is given twice, and if all runs have the seed of the profile.
     """
     folder_of, tables = {}, []
     for folder in folders:
@@ -75,16 +73,15 @@ def gather(folders: list[Path], profile: str, kind: str) -> pd.DataFrame:
 
 
 def stability(scorecard: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per (claim, host) that this run's scorecard answers.
+    """Return one row per claim and host that the scorecard of this run answers.
 
-    runs: the number of runs that answer it, including this one; agree: how many of them have this run's
-    verdict; turned: whether any has another; least, most: the range of their values; standard_error: that of
-    this run, from the width of its interval; z_most: the largest distance of a repeat's value from this
-    run's, in standard errors (nan where the interval has no width).
+    runs: how many runs answer the claim, with this one; agree: how many have the verdict of this run; turned:
+    whether any has another; least, most: the range of values; standard_error: from the width of this run's
+    interval; z_most: the largest distance of a repeat from this run, in standard errors (nan if these are 0).
     """
     rows = []
     for line in _answered(scorecard).itertuples():
-        others = repeats[(repeats.id == line.id) & (repeats.host == line.host)]
+        others = rows_with(repeats, id=line.id, host=line.host)
         values, same = others.value.to_numpy(), int((others.status == line.status).sum())
         error = (line.ci_high - line.ci_low) / WIDTH
         farthest = np.abs(values - line.value).max(initial=0) / error if error > 0 else np.nan
@@ -95,12 +92,11 @@ def stability(scorecard: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
 
 
 def held(scorecard: pd.DataFrame, seed: int, repeats: pd.DataFrame) -> pd.DataFrame:
-    """Return how often the interval of one run holds the value of another: one row per host, and one for all
-    hosts.
+    """Return how often the interval of one run contains the value of another, per host and for all hosts.
 
-    share has a bootstrap interval over claims; n counts pairs; `expected` is the share for correct intervals.
-    All ordered pairs of runs with different seeds count (runs of one seed draw the same firings and prompts),
-    without intervals that have no width.
+    Pairs are ordered pairs of runs with different seeds (runs of one seed draw the same firings and prompts),
+    without intervals of no width. n counts pairs; the interval of share is a bootstrap over claims; expected
+    is the share for correct intervals.
     """
     pairs, runs = [], {seed: _answered(scorecard)}
     for other, run in repeats.groupby("seed"):
@@ -117,7 +113,7 @@ def held(scorecard: pd.DataFrame, seed: int, repeats: pd.DataFrame) -> pd.DataFr
 
 
 def spread(summary: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
-    """Return the win rates of this run's replacement_summary with the range (least, most) over all runs."""
+    """Return the win rates of this run's replacement_summary and their range (least, most) over all runs."""
     rates = pd.concat([summary, repeats], ignore_index=True).groupby(KEYS, sort=False).win_rate
     runs = rates.agg(runs="size", least="min", most="max").reset_index()
     return summary[COLUMNS["replacement"]].merge(runs, on=KEYS, how="left")

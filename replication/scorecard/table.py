@@ -1,8 +1,8 @@
-"""The scorecard: each claim of paper/claims.csv against our numbers, by its criterion in paper/criteria.yaml.
+"""The scorecard: each claim of paper/claims.csv and our numbers, by its criterion in paper/criteria.yaml.
 
-A result on an embedded host never replicates a number of another model. It goes in the *same direction* as
-the paper's claim, in the *opposite* direction, or shows *no effect* (its interval holds the point of
-indifference). Claims that no host here can answer are *not run*.
+Our result is in the *same direction* as the claim, in the *opposite* direction, or shows *no effect* (its
+interval contains the point of indifference). Claims that no host can answer are *not run*. A result on an
+embedded host never replicates a number of another model.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ COLUMNS += ["status", "direction", "criterion", "notebook", "note"]
 
 
 def scorecard(read_table: Callable[[str], pd.DataFrame], hosts: list[str]) -> pd.DataFrame:
-    """Return one row per (claim, host that is asked), and one per claim that no host is asked.
+    """Return one row per claim and host that is asked, and one per claim for which no host is asked.
 
-    read_table(name) returns a result table; each is read once, where a measure asks for it. Raises ValueError
-    for a host that hosts.csv does not have, KeyError where a table has several rows for a claim.
+    read_table(name) returns a result table; it is called once per table that a measure needs. Raises
+    ValueError for a host that is not in hosts.csv, KeyError if a table has several rows for a claim.
     """
     tables = cache(read_table)
-    known, rows = tables("hosts").set_index("host"), []
-    if unknown := [host for host in hosts if host not in known.index]:
-        raise ValueError(f"hosts.csv has no host {unknown[0]!r}: choose one of {', '.join(known.index)}.")
+    listed, rows = tables("hosts").set_index("host"), []
+    if unknown := [host for host in hosts if host not in listed.index]:
+        raise ValueError(f"hosts.csv has no host {unknown[0]!r}: choose one of {', '.join(listed.index)}.")
     criteria = read_criteria()
     for claim in pd.read_csv(CLAIMS).itertuples():
         row = dict(id=claim.id, experiment=claim.experiment, paper_value=claim.value, note=claim.metric)
         criterion = criteria[claim.id]
-        asked = [host for host in hosts if criterion.asks(known.loc[host])]
+        asked = [host for host in hosts if criterion.asks(listed.loc[host])]
         if not asked:
             rows.append(row | dict(host=claim.host, status="not run", criterion="", notebook=""))
         row |= dict(criterion=criterion.criterion, notebook=criterion.notebook)

@@ -54,7 +54,7 @@ def fingerprint(modules: Iterable[str] = (), **inputs: Any) -> str:
     """Return a hash of the content of `inputs`, of the code of `modules` and of versions.
 
     Inputs may be plain values, paths (the content of the file counts), functions (name and code), tensors,
-    arrays, tables, dataclasses, pydantic models, torch modules, hosts (name), `Later`, and containers of these.
+    arrays, tables, dataclasses, pydantic models, modules, hosts (name), `Later` and containers of these.
     Raises TypeError for any other value, ArtifactError for a missing file, ValueError for an unknown module.
     """
     functions: set[str] = set()

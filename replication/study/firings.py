@@ -1,4 +1,4 @@
-"""The firings of a study's SAEs on held-out text, and the measurement of drawn ones."""
+"""Firings of the SAEs of a study on held-out text, and measurements of a sample of them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from writesae.harvesting import Cell, harvest
 from writesae.hosts.base import Host
 from writesae.text import Windows
 
-CONDITIONS_OF_SURVEYS = ("delete", "atom", "random", "mean_write")  # where the replacement test has many SAEs
+CONDITIONS_OF_SURVEYS = ("delete", "atom", "random", "mean_write")  # of tests with many SAEs
 
 
-def encoded_saes(study: Study, host_name: str, cells: Iterable[Cell], role: str, windows: Windows) -> list[CellSAE]:
+def encoded_saes(study: Study, host_name: str, cells: Iterable[Cell], role: str, windows) -> list[CellSAE]:
     """Return the SAE of each cell and target, with its active atoms on the windows."""
     profile, saes = study.profile, []
-    factors = harvest(study.host(host_name), windows.tokens, list(cells), profile.data.batch_windows)
+    factors = harvest(study.host(host_name), windows.tokens, cells, profile.data.batch_windows)
     for layer, head in cells:
         for target in profile.saes.targets:
             sae = study.sae(host_name, layer, head, target, role)
@@ -33,7 +33,7 @@ def encoded_saes(study: Study, host_name: str, cells: Iterable[Cell], role: str,
 
 
 def firings_of(study: Study, cell_sae: CellSAE, windows: Windows) -> pd.DataFrame:
-    """Return all firings of an SAE that leave room for the tokens that the replacement test reads."""
+    """Return all firings of an SAE that are followed by the tokens of the replacement test."""
     first, last = study.profile.data.first_position, windows.tokens.shape[1] - STEPS
     return all_firings(cell_sae, windows.passage, first, last)
 
@@ -47,35 +47,30 @@ def run_firings(
     measure: Callable[..., pd.DataFrame] = replace,
     **options,
 ) -> pd.DataFrame:
-    """Return the host's part of the table NAME: `measure` of every drawn firing, window group by window
-    group.
-
-    drawn: made before any outcome is measured.
-    """
+    """Return the host's part of the table NAME: `measure` of the firings `drawn`, by groups of windows."""
     size = study.profile.data.batch_windows
     given = dict(host=study.host(host_name), windows=windows, drawn=drawn, size=size, seed=study.profile.seed)
     groups = range(0, len(windows), size)
     return study.stage(name, host_name, groups, _measure, **given, measure=measure, options=options)
 
 
-def _measure(start: int, host: Host, windows, drawn, size: int, seed: int, measure, options: dict) -> pd.DataFrame:
+def _measure(start: int, host: Host, windows, drawn, size, seed, measure, options: dict) -> pd.DataFrame:
     return measure_group(host, windows, drawn, start, size, seed, measure, **options)
 
 
 def firing_windows(study: Study, host_name: str) -> Windows:
-    """Return the held-out windows in which firings are looked for."""
-    return study.windows(host_name, "heldout")[slice(0, study.profile.data.firing_windows)]
+    """Return the held-out windows that are searched for firings."""
+    return study.windows(host_name, "heldout")[: study.profile.data.firing_windows]
 
 
 def passage_prompts(study: Study, host_name: str, count: int, tokens: int) -> Windows:
-    """Return the beginnings of `count` random held-out passages. ValueError for fewer, or shorter,
-    passages."""
+    """Return the beginnings of `count` random held-out passages. Raises ValueError if there are fewer."""
     windows = study.windows(host_name, "heldout")
     first = np.unique(windows.passage.numpy(), return_index=True)[1]
     if len(first) < count:
         raise ValueError(
-            f"{count} prompts are asked for and the held-out windows are of {len(first)} passages: ask for fewer "
-            "prompts, or raise data.heldout_windows in the profile."
+            f"{count} prompts are asked for and the held-out windows are of {len(first)} passages: ask for "
+            "fewer prompts, or increase data.heldout_windows in the profile."
         )
     picked = np.sort(np.random.default_rng(study.profile.seed).choice(first, count, replace=False))
     return windows[picked].beginnings(tokens)

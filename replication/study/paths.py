@@ -1,33 +1,30 @@
-"""Where a profile's files are: results, figures and intermediate files."""
+"""Folders of a profile: results, figures and intermediate files."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def dry_run() -> bool:
-    """Whether this process is part of a dry run (`python -m replication dryrun`), whose numbers mean nothing."""
+    """Return whether this is a dry run (`python -m replication dryrun`), whose numbers mean nothing."""
     return bool(os.environ.get("WRITESAE_DRY_RUN"))
 
 
 def output_root() -> Path:
-    """Where results go: the folder named by WRITESAE_OUTPUT (relative to the repository), else the repository, and for a
-    dry run its build/dryrun."""
+    """Return where results go: WRITESAE_OUTPUT (relative to the repository), else the repository.
+
+    A dry run without WRITESAE_OUTPUT writes to build/dryrun.
+    """
     return ROOT / (os.environ.get("WRITESAE_OUTPUT") or ("build/dryrun" if dry_run() else ""))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Paths:
-    """The folders of one profile, found from the package and not from the current folder."""
+    """The folders of one profile, independent of the current folder."""
 
     profile: str
 

@@ -1,7 +1,7 @@
 """Profiles: all numbers of the experiments, read from profiles/NAME.yaml (which explains each) and validated.
 
-In a dry run (`python -m replication dryrun`) the tiny counts of profiles/dryrun/overrides.yaml replace those of
-the profile, and hosts of the same shapes with random weights replace its hosts.
+In a dry run (`python -m replication dryrun`) the tiny counts of profiles/dryrun/overrides.yaml replace those
+of the profile, and hosts of the same shapes with random weights replace its hosts.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ Target = Literal["state", "write"]
 Definition = Literal["added", "effective"]
 Place = Literal["early", "middle", "late"]
 Scope = Literal["write", "cache"]
-Overridable = Literal[
-    "saes", "replacement", "logit_shift", "population", "atoms", "install", "cache_edits", "multiverse", "ablations"
-]
+Experiment = Literal["logit_shift", "replacement", "population", "atoms", "install", "cache_edits"]
+Overridable = Literal[Experiment, "saes", "multiverse", "ablations"]
 
 
 class Section(BaseModel):
@@ -204,7 +203,7 @@ class Install(Section):
     def _fits(self) -> Install:
         for name, (first, last) in self.rank_classes.items():
             if not 1 <= first <= last:
-                raise ValueError(f"rank_classes.{name} needs 1 <= first rank <= last rank, not {first} to {last}")
+                raise ValueError(f"rank_classes.{name} needs 1 <= first <= last rank, not {first} to {last}")
         if (farthest := max(self.distances, default=0)) > self.prompt_tokens:
             raise ValueError(f"a distance of {farthest} exceeds the {self.prompt_tokens} tokens of a prompt")
         return self
@@ -260,7 +259,7 @@ def load_profile(name: str, folder: Path = ROOT / "profiles") -> Profile:
     try:
         content = profile_content(path)
         if dry_run():
-            content = dry(content, yaml.safe_load((ROOT / "profiles" / "dryrun" / "overrides.yaml").read_text()))
+            content = dry(content, yaml.safe_load((ROOT / "profiles/dryrun/overrides.yaml").read_text()))
         return Profile(name=name, **content)
     except ValidationError as error:
         raise ValueError(f"Profile {name}: {first_problem(error)}.") from None
@@ -278,19 +277,19 @@ def profile_content(path: Path) -> dict:
         return content
     base = path.with_name(f"{content.pop('extends')}.yaml")
     if not base.is_file():
-        raise ValueError(f"Profile {path.stem} extends {base.stem!r}, which is not there: write {base.name} beside it.")
+        raise ValueError(f"Profile {path.stem} extends {base.stem!r}: write {base.name} in the same folder.")
     return {**yaml.safe_load(base.read_text())} | content
 
 
 def lay_over(base: Any, over: Any) -> Any:
     """Return `base` with the values of `over` wherever both have one.
 
-    A plain value over a mapping replaces each of its values. What `base` leaves out or switches off (0, null, an
-    empty list) stays so.
+    A plain value over a mapping replaces each of its values. What `base` leaves out or switches off (0, null,
+    an empty list) stays so.
     """
     if isinstance(base, dict):
         below = over if isinstance(over, dict) else dict.fromkeys(base, over)
-        return {name: lay_over(value, below[name]) if name in below else value for name, value in base.items()}
+        return {key: lay_over(value, below[key]) if key in below else value for key, value in base.items()}
     return over if base else base
 
 
@@ -305,6 +304,7 @@ def dry(content: dict, over: dict) -> dict:
     for name, host in content["hosts"].items():
         host = host | dict(overrides=lay_over(host.get("overrides", {}), over), dtype="float32")
         if not (ROOT / host["path"]).exists():
-            host |= dict(path=str(output_root() / "hosts" / Path(host["path"]).name), revision=None, tokenizer=None)
+            path = str(output_root() / "hosts" / Path(host["path"]).name)
+            host |= dict(path=path, revision=None, tokenizer=None)
         hosts[name] = host
     return content | dict(hosts=hosts)

@@ -1,12 +1,13 @@
 """Tables that stages store: complete or absent, checked when they are read, computed again only when needed.
 
-Each table (CSV) has a sidecar, `<name>.json`, with the sha256 of the file, its provenance and the *fingerprint* of all
-inputs. A stage with an unchanged fingerprint is skipped. Stages look in build/ only: a fresh clone has the reference
-results in results/, and computes its own.
+Each table (CSV) has a sidecar, `<name>.json`, with the sha256 of the file, its provenance and the
+*fingerprint* of all inputs. A stage with an unchanged fingerprint is skipped. Stages look in build/ only: a
+fresh clone has the reference results in results/, and computes its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import platform
@@ -35,21 +36,20 @@ KEPT = re.compile(r"(sweep|repeats)-.*\.csv")  # tables of `make sweep` and `mak
 
 def git_commit() -> str:
     """Return the commit of the repository, with `+changes` if files differ from it; `unknown` outside git."""
-    command = ["git", "-C", str(ROOT)]
+    options = dict(cwd=ROOT, capture_output=True, text=True, check=True)
+    status = ["git", "status", "--porcelain", "--", "writesae", "replication", "profiles", "models"]
     try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-        source = ["--", "writesae", "replication", "profiles", "models"]
-        changed = subprocess.run([*command, "status", "--porcelain", *source], capture_output=True, check=True).stdout
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
+        return f"{commit}+changes" if subprocess.run(status, **options).stdout else commit
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.strip() + ("+changes" if changed else "")
 
 
 def environment() -> dict[str, Any]:
     """Return what a result depends on besides its inputs: commit, versions, device, kernel path, time.
 
-    The kernel path is always torch, because no result comes from kernels of other packages. The device of a CPU
-    names the vector instructions that torch uses, because they decide the order of sums.
+    The kernel path is always torch, because no result comes from kernels of other packages. The device of a
+    CPU names the vector instructions that torch uses, because they decide the order of sums.
     """
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     cpu = f"cpu ({torch.backends.cpu.get_cpu_capability()})"
@@ -68,21 +68,20 @@ def environment() -> dict[str, Any]:
 def _write_csv(frame: pd.DataFrame, path: Path, fields: Mapping[str, Any], float_format: str | None) -> None:
     if not len(frame.columns):
         raise ValueError(f"The table for {Path(path).name} has no columns.")
-    text = [name for name in frame if not is_bool_dtype(frame[name]) and not is_any_real_numeric_dtype(frame[name])]
-    frame = frame.assign(**{name: frame[name].map(_one_line, na_action="ignore") for name in text})
-    write = {"index": False, "lineterminator": "\n", "float_format": float_format}
-    _store(path, lambda partial: frame.to_csv(partial, **write), {**fields, "text_columns": text, "rows": len(frame)})
-
-
-def _one_line(value: Any) -> str:
-    return str(value).replace("\r", "\\r")  # a bare carriage return would end the row
+    text = [name for name, x in frame.items() if not is_bool_dtype(x) and not is_any_real_numeric_dtype(x)]
+    # a carriage return that is not escaped would end the row
+    escaped = frame[text].map(lambda value: str(value).replace("\r", "\\r"), na_action="ignore")
+    frame = frame.assign(**escaped)
+    options = {"index": False, "lineterminator": "\n", "float_format": float_format}
+    fields = {**fields, "text_columns": text, "rows": len(frame)}
+    _store(path, lambda partial: frame.to_csv(partial, **options), fields)
 
 
 def write_table(frame: pd.DataFrame, path: Path, provenance: Mapping[str, Any]) -> None:
     """Write a CSV (floats with six significant digits) and its sidecar.
 
-    `provenance` has at least the fields REQUIRED (config is a hash), and the fingerprint if the stage is to be skipped
-    next time. `environment` is added to it. Raises ValueError for a table without columns and for a missing field.
+    `provenance` has at least the fields REQUIRED (config is a hash), and the fingerprint if the stage is to
+    be skipped next time. Raises ValueError for a table without columns and for a missing field.
     """
     if missing := [name for name in REQUIRED if name not in provenance]:
         raise ValueError(f"The provenance of {Path(path).name} lacks {', '.join(missing)}.")
@@ -115,18 +114,10 @@ def _partial_folder(name: str, expected: str, folder: Path) -> Path:
 
 def clear_partials(name: str, folder: Path, keep: str = "") -> None:
     """Remove the stored groups of a stage, except those with the fingerprint `keep`."""
+    pattern, kept = re.compile(re.escape(name) + "-[0-9a-f]{16}"), _partial_folder(name, keep, folder)
     for path in Path(folder).glob("*"):
-        if re.fullmatch(re.escape(name) + "-[0-9a-f]{16}", path.name) and path != _partial_folder(name, keep, folder):
+        if pattern.fullmatch(path.name) and path != kept:
             shutil.rmtree(path)
-
-
-def _finished(path: Path, group: str) -> dict[str, Any] | None:
-    """Return the sidecar of a group, or None if the group is not stored completely."""
-    try:
-        record = read_sidecar(path)
-    except ArtifactError:
-        return None
-    return record if record["group"] == group else None
 
 
 def resumable(
@@ -139,9 +130,10 @@ def resumable(
 ) -> pd.DataFrame:
     """Return the rows of `compute(group)` for all groups in order, and store each group when it is done.
 
-    After an interruption, another call with the same fingerprint `expected` computes only the missing groups. `compute`
-    must depend on its group alone, because `workers` threads call it at the same time. `frame.attrs["seconds"]` is the
-    total time of all groups. Groups with other fingerprints are removed. Raises ValueError if there are no groups.
+    After an interruption, another call with the same fingerprint `expected` computes only the missing groups.
+    `compute` must depend on its group alone, because `workers` threads call it at the same time.
+    `frame.attrs["seconds"]` is the total time of all groups. Groups with other fingerprints are removed.
+    Raises ValueError if there are no groups.
     """
     if not groups:
         raise ValueError(f"The stage {name} has nothing to compute: no groups were given.")
@@ -150,8 +142,10 @@ def resumable(
 
     def finish(number: int, group: Hashable) -> tuple[Path, float]:
         path = place / f"group-{number:05d}.csv"
-        record = _finished(path, repr(group))
-        if record is None:
+        record = {}
+        with contextlib.suppress(ArtifactError):
+            record = read_sidecar(path)
+        if record.get("group") != repr(group):
             start = time.monotonic()
             frame = compute(group)
             _write_csv(frame, path, {"group": repr(group), "seconds": time.monotonic() - start}, None)
@@ -177,12 +171,13 @@ def staged_table(
 ) -> pd.DataFrame:
     """Return the table at `path`, after `resumable` has computed it if it is not up to date.
 
-    `provenance` is without seconds and fingerprint. The rows are always read from the file, with its six digits, so
-    that a second run continues from the same numbers. Raises ValueError as `resumable` and `write_table`.
+    `provenance` is without seconds and fingerprint. The rows are always read from the file, with its six
+    digits, so that a second run continues from the same numbers.
     """
     name = Path(path).stem
     if not up_to_date(path, expected):
         frame = resumable(name, expected, groups, compute, folder, workers)
-        write_table(frame, path, {**provenance, "seconds": round(frame.attrs["seconds"], 3), "fingerprint": expected})
+        seconds = round(frame.attrs["seconds"], 3)
+        write_table(frame, path, {**provenance, "seconds": seconds, "fingerprint": expected})
     clear_partials(name, folder)
     return read_table(path)

@@ -1,15 +1,13 @@
-"""Training of all SAEs of a profile: a specification per SAE, and one trainer for all of them.
+"""Training of all SAEs of a profile: one specification per SAE, and one trainer.
 
-Specifications that share a host run are one task. Tasks run one per core in processes of their own, each with one
-thread, so that results do not depend on how many run at once. An SAE that is there, from the same inputs, is not
-trained again; a killed training goes on from its checkpoint.
+Specifications that share a host run are one task. Each task runs in a process with one thread, so that
+results do not depend on the number of processes. An SAE with the same inputs is not trained again, and an
+interrupted training continues from its checkpoint.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
-from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,17 +26,17 @@ from writesae.recurrence import Factors
 from writesae.sae.config import Parts
 from writesae.sae.train import TrainingSettings, train
 
-VALIDATION_WINDOWS = 64  # held-out windows on which an SAE's FVU is measured
-CHECK_WINDOWS = 8  # of an ablation's training windows, kept from training to measure its FVU
-SURVEY_PARTS = 4  # tasks per worker and host of the survey, where the profile limits the workers
+VALIDATION_WINDOWS = 64  # held-out windows on which the FVU of an SAE is measured
+CHECK_WINDOWS = 8  # training windows of an ablation on which its FVU is measured instead
+SURVEY_PARTS = 4  # survey tasks per worker and host, if the profile limits the workers
 NEED_NO_STATES = [("bilinear", "rank1", 1), ("tied", "rank1", 1)]
 
 
 class SaeSpec(NamedTuple):
-    """One SAE of a profile: its cell, what it is trained on, its role, and how it is trained.
+    """One SAE of a profile: its cell, target, role and training.
 
-    windows: how many windows of the SAE split it is trained on, the first ones; check: how many of these, the last
-    ones, are kept from training to measure its FVU (0: it is measured on held-out windows).
+    windows: the number of windows of the SAE split that it uses; check: how many of these, the last ones, are
+    used only to measure its FVU (0: the FVU is measured on held-out windows).
     """
 
     host: str
@@ -62,105 +60,80 @@ class SaeSpec(NamedTuple):
 def _specs(study: Study, host: str, cells, role: str, settings: TrainingSettings, **changes) -> list[SaeSpec]:
     """Return the SAEs of some cells on all targets of the profile."""
     data, saes = study.profile.data, study.profile.saes
-    options = dict(targets=saes.targets, write=saes.write, windows=data.sae_windows, check=0) | changes
-    targets = options.pop("targets")
-    return [SaeSpec(host, *cell, target, role, settings=settings, **options) for cell in cells for target in targets]
+    options = dict(write=saes.write, windows=data.sae_windows) | changes
+    targets = options.pop("targets", saes.targets)
+    options |= dict(role=role, settings=settings)
+    return [SaeSpec(host, *cell, target, **options) for cell in cells for target in targets]
 
 
 def _settings(study: Study, host: str, role: str) -> TrainingSettings:
     """Return the profile's settings for a role, with the profile's seed."""
-    section = study.profile.section("saes", host)
-    return getattr(section, role).model_copy(update=dict(seed=study.profile.seed))
+    settings = getattr(study.profile.section("saes", host), role)
+    return settings.model_copy(update=dict(seed=study.profile.seed))
 
 
-def survey_specs(study: Study, host: str, layers: Iterable[int]) -> list[SaeSpec]:
-    """Return the survey's SAEs of every head of some layers."""
+def survey_specs(study: Study, host: str, layers) -> list[SaeSpec]:
+    """Return the SAEs of the survey, one per target and head of these layers."""
     cells = [(layer, head) for layer in layers for head in range(study.host(host).heads)]
     windows = study.profile.data.survey_windows
     return _specs(study, host, cells, "survey", _settings(study, host, "survey"), windows=windows)
 
 
-def main_specs(study: Study) -> list[SaeSpec]:
-    """Return the SAEs of notebook 02: those of the headline's cells, flat ones of states, and the survey's."""
-    surveyed, specs = [], []
-    for host, section in study.profile.hosts.items():
-        cells = [study.cell(host, place) for place in section.cells]
-        surveyed = survey_specs(study, host, study.survey_layers(host)) + surveyed
-        specs += _specs(study, host, cells, "main", _settings(study, host, "main"))
-        specs += _specs(study, host, cells, "flat", _settings(study, host, "flat"), targets=["state"])
-    return surveyed + specs
-
-
-def variants(training: TrainingSettings, ks: Iterable[int], seeds: Iterable[int], seed: int):
-    """Return settings for each k at `seed` and for each of the seeds at the settings' own k, the slowest first.
+def variants(training: TrainingSettings, ks: list, seeds: list, seed: int) -> list[TrainingSettings]:
+    """Return settings for each k (at `seed`) and for each of the seeds (at the default k), the slowest first.
 
     Raises ValueError for a k above n_atoms.
     """
     pairs = {(k, seed) for k in ks} | {(training.k, other) for other in seeds}
-    return [TrainingSettings(**training.model_dump() | dict(k=k, seed=s)) for k, s in sorted(pairs, reverse=True)]
+    changes = (dict(k=k, seed=s) for k, s in sorted(pairs, reverse=True))
+    return [TrainingSettings(**training.model_dump() | change) for change in changes]
 
 
 def variant_name(settings: TrainingSettings) -> str:
-    """Return the role of a variant, in file names and tables."""
+    """Return the role of a variant in file names and tables."""
     return f"k{settings.k}-seed{settings.seed}"
 
 
 def host_variants(study: Study, host: str) -> list[TrainingSettings]:
-    """Return the settings of notebook 03's variants of a host."""
+    """Return the settings of the variants of a host in notebook 03."""
     section = study.profile.section("atoms", host)
     training = getattr(study.profile.section("saes", host), section.training)
     return variants(training, section.ks, section.seeds, study.profile.seed)
 
 
 def seed_variants(study: Study, host: str) -> list[TrainingSettings]:
-    """Return those variants that differ in nothing but the seed."""
+    """Return the variants that differ in their seed only."""
     section = study.profile.section("atoms", host)
     k = getattr(study.profile.section("saes", host), section.training).k
     return [variant for variant in host_variants(study, host) if variant.k == k]
 
 
-def variant_specs(study: Study) -> list[SaeSpec]:
-    """Return the SAEs of notebook 03: other k and other seeds, in one cell of each host."""
-    specs = []
-    for host in study.profile.hosts:
-        cell = study.cell(host, study.profile.section("atoms", host).place)
-        for settings in host_variants(study, host):
-            specs += _specs(study, host, [cell], variant_name(settings), settings)
-    return specs
-
-
 def ablation_hosts(study: Study) -> dict[str, Ablations]:
-    """Return the hosts whose profile asks for ablations, with their settings.
+    """Return the hosts with ablations in the profile, and their settings.
 
-    Raises ValueError where none does, and where a variant asks for a cell that the host does not have.
+    Raises ValueError if there are none, and if a variant needs a cell that the host does not have.
     """
     sections = {host: study.profile.section("ablations", host) for host in study.profile.hosts}
-    asked = {host: section for host, section in sections.items() if section.firings}
-    for host, section in asked.items():
-        lacking = {place for one in section.variants for place in one.places} - set(study.profile.hosts[host].cells)
-        if lacking:
-            raise ValueError(f"ablations.variants asks for {', '.join(sorted(lacking))}, and {host} has no such cell.")
-    if not asked:
-        raise ValueError("ablations.firings is 0 for every host of this profile: give it a number for one of them.")
-    return asked
+    sections = {host: section for host, section in sections.items() if section.firings}
+    for host, section in sections.items():
+        places = {place for variant in section.variants for place in variant.places}
+        if missing := sorted(places - set(study.profile.hosts[host].cells)):
+            raise ValueError(f"ablations.variants asks for {', '.join(missing)}, and {host} lacks it.")
+    if not sections:
+        raise ValueError("ablations.firings is 0 for every host of this profile: set it for one of them.")
+    return sections
 
 
 def ablation_variants(section: Ablations, seed: int) -> list[tuple[str, str, TrainingSettings]]:
-    """Return (place, target, settings) of every ablation, the slowest to train first.
-
-    Raises ValueError where two are the same.
-    """
-    training = section.training.model_dump() | dict(seed=seed)
-    every = [
-        (place, target, TrainingSettings(**training | one.model_dump(include=set(Parts.model_fields))))
-        for one in section.variants
-        for place in one.places
-        for target in one.targets
-    ]
+    """Return (place, target, settings) of all ablations, slowest first. Raises ValueError for a repeat."""
+    training, every = section.training.model_dump() | dict(seed=seed), []
+    for variant in section.variants:
+        settings = TrainingSettings(**training | variant.model_dump(include=set(Parts.model_fields)))
+        every += [(place, target, settings) for place in variant.places for target in variant.targets]
     names = [(place, target, settings.variant) for place, target, settings in every]
     if len(set(names)) < len(names):
         raise ValueError("ablations.variants names a variant twice for one place and target.")
-    return sorted(every, key=lambda one: (one[2].encoder, one[2].decoder, one[2].rank) in NEED_NO_STATES)
+    return sorted(every, key=lambda x: (x[2].encoder, x[2].decoder, x[2].rank) in NEED_NO_STATES)
 
 
 def ablation_role(variant: str) -> str:
@@ -168,31 +141,15 @@ def ablation_role(variant: str) -> str:
     return f"ablation-{variant}"
 
 
-def ablation_specs(study: Study) -> list[SaeSpec]:
-    """Return the SAEs of notebook 11 (ablations). Raises ValueError for more training windows than there are."""
-    specs, available = [], study.profile.data.sae_windows
-    for host, section in ablation_hosts(study).items():
-        windows = section.training_windows
-        if windows > available:
-            raise ValueError(
-                f"ablations.training_windows is {windows}, and data.sae_windows only {available}: lower the former."
-            )
-        for place, target, settings in ablation_variants(section, study.profile.seed):
-            cells, role = [study.cell(host, place)], ablation_role(settings.variant)
-            options = dict(targets=[target], windows=windows, check=CHECK_WINDOWS)
-            specs += _specs(study, host, cells, role, settings, **options)
-    return specs
-
-
 def write_definitions(factors: Factors) -> tuple[str, ...]:
-    """Return the definitions of a write that are of rank 1 in a harvest and differ from one another."""
+    """Return the definitions of a write that have rank 1 in these factors, without repeats."""
     if factors.effective is None or torch.equal(factors.added, factors.effective):
         return ("added",)
     return ("added", "effective")
 
 
 def other_specs(study: Study, host: str) -> list[SaeSpec]:
-    """Return the write-trained SAEs for the definition of a write that notebook 02 does not use (multiverse)."""
+    """Return the SAEs of writes for the definition of a write that notebook 02 does not use."""
     if "write" not in study.profile.saes.targets:
         return []
     specs, settings = [], _settings(study, host, "main")
@@ -207,7 +164,7 @@ def other_specs(study: Study, host: str) -> list[SaeSpec]:
 
 
 def train_all(study: Study, specs: list[SaeSpec]) -> pd.DataFrame:
-    """Train every SAE that is not there, and return a row per specification, in their order."""
+    """Train the SAEs that are not up to date, and return one row per specification, in their order."""
     waiting = [spec for spec in specs if not up_to_date(_record(study, spec), expected(study, spec))]
     tasks = _tasks(study, waiting)
     workers = Parallel(n_jobs=min(study.workers, max(1, len(tasks))), return_as="generator_unordered")
@@ -218,32 +175,29 @@ def train_all(study: Study, specs: list[SaeSpec]) -> pd.DataFrame:
 
 
 def _tasks(study: Study, specs: list[SaeSpec]) -> list[list[SaeSpec]]:
-    """Divide specifications into tasks: one per cell and role, and some layers of the survey."""
+    """Divide specifications into tasks: one per cell and role; a survey task has several layers."""
     parts = study.workers * (1 if study.profile.workers is None else SURVEY_PARTS)
-    layers: dict[str, list[int]] = {}
+    layers: dict[tuple[str, int], int] = {}  # the part of each surveyed layer of a host
+    tasks: dict[tuple, list[SaeSpec]] = {}
     for spec in specs:
-        if spec.role == "survey" and spec.layer not in layers.setdefault(spec.host, []):
-            layers[spec.host].append(spec.layer)
-
-    def task_of(spec: SaeSpec) -> tuple:
+        place = spec.cell
         if spec.role == "survey":
-            return spec.host, spec.role, layers[spec.host].index(spec.layer) % parts
-        return spec.host, spec.role, *spec.cell
-
-    order = list(dict.fromkeys(map(task_of, specs)))
-    by_task = sorted(specs, key=lambda spec: order.index(task_of(spec)))
-    return [list(task) for _, task in groupby(by_task, key=task_of)]
+            number = sum(host == spec.host for host, _ in layers)
+            place = layers.setdefault((spec.host, spec.layer), number % parts)
+        tasks.setdefault((spec.host, spec.role, place), []).append(spec)
+    return list(tasks.values())
 
 
 def expected(study: Study, spec: SaeSpec) -> str:
-    """Return the fingerprint of an SAE: what it depends on."""
+    """Return the fingerprint of an SAE."""
     windows = {split: study.windows_hash(spec.host, split) for split in ("sae", "heldout")}
-    inputs = dict(host=study.host_fingerprint(spec.host), windows=windows, batch=study.profile.data.batch_windows)
-    return fingerprint.fingerprint([__name__], spec=spec, validation=VALIDATION_WINDOWS, **inputs)
+    inputs = dict(spec=spec, host=study.host_fingerprint(spec.host), windows=windows)
+    inputs |= dict(batch=study.profile.data.batch_windows, validation=VALIDATION_WINDOWS)
+    return fingerprint.fingerprint([__name__], **inputs)
 
 
 def _record(study: Study, spec: SaeSpec) -> Path:
-    """Return the path of an SAE's one-row table."""
+    """Return the path of the table of an SAE, which has one row."""
     folder = study.sae_folder(spec.host, *spec.cell, spec.target, spec.role)
     return folder.with_name(f"{folder.name}.csv")
 
@@ -252,33 +206,28 @@ def train_task(study: Study, specs: list[SaeSpec]) -> None:
     """Train SAEs of one host that share their windows, in this process with one thread."""
     first = specs[0]
     with threads(1):
-        training = _factors(study, specs)
+        if first.role == "survey":
+            training = _harvest(study, specs, study.windows(first.host, "sae").tokens[: first.windows])
+        else:
+            training = {spec.cell: study.harvested(spec.host, *spec.cell) for spec in specs}
         validation = training
         if not first.check:
-            tokens = study.windows(first.host, "heldout")[slice(0, VALIDATION_WINDOWS)].tokens
-            validation = _harvest(study, first.host, specs, tokens)
+            tokens = study.windows(first.host, "heldout").tokens[:VALIDATION_WINDOWS]
+            validation = _harvest(study, specs, tokens)
         for spec in specs:
-            began = time.monotonic()
-            fitted, checked = slice(0, spec.windows - spec.check), slice(spec.windows - spec.check, spec.windows)
-            data = _history(study, spec, training[spec.cell], fitted)
-            held_out = _history(study, spec, validation[spec.cell], checked if spec.check else slice(None))
-            want = expected(study, spec)
-            row = train_one(study, spec, data, held_out, want)
-            details = dict(seconds=time.monotonic() - began, fingerprint=want)
-            stages.write_table(pd.DataFrame([row]), _record(study, spec), study.provenance(spec.host, **details))
+            began, fitted = time.monotonic(), spec.windows - spec.check
+            checked = slice(fitted, spec.windows) if spec.check else slice(None)
+            data = _history(study, spec, training[spec.cell], slice(0, fitted))
+            held_out = _history(study, spec, validation[spec.cell], checked)
+            key = expected(study, spec)
+            row = train_one(study, spec, data, held_out, key)
+            provenance = study.provenance(spec.host, seconds=time.monotonic() - began, fingerprint=key)
+            stages.write_table(pd.DataFrame([row]), _record(study, spec), provenance)
 
 
-def _factors(study: Study, specs: list[SaeSpec]) -> dict[tuple[int, int], Factors]:
-    """Return the factors of the cells over the training windows: from their files, or harvested where there are none."""
-    first = specs[0]
-    if first.role != "survey":
-        return {spec.cell: study.harvested(spec.host, *spec.cell) for spec in specs}
-    return _harvest(study, first.host, specs, study.windows(first.host, "sae")[slice(0, first.windows)].tokens)
-
-
-def _harvest(study: Study, host: str, specs: list[SaeSpec], tokens: torch.Tensor) -> dict[tuple[int, int], Factors]:
+def _harvest(study: Study, specs: list[SaeSpec], tokens: torch.Tensor) -> dict[tuple[int, int], Factors]:
     cells = list(dict.fromkeys(spec.cell for spec in specs))
-    return harvest(study.host(host), tokens, cells, study.profile.data.batch_windows, progress=False)
+    return harvest(study.host(specs[0].host), tokens, cells, study.profile.data.batch_windows, progress=False)
 
 
 def _history(study: Study, spec: SaeSpec, factors: Factors, windows: slice) -> History:
@@ -287,54 +236,64 @@ def _history(study: Study, spec: SaeSpec, factors: Factors, windows: slice) -> H
 
 
 def train_one(study: Study, spec: SaeSpec, data: History, validation: History, fingerprint: str) -> dict:
-    """Train an SAE on histories of its cell, in memory or in shards, resumably; save it and return its row."""
+    """Train an SAE on histories of its cell (in memory or in shards), save it, and return its row."""
     settings, folder = spec.settings, study.sae_folder(spec.host, *spec.cell, spec.target, spec.role)
     checkpoint = folder.with_name(f"{folder.name}-{fingerprint[:8]}.checkpoint")
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     sae, record = train(data, settings, progress=False, checkpoint=checkpoint, validation=validation)
     sae.save(folder)
     checkpoint.unlink(missing_ok=True)
-    return dict(
-        host=spec.host,
-        layer=spec.layer,
-        head=spec.head,
-        role=spec.role,
-        variant=settings.variant,
-        target=spec.target,
-        seed=settings.seed,
-        n_atoms=settings.n_atoms,
-        k=settings.k,
-        tokens=record.tokens,
-        fvu=record.validation_fvu,
-        n_validation=validation.key.shape[0] * validation.key.shape[1],
-        alive=record.alive,
-        dead=record.dead,
-        final_training_fvu=record.fvu[-1][1],
-        seconds=record.seconds,
-    )
+    row = dict(host=spec.host, layer=spec.layer, head=spec.head, role=spec.role, variant=settings.variant)
+    row |= dict(target=spec.target, seed=settings.seed, n_atoms=settings.n_atoms, k=settings.k)
+    row |= dict(tokens=record.tokens, fvu=record.validation_fvu)
+    row |= dict(n_validation=validation.key.shape[:2].numel(), alive=record.alive, dead=record.dead)
+    return row | dict(final_training_fvu=record.fvu[-1][1], seconds=record.seconds)
 
 
 # The tables of the notebooks
 
 
 def train_saes(study: Study) -> pd.DataFrame:
-    """Train every SAE of notebook 02 and write saes.csv, a row per SAE."""
-    specs = main_specs(study)
+    """Train the SAEs of notebook 02 and write saes.csv, with one row per SAE.
+
+    They are those of the survey, and main and flat ones (of states) of the headline's cells.
+    """
+    surveyed, specs = [], []
+    for host, section in study.profile.hosts.items():
+        cells = [study.cell(host, place) for place in section.cells]
+        surveyed = survey_specs(study, host, study.survey_layers(host)) + surveyed
+        specs += _specs(study, host, cells, "main", _settings(study, host, "main"))
+        specs += _specs(study, host, cells, "flat", _settings(study, host, "flat"), targets=["state"])
+    specs = surveyed + specs
     table = train_all(study, specs)
-    survey = [spec.role == "survey" for spec in specs]
-    heads = ["" if surveyed else f"-H{spec.head}" for spec, surveyed in zip(specs, survey, strict=True)]
+    heads = ["" if spec.role == "survey" else f"-H{spec.head}" for spec in specs]
     names = [f"{spec.host}-{spec.role}-L{spec.layer}{head}" for spec, head in zip(specs, heads, strict=True)]
     rows = sorted(range(len(specs)), key=names.__getitem__)
     return study.write("saes", table.iloc[rows])
 
 
 def train_variants(study: Study) -> pd.DataFrame:
-    """Train every variant of notebook 03 and write variants.csv, a row per SAE."""
-    return study.write("variants", train_all(study, variant_specs(study)))
+    """Train the SAEs of notebook 03 (other k and seeds, one cell per host) and write variants.csv."""
+    specs = []
+    for host in study.profile.hosts:
+        cell = study.cell(host, study.profile.section("atoms", host).place)
+        for settings in host_variants(study, host):
+            specs += _specs(study, host, [cell], variant_name(settings), settings)
+    return study.write("variants", train_all(study, specs))
 
 
 def train_ablations(study: Study) -> pd.DataFrame:
-    """Train every ablation of notebook 11 and write ablation_saes.csv, a row per SAE."""
-    specs = ablation_specs(study)
+    """Train the ablations of notebook 11 and write ablation_saes.csv, with one row per SAE.
+
+    Raises ValueError for more training windows than there are.
+    """
+    specs, available = [], study.profile.data.sae_windows
+    for host, section in ablation_hosts(study).items():
+        if (windows := section.training_windows) > available:
+            raise ValueError(f"ablations.training_windows is {windows}, above data.sae_windows, {available}.")
+        for place, target, settings in ablation_variants(section, study.profile.seed):
+            options = dict(targets=[target], windows=windows, check=CHECK_WINDOWS)
+            role = ablation_role(settings.variant)
+            specs += _specs(study, host, [study.cell(host, place)], role, settings, **options)
     parts = dict(activation=[x.settings.activation for x in specs], rank=[x.settings.rank for x in specs])
     return study.write("ablation_saes", train_all(study, specs).assign(**parts))

@@ -174,7 +174,7 @@ def test_a_variant_is_trained_once_and_on_the_windows_that_are_not_kept(study, m
     assert [len(x) for x in seen[0]] == [10, 8], "18 windows, of which 8 are kept"
     more = study.profile.model_copy(update=dict(ablations=own_of(training_windows=21)))
     monkeypatch.setattr(study, "profile", more)
-    with pytest.raises(ValueError, match="training_windows is 21, and data.sae_windows only 20"):
+    with pytest.raises(ValueError, match="training_windows is 21, above data.sae_windows, 20"):
         training.train_ablations(study)
 
 
@@ -257,7 +257,7 @@ def test_a_profile_that_asks_no_host_is_refused(study, monkeypatch):
         training.ablation_hosts(study)
     other = own_of(variants=[dict(places=["middle", "late"])])
     monkeypatch.setattr(study, "profile", study.profile.model_copy(update=dict(ablations=other)))
-    with pytest.raises(ValueError, match="asks for late, and small has no such cell"):
+    with pytest.raises(ValueError, match="asks for late, and small lacks it"):
         training.ablation_hosts(study)
 
 

@@ -54,7 +54,7 @@ def test_a_profile_has_the_fields_of_the_one_it_extends_but_for_its_own(tmp_path
     assert cells == {"Qwen/Qwen3.5-0.8B": (9, 4), QWEN_4B: (12, 8), QWEN_27B: (32, 16)}, "the paper's"
     assert all(scale.model_dump()["hosts"][name]["revision"] for name in scale.hosts)
     (tmp_path / "odd.yaml").write_text("extends: even\nseed: 3\n")
-    with pytest.raises(ValueError, match=r"Profile odd extends 'even', which is not there: write even\.yaml beside it"):
+    with pytest.raises(ValueError, match=r"Profile odd extends 'even': write even\.yaml in the same folder"):
         load_profile("odd", tmp_path)
     (tmp_path / "even.yaml").write_text("extends: odd\n")
     with pytest.raises(ValueError, match="Profile odd: hosts: Field required"):

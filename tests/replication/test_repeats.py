@@ -116,7 +116,7 @@ def test_runs_are_gathered_into_one_table(runs, capsys):
 def test_what_cannot_stand_beside_the_others_is_refused(runs, capsys, monkeypatch):
     with pytest.raises(RepeatsError, match="run1 and .*run1 are the same run: name each once"):
         repeats.gather([runs[0], runs[0]], "smoke", "replacement")
-    with pytest.raises(RepeatsError, match="is a run of smoke, which differs from mini in more than its seed"):
+    with pytest.raises(RepeatsError, match="is a run of smoke, which differs from mini not only in its seed"):
         repeats.gather(runs, "mini", "scorecard")
     monkeypatch.setattr(repeats, "load_profile", lambda name: PROFILE.model_copy(update=dict(seed=1)))
     with pytest.raises(RepeatsError, match="All runs have smoke's own seed, 1: give one with another"):
