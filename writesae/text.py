@@ -89,10 +89,11 @@ class Corpus(BaseModel):
         be reached, ModuleNotFoundError if `datasets` is needed and missing, and ValueError for a missing
         field, a text that is not a string, a damaged file and a corpus without documents.
         """
-        number = 0
-        for number, text in enumerate(self._read(), start=1):
+        empty = True
+        for text in self._read():
+            empty = False
             yield text
-        if not number:
+        if empty:
             raise ValueError(f"The corpus {self} is empty: it holds no document.")
 
     def texts(self, split: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from writesae.hosts.past import Past, Prefix, Record, SharedState, extend
+from writesae.hosts.past import Past, Prefix, Record, extend
 from writesae.recurrence import Factors, Groups, states_before
 
 
@@ -183,8 +183,8 @@ class Host(ABC):
         """Return the factors of a cell in a run. Raises ValueError if the run does not have that cell."""
         self.check_cell(layer, head)
         if layer >= len(run.records):
-            reached = len(run.records)
-            raise ValueError(f"This run ends below layer {reached}, before layer {layer}: run it further (upto).")
+            problem = f"This run ends below layer {len(run.records)}, before layer {layer}"
+            raise ValueError(f"{problem}: run it further (upto).")
         return self.cell_factors(run.records[layer], head).to("cpu")
 
     def past_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> Past:
@@ -201,7 +201,7 @@ class Host(ABC):
             keys, values = record.keys[rows, :, :longest], record.values[rows, :, :longest]
             past.prefix = Prefix(keys, values, seen, groups)
         else:
-            past.shared = SharedState(self.state_at(record, rows, starts), groups)
+            past.states, past.groups = self.state_at(record, rows, starts), groups
         return past
 
     def windows_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -224,9 +224,9 @@ class Host(ABC):
         """Return the arguments state, groups and end of the chunked recurrences."""
         if past is None:
             return {}
-        if past.last and past.shared is not None:
-            return dict(state=past.shared.states, groups=past.shared.groups, end=False)
-        return dict(state=past.state, end=not past.last)
+        if past.last:
+            return dict(state=past.states, groups=past.groups, end=False)
+        return dict(state=past.state)
 
     def expand_heads(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., H_k, d] as [..., H, d]: a key head serves consecutive value heads."""

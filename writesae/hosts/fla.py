@@ -12,22 +12,9 @@ from dataclasses import replace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from writesae.hosts import fla_models
 from writesae.hosts.base import Host, Shape
-from writesae.hosts.fla_models import (
-    DeltaNetConfig,
-    DeltaNetForCausalLM,
-    GLAConfig,
-    GLAForCausalLM,
-    check,
-    feed_forward,
-    head_dims,
-    project_delta,
-    project_gla,
-    read_out,
-    recur_delta,
-    recur_gla,
-    rms,
-)
+from writesae.hosts.fla_models import DeltaNetConfig, DeltaNetForCausalLM, GLAConfig, GLAForCausalLM, rms
 from writesae.hosts.past import Past, Record
 from writesae.recurrence import Factors, decay_until
 
@@ -48,8 +35,8 @@ class FLAHost(Host):
 
     @classmethod
     def shape(cls, config) -> Shape:
-        check(config)
-        return Shape(config.num_hidden_layers, config.num_heads, *head_dims(config), not cls.scalar_decay)
+        fla_models.check(config)
+        return Shape(config.num_hidden_layers, config.num_heads, *fla_models.head_dims(config), not cls.scalar_decay)
 
     def unembed(self, final: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(rms(self.model.model.norm, final))
@@ -59,8 +46,8 @@ class FLAHost(Host):
 
     def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
         block = self.blocks[layer]
-        x = record.hidden + read_out(block.attn, record.outputs, **record.beside)
-        return x + feed_forward(block.mlp, rms(block.mlp_norm, x))
+        x = record.hidden + fla_models.read_out(block.attn, record.outputs, **record.beside)
+        return x + fla_models.feed_forward(block.mlp, rms(block.mlp_norm, x))
 
 
 class DeltaNet(FLAHost):
@@ -76,8 +63,8 @@ class DeltaNet(FLAHost):
     def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
         mixer = self.blocks[layer].attn
         normed = rms(self.blocks[layer].attn_norm, hidden)
-        query, key, value, beta, raw = project_delta(mixer, normed, past and past.windows["conv"])
-        outputs, effective, end = recur_delta(query, key, value, beta, **self.carried(past))
+        query, key, value, beta, raw = fla_models.project_delta(mixer, normed, past and past.windows["conv"])
+        outputs, effective, end = fla_models.recur_delta(query, key, value, beta, **self.carried(past))
         factors = dict(query=query, key=key, added=beta[..., None] * value, effective=effective, beta=beta)
         factors["log_decay"] = torch.zeros_like(beta)
         reach = mixer.q_conv1d.kernel_size[0] - 1
@@ -97,8 +84,8 @@ class GLA(FLAHost):
 
     def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
         normed = rms(self.blocks[layer].attn_norm, hidden)
-        factors, gate = project_gla(self.blocks[layer].attn, normed)
-        outputs, end = recur_gla(factors, **self.carried(past))
+        factors, gate = fla_models.project_gla(self.blocks[layer].attn, normed)
+        outputs, end = fla_models.recur_gla(factors, **self.carried(past))
         return Record(hidden, outputs, factors, end, beside={"gate": gate})
 
     def state_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:

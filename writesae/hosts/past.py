@@ -71,23 +71,15 @@ def attend(query: torch.Tensor, prefix: Prefix, scale: float) -> torch.Tensor:
 
 
 @dataclass
-class SharedState:
-    """The states before each of R rows: U distinct states [U, H, d_k, d_v], which rows share by `groups`."""
-
-    states: torch.Tensor
-    groups: Groups
-
-
-@dataclass
 class Past:
-    """What a layer needs of earlier tokens, per row: a state (own or shared) or a prefix of keys and values.
+    """What a layer needs of earlier tokens, for each of R rows: a state, or a prefix of keys and values.
 
-    windows: the last inputs of short convolutions and token shifts, [R, reach, C]. last: skip computing the
-    final state; nothing continues from it.
+    states: one per row [R, H, d_k, d_v], or [U, H, d_k, d_v], which rows share by `groups`. windows: the last
+    inputs of short convolutions and token shifts, [R, reach, C]. last: skip computing the final state.
     """
 
-    own_state: torch.Tensor | None = None
-    shared: SharedState | None = None
+    states: torch.Tensor | None = None
+    groups: Groups | None = None
     prefix: Prefix | None = None
     windows: dict[str, torch.Tensor] = field(default_factory=dict)
     last: bool = False
@@ -95,12 +87,12 @@ class Past:
     @property
     def state(self) -> torch.Tensor:
         """The state of each row, [R, H, d_k, d_v]; shared states are copied."""
-        return self.shared.states[self.shared.groups.which] if self.own_state is None else self.own_state
+        return self.states if self.groups is None else self.states[self.groups.which]
 
 
 def extend(past: Past, record: Record) -> Past:
     """Return the Past after the tokens of `record`, which follow those of `past`."""
-    longer = Past(own_state=record.end)
+    longer = Past(record.end)
     if record.keys is not None:
         longer.prefix = past.prefix.with_own(record.keys, record.values)
     for name, (inputs, reach) in record.windows.items():

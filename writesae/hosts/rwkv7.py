@@ -9,19 +9,11 @@ from __future__ import annotations
 
 import torch
 
+from writesae.hosts import rwkv7_model
 from writesae.hosts.base import Host, Shape
 from writesae.hosts.fla import register
 from writesae.hosts.past import Past, Record
-from writesae.hosts.rwkv7_model import (
-    CHUNK,
-    RWKV7Config,
-    RWKV7ForCausalLM,
-    embed,
-    feed_forward,
-    project,
-    read_out,
-    recur,
-)
+from writesae.hosts.rwkv7_model import CHUNK, RWKV7Config, RWKV7ForCausalLM
 
 register(RWKV7ForCausalLM)
 
@@ -46,7 +38,7 @@ class RWKV7(Host):
         self.width = model.config.hidden_size
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        return embed(self.model.model, tokens)
+        return rwkv7_model.embed(self.model.model, tokens)
 
     def unembed(self, final: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(self.model.model.norm(final))
@@ -60,8 +52,8 @@ class RWKV7(Host):
         x = hidden[..., : self.width]
         v_first = hidden[..., self.width :] if layer else None
         normed = block.attn_norm(x)
-        factors, beside, v_first = project(block.attn, normed, past and past.windows["attn"], v_first)
-        outputs, end, before = recur(factors, **self.carried(past))
+        factors, beside, v_first = rwkv7_model.project(block.attn, normed, past and past.windows["attn"], v_first)
+        outputs, end, before = rwkv7_model.recur(factors, **self.carried(past))
         factors["before"] = before  # [B, H, chunks, d_k, d_v]: the states before each chunk
         hidden = torch.cat([x, v_first], -1)
         return Record(hidden, outputs, factors, end, windows={"attn": (normed, 1)}, beside=beside)
@@ -70,10 +62,10 @@ class RWKV7(Host):
         """Return the next layer's input, with the values of layer 0 appended except after the last layer."""
         block = self.blocks[layer]
         x, v_first = record.hidden[..., : self.width], record.hidden[..., self.width :]
-        x = x + read_out(block.attn, record.outputs, **record.beside)
+        x = x + rwkv7_model.read_out(block.attn, record.outputs, **record.beside)
         normed = block.ffn_norm(x)
         record.windows["ffn"] = (normed, 1)
-        x = x + feed_forward(block.ffn, normed, past and past.windows["ffn"])
+        x = x + rwkv7_model.feed_forward(block.ffn, normed, past and past.windows["ffn"])
         return x if layer == self.layers - 1 else torch.cat([x, v_first], -1)
 
     def state_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
@@ -85,4 +77,4 @@ class RWKV7(Host):
         index = rows[:, None], positions.clamp(max=record.outputs.shape[1] - 1)
         earlier = (positions < starts[:, None])[..., None, None]  # zero factors leave a state as it is
         factors = {name: x[index] * earlier for name, x in factors.items()}
-        return recur(factors, state=before[rows, :, chunk])[1]
+        return rwkv7_model.recur(factors, state=before[rows, :, chunk])[1]
