@@ -177,7 +177,8 @@ class Host(ABC):
             raise ValueError(f"A run takes tokens [windows, time], not of shape {list(tokens.shape)}.")
         if upto is not None and not 0 <= upto <= self.layers:
             raise ValueError(f"{self.name} has {self.layers} layers: upto is at most that, and not {upto}.")
-        return Run(tokens.cpu(), *self._forward(tokens.to(self.device), self.layers if upto is None else upto))
+        layers = self.layers if upto is None else upto
+        return Run(tokens.cpu(), *self._forward(tokens.to(self.device), layers))
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Return the mean next-token loss over tokens [B, T] in nats, differentiable in the parameters."""

@@ -25,7 +25,8 @@ class FLAHost(Host):
     @classmethod
     def shape(cls, config) -> Shape:
         fla_models.check(config)
-        return Shape(config.num_hidden_layers, config.num_heads, *fla_models.head_dims(config), not cls.scalar_decay)
+        d_k, d_v = fla_models.head_dims(config)
+        return Shape(config.num_hidden_layers, config.num_heads, d_k, d_v, not cls.scalar_decay)
 
     def unembed(self, final: Tensor) -> Tensor:
         return self.model.lm_head(rms(self.model.model.norm, final))

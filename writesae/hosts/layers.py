@@ -1,4 +1,4 @@
-"""Parts that several families share: norms, short convolutions, initial decays, and models in plain PyTorch."""
+"""Parts that several families share: norms, short convolutions, initial decays, plain PyTorch models."""
 
 from __future__ import annotations
 
