@@ -163,7 +163,7 @@ def generate(host: Host, run: Run, layer: int, head: int, edit: Edit, count: int
     end = torch.full_like(starts, length)
     pasts = [host.past_at(run.records[below], edit.rows, end) for below in range(layer)] + pasts_from_layer
     past = pasts[layer]
-    past.own_state = past.state
-    past.own_state[:, head] += (moved.transpose(1, 2) @ edit.right).to(past.own_state.device)
+    past.states, past.groups = past.state, None
+    past.states[:, head] += (moved.transpose(1, 2) @ edit.right).to(past.states.device)
     first = host.logits(final[:, -1])
     return host.decode(pasts, first.argmax(-1), length, count - 1), first

@@ -99,7 +99,7 @@ def sidecar(path: Path) -> Path:
 
 
 def _store(path: Path, write: Callable[[Path], None], fields: Mapping[str, Any]) -> None:
-    """Write a file and its sidecar. `read_sidecar` refuses the pair if only one of them was moved into place."""
+    """Write a file and its sidecar; `read_sidecar` refuses the pair if only one was moved into place."""
 
     def write_both(partial: Path) -> None:
         write(partial)
@@ -189,15 +189,15 @@ def read_pickle(path: Path) -> Any:
         raise
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds more than tensors and plain values, and was not loaded, since a pickle can run code: save its "
-            "tensors alone, if you trust it."
+            f"{path} holds more than tensors and plain values, and was not loaded, since a pickle can run code: "
+            "save its tensors alone, if you trust it."
         ) from error
     except (RuntimeError, EOFError, ValueError, OSError) as error:
         raise ValueError(f"{path} is damaged or was cut short, or torch.save did not write it: {error}") from error
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .safetensors file, or of a state dict that torch.save wrote. Raises as `read_pickle`."""
+    """Return the tensors of a .safetensors file or a pickled state dict. Raises as `read_pickle`."""
     import torch
     from safetensors.torch import load_file
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
 
 SPLITS = {"sae": range(0, 80), "heldout": range(80, 100)}  # buckets of the hash of a text
 
@@ -89,10 +90,11 @@ class Corpus(BaseModel):
         be reached, ModuleNotFoundError if `datasets` is needed and missing, and ValueError for a missing
         field, a text that is not a string, a damaged file and a corpus without documents.
         """
-        number = 0
-        for number, text in enumerate(self._read(), start=1):
+        empty = True
+        for text in self._read():
+            empty = False
             yield text
-        if not number:
+        if empty:
             raise ValueError(f"The corpus {self} is empty: it holds no document.")
 
     def texts(self, split: str) -> Iterator[str]:
@@ -181,8 +183,8 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
 class Windows:
     """Windows: tokens [N, T] int64, and passage [N], the number of the text that each was cut from."""
 
-    tokens: torch.Tensor
-    passage: torch.Tensor
+    tokens: Tensor
+    passage: Tensor
 
     def kept(self) -> float:
         """Return the share of texts with a window, among the texts up to the last one with a window."""
@@ -208,7 +210,7 @@ def cut_windows(tokenizer, texts: Iterable[str], length: int, limit: int | None 
     """Cut each text into windows of `length` tokens; the first window of a text begins with end-of-text.
 
     Texts shorter than a window give none. Reads only the texts that `limit` windows need. Raises ValueError
-    for fewer than `limit` windows, or none (`of`: words on the source for that message), and as `each_window`.
+    for fewer than `limit` windows, or none (`of`: the source, for that message), and as `each_window`.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"At least one window must be asked for, not {limit}.")

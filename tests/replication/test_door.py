@@ -32,7 +32,7 @@ def test_the_guide_names_make_targets_that_are_there():
 def test_the_guide_names_code_that_is_there():
     for owner, names in (
         (load, ("FAMILIES",)),
-        (load.adapter("mamba2"), ("model_classes", "decay_parameters", "build", "before_training")),
+        (load.adapter("mamba2"), ("model_type", "model_classes", "decay_parameters", "build", "before_training")),
         (base, ("Host",)),
         (Study, ("stage", "gather", "write")),
         (measures, ("summary",)),

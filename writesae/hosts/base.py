@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from writesae.hosts.past import Past, Prefix, Record, SharedState, extend
+from writesae.hosts.layers import slow_decays
+from writesae.hosts.past import Past, Prefix, Record, extend
 from writesae.recurrence import Factors, Groups, states_before
 
 
@@ -35,15 +37,16 @@ class Shape(NamedTuple):
 class Run:
     """A native run: tokens [B, T], one Record per layer, and `final` [B, T, D], before the final norm."""
 
-    tokens: torch.Tensor
+    tokens: Tensor
     records: list[Record]
-    final: torch.Tensor
+    final: Tensor
 
 
 class Host(ABC):
     """One recurrent language model; `load_host` returns one. Each head's state is [d_k, d_v]."""
 
     family: str
+    model_type: str  # of the family's config class in transformers
     model_classes: tuple[str, ...]  # names of the model classes that this adapter takes
     decay_parameters: tuple[str, ...]  # name parts of the parameters that set the decays
     scalar_decay: bool  # True: a state is a decayed sum of rank-1 writes, so SAEs train without states
@@ -58,12 +61,17 @@ class Host(ABC):
         self.vocabulary = model.config.vocab_size
         _, self.heads, self.d_k, self.d_v, _ = self.shape(model.config)
 
-    # Methods of a family.
-
-    @staticmethod
-    @abstractmethod
-    def build(architecture: dict) -> torch.nn.Module:
+    @classmethod
+    def build(cls, architecture: dict) -> torch.nn.Module:
         """Return a model with random weights and slow decays. architecture: fields of its config."""
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.for_model(cls.model_type, **architecture)
+        model = AutoModelForCausalLM._model_mapping[type(config)](config)
+        for mixer in model.modules():
+            if hasattr(mixer, "A_log"):
+                mixer.A_log.data, mixer.dt_bias.data = slow_decays(len(mixer.A_log))
+        return model
 
     @staticmethod
     @abstractmethod
@@ -74,32 +82,30 @@ class Host(ABC):
     def before_training(model: torch.nn.Module) -> None:
         """Prepare a new model for training; most families need nothing."""
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+    def embed(self, tokens: Tensor) -> Tensor:
         """Return the first layer's input [B, T, D] of token ids [B, T]."""
         return self.model.get_input_embeddings()(tokens)
 
     @abstractmethod
-    def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
+    def mix(self, layer: int, hidden: Tensor, past: Past | None, positions: Tensor) -> Record:
         """Run a layer up to its heads' outputs. hidden: [B, T, D]; positions [B, T]: in the window."""
 
     @abstractmethod
-    def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
+    def finish(self, layer: int, record: Record, past: Past | None) -> Tensor:
         """Return the next layer's input [B, T, D] of a record; may add windows to the record."""
 
     @abstractmethod
-    def unembed(self, final: torch.Tensor) -> torch.Tensor:
+    def unembed(self, final: Tensor) -> Tensor:
         """Return the logits [..., vocabulary] of last hidden states [..., D], in the model's precision."""
 
     @abstractmethod
     def behind_heads(self, layer: int) -> torch.nn.Linear:
         """Return the output projection of a recurrent layer, from [..., H d_v] to [..., D]."""
 
-    # Methods that all families share.
-
     def cell_factors(self, record: Record, head: int) -> Factors:
         """Return the factors of one head of a recorded recurrent layer."""
 
-        def of_head(name: str) -> torch.Tensor:
+        def of_head(name: str) -> Tensor:
             x = record.factors[name]
             x = x[:, :, head // (self.heads // x.shape[2])]  # several heads may share a key head
             return x[..., None] if x.ndim == 2 else x
@@ -109,16 +115,16 @@ class Host(ABC):
             f |= dict(erase=f["log_decay"].exp() * of_head("beta") * f["key"], probe=f["key"])
         return Factors(**f)
 
-    def output_projection(self, layer: int, head: int) -> torch.Tensor:
+    def output_projection(self, layer: int, head: int) -> Tensor:
         """Return W_O of one head: [D, d_v], fp32, on the CPU."""
         self.check_cell(layer, head)
         return self.behind_heads(layer).weight[:, head * self.d_v : (head + 1) * self.d_v].float().cpu()
 
-    def unembedding(self) -> torch.Tensor:
+    def unembedding(self) -> Tensor:
         """Return W_U: [vocabulary, D], fp32, on the CPU."""
         return self.model.lm_head.weight.float().cpu()
 
-    def logits(self, final: torch.Tensor) -> torch.Tensor:
+    def logits(self, final: Tensor) -> Tensor:
         """Return the logits [..., vocabulary] of last hidden states [..., D], fp32, on the CPU."""
         return self.unembed(final).float().cpu()
 
@@ -139,7 +145,7 @@ class Host(ABC):
         if not 0 <= head < self.heads:
             raise ValueError(f"{self.name} has no head {head}: choose one of 0 to {self.heads - 1}.")
 
-    def check_tokens(self, tokens: torch.Tensor) -> None:
+    def check_tokens(self, tokens: Tensor) -> None:
         """Raise ValueError for an empty tensor, and for tokens that are not ids of the vocabulary."""
         if tokens.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"Tokens are ids, in torch.int64, not in {tokens.dtype}.")
@@ -147,13 +153,12 @@ class Host(ABC):
             raise ValueError(f"There are no tokens: their shape is {list(tokens.shape)}.")
         outside = tokens[(tokens < 0) | (tokens >= self.vocabulary)]
         if len(outside):
-            ids = f"0 to {self.vocabulary - 1}"
-            raise ValueError(f"{self.name} has no token {int(outside[0])}: its vocabulary has the ids {ids}.")
+            raise ValueError(f"{self.name} has no token {int(outside[0])}: its ids are 0 to {self.vocabulary - 1}.")
 
-    def _positions(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _positions(self, tokens: Tensor) -> Tensor:
         return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
 
-    def _forward(self, tokens: torch.Tensor, layers: int) -> tuple[list[Record], torch.Tensor]:
+    def _forward(self, tokens: Tensor, layers: int) -> tuple[list[Record], Tensor]:
         """Return the records of the first `layers` layers, and the hidden states [B, T, D] after them."""
         hidden, positions, records = self.embed(tokens), self._positions(tokens), []
         for layer in range(layers):
@@ -162,7 +167,7 @@ class Host(ABC):
         return records, hidden
 
     @torch.no_grad()
-    def run(self, tokens: torch.Tensor, upto: int | None = None) -> Run:
+    def run(self, tokens: Tensor, upto: int | None = None) -> Run:
         """Run the model over tokens [B, T], or only the layers below `upto` (`final` is then its input).
 
         Raises ValueError for tokens of another shape or vocabulary, and for an `upto` outside 0..layers.
@@ -172,9 +177,10 @@ class Host(ABC):
             raise ValueError(f"A run takes tokens [windows, time], not of shape {list(tokens.shape)}.")
         if upto is not None and not 0 <= upto <= self.layers:
             raise ValueError(f"{self.name} has {self.layers} layers: upto is at most that, and not {upto}.")
-        return Run(tokens.cpu(), *self._forward(tokens.to(self.device), self.layers if upto is None else upto))
+        layers = self.layers if upto is None else upto
+        return Run(tokens.cpu(), *self._forward(tokens.to(self.device), layers))
 
-    def loss(self, tokens: torch.Tensor) -> torch.Tensor:
+    def loss(self, tokens: Tensor) -> Tensor:
         """Return the mean next-token loss over tokens [B, T] in nats, differentiable in the parameters."""
         logits = self.unembed(self._forward(tokens, self.layers)[1][:, :-1]).float()
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
@@ -182,12 +188,11 @@ class Host(ABC):
     def factors(self, run: Run, layer: int, head: int) -> Factors:
         """Return the factors of a cell in a run. Raises ValueError if the run does not have that cell."""
         self.check_cell(layer, head)
-        if layer >= len(run.records):
-            reached = len(run.records)
-            raise ValueError(f"This run ends below layer {reached}, before layer {layer}: run it further (upto).")
+        if layer >= (reached := len(run.records)):
+            raise ValueError(f"This run ends below layer {reached}, before layer {layer}: run it further.")
         return self.cell_factors(run.records[layer], head).to("cpu")
 
-    def past_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> Past:
+    def past_at(self, record: Record, rows: Tensor, starts: Tensor) -> Past:
         """Return the Past of a layer at position starts[r] of window rows[r]; equal pairs share one state."""
         rows, starts = rows.to(self.device), starts.to(self.device)
         past = Past(windows=self.windows_at(record, rows, starts))
@@ -201,10 +206,10 @@ class Host(ABC):
             keys, values = record.keys[rows, :, :longest], record.values[rows, :, :longest]
             past.prefix = Prefix(keys, values, seen, groups)
         else:
-            past.shared = SharedState(self.state_at(record, rows, starts), groups)
+            past.states, past.groups = self.state_at(record, rows, starts), groups
         return past
 
-    def windows_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> dict[str, torch.Tensor]:
+    def windows_at(self, record: Record, rows: Tensor, starts: Tensor) -> dict[str, Tensor]:
         """Return the inputs [R, reach, C] before position starts[r] of window rows[r], or zeros."""
         windows = {}
         for name, (inputs, reach) in record.windows.items():
@@ -212,7 +217,7 @@ class Host(ABC):
             windows[name] = inputs[rows[:, None], positions.clamp(min=0)] * (positions >= 0)[..., None]
         return windows
 
-    def state_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    def state_at(self, record: Record, rows: Tensor, starts: Tensor) -> Tensor:
         """Return the states [R, H, d_k, d_v] before position starts[r] of window rows[r] (scalar decays)."""
         longest = max(1, int(starts.max()))
         names = "key", "effective", "log_decay"
@@ -224,24 +229,17 @@ class Host(ABC):
         """Return the arguments state, groups and end of the chunked recurrences."""
         if past is None:
             return {}
-        if past.last and past.shared is not None:
-            return dict(state=past.shared.states, groups=past.shared.groups, end=False)
-        return dict(state=past.state, end=not past.last)
+        if past.last:
+            return dict(state=past.states, groups=past.groups, end=False)
+        return dict(state=past.state)
 
-    def expand_heads(self, x: torch.Tensor) -> torch.Tensor:
+    def expand_heads(self, x: Tensor) -> Tensor:
         """Return x [..., H_k, d] as [..., H, d]: a key head serves consecutive value heads."""
         return x if x.shape[-2] == self.heads else x.repeat_interleave(self.heads // x.shape[-2], dim=-2)
 
     def branch(
-        self,
-        run: Run,
-        layer: int,
-        head: int,
-        rows: torch.Tensor,
-        starts: torch.Tensor,
-        change: torch.Tensor,
-        keep: bool = False,
-    ) -> tuple[torch.Tensor, list[Past]]:
+        self, run: Run, layer: int, head: int, rows: Tensor, starts: Tensor, change: Tensor, keep: bool = False
+    ) -> tuple[Tensor, list[Past]]:
         """Run the layers from `layer` on again, with `change` [R, steps, d_v] added to the head's output.
 
         Row r begins at position starts[r] of window rows[r]. Returns the last hidden states [R, steps, D],
@@ -271,8 +269,7 @@ class Host(ABC):
 
     def _check_branch(self, run: Run, layer: int, head: int, rows, starts, change) -> None:
         self.check_cell(layer, head)
-        if len(run.records) < self.layers:
-            reached = len(run.records)
+        if (reached := len(run.records)) < self.layers:
             raise ValueError(f"This run ends below layer {reached}: an edited run needs all {self.layers}.")
         steps = change.shape[1]
         if not len(rows) or rows.shape != starts.shape or change.shape != (len(rows), steps, self.d_v):
@@ -288,7 +285,7 @@ class Host(ABC):
             )
 
     @torch.no_grad()
-    def decode(self, pasts: list[Past], token: torch.Tensor, position: int, count: int) -> torch.Tensor:
+    def decode(self, pasts: list[Past], token: Tensor, position: int, count: int) -> Tensor:
         """Return the greedy continuation [R, count + 1] that begins with `token` [R] at `position`."""
         chosen = [token]
         for step in range(count):
@@ -302,8 +299,8 @@ class Host(ABC):
         return torch.stack(chosen, 1)
 
 
-def _edited(native: Record, rows, positions, head: int, change: torch.Tensor) -> Record:
-    """Return a layer's record at positions [R, steps] of windows rows [R, 1], with one head's output changed."""
+def _edited(native: Record, rows, positions, head: int, change: Tensor) -> Record:
+    """Return a layer's record at positions [R, steps] of windows rows [R, 1], with a changed head output."""
     outputs = native.outputs[rows, positions]
     changed = (outputs[:, :, head] + change)[:, :, None]
     outputs = torch.cat([outputs[:, :, :head], changed, outputs[:, :, head + 1 :]], 2)
@@ -311,7 +308,7 @@ def _edited(native: Record, rows, positions, head: int, change: torch.Tensor) ->
     return Record(native.hidden[rows, positions], outputs, beside=beside)
 
 
-def check_places(rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> None:
+def check_places(rows: Tensor, positions: Tensor, tokens: Tensor) -> None:
     """Raise ValueError for rows or positions, of any shape, outside of tokens [B, T, ...]."""
     for what, places, count in (("window", rows, tokens.shape[0]), ("position", positions, tokens.shape[1])):
         outside = places[(places < 0) | (places >= count)]

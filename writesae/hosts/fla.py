@@ -10,37 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
 
+from writesae.hosts import fla_models
 from writesae.hosts.base import Host, Shape
-from writesae.hosts.fla_models import (
-    DeltaNetConfig,
-    DeltaNetForCausalLM,
-    GLAConfig,
-    GLAForCausalLM,
-    check,
-    feed_forward,
-    head_dims,
-    project_delta,
-    project_gla,
-    read_out,
-    recur_delta,
-    recur_gla,
-    rms,
-)
+from writesae.hosts.fla_models import rms
 from writesae.hosts.past import Past, Record
 from writesae.recurrence import Factors, decay_until
-
-
-def register(model_class: type[PreTrainedModel]) -> None:
-    """Register a model that transformers does not have with its Auto classes."""
-    config = model_class.config_class
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModelForCausalLM.register(config, model_class, exist_ok=True)
-
-
-register(DeltaNetForCausalLM)
-register(GLAForCausalLM)
 
 
 class FLAHost(Host):
@@ -48,36 +24,33 @@ class FLAHost(Host):
 
     @classmethod
     def shape(cls, config) -> Shape:
-        check(config)
-        return Shape(config.num_hidden_layers, config.num_heads, *head_dims(config), not cls.scalar_decay)
+        fla_models.check(config)
+        d_k, d_v = fla_models.head_dims(config)
+        return Shape(config.num_hidden_layers, config.num_heads, d_k, d_v, not cls.scalar_decay)
 
-    def unembed(self, final: torch.Tensor) -> torch.Tensor:
+    def unembed(self, final: Tensor) -> Tensor:
         return self.model.lm_head(rms(self.model.model.norm, final))
 
     def behind_heads(self, layer: int) -> torch.nn.Linear:
         return self.blocks[layer].attn.o_proj
 
-    def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
+    def finish(self, layer: int, record: Record, past: Past | None) -> Tensor:
         block = self.blocks[layer]
-        x = record.hidden + read_out(block.attn, record.outputs, **record.beside)
-        return x + feed_forward(block.mlp, rms(block.mlp_norm, x))
+        x = record.hidden + fla_models.read_out(block.attn, record.outputs, **record.beside)
+        return x + fla_models.feed_forward(block.mlp, rms(block.mlp_norm, x))
 
 
 class DeltaNet(FLAHost):
-    family = "delta_net"
+    family = model_type = "delta_net"
     scalar_decay = True
     model_classes = ("DeltaNetForCausalLM",)
     decay_parameters = ()
 
-    @staticmethod
-    def build(architecture: dict) -> torch.nn.Module:
-        return DeltaNetForCausalLM(DeltaNetConfig(**architecture))
-
-    def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
+    def mix(self, layer: int, hidden: Tensor, past: Past | None, positions: Tensor) -> Record:
         mixer = self.blocks[layer].attn
         normed = rms(self.blocks[layer].attn_norm, hidden)
-        query, key, value, beta, raw = project_delta(mixer, normed, past and past.windows["conv"])
-        outputs, effective, end = recur_delta(query, key, value, beta, **self.carried(past))
+        query, key, value, beta, raw = fla_models.project_delta(mixer, normed, past and past.windows["conv"])
+        outputs, effective, end = fla_models.recur_delta(query, key, value, beta, **self.carried(past))
         factors = dict(query=query, key=key, added=beta[..., None] * value, effective=effective, beta=beta)
         factors["log_decay"] = torch.zeros_like(beta)
         reach = mixer.q_conv1d.kernel_size[0] - 1
@@ -85,23 +58,18 @@ class DeltaNet(FLAHost):
 
 
 class GLA(FLAHost):
-    family = "gla"
+    family = model_type = "gla"
     scalar_decay = False
     model_classes = ("GLAForCausalLM",)
     decay_parameters = ("gk_proj",)
 
-    @staticmethod
-    def build(architecture: dict) -> torch.nn.Module:
-        """Return a GLA with random weights and half-lives of about 16 tokens."""
-        return GLAForCausalLM(GLAConfig(**architecture))
-
-    def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
+    def mix(self, layer: int, hidden: Tensor, past: Past | None, positions: Tensor) -> Record:
         normed = rms(self.blocks[layer].attn_norm, hidden)
-        factors, gate = project_gla(self.blocks[layer].attn, normed)
-        outputs, end = recur_gla(factors, **self.carried(past))
+        factors, gate = fla_models.project_gla(self.blocks[layer].attn, normed)
+        outputs, end = fla_models.recur_gla(factors, **self.carried(past))
         return Record(hidden, outputs, factors, end, beside={"gate": gate})
 
-    def state_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    def state_at(self, record: Record, rows: Tensor, starts: Tensor) -> Tensor:
         longest = max(1, int(starts.max()))
         names = "key", "added", "log_decay"
         key, added, log_decay = (record.factors[name][rows, :longest] for name in names)

@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from writesae.hosts.layers import PlainCausalLM, PlainConfig, PlainModel, short_convolution, split_heads, unit, wide
+from writesae.hosts.layers import PlainCausalLM, PlainConfig, short_convolution, split_heads, unit, wide
 from writesae.recurrence import diagonal_chunks, gated_delta_chunks
 
 GATE_RANK = GATE_NORMALIZER = 16  # of GLA's decays; constants in that package, not config fields
@@ -82,13 +82,13 @@ def head_dims(config: PreTrainedConfig) -> tuple[int, int]:
     return tuple(width // config.num_heads for width in widths)
 
 
-def rms(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def rms(norm: nn.Module, x: Tensor) -> Tensor:
     """Return the RMS norm of x with a module's weight and eps, in the weight's dtype."""
     return F.rms_norm(x.to(norm.weight.dtype), norm.weight.shape, norm.weight, norm.eps)
 
 
-def project_delta(mixer: nn.Module, x: torch.Tensor, before: torch.Tensor | None):
-    """Return query, key [B, T, H, d_k], value [B, T, H, d_v], beta [B, T, H] and convolution inputs [B, T, C].
+def project_delta(mixer: nn.Module, x: Tensor, before: Tensor | None):
+    """Return query, key [B, T, H, d_k], value [B, T, H, d_v], beta [B, T, H], convolution inputs [B, T, C].
 
     x: normed inputs [B, T, D]. before: the last convolution inputs before x, [B, reach, C]; None: zeros.
     """
@@ -102,14 +102,14 @@ def project_delta(mixer: nn.Module, x: torch.Tensor, before: torch.Tensor | None
     return query, unit(key), value, wide(mixer.b_proj(x)).sigmoid(), raw
 
 
-def recur_delta(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, beta: torch.Tensor, **carried):
+def recur_delta(query: Tensor, key: Tensor, value: Tensor, beta: Tensor, **carried):
     """Return outputs and effective writes, each [B, T, H, d_v], and the last state [B, H, d_k, d_v]."""
     heads_first = [x.transpose(1, 2) for x in (query, key, value, beta, torch.zeros_like(beta))]
     outputs, effective, end = gated_delta_chunks(*heads_first, **carried)
     return outputs.transpose(1, 2), effective.transpose(1, 2), end
 
 
-def project_gla(mixer: nn.Module, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def project_gla(mixer: nn.Module, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Return {query, key, log_decay [B, T, H, d_k]; added [B, T, H, d_v]} and the gate [B, T, H d_v].
 
     x: normed inputs [B, T, D].
@@ -121,20 +121,20 @@ def project_gla(mixer: nn.Module, x: torch.Tensor) -> tuple[dict[str, torch.Tens
     return dict(query=query, key=key, added=added, log_decay=log_decay), mixer.g_proj(x)
 
 
-def recur_gla(factors: dict[str, torch.Tensor], **carried) -> tuple[torch.Tensor, torch.Tensor | None]:
+def recur_gla(factors: dict[str, Tensor], **carried) -> tuple[Tensor, Tensor | None]:
     """Return outputs [B, T, H, d_v] and the last state [B, H, d_k, d_v]."""
     outputs, end = diagonal_chunks(**{name: x.transpose(1, 2) for name, x in factors.items()}, **carried)
     return outputs.transpose(1, 2), end
 
 
-def read_out(mixer: nn.Module, outputs: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+def read_out(mixer: nn.Module, outputs: Tensor, gate: Tensor | None = None) -> Tensor:
     """Return the layer's update [B, T, D] of the heads' outputs [B, T, H, d_v] and of GLA's gate."""
     if gate is None:
         return mixer.o_proj(rms(mixer.o_norm, outputs).flatten(-2))
     return mixer.o_proj(rms(mixer.g_norm_swish_gate, outputs).flatten(-2) * F.silu(gate))
 
 
-def feed_forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def feed_forward(mlp: nn.Module, x: Tensor) -> Tensor:
     """Return the SwiGLU of normed inputs x [B, T, D]."""
     return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 
@@ -152,7 +152,7 @@ class DeltaNetMixer(nn.Module):
         self.o_norm = nn.RMSNorm(d_v, config.norm_eps)
         self.o_proj = nn.Linear(self.num_heads * d_v, d, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         query, key, value, beta, _ = project_delta(self, x, None)
         return read_out(self, recur_delta(query, key, value, beta)[0])
 
@@ -169,7 +169,7 @@ class GLAMixer(nn.Module):
         self.g_norm_swish_gate = nn.RMSNorm(d_v, config.norm_eps)
         self.o_proj = nn.Linear(values, d, bias=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         factors, gate = project_gla(self, x)
         return read_out(self, recur_gla(factors)[0], gate)
 
@@ -198,7 +198,7 @@ class FLABlock(nn.Module):
         self.attn = MIXERS[config.model_type](config)
         self.mlp = FLAMLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(rms(self.attn_norm, x))
         return x + feed_forward(self.mlp, rms(self.mlp_norm, x))
 
@@ -206,12 +206,11 @@ class FLABlock(nn.Module):
 class FLAForCausalLM(PlainCausalLM):
     """The language model of both families. Raises ValueError for a config that `check` refuses."""
 
-    @staticmethod
-    def build_model(config: FLAConfig) -> PlainModel:
+    def __init__(self, config: FLAConfig):
         check(config)
-        return PlainModel(config, lambda _: FLABlock(config), nn.RMSNorm(config.hidden_size, config.norm_eps))
+        super().__init__(config, lambda _: FLABlock(config), nn.RMSNorm(config.hidden_size, config.norm_eps))
 
-    def final_hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def final_hidden(self, input_ids: Tensor) -> Tensor:
         x = self.model.embeddings(input_ids)
         for block in self.model.layers:
             x = block(x)

@@ -8,35 +8,26 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from writesae.hosts.base import Host, Shape
-from writesae.hosts.layers import normalized, short_convolution, slow_decays, split_heads, unit, wide
+from writesae.hosts.layers import normalized, short_convolution, split_heads, unit, wide
 from writesae.hosts.layers import rms_norm as plain_rms_norm
 from writesae.hosts.past import Past, Record, attend
 from writesae.recurrence import gated_delta_chunks
 
 
-def rms_norm(x: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
+def rms_norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
     """Return the RMS norm of Qwen3.5, whose scale is 1 + weight, in the dtype of x."""
     return (normalized(x, norm.eps) * (1.0 + wide(norm.weight))).to(x.dtype)
 
 
 class GatedDeltaNet(Host):
     family = "gated_deltanet"
+    model_type = "qwen3_5_text"
     scalar_decay = True
     model_classes = ("Qwen3_5ForCausalLM",)
     decay_parameters = ("A_log", "dt_bias", "in_proj_a")
-
-    @staticmethod
-    def build(architecture: dict) -> torch.nn.Module:
-        from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-
-        model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**architecture))
-        for block in model.model.layers:
-            if hasattr(block, "linear_attn"):
-                mixer = block.linear_attn
-                mixer.A_log.data, mixer.dt_bias.data = slow_decays(mixer.num_v_heads)
-        return model
 
     @staticmethod
     def shape(config) -> Shape:
@@ -48,13 +39,13 @@ class GatedDeltaNet(Host):
         kinds = enumerate(model.config.layer_types)
         self.recurrent_layers = tuple(layer for layer, kind in kinds if kind == "linear_attention")
 
-    def unembed(self, final: torch.Tensor) -> torch.Tensor:
+    def unembed(self, final: Tensor) -> Tensor:
         return self.model.lm_head(rms_norm(final, self.model.model.norm))
 
     def behind_heads(self, layer: int) -> torch.nn.Linear:
         return self.blocks[layer].linear_attn.out_proj
 
-    def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
+    def mix(self, layer: int, hidden: Tensor, past: Past | None, positions: Tensor) -> Record:
         block = self.blocks[layer]
         normed = rms_norm(hidden, block.input_layernorm)
         if layer in self.recurrent_layers:
@@ -79,7 +70,7 @@ class GatedDeltaNet(Host):
         factors |= dict(effective=effective.transpose(1, 2), beta=beta, log_decay=log_decay)
         return Record(hidden, outputs.transpose(1, 2), factors, end, windows={"conv": (raw, reach)})
 
-    def _attend(self, attention, hidden, normed, past: Past | None, positions: torch.Tensor) -> Record:
+    def _attend(self, attention, hidden, normed, past: Past | None, positions: Tensor) -> Record:
         width = attention.head_dim
         query, gate = attention.q_proj(normed).unflatten(-1, (-1, 2 * width)).chunk(2, -1)
         key = attention.k_proj(normed).unflatten(-1, (-1, width))
@@ -93,7 +84,7 @@ class GatedDeltaNet(Host):
             outputs = attend(query, past.prefix.with_own(keys, values), attention.scaling)
         return Record(hidden, outputs.transpose(1, 2) * gate.sigmoid(), keys=keys, values=values)
 
-    def _rotate(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Apply rotary position embeddings to the first dimensions of x [B, heads, T, d]."""
         cos, sin = self.model.model.rotary_emb(x, positions.expand(3, *positions.shape))
         cos, sin = cos[:, None], sin[:, None]
@@ -101,7 +92,7 @@ class GatedDeltaNet(Host):
         first, second = turned.chunk(2, -1)
         return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, kept], -1)
 
-    def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
+    def finish(self, layer: int, record: Record, past: Past | None) -> Tensor:
         block, hidden, outputs = self.blocks[layer], record.hidden, record.outputs
         if layer in self.recurrent_layers:
             mixer = block.linear_attn

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from huggingface_hub import DryRunFileInfo, HfApi, constants, errors, snapshot_download, try_to_load_from_cache
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub import DryRunFileInfo, constants, errors, snapshot_download, try_to_load_from_cache
 
 
 def fetch(name: str | Path, files: Sequence[str], revision: str | None = None, **options) -> Path:
@@ -46,9 +45,8 @@ def _snapshot(name: str, files: Sequence[str], revision: str | None, **options) 
             f"There is no folder {name}, and it is no hub id either: give a folder, or owner/name."
         ) from error
     except errors.GatedRepoError as error:
-        size = _size(name, files, revision, options.get("token"))
         raise PermissionError(
-            f"{name} is gated: accept its terms at {page} and log in with `hf auth login`{size}."
+            f"{name} is gated: accept its terms at {page} and log in with `hf auth login`."
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(
@@ -85,14 +83,3 @@ def _reason(error: Exception, options: dict) -> str:
     if isinstance(error.__cause__, errors.HfHubHTTPError):
         return f"the Hub answered {error.__cause__.response.status_code}"
     return f"{constants.ENDPOINT} cannot be reached"
-
-
-def _size(name: str, files: Sequence[str], revision: str | None, token: str | bool | None) -> str:
-    """Return a clause with the size of the download, or an empty string if the Hub does not give it."""
-    try:
-        tree = HfApi(token=token).list_repo_tree(name, recursive=True, revision=revision)
-        sizes = {x.path: x.size for x in tree if hasattr(x, "size")}
-    except (errors.HfHubHTTPError, OSError):
-        return ""
-    wanted = [sizes[path] for path in filter_repo_objects(sizes, allow_patterns=list(files))]
-    return f"; {len(wanted)} files of {sum(wanted) / 1e6:.1f} MB would then be downloaded"

@@ -1,4 +1,4 @@
-"""Parts that several families share: norms, short convolutions, initial decays, and the model around blocks."""
+"""Parts that several families share: norms, short convolutions, initial decays, plain PyTorch models."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 
-def wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: Tensor) -> Tensor:
     """Return x in fp32 where it is bf16 or fp16, else unchanged."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
     """Return x [..., heads * d] as [..., heads, d], in fp32 or better."""
     return wide(x).unflatten(-1, (heads, -1))
 
 
-def unit(x: torch.Tensor) -> torch.Tensor:
+def unit(x: Tensor) -> Tensor:
     """Return x over its L2 norm along the last dimension, as transformers computes it, in fp32 or better."""
     x = wide(x)
     return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)
 
 
-def normalized(x: torch.Tensor, eps: float, groups: int = 1) -> torch.Tensor:
+def normalized(x: Tensor, eps: float, groups: int = 1) -> Tensor:
     """Return x over its root mean square in each of `groups` equal parts of the last dimension.
 
     It computes in fp32 or better. The norms of transformers compute in fp32 even for fp64 models, and the
@@ -38,14 +38,12 @@ def normalized(x: torch.Tensor, eps: float, groups: int = 1) -> torch.Tensor:
     return (parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2)
 
 
-def rms_norm(x: torch.Tensor, norm: nn.Module, groups: int = 1) -> torch.Tensor:
+def rms_norm(x: Tensor, norm: nn.Module, groups: int = 1) -> Tensor:
     """Return `normalized` x times the norm's weight, in the dtype of x."""
     return norm.weight * normalized(x, norm.variance_epsilon, groups).to(x.dtype)
 
 
-def short_convolution(
-    inputs: torch.Tensor, before: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def short_convolution(inputs: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return the causal convolution of each channel over inputs [B, T, C], in the dtype of the inputs.
 
     before: the last inputs before these, [B, K - 1, C]; None: zeros. weight [C, 1, K], bias [C]: of an
@@ -63,8 +61,8 @@ def short_convolution(
     return (mixed if bias is None else mixed + wide(bias)).to(inputs.dtype)
 
 
-def slow_decays(heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw (A_log, dt_bias), each [heads]: A uniform in [1, 16], dt log-uniform in [1e-3, 0.1], as Mamba is trained.
+def slow_decays(heads: int) -> tuple[Tensor, Tensor]:
+    """Draw (A_log, dt_bias), each [heads], as in Mamba: A uniform in [1, 16], dt log-uniform in [1e-3, 0.1].
 
     The half-lives of the heads are then about 1 to 600 tokens. With the initial values of the classes in
     transformers, alphas are near zero and a state holds a single write.
@@ -75,7 +73,7 @@ def slow_decays(heads: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class PlainConfig(PreTrainedConfig):
-    """Fields that the models outside transformers share. hidden_ratio: used where intermediate_size is None."""
+    """Fields of all models in plain PyTorch. hidden_ratio is used where intermediate_size is None."""
 
     vocab_size: int = 32000
     hidden_size: int = 2048
@@ -88,34 +86,33 @@ class PlainConfig(PreTrainedConfig):
     eos_token_id: int | None = 2
 
 
-class PlainModel(nn.Module):
-    """Embeddings, blocks and a final norm, named as in flash-linear-attention's checkpoints."""
-
-    def __init__(self, config, block: Callable[[int], nn.Module], norm: nn.Module):
-        super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(block(layer) for layer in range(config.num_hidden_layers))
-        self.norm = norm
-
-
 class PlainCausalLM(PreTrainedModel):
-    """A language model in plain PyTorch, without a cache. Subclasses define `build_model` and `final_hidden`.
+    """A language model in plain PyTorch, named as in flash-linear-attention's checkpoints, without a cache.
 
-    build_model: config -> PlainModel. final_hidden: ids [B, T] -> hidden states [B, T, D] after the final norm.
+    Subclasses define final_hidden: ids [B, T] -> hidden states [B, T, D] after the final norm.
     """
 
     base_model_prefix = "model"
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
     _input_embed_layer = "embeddings"
 
-    def __init__(self, config):
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "config_class" in vars(cls):
+            AutoConfig.register(cls.config_class.model_type, cls.config_class, exist_ok=True)
+            AutoModelForCausalLM.register(cls.config_class, cls, exist_ok=True)
+
+    def __init__(self, config, block: Callable[[int], nn.Module], norm: nn.Module):
         super().__init__(config)
-        self.model = self.build_model(config)
+        self.model = nn.Module()
+        self.model.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(map(block, range(config.num_hidden_layers)))
+        self.model.norm = norm
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None, use_cache: bool = False):
-        """Return the logits [B, T, vocabulary] of ids [B, T]; with labels also the mean next-token loss in nats."""
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, use_cache: bool = False):
+        """Return the logits [B, T, vocabulary] of ids [B, T], and, with labels, the mean loss in nats."""
         if use_cache:
             kind = self.config.model_type
             raise ValueError(f"This {kind} has no cache: pass use_cache=False, or decode with its adapter.")

@@ -61,8 +61,8 @@ def load_host(
     where there is a GPU, else cpu. tokenizer: a tokenizer, or its folder or Hub id, for models without one.
 
     Raises FileNotFoundError where config.json, weights or tokenizer are missing; ValueError for a class of no
-    family, for weights that are missing, unexpected, of another shape, damaged or not finite, for the tokenizer
-    of another model, for an unknown device and for a .pth file; for Hub ids also what `fetch` raises.
+    family, for weights that are missing, unexpected, of another shape, damaged or not finite, for another
+    model's tokenizer, an unknown device and a .pth file; for Hub ids also what `fetch` raises.
     """
     without_triton()
     device = _checked_device(device)
@@ -106,9 +106,8 @@ def family_of(folder: Path) -> str:
 def _settings(folder: Path, name: str | Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{name} holds no config.json: give a model folder (`make hosts` trains the embedded hosts)."
-        )
+        advice = "give a model folder (`make hosts` trains the embedded hosts)"
+        raise FileNotFoundError(f"{name} holds no config.json: {advice}.")
     try:
         return dict(json.loads(path.read_text()))
     except (TypeError, ValueError) as error:
@@ -116,7 +115,7 @@ def _settings(folder: Path, name: str | Path) -> dict:
 
 
 def _family(folder: Path, name: str | Path) -> tuple[str, type[torch.nn.Module] | None, PreTrainedConfig]:
-    """Return the family, the class (None for a release of Mamba-2) and the text model's config of a folder."""
+    """Return the family, the class (None for a Mamba-2 release) and the text model's config of a folder."""
     import transformers
 
     settings = _settings(folder, name)
@@ -127,9 +126,8 @@ def _family(folder: Path, name: str | Path) -> tuple[str, type[torch.nn.Module] 
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError) as error:
-        raise ValueError(
-            f"{name} is not a model that transformers knows, and no host family has that class: {choices}."
-        ) from error
+        problem = f"{name} is not a model that transformers knows, and no host family has that class"
+        raise ValueError(f"{problem}: {choices}.") from error
     text = config.get_text_config()
     auto = transformers.AutoModelForCausalLM._model_mapping
     model_class = auto.get(type(text), None) or auto.get(type(config), None)
@@ -159,19 +157,16 @@ def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, tor
 def _check_weights(model: torch.nn.Module, info: dict, name: str | Path) -> None:
     """Raise ValueError unless the checkpoint had exactly the model's weights."""
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    missing = sorted(key for key in info["missing_keys"] if not (tied and key == "lm_head.weight"))
-    if info["mismatched_keys"]:
-        key, shape, expected = min(info["mismatched_keys"])
-        problem = f"has {len(info['mismatched_keys'])} weights of another size than its config says, "
-        problem += f"first {key}: {[*shape]}, not {[*expected]}"
-    elif missing:
-        problem = f"lacks {len(missing)} weights, first {missing[0]}"
-    elif info["unexpected_keys"]:
-        unexpected = sorted(info["unexpected_keys"])
-        problem = f"has {len(unexpected)} weights that its class does not take, first {unexpected[0]}"
-    else:
-        return
-    raise ValueError(f"{name} {problem}: it is damaged or of another model.")
+    misshapen = {f"{key}: {[*shape]}, not {[*wanted]}" for key, shape, wanted in info["mismatched_keys"]}
+    problems = {
+        "has {} weights of another size than its config says": misshapen,
+        "lacks {} weights": set(info["missing_keys"]) - ({"lm_head.weight"} if tied else set()),
+        "has {} weights that its class does not take": info["unexpected_keys"],
+    }
+    for problem, keys in problems.items():
+        if keys:
+            problem = f"{problem.format(len(keys))}, first {min(keys)}"
+            raise ValueError(f"{name} {problem}: it is damaged or of another model.")
 
 
 def _tokenizer(folder: Path, name: str | Path, given: str | Path | PreTrainedTokenizerBase | None):
@@ -196,12 +191,11 @@ def _tokenizer(folder: Path, name: str | Path, given: str | Path | PreTrainedTok
 
 
 def _check_tokenizer(tokenizer, vocabulary: int, name: str | Path) -> None:
-    """Raise ValueError for a tokenizer with more ids than the model, or fewer than half (models pad, but less)."""
+    """Raise ValueError for a tokenizer with more ids than the model, or fewer than half (padding is less)."""
     count = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if not vocabulary / 2 <= count <= vocabulary:
-        raise ValueError(
-            f"The tokenizer has {count} ids, and {name} a vocabulary of {vocabulary}: it is another model's."
-        )
+        problem = f"The tokenizer has {count} ids, and {name} a vocabulary of {vocabulary}"
+        raise ValueError(f"{problem}: it is another model's.")
 
 
 def host_name(folder: Path) -> str:

@@ -9,27 +9,19 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from writesae.hosts.base import Host, Shape
-from writesae.hosts.layers import rms_norm, short_convolution, slow_decays, split_heads, wide
+from writesae.hosts.layers import rms_norm, short_convolution, split_heads, wide
 from writesae.hosts.past import Past, Record
 from writesae.recurrence import decayed_chunks
 
 
 class Mamba2(Host):
-    family = "mamba2"
+    family = model_type = "mamba2"
     scalar_decay = True
     model_classes = ("Mamba2ForCausalLM",)
     decay_parameters = ("A_log", "dt_bias")
-
-    @staticmethod
-    def build(architecture: dict) -> torch.nn.Module:
-        from transformers import Mamba2Config, Mamba2ForCausalLM
-
-        model = Mamba2ForCausalLM(Mamba2Config(**architecture))
-        for block in model.backbone.layers:
-            block.mixer.A_log.data, block.mixer.dt_bias.data = slow_decays(model.config.num_heads)
-        return model
 
     @staticmethod
     def before_training(model: torch.nn.Module) -> None:
@@ -45,14 +37,14 @@ class Mamba2(Host):
     def shape(config) -> Shape:
         return Shape(config.num_hidden_layers, config.num_heads, config.state_size, config.head_dim)
 
-    def unembed(self, final: torch.Tensor) -> torch.Tensor:
+    def unembed(self, final: Tensor) -> Tensor:
         normed = rms_norm(final, self.model.backbone.norm_f)
         return self.model.lm_head(normed.to(self.model.lm_head.weight.dtype))
 
     def behind_heads(self, layer: int) -> torch.nn.Linear:
         return self.blocks[layer].mixer.out_proj
 
-    def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
+    def mix(self, layer: int, hidden: Tensor, past: Past | None, positions: Tensor) -> Record:
         norm, mixer = self.blocks[layer].norm, self.blocks[layer].mixer
         projected = mixer.in_proj(rms_norm(hidden.to(norm.weight.dtype), norm))
         gate, raw, step = projected.split([mixer.intermediate_size, mixer.conv_dim, self.heads], -1)
@@ -72,7 +64,7 @@ class Mamba2(Host):
         windows, beside = {"conv": (raw, reach)}, {"gate": gate}
         return Record(hidden, read + skip, factors, end, windows=windows, beside=beside)
 
-    def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
+    def finish(self, layer: int, record: Record, past: Past | None) -> Tensor:
         block, mixer, gate = self.blocks[layer], self.blocks[layer].mixer, record.beside["gate"]
         gated = record.outputs.flatten(-2) * F.silu(wide(gate))
         update = mixer.out_proj(rms_norm(gated, mixer.norm, mixer.n_groups).to(gate.dtype))

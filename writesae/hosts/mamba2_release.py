@@ -11,23 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from writesae.files import read_weights
 
 TOKENIZER = "EleutherAI/gpt-neox-20b"  # the one that the models were trained with
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-# fields of ssm_cfg that may vary: mamba_ssm's name -> (name in Mamba2Config, mamba_ssm's default)
-FIELDS = {
-    "d_state": ("state_size", 128),
-    "d_conv": ("conv_kernel", 4),
-    "expand": ("expand", 2),
-    "headdim": ("head_dim", 64),
-    "ngroups": ("n_groups", 1),
-    "chunk_size": ("chunk_size", 256),
-    "dt_limit": ("time_step_limit", (0.0, float("inf"))),
-    "bias": ("use_bias", False),
-    "conv_bias": ("use_conv_bias", True),
-}
+# fields of ssm_cfg that may vary: their names in Mamba2Config, and mamba_ssm's defaults
+NAMES = dict(d_state="state_size", d_conv="conv_kernel", expand="expand", headdim="head_dim", ngroups="n_groups")
+NAMES |= dict(chunk_size="chunk_size", dt_limit="time_step_limit", bias="use_bias", conv_bias="use_conv_bias")
+DEFAULTS = dict(d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1, chunk_size=256)
+DEFAULTS |= dict(dt_limit=(0.0, float("inf")), bias=False, conv_bias=True)
 # fields of which transformers' class implements one value only
 FIXED = dict(layer="Mamba2", rmsnorm=True, rms_norm=True, norm_before_gate=False, D_has_hdim=False)
 FIXED |= dict(d_ssm=None, d_intermediate=0, attn_layer_idx=[])
@@ -51,10 +45,10 @@ def library_config(settings: dict[str, Any]):
     for name, value in fixed.items():
         if value != FIXED[name]:
             raise ValueError(f"This Mamba release has {name} = {value}, and only {FIXED[name]} can be read.")
-    unknown = ssm.keys() - FIELDS.keys() - FIXED.keys() - IGNORED
+    unknown = ssm.keys() - NAMES.keys() - FIXED.keys() - IGNORED
     if unknown:
         raise ValueError(f"This Mamba release has the unknown settings {', '.join(sorted(unknown))}.")
-    fields = {ours: ssm.get(name, default) for name, (ours, default) in FIELDS.items()}
+    fields = {NAMES[name]: ssm.get(name, default) for name, default in DEFAULTS.items()}
     fields["time_step_limit"] = tuple(map(float, fields["time_step_limit"]))
     multiple = settings.get("pad_vocab_size_multiple", 8)
     return Mamba2Config(
@@ -65,9 +59,7 @@ def library_config(settings: dict[str, Any]):
         vocab_size=-(-settings["vocab_size"] // multiple) * multiple,
         residual_in_fp32=settings.get("residual_in_fp32", True),
         tie_word_embeddings=settings.get("tie_embeddings", True),
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
     )
 
 
@@ -101,7 +93,7 @@ def from_release(folder: str | Path, dtype: torch.dtype = torch.float32):
     return model.eval()
 
 
-def _difference(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> str | None:
+def _difference(weights: dict[str, Tensor], shapes: dict[str, torch.Size]) -> str | None:
     """Return the first difference between the weights and the model's parameters, or None."""
     for name, shape in shapes.items():
         if weights.get(name) is None:

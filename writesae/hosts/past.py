@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from writesae.recurrence import Groups
 
@@ -19,14 +20,14 @@ class Record:
     convolutions and token shifts, name -> ([B, T, C], number of positions they look back).
     """
 
-    hidden: torch.Tensor
-    outputs: torch.Tensor
-    factors: dict[str, torch.Tensor] = field(default_factory=dict)
-    end: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    windows: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
-    beside: dict[str, torch.Tensor] = field(default_factory=dict)
+    hidden: Tensor
+    outputs: Tensor
+    factors: dict[str, Tensor] = field(default_factory=dict)
+    end: Tensor | None = None
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    windows: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -37,21 +38,21 @@ class Prefix:
     them exist. own_keys, own_values [R, H_kv, M, d]: those that each row has added since.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    seen: torch.Tensor
+    keys: Tensor
+    values: Tensor
+    seen: Tensor
     groups: Groups
-    own_keys: torch.Tensor | None = None
-    own_values: torch.Tensor | None = None
+    own_keys: Tensor | None = None
+    own_values: Tensor | None = None
 
-    def with_own(self, keys: torch.Tensor, values: torch.Tensor) -> Prefix:
+    def with_own(self, keys: Tensor, values: Tensor) -> Prefix:
         """Return this prefix with further keys and values [R, H_kv, T, d] of the rows."""
         if self.own_keys is not None:
             keys, values = torch.cat([self.own_keys, keys], 2), torch.cat([self.own_values, values], 2)
         return replace(self, own_keys=keys, own_values=values)
 
 
-def attend(query: torch.Tensor, prefix: Prefix, scale: float) -> torch.Tensor:
+def attend(query: Tensor, prefix: Prefix, scale: float) -> Tensor:
     """Return the causal attention [R, H, T, d] of queries to the shared prefixes and the rows' own keys.
 
     The last T own keys are those of the queries. Prefixes are not copied per row.
@@ -71,36 +72,28 @@ def attend(query: torch.Tensor, prefix: Prefix, scale: float) -> torch.Tensor:
 
 
 @dataclass
-class SharedState:
-    """The states before each of R rows: U distinct states [U, H, d_k, d_v], which rows share by `groups`."""
-
-    states: torch.Tensor
-    groups: Groups
-
-
-@dataclass
 class Past:
-    """What a layer needs of earlier tokens, per row: a state (own or shared) or a prefix of keys and values.
+    """What a layer needs of earlier tokens, for each of R rows: a state, or a prefix of keys and values.
 
-    windows: the last inputs of short convolutions and token shifts, [R, reach, C]. last: skip computing the
-    final state; nothing continues from it.
+    states: one per row [R, H, d_k, d_v], or [U, H, d_k, d_v], which rows share by `groups`. windows: the last
+    inputs of short convolutions and token shifts, [R, reach, C]. last: skip computing the final state.
     """
 
-    own_state: torch.Tensor | None = None
-    shared: SharedState | None = None
+    states: Tensor | None = None
+    groups: Groups | None = None
     prefix: Prefix | None = None
-    windows: dict[str, torch.Tensor] = field(default_factory=dict)
+    windows: dict[str, Tensor] = field(default_factory=dict)
     last: bool = False
 
     @property
-    def state(self) -> torch.Tensor:
+    def state(self) -> Tensor:
         """The state of each row, [R, H, d_k, d_v]; shared states are copied."""
-        return self.shared.states[self.shared.groups.which] if self.own_state is None else self.own_state
+        return self.states if self.groups is None else self.states[self.groups.which]
 
 
 def extend(past: Past, record: Record) -> Past:
     """Return the Past after the tokens of `record`, which follow those of `past`."""
-    longer = Past(own_state=record.end)
+    longer = Past(record.end)
     if record.keys is not None:
         longer.prefix = past.prefix.with_own(record.keys, record.values)
     for name, (inputs, reach) in record.windows.items():

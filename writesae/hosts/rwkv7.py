@@ -8,33 +8,19 @@ the gate bypass the state, in `Record.beside`. All layers use the values of laye
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from writesae.hosts import rwkv7_model
 from writesae.hosts.base import Host, Shape
-from writesae.hosts.fla import register
 from writesae.hosts.past import Past, Record
-from writesae.hosts.rwkv7_model import (
-    CHUNK,
-    RWKV7Config,
-    RWKV7ForCausalLM,
-    embed,
-    feed_forward,
-    project,
-    read_out,
-    recur,
-)
-
-register(RWKV7ForCausalLM)
+from writesae.hosts.rwkv7_model import CHUNK
 
 
 class RWKV7(Host):
-    family = "rwkv7"
+    family = model_type = "rwkv7"
     scalar_decay = False
     model_classes = ("RWKV7ForCausalLM",)
     decay_parameters = ("w_lora",)
-
-    @staticmethod
-    def build(architecture: dict) -> torch.nn.Module:
-        return RWKV7ForCausalLM(RWKV7Config(**architecture))
 
     @staticmethod
     def shape(config) -> Shape:
@@ -45,38 +31,38 @@ class RWKV7(Host):
         super().__init__(model, tokenizer, name)
         self.width = model.config.hidden_size
 
-    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        return embed(self.model.model, tokens)
+    def embed(self, tokens: Tensor) -> Tensor:
+        return rwkv7_model.embed(self.model.model, tokens)
 
-    def unembed(self, final: torch.Tensor) -> torch.Tensor:
+    def unembed(self, final: Tensor) -> Tensor:
         return self.model.lm_head(self.model.model.norm(final))
 
     def behind_heads(self, layer: int) -> torch.nn.Linear:
         return self.blocks[layer].attn.o_proj
 
-    def mix(self, layer: int, hidden: torch.Tensor, past: Past | None, positions: torch.Tensor) -> Record:
+    def mix(self, layer: int, hidden: Tensor, past: Past | None, positions: Tensor) -> Record:
         """As `Host.mix`; above layer 0, hidden is [B, T, D + H d_v], with the values of layer 0 appended."""
         block = self.blocks[layer]
         x = hidden[..., : self.width]
         v_first = hidden[..., self.width :] if layer else None
         normed = block.attn_norm(x)
-        factors, beside, v_first = project(block.attn, normed, past and past.windows["attn"], v_first)
-        outputs, end, before = recur(factors, **self.carried(past))
+        factors, beside, v_first = rwkv7_model.project(block.attn, normed, past and past.windows["attn"], v_first)
+        outputs, end, before = rwkv7_model.recur(factors, **self.carried(past))
         factors["before"] = before  # [B, H, chunks, d_k, d_v]: the states before each chunk
         hidden = torch.cat([x, v_first], -1)
         return Record(hidden, outputs, factors, end, windows={"attn": (normed, 1)}, beside=beside)
 
-    def finish(self, layer: int, record: Record, past: Past | None) -> torch.Tensor:
+    def finish(self, layer: int, record: Record, past: Past | None) -> Tensor:
         """Return the next layer's input, with the values of layer 0 appended except after the last layer."""
         block = self.blocks[layer]
         x, v_first = record.hidden[..., : self.width], record.hidden[..., self.width :]
-        x = x + read_out(block.attn, record.outputs, **record.beside)
+        x = x + rwkv7_model.read_out(block.attn, record.outputs, **record.beside)
         normed = block.ffn_norm(x)
         record.windows["ffn"] = (normed, 1)
-        x = x + feed_forward(block.ffn, normed, past and past.windows["ffn"])
+        x = x + rwkv7_model.feed_forward(block.ffn, normed, past and past.windows["ffn"])
         return x if layer == self.layers - 1 else torch.cat([x, v_first], -1)
 
-    def state_at(self, record: Record, rows: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    def state_at(self, record: Record, rows: Tensor, starts: Tensor) -> Tensor:
         """As `Host.state_at`: run the recurrence from the last recorded state, over at most one chunk."""
         factors = dict(record.factors)
         before = factors.pop("before")
@@ -85,4 +71,4 @@ class RWKV7(Host):
         index = rows[:, None], positions.clamp(max=record.outputs.shape[1] - 1)
         earlier = (positions < starts[:, None])[..., None, None]  # zero factors leave a state as it is
         factors = {name: x[index] * earlier for name, x in factors.items()}
-        return recur(factors, state=before[rows, :, chunk])[1]
+        return rwkv7_model.recur(factors, state=before[rows, :, chunk])[1]

@@ -1,5 +1,4 @@
-"""RWKV-7 in plain PyTorch (Peng et al. 2025), with the parameter names of flash-linear-attention's checkpoints.
-
+"""RWKV-7 in plain PyTorch (Peng et al. 2025), with the names of flash-linear-attention's checkpoints.
 Config fields and formulas follow that package (its layers/rwkv7.py and models/rwkv7), which runs on CUDA
 only. The functions below also work on its modules. For one head, with x the normed input and mix_i a learned
 blend of x_t and x_{t-1} per channel:
@@ -22,11 +21,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 
 from writesae.files import read_weights
-from writesae.hosts.layers import PlainCausalLM, PlainConfig, PlainModel, split_heads
+from writesae.hosts.layers import PlainCausalLM, PlainConfig, split_heads
 from writesae.recurrence import diagonal_delta_chunks
 
 CHUNK = 32
@@ -70,13 +69,13 @@ class RWKV7Config(PlainConfig):
         super().__post_init__(**kwargs)
 
 
-def shifted(x: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+def shifted(x: Tensor, before: Tensor | None) -> Tensor:
     """Return x [B, T, D] moved one position later. before: the input before x, [B, 1, D]; None: zeros."""
     first = torch.zeros_like(x[:, :1]) if before is None else before
     return torch.cat([first, x[:, :-1]], 1)
 
 
-def project(attention: nn.Module, x: torch.Tensor, before: torch.Tensor | None, v_first: torch.Tensor | None):
+def project(attention: nn.Module, x: Tensor, before: Tensor | None, v_first: Tensor | None):
     """Return (factors, beside, v_first) of normed inputs x [B, T, D].
 
     factors: each [B, T, H, d], in fp32 or better. beside: bonus [B, T, H, d_v] and gate [B, T, H d_v].
@@ -100,7 +99,7 @@ def project(attention: nn.Module, x: torch.Tensor, before: torch.Tensor | None, 
     return factors, dict(bonus=bonus, gate=attention.g_lora(x_g)), v_first
 
 
-def recur(factors: dict[str, torch.Tensor], **carried):
+def recur(factors: dict[str, Tensor], **carried):
     """Return outputs [B, T, H, d_v], the last state [B, H, d_k, d_v] and the states before each chunk.
 
     factors: of `project`. The states before the chunks are [B, H, chunks, d_k, d_v].
@@ -110,13 +109,13 @@ def recur(factors: dict[str, torch.Tensor], **carried):
     return outputs.transpose(1, 2), end, before
 
 
-def read_out(attention: nn.Module, outputs, bonus, gate: torch.Tensor) -> torch.Tensor:
+def read_out(attention: nn.Module, outputs, bonus, gate: Tensor) -> Tensor:
     """Return the layer's update [B, T, D] of the heads' outputs [B, T, H, d_v] and of `project`'s beside."""
     normed = attention.g_norm(outputs.to(gate.dtype).flatten(0, 1).flatten(1)).view_as(gate)
     return attention.o_proj((normed + bonus.flatten(2).to(gate.dtype)) * gate)
 
 
-def feed_forward(ffn: nn.Module, x: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+def feed_forward(ffn: nn.Module, x: Tensor, before: Tensor | None) -> Tensor:
     """Return the channel mix W_value relu(W_key mix_k)^2 of normed inputs x [B, T, D]."""
     mixed = torch.addcmul(x, shifted(x, before) - x, ffn.x_k)
     return ffn.value(F.relu(ffn.key(mixed)).square())
@@ -130,7 +129,7 @@ class LowRank(nn.Module):
         down, up = nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=bias)
         self.lora = nn.Sequential(down, activation, up)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.lora(x)
 
 
@@ -177,18 +176,16 @@ class RWKV7Block(nn.Module):
         super().__init__()
         if config.norm_first and layer == 0:
             self.pre_norm = layer_norm(config)
-        self.attn_norm = layer_norm(config)
-        self.ffn_norm = layer_norm(config)
-        self.attn = RWKV7Attention(config, layer)
-        self.ffn = RWKV7FeedForward(config, layer)
+        self.attn_norm, self.ffn_norm = layer_norm(config), layer_norm(config)
+        self.attn, self.ffn = RWKV7Attention(config, layer), RWKV7FeedForward(config, layer)
 
-    def forward(self, x: torch.Tensor, v_first: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: Tensor, v_first: Tensor | None) -> tuple[Tensor, Tensor]:
         factors, beside, v_first = project(self.attn, self.attn_norm(x), None, v_first)
         x = x + read_out(self.attn, recur(factors)[0], **beside)
         return x + feed_forward(self.ffn, self.ffn_norm(x), None), v_first
 
 
-def embed(model: PlainModel, tokens: torch.Tensor) -> torch.Tensor:
+def embed(model: nn.Module, tokens: Tensor) -> Tensor:
     """Return the first layer's input [B, T, D] of ids [B, T]."""
     x = model.embeddings(tokens)
     return model.layers[0].pre_norm(x) if hasattr(model.layers[0], "pre_norm") else x
@@ -197,11 +194,10 @@ def embed(model: PlainModel, tokens: torch.Tensor) -> torch.Tensor:
 class RWKV7ForCausalLM(PlainCausalLM):
     config_class = RWKV7Config
 
-    @staticmethod
-    def build_model(config: RWKV7Config) -> PlainModel:
-        return PlainModel(config, lambda layer: RWKV7Block(config, layer), layer_norm(config))
+    def __init__(self, config: RWKV7Config):
+        super().__init__(config, lambda layer: RWKV7Block(config, layer), layer_norm(config))
 
-    def final_hidden(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def final_hidden(self, input_ids: Tensor) -> Tensor:
         x, v_first = embed(self.model, input_ids), None
         for block in self.model.layers:
             x, v_first = block(x, v_first)
@@ -292,7 +288,7 @@ def from_pth(path: str | Path, dtype: torch.dtype = torch.float32) -> RWKV7ForCa
     return model
 
 
-def _release_config(tensors: dict[str, torch.Tensor]) -> RWKV7Config:
+def _release_config(tensors: dict[str, Tensor]) -> RWKV7Config:
     layers = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=0)
     return RWKV7Config(
         vocab_size=tensors["emb.weight"].shape[0],
