@@ -165,8 +165,7 @@ def measure(reference: pd.DataFrame, fresh: pd.DataFrame, tolerance: Tolerance) 
 
 
 def check(reference: Path, fresh: Path, tolerance: Tolerance) -> list[str]:
-    """Return a sentence for each difference between two folders' tables that is not allowed, and for a missing
-    or damaged file."""
+    """Return a sentence for each difference that is not allowed, and for a missing or damaged file."""
     try:
         problems, used = measure(*(read_table(folder / tolerance.file) for folder in (reference, fresh)), tolerance)
     except ArtifactError as error:
