@@ -21,14 +21,13 @@ COMMANDS = {  # name: what it does
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Return its exit status: 1 with one sentence on stderr after an error, 130 after
-    Ctrl-C."""
+    """Return a command's exit status: 1 with one sentence on stderr after an error, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m replication", description="Run a part of the replication.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, line in COMMANDS.items():
         command = commands.add_parser(name, help=line, description=f"{line[0].upper()}{line[1:]}.")
-        if name in arguments[:1]:  # the other modules are not imported: most need seconds
+        if name in arguments[:1]:  # imports take seconds
             module = importlib.import_module(f"replication.commands.{name.replace('-', '_')}")
             module.add_arguments(command)
     options = parser.parse_args(arguments)

@@ -94,7 +94,7 @@ def atom_html(title: str, facts: dict, shown: list, tokens: pd.DataFrame, tokeni
 
 
 def install_html(summary: str, shifts: pd.DataFrame, texts: dict[str, list]) -> str:
-    """Return the shifts of an install and its continuations side by side; texts: title -> `marked_html` parts."""
+    """Return the shifts of an install and its continuations side by side. texts: title -> parts to mark."""
     titles = "".join(f"<th>{html.escape(title)}</th>" for title in texts)
     look = "text-align: left; vertical-align: top"
     cells = "".join(f'<td style="{look}"><pre>{marked_html(parts)}</pre></td>' for parts in texts.values())

@@ -1,8 +1,9 @@
-"""The style of all figures: colour-blind safe colours, and files (PDF and PNG) that are written whole."""
+"""The style of all figures, and the kinds of plots that several notebooks draw."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,44 +15,27 @@ from replication.study.paths import dry_run
 from writesae.files import write_atomically
 
 COLOURS = sns.color_palette("colorblind").as_hex()
-CONDITION = dict(
-    atom=COLOURS[0],
-    delete=COLOURS[7],
-    random=COLOURS[3],
-    reconstruction=COLOURS[2],
-    mean_write=COLOURS[1],
-    resampled=COLOURS[4],
-    native_rescaled=COLOURS[9],
-)
+CONDITION = dict(atom=COLOURS[0], delete=COLOURS[7], random=COLOURS[3], reconstruction=COLOURS[2])
+CONDITION |= dict(mean_write=COLOURS[1], resampled=COLOURS[4], native_rescaled=COLOURS[9])
 TARGET = dict(state=COLOURS[3], write=COLOURS[0])
 PREDICTOR = dict(paper=COLOURS[3], paper_fitted=COLOURS[1], transport=COLOURS[9], exact=COLOURS[0])
 DIRECTION = dict(paper=COLOURS[3], gamma=COLOURS[0])
 DRY_RUN = "DRY RUN"
-PAPER = dict(color="0.35", linestyle=":", linewidth=1.2)  # lines at a number of the paper
+PAPER = dict(color="0.35", linestyle=":", linewidth=1.2)  # a line at a number of the paper
 DASHES = dict(color="0.35", linestyle="none", marker="_", markersize=18)  # numbers to compare with
-EVEN = dict(color="0.8", linewidth=0.8)  # lines at which nothing is won or lost
+EVEN = dict(color="0.8", linewidth=0.8)  # the line of no effect
 MARKERS = "osD^"
 
 
 def style() -> None:
     """Set the style; the first line of every notebook's plotting."""
-    sns.set_theme(context="paper", style="ticks", palette="colorblind")
-    plt.rcParams.update(
-        {
-            "figure.dpi": 110,
-            "savefig.dpi": 200,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "legend.frameon": False,
-            "figure.constrained_layout.use": True,
-            "pdf.fonttype": 42,
-            "svg.hashsalt": "writesae",
-        }
-    )
+    options = {"figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True, "pdf.fonttype": 42}
+    options |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    sns.set_theme(context="paper", style="ticks", palette="colorblind", rc=options)
 
 
 def scale(table: pd.DataFrame, name: str) -> str:
-    """Return the axis scale for a column: "log" for half-lives unless all are infinite, else "linear"."""
+    """Return the axis scale of a column: "log" for half-lives unless all are infinite, else "linear"."""
     return "log" if name == "half_life_median" and np.isfinite(table[name]).any() else "linear"
 
 
@@ -64,27 +48,23 @@ def mark_dry_run(figure: plt.Figure) -> None:
 
 
 def save(figure: plt.Figure, name: str, folder: Path) -> None:
-    """Write figures/<profile>/NAME.pdf and .png, each whole or not at all.
-
-    The same figure gives the same file; the figures of a dry run are marked."""
+    """Write NAME.pdf and NAME.png, the same for the same figure; those of a dry run are marked."""
     if dry_run():
         mark_dry_run(figure)
     for kind, metadata in (("pdf", {"CreationDate": None, "ModDate": None}), ("png", {"Software": None})):
-        write_atomically(
-            Path(folder) / f"{name}.{kind}",
-            lambda path, kind=kind, metadata=metadata: figure.savefig(path, format=kind, metadata=metadata),
-        )
+        draw = partial(figure.savefig, format=kind, metadata=metadata)
+        write_atomically(Path(folder) / f"{name}.{kind}", draw)
 
 
 def dodge(count: int, width: float = 0.24) -> np.ndarray:
-    """Return shifts [count] that put so many points side by side, `width` from the first to the last."""
+    """Return shifts [count] that put points side by side, `width` from the first to the last."""
     return np.linspace(-width / 2, width / 2, count) if count > 1 else np.zeros(count)
 
 
 def with_interval(axes: plt.Axes, x, value, low, high, horizontal: bool = False, **options) -> None:
     """Draw points with their intervals as error bars; `horizontal` draws the values along the x axis.
 
-    If an interval excludes its point, as a bootstrap interval can, the bar ends at the point."""
+    A bootstrap interval can exclude its point: the bar then ends at the point."""
     reach = np.clip([value - low, high - value], 0, None)
     places = dict(x=value, y=x, xerr=reach) if horizontal else dict(x=x, y=value, yerr=reach)
     axes.errorbar(**places, **dict(linestyle="none", marker="o", capsize=2, markersize=4) | options)
@@ -106,10 +86,9 @@ def panel(
 ) -> None:
     """Draw points with intervals at the categories of column `x`, the groups side by side.
 
-    by: the columns that define the groups; the first sets the colour, a second one the marker. interval: the
-    columns value, low and high. order: the categories to draw (default: all, as they come). label: a format
-    of a group's names. width: from the first group to the last, of a category's 1. step: between points of
-    one group and category."""
+    by: columns that define the groups; the first sets the colour, a second one the marker. interval: columns
+    value, low and high. order: categories to draw (default: all). label: format of a group's names. width: from
+    first to last group (a category has width 1). step: between points of one group and category."""
     by = list(by) if isinstance(by, (list, tuple)) else [by]
     order = list(dict.fromkeys(table[x]) if order is None else order)
     markers = dict(zip(dict.fromkeys(table[by[1]]), MARKERS)) if len(by) > 1 else {}
@@ -127,8 +106,7 @@ def panel(
 
 
 def boxes(axes: plt.Axes, values: Sequence, colours: Sequence[str], **options) -> None:
-    """Draw one box per group of values in its colour: median, quartiles, whiskers to the last value within
-    1.5 box lengths."""
+    """Draw one box per group: median, quartiles, whiskers to the last value within 1.5 box lengths."""
     look = dict(showfliers=False, patch_artist=True, medianprops=dict(color="black"))
     drawn = axes.boxplot(values, **look, **options)
     for box, colour in zip(drawn["boxes"], colours, strict=True):
@@ -136,10 +114,9 @@ def boxes(axes: plt.Axes, values: Sequence, colours: Sequence[str], **options) -
 
 
 def r2_curves(axes: plt.Axes, summary: pd.DataFrame, value: str, low: str, high: str, floor=-1.0) -> None:
-    """Draw R2 of each predictor, with its band, against the size of the edit, eps; values below `floor` at
-    the floor.
+    """Draw R2 of each predictor, with its band, against the size of the edit, eps.
 
-    Each predictor is shifted a little along the axis, so that equal values do not hide one another."""
+    Values below `floor` are drawn there; small shifts along the axis separate equal values."""
     groups = list(summary.groupby("predictor", sort=False))
     for shift, (name, part) in zip(dodge(len(groups), 0.12), groups, strict=True):
         eps, colour = part.eps * 10**shift, PREDICTOR[name]
@@ -157,9 +134,8 @@ def densities(axes: plt.Axes, table: pd.DataFrame, value: str, by: str, colours:
 
 
 def levels(axes: plt.Axes, table: pd.DataFrame, choices: Mapping[str, Sequence[str]]) -> None:
-    """Draw the lower half of a specification curve: for each level of each choice a row of marks, one at
-    every row of the table (at its index) with that level. A choice with a single level in the table is not
-    drawn."""
+    """Draw the lower half of a specification curve: for each level of each choice, a row of marks at the
+    indices of the table's rows with that level. Choices with a single level are not drawn."""
     shown = [(c, level) for c, all_levels in choices.items() for level in all_levels]
     shown = [(c, level) for c, level in shown if 0 < (table[c] == level).mean() < 1]
     for row, (choice, level) in enumerate(shown):

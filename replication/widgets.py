@@ -92,7 +92,7 @@ def installs(study: Study) -> None:
 
 
 def one_token(tokenizer, word: str) -> int:
-    """Return the token of a word, preferably with a space before it. Raises ValueError if it is not one token."""
+    """Return the token of a word, preferably after a space. Raises ValueError if it is not one token."""
     if not word.strip():
         raise ValueError(f"Type a target word that is one token of the model, such as {TARGET!r}.")
     for form in [word] if word[0].isspace() else [f" {word}", word]:
@@ -151,7 +151,7 @@ def install_word(study: Study, prompt: str, word: str, magnitude: float) -> tupl
 
 
 def install_page(study: Study, prompt: str, word: str, magnitude: float) -> str:
-    """Return the page of an install, with the target marked in the continuations. Raises as `install_word`."""
+    """Return the page of an install, with the target marked. Raises as `install_word`."""
     table, texts = install_word(study, prompt, word, magnitude)
     tokenizer, writes = study.host(study.main).tokenizer, study.profile.section("install", study.main).writes
     token, decode = one_token(tokenizer, word), tokenizer.decode

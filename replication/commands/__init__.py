@@ -1,10 +1,13 @@
-"""What `python -m replication COMMAND` runs. Each module has `add_arguments(parser)` and `main(options) ->
-exit status`."""
+"""The commands of `python -m replication`: modules with `add_arguments(parser)` and `main(options)`."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
 
 from replication.study.paths import ROOT
 
@@ -14,9 +17,21 @@ class CommandError(RuntimeError):
 
 
 def first_error(error) -> str:
-    """Return where a pydantic ValidationError begins, and what is wrong there: "field.subfield: message"."""
+    """Return the first error of a pydantic ValidationError: "field.subfield: message"."""
     first = error.errors()[0]
-    return ": ".join(filter(None, [".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")]))
+    place, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" if place else message
+
+
+def read_yaml(model, path: Path, label: str, **fields):
+    """Return a pydantic model of a YAML mapping and further fields. Raises ValueError, about `label`, if the
+    file has other content."""
+    try:
+        return model(**yaml.safe_load(path.read_text()), **fields)
+    except ValidationError as error:
+        raise ValueError(f"{label}: {first_error(error)}.") from None
+    except (TypeError, UnicodeDecodeError, yaml.YAMLError):
+        raise ValueError(f"{label} is not a YAML mapping of fields to values.") from None
 
 
 def last_line(text: str) -> str:
@@ -26,10 +41,9 @@ def last_line(text: str) -> str:
 def check_disk(profile: str) -> None:
     """Raise CommandError if a disk has no room for the rest of the profile's run.
 
-    The check runs in a process of its own: it imports torch, whose memory this process would keep.
-    """
+    The check has its own process, because it imports torch, whose memory this process would keep."""
     command = [sys.executable, "-m", "replication", "disk", "--profile", profile]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise CommandError(last_line(done.stderr).removeprefix("disk failed: "))
-    print(done.stderr, end="", file=sys.stderr)  # what it could not count
+    print(done.stderr, end="", file=sys.stderr)  # what is not counted

@@ -75,9 +75,9 @@ def intervals(wins, counts) -> dict[str, list]:
 def tested(firings: pd.DataFrame, atoms: list[int]) -> dict[str, dict]:
     """Return the replacement test per amplitude, as lists in the order of `atoms` (None: untested).
 
-    n firings; wins of the atom over deletion, with Wilson's interval; kl: mean KL per condition in nats; beats:
-    firings at which the KL of a control is below deletion's; beaten: at which the atom's KL is below the control's.
-    These read at the next token (scope "write"); cache_wins and cache_n are wins and n in scope "cache"."""
+    n firings; wins of the atom over deletion, with Wilson's interval; kl: mean KL per condition in nats;
+    beats, beaten: firings at which a control has a lower KL than deletion, and the atom than the control;
+    all at the next token (scope "write"). cache_wins, cache_n: wins and n in scope "cache"."""
 
     def counts(table: pd.DataFrame, **columns) -> dict[str, list]:
         sums = table[["atom"]].assign(**columns).groupby("atom").sum().reindex(atoms)
@@ -111,9 +111,8 @@ def scored(shifts: pd.DataFrame) -> dict:
     if shifts.empty:
         return {}
     wide = shifts.pivot(index=["atom", "predictor"], columns="eps", values="r2")
-    atoms: dict[int, dict] = {}
-    for (atom, predictor), values in wide.iterrows():
-        atoms.setdefault(int(atom), {})[predictor] = plain(values, 3)
+    rows = wide.apply(plain, axis=1, result_type="reduce", digits=3)
+    atoms = {atom: part.droplevel("atom").to_dict() for atom, part in rows.groupby("atom")}
     return dict(eps=wide.columns.tolist(), n=int(shifts.n.iloc[0]), atoms=atoms)
 
 
@@ -158,7 +157,7 @@ def entry(study: Study, tables: dict, where: dict, windows: Windows, firings, te
 
 
 def main_sae(study: Study, tables: dict, where: dict, firings: pd.DataFrame, tokens: pd.DataFrame) -> dict:
-    """Return what the page shows of a main SAE. Raises ArtifactError if firings and atoms.csv do not match."""
+    """Return what the page shows of a main SAE. Raises ArtifactError unless firings and atoms.csv match."""
     name, profile = where["host"], study.profile
     table = of_cell(tables["atoms"], where).sort_values("atom")
     if firings.groupby("atom").size().to_dict() != dict(zip(table.atom, table.firings, strict=True)):
@@ -166,15 +165,14 @@ def main_sae(study: Study, tables: dict, where: dict, firings: pd.DataFrame, tok
             f"results/{profile.name}/atoms.csv and the firings in build/{profile.name} are not of one run "
             f"(those in {name} L{where['layer']} H{where['head']} differ): `make 03_atoms` makes them agree."
         )
-    columns = {column: table[column].tolist() for column in ("atom", "class", "firings", "passages")}
-    for column in ("cosine", "cosine_key", "cosine_value", "elsewhere", "rate"):
-        columns[column] = plain(table[column])
+    columns = table[["atom", "class", "firings", "passages"]].to_dict("list")
+    columns |= {name: plain(table[name]) for name in ("cosine", "cosine_key", "cosine_value", "elsewhere", "rate")}
     counts, promoted = histograms(firings, profile.data.window), tokens_of(of_cell(tokens, where))
     columns |= dict(histogram=[counts[a] for a in table.atom], tokens=[promoted[a] for a in table.atom])
     windows = firing_windows(study, name)
     shown = entry(study, tables, where, windows, firings, of_cell(tables["replacement"], where), columns)
-    passages = len(windows.passage.unique())
-    shown |= dict(scanned=scanned(windows, profile.data.first_position), windows=len(windows), passages=passages)
+    shown |= dict(scanned=scanned(windows, profile.data.first_position), windows=len(windows))
+    shown["passages"] = len(windows.passage.unique())
     if "population" in tables:
         shown["population"] = drawn(of_cell(tables["population"], where))
     if "logit_shift" in tables and where["target"] == profile.section("logit_shift", name).target:

@@ -1,10 +1,7 @@
-"""A dry run of every notebook of a profile: `python -m replication dryrun --profile paper`.
+"""Run every notebook of a profile with random weights, tiny counts and the installed docstrings as text.
 
-Random weights of the true shapes (profiles/dryrun/hosts.yaml) replace the models that the profile would
-download; their decays start as their authors start them, so that states have memory. The counts are those of
-profiles/dryrun/overrides.yaml, and the text is the installed docstrings. All output goes to build/dryrun,
-figures with DRY RUN across them: it shows that nothing breaks at these shapes, and how much memory it takes,
-and no more."""
+The weights have the true shapes of the profile's Hub models (profiles/dryrun/hosts.yaml); the counts are in
+profiles/dryrun/overrides.yaml. A dry run shows whether these shapes work, and the memory they need."""
 
 from __future__ import annotations
 
@@ -37,8 +34,7 @@ SEED = 0
 
 
 def padded_tokenizer(vocabulary: int, folder: Path) -> None:
-    """Write an embedded host's tokenizer to `folder`, with its vocabulary filled up to `vocabulary` by
-    entries that no text gives: a model's tokenizer has about as many ids as the model."""
+    """Write an embedded host's tokenizer to `folder`, with a vocabulary filled up by unused entries."""
     folder.mkdir(parents=True, exist_ok=True)
     content = json.loads((TOKENIZER / "tokenizer.json").read_text())
     ids = content["model"]["vocab"]
@@ -48,11 +44,9 @@ def padded_tokenizer(vocabulary: int, folder: Path) -> None:
 
 
 def make_host(shape: dict, folder: Path) -> None:
-    """Write a model of a family and architecture with random weights from SEED, in bfloat16, and its
-    tokenizer.
+    """Write a model with random weights from SEED, in bfloat16, and its tokenizer.
 
-    What starts at zero (RWKV-7's output projections) is drawn too, because else no write would reach the
-    logits."""
+    Matrices that start at zero (RWKV-7's output projections) are drawn too: else no write reaches the logits."""
     import torch
 
     from writesae.hosts.load import adapter, without_triton
@@ -63,78 +57,63 @@ def make_host(shape: dict, folder: Path) -> None:
     for parameter in model.parameters():
         if parameter.ndim > 1 and not parameter.any():
             parameter.data.normal_(std=0.02)
-    partial = folder.with_name(f".partial-{folder.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    padded_tokenizer(shape["architecture"]["vocab_size"], partial)
-    model.bfloat16().save_pretrained(partial, max_shard_size="50GB")
-    (partial / "shape.json").write_text(json.dumps(shape))
     shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
+    padded_tokenizer(shape["architecture"]["vocab_size"], folder)
+    model.bfloat16().save_pretrained(folder, max_shard_size="50GB")
+    (folder / "shape.json").write_text(json.dumps(shape))  # last: the folder is complete
 
 
-def make_hosts(profile: str) -> list[Path]:
-    """Make the random hosts of a profile that are not there yet. Return their folders.
-
-    Raises ValueError for a model whose shapes are not known.
-    """
-    shapes, folders = yaml.safe_load(SHAPES.read_text()), []
-    paths = {name: section["path"] for name, section in _content(profile)["hosts"].items()}
+def make_hosts(profile: str) -> None:
+    """Make the random hosts that do not exist yet. Raises ValueError if hosts.yaml lacks a model's shapes."""
+    shapes = yaml.safe_load(SHAPES.read_text())
+    content = profile_content(ROOT / "profiles" / f"{profile}.yaml")
+    paths = {name: section["path"] for name, section in content["hosts"].items()}
     for name, section in load_profile(profile).hosts.items():
-        if section.path == paths[name]:
-            continue  # it is in the repository
+        if section.path == paths[name]:  # the repository has the model
+            continue
         folder, shape = Path(section.path), shapes.get(paths[name])
         if shape is None:
             raise ValueError(f"The shapes of {paths[name]} are not known: add them to {SHAPES.relative_to(ROOT)}.")
-        kept = folder / "shape.json"
-        if not kept.is_file() or json.loads(kept.read_text()) != shape:
+        stored = folder / "shape.json"
+        if not stored.is_file() or json.loads(stored.read_text()) != shape:
             print(f"{name}: random weights of the shapes of {paths[name]}", flush=True)
             with ProcessPoolExecutor(1, get_context("spawn")) as other:  # a process keeps memory
                 other.submit(make_host, shape, folder).result()
-        folders.append(folder)
-    return folders
-
-
-def _content(profile: str) -> dict:
-    return profile_content(ROOT / "profiles" / f"{profile}.yaml")
 
 
 def resident(process: psutil.Process) -> int:
-    """Return the bytes that a process and all below it hold in memory. What several of them share counts
-    several times."""
+    """Return the bytes in memory of a process and all below it; shared memory counts several times."""
     total = 0
     for one in [process, *process.children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may end between the question and the answer
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
             total += one.memory_info().rss
     return total
 
 
 @contextlib.contextmanager
 def peak_memory(every: float = 0.2) -> Iterator[Callable[[], float]]:
-    """Measure this process and those below it every so many seconds. Yields a function that returns the
-    maximum that they have held in memory at one time so far, in GB: a notebook's kernel ends before anyone
-    could ask it for its peak."""
-    this, peak, over = psutil.Process(), 0, threading.Event()
+    """Measure `resident` of this process every so many seconds. Yield a function that returns its maximum
+    so far, in GB."""
+    process, peak, over = psutil.Process(), 0, threading.Event()
 
-    def look() -> None:
+    def watch() -> None:
         nonlocal peak
         while not over.wait(every):
-            peak = max(peak, resident(this))
+            peak = max(peak, resident(process))
 
-    watch = threading.Thread(target=look, daemon=True)
-    watch.start()
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
     try:
         yield lambda: peak / 1e9
     finally:
         over.set()
-        watch.join()
+        thread.join()
 
 
 def run(profile: str, names: list[str]) -> list[str]:
-    """Run the notebooks `names`, or all of them from nothing if there are none. Return the names of those
-    that failed.
+    """Run the notebooks `names`, or all of them from nothing. Return the names of those that failed.
 
-    Raises ValueError for an unknown profile and for a model whose shapes are not known.
-    """
+    Raises ValueError for an unknown profile and as `make_hosts`."""
     load_profile(profile)
     paths, failures = Paths(profile), []
     if not names:
@@ -158,7 +137,7 @@ def run(profile: str, names: list[str]) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", help="notebooks to run on what is there (default: all, from nothing)")
+    parser.add_argument("names", nargs="*", help="notebooks to run (default: all, from nothing)")
     parser.add_argument("--profile", default="paper", help="a file in profiles/ (default: %(default)s)")
 
 

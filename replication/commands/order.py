@@ -1,16 +1,11 @@
-"""What Make must know about the notebooks: their order, what they read, and what they write.
+"""Print the rules for Make of the notebooks, or with `--order` their names in order.
 
-It needs only the standard library and Python 3.9 or later, because the Makefile runs this file before the
-environment exists. `python3 -I replication/commands/order.py` prints rules for Make, and with `--order` the
-names in order.
-
-A notebook says it in its own metadata, under `writesae`:
-    needs   names of the notebooks that must have run before, e.g. ["05_replacement"]
+Make runs this file before the environment exists, with Python 3.9 or later and the standard library only. In
+the metadata of a notebook, `writesae` has the fields
+    needs   the notebooks that must run before it, e.g. ["05_replacement"]
     files   globs of data that it reads from the repository, e.g. ["models/*/config.json"]
     makes   files that it writes, e.g. ["results/{profile}/hosts.csv"]; it runs again if one is missing
-
-Every notebook also depends on its profile and on all source files. A run takes seconds if its stages are up
-to date."""
+"""
 
 from __future__ import annotations
 
@@ -24,10 +19,9 @@ STAMPS = "build/$(PROFILE)/stamps"
 
 
 class Notebook:
-    """One notebook: its name, and what its metadata say."""
+    """The name and metadata of a notebook. Raises ValueError for a file that is not a notebook."""
 
-    def __init__(self, path: Path, root: Path = ROOT):
-        """Raises ValueError for a file that is not a notebook."""
+    def __init__(self, path: Path, root: Path):
         try:
             metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("writesae", {})
         except (ValueError, KeyError) as error:
@@ -36,10 +30,7 @@ class Notebook:
         self.needs, self.files, self.makes = (list(metadata.get(x, [])) for x in ("needs", "files", "makes"))
 
     def prerequisites(self) -> list[str]:
-        """Return the notebook itself and the data that it reads, relative to the repository.
-
-        Raises ValueError for a glob that finds nothing.
-        """
+        """Return the paths of the notebook and its data. Raises ValueError for a glob that finds nothing."""
         paths = [f"notebooks/{self.name}.ipynb"]
         for pattern in self.files:
             matches = sorted(p.relative_to(self.root).as_posix() for p in self.root.glob(pattern) if p.is_file())
@@ -49,8 +40,7 @@ class Notebook:
         return paths
 
     def rules(self) -> str:
-        """Return rules for Make: what the notebook's stamp depends on, and that a missing output makes it run
-        again."""
+        """Return the rules for the notebook's stamp: its prerequisites, and to run if an output is missing."""
         stamp, before = f"{STAMPS}/{self.name}", [f"{STAMPS}/{name}" for name in self.needs]
         lines = [f"{stamp}: {' '.join([*self.prerequisites(), *before])}"]
         outputs = [path.replace("{profile}", "$(PROFILE)") for path in self.makes]
@@ -58,8 +48,7 @@ class Notebook:
 
 
 def notebooks(root: Path = ROOT) -> dict[str, Notebook]:
-    """Return the notebooks by name, in order. Raises ValueError for one that is damaged or needs an unknown
-    one."""
+    """Return the notebooks by name. Raises ValueError if one is damaged or needs an unknown notebook."""
     pages = {path.stem: Notebook(path, root) for path in sorted((root / "notebooks").glob("*.ipynb"))}
     for page in pages.values():
         for name in page.needs:
@@ -76,8 +65,7 @@ def make_rules(root: Path = ROOT) -> str:
 def order(root: Path = ROOT) -> list[str]:
     """Return the names of the notebooks, each after those that it needs.
 
-    Raises ValueError as `notebooks` does, and if notebooks need one another in a circle.
-    """
+    Raises ValueError as `notebooks` does, and if notebooks need one another in a circle."""
     needs = {name: notebook.needs for name, notebook in notebooks(root).items()}
     try:
         return list(graphlib.TopologicalSorter(needs).static_order())
@@ -87,8 +75,7 @@ def order(root: Path = ROOT) -> list[str]:
 
 
 def main() -> int:
-    """Print the rules, or with --order the notebooks in order. Return 2, with one sentence, after an
-    error."""
+    """Print the rules or names. Return 2, with one sentence on stderr, after an error."""
     try:
         print(" ".join(order()) if "--order" in sys.argv else make_rules(), end="")
     except ValueError as error:

@@ -1,5 +1,4 @@
-"""Gather the scorecards of repeated runs: `python -m replication repeats --profile mini results/mini-1001
-...`."""
+"""Gather the scorecards of repeated runs."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from replication.study.study import open_study
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="mini", help="a file in profiles/ (default: %(default)s)")
-    parser.add_argument("folders", nargs="+", type=Path, help="the tables of whole runs, such as results/mini-1001")
+    parser.add_argument("folders", nargs="+", type=Path, help="tables of whole runs, e.g. results/mini-1001")
 
 
 def main(options: argparse.Namespace) -> int:

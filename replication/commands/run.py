@@ -1,12 +1,7 @@
-"""Run one notebook: `python -m replication run 05_replacement --profile mini`.
+"""Run one notebook with papermill, into build/PROFILE/notebooks.
 
-papermill writes the executed notebook to build/PROFILE/notebooks. With the default profile its outputs then
-go into the notebook of the repository, where people read them: only outputs and execution counts change, and
-the file keeps its time, so that Make does not take it for edited. With WRITESAE_OUTPUT, and in a dry run, the
-repository's notebook does not change.
-
-The kernel holds the profile's lock (replication.study.lock) from `open_study` on. A kill of this process
-alone leaves the kernel alive for a second or two, and the next run waits for it."""
+With the default profile, except in a dry run and with WRITESAE_OUTPUT, its outputs then go into the notebook of
+the repository. That file keeps its time, so that Make does not regard it as edited."""
 
 from __future__ import annotations
 
@@ -32,8 +27,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def _outputs(cell: NotebookNode) -> list[NotebookNode]:
-    """Return a cell's outputs without progress bars. A widget with an HTML page beside it leaves only the
-    page, and neighbouring pieces of printed text are joined."""
+    """Return a cell's outputs without progress bars and widgets (but with a widget's HTML page), and with
+    neighbouring pieces of printed text joined."""
     kept: list[NotebookNode] = []
     for output in copy.deepcopy(cell.outputs):
         data = output.get("data", {})
@@ -47,10 +42,9 @@ def _outputs(cell: NotebookNode) -> list[NotebookNode]:
 
 
 def with_outputs(source: NotebookNode, executed: NotebookNode) -> NotebookNode:
-    """Return `source` with the outputs of the executed notebook, and nothing else of it.
+    """Return `source` with the outputs and execution counts of the executed notebook.
 
-    Raises ValueError unless both have the same cells (apart from the parameters that papermill injects).
-    """
+    Raises ValueError unless both have the same cells (apart from the parameters that papermill injects)."""
     ran = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
     if [cell.source for cell in ran] != [cell.source for cell in source.cells]:
         raise ValueError("The executed notebook does not have the cells of its source.")
@@ -70,10 +64,9 @@ def with_outputs(source: NotebookNode, executed: NotebookNode) -> NotebookNode:
 def publish(path: Path, before: bytes, executed: Path) -> None:
     """Put the outputs of `executed` into the notebook at `path`, and keep the file's time.
 
-    Raises CommandError if the file has changed since the run began, when it was `before`.
-    """
+    Raises CommandError if the file is no longer as it was `before` the run."""
     if path.read_bytes() != before:
-        raise CommandError(f"{path.name} was edited while it ran, so its outputs were not kept: run it again.")
+        raise CommandError(f"{path.name} was edited while it ran, so its outputs were not stored: run it again.")
     times = path.stat()
     source = nbformat.reads(before.decode("utf-8"), as_version=4)
     text = nbformat.writes(with_outputs(source, nbformat.read(executed, as_version=4))).rstrip("\n") + "\n"
@@ -88,15 +81,13 @@ def publish(path: Path, before: bytes, executed: Path) -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    """Raise CommandError if nothing can be written into a folder: better now than after an hour."""
+    """Raise CommandError if nothing can be written into a folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise CommandError(
-            f"{folder} cannot be written ({error.strerror}): make it writable, and run again."
-        ) from error
+        sentence = f"{folder} cannot be written ({error.strerror}): make it writable, and run again."
+        raise CommandError(sentence) from error
 
 
 def _execute(path: Path, target: Path, profile: str) -> None:
@@ -118,22 +109,19 @@ def _execute(path: Path, target: Path, profile: str) -> None:
 
 def find(name: str, profile: str) -> Path:
     """Return the path of a notebook. Raises CommandError if there is no such notebook or profile."""
-    for what, value, folder, suffix in (
-        ("notebook", name, NOTEBOOKS, "ipynb"),
-        ("profile", profile, NOTEBOOKS.parent / "profiles", "yaml"),
-    ):
-        if not (folder / f"{value}.{suffix}").is_file():
-            names = ", ".join(sorted(path.stem for path in folder.glob(f"*.{suffix}")))
-            raise CommandError(f"There is no {what} {value}: choose one of {names}.")
-    return NOTEBOOKS / f"{name}.ipynb"
+    path = NOTEBOOKS / f"{name}.ipynb"
+    for file in (path, NOTEBOOKS.parent / "profiles" / f"{profile}.yaml"):
+        if not file.is_file():
+            names = ", ".join(sorted(other.stem for other in file.parent.glob(f"*{file.suffix}")))
+            raise CommandError(f"There is no {file.parent.name[:-1]} {file.stem}: choose one of {names}.")
+    return path
 
 
 def run(name: str, profile: str) -> Path:
     """Execute the notebook `name` and publish its outputs. Return the path of the executed notebook.
 
-    Raises CommandError, with one sentence, if there is no such notebook or profile, if a folder of results
-    cannot be written or a cell fails, LockError if another run is at work; the notebook of the repository
-    then stays as it was."""
+    Raises CommandError for an unknown name, a read-only folder or a failed cell, LockError if another run is at
+    work; nothing is published then."""
     path, paths = find(name, profile), Paths(profile)
     written = (paths.build, paths.results, paths.figures)
     for folder in written:

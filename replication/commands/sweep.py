@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import pandas as pd
-import yaml
 from joblib import Parallel, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from pydantic import Field, NonNegativeInt, ValidationError
 from tqdm import tqdm
 
-from replication.commands import CommandError, check_disk, first_error
+from replication.commands import CommandError, check_disk, first_error, read_yaml
 from replication.statistics import wilson
 from replication.study import paths as paths_module
 from replication.study import stages
@@ -73,12 +72,7 @@ def load_grid(path: Path | str) -> Grid:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in (paths_module.ROOT / "profiles" / "sweeps").glob("*.yaml")))
         raise ValueError(f"There is no grid {path}: profiles/sweeps/ has {known}.")
-    try:
-        return Grid(name=path.stem, **yaml.safe_load(path.read_text()))
-    except ValidationError as error:
-        raise ValueError(f"Grid {path.name}: {first_error(error)}.") from None
-    except (TypeError, yaml.YAMLError):
-        raise ValueError(f"Grid {path.name} is not a YAML mapping of fields to values.") from None
+    return read_yaml(Grid, path, f"Grid {path.name}", name=path.stem)
 
 
 class Point(NamedTuple):
@@ -189,8 +183,8 @@ def run_task(work: Callable, profile: Profile, grid: Grid, host: str, layer: int
 
 
 def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> list[str]:
-    """Store the factors of a layer's cells, in shards for training and in a file per cell for held-out windows,
-    and the half-lives and spectra of all cells of the layer."""
+    """Store the factors of a layer's cells (shards for training, one held-out file per cell), and half-lives and
+    spectra of all its cells."""
     study, data = sweep.study, sweep.profile.data
     cells = [cell for cell in sweep.cells(host) if cell[0] == layer]
     files, memory = {cell: sweep.heldout(host, *cell) for cell in cells}, sweep.memory(host, layer)
@@ -206,8 +200,8 @@ def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> list[st
         save_tensors(path, tensors, {"fingerprint": expected})
     run = model.run(windows.tokens[: data.cell_windows], upto=layer + 1)
     table = survey_cells(model, run, data.first_position, [layer]).assign(host=host)
-    provenance = study.provenance(host, seconds=time.monotonic() - began, fingerprint=expected)
-    stages.write_table(table, memory, provenance)
+    seconds = time.monotonic() - began
+    stages.write_table(table, memory, study.provenance(host, seconds=seconds, fingerprint=expected))
     return []
 
 
@@ -265,7 +259,7 @@ def draw_test(sweep: Sweep, point: Point) -> tuple[Windows, CellSAE, pd.DataFram
 
 
 def replacement_scores(sweep: Sweep, tests: dict[Point, tuple]) -> dict[Point, dict]:
-    """Return the columns of replacement tests at the next token; tests: what `draw_test` returns, for a layer."""
+    """Return the columns of the replacement tests at the next token. tests: from `draw_test`, of one layer."""
     if not tests:
         return {}
     first = next(iter(tests))
@@ -274,9 +268,8 @@ def replacement_scores(sweep: Sweep, tests: dict[Point, tuple]) -> dict[Point, d
     drawn = [(subject, firings.assign(point=str(point))) for point, (_, subject, firings) in tests.items()]
     rows = profile.section("replacement", first.host).batch_rows
     options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), batch_rows=rows)
-    groups = range(0, len(windows), size)
-    tables = [measure_group(host, windows, drawn, start, size, profile.seed, **options) for start in groups]
-    table = pd.concat(tables)
+    starts = range(0, len(windows), size)
+    table = pd.concat(measure_group(host, windows, drawn, start, size, profile.seed, **options) for start in starts)
     return {point: _shares(table[table.point == str(point)]) for point in tests} if len(table) else {}
 
 
@@ -298,7 +291,7 @@ def _shares(table: pd.DataFrame) -> dict:
 def run_sweep(profile: Profile, grid: Grid, jobs: int | None = None) -> pd.DataFrame:
     """Run what is not up to date in `jobs` processes (None: one per core), and write the table of the sweep.
 
-    Raises ValueError if the grid does not fit the profile, CommandError if tasks fail, LockError."""
+    Raises ValueError if the grid does not fit the profile, CommandError if tasks fail, and LockError."""
     sweep = Sweep(profile, grid)
     with writing(sweep.study.paths):
         expected = {point: sweep.expected_record(point) for point in sweep.points()}
@@ -315,9 +308,8 @@ def run_sweep(profile: Profile, grid: Grid, jobs: int | None = None) -> pd.DataF
         harvests = [(harvest_layer, profile, grid, *layer, sweep.expected_harvest(*layer)) for layer in layers]
         _run_all(harvests, "harvests", jobs)
         _run_all(tasks, "SAEs", jobs)
-        table = _table(sweep, list(expected))
         shutil.rmtree(sweep.folder / "harvest", ignore_errors=True)
-    return table
+        return _table(sweep, list(expected))
 
 
 def _run_all(tasks: list[tuple], what: str, jobs: int | None) -> None:
@@ -327,7 +319,7 @@ def _run_all(tasks: list[tuple], what: str, jobs: int | None) -> None:
         results = tqdm(pool(delayed(run_task)(*task) for task in tasks), total=len(tasks), desc=what)
         failures = sorted(sentence for sentences in results for sentence in sentences)
     except TerminatedWorkerError as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().splitlines()[0]
         raise CommandError(f"The workers of a sweep ended ({reason}); what is done is kept.") from error
     if failures:
         raise CommandError(f"{len(failures)} {what} failed, the others are done. {failures[0]}")

@@ -14,15 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pandas as pd
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from replication.commands import first_error
+from replication.commands import read_yaml
 from replication.study import docstrings
 from replication.study.paths import output_root
 from writesae.files import write_atomically
@@ -38,18 +36,18 @@ class Recipe(BaseModel):
     vocabulary: int = Field(ge=512, le=65536)
     context: int = Field(ge=16)
     architecture: dict
-    batch: int = Field(ge=1)
-    at_once: int = Field(ge=1)
+    batch: PositiveInt
+    at_once: PositiveInt
     through: Literal["library", "adapter"] = "library"
-    steps: int = Field(ge=1)
-    warmup: int = Field(ge=0)
-    decay_from: int = Field(ge=0)
+    steps: PositiveInt
+    warmup: NonNegativeInt
+    decay_from: NonNegativeInt
     matrix_lr: float
     other_lr: float
     decay_lr: float
     weight_decay: float
     compile: bool = False
-    evaluate_every: int = Field(ge=1)
+    evaluate_every: PositiveInt
 
     def learning_rate(self, step: int) -> float:
         """Return the factor on all learning rates: linear warm-up, constant, linear decay to zero."""
@@ -58,7 +56,7 @@ class Recipe(BaseModel):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is the nearest orthogonal matrix (Jordan et al. 2024), in the parameters' precision.
+    """Momentum whose step is the nearest orthogonal matrix (Jordan et al. 2024), in the parameters' dtype.
 
     torch.optim.Muon computes in bfloat16: minutes per step on a CPU without bfloat16 instructions."""
 
@@ -112,13 +110,9 @@ def optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     return [muon, adam]
 
 
-def stream(tokenizer: Tokenizer, split: str, cache: Path) -> torch.Tensor:
+def stream(tokenizer: Tokenizer, split: str) -> torch.Tensor:
     """Return the tokens of a split as an int64 vector, with an end-of-text token (0) before each passage."""
-    if not cache.exists():
-        encoded = tokenizer.encode_batch(docstrings.texts(split))
-        tokens = np.concatenate([np.array([0, *e.ids], dtype=np.uint16) for e in encoded])
-        write_atomically(cache, lambda path: np.save(path, tokens))
-    return torch.from_numpy(np.load(cache).astype(np.int64))
+    return torch.cat([torch.tensor([0, *e.ids]) for e in tokenizer.encode_batch(docstrings.texts(split))])
 
 
 def batch_at(tokens: torch.Tensor, recipe: Recipe, step: int) -> torch.Tensor:
@@ -173,14 +167,9 @@ def export(model, tokenizer: Tokenizer, record: dict, history: list[dict], folde
 
 def read_recipe(path: Path) -> Recipe:
     """Return the recipe in a YAML file. Raises ValueError if the file is missing or a field is wrong."""
-    try:
-        return Recipe(**yaml.safe_load(path.read_text()))
-    except OSError as error:
-        raise ValueError(f"{path} is missing: a host is trained from a folder with a recipe.yaml.") from error
-    except ValidationError as error:
-        raise ValueError(f"{path}: {first_error(error)}.") from None
-    except (TypeError, UnicodeDecodeError, yaml.YAMLError):
-        raise ValueError(f"{path} is not a YAML mapping of fields to values.") from None
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: a host is trained from a folder with a recipe.yaml.")
+    return read_yaml(Recipe, path, str(path))
 
 
 class Training:
@@ -238,8 +227,7 @@ def train(folder: Path, build: Path) -> float:
         trained = docstrings.train_tokenizer(docstrings.texts("host"), recipe.vocabulary)
         write_atomically(tokenizer_file, lambda path: trained.save(str(path)))
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    tokens, heldout = (stream(tokenizer, split, build / f"{split}.npy") for split in ("host", "heldout"))
-
+    tokens, heldout = (stream(tokenizer, split) for split in ("host", "heldout"))
     training, running = Training(recipe, build / "checkpoint.pt"), math.nan
     steps = range(training.start, recipe.steps)
     bar = tqdm(steps, initial=training.start, total=recipe.steps, desc=folder.name, mininterval=10)

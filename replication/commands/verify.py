@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -107,10 +107,10 @@ def _numbers(column: pd.Series) -> pd.Series:
 
 
 def read_tolerances(path: Path) -> list[Tolerance]:
-    """Return the entries of a YAML list. Raises ValueError if it is empty or an entry is no Tolerance."""
+    """Return the entries of a YAML list. Raises ValueError if the file is empty or an entry is wrong."""
     entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     try:
-        return TypeAdapter(Annotated[list[Tolerance], Field(min_length=1)]).validate_python(entries)
+        return TypeAdapter(list[Tolerance]).validate_python(entries)
     except ValidationError as error:
         raise ValueError(f"{path}: {first_error(error)}.") from error
 
@@ -162,16 +162,6 @@ def measure(reference: pd.DataFrame, fresh: pd.DataFrame, tolerance: Tolerance) 
     shown = zip(before.index, _shown(after, tolerance), _shown(before, tolerance), strict=True)
     form = f"{{}} {tolerance.metric} is {{}}, in the reference {{}} (allowed: {tolerance})"
     return problems, tolerance.used(before, after).set_axis([form.format(*row) for row in shown])
-
-
-def check(reference: Path, fresh: Path, tolerance: Tolerance) -> list[str]:
-    """Return a sentence for each difference between two folders' tables that is not allowed, and for a missing
-    or damaged file."""
-    try:
-        problems, used = measure(*(read_table(folder / tolerance.file) for folder in (reference, fresh)), tolerance)
-    except ArtifactError as error:
-        return [str(error)]
-    return problems + used.index[used > 1].tolist()
 
 
 # Two folders
@@ -231,8 +221,8 @@ def _changes(reference: Path, fresh: Path) -> list[str]:
     return changes[:MOST] + ([f"and {rest} more columns"] if rest > 0 else [])
 
 
-def _judge(name: str, reference: Path, fresh: Path, tolerances: list[Tolerance], exact: bool) -> Table:
-    """Compare one table of two folders."""
+def judge(name: str, reference: Path, fresh: Path, tolerances: list[Tolerance], exact: bool = False) -> Table:
+    """Return the verdict on one table of two folders."""
     entries = [entry for entry in tolerances if entry.file == name]
     if not (fresh / name).is_file():
         return Table(name, "not made" if stages.KEPT.match(name) else "missing")
@@ -299,7 +289,7 @@ def verify(reference: Path, fresh: Path, tolerances: list[Tolerance], exact: boo
             raise CommandError(f"There are no tables in {folder}.")
     names = set.union(*present.values())
     listed = set() if exact else {tolerance.file for tolerance in tolerances}
-    tables = [_judge(name, reference, fresh, tolerances, exact) for name in sorted(names | listed)]
+    tables = [judge(name, reference, fresh, tolerances, exact) for name in sorted(names | listed)]
     return Report(tables, _turned(reference, fresh), _origins(reference, fresh, names))
 
 

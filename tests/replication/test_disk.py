@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -130,21 +131,23 @@ def test_without_the_hub_what_can_be_counted_is_counted_and_the_rest_is_named(la
         assert note.startswith(f"The disk space of {subject} is not counted: ") and note.count("\n") == 0
 
 
-def test_a_disk_that_is_too_small_is_refused(large, hub):
+def test_a_disk_that_is_too_small_is_refused(large, hub, monkeypatch):
     paths = Paths("big")
     total = sum(sizes(large, paths).values())
     assert total > 20 * GB
     says = (
         rf"has still to write about {total / GB:.1f} GB .*harvests of \w+ .*and 5\.0 GB are free there: make room, or"
     )
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=5 * GB))
     with pytest.raises(OSError, match=says):
-        disk.check(large, paths, free=lambda folder: 5 * GB)
-    assert disk.check(large, paths, free=lambda folder: total + 1) == []
+        disk.check(large, paths)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=total + 1))
+    assert disk.check(large, paths) == []
 
 
 def test_the_command_asks_the_disks_of_the_profile(monkeypatch, capsys):
     assert command.main(["disk", "--profile", "smoke"]) == 0
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), dict(free=10**6)))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10**6))
     assert command.main(["disk", "--profile", "smoke"]) == 1
     assert capsys.readouterr().err.startswith("disk failed: Profile smoke has still to write")
 

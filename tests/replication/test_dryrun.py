@@ -156,7 +156,7 @@ def test_unknown_shapes_are_one_sentence(dry, monkeypatch, tmp_path):
     monkeypatch.setattr(dryrun, "SHAPES", tmp_path / "hosts.yaml")
     monkeypatch.setattr(dryrun, "ROOT", tmp_path)
     monkeypatch.setattr(
-        dryrun, "_content", lambda name: yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text())
+        dryrun, "profile_content", lambda path: yaml.safe_load((ROOT / "profiles" / path.name).read_text())
     )
     with pytest.raises(ValueError, match="The shapes of Qwen/Qwen3.5-0.8B are not known: add them to hosts.yaml"):
         dryrun.make_hosts("paper")

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from replication.commands.verify import Tolerance, check, measure, read_tolerances
+from replication.commands.verify import Tolerance, judge, measure, read_tolerances
 from replication.study.stages import write_table
 
 TABLE = pd.DataFrame({"host": ["a", "a", "b"], "eps": [0.1, 0.3, 0.1], "rate": [0.5, 0.8, 0.0], "status": list("xyz")})
@@ -133,12 +133,14 @@ def test_files_are_checked_before_they_are_compared(tmp_path, monkeypatch):
     monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
     for folder in ("old", "new"):
         write_table(TABLE, tmp_path / folder / "t.csv", PROVENANCE)
-    assert check(tmp_path / "old", tmp_path / "new", _tolerance(absolute=0)) == []
+    folders, tolerances = (tmp_path / "old", tmp_path / "new"), [_tolerance(absolute=0)]
+    assert judge("t.csv", *folders, tolerances).verdict == "identical"
     with open(tmp_path / "new" / "t.csv", "a") as file:
         file.write("c,1,1,w\n")
-    assert "damaged" in check(tmp_path / "old", tmp_path / "new", _tolerance(absolute=0))[0]
-    (tmp_path / "new" / "t.csv").unlink()
-    assert "missing" in check(tmp_path / "old", tmp_path / "new", _tolerance(absolute=0))[0]
+    assert judge("t.csv", *folders, tolerances).verdict == "damaged"
+    for folder in folders:
+        (folder / "t.csv").unlink()
+        assert judge("t.csv", *folders, tolerances).verdict == "missing"
 
 
 @pytest.mark.parametrize(
