@@ -53,10 +53,7 @@ def by_rank(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def run(study: Study) -> pd.DataFrame:
-    """Return the shifts of every (prompt, atom, eps, rank) in each host's cell, with the fitted predictor.
-
-    The table has tens of MB and is kept in build/ only.
-    """
+    """Return every host's shifts per (prompt, atom, eps, rank), kept in build/ only (tens of MB)."""
     points = pd.concat([measure(study, name) for name in study.profile.hosts], ignore_index=True)
     return points.assign(paper_fitted=fit_paper_scalar(points))
 

@@ -1,7 +1,6 @@
 """Notebook 08: the same experiments on every architecture (the paper's Sec. 3.3, App. F.4, Sec. 6.2).
 
-All numbers are those of the cell `middle`, so that hosts with one cell and with three can be compared.
-"""
+All numbers are those of the cell `middle`, so that hosts with one cell and with three can be compared."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ def win_rates(summary: pd.DataFrame) -> list[dict]:
 def against_flat(firings: pd.DataFrame, cells: pd.DataFrame) -> list[dict]:
     """Return the win rate of the state-trained atom minus that of the flat SAE's top singular pair (X11-X13).
 
-    In percentage points, on the same firings at matched norm; bootstrap by atom.
-    """
+    In percentage points, on the same firings at matched norm; bootstrap by atom."""
     part = firings.merge(cells[cells.place == PLACE][["host", "layer", "head"]], on=["host", "layer", "head"])
     part = part[(part.target == "state") & (part.amplitude == "matched_norm") & (part.read == "write")]
     rows = []
@@ -65,7 +63,7 @@ def installs(trials: pd.DataFrame) -> list[dict]:
 
 
 def cosines(alive: pd.DataFrame) -> list[dict]:
-    """Return the median of the atoms' median cosines to the native write per class (X2-X8); bootstrap by atom."""
+    """Return medians of the atoms' cosines to the native write per class (X2-X8); bootstrap by atom."""
     rows = []
     for (host, target, name), part in alive.groupby(["host", "target", "class"], sort=False):
         if len(part) > 1:  # else there is no interval
