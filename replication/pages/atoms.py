@@ -6,7 +6,7 @@ k."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pandas as pd
@@ -37,8 +37,7 @@ def variation(counts: Sequence[float]) -> dict:
 
 
 def match_shares(pairs: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return the share of (atom, other seed) pairs with best |cosine| > MATCH per class; bootstrap by
-    atom."""
+    """Return the share of (atom, other seed) pairs with |cosine| > MATCH per class; bootstrap by atom."""
     rows = []
     for name, part in [("all", pairs), *pairs.groupby("class")]:
         atom, matched = part.seed.astype(str) + "." + part.atom.astype(str), part.best > MATCH
@@ -92,8 +91,7 @@ def delta_interval(a: Sequence[float], b: Sequence[float], seed: int = 0, resamp
 
 
 def class_axes(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return Table 17, one row per (axis, cell, target, amplitude); Cliff's delta > 0 if registers are
-    higher."""
+    """Return Table 17: one row per (axis, cell, target, amplitude); delta > 0 if registers are higher."""
     rows, keys = [], ["host", "layer", "head", "target", "amplitude"]
     for values, part in table.groupby(keys, sort=False):
         for axis in AXES:
@@ -132,15 +130,17 @@ def class_tables(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tu
 
 def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write results atoms.csv, one row per alive atom of all SAEs; return it with the main SAEs' firings."""
-    profile, tables, every = study.profile, [], []
+    profile, tables, firings = study.profile, [], []
     for name in profile.hosts:
         cell, factors = study.cell(name, profile.section("atoms", name).place), _factors(study, name)
-        roles = [(*x, "main", profile.seed) for x in _main_saes(study, name)]
-        variants, targets = host_variants(study, name), profile.saes.targets
-        roles += [(*cell, target, variant_name(v), v.seed) for v in variants for target in targets]
-        tables.append(describe(study, name, roles, factors))
-        every.append(main_firings(study, name, factors))
-    return study.gather("atoms", tables), pd.concat(every, ignore_index=True)
+        saes = [(*x, "main", profile.seed) for x in _main_saes(study, name)]
+        saes += [
+            (*cell, target, variant_name(variant), variant.seed)
+            for variant, target in product(host_variants(study, name), profile.saes.targets)
+        ]
+        tables.append(describe(study, name, saes, factors))
+        firings.append(main_firings(study, name, factors))
+    return study.gather("atoms", tables), pd.concat(firings, ignore_index=True)
 
 
 def _cells(study: Study, host_name: str) -> dict[Cell, str]:

@@ -35,9 +35,7 @@ def choose_cells(survey: pd.DataFrame, section: HostSection) -> pd.DataFrame:
         if rule.head is None:
             distance = (layer.sigma1_over_sigma2 / rule.sigma_ratio).map(math.log).abs()
             cell = layer.loc[[distance.idxmin()]]
-        else:
-            cell = layer[layer["head"] == rule.head]
-        if cell.empty:
+        elif (cell := layer[layer["head"] == rule.head]).empty:
             wrong = f"The {place} cell's head {rule.head} does not exist"
             raise ValueError(f"{wrong}: layer {rule.layer} has heads 0 to {layer['head'].max()}.")
         chosen.append(cell.assign(place=place, rule_sigma_ratio=rule.sigma_ratio or math.nan))

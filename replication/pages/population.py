@@ -27,8 +27,7 @@ def per_atom(firings: pd.DataFrame, classes: pd.Series) -> pd.DataFrame:
 
 
 def summarise(atoms: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Return win rates per (host, target, amplitude, class or all) of at least two atoms; bootstrap by
-    atom."""
+    """Return win rates per (host, target, amplitude, class or all) of 2 atoms or more; bootstrap by atom."""
     keys, rows = ["host", "target", "amplitude"], []
     for values, group in atoms.groupby(keys):
         for name, part in [("all", group), *group.groupby("class")]:

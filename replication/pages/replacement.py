@@ -34,16 +34,13 @@ def headline(study: Study) -> pd.DataFrame:
 def survey(study: Study) -> pd.DataFrame:
     """Write results replacement_by_cell.csv: a smaller test in every cell, for the dependence on memory."""
     tables = []
-    for name in study.profile.hosts:
-        settings, layers = study.profile.section("replacement", name), study.survey_layers(name)
-        if not layers:
-            continue
+    for name in filter(study.survey_layers, study.profile.hosts):
+        settings, drawn = study.profile.section("replacement", name), []
         windows = study.windows(name, "heldout")[slice(0, settings.survey_windows)]
-        cells = [cell for cell in study.host(name).cells if cell[0] in layers]
-        drawn = [
-            (x, draw_in_rounds(firings_of(study, x, windows), settings.survey_firings, study.profile.seed))
-            for x in encoded_saes(study, name, cells, "survey", windows)
-        ]
+        cells = [cell for cell in study.host(name).cells if cell[0] in study.survey_layers(name)]
+        for cell_sae in encoded_saes(study, name, cells, "survey", windows):
+            firings = firings_of(study, cell_sae, windows)
+            drawn.append((cell_sae, draw_in_rounds(firings, settings.survey_firings, study.profile.seed)))
         options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), batch_rows=settings.batch_rows)
         tables.append(run_firings(study, name, "replacement_by_cell", windows, drawn, **options))
     return study.gather("replacement_by_cell", tables)
@@ -68,22 +65,18 @@ def _summary(part: pd.DataFrame, resamples: int, seed: int) -> dict:
     win, atom = stats.beats(part), atom_names(part)
     row = dict(write=part.write.iloc[0], kl_direction="native_patched", n=len(part))
     row |= stats.rate_row(win, resamples, seed, boot=atom, passage=part.passage)
-    row |= dict(
-        n_atoms=atom.nunique(),
-        n_passages=part.passage.nunique(),
-        strict_chain=(win & stats.beats(part, "delete", "random")).mean(),
-        median_ratio_delete_over_atom=(part.kl_delete / part.kl_atom).median(),
-        median_ratio_random_over_atom=(part.kl_random / part.kl_atom).median(),
-        wilcoxon_p=stats.paired_wilcoxon(part.kl_atom, part.kl_delete).p,
-        cliffs_delta=stats.cliffs_delta(part.kl_delete, part.kl_atom),
-        median_cosine=part.cosine.median(),
-    )
-    there = [name for name in CONDITIONS if f"kl_{name}" in part and part[f"kl_{name}"].notna().all()]
-    for name in there:
-        row[f"kl_{name}"] = part[f"kl_{name}"].median()
-    for name in (name for name in there if name in CONTROLS):
-        row[f"win_{name}"] = stats.beats(part, name).mean()
-        row[f"atom_beats_{name}"] = stats.beats(part, "atom", name).mean()
+    row |= dict(n_atoms=atom.nunique(), n_passages=part.passage.nunique())
+    row["strict_chain"] = (win & stats.beats(part, "delete", "random")).mean()
+    row["median_ratio_delete_over_atom"] = (part.kl_delete / part.kl_atom).median()
+    row["median_ratio_random_over_atom"] = (part.kl_random / part.kl_atom).median()
+    row["wilcoxon_p"] = stats.paired_wilcoxon(part.kl_atom, part.kl_delete).p
+    row |= dict(cliffs_delta=stats.cliffs_delta(part.kl_delete, part.kl_atom), median_cosine=part.cosine.median())
+    measured = [name for name in CONDITIONS if f"kl_{name}" in part and part[f"kl_{name}"].notna().all()]
+    row |= {f"kl_{name}": part[f"kl_{name}"].median() for name in measured}
+    for name in CONTROLS:
+        if name in measured:
+            row[f"win_{name}"] = stats.beats(part, name).mean()
+            row[f"atom_beats_{name}"] = stats.beats(part, "atom", name).mean()
     row["loss_lost_by_deletion"] = part.nll_delete.mean() - part.nll_native.mean()
     for name in ("atom", "reconstruction"):
         row[f"kl_recovered_{name}"] = 1 - part[f"kl_{name}"].mean() / part.kl_delete.mean()

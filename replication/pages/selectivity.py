@@ -127,16 +127,11 @@ def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict
 
     Cliff's delta is positive if the control's KL is larger."""
     other, atoms = part[f"kl_{control}"], atom_names(part)
-    return dict(
-        n=len(part),
-        n_atoms=atoms.nunique(),
-        **rate_row(beats(part, "atom", control), resamples, seed, "atom_closer", boot=atoms),
-        kl_atom=part.kl_atom.median(),
-        kl_control=other.median(),
-        kl_delete=part.kl_delete.median(),
-        wilcoxon_p=paired_wilcoxon(part.kl_atom, other).p,
-        cliffs_delta=cliffs_delta(other, part.kl_atom),
-    )
+    row = dict(n=len(part), n_atoms=atoms.nunique())
+    row |= rate_row(beats(part, "atom", control), resamples, seed, "atom_closer", boot=atoms)
+    row |= dict(kl_atom=part.kl_atom.median(), kl_control=other.median(), kl_delete=part.kl_delete.median())
+    wilcoxon_p = paired_wilcoxon(part.kl_atom, other).p
+    return row | dict(wilcoxon_p=wilcoxon_p, cliffs_delta=cliffs_delta(other, part.kl_atom))
 
 
 def _overlaps(part: pd.DataFrame, control: str, resamples: int, seed: int) -> list[dict]:

@@ -95,8 +95,7 @@ def erase(site: Site, sae: SAE, drawn: pd.DataFrame, preferred: dict, alive, dos
 
 
 def summarise_erase(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return median changes of log p, tests, ranks per (host, atom or all, where, condition, dose,
-    token_from).
+    """Return changes of log p, tests, ranks per (host, atom or all, where, condition, dose, token_from).
 
     The bootstrap is by passage; over all atoms the wider of those by passage and by atom. falls: Wilson."""
     rows, keys = [], ["host", "target", "where", "condition", "dose", "token_from"]

@@ -109,8 +109,7 @@ def choose_boundary(means: torch.Tensor, count: int, seed: int) -> pd.DataFrame:
 
 
 def conditions(modes, doses) -> list[tuple[str, str, float]]:
-    """Return (mode, role, dose): baseline, boundary atoms at every dose, random ones at the largest (Table
-    4)."""
+    """Return (mode, role, dose): baseline, boundary atoms at all doses, random ones at the largest."""
     each = [("boundary", dose) for dose in doses] + [("random", max(doses))]
     return [("baseline", "baseline", 0.0)] + [(mode, role, dose) for mode in modes for role, dose in each]
 

@@ -19,8 +19,7 @@ READER = ["reader_layer", "reader_head"]
 
 @torch.no_grad()
 def later_heads(site: Site, rows, starts, change: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Return {later layer: heads' outputs [n, steps, heads, d]} under a change [n, steps, d_v] of the
-    cell."""
+    """Return {later layer: heads' outputs [n, steps, heads, d]} under a change [n, steps, d_v] of a cell."""
     host, outputs = copy.copy(site.host), {}
 
     def mix(layer: int, *rest) -> Record:
