@@ -1,10 +1,8 @@
-"""Page 11_ablations: encoder, decoder, sparsity rule and rank of the SAE (the paper's Sec. 3.4, App. B, C, F.3).
+"""Page 11_ablations: encoder, decoder, sparsity rule and rank of the SAE (Sec. 3.4, App. B, C, F.3).
 
-Every variant is trained on the same windows with the same settings, except for the parts that it names, and asked
-the same questions on the same held-out windows: its FVU, L0 and dead atoms, its registers and bundles, and the
-replacement test. The native write is replaced by the top singular pair of the firing's atom, and by the whole atom
-if its rank is above 1.
-"""
+Variants differ in the parts that they name, and are trained and asked alike: FVU, L0, dead atoms, registers
+and bundles, and replacement of the native write by the top singular pair of the firing's atom, or by the
+whole atom if its rank is above 1."""
 
 from __future__ import annotations
 
@@ -16,18 +14,8 @@ import torch
 from statsmodels.stats.proportion import confint_proportions_2indep
 from tqdm import tqdm
 
+from replication import statistics as stats
 from replication.classes import described_atoms, partition, scanned
-from replication.statistics import (
-    Interval,
-    beats,
-    ci,
-    cluster_bootstrap,
-    difference_bootstrap,
-    rate_row,
-    wider,
-    wilson,
-    with_ends,
-)
 from replication.study.firings import firing_windows, firings_of, run_firings
 from replication.study.stages import rows_with
 from replication.study.study import Study
@@ -105,20 +93,18 @@ def fvu(windows: pd.DataFrame) -> Callable[[np.ndarray], float]:
 
 
 def summarise(windows: pd.DataFrame, classes: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed: int):
-    """Return one row per (place, target, variant).
+    """Return FVU, L0, dead atoms, classes and win rates over deletion, one row per (place, target, variant).
 
-    Columns: FVU with its bootstrap interval by passage; L0; dead atoms and Wilson's interval of their share; the classes
-    of the others; per amplitude the atom's win rate over deletion with Wilson's interval (ci) and the bootstrap by atom
-    (boot). Classes and win rates are missing if there are too few atoms or no firings.
-    """
+    Intervals: Wilson's (ci, and of dead atoms), bootstrap by passage (fvu) and by atom (boot). Classes and
+    win rates are missing if there are too few atoms or no firings."""
     rows = []
     for values, part in windows.groupby(KEYS, sort=False):
         where, first = dict(zip(KEYS, values, strict=True)), part.iloc[0]
         fvu_of, tokens = fvu(part), int(part.tokens.sum())
-        interval = cluster_bootstrap(fvu_of, part.passage, resamples=resamples, seed=seed)
-        row = where | dict(n_atoms=first.n_atoms, k=first.k) | with_ends("fvu", fvu_of(slice(None)), interval)
+        interval = stats.cluster_bootstrap(fvu_of, part.passage, resamples=resamples, seed=seed)
+        row = where | dict(n_atoms=first.n_atoms, k=first.k) | stats.with_ends("fvu", fvu_of(slice(None)), interval)
         row |= dict(n_tokens=tokens, n_passages=part.passage.nunique(), l0=part.active.sum() / tokens)
-        low, high = wilson(int(first.dead), int(first.n_atoms))
+        low, high = stats.wilson(int(first.dead), int(first.n_atoms))
         row |= dict(dead=first.dead, dead_fraction=first.dead / first.n_atoms, dead_low=low, dead_high=high)
         alive = rows_with(classes, **where)
         if len(alive):
@@ -131,24 +117,24 @@ def summarise(windows: pd.DataFrame, classes: pd.DataFrame, firings: pd.DataFram
 
 
 def wins(firings: pd.DataFrame, resamples: int, seed: int) -> dict:
-    """Return win rates over deletion of the atom, the random atom, and the whole atom if its rank is above 1."""
-    row = rate_row(beats(firings), resamples, seed, boot=firings.atom)
-    row["win_random"] = beats(firings, "random").mean()
+    """Return win rates over deletion of the atom, the random atom, and the whole atom of rank above 1."""
+    row = stats.rate_row(stats.beats(firings), resamples, seed, boot=firings.atom)
+    row["win_random"] = stats.beats(firings, "random").mean()
     if "kl_whole_atom" in firings and firings.kl_whole_atom.notna().all():
-        whole = beats(firings, "whole_atom")
+        whole = stats.beats(firings, "whole_atom")
         row["whole_win_rate"] = whole.mean()
-        row["whole_low"], row["whole_high"] = wilson(int(whole.sum()), len(firings))
+        row["whole_low"], row["whole_high"] = stats.wilson(int(whole.sum()), len(firings))
     return row
 
 
 def contrasts(windows: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per quantity: every variant against REFERENCE at the same place and target.
 
-    | quantity           | value                                  | interval                                       |
-    |--------------------|----------------------------------------|------------------------------------------------|
-    | fvu_ratio          | FVU of the variant / of the reference  | bootstrap by passage, paired                   |
-    | dead_fraction      | difference of the shares of dead atoms | Newcombe                                       |
-    | win_rate_AMPLITUDE | difference of the win rates            | wider of the bootstraps by passage and by atom |
+    | quantity           | value                                  | interval                                 |
+    |--------------------|----------------------------------------|------------------------------------------|
+    | fvu_ratio          | FVU of the variant / of the reference  | bootstrap by passage, paired             |
+    | dead_fraction      | difference of the shares of dead atoms | Newcombe                                 |
+    | win_rate_AMPLITUDE | difference of the win rates            | wider of those by passage and by atom    |
     """
     rows, keys = [], ["host", "place", "layer", "head", "target"]
     for values, group in windows.groupby(keys, sort=False):
@@ -163,7 +149,7 @@ def contrasts(windows: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed
             def ratio(rows, fvu_of=part_fvu, base_fvu=base_fvu):
                 return fvu_of(rows) / base_fvu(rows)
 
-            interval = ci(cluster_bootstrap(ratio, base.passage, resamples=resamples, seed=seed))
+            interval = stats.ci(stats.cluster_bootstrap(ratio, base.passage, resamples=resamples, seed=seed))
             row = dict(quantity="fvu_ratio", value=ratio(slice(None))) | interval
             rows.append(line | row | dict(n=int(part.tokens.sum())))
             rows.append(line | _dead_contrast(part.iloc[0], base.iloc[0]))
@@ -177,16 +163,16 @@ def contrasts(windows: pd.DataFrame, firings: pd.DataFrame, resamples: int, seed
 
 def _dead_contrast(a: pd.Series, b: pd.Series) -> dict:
     counts = int(a.dead), int(a.n_atoms), int(b.dead), int(b.n_atoms)
-    interval = ci(Interval(*confint_proportions_2indep(*counts, method="newcomb")))
+    interval = stats.ci(stats.Interval(*confint_proportions_2indep(*counts, method="newcomb")))
     value = a.dead / a.n_atoms - b.dead / b.n_atoms
     return dict(quantity="dead_fraction", value=value) | interval | dict(n=counts[1] + counts[3])
 
 
 def _win_contrast(a: pd.DataFrame, b: pd.DataFrame, amplitude: str, resamples: int, seed: int) -> dict:
-    wins = beats(a), beats(b)
-    by = (difference_bootstrap(*wins, (a[name], b[name]), resamples, seed) for name in ("passage", "atom"))
+    wins = stats.beats(a), stats.beats(b)
+    by = (stats.difference_bootstrap(*wins, (a[name], b[name]), resamples, seed) for name in ("passage", "atom"))
     row = dict(quantity=f"win_rate_{amplitude}", value=wins[0].mean() - wins[1].mean())
-    return row | ci(wider(*by)) | dict(n=len(a) + len(b))
+    return row | stats.ci(stats.wider(*by)) | dict(n=len(a) + len(b))
 
 
 def tables(study: Study, windows, classes, firings) -> tuple[pd.DataFrame, pd.DataFrame]:

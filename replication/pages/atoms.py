@@ -1,13 +1,12 @@
-"""Notebook 03: the classes of atoms (the paper's Sec. 3.1, Table 1, App. E, G.1) and their differences (App. F.2, H).
+"""Notebook 03: the classes of atoms (Sec. 3.1, Table 1, App. E, G.1) and their differences (App. F.2, H).
 
-`replication.classes` defines the classes. Beside the profile's main SAEs there are *variants* of one cell: other k at
-the profile's seed, and other seeds at their k.
-"""
+Besides the main SAEs there are *variants* of one cell: other k at the profile's seed, other seeds at their
+k."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pandas as pd
@@ -28,7 +27,7 @@ SAE_KEYS = ["host", "place", "layer", "head", "target", "role", "k", "seed", "n_
 
 
 def variation(counts: Sequence[float]) -> dict:
-    """Return the coefficient of variation of at least two counts, with the chi-square interval of the deviation."""
+    """Return the coefficient of variation of at least two counts, with its chi-square interval."""
     n = len(counts)
     if n < 2:
         raise ValueError("A coefficient of variation needs at least two counts.")
@@ -38,10 +37,7 @@ def variation(counts: Sequence[float]) -> dict:
 
 
 def match_shares(pairs: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return the share of (atom, other seed) pairs with a best |cosine| above MATCH, per class and for all.
-
-    Intervals: bootstrap by atom.
-    """
+    """Return the share of (atom, other seed) pairs with |cosine| > MATCH per class; bootstrap by atom."""
     rows = []
     for name, part in [("all", pairs), *pairs.groupby("class")]:
         atom, matched = part.seed.astype(str) + "." + part.atom.astype(str), part.best > MATCH
@@ -56,7 +52,7 @@ COSINE_EDGES = (0.0, 0.05, 0.2, 0.3)  # Table 13
 
 
 def with_atoms(table: pd.DataFrame, alive: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with each atom's class, atom_cosine and firings. ValueError for an atom not in `alive`."""
+    """Add each atom's class, atom_cosine and firings to a table. ValueError for an atom not in `alive`."""
     classes = alive[[*ATOM_KEYS, "class", "cosine", "firings"]].rename(columns=dict(cosine="atom_cosine"))
     table = table.merge(classes, how="left", on=ATOM_KEYS, validate="many_to_one")
     if missing := int(table["class"].isna().sum()):
@@ -67,9 +63,8 @@ def with_atoms(table: pd.DataFrame, alive: pd.DataFrame) -> pd.DataFrame:
 def axes_per_atom(firings: pd.DataFrame, alive: pd.DataFrame, scanned: int) -> pd.DataFrame:
     """Return one row per (atom, amplitude) with the four axes of Table 17.
 
-    delta_kl: median KL(delete) - KL(atom). flip_delete, flip_atom: the share of firings at which deletion and the atom
-    change the top-1 token (columns top1_native, top1_delete, top1_atom). firings_per_10k: of the `scanned` tokens.
-    """
+    delta_kl: median KL(delete) - KL(atom); flip_CONDITION: the share of firings whose top-1 token the
+    condition changes; firings_per_10k: of the `scanned` tokens."""
     changed = {f"flip_{name}": firings[f"top1_{name}"] != firings.top1_native for name in ("delete", "atom")}
     table = firings.assign(delta_kl=firings.kl_delete - firings.kl_atom, **changed)
     table = table.groupby([*ATOM_KEYS, "amplitude"], as_index=False).agg(
@@ -96,10 +91,7 @@ def delta_interval(a: Sequence[float], b: Sequence[float], seed: int = 0, resamp
 
 
 def class_axes(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return Table 17: one row per (axis, cell, target, amplitude).
-
-    Cliff's delta is positive if registers are higher, and missing if a class has fewer than two atoms.
-    """
+    """Return Table 17: one row per (axis, cell, target, amplitude); delta > 0 if registers are higher."""
     rows, keys = [], ["host", "layer", "head", "target", "amplitude"]
     for values, part in table.groupby(keys, sort=False):
         for axis in AXES:
@@ -115,10 +107,7 @@ def class_axes(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def by_cosine(firings: pd.DataFrame, alive: pd.DataFrame, edges=COSINE_EDGES, seed: int = 0) -> pd.DataFrame:
-    """Return Table 13: the atom's win rate over deletion per bin of its median cosine, low <= cosine < high.
-
-    Intervals: bootstrap by atom.
-    """
+    """Return Table 13: the atom's win rate over deletion per bin of its median cosine; bootstrap by atom."""
     binned = with_atoms(firings.assign(win=firings.kl_atom < firings.kl_delete), alive)
     names = [f"below {edges[0]:g}", *(f"{a:g} to {b:g}" for a, b in pairwise(edges)), f"{edges[-1]:g} and above"]
     binned["cosine_bin"] = pd.cut(binned.atom_cosine, [-np.inf, *edges, np.inf], right=False, labels=names)
@@ -131,7 +120,7 @@ def by_cosine(firings: pd.DataFrame, alive: pd.DataFrame, edges=COSINE_EDGES, se
 
 
 def class_tables(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
-    """Write results population_axes and population_by_cosine, from the alive atoms and notebook 07's firings."""
+    """Write results population_axes and population_by_cosine, from notebook 07's alive atoms and firings."""
     hosts, seed = firings.groupby("host", sort=False), study.profile.seed
     first = study.profile.data.first_position
     parts = [axes_per_atom(part, alive, scanned(firing_windows(study, name), first)) for name, part in hosts]
@@ -140,33 +129,30 @@ def class_tables(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tu
 
 
 def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Write results atoms.csv: one row per alive atom of the main SAEs of all cells, and of the variants.
-
-    Return it with every firing of the main SAEs, which is kept in build/ only.
-    """
-    profile, tables, every = study.profile, [], []
+    """Write results atoms.csv, one row per alive atom of all SAEs; return it with the main SAEs' firings."""
+    profile, tables, firings = study.profile, [], []
     for name in profile.hosts:
         cell, factors = study.cell(name, profile.section("atoms", name).place), _factors(study, name)
-        roles = [(*x, "main", profile.seed) for x in _main_saes(study, name)]
-        variants, targets = host_variants(study, name), profile.saes.targets
-        roles += [(*cell, target, variant_name(v), v.seed) for v in variants for target in targets]
-        tables.append(describe(study, name, roles, factors))
-        every.append(main_firings(study, name, factors))
-    return study.gather("atoms", tables), pd.concat(every, ignore_index=True)
+        saes = [(*x, "main", profile.seed) for x in _main_saes(study, name)]
+        saes += [
+            (*cell, target, variant_name(variant), variant.seed)
+            for variant, target in product(host_variants(study, name), profile.saes.targets)
+        ]
+        tables.append(describe(study, name, saes, factors))
+        firings.append(main_firings(study, name, factors))
+    return study.gather("atoms", tables), pd.concat(firings, ignore_index=True)
 
 
 def _cells(study: Study, host_name: str) -> dict[Cell, str]:
-    """Return the place of each of a host's cells."""
     return {study.cell(host_name, place): place for place in study.profile.hosts[host_name].cells}
 
 
 def _main_saes(study: Study, host_name: str) -> list[tuple[int, int, str]]:
-    """Return (layer, head, target) of a host's main SAEs."""
     return [(*cell, target) for cell in _cells(study, host_name) for target in study.profile.saes.targets]
 
 
 def describe(study: Study, host_name: str, groups: list[tuple], factors: Later | None = None) -> pd.DataFrame:
-    """Return one row per alive atom of some SAEs of a host. groups: (layer, head, target, role, seed) of each."""
+    """Return one row per alive atom of a host's SAEs. groups: (layer, head, target, role, seed) of each."""
     saes = {group: study.sae(host_name, *group[:4]) for group in groups}
     tokens = scanned(firing_windows(study, host_name), study.profile.data.first_position)
     given = _given(study, host_name, saes, factors) | dict(places=_cells(study, host_name))
@@ -174,16 +160,13 @@ def describe(study: Study, host_name: str, groups: list[tuple], factors: Later |
 
 
 def main_firings(study: Study, host_name: str, factors: Later | None = None) -> pd.DataFrame:
-    """Return every firing of a host's main SAEs: window, passage, position, coefficient, ATOM_KEYS; kept in build/.
-
-    factors: those of the cells, if they are harvested already.
-    """
+    """Return every firing of a host's main SAEs (kept in build/); `factors` saves a second harvest."""
     saes = {group: study.sae(host_name, *group) for group in _main_saes(study, host_name)}
     return study.stage("atom_firings", host_name, saes, _firings, **_given(study, host_name, saes, factors))
 
 
 def _factors(study: Study, host_name: str) -> Later:
-    """Return the factors of a host's cells over the held-out windows, harvested when they are first asked for."""
+    """Return the factors of a host's cells over the held-out windows, harvested at first use."""
     tokens, batch = firing_windows(study, host_name).tokens, study.profile.data.batch_windows
     cells = list(_cells(study, host_name))
     return Later(harvest, host=study.host(host_name), windows=tokens, cells=cells, batch=batch)
@@ -229,11 +212,9 @@ def tables(study: Study, alive: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
 
 
 def seeds(study: Study, alive: pd.DataFrame, parts: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
-    """Write results atom_seeds, atom_matches and atom_match_shares, for hosts with variants of several seeds.
+    """Write results atom_seeds (variation of the counts), atom_matches and atom_match_shares over the seeds.
 
-    They have the variation of the counts over seeds, one row per alive atom and other seed, and the shares of those
-    pairs that match. parts: atom_partition.csv.
-    """
+    parts: atom_partition.csv. Hosts without variants of several seeds have no rows."""
     counts, matched, shares = [], [], []
     for name in study.profile.hosts:
         k = getattr(study.profile.section("saes", name), study.profile.section("atoms", name).training).k

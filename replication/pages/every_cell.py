@@ -1,4 +1,4 @@
-"""Page 11_every_cell: the sweeps `cells` and `seeds`, the replacement test in every recurrent cell of every host."""
+"""Page 11_every_cell: the sweeps `cells` and `seeds`, replacement in every recurrent cell of every host."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from writesae.evaluate.replacement import AMPLITUDES
 
 
 def by_amplitude(saes: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per (SAE, amplitude) from one row per SAE, with the columns of replacement_by_cell.
-
-    SAEs that never fire have no row.
-    """
+    """Return one row per (SAE with firings, amplitude), with the columns of replacement_by_cell."""
     names = ["win_atom", "ci_low_atom", "ci_high_atom", "win_random", "win_mean_write"]
     tables = []
     for amplitude in AMPLITUDES:
@@ -24,11 +21,9 @@ def by_amplitude(saes: pd.DataFrame) -> pd.DataFrame:
 
 
 def targets_apart(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return one row per (host, amplitude): mean win rates over cells per target of the SAEs, and their difference.
+    """Return mean win rates over cells per target, and their difference; bootstrap by cell.
 
-    Intervals: bootstrap by cell. write_ahead: the number of cells in which training on writes has the higher rate.
-    cells: the table of `by_amplitude`, one SAE per cell and target.
-    """
+    write_ahead: the number of cells with the higher rate for writes. cells: the table of `by_amplitude`."""
 
     def row(part: pd.DataFrame) -> dict:
         wide = part.pivot(index=["layer", "head"], columns="target", values="win_atom").dropna()

@@ -7,17 +7,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from replication.statistics import (
-    beats,
-    ci,
-    cliffs_delta,
-    cluster_bootstrap,
-    paired_wilcoxon,
-    per_group,
-    permutation_test,
-    rate_row,
-    with_ends,
-)
+from replication import statistics as stats
 from replication.study import training
 from replication.study.firings import CONDITIONS_OF_SURVEYS, encoded_saes, firings_of, run_firings
 from replication.study.study import Study
@@ -30,7 +20,7 @@ HEAD = ["layer", "head"]
 
 
 def heads(study: Study) -> pd.DataFrame:
-    """Write results replacement_heads.csv: firings of every head, on hosts whose settings ask for it (App. F.1)."""
+    """Write results replacement_heads.csv: firings of every head, on hosts that ask for it (App. F.1)."""
     settings = {name: study.profile.section("multiverse", name) for name in study.profile.hosts}
     tables = [heads_of_host(study, name, x) for name, x in settings.items() if x.head_firings]
     return study.gather("replacement_heads", tables)
@@ -78,45 +68,43 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
         rate, numbers = part.win_rate, dict(seeds=len(part), n=int(part.n.sum()))
         return numbers | dict(mean_win_rate=rate.mean(), sd=rate.std(), lowest=rate.min(), highest=rate.max())
 
-    return per_group(table, GROUP, row)
+    return stats.per_group(table, GROUP, row)
 
 
 def per(by: list[str], firings: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude, values of `by`) that has firings, like Table 12.
-
-    Columns: n, the atom's win rate over deletion with its intervals (`_rate`), and median KLs.
-    """
+    """Return win rates over deletion and median KLs per (host, target, amplitude, `by`), like Table 12."""
 
     def row(part: pd.DataFrame) -> dict:
         medians = {f"kl_{name}": part[f"kl_{name}"].median() for name in ("atom", "delete", "random")}
-        return _rate(beats(part), part, "win_rate", resamples, seed) | medians
+        return _rate(stats.beats(part), part, "win_rate", resamples, seed) | medians
 
-    return per_group(firings, [*GROUP, *by], row)
+    return stats.per_group(firings, [*GROUP, *by], row)
 
 
 def _rate(happened: pd.Series, part: pd.DataFrame, name: str, resamples: int, seed: int) -> dict:
     """Return n and the share of firings, with Wilson's interval and the bootstraps by atom and by passage."""
-    return dict(n=len(part)) | rate_row(happened, resamples, seed, name, boot=atom_names(part), passage=part.passage)
+    return dict(n=len(part)) | stats.rate_row(
+        happened, resamples, seed, name, boot=atom_names(part), passage=part.passage
+    )
 
 
 def over_heads(table: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude) over the heads of a layer, like the text of App. F.1.
+    """Return win rates over the heads of a layer, like the text of App. F.1, per (host, target, amplitude).
 
-    Columns: mean (bootstrap over heads), sd and range of the heads' win rates; the numbers of heads whose interval
-    is above and below one half; own_head_in_sd: the distance of the middle cell's head from the mean, in sd.
-    """
+    ci: bootstrap over heads; above_half, below_half: the numbers of heads whose interval is above and below
+    one half; own_head_in_sd: the distance of the middle cell's head from the mean, in sd."""
     middle = places[places.place == "middle"].set_index("host")["head"]
 
     def row(part: pd.DataFrame) -> dict:
         mean, sd = part.win_rate.mean(), part.win_rate.std()
         chosen = part[part["head"] == middle[part.host.iloc[0]]].win_rate
         numbers = dict(heads=len(part), n=int(part.n.sum()), mean_win_rate=mean)
-        numbers |= ci(cluster_bootstrap(part.win_rate, part["head"])) | dict(sd=sd)
+        numbers |= stats.ci(stats.cluster_bootstrap(part.win_rate, part["head"])) | dict(sd=sd)
         numbers |= dict(lowest=part.win_rate.min(), highest=part.win_rate.max())
         numbers |= dict(above_half=int((part.ci_low > 0.5).sum()), below_half=int((part.ci_high < 0.5).sum()))
         return numbers | dict(own_head_in_sd=(chosen.item() - mean) / sd if len(chosen) else np.nan)
 
-    return per_group(table, GROUP, row)
+    return stats.per_group(table, GROUP, row)
 
 
 def log_ratio(firings: pd.DataFrame) -> pd.Series:
@@ -131,11 +119,10 @@ def quartiles(effect: pd.Series) -> pd.Series:
 
 
 def failures(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude, by, level): how often the atom does not beat deletion (Fig. 14).
+    """Return how often the atom does not beat deletion, per (host, target, amplitude, by, level) (Fig. 14).
 
-    `by` is all firings, the place, the quartile of KL(delete) over all cells, and the quartile within each cell,
-    which keeps layers with small effects from filling the lowest quartile.
-    """
+    `by` is all firings, the place, the quartile of KL(delete) over all cells, and the quartile within each
+    cell, which keeps layers with small effects from filling the lowest quartile."""
     named, rows = firings.merge(places[["host", *HEAD, "place"]], on=["host", *HEAD]), []
     named["place"] = pd.Categorical(named.place, list(dict.fromkeys(places.place)))
     for values, part in named.groupby(GROUP, sort=False):
@@ -144,18 +131,18 @@ def failures(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: 
         for by, level in levels.items():
             for name, group in part.groupby(level, observed=True):
                 row = dict(zip(GROUP, values, strict=True), by=by, level=name)
-                rows.append(row | _rate(~beats(group), group, "failure_rate", resamples, seed))
+                rows.append(row | _rate(~stats.beats(group), group, "failure_rate", resamples, seed))
     return pd.DataFrame(rows)
 
 
 def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude) of replacement.csv: the paper's tests (Sec. 3.2, App. G).
+    """Return the paper's tests (Sec. 3.2, App. G), one row per (host, target, amplitude).
 
     wilcoxon_p: signed ranks of paired KLs. permutation_p: mean log ratio, exchanging atom and deletion within
-    firings as if those were independent; permutation_by_atom_p: within whole atoms. cliffs_delta: of KL(delete)
-    over KL(atom); bootstrap by passage. q1_minus_q4: failure rate in the lowest quartile of KL(delete) minus that
-    in the highest; the same bootstrap, and a permutation of the labels (nan below two firings in a quartile).
-    """
+    firings as if those were independent; permutation_by_atom_p: within whole atoms. cliffs_delta: of
+    KL(delete) over KL(atom); q1_minus_q4: failure rate in the lowest quartile of KL(delete) minus that in the
+    highest, with a permutation of the labels (nan below two firings in a quartile). Bootstraps are by
+    passage."""
 
     def row(part: pd.DataFrame) -> dict:
         atom, delete, ratio = part.kl_atom.to_numpy(), part.kl_delete.to_numpy(), log_ratio(part)
@@ -163,21 +150,21 @@ def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -
         failed, quarter = (atom >= delete).astype(float), quartiles(part.kl_delete).to_numpy()
 
         def permuted(*sides, **paired) -> float:
-            return permutation_test(*sides, **paired, resamples=permutations, seed=seed).p
+            return stats.permutation_test(*sides, **paired, resamples=permutations, seed=seed).p
 
         def delta(rows):
-            return cliffs_delta(delete[rows], atom[rows])
+            return stats.cliffs_delta(delete[rows], atom[rows])
 
         def gap(rows):
             return failed[rows][quarter[rows] == "Q1"].mean() - failed[rows][quarter[rows] == "Q4"].mean()
 
-        numbers = dict(n=len(part), n_atoms=len(by_atom), wilcoxon_p=paired_wilcoxon(atom, delete).p)
+        numbers = dict(n=len(part), n_atoms=len(by_atom), wilcoxon_p=stats.paired_wilcoxon(atom, delete).p)
         numbers |= dict(mean_log_ratio=ratio.mean(), permutation_p=permuted(ratio, 0 * ratio, paired=True))
         numbers["permutation_by_atom_p"] = permuted(by_atom, 0 * by_atom, paired=True)
         for name, statistic in (("cliffs_delta", delta), ("q1_minus_q4", gap)):
-            interval = cluster_bootstrap(statistic, part.passage, resamples=resamples, seed=seed)
-            numbers |= with_ends(name, statistic(np.arange(len(part))), interval)
+            interval = stats.cluster_bootstrap(statistic, part.passage, resamples=resamples, seed=seed)
+            numbers |= stats.with_ends(name, statistic(np.arange(len(part))), interval)
         outer = [failed[quarter == name] for name in ("Q1", "Q4")]
         return numbers | dict(q1_minus_q4_p=permuted(*outer) if min(map(len, outer)) > 1 else np.nan)
 
-    return per_group(firings, GROUP, row)
+    return stats.per_group(firings, GROUP, row)

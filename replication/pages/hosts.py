@@ -21,11 +21,10 @@ from writesae.text import Windows
 
 
 def choose_cells(survey: pd.DataFrame, section: HostSection) -> pd.DataFrame:
-    """Return the cell of each place: the rule's head, or the head of its layer nearest to the rule's sigma1/sigma2.
+    """Return each place's cell: the rule's head, or the head nearest to the rule's sigma1/sigma2, in ratio.
 
-    Nearest is meant in ratio; rule_sigma_ratio is missing if the rule names the head. Raises ValueError if the rule
-    names a layer without cells, or a head that the layer does not have.
-    """
+    rule_sigma_ratio is missing if the rule names the head. Raises ValueError if the rule names a layer
+    without cells, or a head that the layer does not have."""
     chosen = []
     for place, rule in section.cells.items():
         layer = survey[survey.layer == rule.layer]
@@ -36,9 +35,7 @@ def choose_cells(survey: pd.DataFrame, section: HostSection) -> pd.DataFrame:
         if rule.head is None:
             distance = (layer.sigma1_over_sigma2 / rule.sigma_ratio).map(math.log).abs()
             cell = layer.loc[[distance.idxmin()]]
-        else:
-            cell = layer[layer["head"] == rule.head]
-        if cell.empty:
+        elif (cell := layer[layer["head"] == rule.head]).empty:
             wrong = f"The {place} cell's head {rule.head} does not exist"
             raise ValueError(f"{wrong}: layer {rule.layer} has heads 0 to {layer['head'].max()}.")
         chosen.append(cell.assign(place=place, rule_sigma_ratio=rule.sigma_ratio or math.nan))
@@ -49,13 +46,13 @@ CURVE = ["tokens", "training_loss", "heldout_loss"]
 
 
 def check_corpus(study: Study, host: str) -> list[str]:
-    """Return sentences on how the installed text differs from that of this host's training; none for a corpus of one's own."""
+    """Return sentences on how the installed text differs from this host's training text."""
     path = Path(study.host_path(host)) / "corpus.json"
     return docstrings.check_manifest(path) if path.is_file() and not study.profile.corpus else []
 
 
 def training_curve(study: Study, host: str) -> pd.DataFrame:
-    """Return tokens, training_loss, heldout_loss of a host that was trained here; no rows for any other."""
+    """Return tokens, training_loss, heldout_loss of a host that was trained here; else no rows."""
     path = Path(study.host_path(host)) / "training.csv"
     return pd.read_csv(path)[CURVE] if path.is_file() else pd.DataFrame(columns=CURVE, dtype=float)
 

@@ -18,10 +18,7 @@ def _classes(group: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per (host, direction, target class or all, magnitude).
-
-    Columns: inclusion with Wilson's interval of the edited one, the median lift in nats, change of ranks.
-    """
+    """Return inclusion (Wilson), lift in nats and ranks per (host, direction, class or all, magnitude)."""
     rows = []
     for (host, direction, magnitude), group in table.groupby(["host", "direction", "magnitude"]):
         for name, part in _classes(group):
@@ -35,7 +32,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Write results install (one row per trial) and install_dose (per prompt, position, target, direction)."""
+    """Write results install (per trial) and install_dose (per prompt, position, target and direction)."""
     tables = ("install", "install_dose")
     return tuple(study.gather(x, [_stage(study, name, x) for name in study.profile.hosts]) for x in tables)
 
@@ -65,10 +62,9 @@ def _trials(distance: int, host, prompts, cell, write, settings, seed, dose: boo
 
 
 def summarise_doses(table: pd.DataFrame, settings: Install) -> pd.DataFrame:
-    """Return one row per (host, direction, target class or all): the share of trials that some dose reaches.
+    """Return the share of trials that some dose reaches, per (host, direction, target class or all).
 
-    With Wilson's interval, and quartiles of the dose, which are infinite beyond the largest dose.
-    """
+    With Wilson's interval, and quartiles of the dose, which are infinite beyond the largest dose."""
     rows = []
     for (host, direction), group in table.groupby(["host", "direction"]):
         for name, part in _classes(group):

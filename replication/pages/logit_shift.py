@@ -15,11 +15,12 @@ from writesae.evaluate.shifts import ATOM_WINDOWS, GROUP, PREDICTORS, draw_posit
 
 def score(shifts: pd.DataFrame) -> pd.DataFrame:
     """Return R2 over prompts, one row per (atom, eps, predictor)."""
-    rows = []
-    for (atom, eps), group in shifts.groupby(["atom", "eps"]):
-        for name in PREDICTORS:
-            rows.append(dict(atom=atom, eps=eps, predictor=name, n=len(group), r2=r2(group.measured, group[name])))
-    return pd.DataFrame(rows)
+    groups = shifts.groupby(["atom", "eps"])
+    return pd.DataFrame(
+        dict(atom=atom, eps=eps, predictor=name, n=len(group), r2=r2(group.measured, group[name]))
+        for (atom, eps), group in groups
+        for name in PREDICTORS
+    )
 
 
 def _median(scores: pd.DataFrame) -> dict:
@@ -36,9 +37,8 @@ def summarise(scores: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
         row = dict(predictor=name, fitted_parameters=prompts * atoms if name == "paper_fitted" else 0, eps=eps)
         row |= dict(n_fits=len(group), n_prompts=prompts, r2_median=median["r2_median"])
         row |= dict(r2_p25=group.r2.quantile(0.25), r2_p75=group.r2.quantile(0.75)) | median
-        row["r2_pooled"] = r2(part.measured, part[name])
-        row["sign_agreement"] = float((np.sign(part.measured) == np.sign(part[name])).mean())
-        rows.append(row)
+        agree = np.sign(part.measured) == np.sign(part[name])
+        rows.append(row | dict(r2_pooled=r2(part.measured, part[name]), sign_agreement=float(agree.mean())))
     return pd.DataFrame(rows)
 
 
@@ -53,10 +53,7 @@ def by_rank(points: pd.DataFrame) -> pd.DataFrame:
 
 
 def run(study: Study) -> pd.DataFrame:
-    """Return the shifts of every (prompt, atom, eps, rank) in each host's cell, with the fitted predictor.
-
-    The table has tens of MB and is kept in build/ only.
-    """
+    """Return every host's shifts per (prompt, atom, eps, rank), kept in build/ only (tens of MB)."""
     points = pd.concat([measure(study, name) for name in study.profile.hosts], ignore_index=True)
     return points.assign(paper_fitted=fit_paper_scalar(points))
 

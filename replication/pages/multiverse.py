@@ -1,4 +1,4 @@
-"""Page 11_multiverse: the replacement test under every choice that the paper leaves open (Sec. 2, 3.2, App. F.1, J).
+"""Page 11_multiverse: replacement under every choice that the paper leaves open (Sec. 2, 3.2, App. F.1, J).
 
 A universe is one level of each choice; the first level is the default of this repository.
 
@@ -10,12 +10,11 @@ A universe is one level of each choice; the first level is the default of this r
 | amplitude    | of the atom and of every control: coefficient, or matched_norm (the native write's)   |
 | reading      | who reads the edit (edit.SCOPES); KL at the writing position, the next, the mean of H |
 | kl_direction | KL(native, patched), KL(patched, native)                                              |
-| control      | compared with the atom: delete, another alive atom, a fresh rank-1 matrix,            |
-|              | the mean write, another write                                                         |
+| control      | delete, another alive atom, a fresh rank-1 matrix, the mean write, another write      |
 
-There is no universe for the KL at the writing position if only later tokens read the edit: it is exactly 0. Only
-Gated DeltaNet has both writes: the effective one is the added one on Mamba-2 and not of rank 1 on RWKV-7.
-"""
+There is no universe for the KL at the writing position if only later tokens read the edit: it is exactly 0.
+Only Gated DeltaNet has both writes: the effective one is the added one on Mamba-2 and not of rank 1 on
+RWKV-7."""
 
 from __future__ import annotations
 
@@ -66,17 +65,16 @@ def both_ways(native: torch.Tensor, patched: torch.Tensor) -> torch.Tensor:
 
 
 def fresh(seed: int, places: Places, d_k: int, d_v: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return random unit rank-1 terms [n, 1, d_k], [n, 1, d_v] that depend only on the seed and the firing."""
+    """Return random unit rank-1 terms [n, 1, d_k], [n, 1, d_v], drawn from the seed and the firing."""
     drawn = places.draw(seed, lambda generator: torch.randn(d_k + d_v, generator=generator, dtype=torch.float64))
     return rank_one(*drawn.float().split([d_k, d_v], -1))
 
 
 @torch.no_grad()
 def measure(host: Host, run: Run, cell_sae: CellSAE, firings, places: Places, seed, horizon, batch_rows=512):
-    """Return one row per (firing, read scope, amplitude): KLs in nats, in columns CONDITION.HORIZON.DIRECTION.
+    """Return KLs in nats per (firing, read scope, amplitude), in columns CONDITION.HORIZON.DIRECTION.
 
-    places: where the firings are in the run, with `horizon` further tokens after each.
-    """
+    places: where the firings are in the run, with `horizon` further tokens after each."""
     size = max(1, batch_rows // ROWS)
     parts = [slice(i, i + size) for i in range(0, len(firings), size)]
     tables = [_measure(host, run, cell_sae, firings.iloc[x], places.at(x), seed, horizon) for x in parts]
@@ -113,8 +111,7 @@ def _measure(host, run, cell_sae, firings, places, seed, horizon) -> pd.DataFram
 def _changes(factors, cell_sae, places, seed, steps) -> tuple[torch.Tensor, list]:
     """Return the head's changes [n, scopes, conditions, steps, d_v] and the conditions' (amplitude, name).
 
-    A change is linear in its edit: each is computed once, at unit norm, and then scaled.
-    """
+    A change is linear in its edit: each is computed once, at unit norm, and then scaled."""
     native = factors.at(places.row, places.position)
     key, write = native.key, native.write(cell_sae.write)
     put_in = replacements(cell_sae, places, factors, seed) | dict(native=(key[:, None], write[:, None]))
@@ -139,10 +136,9 @@ def most_firing(firings: pd.DataFrame, atoms: int, count: int, seed: int) -> pd.
 
 
 def draws(study: Study, name: str, settings) -> list[tuple[CellSAE, pd.DataFrame]]:
-    """Return (SAE, firings with place and pooling) for every cell, target and write, before any outcome is measured.
+    """Return (SAE, firings) of every cell, target and write, drawn before any outcome is measured.
 
-    settings.firings are shared equally among the host's cells.
-    """
+    settings.firings are shared equally among the host's cells."""
     profile, windows = study.profile, study.windows(name, "heldout")[slice(0, settings.windows)]
     places = {study.cell(name, place): place for place in profile.hosts[name].cells}
     factors = harvest(study.host(name), windows.tokens, list(places), profile.data.batch_windows, progress=False)
@@ -175,8 +171,7 @@ def firings_of_host(study: Study, name: str, settings) -> pd.DataFrame:
 def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write results multiverse (one row per universe) and multiverse_effects (one per level of a choice).
 
-    The firings stay in build/, for they are as large as all other tables together.
-    """
+    The firings stay in build/, for they are as large as all other tables together."""
     lines, effect = [], []
     for name in study.profile.hosts:
         settings = study.profile.section("multiverse", name)
@@ -203,9 +198,8 @@ def gains(firings: pd.DataFrame) -> pd.DataFrame:
 def universes(won: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per universe, pooled over the host's cells.
 
-    win_rate: the share of firings with a positive gain, with Wilson's interval (ci) and the bootstraps by atom (boot)
-    and by passage; then the median gain and the numbers of atoms and passages.
-    """
+    win_rate: the share of firings with a positive gain, with Wilson's interval (ci) and the bootstraps by
+    atom (boot) and by passage."""
     tables, rest = [], [choice for choice in CHOICES if choice not in DRAWN]
     for values, part in won.groupby(["host", *DRAWN], sort=False):
         wide = part.pivot(index=FIRING, columns=rest, values="gain")
@@ -232,11 +226,10 @@ def is_(universe: dict, table: pd.DataFrame) -> pd.Series:
 def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per (host, choice, level), for the choices that have several levels on the host.
 
-    mean_win_rate: over the universes with that level; bootstrap by atom. difference: from the first level, by one
-    least-squares fit of wins on all choices, with errors clustered by atom (ci) and by passage. share: of the variance
-    of win rates over universes, the part that the choice explains alone. decides: the share of settings of the other
-    choices in which this choice alone moves the win rate across one half.
-    """
+    mean_win_rate: over the universes with that level; bootstrap by atom. difference: from the first level, by
+    one least-squares fit of wins on all choices, with errors clustered by atom (ci) and by passage. share: of
+    the variance of win rates over universes, the part that the choice explains alone. decides: the share of
+    settings of the other choices in which this choice alone moves the win rate across one half."""
     rows = []
     for host, part in won.groupby("host", sort=False):
         of_host, win = lines[lines.host == host], (part.gain > 0).to_numpy(dtype=float)
@@ -264,8 +257,7 @@ def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -
 def _fit(win: np.ndarray, part: pd.DataFrame, levels: dict, clusterings) -> dict:
     """Return (choice, level) -> difference from the choice's first level, with one interval per clustering.
 
-    The interval is nan for a clustering with a single cluster.
-    """
+    The interval is nan for a clustering with a single cluster."""
     names = [(choice, level) for choice, several in levels.items() for level in several[1:]]
     design = sm.add_constant(np.stack([(part[c] == x).to_numpy(dtype=float) for c, x in names], 1))
     model, ends = sm.OLS(win, design), []

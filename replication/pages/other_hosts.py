@@ -1,7 +1,6 @@
 """Notebook 08: the same experiments on every architecture (the paper's Sec. 3.3, App. F.4, Sec. 6.2).
 
-All numbers are those of the cell `middle`, so that hosts with one cell and with three can be compared.
-"""
+All numbers are those of the cell `middle`, so that hosts with one cell and with three can be compared."""
 
 from __future__ import annotations
 
@@ -20,20 +19,10 @@ def _line(host: str, quantity: str, choice: str, value: float, interval: tuple[f
     return dict(host=host, quantity=quantity, choice=choice, value=value, ci_low=low, ci_high=high, n=n)
 
 
-def win_rates(summary: pd.DataFrame) -> list[dict]:
-    """Return the atom's win rate over deletion, per target and amplitude; bootstrap by atom."""
-    part = summary[(summary.cells == PLACE) & (summary.read == "write")]
-    return [
-        _line(r.host, "win rate", f"{r.target}, {r.amplitude}", r.win_rate, (r.boot_low, r.boot_high), r.n)
-        for r in part.itertuples()
-    ]
-
-
 def against_flat(firings: pd.DataFrame, cells: pd.DataFrame) -> list[dict]:
     """Return the win rate of the state-trained atom minus that of the flat SAE's top singular pair (X11-X13).
 
-    In percentage points, on the same firings at matched norm; bootstrap by atom.
-    """
+    In percentage points, on the same firings at matched norm; bootstrap by atom."""
     part = firings.merge(cells[cells.place == PLACE][["host", "layer", "head"]], on=["host", "layer", "head"])
     part = part[(part.target == "state") & (part.amplitude == "matched_norm") & (part.read == "write")]
     rows = []
@@ -42,14 +31,6 @@ def against_flat(firings: pd.DataFrame, cells: pd.DataFrame) -> list[dict]:
         interval = cluster_bootstrap(gap, group.atom, resamples=1000)
         rows.append(_line(host, "atom less flat SVD (pp)", "state, matched_norm", gap.mean(), interval, len(group)))
     return rows
-
-
-def r2(summary: pd.DataFrame) -> list[dict]:
-    """Return the median R2 per predictor and size of the write; bootstrap over atoms."""
-    return [
-        _line(r.host, "R2", f"{r.predictor}, {r.eps:g}", r.r2_median, (r.ci_low, r.ci_high), r.n_fits)
-        for r in summary.itertuples()
-    ]
 
 
 def installs(trials: pd.DataFrame) -> list[dict]:
@@ -65,7 +46,7 @@ def installs(trials: pd.DataFrame) -> list[dict]:
 
 
 def cosines(alive: pd.DataFrame) -> list[dict]:
-    """Return the median of the atoms' median cosines to the native write per class (X2-X8); bootstrap by atom."""
+    """Return medians of the atoms' cosines to the native write per class (X2-X8); bootstrap by atom."""
     rows = []
     for (host, target, name), part in alive.groupby(["host", "target", "class"], sort=False):
         if len(part) > 1:  # else there is no interval
@@ -76,7 +57,18 @@ def cosines(alive: pd.DataFrame) -> list[dict]:
 
 
 def side_by_side(study: Study) -> pd.DataFrame:
-    """Write and return results other_hosts.csv: one row per (host, quantity, choice)."""
-    rows = win_rates(study.table("replacement_summary")) + against_flat(study.table("replacement"), study.cells)
-    rows += r2(study.table("logit_shift_summary")) + installs(study.table("install"))
-    return study.write("other_hosts", pd.DataFrame(rows + cosines(study.table("alive_atoms"))))
+    """Write and return results other_hosts.csv: one row per (host, quantity, choice).
+
+    The atom's win rate over deletion (bootstrap by atom), R2 (bootstrap over atoms), and the rows above."""
+    rates, fits = study.table("replacement_summary"), study.table("logit_shift_summary")
+    rows = [
+        _line(r.host, "win rate", f"{r.target}, {r.amplitude}", r.win_rate, (r.boot_low, r.boot_high), r.n)
+        for r in rates[(rates.cells == PLACE) & (rates["read"] == "write")].itertuples()
+    ]
+    rows += against_flat(study.table("replacement"), study.cells)
+    rows += [
+        _line(r.host, "R2", f"{r.predictor}, {r.eps:g}", r.r2_median, (r.ci_low, r.ci_high), r.n_fits)
+        for r in fits.itertuples()
+    ]
+    rows += installs(study.table("install")) + cosines(study.table("alive_atoms"))
+    return study.write("other_hosts", pd.DataFrame(rows))

@@ -27,10 +27,7 @@ def per_atom(firings: pd.DataFrame, classes: pd.Series) -> pd.DataFrame:
 
 
 def summarise(atoms: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude, class or all) with at least two atoms.
-
-    mean_win_rate is the mean of the atoms' win rates, with its bootstrap interval over atoms.
-    """
+    """Return win rates per (host, target, amplitude, class or all) of 2 atoms or more; bootstrap by atom."""
     keys, rows = ["host", "target", "amplitude"], []
     for values, group in atoms.groupby(keys):
         for name, part in [("all", group), *group.groupby("class")]:
@@ -44,7 +41,7 @@ def summarise(atoms: pd.DataFrame, seed: int) -> pd.DataFrame:
 
 
 def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Write results alive_atoms (every alive atom of the cell) and population_firings (of the drawn atoms)."""
+    """Write results alive_atoms (of each host's cell) and population_firings (of the drawn atoms)."""
     profile, alive, tables = study.profile, [], []
     for name in profile.hosts:
         settings, windows, drawn = profile.section("population", name), firing_windows(study, name), []

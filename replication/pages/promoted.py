@@ -13,10 +13,7 @@ FIRINGS = 3  # an atom's shifts are averaged over its firings with the largest c
 
 
 def measure(study: Study, host_name: str, firings: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Return the `count` most promoted and demoted tokens of every atom of these firings of a host's main SAEs.
-
-    The columns are those of `top_tokens` and of ATOM_KEYS.
-    """
+    """Return the `count` most promoted and demoted tokens of every atom of these firings of the main SAEs."""
     return _measure(host_name, **_given(study, host_name, firings), count=count)
 
 
@@ -37,6 +34,6 @@ def _measure(_: str, host, windows, saes, write, batch, count) -> pd.DataFrame:
 
 
 def run(study: Study, host_name: str, firings: pd.DataFrame, count: int) -> pd.DataFrame:
-    """Return `measure` of all firings of a host, kept in build/ and computed only if something has changed."""
+    """Return `measure` of all firings of a host, kept in build/."""
     given = _given(study, host_name, firings)
     return study.stage("promoted", host_name, [host_name], _measure, **given, count=count)

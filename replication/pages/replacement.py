@@ -4,16 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from replication.statistics import (
-    beats,
-    cliffs_delta,
-    paired_wilcoxon,
-    per_group,
-    rate_row,
-    spearman,
-    wilson,
-    with_ends,
-)
+from replication import statistics as stats
 from replication.study.firings import CONDITIONS_OF_SURVEYS, encoded_saes, firing_windows, firings_of, run_firings
 from replication.study.study import Study
 from writesae.evaluate.firings import atom_names, draw_atoms, draw_in_rounds
@@ -41,30 +32,26 @@ def headline(study: Study) -> pd.DataFrame:
 
 
 def survey(study: Study) -> pd.DataFrame:
-    """Write results replacement_by_cell.csv: a smaller test in every cell of the host, for the dependence on memory."""
+    """Write results replacement_by_cell.csv: a smaller test in every cell, for the dependence on memory."""
     tables = []
-    for name in study.profile.hosts:
-        settings, layers = study.profile.section("replacement", name), study.survey_layers(name)
-        if not layers:
-            continue
+    for name in filter(study.survey_layers, study.profile.hosts):
+        settings, drawn = study.profile.section("replacement", name), []
         windows = study.windows(name, "heldout")[slice(0, settings.survey_windows)]
-        cells = [cell for cell in study.host(name).cells if cell[0] in layers]
-        drawn = [
-            (x, draw_in_rounds(firings_of(study, x, windows), settings.survey_firings, study.profile.seed))
-            for x in encoded_saes(study, name, cells, "survey", windows)
-        ]
+        cells = [cell for cell in study.host(name).cells if cell[0] in study.survey_layers(name)]
+        for cell_sae in encoded_saes(study, name, cells, "survey", windows):
+            firings = firings_of(study, cell_sae, windows)
+            drawn.append((cell_sae, draw_in_rounds(firings, settings.survey_firings, study.profile.seed)))
         options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), batch_rows=settings.batch_rows)
         tables.append(run_firings(study, name, "replacement_by_cell", windows, drawn, **options))
     return study.gather("replacement_by_cell", tables)
 
 
 def summarise(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per (host, cell or all cells pooled, target, amplitude, read scope).
+    """Return win rates, KLs and tests per (host, cell or all cells pooled, target, amplitude, read scope).
 
-    Columns: the atom's win rate over deletion with Wilson's interval (ci) and the bootstraps by atom (boot) and passage;
-    median KLs; the share of firings with KL(atom) < KL(delete) < KL(random); each control's win rate over deletion; the
-    share of the KL of deletion that the atom and the reconstruction recover.
-    """
+    Intervals: Wilson's (ci), bootstraps by atom (boot) and by passage. strict_chain: the share of firings
+    with KL(atom) < KL(delete) < KL(random). kl_recovered: the share of the KL of deletion that is
+    recovered."""
     named = firings.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     keys, rows = ["host", "target", "amplitude", "read"], []
     for values, group in named.groupby(keys, sort=False):
@@ -75,25 +62,21 @@ def summarise(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed:
 
 
 def _summary(part: pd.DataFrame, resamples: int, seed: int) -> dict:
-    win, atom = beats(part), atom_names(part)
+    win, atom = stats.beats(part), atom_names(part)
     row = dict(write=part.write.iloc[0], kl_direction="native_patched", n=len(part))
-    row |= rate_row(win, resamples, seed, boot=atom, passage=part.passage)
-    row |= dict(
-        n_atoms=atom.nunique(),
-        n_passages=part.passage.nunique(),
-        strict_chain=(win & beats(part, "delete", "random")).mean(),
-        median_ratio_delete_over_atom=(part.kl_delete / part.kl_atom).median(),
-        median_ratio_random_over_atom=(part.kl_random / part.kl_atom).median(),
-        wilcoxon_p=paired_wilcoxon(part.kl_atom, part.kl_delete).p,
-        cliffs_delta=cliffs_delta(part.kl_delete, part.kl_atom),
-        median_cosine=part.cosine.median(),
-    )
-    there = [name for name in CONDITIONS if f"kl_{name}" in part and part[f"kl_{name}"].notna().all()]
-    for name in there:
-        row[f"kl_{name}"] = part[f"kl_{name}"].median()
-    for name in (name for name in there if name in CONTROLS):
-        row[f"win_{name}"] = beats(part, name).mean()
-        row[f"atom_beats_{name}"] = beats(part, "atom", name).mean()
+    row |= stats.rate_row(win, resamples, seed, boot=atom, passage=part.passage)
+    row |= dict(n_atoms=atom.nunique(), n_passages=part.passage.nunique())
+    row["strict_chain"] = (win & stats.beats(part, "delete", "random")).mean()
+    row["median_ratio_delete_over_atom"] = (part.kl_delete / part.kl_atom).median()
+    row["median_ratio_random_over_atom"] = (part.kl_random / part.kl_atom).median()
+    row["wilcoxon_p"] = stats.paired_wilcoxon(part.kl_atom, part.kl_delete).p
+    row |= dict(cliffs_delta=stats.cliffs_delta(part.kl_delete, part.kl_atom), median_cosine=part.cosine.median())
+    measured = [name for name in CONDITIONS if f"kl_{name}" in part and part[f"kl_{name}"].notna().all()]
+    row |= {f"kl_{name}": part[f"kl_{name}"].median() for name in measured}
+    for name in CONTROLS:
+        if name in measured:
+            row[f"win_{name}"] = stats.beats(part, name).mean()
+            row[f"atom_beats_{name}"] = stats.beats(part, "atom", name).mean()
     row["loss_lost_by_deletion"] = part.nll_delete.mean() - part.nll_native.mean()
     for name in ("atom", "reconstruction"):
         row[f"kl_recovered_{name}"] = 1 - part[f"kl_{name}"].mean() / part.kl_delete.mean()
@@ -106,28 +89,27 @@ def by_cell(firings: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     def row(part: pd.DataFrame) -> dict:
         numbers = dict(n=len(part))
         for name in ("atom", "random", "mean_write"):
-            wins = int(beats(part, name).sum())
+            wins = int(stats.beats(part, name).sum())
             numbers[f"win_{name}"] = wins / len(part)
-            numbers[f"ci_low_{name}"], numbers[f"ci_high_{name}"] = wilson(wins, len(part))
+            numbers[f"ci_low_{name}"], numbers[f"ci_high_{name}"] = stats.wilson(wins, len(part))
         return numbers
 
     cell = ["host", "layer", "head"]
     memory = cells[[*cell, "half_life_median", "sigma1_over_sigma2"]]
-    return per_group(firings, [*cell, "target", "amplitude"], row).merge(memory, on=cell)
+    return stats.per_group(firings, [*cell, "target", "amplitude"], row).merge(memory, on=cell)
 
 
 def trend(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per (host, target, amplitude) of the table of `by_cell`: Spearman's rho over the host's cells.
+    """Return Spearman's rho over cells of the atom's win rate with half-life and sigma1/sigma2.
 
-    The atom's win rate is correlated with the cell's half-life, and with sigma1/sigma2 of its states.
-    """
+    One row per (host, target, amplitude). cells: the table of `by_cell`."""
 
     def row(part: pd.DataFrame) -> dict:
         win, numbers = part.win_atom, dict(n_cells=len(part), n=int(part.n.sum()))
         numbers |= dict(win_lowest=win.min(), win_median=win.median(), win_highest=win.max())
         for name in ("half_life_median", "sigma1_over_sigma2"):
-            rho = spearman(win, part[name])
-            numbers |= with_ends(f"rho_{name}", rho.value, rho)
+            rho = stats.spearman(win, part[name])
+            numbers |= stats.with_ends(f"rho_{name}", rho.value, rho)
         return numbers
 
-    return per_group(cells, ["host", "target", "amplitude"], row)
+    return stats.per_group(cells, ["host", "target", "amplitude"], row)

@@ -5,10 +5,9 @@
 | random     | a rank-1 matrix of Gaussian factors                                            |
 | orthogonal | the same with key and value each orthogonal to those of the atom               |
 
-Each replaces the native write at the atom's coefficient or at the write's norm, or is added to the state at the
-write's norm beside the native write ("added"). The latter also has the paper's measure: 1 - |A and B| / K, for the K
-tokens A whose logits the atom moves most and the K tokens B that the control moves most.
-"""
+Each replaces the native write at the atom's coefficient or at the write's norm, or is added to the state at
+the write's norm beside the native write ("added"). The latter also has the paper's measure: 1 - |A and B| /
+K, for the K tokens A whose logits the atom moves most and the K tokens B that the control moves most."""
 
 from __future__ import annotations
 
@@ -41,18 +40,17 @@ def across(x: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
 
 
 def overlap(a: torch.Tensor, b: torch.Tensor, top: int) -> torch.Tensor:
-    """Return [n]: the share of the `top` largest |a| of [n, V] that are among those of |b|."""
+    """Return the share [n] of the `top` largest |a| of [n, V] that are among those of |b|."""
     first, second = (x.abs().topk(top, dim=-1).indices for x in (a, b))
     return (first[:, :, None] == second[:, None]).any(-1).double().mean(-1)
 
 
 @torch.no_grad()
 def compare(host: Host, run: Run, cell_sae: CellSAE, firings, places: Places, seed, tops, batch_rows=512):
-    """Return one row per (firing, placement): kl_delete, kl_atom, kl_random, kl_orthogonal in nats.
+    """Return kl_delete, kl_atom, kl_random, kl_orthogonal in nats per (firing, placement).
 
-    Where the direction is added beside the native write, also overlap_CONTROL_K for each K of `tops`. places: where
-    the firings are in the run.
-    """
+    Where the direction is added beside the native write, also overlap_CONTROL_K for each K of `tops`. places:
+    where the firings are in the run."""
     size = max(1, batch_rows // (1 + len(PLACEMENTS) * (1 + len(CONTROLS))))
     parts = [slice(i, i + size) for i in range(0, len(firings), size)]
     tables = [_compare(host, run, cell_sae, firings.iloc[x], places.at(x), seed, tops) for x in parts]
@@ -93,7 +91,7 @@ def _compare(host, run, cell_sae, firings, places, seed, tops) -> pd.DataFrame:
 
 
 def selectivity(study: Study) -> pd.DataFrame:
-    """Write results selectivity.csv: one row per (firing, placement), in every cell of the hosts with ablations."""
+    """Write results selectivity.csv, one row per (firing, placement), for the hosts with ablations."""
     parts = []
     for name, section in ablation_hosts(study).items():
         settings, drawn = section.selectivity, []
@@ -125,21 +123,15 @@ def selectivity_tables(study: Study, firings: pd.DataFrame) -> tuple[pd.DataFram
 
 
 def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict:
-    """Return how often the atom's KL is below the control's, with Wilson's interval (ci) and the bootstrap by atom (boot).
+    """Return how often the atom's KL is below the control's (Wilson, bootstrap by atom), and tests.
 
-    Also a paired Wilcoxon test, and Cliff's delta, which is positive if the control's KL is larger.
-    """
+    Cliff's delta is positive if the control's KL is larger."""
     other, atoms = part[f"kl_{control}"], atom_names(part)
-    return dict(
-        n=len(part),
-        n_atoms=atoms.nunique(),
-        **rate_row(beats(part, "atom", control), resamples, seed, "atom_closer", boot=atoms),
-        kl_atom=part.kl_atom.median(),
-        kl_control=other.median(),
-        kl_delete=part.kl_delete.median(),
-        wilcoxon_p=paired_wilcoxon(part.kl_atom, other).p,
-        cliffs_delta=cliffs_delta(other, part.kl_atom),
-    )
+    row = dict(n=len(part), n_atoms=atoms.nunique())
+    row |= rate_row(beats(part, "atom", control), resamples, seed, "atom_closer", boot=atoms)
+    row |= dict(kl_atom=part.kl_atom.median(), kl_control=other.median(), kl_delete=part.kl_delete.median())
+    wilcoxon_p = paired_wilcoxon(part.kl_atom, other).p
+    return row | dict(wilcoxon_p=wilcoxon_p, cliffs_delta=cliffs_delta(other, part.kl_atom))
 
 
 def _overlaps(part: pd.DataFrame, control: str, resamples: int, seed: int) -> list[dict]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from replication.pages.cache_edits.site import Site, interval
-from replication.statistics import paired_wilcoxon, wilson
+from replication.statistics import ci, paired_wilcoxon, wider, wilson, with_ends
 from writesae.edit import make_edit
 from writesae.evaluate.firings import CellSAE, Places
 from writesae.evaluate.install import ranks
@@ -19,36 +19,30 @@ from writesae.sae.sparsity import Active
 
 @torch.no_grad()
 def log_p(site: Site, places: Places, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return the log-probabilities [n, V] of the token after the next, with left right^T ([n, d_k], [n, d_v])
-    added."""
+    """Return log p [n, V] of the token after the next, after left right^T ([n, d_k], [n, d_v]) is added."""
     edit = make_edit(places.row, places.position, left[:, None], right[:, None])
     return F.log_softmax(site.host.logits(site.edited(edit, STEPS)[:, -1]), -1)
 
 
 def native_log_p(site: Site, places: Places) -> torch.Tensor:
-    """Return the same without an edit."""
+    """Return the same log-probabilities without an edit."""
     return F.log_softmax(site.logits(places.row, places.position + STEPS - 1), -1)
 
 
 def token_drops(site: Site, firings: pd.DataFrame, atoms: np.ndarray) -> torch.Tensor:
-    """Return [atoms, V]: how much deletion of the native write lowers each token's log p, summed over an
-    atom's firings.
+    """Return by how much deletion of native writes lowers each log p [atoms, V], summed over firings.
 
-    The largest entry of a row is the atom's preferred token (App. I.4). atoms: ascending.
-    """
+    The largest entry of a row is the atom's preferred token (App. I.4). atoms: ascending."""
     places, total = site.places(firings), torch.zeros(len(atoms), site.host.vocabulary)
     key, value, _ = site.native(places.row, places.position)
     fall = native_log_p(site, places) - log_p(site, places, key, -value)
     return total.double().index_add(0, torch.from_numpy(np.searchsorted(atoms, firings.atom)), fall.double())
 
 
-def draw_places(
-    firings: pd.DataFrame, active: Active | CellSAE, atoms: np.ndarray, count: int, seed: int
-) -> pd.DataFrame:
-    """Draw `count` of these firings of each atom, and as many of the places where the atom is not active.
+def draw_places(firings: pd.DataFrame, active: Active | CellSAE, atoms, count: int, seed: int) -> pd.DataFrame:
+    """Draw `count` firings of each atom, and as many of the places where the atom is not active.
 
-    coefficient: the firing's own; elsewhere the median one of the drawn firings (the paper's a*).
-    """
+    coefficient: that of the firing; elsewhere the median of the drawn firings (the paper's a*)."""
     places = Places.of(firings)
     indices, coefficients = (x[places.window, places.position] for x in (active.indices, active.coefficients))
     drawn = []
@@ -68,12 +62,10 @@ def others(alive: torch.Tensor, atom: torch.Tensor, seed: int) -> torch.Tensor:
 
 
 def writes_at(where: str, native, atom, other, size: torch.Tensor, doses) -> list[tuple]:
-    """Return (condition, dose, key, value) of what is added at places of one kind; native, atom, other: (key,
-    value).
+    """Return (condition, dose, key, value) of the edits at one kind of places; the sides are (key, value).
 
-    At firings `delete` takes out the native write, `subtract` the atom at its coefficient, `random` another
-    atom at the same coefficient. Elsewhere `add` adds the atom at dose x size, `random` another atom.
-    """
+    At firings `delete` removes the native write, `subtract` the atom and `random` another atom at its
+    coefficient. Elsewhere `add` adds the atom at dose x size, `random` another atom."""
     if where == "firing":
         subtracted = dict(subtract=atom, random=other)
         return [("delete", 1.0, native[0], -native[1])] + [(n, 1.0, k, -size * v) for n, (k, v) in subtracted.items()]
@@ -81,11 +73,9 @@ def writes_at(where: str, native, atom, other, size: torch.Tensor, doses) -> lis
 
 
 def erase(site: Site, sae: SAE, drawn: pd.DataFrame, preferred: dict, alive, doses, seed: int) -> pd.DataFrame:
-    """Return one row per (place, condition, dose, source of the preferred token): the change of the token's
-    log p.
+    """Return the change of the token's log p per (place, condition, dose, source of the preferred token).
 
-    drawn: rows of `draw_places`; preferred: {source: {atom: token}}; alive [A]: atoms, ascending.
-    """
+    drawn: rows of `draw_places`; preferred: {source: {atom: token}}; alive [A]: atoms, ascending."""
     atoms, tables = sae.atoms(), []
     for where, part in drawn.groupby("where", sort=False):
         places = site.places(part)
@@ -96,8 +86,8 @@ def erase(site: Site, sae: SAE, drawn: pd.DataFrame, preferred: dict, alive, dos
             after = log_p(site, places, key, value)
             for source, tokens in preferred.items():
                 token = torch.tensor([tokens[a] for a in part.atom])
-                one, two = (x.gather(-1, token[:, None])[:, 0] for x in (before, after))
-                columns = dict(token=token, log_p=one, change=two - one)
+                first, second = (x.gather(-1, token[:, None])[:, 0] for x in (before, after))
+                columns = dict(token=token, log_p=first, change=second - first)
                 columns |= dict(native_rank=ranks(before, token), edited_rank=ranks(after, token))
                 labels = dict(condition=condition, dose=dose, token_from=source)
                 tables.append(part.assign(**labels, **{name: x.numpy() for name, x in columns.items()}))
@@ -105,20 +95,17 @@ def erase(site: Site, sae: SAE, drawn: pd.DataFrame, preferred: dict, alive, dos
 
 
 def summarise_erase(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return one row per (host, atom or all atoms, where, condition, dose, token_from).
+    """Return changes of log p, tests, ranks per (host, atom or all, where, condition, dose, token_from).
 
-    Columns: median change of log p with its bootstrap interval by passage (over all atoms: the wider of those
-    by passage and by atom), share of falls (Wilson), paired Wilcoxon p, median ranks.
-    """
+    The bootstrap is by passage; over all atoms the wider of those by passage and by atom. falls: Wilson."""
     rows, keys = [], ["host", "target", "where", "condition", "dose", "token_from"]
     for values, group in table.groupby(keys, sort=False):
         for atom, part in [("all", group), *group.groupby("atom")]:
             by = ["passage", "atom"] if part.atom.nunique() > 1 else ["passage"]
             ends, falls = [interval(part.change, part[name], np.median, seed) for name in by], part.change < 0
             row = dict(zip(keys, values, strict=True), atom=str(atom), n=len(part), n_passages=part.passage.nunique())
-            row["median_change"] = part.change.median()
-            row |= dict(ci_low=min(x.low for x in ends), ci_high=max(x.high for x in ends), falls=falls.mean())
-            row["falls_low"], row["falls_high"] = wilson(int(falls.sum()), len(part))
+            row |= dict(median_change=part.change.median()) | ci(wider(*ends))
+            row |= with_ends("falls", falls.mean(), wilson(int(falls.sum()), len(part)))
             row["wilcoxon_p"] = paired_wilcoxon(part.log_p + part.change, part.log_p).p
             rows.append(row | {f"median_{n}": part[n].median() for n in ("native_rank", "edited_rank")})
     return pd.DataFrame(rows)

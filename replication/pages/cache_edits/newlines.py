@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from replication.pages.cache_edits.site import Site, interval
-from replication.statistics import paired_wilcoxon
+from replication.statistics import paired_wilcoxon, with_ends
 from writesae.history import History
 from writesae.hosts.past import Record, extend
 from writesae.recurrence import Factors
@@ -22,13 +22,12 @@ PER = 400  # newlines are counted per this many generated tokens
 
 @dataclass
 class Amplifier:
-    """What is written beside the model's own writes while R rows generate, A atoms in each.
+    """What is written beside the native writes while R rows generate, A atoms in each.
 
     prompt [R]: the row of the run that each continues; key [R, A, d_k], value [R, A, d_v]: unit atoms. The
-    amount of each atom is gain [R] x the coefficient of the atom `watched` [A] in the native write, as `sae`
-    encodes it, + offset [R, A]. kept [R] bool: whether the extra write stays in the state; else only the
-    token itself reads it.
-    """
+    amount of each atom is gain [R] x the coefficient of the atom `watched` [A] in the native write, encoded
+    by `sae`, + offset [R, A]. kept [R] bool: whether the extra write stays in the state; otherwise only the
+    token itself reads it."""
 
     prompt: torch.Tensor
     key: torch.Tensor
@@ -40,7 +39,7 @@ class Amplifier:
     sae: SAE | None = None
 
     def amounts(self, now: Factors, write: str) -> torch.Tensor:
-        """Return the amounts [R, A] that are written at this token. now: the cell's factors [R, 1, ...]."""
+        """Return the amounts [R, A] written at this token. now: the cell's factors [R, 1, ...]."""
         if self.sae is None:
             return self.offset
         indices, coefficients = self.sae.encode_history(History(now.key, now.write(write)))
@@ -48,8 +47,7 @@ class Amplifier:
         return self.gain[:, None] * active + self.offset
 
     def write_on(self, record: Record, now: Factors, head: int, write: str) -> torch.Tensor:
-        """Add this token's extra write to the head's output and state in a record of one token; return the
-        amounts [R, A]."""
+        """Add a token's extra write to the head's output and state; return the amounts [R, A]."""
         amounts = self.amounts(now, write)
         extra = ((self.key * amounts[..., None]).mT @ self.value).to(record.outputs.device)
         record.outputs[:, :, head] += now.query.to(extra.device) @ extra
@@ -59,6 +57,7 @@ class Amplifier:
 
 def choose(logits: torch.Tensor, prompt: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
     """Return the next token of each row [R] from logits [R, V]: the likeliest at temperature 0, else drawn.
+
     Rows of one prompt share their noise, so that conditions differ by their logits only."""
     if not temperature:
         return logits.argmax(-1)
@@ -67,12 +66,10 @@ def choose(logits: torch.Tensor, prompt: torch.Tensor, temperature: float, gener
 
 
 @torch.no_grad()
-def generate_amplified(
-    site: Site, plan: Amplifier, count: int, temperature: float = 0.0, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return continuations [R, count] of the run's prompts, and the amounts [R, count - 1, A] written at all
-    their tokens but the last, which nothing reads. Without amplification and at temperature 0 this is
-    `Host.decode`."""
+def generate_amplified(site: Site, plan: Amplifier, count: int, temperature=0.0, seed=0) -> tuple:
+    """Return continuations [R, count] of the run's prompts, and the written amounts [R, count - 1, A].
+
+    Nothing reads the last token. Without amplification and at temperature 0 this is `Host.decode`."""
     host, length = site.host, site.run.tokens.shape[1]
     ends, generator = torch.full_like(plan.prompt, length), torch.Generator().manual_seed(seed)
     pasts = [host.past_at(record, plan.prompt, ends) for record in site.run.records]
@@ -93,8 +90,7 @@ def generate_amplified(
 
 
 def boundary_means(active: Active, ends: torch.Tensor, n_atoms: int) -> torch.Tensor:
-    """Return [2, n_atoms]: each atom's mean coefficient at the places `ends` [N, T] bool, and at all
-    others."""
+    """Return [2, n_atoms]: each atom's mean coefficient where `ends` [N, T] is true, and elsewhere."""
     means = torch.zeros(2, n_atoms, dtype=torch.float64)
     for side, at in enumerate((ends, ~ends)):
         means[side].index_add_(0, active.indices[at].flatten(), active.coefficients[at].flatten().double())
@@ -103,8 +99,7 @@ def boundary_means(active: Active, ends: torch.Tensor, n_atoms: int) -> torch.Te
 
 
 def choose_boundary(means: torch.Tensor, count: int, seed: int) -> pd.DataFrame:
-    """Return the `count` atoms whose mean coefficient at line ends most exceeds that elsewhere, and as many
-    random ones of the other alive atoms: columns role, atom, at_ends, elsewhere."""
+    """Return the `count` atoms that are most active at line ends relative to elsewhere, and random atoms."""
     boundary = (means[0] - means[1]).topk(count).indices.numpy()
     means = means.numpy()
     rest = np.setdiff1d(np.flatnonzero(means.sum(0)), boundary)
@@ -114,24 +109,21 @@ def choose_boundary(means: torch.Tensor, count: int, seed: int) -> pd.DataFrame:
 
 
 def conditions(modes, doses) -> list[tuple[str, str, float]]:
-    """Return (mode, role, dose): the baseline once, boundary atoms at every dose, random ones at the largest
-    (Table 4)."""
+    """Return (mode, role, dose): baseline, boundary atoms at all doses, random ones at the largest."""
     each = [("boundary", dose) for dose in doses] + [("random", max(doses))]
     return [("baseline", "baseline", 0.0)] + [(mode, role, dose) for mode in modes for role, dose in each]
 
 
 def amplifier(saes: dict[str, SAE], atoms: dict[str, pd.DataFrame], wanted: list[tuple], prompts: int) -> Amplifier:
-    """Return every condition with every prompt, condition by condition. saes, atoms (rows of
-    `choose_boundary`): by mode.
+    """Return every condition with every prompt. saes, atoms (rows of `choose_boundary`): by mode.
 
     offset: at every new token the state is read as if the boundary atoms' coefficients were higher by dose x
-    their mean at line ends; this is not kept, or it would pile up for as long as the cell remembers. scale:
-    the boundary atoms in each native write count dose times; the further dose - 1 are kept, as a write is.
-    Random atoms are written in the boundary atoms' amounts.
-    """
+    their mean at line ends; this is not kept, or it would accumulate. scale: the boundary atoms in each
+    native write count dose times; the further dose - 1 are kept. Random atoms are written in the boundary
+    atoms' amounts."""
     rows = []
     for mode, role, dose in wanted:
-        source = mode if mode in atoms else next(iter(atoms))  # the baseline writes nothing
+        source = mode if mode in atoms else next(iter(atoms))  # any for the baseline, which writes nothing
         by_role = dict(list(atoms[source].groupby("role")))
         atom = torch.tensor(by_role.get(role, by_role["boundary"]).atom.to_numpy())
         key, value = (x[atom] for x in saes[source].atoms())
@@ -150,9 +142,9 @@ def surface(text: str) -> dict:
 
 
 def summarise_newlines(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return one row per (host, mode, role, dose): newlines per 400 tokens, and their change from the same
-    prompt's baseline, with bootstrap intervals by prompt; paired Wilcoxon p, Cohen's d; means of the surface
-    measures."""
+    """Return newlines per 400 tokens and their change from the baseline per (host, mode, role, dose).
+
+    Bootstrap intervals by prompt; paired Wilcoxon p, Cohen's d; means of the surface measures."""
     rows, keys = [], ["mode", "role", "dose"]
     for host, of_host in table.groupby("host", sort=False):
         baseline = of_host[of_host.role == "baseline"].set_index("prompt").newlines
@@ -160,8 +152,7 @@ def summarise_newlines(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             part = part.set_index("prompt").loc[baseline.index]
             row, change = dict(host=host) | dict(zip(keys, values, strict=True), n=len(part)), part.newlines - baseline
             for label, series in (("newlines", part.newlines), ("change", change)):
-                low, high = interval(series, part.index, seed=seed)
-                row |= {label: series.mean(), f"{label}_low": low, f"{label}_high": high}
+                row |= with_ends(label, series.mean(), interval(series, part.index, seed=seed))
             row["wilcoxon_p"] = paired_wilcoxon(part.newlines, baseline).p
             row["cohens_d"] = change.mean() / change.std() if change.std() > 0 else 0.0
             rows.append(row | part[["paragraphs", "word_length", "distinct"]].mean().to_dict())

@@ -9,14 +9,17 @@ import pandas as pd
 import torch
 
 from replication.pages.cache_edits.site import Site, interval, unit
+from replication.statistics import Interval, per_group, with_ends
 from writesae.edit import head_change, make_edit
 from writesae.hosts.past import Record
+
+ATOM = ["host", "atom", "class"]
+READER = ["reader_layer", "reader_head"]
 
 
 @torch.no_grad()
 def later_heads(site: Site, rows, starts, change: torch.Tensor) -> dict[int, torch.Tensor]:
-    """Return the heads' outputs [n, steps, heads, d] of every later layer, under a change of the cell's [n,
-    steps, d_v]."""
+    """Return {later layer: heads' outputs [n, steps, heads, d]} under a change [n, steps, d_v] of a cell."""
     host, outputs = copy.copy(site.host), {}
 
     def mix(layer: int, *rest) -> Record:
@@ -31,11 +34,10 @@ def later_heads(site: Site, rows, starts, change: torch.Tensor) -> dict[int, tor
 
 @torch.no_grad()
 def readers(site: Site, atom: tuple, firings: pd.DataFrame, steps: int, draws: int, seed: int) -> pd.DataFrame:
-    """Return one row per (firing, later layer, head): how much the head's output changes over `steps` tokens.
+    """Return how much each later head's output changes over `steps` tokens, per (firing, layer, head).
 
-    signal: with the atom (key [d_k], value [d_v]) added in the native write's norm; baseline: the root mean
-    square over `draws` random rank-1 writes of that norm.
-    """
+    signal: with the atom (key [d_k], value [d_v]) added at the native write's norm; baseline: the root mean
+    square over `draws` random rank-1 writes of that norm."""
     places, generator, n = site.places(firings), torch.Generator().manual_seed(seed), len(firings)
     left, right = (
         torch.cat([side.expand(n, 1, -1), unit(n, draws, len(side), generator=generator).to(side)], 1).flatten(0, 1)
@@ -56,44 +58,36 @@ def readers(site: Site, atom: tuple, firings: pd.DataFrame, steps: int, draws: i
 
 
 def _with_ratios(table: pd.DataFrame) -> pd.DataFrame:
-    """Add log_ratio, the reader's log(signal / baseline), and log_enrichment, log_ratio less that of all
-    readers together."""
+    """Add log_ratio, log(signal / baseline), and log_enrichment, its excess over all readers together."""
     squares = table[["signal", "baseline"]] ** 2
     together = squares.groupby([table[x] for x in ("host", "atom", "window", "position")]).transform("sum") ** 0.5
     ratio, whole = np.log(table.signal / table.baseline), np.log(together.signal / together.baseline)
     return table.assign(log_ratio=ratio, log_enrichment=ratio - whole)
 
 
-def _reader_line(part: pd.DataFrame, seed: int) -> dict:
+def _medians(part: pd.DataFrame, seed: int) -> dict:
     row = dict(n=len(part))
     for name in ("ratio", "enrichment"):
-        low, high = interval(part[f"log_{name}"], part.passage, np.median, seed)
-        row |= {name: np.exp(part[f"log_{name}"].median()), f"{name}_low": np.exp(low), f"{name}_high": np.exp(high)}
+        ends = interval(part[f"log_{name}"], part.passage, np.median, seed)
+        row |= with_ends(name, np.exp(part[f"log_{name}"].median()), Interval(*np.exp(ends)))
     return row
 
 
-READER_KEYS, READER = ["host", "atom", "class"], ["reader_layer", "reader_head"]
-
-
 def summarise_readers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return one row per (host, atom, later layer and head): median over contexts of signal / baseline
-    (ratio), and of its quotient with that of all readers together (enrichment), with bootstrap intervals by
-    passage."""
-    keys = READER_KEYS + READER
-    groups = _with_ratios(table).groupby(keys, sort=False)
-    return pd.DataFrame([dict(zip(keys, values, strict=True)) | _reader_line(part, seed) for values, part in groups])
+    """Return ratio (signal / baseline) and enrichment per (host, atom, reader); bootstrap by passage."""
+    return per_group(_with_ratios(table), ATOM + READER, lambda part: _medians(part, seed))
 
 
 def top_readers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return one row per (host, atom), as in Table 1: the reader with the highest ratio in one half of the
-    contexts, and its ratio in the other half, so that the choice of the largest does not bias it. An atom
-    with one context has none."""
+    """Return the reader with the highest ratio per (host, atom), as in Table 1.
+
+    It is chosen in one half of the contexts and measured in the other, so that the choice does not bias the
+    ratio. An atom with one context has none."""
     rows, measured = [], [f"{name}{end}" for name in ("ratio", "enrichment") for end in ("", "_low", "_high")]
-    for values, part in _with_ratios(table).groupby(READER_KEYS, sort=False):
+    for values, part in _with_ratios(table).groupby(ATOM, sort=False):
         second = (part.groupby(READER).cumcount() % 2).astype(bool)
         chosen = part[~second].groupby(READER).log_ratio.median().idxmax()
         rest = part[second & (part[READER] == list(chosen)).all(axis=1)]
         if len(rest):
-            reader = dict(zip(READER_KEYS + READER, (*values, *chosen), strict=True))
-            rows.append(reader | _reader_line(rest, seed))
-    return pd.DataFrame(rows, columns=[*READER_KEYS, *READER, "n", *measured])
+            rows.append(dict(zip(ATOM + READER, (*values, *chosen), strict=True)) | _medians(rest, seed))
+    return pd.DataFrame(rows, columns=[*ATOM, *READER, "n", *measured])

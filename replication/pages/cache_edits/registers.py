@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from replication.pages.cache_edits.site import Site, interval, unit
-from replication.statistics import paired_wilcoxon, wilson
+from replication.statistics import paired_wilcoxon, wilson, with_ends
 from writesae.edit import Edit
 from writesae.sae.model import SAE
 
@@ -17,13 +17,10 @@ ERASURES = ("delete", "atom", "random", "beside")
 
 
 def erasure_edits(site: Site, firings: pd.DataFrame, sae: SAE, first: int, seed: int) -> dict[str, Edit]:
-    """Return {condition: an edit of all firings of a window at once, a row per window}, starting at position
-    `first`.
+    """Return {condition: an edit of all firings of each window at once}, from position `first` on.
 
-    delete: the native write is taken out; atom: replaced by the firing's atom in its norm; random: replaced
-    by a random rank-1 matrix in its norm; beside: that matrix is added and the native write stays. firings:
-    from `first` on.
-    """
+    delete: the native write is removed; atom: replaced by the firing's atom at its norm; random: replaced by
+    a random rank-1 matrix at its norm; beside: that matrix is added and the native write stays."""
     places, generator = site.places(firings), torch.Generator().manual_seed(seed)
     rows, position = places.row, places.position
     key, value, norm = site.native(rows, position)
@@ -45,8 +42,9 @@ def erasure_edits(site: Site, firings: pd.DataFrame, sae: SAE, first: int, seed:
 
 @torch.no_grad()
 def erase_registers(site: Site, firings: pd.DataFrame, sae: SAE, first: int, seed: int) -> pd.DataFrame:
-    """Return one row per (window, condition): the rise of the loss in bits per token, over the tokens
-    predicted from position `first` on. firings: all register firings of some windows, from `first` on."""
+    """Return the increase of the loss in bits per token after `first`, per (window, condition).
+
+    firings: all register firings of some windows, from position `first` on."""
     windows = firings.groupby("window", as_index=False).agg(passage=("passage", "first"), erased=("position", "size"))
     rows, tokens = site.places(firings).row.unique(), site.run.tokens
 
@@ -62,8 +60,9 @@ def erase_registers(site: Site, firings: pd.DataFrame, sae: SAE, first: int, see
 
 
 def summarise_registers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return one row per (host, target, condition): mean rise in bits per token and its excess over deletion,
-    with bootstrap intervals over passages, and in how many passages it exceeds deletion (Wilson)."""
+    """Return the mean increase and its excess over deletion in bits per token, per (host, target, condition).
+
+    Bootstrap intervals over passages; above_delete: in how many passages it exceeds deletion (Wilson)."""
     rows = []
     for (host, target), group in table.groupby(["host", "target"], sort=False):
         delete = group[group.condition == "delete"].set_index("passage").rise
@@ -72,8 +71,7 @@ def summarise_registers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             more = int((part.rise > delete).sum())
             row = dict(host=host, target=target, condition=name, n=len(part), erased_a_passage=part.erased.mean())
             for label, values in (("rise", part.rise), ("excess", part.rise - delete)):
-                low, high = interval(values, part.index, seed=seed)
-                row |= {label: values.mean(), f"{label}_low": low, f"{label}_high": high}
+                row |= with_ends(label, values.mean(), interval(values, part.index, seed=seed))
             row["above_delete"], (row["above_low"], row["above_high"]) = more, wilson(more, len(part))
             rows.append(row | dict(wilcoxon_p=paired_wilcoxon(part.rise, delete).p))
     return pd.DataFrame(rows)

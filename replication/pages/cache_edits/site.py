@@ -1,4 +1,4 @@
-"""A cell of a host in a native run, which the edits of notebook 09 share."""
+"""A cell of a host in a native run, shared by the edits of notebook 09."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ RESAMPLES = 500
 
 @dataclass
 class Site:
-    """One cell of a host in a native run; write: which definition its native write has.
+    """One cell of a host in a native run. write: the definition of its native write.
 
-    windows: the numbers of the run's windows; None where these are 0, 1, ...
-    """
+    windows: the numbers of the run's windows; None if these are 0, 1, ..."""
 
     host: Host
     run: Run

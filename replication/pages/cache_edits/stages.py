@@ -1,17 +1,15 @@
-"""Edits of a running cell's state, besides replacement and install: five small experiments on one cell per
-host.
+"""Notebook 09: edits of a running cell's state besides replacement and install, on one cell per host.
 
-| table          | what is edited                                                      | the paper         |
-|----------------|---------------------------------------------------------------------|-------------------|
-| cache_erase    | one write at an atom's firings taken out; the atom added elsewhere  | Sec. 4, App. I.4  |
-| single_write   | one write chosen for a target token, whose logit should move        | Sec. 4, App. I.5  |
-| newlines       | atoms that are active where lines end, amplified during generation  | Sec. 4, Table 4   |
-| readers        | an exemplar atom added at its firings: which later heads change?    | App. E, I.2       |
-| register_erase | every register firing of a passage at once                          | Sec. 3.2, Fig. 2b |
+| table          | what is edited                                                     | the paper         |
+|----------------|--------------------------------------------------------------------|-------------------|
+| cache_erase    | one write removed at an atom's firings; the atom added elsewhere   | Sec. 4, App. I.4  |
+| single_write   | one write chosen for a target token, whose logit should move       | Sec. 4, App. I.5  |
+| newlines       | atoms that are active at line ends, amplified during generation    | Sec. 4, Table 4   |
+| readers        | an exemplar atom added at its firings: which later heads change?   | App. E, I.2       |
+| register_erase | every register firing of a passage at once                         | Sec. 3.2, Fig. 2b |
 
-Atoms, preferred tokens and the atoms of line ends are chosen on text of the SAE split or by a seeded draw,
-and everything is measured on held-out text. All edits are exact (`writesae.edit`).
-"""
+Atoms and preferred tokens are chosen on text of the SAE split or by a seeded draw; everything is measured on
+held-out text. All edits are exact (`writesae.edit`)."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ from writesae.text import Windows
 
 MODES = dict(offset="state", scale="write")  # how generation is amplified -> target of the SAE
 GROUP = 20  # prompts run together
-PASSAGES = 4  # passages run together; each is read whole
+PASSAGES = 4  # passages run together
 
 
 class Text(NamedTuple):
@@ -65,12 +63,11 @@ def line_breaks(host: Host) -> torch.Tensor:
 
 @dataclass
 class Bench:
-    """One cell of a host, with all that the experiments on it depend on.
+    """One cell of a host, with everything that the experiments on it depend on.
 
-    settings: the profile's section; first: the first position of firings; batch: windows run together; saes: by target;
-    selection, heldout: texts by target of the SAE, on which atoms and tokens are chosen, and on which all but
-    generation is measured.
-    """
+    settings: the profile's section; first: the first position of firings; batch: windows run together; saes:
+    by target. selection, heldout: texts by target; atoms and tokens are chosen on the former, edits are
+    measured on the latter."""
 
     host: Host
     cell: Cell
@@ -119,48 +116,40 @@ def _texts(host: Host, windows: Windows, saes: dict, cell: Cell, write: str, fir
     return texts
 
 
-# Experiment 1: erase
+def erase_atoms(study: Study, bench: Bench) -> dict[str, pd.DataFrame]:
+    """Return cache_preferred and cache_erase.
+
+    An atom's preferred token comes from firings in the SAE's text (other), or from the tested ones (same; the
+    paper)."""
+    name, erased = bench.host.name, Later(_erased, bench=bench)
+    tokens = study.stage("cache_preferred", name, ("other", "same"), _preferred, bench=bench, erased=erased)
+    preferred = {s: dict(zip(p.atom, p.token, strict=True)) for s, p in tokens.groupby("token_from")}
+    groups, given = range(0, bench.settings.windows, bench.batch), dict(erased=erased, preferred=preferred)
+    table = study.stage("cache_erase", name, groups, _erase, bench=bench, **given)
+    return dict(cache_preferred=tokens, cache_erase=table)
 
 
 def _erased(bench: Bench) -> tuple[np.ndarray, pd.DataFrame]:
-    """Return the atoms of experiment 1, which fire often enough in both texts, and their places."""
+    """Return atoms that fire often enough in both texts, and their places."""
     settings, text = bench.settings.erase, bench.heldout()[bench.settings.target]
     able = text.firings[text.firings.atom.isin(bench.selection()[bench.settings.target].firings.atom)]
     atoms = draw_atoms(able, settings.atoms, settings.positions, bench.seed)
     return atoms, draw_places(text.firings, text.cell_sae, atoms, settings.positions, bench.seed)
 
 
-def preferred_tokens(study: Study, bench: Bench, erased: Later) -> pd.DataFrame:
-    """Return cache_preferred: each atom's preferred token.
-
-    It is found on firings in the SAE's text (other), and, as in the paper, on the tested firings themselves (same).
-    """
-    return study.stage("cache_preferred", bench.host.name, ("other", "same"), _preferred, bench=bench, erased=erased)
-
-
 def _preferred(source: str, bench: Bench, erased: Later) -> pd.DataFrame:
-    target, count = bench.settings.target, bench.settings.erase.positions
-    (atoms, drawn), text = erased(), bench.heldout()[target]
-    firings = drawn[drawn["where"] == "firing"]
+    target, (atoms, drawn) = bench.settings.target, erased()
+    text, firings = bench.heldout()[target], drawn[drawn["where"] == "firing"]
     if source == "other":
         text = bench.selection()[target]
-        firings = text.firings[text.firings.atom.isin(atoms)].groupby("atom").head(count)
+        firings = text.firings[text.firings.atom.isin(atoms)].groupby("atom").head(bench.settings.erase.positions)
     batches = firings.groupby(firings.window // bench.batch)
-    falls = [token_drops(bench.part(text.windows, n * bench.batch), part, atoms) for n, part in batches]
-    score, token = sum(falls).max(1)
+    drops = [token_drops(bench.part(text.windows, n * bench.batch), part, atoms) for n, part in batches]
+    score, token = sum(drops).max(1)
     texts = [repr(bench.host.tokenizer.decode([t])) for t in token.tolist()]
     counts = firings.groupby("atom").size().loc[atoms].to_numpy()
     columns = dict(atom=atoms, token=token.numpy(), text=texts, score=score.numpy(), firings=counts)
     return bench.placed(pd.DataFrame(columns), target=target, token_from=source)
-
-
-def erase_atoms(study: Study, bench: Bench) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return cache_preferred and cache_erase (experiment 1)."""
-    erased = Later(_erased, bench=bench)
-    tokens = preferred_tokens(study, bench, erased)
-    preferred = {s: dict(zip(p.atom, p.token, strict=True)) for s, p in tokens.groupby("token_from")}
-    groups, given = range(0, bench.settings.windows, bench.batch), dict(erased=erased, preferred=preferred)
-    return tokens, study.stage("cache_erase", bench.host.name, groups, _erase, bench=bench, **given)
 
 
 def _erase(start: int, bench: Bench, erased: Later, preferred: dict) -> pd.DataFrame:
@@ -173,11 +162,8 @@ def _erase(start: int, bench: Bench, erased: Later, preferred: dict) -> pd.DataF
     return bench.placed(table, target=bench.settings.target)
 
 
-# Experiment 2: one write
-
-
-def single(study: Study, bench: Bench) -> pd.DataFrame:
-    """Return single_write (experiment 2); targets as in notebook 10, by their native rank where they are read."""
+def single(study: Study, bench: Bench) -> dict[str, pd.DataFrame]:
+    """Return single_write; targets are drawn as in notebook 10, by their native rank where they are read."""
     settings, install = bench.settings.single, study.profile.section("install", bench.host.name)
     windows = passage_prompts(study, bench.host.name, settings.prompts, settings.prompt_tokens)
     last = settings.prompt_tokens - settings.horizon
@@ -185,7 +171,7 @@ def single(study: Study, bench: Bench) -> pd.DataFrame:
     drawn, groups = drawn.view(settings.prompts, settings.positions), range(0, settings.prompts, GROUP)
     targets = dict(rank_classes=install.rank_classes, per_class=install.targets_per_class)
     given = dict(bench=bench, windows=windows, drawn=drawn, targets=targets)
-    return study.stage("single_write", bench.host.name, groups, _single, **given)
+    return dict(single_write=study.stage("single_write", bench.host.name, groups, _single, **given))
 
 
 def _single(start: int, bench: Bench, windows: Windows, drawn: torch.Tensor, targets: dict) -> pd.DataFrame:
@@ -200,13 +186,15 @@ def _single(start: int, bench: Bench, windows: Windows, drawn: torch.Tensor, tar
     return bench.placed(table, prompt=row + start, passage=part.passage.numpy()[row])
 
 
-# Experiment 3: newlines
-
-
-def boundary_atoms(study: Study, bench: Bench) -> pd.DataFrame:
-    """Return newline_atoms: the atoms of line ends, and random ones, for every mode."""
+def amplify(study: Study, bench: Bench) -> dict[str, pd.DataFrame]:
+    """Return newline_atoms (the atoms of line ends, and random ones, for every mode) and newlines."""
+    settings, name = bench.settings.newlines, bench.host.name
     modes = [mode for mode, target in MODES.items() if target in bench.saes]
-    return study.stage("newline_atoms", bench.host.name, modes, _boundary, bench=bench)
+    chosen = study.stage("newline_atoms", name, modes, _boundary, bench=bench)
+    windows = passage_prompts(study, name, settings.prompts, settings.prompt_tokens)
+    given = dict(bench=bench, windows=windows, atoms=dict(list(chosen.groupby("mode"))))
+    table = study.stage("newlines", name, range(0, settings.prompts, GROUP), _newlines, **given)
+    return dict(newline_atoms=chosen, newlines=table)
 
 
 def _boundary(mode: str, bench: Bench) -> pd.DataFrame:
@@ -216,15 +204,6 @@ def _boundary(mode: str, bench: Bench) -> pd.DataFrame:
     means = amplifying.boundary_means(active, ends, cell_sae.sae.n_atoms)
     chosen = amplifying.choose_boundary(means, bench.settings.newlines.atoms, bench.seed)
     return bench.placed(chosen, mode=mode, target=MODES[mode])
-
-
-def amplify(study: Study, bench: Bench) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return newline_atoms and newlines (experiment 3)."""
-    settings, chosen = bench.settings.newlines, boundary_atoms(study, bench)
-    windows = passage_prompts(study, bench.host.name, settings.prompts, settings.prompt_tokens)
-    given = dict(bench=bench, windows=windows, atoms=dict(list(chosen.groupby("mode"))))
-    groups = range(0, settings.prompts, GROUP)
-    return chosen, study.stage("newlines", bench.host.name, groups, _newlines, **given)
 
 
 def _newlines(start: int, bench: Bench, windows: Windows, atoms: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -244,11 +223,8 @@ def _newlines(start: int, bench: Bench, windows: Windows, atoms: dict[str, pd.Da
     return bench.placed(pd.concat([table, pd.DataFrame(texts)], axis=1))
 
 
-# Experiments 4 and 5: readers, registers
-
-
 def alive(study: Study, bench: Bench, target: str) -> pd.DataFrame:
-    """Return the cell's rows of alive_atoms.csv (notebook 07), which has the classes. ValueError for none."""
+    """Return the cell's rows of alive_atoms.csv of notebook 07. ValueError for none."""
     where = dict(host=bench.host.name, target=target, layer=bench.cell[0], head=bench.cell[1])
     rows = rows_with(study.table("alive_atoms"), **where)
     if rows.empty:
@@ -256,18 +232,13 @@ def alive(study: Study, bench: Bench, target: str) -> pd.DataFrame:
     return rows
 
 
-def exemplars(study: Study, bench: Bench) -> pd.DataFrame:
-    """Return the register atoms with the most firings, in enough passages; bundles where registers are too few."""
+def read_atoms(study: Study, bench: Bench) -> dict[str, pd.DataFrame]:
+    """Return readers of the registers that fire most, in enough passages; of bundles if these are too few."""
     settings, atoms = bench.settings.readers, alive(study, bench, bench.settings.target)
     able = atoms[atoms.passages >= settings.fewest_passages].assign(register=atoms["class"] == "register")
-    return able.sort_values(["register", "firings"], ascending=False, kind="stable").head(settings.exemplars)
-
-
-def read_atoms(study: Study, bench: Bench) -> pd.DataFrame:
-    """Return readers (experiment 4); one context per passage."""
-    chosen = exemplars(study, bench)
+    chosen = able.sort_values(["register", "firings"], ascending=False, kind="stable").head(settings.exemplars)
     classes = dict(zip(chosen.atom.tolist(), chosen["class"], strict=True))
-    return study.stage("readers", bench.host.name, classes, _readers, bench=bench, classes=classes)
+    return dict(readers=study.stage("readers", bench.host.name, classes, _readers, bench=bench, classes=classes))
 
 
 def _readers(atom: int, bench: Bench, classes: dict[int, str]) -> pd.DataFrame:
@@ -281,11 +252,12 @@ def _readers(atom: int, bench: Bench, classes: dict[int, str]) -> pd.DataFrame:
     return bench.placed(table, **{"target": bench.settings.target, "class": classes[atom]})
 
 
-def erase_all(study: Study, bench: Bench) -> pd.DataFrame:
-    """Return register_erase (experiment 5): up to `passages` passages with a register firing, one window of each."""
+def erase_all(study: Study, bench: Bench) -> dict[str, pd.DataFrame]:
+    """Return register_erase: up to `passages` passages with a register firing, one window of each."""
     atoms = {target: alive(study, bench, target) for target in bench.saes}
     registers = {target: sorted(x.atom[x["class"] == "register"].tolist()) for target, x in atoms.items()}
-    return study.stage("register_erase", bench.host.name, registers, _registers, bench=bench, registers=registers)
+    given = dict(bench=bench, registers=registers)
+    return dict(register_erase=study.stage("register_erase", bench.host.name, registers, _registers, **given))
 
 
 def _registers(target: str, bench: Bench, registers: dict[str, list[int]]) -> pd.DataFrame:
@@ -300,9 +272,7 @@ def _registers(target: str, bench: Bench, registers: dict[str, list[int]]) -> pd
     return bench.placed(pd.concat(tables, ignore_index=True), target=target)
 
 
-# All of them
-
-
+EXPERIMENTS = (erase_atoms, amplify, single, read_atoms, erase_all)
 SUMMARIES = dict(
     cache_erase=summarise_erase,
     single_write=summarise_single,
@@ -313,22 +283,18 @@ SUMMARIES = dict(
 
 
 def run(study: Study) -> dict[str, pd.DataFrame]:
-    """Return the tables of all hosts, results NAME.csv for every experiment."""
+    """Write and return the tables of all experiments, by name."""
     parts: dict[str, list[pd.DataFrame]] = {}
-    for name in study.profile.hosts:  # host by host, so that its stages share the harvests
-        bench = make_bench(study, name)
-        erased, amplified = erase_atoms(study, bench), amplify(study, bench)
-        tables = dict(zip(("cache_preferred", "cache_erase"), erased, strict=True))
-        tables |= dict(single_write=single(study, bench))
-        tables |= dict(zip(("newline_atoms", "newlines"), amplified, strict=True))
-        tables |= dict(readers=read_atoms(study, bench), register_erase=erase_all(study, bench))
-        for table, part in tables.items():
-            parts.setdefault(table, []).append(part)
-    return {table: study.gather(table, part) for table, part in parts.items()}
+    for host in study.profile.hosts:  # host by host, so that its stages share the harvests
+        bench = make_bench(study, host)
+        for experiment in EXPERIMENTS:
+            for name, part in experiment(study, bench).items():
+                parts.setdefault(name, []).append(part)
+    return {name: study.gather(name, tables) for name, tables in parts.items()}
 
 
 def tables(study: Study, measured: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Return results NAME_summary.csv for every name in SUMMARIES, and top_readers.csv."""
+    """Write and return results NAME_summary.csv for every name in SUMMARIES, and top_readers.csv."""
     seed = study.profile.seed
     summaries = {f"{name}_summary": summarise(measured[name], seed) for name, summarise in SUMMARIES.items()}
     summaries["top_readers"] = top_readers(measured["readers"], seed)
