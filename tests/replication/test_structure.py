@@ -33,6 +33,11 @@ def test_functions_are_at_most_60_lines():
     assert not long
 
 
+def test_at_most_2_percent_of_the_lines_are_longer_than_110_characters():
+    lines = [line for path in SOURCES for line in path.read_text(encoding="utf-8").splitlines()]
+    assert sum(len(line) > 110 for line in lines) <= 0.02 * len(lines)
+
+
 def imported(package):
     """Names of the packages that the modules of one of ours import."""
     names = set()
