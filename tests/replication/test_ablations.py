@@ -1,4 +1,4 @@
-"""replication.pages.ablations: variants on a small host, their numbers against matrices and against edited runs."""
+"""replication.pages.ablations: variants on a small host, against matrices and edited runs."""
 
 import copy
 
@@ -122,7 +122,7 @@ def test_contrasts_are_against_the_reference():
 
 
 class OneCell(SmallStudy):
-    """The mini profile with one small host, its windows and its cell in their places."""
+    """The mini profile with one small host, its windows and one cell."""
 
     def __init__(self, host, tokens):
         mini = load_profile("mini")
@@ -137,7 +137,7 @@ class OneCell(SmallStudy):
 
 @pytest.fixture(scope="module")
 def study(gated_deltanet, tmp_path_factory):
-    """The small study with every variant trained, and the profile's own SAEs."""
+    """The small study with all variants and the profile's main SAEs trained."""
     single = type(gated_deltanet)(copy.deepcopy(gated_deltanet.model).float(), None, "small")
     tokens = torch.randint(1, 300, (20, TOKENS), generator=torch.Generator().manual_seed(4))
     patch = pytest.MonkeyPatch()
@@ -207,7 +207,7 @@ def test_the_summary_has_a_line_a_variant(study, found):
 
 
 def divergence(study, row, left, right) -> float:
-    """KL(native, edited) of the token after (window, position), by an edited run of its own."""
+    """KL(native, edited) of the token after (window, position), from a separate edited run."""
     run = study.small.run(study.split.tokens[[row.window]])
     at = torch.tensor([row.position])
     edit = make_edit(torch.tensor([0]), at, left[None], right[None])

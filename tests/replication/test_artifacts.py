@@ -1,4 +1,4 @@
-"""Stored files: whole or absent, checked when read, computed again exactly when an input changed."""
+"""Stored files are complete or absent, checked when read, and recomputed exactly when an input changed."""
 
 import json
 import os
@@ -187,7 +187,7 @@ def test_a_stage_does_not_take_the_committed_results_for_its_own(output, monkeyp
     parts = sorted(study.paths.build.rglob("t-toy.csv*"))
     assert [part.name for part in parts] == ["t-toy.csv", "t-toy.csv.json"]
     study.paths.results.mkdir(parents=True)
-    for part in parts:  # results/ has the same rows with the same fingerprint, under every name they could have
+    for part in parts:  # the same rows and fingerprint in results/, under every possible name
         (study.paths.results / part.name.replace("t-toy", "t")).write_bytes(part.read_bytes())
         part.rename(study.paths.results / part.name)
     staged()
@@ -242,8 +242,8 @@ def test_workers_compute_at_once_and_keep_the_order(output):
     both = threading.Barrier(2, timeout=30)
 
     def compute(number):
-        both.wait()  # passes only where two groups are under way
-        time.sleep(0.1 * (number == 1))  # the first is done last
+        both.wait()  # passes only if two groups run at once
+        time.sleep(0.1 * (number == 1))  # the first group finishes last
         return _group(number)
 
     found = stages.resumable("s", "ab" * 32, [1, 2, 3, 4], compute, output, workers=2)
@@ -315,7 +315,7 @@ def test_kill_9_and_again_gives_the_same_file(output):
 
 
 def test_threads_that_write_one_file_at_once_do_not_take_each_others_away(tmp_path):
-    """Workers of a stage are threads, and may both find the same windows missing."""
+    """The workers of a stage are threads, and two of them can find the same windows missing."""
     path, both, failed = tmp_path / "x.txt", threading.Barrier(2, timeout=10), []
 
     def write(partial):

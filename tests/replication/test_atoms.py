@@ -1,4 +1,4 @@
-"""Atoms: classes, seeds, exemplars and the classes' axes against counts by hand; the stages on a small host of every family."""
+"""Atoms: classes, seeds, exemplars and axes against counts by hand; the stages on small hosts."""
 
 import copy
 import itertools
@@ -55,7 +55,7 @@ def test_densities_give_the_library_s_bic_and_scores():
 
 
 def test_the_interval_of_delta_bic_is_that_of_its_sum():
-    """Resampled values under the fits of the data, by a loop."""
+    """The interval against a bootstrap by a loop; the two fits stay those of the full data."""
     one, two = statistics.gaussian_mixture_bic(TWO, (1, 2))
     gain, generator = population.log_density(two, TWO) - population.log_density(one, TWO), np.random.default_rng(3)
     found = [3 * np.log(len(TWO)) - 2 * generator.choice(gain, len(TWO)).sum() for _ in range(2000)]
@@ -116,7 +116,7 @@ def random_sae(seed, n=40):
 
 
 def permuted(sae):
-    """The same atoms in another order, with signs that cancel in half of them and not in the others."""
+    """The same atoms in another order. Half change the sign of both factors, half only of the key."""
     other, order = copy.deepcopy(sae), torch.randperm(sae.n_atoms, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         other.decoder.key.copy_(-sae.decoder.key[order])
@@ -158,7 +158,7 @@ def test_match_shares_count_atoms_of_a_class_as_clusters():
 
 
 class Words:
-    """Token t is the word wt; 0 is a line break."""
+    """Token t decodes to the word wt, and 0 to a line break."""
 
     def decode(self, tokens, **_):
         return "".join("\n" if t == 0 else f" w{t}" for t in tokens)
@@ -199,7 +199,7 @@ def test_exemplars_fire_most_and_in_enough_passages():
 
 
 def told_firings():
-    """Three firings of atom 0, two of 1, one of 2."""
+    """Three firings of atom 0, two of atom 1 and one of atom 2."""
     table = pd.DataFrame(dict(atom=[0, 0, 0, 1, 1, 2], top1_native=[7, 7, 7, 8, 8, 9]))
     table = table.assign(top1_delete=[7, 1, 7, 1, 1, 9], top1_atom=[7, 7, 7, 8, 1, 1], amplitude="coefficient")
     return table.assign(kl_delete=[1.0, 3.0, 9.0, 2.0, 2.0, 1.0], kl_atom=[0.5, 0.5, 0.0, 1.0, 2.5, 1.0], **WHERE)
@@ -249,7 +249,7 @@ def test_win_rates_by_cosine_put_an_edge_into_the_upper_bin():
     table = atoms.by_cosine(told_firings(), ALIVE).set_index("cosine_bin")
     assert table.win_rate.to_dict() == {"below 0": 0, "0.05 to 0.2": 0.5, "0.3 and above": 1}
     assert table.n_firings.to_dict() == {"below 0": 1, "0.05 to 0.2": 2, "0.3 and above": 3}
-    assert table.ci_low.isna().all()  # one atom each
+    assert table.ci_low.isna().all()  # one atom per bin
     table = atoms.by_cosine(told_firings(), ALIVE, edges=[1.0]).iloc[0]
     assert (table.win_rate, table.n_atoms) == (pytest.approx(4 / 6), 3)
     assert table.ci_low <= 4 / 6 <= table.ci_high
@@ -272,7 +272,7 @@ def test_variants_are_the_sweep_and_the_seeds_each_once():
 
 @dataclass
 class Own:
-    """The section of the profile that the stages read."""
+    """The profile section that the stages read."""
 
     place: str = "middle"
     training: str = "survey"
@@ -285,7 +285,7 @@ class Own:
 
 
 class OneCell(SmallStudy):
-    """A study of one small host, with windows, a cell and SAEs of its own."""
+    """A study of one small host with its own windows, cell and SAEs."""
 
     def __init__(self, host, tokens):
         hosts = {"small": HostSection(path="small", cells=dict(middle=CellRule(layer=1, sigma_ratio=3)))}
@@ -300,7 +300,7 @@ class OneCell(SmallStudy):
 
 @pytest.fixture(scope="module")
 def study(host, tmp_path_factory):
-    """The small study, with the main SAEs and all variants trained."""
+    """The small study with the main SAEs and all variants trained."""
     single = type(host)(copy.deepcopy(host.model).float(), Words(), "small")
     tokens = torch.randint(1, 300, (8, 50), generator=torch.Generator().manual_seed(4))
     patch = pytest.MonkeyPatch()
@@ -337,7 +337,7 @@ def test_variants_are_trained_once_and_differ_as_they_say(study, monkeypatch):
 
 
 def test_alive_atoms_are_those_with_the_largest_coefficient(study, scanned):
-    """Classes' cosines against matrices, for every SAE: the write and the atom multiplied out."""
+    """Firings and cosines of every SAE against the full matrices of writes and atoms."""
     table, _ = scanned
     assert len(table.groupby(atoms.SAE_KEYS)) == 2 * (1 + 3)
     found = harvest(study.small, study.split.tokens, [CELL], 4, progress=False)[CELL]

@@ -1,4 +1,7 @@
-"""One table of bad inputs over the public interface: each gets one sentence that says what is wrong, and loses nothing."""
+"""One table of invalid inputs to the public interface.
+
+Each raises one sentence that says what is wrong, and leaves no partial file.
+"""
 
 import json
 from pathlib import Path
@@ -45,11 +48,11 @@ PROVENANCE = dict(profile="mini", config="0f", host="toy", seed=1, seconds=0.5)
 ROW, PLACE = torch.tensor([1]), torch.tensor([40])
 
 
-# What the cases of the table do. Each takes `x`, the things of the fixture below.
+# The calls of the table. Each takes `x`, the objects of the fixture `things` and a folder.
 
 
 def profile(x, old: str = "", new: str = "", content: str | bytes | None = None):
-    """profiles/mini.yaml with `old` replaced, or with other content."""
+    """Load profiles/mini.yaml with `old` replaced by `new`, or a profile with the given content."""
     text = (ROOT / "profiles" / "mini.yaml").read_text()
     assert old in text
     content = text.replace(old, new, 1) if content is None else content
@@ -92,7 +95,7 @@ def new_sae(d_k=5, d_v=7, **architecture) -> SAE:
 
 
 def saved(x, *harmed: str):
-    """The path of a saved SAE; the files named in `harmed` are removed."""
+    """The folder of a saved SAE without the files named in `harmed`."""
     SAE(SAEConfig(**CONFIG), 5, 7).save(x.path / "sae")
     for name in harmed:
         (x.path / "sae" / name).unlink()
@@ -126,7 +129,7 @@ def published(x, config: dict | None = None, **tensors):
 
 
 def table(x, **changes):
-    """A stored table, whose sidecar is then changed by hand."""
+    """A stored table with an altered sidecar."""
     path = x.path / "t.csv"
     stages.write_table(pd.DataFrame(dict(token=["007"], n=[1])), path, PROVENANCE)
     record = json.loads(files.sidecar(path).read_text())
@@ -159,7 +162,7 @@ def words_without_end() -> Words:
 
 
 def edited(x, rows=ROW, position=PLACE, left=(1, 1, 12), right=(1, 1, 20), steps=3, dtype=torch.float64, fill=1.0):
-    """A run of the small host (12 x 20, fp64, 3 windows of 90 tokens) with an edit of these shapes or values."""
+    """A run of the small host (12 x 20, fp64, 3 windows of 90 tokens) with the given edit."""
     left, right = (torch.full(side, fill, dtype=dtype) for side in (left, right))
     return edit.edited_hidden(x.host, x.run, *CELL, edit.make_edit(rows, position, left, right), steps)
 
@@ -194,7 +197,7 @@ def installed(x, targets, distance=5):
 
 
 def suite_with(x, cells: dict, **changes):
-    """The smoke profile with one host, three windows of 90 tokens, and other install settings."""
+    """The smoke profile with one host, three windows of 90 tokens and the given install settings."""
     smoke = load_profile("smoke")
     changed = smoke.model_copy(update=dict(install=INSTALL.model_copy(update=changes)))
     study = SmallStudy(changed, x.host, x.tokens)
@@ -788,7 +791,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def things(gated_deltanet):
-    """What cases only look at."""
+    """Shared objects that the cases do not change."""
     host, tokens = gated_deltanet, torch.randint(0, 300, (3, 90), generator=torch.Generator().manual_seed(1))
     run = host.run(tokens)
     cell = host.factors(run, *CELL)

@@ -1,4 +1,4 @@
-"""What benchmarks/ compares is the same work: plain and fast ways give the same numbers, on small random hosts."""
+"""The plain and the fast ways in benchmarks/ give the same numbers on small random hosts."""
 
 import sys
 from pathlib import Path

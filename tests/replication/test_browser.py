@@ -1,4 +1,4 @@
-"""The atom browser: its numbers against loops and the tables, and the page itself in a real browser."""
+"""The atom browser: its numbers against loops and the tables, and its page in a real browser."""
 
 import copy
 import itertools
@@ -31,7 +31,7 @@ HOSTILE = "</script><img src=x onerror=\"document.title='run'\">"
 
 
 class Words:
-    """Token t is the word wt; 0 is a line break, and some are hostile."""
+    """Token t decodes to the word wt, and 0 to a line break; tokens 1 to 5 decode to hostile text."""
 
     SPECIAL = {0: "\n", 1: HOSTILE, 2: "<!--", 3: "]]>&lt;", 4: "\u2028\x07", 5: "⟦"}
 
@@ -40,12 +40,12 @@ class Words:
 
 
 def plain(**fields):
-    """Settings that a fingerprint can take."""
+    """A settings object that can be fingerprinted."""
     return make_dataclass("Plain", fields)(**fields)
 
 
 class OneCell(SmallStudy):
-    """A study of one small host, with windows, a cell and untrained SAEs of its own."""
+    """A study of one small host with its own windows, cell and untrained SAEs."""
 
     def __init__(self, host, tokens):
         data = dict(window=50, sae_windows=8, heldout_windows=8, firing_windows=8, survey_windows=4)
@@ -64,7 +64,7 @@ class OneCell(SmallStudy):
 
 
 def replacement_table(firings, read=("write", "cache")):
-    """Random divergences for some firings of all atoms but one of each SAE."""
+    """Random divergences for at most four firings per atom; one atom of each SAE has none."""
     generator = np.random.default_rng(5)
     tables = []
     for (_, own), amplitude, scope in itertools.product(
@@ -84,7 +84,7 @@ def replacement_table(firings, read=("write", "cache")):
 
 @pytest.fixture(scope="module")
 def study(gated_deltanet, tmp_path_factory):
-    """A small host with its tables as the notebooks would leave them; the replacement's divergences are made up."""
+    """A small host with the tables of the notebooks; the divergences of the replacement test are random."""
     patch = pytest.MonkeyPatch()
     patch.setenv("WRITESAE_OUTPUT", str(tmp_path_factory.mktemp("browser")))
     single = type(gated_deltanet)(copy.deepcopy(gated_deltanet.model).float(), Words(), "small")
@@ -129,7 +129,7 @@ def page(study):
 
 @pytest.fixture(scope="module")
 def data(page):
-    """What the page embeds, read as a browser does: up to the first end of a script."""
+    """The data embedded in the page, read up to the first end of a script, as a browser does."""
     text = page.read_text(encoding="utf-8")
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
 
@@ -162,7 +162,7 @@ def test_tests_of_an_atom_are_counts_by_a_loop(study, data):
         for name in ("random", "reconstruction", "flat_svd"):
             assert found["beats"][name][i] == sum(r[f"kl_{name}"] < r["kl_delete"] for r in here)
             assert found["beaten"][name][i] == sum(r["kl_atom"] < r[f"kl_{name}"] for r in here)
-    assert untested  # an atom without a test is among them
+    assert untested  # at least one atom has no test
 
 
 def test_columns_are_those_of_the_table(study, data):
@@ -237,12 +237,12 @@ def test_embedded_text_ends_no_script_and_comes_back():
         browser.embedded({"x": float("nan")})
 
 
-# What is missing, or does not fit together
+# Missing or inconsistent inputs
 
 
 @pytest.fixture
 def without(study):
-    """Takes a table away for one test."""
+    """A function that removes a table for one test."""
     moved = []
 
     def take(name):
@@ -300,7 +300,7 @@ def test_failures_are_one_sentence(study, without, monkeypatch, capsys):
     )
     config = study.sae_folder("small", *CELL, "write", "main") / "config.json"
     config.rename(config.with_suffix(".away"))
-    monkeypatch.setattr(browser, "TOKENS", 3)  # so that promoted tokens are computed again
+    monkeypatch.setattr(browser, "TOKENS", 3)  # promoted tokens are computed again
     try:
         assert main(["browser", "--profile", "small"]) == 1
         assert "`make 02_train_saes PROFILE=small` makes it." in capsys.readouterr().err.splitlines()[-1]
@@ -338,7 +338,7 @@ def chromium():
 
 @pytest.fixture
 def visit(chromium, page):
-    """Open the page; afterwards nothing may have been written to the console, and nothing asked of a network."""
+    """Open the page. At the end the console must be empty and no other address may have been requested."""
     told, asked, opened = [], [], []
 
     def open_page(width=1400, height=900, **options):
@@ -359,7 +359,7 @@ def visit(chromium, page):
 
 
 def rows(view):
-    """The numbers of the atoms listed, in order."""
+    """The numbers of the listed atoms, in order."""
     return [int(x) for x in view.locator("#rows td:first-child").all_inner_texts()]
 
 
@@ -444,7 +444,7 @@ def test_columns_sort_both_ways_and_say_so(study, visit):
     assert rows(view)[0] == table.cosine.idxmin()
     view.locator("#head th[data-name=win] button").click()
     shown = cells(view, "win")
-    assert shown[-1].strip() == "–"  # what was not tested comes last, either way
+    assert shown[-1].strip() == "–"  # untested atoms are last in both directions
     view.locator("#head th[data-name=win] button").click()
     assert cells(view, "win")[-1].strip() == "–"
 

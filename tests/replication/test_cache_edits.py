@@ -1,5 +1,4 @@
-"""The cache edits against slow loops: whole runs over longer texts, states really changed, edits one by
-one."""
+"""The cache edits against slow loops: runs over longer texts, changed states and one edit at a time."""
 
 import copy
 from dataclasses import make_dataclass
@@ -31,7 +30,7 @@ N, K = 24, 12
 
 
 def small_sae(host, seed=0):
-    """An untrained SAE in the hosts' precision: its atoms are as good as any."""
+    """An untrained SAE in the hosts' precision; these tests need no trained atoms."""
     torch.manual_seed(seed)
     return SAE(Architecture(n_atoms=N, k=K), host.d_k, host.d_v).requires_grad_(False).double()
 
@@ -47,19 +46,19 @@ def site(host, run):
 
 @pytest.fixture(scope="module")
 def lone(gated_deltanet, tokens):
-    """For what has nothing to do with the family."""
+    """The site of one family, for tests that do not depend on the family."""
     return site_of(gated_deltanet, tokens)
 
 
 def in_double(site):
-    """The same site with logits in fp64, where `Host.logits` gives fp32."""
+    """The same site with logits in fp64; `Host.logits` gives fp32."""
     host = copy.copy(site.host)
     host.logits = host.unembed
     return Site(host, site.run, LAYER, HEAD, "added")
 
 
 def some_firings():
-    """Firings in two of the three windows, one of them at the first position, one at the last."""
+    """Firings in two of the three windows, including the first and the last position."""
     places = [(0, 8, 3), (0, 20, 5), (0, 21, 3), (2, 30, 7), (2, 89, 5)]
     frame = pd.DataFrame(places, columns=["window", "position", "atom"])
     return frame.assign(passage=frame.window + 10, coefficient=[0.5, 1.0, 1.5, 2.0, 2.5])
@@ -116,7 +115,7 @@ def test_others_are_alive_and_never_the_atom_itself():
 
 
 def test_erasing_and_adding_are_single_edits(lone):
-    """Every line against a run of its own edit, put together here from matrices."""
+    """Each row of the table against a separate edited run with the edit built from matrices."""
     sae, drawn = small_sae(lone.host), some_firings().query("position < 80")
     drawn = drawn.assign(where=["firing", "firing", "elsewhere", "elsewhere"])
     preferred = dict(other={3: 11, 5: 12, 7: 13}, same={3: 21, 5: 22, 7: 23})
@@ -158,7 +157,7 @@ def test_erase_summary_has_every_atom_and_all_of_them():
     assert summary.loc["1", "ci_high"] < -0.45
     assert (
         summary.loc["all", "ci_low"] < -0.45 and summary.loc["all", "ci_high"] > -0.15
-    )  # either atom may be drawn twice
+    )  # the bootstrap may draw either atom twice
 
 
 # Single writes
@@ -172,8 +171,10 @@ def single_table(site, magnitude, horizon=2):
 
 
 def test_a_small_write_does_what_the_exact_form_says(site):
-    """So small that the host is linear: sign and size of every shift, in both directions, and gamma raises
-    every target."""
+    """At this size the host is almost linear: sign and size of the shifts agree with the exact form.
+
+    The direction gamma raises every target.
+    """
     table = single_table(in_double(site), 0.005)
     clear = table[table.measured.abs() > 1e-6]
     assert len(clear) >= 10
@@ -217,7 +218,7 @@ def test_single_summary_by_hand():
 
 
 def saes_and_atoms(host):
-    """Of both modes: SAEs, and lines as `choose_boundary` gives them."""
+    """One SAE and one table of `choose_boundary` per mode."""
     chosen = dict(
         role=["boundary"] * 3 + ["random"] * 3, atom=[1, 4, 9, 2, 7, 11], at_ends=[0.5, 1.0, 2.0, 0.1, 0.2, 0.3]
     )
@@ -240,8 +241,7 @@ def test_nothing_amplified_is_greedy_decoding(host, tokens):
 
 
 def overheard(monkeypatch, prompt, plan, count):
-    """Greedy continuations [R, count], the logits [R, count, V] that they were chosen by, and the amounts
-    written."""
+    """Greedy continuations [R, count], the logits [R, count, V] that chose them, and the written amounts."""
     heard, choose = [], newlines.choose
     monkeypatch.setattr(newlines, "choose", lambda logits, *more: choose(heard.append(logits) or logits, *more))
     made, amounts = newlines.generate_amplified(prompt, plan, count)
@@ -250,7 +250,7 @@ def overheard(monkeypatch, prompt, plan, count):
 
 @pytest.mark.parametrize("condition", [("scale", "boundary", 60.0), ("scale", "random", 60.0)])
 def test_scaled_writes_are_an_edit_of_a_longer_text(host, tokens, condition, monkeypatch):
-    """The continuation read back as a text, with every extra write as a term of one edit of its run."""
+    """The generation against one edited run over prompt and continuation, with one term per extra write."""
     saes, atoms = saes_and_atoms(host)
     plan, prompt = newlines.amplifier(saes, atoms, [condition], 3), site_of(host, tokens[:, :50])
     made, logits, amounts = overheard(monkeypatch, prompt, plan, 8)
@@ -286,7 +286,8 @@ def test_held_offsets_change_what_is_read_and_not_the_state(host, tokens, role, 
 
 
 def test_conditions_share_their_noise_and_prompts_do_not(lone, tokens):
-    prompt = site_of(lone.host, tokens[:, :50].roll(1, 0)[[0, 0, 1]])  # two prompts are the same text
+    # the first two prompts are the same text
+    prompt = site_of(lone.host, tokens[:, :50].roll(1, 0)[[0, 0, 1]])
     wanted = [("baseline", "baseline", 0.0), ("scale", "boundary", 1.0)]
     plan = newlines.amplifier(*saes_and_atoms(lone.host), wanted, 3)
     made, _ = newlines.generate_amplified(prompt, plan, 12, temperature=3.0, seed=5)
@@ -318,7 +319,7 @@ def test_atoms_of_line_ends_have_the_largest_difference():
     boundary, random = (chosen[chosen.role == name] for name in ("boundary", "random"))
     assert boundary.atom.iloc[0] == 6 and len(boundary) == len(random) == 3
     assert not set(boundary.atom) & set(random.atom)
-    assert set(random.atom) <= set(range(10))  # 10 and 11 never fire
+    assert set(random.atom) <= set(range(10))  # atoms 10 and 11 never fire
     assert np.allclose(random.at_ends, means[0][torch.tensor(random.atom.to_list())])
 
 
@@ -355,7 +356,7 @@ def test_newline_summary_is_paired_by_prompt():
 
 
 def test_later_heads_are_those_of_a_whole_run(site):
-    """Against all layers run again over the whole text, the cell's output changed in the one window."""
+    """Against a run of all later layers with the cell's output changed in one window."""
     host, run, steps = site.host, site.run, 9
     torch.manual_seed(0)
     change = torch.randn(1, steps, host.d_v).double()
@@ -369,7 +370,7 @@ def test_later_heads_are_those_of_a_whole_run(site):
         now = host.mix(layer, hidden, None, torch.arange(90).expand(3, -1))
         assert_close(heard[layer][0], now.outputs[1, 40:49], f"heads of layer {layer}", 1e-10)
         hidden = host.finish(layer, now, None)
-    assert host.mix.__name__ == "mix" and "mix" not in vars(host)  # the host itself is as it was
+    assert host.mix.__name__ == "mix" and "mix" not in vars(host)  # the host itself is unchanged
 
 
 def test_signal_and_baseline_are_single_edits(lone):
@@ -386,8 +387,10 @@ def test_signal_and_baseline_are_single_edits(lone):
         mine = table[(table.position == at.position) & (table.reader_layer == layer)].sort_values("reader_head")
         assert_close(torch.tensor(mine.signal.to_numpy()), moved.norm(dim=(0, 2)), "signal", 1e-8)
     many = [readers.readers(lone, atom, firings, steps=4, draws=n, seed=9) for n in (1, 200)]
-    np.testing.assert_allclose(many[0].signal, many[1].signal, rtol=1e-8)  # the signal has no draws
-    assert 0.2 < (many[1].baseline / table.baseline).median() < 5  # of the same size, whatever the draws
+    # the signal does not depend on the draws
+    np.testing.assert_allclose(many[0].signal, many[1].signal, rtol=1e-8)
+    # the baseline has a similar size for any number of draws
+    assert 0.2 < (many[1].baseline / table.baseline).median() < 5
 
 
 def test_the_top_reader_is_chosen_on_one_half_and_measured_on_the_other():
@@ -395,7 +398,8 @@ def test_the_top_reader_is_chosen_on_one_half_and_measured_on_the_other():
     for context in range(contexts):
         for head in range(3):
             signal = 4.0 if head == 1 or (head == 0 and context % 2 == 0) else 2.0
-            signal += 1.0 * (head == 0 and context % 2 == 0)  # the largest by luck, in the first half alone
+            # head 0 has the largest signal in the first half only
+            signal += 1.0 * (head == 0 and context % 2 == 0)
             rows.append(
                 dict(window=context, position=7, passage=context, reader_layer=5, reader_head=head, signal=signal)
             )
@@ -403,7 +407,7 @@ def test_the_top_reader_is_chosen_on_one_half_and_measured_on_the_other():
     top = readers.top_readers(table).iloc[0]
     assert (top.reader_head, top.n) == (0, contexts // 2)
     assert top.ratio == pytest.approx(1.0)
-    alone = readers.top_readers(table[table.passage == 0])  # nothing is left to measure it on
+    alone = readers.top_readers(table[table.passage == 0])  # one passage leaves no second half
     assert alone.empty and list(alone) == list(readers.top_readers(table))
     summary = readers.summarise_readers(table).set_index("reader_head")
     assert summary.ratio.to_dict() == pytest.approx({0: 10**0.5 / 2, 1: 2.0, 2: 1.0}, rel=0.3)
@@ -417,8 +421,7 @@ def test_the_top_reader_is_chosen_on_one_half_and_measured_on_the_other():
 
 
 def stepped_output(factors, row, put_in):
-    """Outputs [T, d_v] of one window by the plain loop, with the matrices put_in {position: [d_k, d_v]} for
-    native writes."""
+    """Outputs [T, d_v] of one window by a loop. `put_in` {position: [d_k, d_v]} replaces native writes."""
     one, state, outputs = factors.at(slice(row, row + 1)), 0, []
     for t in range(one.key.shape[1]):
         now = one.at(0, t)
@@ -433,7 +436,7 @@ def stepped_output(factors, row, put_in):
 
 
 def test_all_registers_at_once_are_a_loop_over_states_really_changed(site):
-    """Each condition: the terms of its one edit say what is written, the loop over states what that does."""
+    """For each condition, the edit gives the new writes, and a loop over the states gives the outputs."""
     site = in_double(site)
     host, sae, firings, first = site.host, small_sae(site.host), some_firings(), 8
     table = registers.erase_registers(site, firings, sae, first, seed=2).set_index(["window", "condition"])
@@ -487,7 +490,7 @@ def test_register_summary_counts_passages():
 
 
 def plain(**fields):
-    """Settings that a fingerprint can take."""
+    """A settings object that can be fingerprinted."""
     return make_dataclass("Plain", fields)(**fields)
 
 
@@ -523,7 +526,7 @@ class Letters:
 
 
 class TinyStudy(Study):
-    """A study whose host, text and SAEs are made here."""
+    """A study with a host, text and SAEs made in this file."""
 
     def __init__(self, host):
         self.tiny = type(host)(copy.deepcopy(host.model).float(), Letters(), "small")

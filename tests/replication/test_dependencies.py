@@ -1,4 +1,4 @@
-"""The closure of imports on a package made for the test."""
+"""The import closure of a package made for this test, and what the notebooks declare to make."""
 
 import ast
 import json
@@ -148,7 +148,7 @@ def test_every_committed_table_is_made_again_where_it_is_missing():
     tables = {f"results/{{profile}}/{path.name}" for path in (paths.ROOT / "results/mini").glob("[!.]*.csv")}
     tables = {
         name for name in tables if not re.search("/(sweep-|every_cell|repeats)", name)
-    }  # `make sweep` and `make repeats`, and what pages make of their tables
+    }  # `make sweep`, `make repeats` and the pages that use their tables make these
     assert tables and tables <= made, f"no notebook says that it makes {', '.join(sorted(tables - made))}"
 
 

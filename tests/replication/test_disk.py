@@ -1,4 +1,4 @@
-"""What a profile has still to write, against real files; and what is said where a disk or a GPU is too small for it."""
+"""The disk space that a profile needs against real files; errors for a disk or GPU that is too small."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ SHAPES = {
     "mamba2": Shape(48, 32, 128, 64),
     "rwkv7": Shape(24, 32, 64, 64, vector_decay=True),
 }
-CONFIGS = {  # what their files say, apart from what does not decide a shape
+CONFIGS = {  # contents of the config files; fields that do not affect a shape are omitted
     "gated_deltanet": dict(
         model_type="qwen3_5",
         text_config=dict(model_type="qwen3_5_text", num_hidden_layers=24, hidden_size=1024)
@@ -44,7 +44,7 @@ CONFIGS = {  # what their files say, apart from what does not decide a shape
 
 @pytest.fixture
 def large():
-    """The smoke profile's settings at the paper's hosts and windows."""
+    """The smoke profile's settings with the paper's hosts and windows."""
     profile = load_profile("smoke")
     middle = {"middle": CellRule(layer=9, sigma_ratio=6.8)}
     hosts = {name: HostSection(path=path, cells=middle) for name, path in HOSTS.items()}
@@ -54,7 +54,7 @@ def large():
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub with the paper's hosts, whose weights are a few bytes."""
+    """A simulated Hub with the paper's hosts, whose weights have at most a few thousand bytes."""
     files = {
         HOSTS[name]: {"config.json": json.dumps(config).encode(), "README.md": b"not asked for"}
         for name, config in CONFIGS.items()
@@ -153,7 +153,7 @@ def test_the_command_asks_the_disks_of_the_profile(monkeypatch, capsys):
 
 
 def test_a_run_asks_in_another_process(tmp_path, monkeypatch, capsys):
-    """A profile whose harvest no disk can hold, of a model that the repository has; and one of a model that cannot be asked."""
+    """One profile needs more space than any disk has; the other names a model that is unavailable."""
     for name in ("writesae", "replication"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "models" / "mamba2").mkdir(parents=True)

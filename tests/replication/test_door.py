@@ -1,4 +1,4 @@
-"""CONTRIBUTING, the citation and the workflow name only what is there."""
+"""All names in CONTRIBUTING, the citation and the workflow exist."""
 
 import re
 import tomllib
@@ -42,7 +42,7 @@ def test_the_guide_names_code_that_is_there():
 
 
 def test_the_citation_has_what_the_format_asks_for():
-    """The required fields of the Citation File Format 1.2.0, of the software and of each reference."""
+    """The software and each reference have the required fields of the Citation File Format 1.2.0."""
     found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert {"cff-version", "message", "title", "authors"} <= set(found)

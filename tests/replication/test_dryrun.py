@@ -1,4 +1,4 @@
-"""Profiles of the paper's hosts, what a dry run makes of them, and one dry run of a small page through the real command."""
+"""Profiles of the paper's hosts, their dry runs, and one dry run of a small page through the real command."""
 
 import json
 import os
@@ -188,7 +188,7 @@ HOLD = "import time; held = bytearray(400_000_000); print(flush=True); time.slee
 def test_memory_of_processes_that_have_ended_counts():
     with dryrun.peak_memory(every=0.01) as peak:
         child = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE)
-        child.stdout.readline()  # it has its memory now
+        child.stdout.readline()  # the child has its memory now
         deadline = time.monotonic() + 20
         while peak() < (before := psutil.Process().memory_info().rss / 1e9) + 0.4 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -197,7 +197,7 @@ def test_memory_of_processes_that_have_ended_counts():
         assert before + 0.4 <= peak() < before + 0.6
     with dryrun.peak_memory(every=0.01) as peak:
         time.sleep(0.2)
-    assert 0 < peak() < before + 0.2  # of this watch alone
+    assert 0 < peak() < before + 0.2  # counts this period only
 
 
 def test_a_dry_run_ends_with_its_command(monkeypatch):
@@ -230,7 +230,7 @@ def test_a_page_through_the_real_command(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     told = re.search(r"DRY RUN 00_toy: \d+ s, peak memory ([\d.]+) GB", done.stdout)
-    assert float(told[1]) > 0.4  # the notebook's kernel holds torch and a model
+    assert float(told[1]) > 0.4  # the notebook's kernel has loaded torch and a model
     assert page.read_bytes() == before
     written = tmp_path / "build" / "dryrun"
     executed = nbformat.read(written / "build" / "small" / "notebooks" / "00_toy.ipynb", as_version=4)

@@ -1,5 +1,8 @@
-"""DeltaNet and GLA: the recurrence, the plain models and their adapters against the equations, token by token in fp64, and
-against flash-linear-attention's own models, whose logits tests/fla_run.py has recorded."""
+"""DeltaNet and GLA: the chunked recurrence, the plain models and their adapters.
+
+The references are the equations, computed token by token in fp64, and logits of flash-linear-attention's own
+models. tests/fla_run.py recorded these logits.
+"""
 
 import json
 from pathlib import Path
@@ -45,8 +48,9 @@ def run(host, tokens):
 
 
 def stepped_model(model, tokens, edit=lambda layer, t, state, write: (state, state)):
-    """Logits [B, T, vocabulary] and last states of all layers from the equations, one token and one layer at a time.
-    edit: what a token's queries read, and what goes on, given a layer's state at t and the write in it, [B, H, d_k, d_v]."""
+    """Logits [B, T, vocabulary] and each layer's last state from the equations, one token at a time.
+    `edit` takes a layer, t, the state at t and the write at t, both [B, H, d_k, d_v]. It returns the state
+    that the queries read and the state that is carried to t + 1."""
     w, c = dict(model.named_parameters()), model.config
     delta, last, states, logits = c.model_type == "delta_net", {}, {}, []
 
@@ -94,11 +98,11 @@ def stepped_model(model, tokens, edit=lambda layer, t, state, write: (state, sta
     return torch.stack(logits, 1), [states[layer] for layer in range(c.num_hidden_layers)]
 
 
-# The chunked recurrence with a decay a channel.
+# The chunked recurrence with one decay per channel.
 
 
 def cells(length=83, d_k=6, d_v=10, strength=0.6):
-    """Random factors of GLA's kind, each [2, 3, T, d], fp64; log decays down to -strength."""
+    """Random fp64 factors shaped as GLA's, each [2, 3, T, d]; the log decays are between -strength and 0."""
     g = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 2, 3, length, d_k, generator=g, dtype=torch.float64)
     decay = torch.rand(2, 3, length, d_k, generator=g, dtype=torch.float64)
@@ -121,7 +125,7 @@ def test_gradients_are_the_step_loops():
 
 
 def test_no_decay_is_too_fast():
-    """Channels that keep nothing beside channels that keep everything, in fp32: exp(-40 t) underflows within a chunk."""
+    """fp32 chunks against fp64 steps; half of the channels decay by exp(-40) per token, the others not."""
     parts = cells(length=130)
     parts["log_decay"] = torch.full_like(parts["log_decay"], -40.0)
     parts["log_decay"][..., ::2] = 0
@@ -165,7 +169,10 @@ def test_the_model_is_the_equations(family, fields, tokens):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_model_is_flash_linear_attentions(family):
-    """Its checkpoint loads, and its logits are ours: recorded on a CPU, its Triton operators replaced by its references."""
+    """The recorded checkpoint loads and gives the recorded logits.
+
+    They were recorded on a CPU, with the reference operators in place of the Triton ones.
+    """
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -207,7 +214,8 @@ def test_other_architectures_are_refused_in_one_sentence(family, fields, says, t
     (tmp_path / "config.json").write_text(json.dumps(settings | fields))
     with pytest.raises(ValueError, match=says):
         load_host(tmp_path, "cpu")
-    for name, value in fields.items():  # a model of the package's own class on a GPU is made before it is asked
+    # on a GPU the model has the package's own class and exists before the check
+    for name, value in fields.items():
         setattr(host.model.config, name, value)
     with pytest.raises(ValueError, match=says):
         type(host)(host.model, None, "other")
@@ -222,7 +230,7 @@ def test_a_cache_is_refused(host, tokens):
 
 
 def test_blocks_are_run_from_their_weights_alone(host, run, tokens, monkeypatch):
-    """So that they run from flash-linear-attention's modules, whose forwards need a GPU."""
+    """The host never calls a block's forward: the forwards of flash-linear-attention need a GPU."""
 
     def triton(self, *args):
         raise RuntimeError("0 active drivers ([]). There should only be one.")
@@ -268,7 +276,7 @@ def test_output_projection_and_unembedding_are_the_models(host):
 
 
 def test_what_the_cells_are_like(host, run):
-    """Both writes have rank 1, and only GLA forgets by itself."""
+    """Added and effective writes have rank 1, and only GLA's state decays."""
     table = survey_cells(host, run, 16)
     assert set(table.added_write_rank) == set(table.effective_write_rank) == {1}
     if host.family == "delta_net":
@@ -296,7 +304,7 @@ def test_in_bfloat16_states_are_kept_in_fp32(family, tokens):
 @pytest.mark.parametrize("scope", ["write", "cache"])
 @pytest.mark.parametrize("position", [0, 37, 88])
 def test_a_replaced_write_is_the_step_loop_with_another_write(host, run, tokens, scope, position):
-    """Taken out and put in again, a write changes nothing; another in its place is the model run again with that one."""
+    """A write removed and added back changes nothing; another write gives the step loop's logits."""
     torch.manual_seed(position)
     factors, steps = host.factors(run, LAYER, HEAD), min(6, tokens.shape[1] - position)
     key, added = factors.key[1, position], factors.added[1, position]

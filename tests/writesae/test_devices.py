@@ -1,7 +1,7 @@
-"""A host on another device: that what its neighbours give it and get from it is on the CPU, and all within it on the device.
+"""A host on another device: its inputs and outputs are on the CPU, everything else on the device.
 
-There is no GPU here, so a stand-in: tensors of the CPU that are counted as being elsewhere, and every operation on some that
-are and some that are not is refused, as CUDA refuses it. What kernels compute there is not tested.
+No GPU is needed. The stand-in marks some CPU tensors as being on another device, and it refuses every
+operation that mixes marked and unmarked tensors, as CUDA does. GPU kernels are not tested.
 """
 
 import copy
@@ -24,7 +24,7 @@ from writesae.sae.model import SAE
 from writesae.shift import gamma, logit_gradient
 
 ELSEWHERE = torch.device("cuda", 0)
-INDEXING = ("__getitem__", "__setitem__", "index_put", "index_put_")  # a GPU's tensors take indices of the CPU
+INDEXING = ("__getitem__", "__setitem__", "index_put", "index_put_")  # CUDA accepts index tensors on the CPU
 LEAVES = ("cpu", "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "size", "dim", "__len__")
 
 
@@ -39,7 +39,7 @@ def tensors(values):
 
 
 class Elsewhere(TorchFunctionMode):
-    """Within it, a tensor that was moved to ELSEWHERE, or made there or from such tensors, is there until it is moved back."""
+    """A mode that marks tensors moved to ELSEWHERE, created there or computed from marked tensors."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
@@ -75,7 +75,7 @@ class Elsewhere(TorchFunctionMode):
 
 
 def moved(host):
-    """A copy of a host, all of it elsewhere."""
+    """A copy of a host whose parameters and buffers are all marked."""
     host = copy.deepcopy(host)
     for x in itertools.chain(host.model.parameters(), host.model.buffers()):
         x.elsewhere = True
@@ -83,7 +83,7 @@ def moved(host):
 
 
 def asked(host, tokens, dtype=torch.float64):
-    """What the experiments ask of a host, name -> tensor."""
+    """Everything that the experiments ask of a host, as {name: tensor}."""
     run = host.run(tokens)
     cell = host.recurrent_layers[1], 1
     factors, generator = host.factors(run, *cell), torch.Generator().manual_seed(0)
@@ -152,7 +152,10 @@ def test_the_stand_in_refuses_what_a_gpu_would():
 
 
 def test_a_host_in_bfloat16_answers_in_fp32_and_about_the_same(host, tokens):
-    """As the profiles for a GPU load their hosts. What is greedily chosen may differ, and what follows from it."""
+    """The GPU profiles load hosts in bfloat16.
+
+    Greedy continuations may differ from fp32, so they and their consequences are not compared.
+    """
     half = copy.deepcopy(host)
     half.model.bfloat16()
     found, expected = asked(half, tokens, torch.float32), asked(host, tokens)

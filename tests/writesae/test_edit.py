@@ -1,5 +1,4 @@
-"""Edits against the library's own model run with its recurrence operator replaced, and against finite
-perturbations."""
+"""Edits against the library's model with its recurrence operator replaced, and against finite differences."""
 
 import types
 
@@ -14,8 +13,8 @@ LAYER, HEAD = 1, 2
 
 
 def model_with_edit(host, tokens, position, delta, scope):
-    """Logits of the library's model whose recurrence, in one layer, steps token by token and adds delta [d_k,
-    d_v] to one head's state at `position`: an independent edited run, through the library's forward."""
+    """Logits of the library's model when one head's state is changed by delta [d_k, d_v] at `position`.
+    The edited layer runs a step loop inside the library's own forward, so this run is independent of ours."""
     mixer = host.blocks[LAYER].linear_attn
 
     def stepped(query, key, value, g, beta, **_):
@@ -85,7 +84,7 @@ def test_own_write_put_back_changes_nothing(host, run, amount):
 
 
 def test_head_change_is_the_perturbed_step_loop(host, run):
-    """Two terms at two positions of one row, against a step loop whose state is really perturbed."""
+    """An edit with two terms at two positions of one row, against a step loop with the perturbed state."""
     factors = host.factors(run, LAYER, HEAD)
     one = factors.at(slice(0, 1))
     left, right = torch.randn(1, 2, host.d_k).double(), torch.randn(1, 2, host.d_v).double()
@@ -129,8 +128,7 @@ def test_rows_have_their_own_position_and_scope(host, run):
 
 @pytest.mark.parametrize("position", [59, 50])
 def test_generation_goes_on_from_the_edited_state(host, tokens, position):
-    """Against the whole edited run over prompt and continuation, token by token; position 59 is the prompt's
-    last."""
+    """Against one edited run over prompt and continuation; position 59 is the prompt's last token."""
     prompt = tokens[:, :60]
     run = host.run(prompt)
     left, right = torch.randn(3, 1, host.d_k).double(), 20 * torch.randn(3, 1, host.d_v).double()

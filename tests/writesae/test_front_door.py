@@ -1,5 +1,7 @@
-"""The entries of `import writesae as ws` against functions on tensors and slow loops, with other values than
-defaults."""
+"""The functions of `import writesae as ws` against the tensor functions and slow loops.
+
+The tests use arguments other than the defaults.
+"""
 
 import copy
 import os
@@ -28,7 +30,7 @@ LAYER, HEAD = 1, 2
 
 @pytest.fixture(scope="module")
 def single(host):
-    """Every family in fp32, as a user loads it."""
+    """Each host family in fp32, as a user loads it."""
     return type(host)(copy.deepcopy(host.model).float(), None, "small")
 
 
@@ -107,12 +109,12 @@ def settings():
 
 
 def ws_history(cell):
-    """A history that does not say whose it is."""
+    """A history without the name of its cell."""
     return type(cell.history("write"))(cell.key, cell.added)
 
 
 def test_replaced_writes_are_the_replacement_test(single, windows):
-    """Windows run two at a time, against one run of all; a cell that the SAE does not say is passed."""
+    """Batches of two windows against one run of all three; the second call also names the cell."""
     cell, sae = trained(single, windows, "write")
     firings = ws.find_firings(sae, cell, windows).sample(9, random_state=3)
     options = dict(conditions=("delete", "atom", "random"), scopes=("cache", "write"), seed=5)
@@ -176,7 +178,7 @@ def predicted(host, windows, edit, token, steps, by):
 
 @pytest.mark.parametrize("scope", ["write", "cache"])
 def test_shifts_are_the_formulas(host, run, windows, scope):
-    """exact: x^T Gamma w; transport, paper: the reads of the write at t0 times the direct path."""
+    """exact: x^T Gamma w. transport and paper: the reads of the write at t0 times the direct path."""
     (key, value), t0, steps, token = sides(host), 20, 5, torch.tensor([250])
     edit, factors = ws.Edit.at(1, t0, key, value, scope), host.factors(run, LAYER, HEAD)
     at = torch.tensor([1]), torch.tensor([t0])
@@ -193,7 +195,7 @@ def test_shifts_are_the_formulas(host, run, windows, scope):
 
 
 def test_small_shifts_are_those_of_edited_runs(host, run, windows):
-    """Of two rows, each with its own token, by a central difference."""
+    """Predictions for two rows, each with its own token, against central differences."""
     key, value = (torch.nn.functional.normalize(x, dim=0) for x in sides(host, 3))
     rows, position = torch.tensor([0, 2]), torch.tensor([30, 60])
     left, right = key.expand(2, 1, -1), value.expand(2, 1, -1)

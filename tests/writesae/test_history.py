@@ -1,5 +1,7 @@
-"""writesae.history against the plain recurrence, in fp64 unless the point is fp32; d_k != d_v, T not in
-CHUNKs."""
+"""writesae.history against the plain recurrence, in fp64 except where a test is about fp32.
+
+d_k differs from d_v, and the number of tokens is not a multiple of the chunk size.
+"""
 
 from dataclasses import replace
 
@@ -12,7 +14,7 @@ from writesae.history import History, Origin, VectorHistory
 from writesae.recurrence import Factors, step_states
 from writesae.sae.train import TrainingSettings, train
 
-TOKENS = 150  # two chunks of 64 and a part of one
+TOKENS = 150  # two full chunks of 64 and a part of a third
 
 
 def make(target: str = "state", windows: int = 3, strength: float = 0.1, dtype: torch.dtype = torch.float64) -> History:
@@ -121,8 +123,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def vector_history(strength: float = 0.3) -> tuple[Factors, VectorHistory]:
-    """A history from a real recurrence with erase, so that `taken` is what the erase takes out of the
-    state."""
+    """Factors of a recurrence with erase, and their history; `taken` is what the erase removes."""
     generator = torch.Generator().manual_seed(4)
     query, key, erase, probe = (torch.randn(3, TOKENS, 5, generator=generator).double() / 3 for _ in range(4))
     added = torch.randn(3, TOKENS, 7, generator=generator).double()
@@ -131,7 +132,7 @@ def vector_history(strength: float = 0.3) -> tuple[Factors, VectorHistory]:
     return factors, VectorHistory(key, added, log_decay, erase, factors.taken_by_erase())
 
 
-@pytest.mark.parametrize("strength", [0.3, 8.0])  # the second is too fast for chunks: the plain loop takes over
+@pytest.mark.parametrize("strength", [0.3, 8.0])  # 8.0 is too fast for chunks, so the plain loop is used
 def test_vector_decays_rebuild_the_step_loops_states(strength):
     factors, history = vector_history(strength)
     states = step_states(factors)
@@ -154,7 +155,7 @@ def test_vector_decays_answer_what_a_history_answers():
 
 
 def test_large_states_are_rebuilt_at_the_chosen_places_alone(monkeypatch):
-    """And in groups of no more windows than have VECTOR_NUMBERS numbers in their states."""
+    """Windows are also grouped so that the states of one group have at most VECTOR_NUMBERS numbers."""
     factors, history = vector_history(8.0)
     monkeypatch.setattr(history_module, "VECTOR_NUMBERS", 2 * TOKENS * 5 * 7)
     monkeypatch.setattr(VectorHistory, "steps", lambda self: 1 / 0)
@@ -171,8 +172,7 @@ def test_vector_decays_of_wrong_shape_are_refused():
 
 
 def test_an_sae_of_vector_decays_trains_on_the_states_themselves():
-    """The factored trainer is not for these; training on the rebuilt states is the dense loss, to the last
-    step."""
+    """The factored trainer does not apply; the held-out FVU is that of the rebuilt states."""
     factors, history = vector_history()
     settings = TrainingSettings(n_atoms=12, k=3, tokens=TOKENS * 6, batch_windows=1, lr=3e-3, final_lr=3e-4)
     sae, record = train(history, settings, progress=False, validation=history)

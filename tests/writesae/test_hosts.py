@@ -1,4 +1,7 @@
-"""Every adapter against its model's own forward and a step loop in fp64; what only Gated DeltaNet has, at the end."""
+"""Every adapter against its model's own forward and against a step loop in fp64.
+
+Some tests are for Gated DeltaNet alone.
+"""
 
 import json
 from copy import deepcopy
@@ -15,7 +18,7 @@ from writesae.hosts.load import adapter, load_host
 from writesae.hosts.past import Record
 from writesae.recurrence import step_states
 
-LIBRARY = 5e-6  # the library works in fp32 inside its recurrence, whatever the model's type
+LIBRARY = 5e-6  # the library's recurrence is in fp32, whatever the model's type
 
 
 def library_logits(host, tokens, **more):
@@ -33,7 +36,7 @@ def test_outputs_and_last_state_are_the_step_loops(host, run):
         states = step_states(factors)
         read = (states.mT @ factors.query[..., None])[..., 0]
         record = run.records[layer]
-        outputs = record.outputs - record.factors.get("skip", 0)  # Mamba-2's D x, which goes past the state
+        outputs = record.outputs - record.factors.get("skip", 0)  # Mamba-2's D x, which bypasses the state
         assert_close(outputs[:, :, head], read, f"output of {layer}.{head}", 1e-12)
         assert_close(run.records[layer].end[:, head], states[:, -1], f"state of {layer}.{head}", 1e-12)
 
@@ -43,13 +46,13 @@ def test_effective_write_is_the_states_whole_change(host, run):
     states = step_states(factors)
     change = states[:, 1:] - factors.log_decay.exp()[:, 1:, :, None] * states[:, :-1]
     if factors.effective is None:
-        assert numerical_rank(change[0]) == 2  # RWKV-7: the erase has another key than the write
+        assert numerical_rank(change[0]) == 2  # RWKV-7 erases along another key than it writes
     else:
         assert_close(factors.key[:, 1:, :, None] * factors.effective[:, 1:, None], change, "effective write", 1e-12)
 
 
 def test_factors_follow_the_librarys_gates(gated_deltanet, tokens):
-    """beta and the decay recomputed with the library's formula, straight from the layer's input."""
+    """beta and the decay against the library's formula, computed from the layer's input."""
     layer, head, host = 1, 2, gated_deltanet
     run = host.run(tokens)
     mixer, block = host.blocks[layer].linear_attn, host.blocks[layer]
@@ -61,7 +64,7 @@ def test_factors_follow_the_librarys_gates(gated_deltanet, tokens):
 
 
 def test_library_state_is_ours(gated_deltanet, tokens):
-    """The recurrent state in the library's own cache after a prefix: same orientation, same numbers."""
+    """Our last state against the recurrent state in the library's cache: same orientation, same values."""
     host = gated_deltanet
     with torch.no_grad():
         cache = host.model(input_ids=tokens, use_cache=True).past_key_values
@@ -89,8 +92,10 @@ def test_branch_isolates_rows(host, run):
 
 
 def test_a_run_in_double_precision_is_so_throughout(host, run):
-    """The derivative by differences of 1e-9 is that by differences of 1e-6: rounded to fp32 anywhere, it is noise. No
-    identity in fp64 could then be held to 1e-10 on every processor, whichever elements it takes at once."""
+    """Central differences of size 1e-9 and 1e-6 agree; with any rounding to fp32, 1e-9 would give noise.
+
+    Without this, tests at a tolerance of 1e-10 would depend on the processor.
+    """
     at = torch.tensor([1]), torch.tensor([30])
     change = torch.randn(1, 9, host.d_v, generator=torch.Generator().manual_seed(3)).double()
 
@@ -104,7 +109,7 @@ def test_a_run_in_double_precision_is_so_throughout(host, run):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_are_the_librarys(gated_deltanet, dtype):
-    """Bit for bit in the types that models come in, the gated one by way of `finish`."""
+    """Our norms equal the library's bit for bit; the gated norm is tested through `finish`."""
     host = type(gated_deltanet)(deepcopy(gated_deltanet.model).to(dtype), None, "small")
     torch.manual_seed(1)
     x, outputs = torch.randn(2, 5, host.model.config.hidden_size).to(dtype), torch.randn(2, 5, host.heads, host.d_v)
@@ -124,7 +129,7 @@ def test_branch_refuses_to_leave_the_window(host, run):
 
 
 def test_greedy_decoding_is_the_models(host, tokens):
-    """Against the model's own forward over everything so far, token by token."""
+    """Decoded tokens against the model's own forward over the whole text, repeated for every token."""
     prompt = tokens[:, :50]
     sofar = prompt
     for _ in range(8):
@@ -169,7 +174,7 @@ def test_slow_decays_have_memory():
 
 
 def test_load_host_reads_what_was_saved(host, tokens, tmp_path):
-    """A round trip through files in the library's format, with fp32 arithmetic."""
+    """Saving in the library's format and loading again gives the same logits in fp32."""
     from transformers import PreTrainedTokenizerFast
 
     from replication.study import docstrings as corpus

@@ -1,6 +1,7 @@
-"""Kernels of other packages: hidden where there is no CUDA, compared with ours where there is.
+"""Kernels of other packages: hidden without CUDA, compared with our code where CUDA is available.
 
-Stand-ins take the packages' place: they can be imported, and every operator fails as Triton does without a GPU.
+Without CUDA, stand-ins replace the packages. They can be imported, and each of their operators raises
+Triton's error for a missing GPU.
 """
 
 import os
@@ -33,7 +34,7 @@ needs_no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="about a ma
 
 @pytest.fixture(scope="module")
 def standins(tmp_path_factory):
-    """A folder for sys.path with the packages and, for importlib.metadata, their distributions."""
+    """A folder for sys.path with the stand-in packages and their metadata for importlib.metadata."""
     folder = tmp_path_factory.mktemp("standins")
     for path, names in OPERATORS.items():
         file = folder / path
@@ -52,12 +53,12 @@ def standins(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wanted():
-    """What the hosts give without the packages."""
+    """Outputs of the hosts without the packages."""
     return outputs(library=True)
 
 
 def run_beside(standins: Path, path: Path, *names: str) -> subprocess.CompletedProcess:
-    """kernel_run in a process that finds the stand-ins."""
+    """Run kernel_run in a process that finds the stand-ins."""
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (standins, ROOT))))
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command = [sys.executable, str(ROOT / "tests" / "kernel_run.py"), str(path), *names]
@@ -66,7 +67,7 @@ def run_beside(standins: Path, path: Path, *names: str) -> subprocess.CompletedP
 
 @needs_no_cuda
 def test_packages_that_need_a_gpu_change_nothing_without_one(standins, wanted, tmp_path):
-    """With transformers imported first, and the library's own forward run as well."""
+    """transformers is imported first, and the library's own forward is run too."""
     ran = run_beside(standins, tmp_path / "made", "transformers", "--library")
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert ran.stdout.split("\n")[:-1] == []
@@ -77,7 +78,7 @@ def test_packages_that_need_a_gpu_change_nothing_without_one(standins, wanted, t
 
 @needs_no_cuda
 def test_hosts_run_where_the_library_has_bound_the_packages_before(standins, wanted, tmp_path):
-    """The classes of the models were imported first: the library's own forward fails then, and the hosts do not."""
+    """The model classes are imported first. The library's own forward then fails, and the hosts still run."""
     ran = run_beside(standins, tmp_path / "made", *MODELS, "--library")
     assert ran.returncode == 0, ran.stderr[-2000:]
     said = f"gated_deltanet: {NO_DRIVER}\nmamba2: {NO_DRIVER}\n"

@@ -1,4 +1,7 @@
-"""What load_host says of models, weights, tokenizers and hub ids that it cannot take; no test here uses a network."""
+"""Error messages of load_host for models, weights, tokenizers and hub ids that it refuses.
+
+No test here uses a network.
+"""
 
 import json
 import shutil
@@ -104,7 +107,7 @@ def test_damaged_and_missing_weights_are_refused(folder):
 @pytest.mark.parametrize("size", [301, 140])
 def test_the_tokenizer_of_another_model_is_refused(folder, size, monkeypatch):
     tokenizer = tokenizer_of(301)
-    if size == 140:  # of a byte-level tokenizer there are at least 257
+    if size == 140:  # a byte-level tokenizer has at least 257 ids
         monkeypatch.setattr(tokenizer, "get_vocab", lambda: {str(i): i for i in range(size)})
     with pytest.raises(
         ValueError, match=f"tokenizer has {size} ids, and .* a vocabulary of 300: it is another model's"
@@ -130,7 +133,8 @@ def test_a_folder_has_no_revisions(folder):
 
 
 def multimodal(folder, top: bool, text: bool):
-    """A Qwen3.5 checkpoint as it is published, vision tower included; its config says `top` and `text` of tying."""
+    """A Qwen3.5 checkpoint as published, with its vision tower.
+    Its config has tie_word_embeddings `top` at the top level and `text` in text_config."""
     from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
     vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=48, patch_size=4)
@@ -151,8 +155,9 @@ def test_a_tied_head_is_the_embedding_wherever_the_config_says_so(top, text, tmp
     model = multimodal(tmp_path, top, text)
     tensors = load_file(tmp_path / "model.safetensors")
     assert any("visual" in name for name in tensors) and any("language_model" in name for name in tensors)
-    tensors.pop("lm_head.weight", None)  # a tied checkpoint does not hold it
-    tensors["mtp.fc.weight"] = torch.ones(48, 96)  # for multi-token prediction; the published ones have such weights
+    tensors.pop("lm_head.weight", None)  # a tied checkpoint does not contain it
+    # for multi-token prediction, as in the published checkpoints
+    tensors["mtp.fc.weight"] = torch.ones(48, 96)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     host = load_host(tmp_path, "cpu")
     assert torch.equal(host.model.lm_head.weight, model.model.language_model.embed_tokens.weight)
@@ -169,7 +174,7 @@ def test_an_untied_head_is_the_checkpoints(tmp_path):
 
 
 def test_a_head_that_nobody_has_is_refused(tmp_path):
-    """Neither in the file nor tied: transformers would make a random one."""
+    """The head is neither in the file nor tied, and transformers would initialise it at random."""
     multimodal(tmp_path, False, False)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors.pop("lm_head.weight")

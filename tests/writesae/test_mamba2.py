@@ -1,4 +1,4 @@
-"""The Mamba-2 adapter against the library's own model, its decoding, and a step loop in fp64."""
+"""The Mamba-2 adapter against the library's model, its decoding and a step loop in fp64."""
 
 import copy
 import inspect
@@ -17,7 +17,7 @@ from writesae.hosts.past import Past, extend
 from writesae.recurrence import Factors, Groups, decayed_chunks, step_states
 from writesae.shift import direct_path
 
-LIBRARY = 5e-6  # the library works in fp32 inside its scan and norms, whatever the model's type
+LIBRARY = 5e-6  # the library's scan and norms are in fp32, whatever the model's type
 LAYER, HEAD = 1, 2
 
 
@@ -26,9 +26,9 @@ def small(dtype=torch.float64, **fields):
     model = adapter("mamba2").build(SMALL["mamba2"] | fields)
     for p in model.parameters():
         if p.ndim > 1:
-            p.data.mul_(3)  # larger random weights, so that the layers above are not nearly linear
+            p.data.mul_(3)  # larger random weights make the upper layers clearly nonlinear
         elif (p == p[0]).all():
-            p.data += 0.3 * torch.randn_like(p)  # norms, skips and biases, else all one or all zero
+            p.data += 0.3 * torch.randn_like(p)  # norms, skips and biases are otherwise all 1 or all 0
     return Mamba2(model.to(dtype), None, "small")
 
 
@@ -48,7 +48,7 @@ def library_logits(host, tokens, **more):
 
 
 def cells(length=83, groups=2, heads=4, d_k=6, d_v=10, batch=2):
-    """Random queries, keys [B, T, H_k, d_k], writes [B, T, H, d_v] and decays [B, T, H], fp64."""
+    """Random fp64 queries and keys [B, T, H_k, d_k], writes [B, T, H, d_v] and log decays [B, T, H]."""
     g = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, batch, length, groups, d_k, generator=g, dtype=torch.float64)
     added = torch.randn(batch, length, heads, d_v, generator=g, dtype=torch.float64)
@@ -56,7 +56,7 @@ def cells(length=83, groups=2, heads=4, d_k=6, d_v=10, batch=2):
 
 
 def stepped(query, key, added, log_decay, state=None):
-    """Outputs [B, T, H, d_v] and states [B, T, H, d_k, d_v] head by head from the step loop."""
+    """Outputs [B, T, H, d_v] and states [B, T, H, d_k, d_v] from the step loop, one head at a time."""
     outputs, states = [], []
     for head in range(added.shape[2]):
         q, k = (x[:, :, head * key.shape[2] // added.shape[2]] for x in (query, key))
@@ -102,7 +102,7 @@ def test_gradients_are_the_step_loops():
 
 
 def test_slow_decays_after_fast_ones_are_exact_in_fp32():
-    """Sums of logarithms in fp32 would lose the slow decays behind the fast ones: 1e-4 where 1e-6 is asked for."""
+    """fp32 sums of logarithms would lose the slow decays after the fast ones: error 1e-4, tolerance 1e-6."""
     parts = cells(length=64)
     parts[3][:, :40] -= 100
     outputs, _ = decayed_chunks(*(x.float() for x in parts))
@@ -141,7 +141,7 @@ def test_nothing_is_erased(host, run):
 
 
 def test_factors_are_what_the_librarys_scan_takes(host, run, tokens):
-    """Captured at the library's own call: x, dt, A, B, C and D, whose heads 2 and 3 share the second group."""
+    """The factors against the arguments of the library's own call. Heads 2 and 3 share the second group."""
     taken = {}
 
     def capture(x, dt, A, B, C, chunk_size, D, dt_bias, **_):
@@ -202,7 +202,7 @@ def test_output_projection_and_unembedding_are_the_librarys(host):
 
 
 def with_scan(host, scan, tokens, layer=LAYER):
-    """Logits of the library's model with the scan of one layer replaced: an independent run, by the library's forward."""
+    """Logits of the library's own forward with `scan` as the scan of one layer."""
     mixer = host.blocks[layer].mixer
     forward = inspect.unwrap(type(mixer).forward)
     names = {**forward.__globals__, "mamba2_chunk_scan": scan}
@@ -215,7 +215,7 @@ def with_scan(host, scan, tokens, layer=LAYER):
 
 
 def scan_with_edit(position, delta, scope):
-    """The library's scan as a step loop, in its orientation [d_v, d_k], with delta [d_k, d_v] added at `position`."""
+    """The library's scan as a step loop, with states [d_v, d_k] and delta [d_k, d_v] added at `position`."""
 
     def scan(x, dt, A, B, C, chunk_size, D, dt_bias, **_):
         each = x.shape[2] // B.shape[2]
@@ -302,7 +302,7 @@ def test_a_new_model_has_slow_decays():
 
 
 def test_the_steps_of_a_training_host_learn_slowly():
-    """A twentieth of the gradient reaches the rows of in_proj that set dt; all others are as they were."""
+    """The gradient is divided by 20 in the rows of in_proj that set dt, and unchanged in all other rows."""
     gradients = []
     for prepare in (lambda model: None, Mamba2.before_training):
         torch.manual_seed(0)

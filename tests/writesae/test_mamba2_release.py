@@ -1,4 +1,4 @@
-"""writesae.hosts.mamba2_release: a release of Mamba-2's authors, against their forward written as a loop over tokens."""
+"""Mamba-2 checkpoints in the authors' format against the authors' forward as a loop over tokens."""
 
 import json
 
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from writesae.hosts.load import load_host
 from writesae.hosts.mamba2_release import from_release, is_release, library_config
 
-LIBRARY = 5e-6  # the library works in fp32 inside its scan and norms, whatever the model's type
+LIBRARY = 5e-6  # the library's scan and norms are in fp32, whatever the model's type
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:
@@ -20,7 +20,7 @@ def rms(x: torch.Tensor) -> torch.Tensor:
 
 
 def reference(t: dict[str, torch.Tensor], settings: dict, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits [T, 272] of one text, token by token and head by head, after mamba_ssm's Mamba2.step; states [p, n]."""
+    """Logits [T, 272] of one text, per token and head as in mamba_ssm's Mamba2.step; states [p, n]."""
     s, t = sizes(settings), {name: x.double() for name, x in t.items()}
     inner, width, layers = s["expand"] * settings["d_model"], s["ngroups"] * s["d_state"], range(settings["n_layer"])
     heads = inner // s["headdim"]

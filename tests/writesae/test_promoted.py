@@ -1,4 +1,4 @@
-"""Promoted tokens: each kind of shift against edited runs, finite differences and one firing at a time."""
+"""Promoted tokens: each kind of shift against edited runs, finite differences and loops over firings."""
 
 import pandas as pd
 import pytest
@@ -23,7 +23,7 @@ def sides(host, count):
 
 
 def edited(host, run, key, value, size):
-    """Logits one token after `size` native write norms of each atom are added, by a loop over the firings."""
+    """Logits one token after an atom is added at `size` native write norms, one firing at a time."""
     found = []
     for row, t, a, b in zip(ROWS.tolist(), POSITION.tolist(), key, value, strict=True):
         factors = host.factors(run, *CELL)

@@ -1,4 +1,4 @@
-"""writesae.sae.published: files in the format of the paper's author, against their functions written as loops."""
+"""writesae.sae.published: files in the author's format against the author's functions as loops."""
 
 import io
 import pickle
@@ -15,7 +15,7 @@ N, K, D_1, D_2 = 11, 3, 5, 7
 
 
 def tensors_of(kind: str) -> dict[str, torch.Tensor]:
-    """A state dict under the names and shapes of the author's code, with factors of no particular norm."""
+    """A state dict with the names and shapes of the author's code; its factors are not normalised."""
     g = torch.Generator().manual_seed(3)
     shapes = dict(
         V=(N, 1, D_1), W=(N, 1, D_2), V_enc=(N, 1, D_1), W_enc=(N, 1, D_2), V_dec=(N, 1, D_1), W_dec=(N, 1, D_2)
@@ -42,7 +42,7 @@ def written(path, kind="bilinear", tensors=None, config=None):
 
 
 def their_pre(kind: str, t: dict, x: torch.Tensor) -> list[float]:
-    """Pre-activations of one matrix [D_1, D_2], number by number."""
+    """Pre-activations of one matrix [D_1, D_2], computed one product at a time."""
     pre = []
     for i in range(N):
         if "encoder.weight" in t:
@@ -65,7 +65,7 @@ def their_atom(kind: str, t: dict, i: int) -> torch.Tensor:
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_the_function_is_theirs(kind, transposed, tmp_path):
-    """transposed: d_k of the file's config is its first axis, our d_v, and our states are the transpose of theirs."""
+    """With `transposed`, the file's d_k is our d_v, and our states are the transpose of the author's."""
     sae = load_authors_sae(written(tmp_path / "best.pt", kind), "Qwen3.5-0.8B", transposed=transposed)
     t = {name: x.double() for name, x in tensors_of(kind).items()}
     for x in torch.randn(4, D_1, D_2, generator=torch.Generator().manual_seed(5)).double():
@@ -90,7 +90,7 @@ def test_it_can_be_passed_on_in_our_format(tmp_path):
 
 @pytest.mark.parametrize("kind", ["bilinear", "bilinear_tied", "bilinear_flat", "rank1"])
 def test_older_files_have_factors_without_a_rank_axis(kind, tmp_path):
-    """And a config that says less: what is missing is read off the tensors, or passed."""
+    """Their config also has fewer fields. Missing values are read from the tensors or passed as arguments."""
     tensors = {name: x[:, 0] if name[0] in "VW" else x for name, x in tensors_of(kind).items()}
     old = written(tmp_path / "old.pt", kind, tensors, dict(layer=9, k=K))
     new = load_authors_sae(written(tmp_path / "new.pt", kind), "host")

@@ -1,5 +1,4 @@
-"""The chunked recurrence and the rebuilt states against the step loop and against the library's own
-operator."""
+"""The chunked recurrence and the rebuilt states against the step loop and the library's own operator."""
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from writesae.recurrence import Factors, gated_delta_chunks, states_before, step
 
 
 def cell(length=83, d_k=6, d_v=10, batch=2, seed=0):
-    """Random unit keys, values, gates and decays of one cell, fp64."""
+    """Random fp64 unit keys, values, gates and decays of one cell."""
     g = torch.Generator().manual_seed(seed)
     key = F.normalize(torch.randn(batch, length, d_k, generator=g, dtype=torch.float64), dim=-1)
     query = torch.randn(batch, length, d_k, generator=g, dtype=torch.float64)
@@ -63,8 +62,10 @@ def test_chunks_are_the_librarys_operator():
 
 
 def test_a_wrong_erase_shows():
-    """The published script's S k in place of S^T k: with d_k != d_v it cannot even be written; with a
-    transposed state the answer is far off. This is the mistake that equal sides hide."""
+    """The published script reads S k where the equation has S^T k.
+
+    With d_k != d_v the shapes do not match. With d_k = d_v, the final state is wrong by over 10%.
+    """
     parts = cell(d_k=8, d_v=8)
     factors = as_factors(*parts)
     right = step_states(factors)[:, -1]

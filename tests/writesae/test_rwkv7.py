@@ -1,4 +1,4 @@
-"""RWKV-7: the chunked recurrence, the plain model and its adapter against the equations, token by token in fp64."""
+"""RWKV-7: the chunked recurrence, the plain model and its adapter against the equations in fp64."""
 
 import copy
 import json
@@ -27,7 +27,7 @@ def small(dtype=torch.float64, **fields):
     for p in model.parameters():
         if p.ndim > 1:
             p.data.mul_(3)
-        if p.ndim == 1 or not p.any():  # biases, norms and what starts as zero: the layers begin as the identity
+        if p.ndim == 1 or not p.any():  # biases, norms and zero weights: each layer starts as the identity
             p.data += 0.3 * torch.randn_like(p)
     return RWKV7(model.to(dtype), None, "small")
 
@@ -43,8 +43,9 @@ def run(host, tokens):
 
 
 def stepped_model(model, tokens, edit=lambda layer, t, state: (state, state)):
-    """Logits [B, T, vocabulary] and last states of all layers from the equations, one token and one layer at a time.
-    edit: what a token's queries read, and what goes on, given the state [B, H, d_k, d_v] of a layer at t."""
+    """Logits [B, T, vocabulary] and each layer's last state from the equations, one token at a time.
+    `edit` takes a layer, t and the state [B, H, d_k, d_v] at t. It returns the state that the queries read
+    and the state that is carried to t + 1."""
     w, c = dict(model.named_parameters()), model.config
     heads, eps, last, states, logits = c.num_heads, c.norm_eps, {}, {}, []
 
@@ -95,7 +96,7 @@ def stepped_model(model, tokens, edit=lambda layer, t, state: (state, state)):
 
 
 def cells(length=83, d_k=6, d_v=10, lead=(2, 3)):
-    """Random factors of RWKV-7's kind, each [*lead, T, d], fp64."""
+    """Random fp64 factors shaped as RWKV-7's, each [*lead, T, d]."""
     g = torch.Generator().manual_seed(0)
     query, key, probe = torch.randn(3, *lead, length, d_k, generator=g, dtype=torch.float64)
     rate, decay = torch.rand(2, *lead, length, d_k, generator=g, dtype=torch.float64)
@@ -127,7 +128,7 @@ def test_gradients_are_the_step_loops():
 
 @pytest.mark.parametrize("chunk", [32, 64])
 def test_the_fastest_decays_are_exact_in_fp32(chunk):
-    """exp(-0.6065 t) in half of the channels, none in the others: 1/W reaches 1e16 in a chunk of 64."""
+    """Half of the channels decay by exp(-0.6065) per token: 1/W reaches 1e16 in a chunk of 64."""
     parts = cells(length=130)
     parts["log_decay"] = torch.full_like(parts["log_decay"], -0.6065)
     parts["log_decay"][..., ::2] = 0
@@ -161,7 +162,7 @@ def test_rows_read_states_that_they_share(chunk):
 def test_chunks_are_the_dplr_operator_of_flash_linear_attention():
     library = pytest.importorskip("fla.ops.generalized_delta_rule.dplr.naive", exc_type=ImportError)
     parts, state = {name: x.float() for name, x in cells().items()}, torch.randn(2, 3, 6, 10)
-    wanted, last = library.dplr_recurrence(  # it scales its queries, and works in fp32
+    wanted, last = library.dplr_recurrence(  # it scales its queries and computes in fp32
         parts["query"] * 6**0.5,
         parts["key"],
         parts["added"],
@@ -243,7 +244,8 @@ def test_the_effective_write_has_rank_two_and_the_added_one(host, run):
     change = states[:, 1:] - factors.log_decay.exp()[:, 1:, :, None] * states[:, :-1]
     sizes = torch.linalg.svdvals(change)[:, 5:]
     assert (sizes[..., 2] < 1e-12 * sizes[..., 0]).all() and (sizes[..., 1] > 1e-4 * sizes[..., 0]).all()
-    erased = factors.erase[:, 1:, :, None] * (factors.probe[:, 1:, None] @ states[:, :-1])  # of the undecayed state
+    # of the undecayed state
+    erased = factors.erase[:, 1:, :, None] * (factors.probe[:, 1:, None] @ states[:, :-1])
     assert_close(change + erased, factors.key[:, 1:, :, None] * factors.added[:, 1:, None], "added write", 1e-12)
 
 
@@ -324,13 +326,13 @@ def test_lower_precision_stays_close_to_fp64(host, tokens, dtype, tolerance):
 
 
 def as_release(model):
-    """A model's weights under the names and shapes of the authors' .pth files."""
+    """A model's weights with the names and shapes of the authors' .pth files."""
     found = {}
     for name, tensor in model.state_dict().items():
         low_rank = ".lora." in name and tensor.ndim == 2
         vector = tensor.ndim == 1 and (".lora." in name or name.rsplit(".", 1)[1] in ("k_k", "k_a", "x_k"))
         found[release_name(name)] = (tensor.T if low_rank else tensor[None, None] if vector else tensor).clone()
-    return found | {f"blocks.0.att.v{i}": torch.ones(1) for i in range(3)}  # there, and never used
+    return found | {f"blocks.0.att.v{i}": torch.ones(1) for i in range(3)}  # present in the files, never used
 
 
 @pytest.fixture
@@ -377,7 +379,8 @@ def test_load_host_reads_what_was_saved(tokens, tmp_path):
 
     from replication.study import docstrings as corpus
 
-    host = small(value_dim=None)  # flash-linear-attention's class, which a GPU machine may load, has d_k = d_v alone
+    # flash-linear-attention's class, which a GPU machine may load, requires d_k = d_v
+    host = small(value_dim=None)
     host.model.save_pretrained(tmp_path)
     trained = corpus.train_tokenizer(["some words and more words"] * 3, 280)
     PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=corpus.END_OF_TEXT).save_pretrained(tmp_path)
@@ -388,7 +391,7 @@ def test_load_host_reads_what_was_saved(tokens, tmp_path):
 
 
 def test_load_host_names_the_weights_that_an_older_checkpoint_lacks(tmp_path):
-    """Early checkpoints of flash-linear-attention hold the six token-shift vectors in one tensor, x_x."""
+    """Early flash-linear-attention checkpoints store the six token-shift vectors in one tensor, x_x."""
     from safetensors.torch import load_file, save_file
 
     small(value_dim=None).model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The RWKV World tokenizer against a search over all tokens at every place, its file, and a host that has it alone."""
+"""The RWKV World tokenizer against a search over all tokens, its file, and a host that uses it."""
 
 import random
 

@@ -36,7 +36,7 @@ def sae_of(**kind) -> SAE:
 @pytest.mark.parametrize("target", ["state", "write"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_history_is_encoded_as_its_matrices_are(kind, target, monkeypatch):
-    monkeypatch.setattr(model, "GROUP_ELEMENTS", 1)  # one window at a time
+    monkeypatch.setattr(model, "GROUP_ELEMENTS", 1)  # one window per group
     history, sae = history_of(target), sae_of(**kind).double()
     got, wanted = sae.encode_history(history), sae.encode(history.steps())
     active = wanted.coefficients > 0

@@ -1,4 +1,4 @@
-"""writesae.sae.model: SAEs in folders, in files of the older format, and on a Hub that answers from a dict."""
+"""writesae.sae.model: SAEs saved in folders, in the older file format, and on a simulated Hub."""
 
 import base64
 import json
@@ -43,7 +43,7 @@ def same_tensors(one, other) -> bool:
 
 
 def change_config(folder, **fields) -> None:
-    """Change fields of config.json; those that are None are removed."""
+    """Set fields of config.json; a field set to None is removed."""
     content = json.loads((folder / "config.json").read_text()) | fields
     (folder / "config.json").write_text(json.dumps({name: x for name, x in content.items() if x is not None}))
 
@@ -71,7 +71,10 @@ def test_saving_again_replaces_the_sae(folder):
 
 
 def test_files_of_the_older_format_are_read(folder, tmp_path):
-    """name.json with the config and a sha256, and name.safetensors; the oldest have neither activation nor rank."""
+    """name.json has the config and a sha256, name.safetensors the weights.
+
+    The oldest configs have neither `activation` nor `rank`.
+    """
     change_config(folder, activation=None, rank=None)
     (folder / "config.json").rename(tmp_path / "old.1.json")
     (folder / "model.safetensors").rename(tmp_path / "old.1.safetensors")

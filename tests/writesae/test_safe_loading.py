@@ -1,4 +1,7 @@
-"""No file that is read can run code: what would execute one is named nowhere in the package, the benchmarks, the notebooks."""
+"""No file that is read can run code.
+
+The package, the benchmarks and the notebooks never name a function that would execute a file.
+"""
 
 import ast
 import json
@@ -25,18 +28,19 @@ FORBIDDEN |= {
     "__import__",
 }
 FORBIDDEN |= {"builtins.eval", "builtins.exec", "torch.hub.load", "torch.jit.load"}
-GUARDED = {"torch.load": ("weights_only", True, None), "numpy.load": ("allow_pickle", False, False)}  # wanted, default
+# keyword, required value, default
+GUARDED = {"torch.load": ("weights_only", True, None), "numpy.load": ("allow_pickle", False, False)}
 
 
 def code_of(notebook: Path) -> str:
-    """The code cells of a notebook as one program, without the lines that are IPython's."""
+    """The code cells of a notebook as one program, without IPython's own lines."""
     cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
     lines = "\n".join("".join(cell["source"]) for cell in cells).splitlines()
     return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
 
 
 def imported(tree: ast.AST) -> dict[str, str]:
-    """{a name: what it stands for}, of all imports."""
+    """{local name: full name} of all imports."""
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -47,7 +51,7 @@ def imported(tree: ast.AST) -> dict[str, str]:
 
 
 def dotted(node: ast.AST, names: dict[str, str]) -> str:
-    """`np.load` as numpy.load; empty for what is no name."""
+    """The full dotted name of a node, such as numpy.load for `np.load`; empty if the node is not a name."""
     if isinstance(node, ast.Name):
         return names.get(node.id, node.id)
     inner = dotted(node.value, names) if isinstance(node, ast.Attribute) else ""
@@ -57,11 +61,12 @@ def dotted(node: ast.AST, names: dict[str, str]) -> str:
 def guarded(call: ast.Call, name: str) -> bool:
     keyword, wanted, default = GUARDED[name]
     given = {k.arg: getattr(k.value, "value", None) for k in call.keywords}
-    return None not in given and given.get(keyword, default) is wanted  # None: **options, which could say anything
+    # None: **options, whose content is unknown
+    return None not in given and given.get(keyword, default) is wanted
 
 
 def unsafe(source: str) -> Iterator[str]:
-    """What in a program could execute a file."""
+    """The places in a program that could execute a file."""
     tree = ast.parse(source)
     names = imported(tree)
     fine = {id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call) and _is_guarded(n, names)}

@@ -1,5 +1,4 @@
-"""Shards: what is on disk trains the SAE that the same harvest in memory trains, and memory does not grow
-with it."""
+"""Shards: training from disk gives the same SAE as from memory, and memory does not grow with the data."""
 
 import json
 import subprocess
@@ -105,7 +104,7 @@ def test_a_killed_training_goes_on_from_the_shards(gated_deltanet, tokens, tmp_p
 
 @pytest.fixture
 def runs(gated_deltanet, monkeypatch):
-    """The number of windows of every native run."""
+    """The number of windows in each native run."""
     made, real = [], type(gated_deltanet).run
 
     def counted(self, rows, upto=None):

@@ -1,4 +1,4 @@
-"""Each predictor against what it claims to be: real edited runs, finite differences, and brute force."""
+"""Each predictor against its definition: edited runs, finite differences and brute force."""
 
 import pytest
 import torch
@@ -19,8 +19,8 @@ def atoms(host, count=5):
 
 
 def measured(host, run, key, value, token, size, scope):
-    """Shifts [R, n] of the logit of token[r] at T0 + STEPS, from edited runs, by a central difference of
-    +-size (large enough for the fp32 inside the library's norms)."""
+    """Shifts [R, n] of the logit of token[r] at T0 + STEPS, as central differences of edited runs.
+    `size` is large enough for the fp32 inside the library's norms."""
     n = len(key)
     shifts = []
     for sign in (size, -size):
@@ -32,7 +32,7 @@ def measured(host, run, key, value, token, size, scope):
             scope,
         )
         final = edited_hidden(host, run, LAYER, HEAD, edit, STEPS + 1)[:, -1]
-        logits = host.unembed(final)  # fp64, where host.logits gives fp32
+        logits = host.unembed(final)  # fp64; host.logits would give fp32
         shifts.append(logits.gather(-1, token.repeat_interleave(n)[:, None])[:, 0].view(len(ROWS), n))
     return (shifts[0] - shifts[1]) / (2 * size)
 
@@ -79,7 +79,7 @@ def test_transport_reads_are_perturbed_step_loops(host, run):
 
 
 def test_direct_path_is_out_proj_and_lm_head(gated_deltanet):
-    """Through the library's own modules: a value in one head's slot of out_proj, then lm_head."""
+    """A value in one head's slot, passed through the library's own out_proj and lm_head."""
     host = gated_deltanet
     _, value = atoms(host)
     token = torch.tensor([5, 6])

@@ -1,4 +1,4 @@
-"""writesae.sae.sparsity: each sparsity rule against a loop over its definition, and gradients against finite differences."""
+"""writesae.sae.sparsity: each rule against a loop, its gradients against finite differences."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def rule_of(name: str):
 
 
 def spread(active) -> torch.Tensor:
-    """The coefficient of every atom, [..., N]."""
+    """The coefficients of all atoms, [..., N]."""
     return active.coefficients.new_zeros(*active.indices.shape[:-1], N).scatter(-1, *active)
 
 
@@ -96,7 +96,7 @@ def test_jumprelu_and_its_kernel_gradients():
 
 
 def test_the_kernel_gradient_is_that_of_the_mean_over_many_values():
-    """Rajamanoharan et al.'s estimate against finite differences: pre-activations spread evenly about a threshold."""
+    """The estimate of Rajamanoharan et al. against finite differences, for evenly spaced pre-activations."""
     pre = torch.linspace(-0.2, 0.4, 600_001, dtype=torch.float64)[:, None]
     theta = torch.tensor([0.1], dtype=torch.float64, requires_grad=True)
     for step in (False, True):

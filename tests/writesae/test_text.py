@@ -1,4 +1,4 @@
-"""Corpora other than the docstrings: a data set in OpenWebText's form, a JSONL, a folder; splits, windows, errors."""
+"""Corpora other than the docstrings: OpenWebText's format, JSONL and folders; splits, windows and errors."""
 
 import json
 import random
@@ -14,11 +14,12 @@ from replication.study.study import Study, split_windows
 from writesae.text import SPLITS, Corpus, cut_windows
 
 LENGTH = 8
-TEXTS = [" ".join(f"{n}.{i}" for i in range(random.Random(n).randrange(2, 40))) for n in range(200)]  # names itself
+# each word names its document and place
+TEXTS = [" ".join(f"{n}.{i}" for i in range(random.Random(n).randrange(2, 40))) for n in range(200)]
 
 
 class Words:
-    """A token is a word of TEXTS, which says the document and the place that it is from: "7.3" is 7,003."""
+    """Each token names its document and place: the word "7.3" (document 7, place 3) is token 7003."""
 
     eos_token_id = -1
 
@@ -32,7 +33,7 @@ HOST = SimpleNamespace(tokenizer=Words())
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """What `datasets` keeps of its own goes into the test's folder."""
+    """The cache of `datasets` is in the test's folder."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
@@ -48,9 +49,10 @@ def parquet(path, texts, column="text"):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The same documents in every form, in the same order."""
+    """The same documents in the same order, in each supported format."""
     half = len(TEXTS) // 2
-    shards = tmp_path / "openwebtext" / "plain_text" / "partial-train"  # as the Hub's parquet branch has them
+    # the layout of the Hub's parquet branch
+    shards = tmp_path / "openwebtext" / "plain_text" / "partial-train"
     parquet(shards / "0000.parquet", TEXTS[:half])
     parquet(shards / "0001.parquet", TEXTS[half:])
     parquet(tmp_path / "one.parquet", TEXTS)
@@ -223,7 +225,8 @@ def test_a_profile_names_its_corpus(tmp_path):
         (tmp_path / "own.yaml").write_text(f"{text}corpus: {given}\n")
         loaded = load_profile("own", tmp_path).corpus
         assert loaded == corpus
-        assert loaded.identity() == corpus.model_copy(update=dict(root=tmp_path)).identity()  # in no fingerprint
+        # the root is not part of the fingerprint
+        assert loaded.identity() == corpus.model_copy(update=dict(root=tmp_path)).identity()
     for given, sentence in {
         "{path: a, dataset: b}": "either a path or a dataset",
         "{column: text}": "either a path or a dataset",

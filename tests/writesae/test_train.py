@@ -1,4 +1,4 @@
-"""writesae.sae.train: the factored loss against the dense one, and what training promises."""
+"""writesae.sae.train: the factored loss against the dense one, and what training guarantees."""
 
 import copy
 from dataclasses import replace
@@ -38,7 +38,7 @@ def small_sae(**kind) -> SAE:
 
 
 def planted() -> tuple[History, torch.Tensor, torch.Tensor]:
-    """Every write is one of four rank-1 atoms with a coefficient of either sign; most of a write is soon forgotten."""
+    """Each write is one of four rank-1 atoms with a positive or negative coefficient; the decay is fast."""
     generator = torch.Generator().manual_seed(4)
     key, value = (F.normalize(torch.randn(4, d, generator=generator), dim=-1) for d in (D_K, D_V))
     which = torch.randint(4, (16, 64), generator=generator)
@@ -96,7 +96,7 @@ def test_the_dense_loss_is_what_its_name_says():
 
 @pytest.mark.parametrize("activation", ["batch_topk", "jumprelu", "gated"])
 def test_what_a_sparsity_rule_adds_to_the_loss(activation):
-    """By a loop over tokens and atoms, with the atoms held fixed where they must be."""
+    """The loss against a loop over tokens and atoms; the gate's auxiliary loss does not move atoms."""
     torch.manual_seed(6)
     sae, states = small_sae(activation=activation).double(), torch.randn(3, 4, D_K, D_V).double()
     sae.requires_grad_(False)
@@ -109,7 +109,8 @@ def test_what_a_sparsity_rule_adds_to_the_loss(activation):
     assert_close(loss.total, expected, "total", 1e-12)
     assert (loss.total > loss.fvu) == (activation != "batch_topk")
     sae.requires_grad_(True).train()
-    sae.activation.coefficients = lambda pre, bias: torch.zeros_like(pre)  # the gate's own task remains
+    # only the gate's auxiliary loss remains
+    sae.activation.coefficients = lambda pre, bias: torch.zeros_like(pre)
     by_atoms = torch.autograd.grad(dense_loss(sae, states).total, sae.decoder.key, allow_unused=True)[0]
     assert by_atoms is None or not by_atoms.any(), "the gate does not move the atoms"
 
@@ -150,7 +151,7 @@ def test_training_lowers_the_fvu_and_keeps_the_norms(kind):
 
 
 def test_planted_atoms_are_found(monkeypatch):
-    monkeypatch.setattr(train_module, "INIT_NOISE", 100.0)  # a start that knows nothing of the data
+    monkeypatch.setattr(train_module, "INIT_NOISE", 100.0)  # the start contains nothing of the data
     history, key, value = planted()
     settings = settings_of(tokens=400 * 256, batch_windows=4, n_atoms=24, k=2, dead_after=20, resample_every=50)
 
