@@ -1,4 +1,4 @@
-"""What page 11_every_cell makes of a sweep's table."""
+"""Page 11_every_cell: its summaries of a sweep's table, compared with values computed by hand."""
 
 import numpy as np
 import pandas as pd
@@ -10,7 +10,7 @@ NAMES = ["win_atom", "ci_low_atom", "ci_high_atom", "win_random", "win_mean_writ
 
 
 def sweep_of(cells: dict, seeds=(0,), firings=40) -> pd.DataFrame:
-    """One host: cells[(head, target)] = win rates of the seeds at the own coefficient; at matched norm half of it."""
+    """A sweep of one host. cells[(head, target)] has one win rate per seed; at matched norm, half of it."""
     rows = []
     for (head, target), rates in cells.items():
         for seed, rate in zip(seeds, rates, strict=True):
@@ -39,8 +39,8 @@ def test_the_difference_of_the_targets_is_paired_by_cell():
     row = every_cell.targets_apart(every_cell.by_amplitude(table)).iloc[0]
     assert (row.n_cells, row.n, row.write_ahead) == (30, 30 * 2 * 40, 30)
     assert row.difference == pytest.approx(0.1)
-    assert row.difference_high - row.difference_low < 1e-9  # the same in every cell
-    assert row.state_high - row.state_low > 0.1  # cells differ
+    assert row.difference_high - row.difference_low < 1e-9  # the difference is the same in every cell
+    assert row.state_high - row.state_low > 0.1  # the win rates differ between cells
 
 
 def test_seeds_are_told_apart_from_cells_and_from_chance():

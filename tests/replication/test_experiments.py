@@ -1,4 +1,4 @@
-"""The experiments' rules and bookkeeping, on a small host and small SAEs."""
+"""The rules and the bookkeeping of the experiments, on a small host and small SAEs."""
 
 import os
 from types import SimpleNamespace
@@ -51,7 +51,7 @@ def cell_sae(request, factors):
 
 @pytest.fixture(scope="module")
 def single(host):
-    """The same host in fp32, as the experiments run it."""
+    """The same host in fp32, the precision of the experiments."""
     import copy
 
     return type(host)(copy.deepcopy(host.model).float(), None, "small")
@@ -99,7 +99,7 @@ def test_more_than_there_is_is_refused():
 
 
 def test_replacement_is_one_edit_after_another(single, tokens, cell_sae):
-    """Every condition's KL against a run of that single edit, put together here by hand from matrices."""
+    """Compares the KL of each condition with a run of that single edit, built here from full matrices."""
     run = single.run(tokens)
     table = replacement_module.replace(single, run, cell_sae, *some_firings(cell_sae), seed=3)
     f = single.factors(run, *CELL)
@@ -166,8 +166,10 @@ def test_summary_counts_wins(single, tokens, cell_sae):
 
 
 def test_the_trend_over_cells_is_of_ranks():
-    """Four cells of one host: the longer the half-life the lower the win rate, and sigma1/sigma2 has no
-    order."""
+    """Four cells of one host: the win rate decreases with half-life and is not monotonic in sigma1/sigma2.
+
+    Compares both rank correlations with values computed by hand.
+    """
     wins, half_lives, ratios = [4, 3, 2, 0], [0.5, 2.0, 8.0, 300.0], [3.0, 1.5, 2.0, 1.2]
     firings = pd.DataFrame(
         dict(host="h", layer=0, head=head, target="state", amplitude="coefficient", kl_delete=1.0, kl_random=2.0)
@@ -183,7 +185,7 @@ def test_the_trend_over_cells_is_of_ranks():
     row = replacement_module_.trend(cells).iloc[0]
     assert (row.n_cells, row.n, row.win_lowest, row.win_highest) == (4, 16, 0.0, 1.0)
     assert row.rho_half_life_median == -1
-    assert row.rho_sigma1_over_sigma2 == pytest.approx(1 - 6 * 2 / (4 * 15))  # ranks of the ratios: 4, 2, 3, 1
+    assert row.rho_sigma1_over_sigma2 == pytest.approx(1 - 6 * 2 / (4 * 15))  # ratio ranks: 4, 2, 3, 1
 
 
 # Logit shift
@@ -206,7 +208,7 @@ def test_measured_shifts_are_edited_runs(single, tokens):
         assert row.measured == pytest.approx(shift[0, token].item(), rel=1e-3, abs=2e-6)
     small = table[table.eps == 0.02]
     assert set(small["rank"]) == {1, 3}
-    np.testing.assert_allclose(small.exact, small.measured, rtol=0.05, atol=2e-5)  # of each token its own gradient
+    np.testing.assert_allclose(small.exact, small.measured, rtol=0.05, atol=2e-5)  # one gradient per token
 
 
 def cut(tokens):
@@ -218,13 +220,13 @@ def cut(tokens):
 def test_the_fitted_scalar_is_least_squares_and_only_tests_linearity():
     eps = np.array([0.1, 0.3, 1.0, 3.0])
     frame = pd.DataFrame(dict(host="h", prompt=0, atom=0, rank=1, eps=eps, paper=-0.01 * eps, measured=5 * eps))
-    np.testing.assert_allclose(shifts.fit_paper_scalar(frame), frame.measured)  # a wrong formula fits perfectly
+    np.testing.assert_allclose(shifts.fit_paper_scalar(frame), frame.measured)  # even a wrong formula fits
     frame["measured"] = eps**2
     slope = np.linalg.lstsq(frame.paper.to_numpy()[:, None], frame.measured.to_numpy(), rcond=None)[0][0]
     np.testing.assert_allclose(shifts.fit_paper_scalar(frame), slope * frame.paper)
 
 
-# Population and install
+# Classes of atoms and installs
 
 
 def test_register_is_the_component_of_higher_cosine():
@@ -239,7 +241,7 @@ def test_the_low_tail_of_a_wide_upper_component_is_not_register():
     generator = np.random.default_rng(0)
     values = np.r_[generator.normal(0.5, 0.02, 200), generator.normal(0.6, 0.2, 100), -0.3]
     component = GaussianMixture(2, random_state=0, n_init=5).fit_predict(values[:, None])
-    assert component[-1] == component[values.argmax()] != component[0]  # what the mixture alone says
+    assert component[-1] == component[values.argmax()] != component[0]  # the classes of the mixture alone
     classes = population.classify(pd.Series(values), seed=0)
     assert classes.iloc[-1] == "bundle"
     assert classes[values.argmax()] == "register"
@@ -262,8 +264,7 @@ def test_targets_have_the_ranks_of_their_class(trial):
 
 
 def test_gamma_is_the_best_of_all_unit_writes_to_first_order(single, trial):
-    """A small real write along gamma's direction lifts the target's logit more than the paper's or random
-    ones."""
+    """Compares the target's logit after a small write along gamma with the paper's and random directions."""
     lifts = {}
     native = single.logits(trial.run.final[:, -1])[trial.prompt].gather(-1, trial.target[:, None])
     small = torch.full((len(trial.prompt),), 0.02)
@@ -290,7 +291,7 @@ def test_a_dose_is_where_the_target_first_comes_next(single, trial):
         at = torch.where(dose.isfinite(), dose, 1.0).float()
         logits = install.first_logits(single, CELL, trial, install.write_edit(trial, key, value, at))
         assert (logits.argmax(-1)[won] == trial.target[won]).all()
-        for grid in DOSES:  # no smaller grid point succeeds
+        for grid in DOSES:  # smaller doses of the grid do not suffice
             logits = install.first_logits(
                 single, CELL, trial, install.write_edit(trial, key, value, torch.full_like(at, grid))
             )
@@ -311,7 +312,7 @@ def test_trials_say_what_was_generated(single, trial):
     assert ((part.edited_rank > 1) | (part.included_edited == 1)).all()
 
 
-# Cells and windows
+# Cells, windows and harvests
 
 
 def test_write_ranks_and_half_lives(host, tokens):

@@ -1,4 +1,7 @@
-"""The controls of notebooks 03 and 10: their numbers against real edited runs and loops, their text, and their buttons."""
+"""The interactive controls of notebooks 03 and 10: numbers, text and buttons.
+
+The numbers are compared with edited runs and with plain loops.
+"""
 
 import copy
 import itertools
@@ -42,7 +45,10 @@ INSTALL = Install(
 
 
 class Words:
-    """Token t is " wt", 1 is hostile, 0 the end of text; any other word becomes tokens from 250 on, one a letter."""
+    """A tokenizer: token t is " wt", 1 is HTML code, 0 is the end of the text.
+
+    Each letter of any other word becomes one token, with an id above 250.
+    """
 
     eos_token_id = 0
 
@@ -57,13 +63,13 @@ class Words:
 
 
 def plain(**fields):
-    """Settings that a fingerprint can take."""
+    """Settings as a dataclass, because fingerprints accept dataclasses."""
     return make_dataclass("Plain", fields)(**fields)
 
 
 @pytest.fixture(scope="module")
 def study(gated_deltanet, tmp_path_factory):
-    """One small host in fp32 with a cell and untrained SAEs of both targets."""
+    """One small host in fp32 with one cell, and one untrained SAE per target."""
     patch = pytest.MonkeyPatch()
     patch.setenv("WRITESAE_OUTPUT", str(tmp_path_factory.mktemp("explore")))
     host = type(gated_deltanet)(copy.deepcopy(gated_deltanet.model).float(), Words(), "small")
@@ -107,7 +113,7 @@ def firings(study):
 
 
 def most_firing(alive, target):
-    """The row of atoms.csv of the atom of one SAE with the most firings."""
+    """The row of atoms.csv for the atom with the most firings of one SAE."""
     return alive[alive.target == target].sort_values("firings", ascending=False, kind="stable").iloc[0]
 
 
@@ -117,7 +123,7 @@ def of_atom(firings, row):
 
 @pytest.fixture
 def shown(monkeypatch):
-    """What is displayed, and the widgets that are made."""
+    """Two lists: the displayed outputs and the created widgets."""
     outputs, made = [], []
 
     def make(*arguments, **controls):
@@ -129,7 +135,7 @@ def shown(monkeypatch):
     return outputs, made
 
 
-# An atom
+# The page of an atom
 
 
 def test_the_firings_are_those_of_the_encoded_windows(study, firings, alive):
@@ -204,7 +210,7 @@ def test_text_is_escaped():
     assert "&lt;script&gt;" in html.table_html(pd.DataFrame([dict(x=HOSTILE)]))
 
 
-# An install
+# The page of an install
 
 
 def test_a_word_is_the_token_that_it_is_in_a_text_and_nothing_else():
@@ -287,11 +293,11 @@ def test_the_page_marks_the_target_and_nothing_else(study, monkeypatch):
     assert "<script>" not in page and "native rank" in page
 
 
-# Controls
+# Buttons and outputs
 
 
 def press(widget):
-    """Press the button, and return what is then displayed."""
+    """Click the button and return the outputs that are then displayed."""
     displayed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ipywidgets.widgets.interaction.display", displayed.append)
@@ -304,7 +310,7 @@ def test_choosing_an_atom_shows_its_page(study, alive, firings, shown):
     (output,), (widget,) = shown
     row = most_firing(alive, "state")
     assert output["text/html"] == widgets.atom_page(study, row, of_atom(firings, row))
-    widget.children[0].index = int((alive.target == "state").sum())  # the first of the other SAE
+    widget.children[0].index = int((alive.target == "state").sum())  # the first atom of the other SAE
     row = most_firing(alive, "write")
     assert press(widget) == [widgets.atom_page(study, row, of_atom(firings, row))]
 
@@ -336,5 +342,5 @@ def test_the_output_holds_the_page_beside_the_widget(shown):
 
 
 def test_the_first_page_is_a_sentence_where_the_default_cannot_be_used(study, shown):
-    widgets.installs(study)  # the words of PROMPT are no tokens here
+    widgets.installs(study)  # the words of PROMPT are not tokens of this tokenizer
     assert shown[0][0]["text/html"].startswith("<p><b>")

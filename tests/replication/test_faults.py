@@ -1,4 +1,4 @@
-"""What goes wrong around a run: full disks, read-only folders, damaged and outdated files, two runs at once, kill -9."""
+"""Faults around a run: full disks, read-only folders, damaged or outdated files, parallel runs, kill -9."""
 
 import errno
 import json
@@ -47,7 +47,7 @@ def output(tmp_path, monkeypatch):
 
 @contextmanager
 def file_size_limit(folder):
-    """No file may become larger than 100 kB: a write fails half-way, as on a full disk."""
+    """Limit files to 100 kB. A larger write then fails half-way, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
@@ -58,7 +58,7 @@ def file_size_limit(folder):
 
 @contextmanager
 def mounted(folder, options):
-    """An own file system at `folder`; the test is skipped where it cannot be had."""
+    """Mount a separate file system at `folder`. Skip the test if mounting is not possible."""
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if not MOUNTED or subprocess.run(command, capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")
@@ -76,7 +76,7 @@ def small_disk(folder):
 
 @contextmanager
 def read_only(folder):
-    """Permission bits do not keep root from writing, so that it gets a file system that cannot be written."""
+    """Make `folder` read-only. Root ignores permission bits, so root gets a read-only file system."""
     if MOUNTED:
         with mounted(folder, "ro"):
             yield folder
@@ -86,7 +86,7 @@ def read_only(folder):
         folder.chmod(0o755)
 
 
-# A write that fails
+# Failed writes
 
 
 @pytest.mark.parametrize("disk", [file_size_limit, small_disk])
@@ -126,7 +126,7 @@ def test_a_read_only_folder_is_one_sentence(output):
         write_table(SMALL, output / "new" / "t.csv", PROVENANCE)
 
 
-# Files that a killed process leaves
+# Files of killed processes
 
 
 def test_a_kill_between_the_two_moves_leaves_a_pair_that_is_refused_and_made_again(output, monkeypatch):
@@ -212,12 +212,12 @@ def test_a_stage_computes_again_what_was_harmed(output, harm):
     assert stage().equals(whole) and path.read_bytes() == first and calls == [1, 2]
 
 
-# Whole notebooks
+# Faults in a whole notebook run
 
 
 @pytest.fixture
 def clone(output):
-    """A folder with profiles and notebooks, whose results go to `output`."""
+    """The folder `output`, with folders for profiles and notebooks."""
     (output / "profiles").mkdir()
     (output / "profiles" / "mini.yaml").touch()
     (output / "notebooks").mkdir()
@@ -241,14 +241,14 @@ sys.exit(main(["run", "00_toy"]))
 
 
 def _start(clone, wait=10.0):
-    """A run of the toy notebook, as from the command line, which waits so many seconds for another one."""
+    """Start the toy notebook from the command line. It waits `wait` seconds at most for another run."""
     command = [sys.executable, "-c", RUN, str(clone), str(wait)]
     environment = os.environ | {"PYTHONPATH": str(paths_module.ROOT)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def _last_line(process):
-    """What a run that failed says last."""
+    """The last line of the error output of a failed run."""
     error = process.communicate(timeout=120)[1]
     assert process.returncode == 1
     return error.splitlines()[-1]
@@ -256,7 +256,7 @@ def _last_line(process):
 
 @pytest.fixture
 def failure(clone, monkeypatch, capsys):
-    """Runs the toy notebook in this process, as from the command line; what it says last."""
+    """Call it to run the toy notebook in this process. It returns the last line of the error output."""
     monkeypatch.setattr(run_notebook, "NOTEBOOKS", clone / "notebooks")
     monkeypatch.setattr(run_notebook, "check_disk", lambda profile: None)
 

@@ -1,4 +1,4 @@
-"""The plotting helpers, by what they draw; and the index of the figures, by what is there."""
+"""The plotting helpers, compared with what they draw; the index of figures, compared with the files."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,7 @@ def axes():
 
 @pytest.fixture
 def table():
-    """Two groups at three categories, in an order that is neither sorted nor that of the rows."""
+    """Two groups at three categories. The rows are not sorted."""
     rows = [(x, g, len(x) + (g == "b") / 2) for g in "ba" for x in ("ccc", "a", "bb")]
     frame = pd.DataFrame(rows, columns=["x", "group", "value"])
     return frame.assign(low=frame.value - 1, high=frame.value + 3)
@@ -35,7 +35,7 @@ BARS = ("value", "low", "high")
 
 
 def drawn(axes):
-    """label -> (x, y, ends of the bars) of every set of points."""
+    """label -> (x, y, ends of the error bars), for each set of points."""
     found = {}
     for container in axes.containers:
         points, _, bars = container.lines
@@ -100,7 +100,7 @@ def test_predictors_of_one_value_do_not_hide_one_another(axes):
     summary = pd.DataFrame(rows, columns=["predictor", "eps", "r2", "low", "high"])
     plots.r2_curves(axes, summary, "r2", "low", "high")
     curves = [line.get_data() for line in axes.lines]
-    assert all(y == pytest.approx([-1, -1]) for _, y in curves)  # at the floor
+    assert all(y == pytest.approx([-1, -1]) for _, y in curves)  # clipped at the floor
     starts = np.log10([x[0] for x, _ in curves])
     assert np.diff(starts) == pytest.approx([0.04] * 3) and starts.mean() == pytest.approx(-1)
 
@@ -123,11 +123,11 @@ def test_the_same_figure_gives_the_same_files(tmp_path):
         assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
 
 
-# The index
+# The index of the figures
 
 
 def saved():
-    """notebook -> (names of the figures that it saves, whether it sets the style)."""
+    """notebook -> (names of the figures it saves, whether it sets the plot style)."""
     found = {}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         code = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")

@@ -1,4 +1,4 @@
-"""The benchmark of the GPU paths, run tiny on the CPU: the cases do the same work, and precision shows where it should."""
+"""The GPU benchmark at toy size on the CPU: the cases agree, and only the precision makes a difference."""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ from writesae.hosts import load
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """The table of `--shape tiny --device cpu`, from the real command's function."""
+    """The table of the real command, called with `--shape tiny --device cpu`."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("out")
         patch.setenv("WRITESAE_OUTPUT", str(folder))
@@ -52,7 +52,7 @@ def test_every_part_is_measured_in_every_precision(table):
 
 
 def test_fp32_is_what_the_others_differ_from(table):
-    """TF32 is a matter of the GPU; bf16 shows on a CPU as well."""
+    """Compares TF32 and bf16 with fp32. On a CPU, TF32 equals fp32 and bf16 differs."""
     for part in ("forward", "harvest", "training step"):
         assert (table.difference[[f"{part} fp32", f"{part} tf32"]] == 0).all()
         assert table.difference[f"{part} bf16"] > 0

@@ -1,4 +1,4 @@
-"""Training a host: the optimiser's step, the schedule, and that a killed training goes on to the same weights."""
+"""Training a host: the optimiser, the schedule, and the weights after an interruption and a restart."""
 
 import pytest
 import torch

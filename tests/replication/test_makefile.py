@@ -1,4 +1,4 @@
-"""What Make runs again after a change: a copy of the Makefile, three stub notebooks, a stub in the place of Python."""
+"""What Make reruns after a change: a copy of the Makefile, with stub notebooks and a stub for Python."""
 
 import json
 import os
@@ -45,12 +45,12 @@ def _make(clone, *arguments):
 
 
 def _environment():
-    """Without what an outer make hands down."""
+    """The environment without the variables that an outer make sets."""
     return {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PROFILE", "PYTHON")}
 
 
 def _ran(clone, *arguments):
-    """The notebooks that one call of make runs, in order."""
+    """The notebooks that one call of make runs, in the order of the runs."""
     (clone / "ran").unlink(missing_ok=True)
     result = _make(clone, *arguments)
     assert result.returncode == 0, result.stderr
@@ -141,7 +141,7 @@ def test_an_edit_during_the_run_is_not_lost(done):
 
 
 def test_another_make_does_not_make_the_stamp_younger(done):
-    """While 02_train runs, its notebook is edited and another make is started, which is refused."""
+    """While 02_train runs, it is edited and a second make fails. Make must run it again."""
     _write(done / "refuse", "#!/bin/sh\nexit 1\n")
     (done / "refuse").chmod(0o755)
     other = "sleep 0.1; touch notebooks/$4.ipynb; sleep 0.1; make PY=./refuse $4"
@@ -153,7 +153,7 @@ def test_another_make_does_not_make_the_stamp_younger(done):
 
 
 def test_a_kill_while_the_rules_are_written_leaves_no_part_of_them(done):
-    """Half of the rules would pass for all of them: nothing would be run again."""
+    """An incomplete file of rules would look complete to Make, and Make would rerun nothing."""
     _write(done / "half", "#!/bin/sh\necho '# half of'\nkill -9 0\n")
     (done / "half").chmod(0o755)
     _touch(done / "notebooks" / "01_harvest.ipynb")
@@ -226,7 +226,7 @@ def test_repeats_run_every_page_with_every_seed_and_are_gathered(clone):
     assert (clone / "ran").read_text().splitlines() == [*pages, gathered]
     _write(clone / "fail", "")
     (clone / "ran").unlink()
-    assert _make(clone, "repeats").returncode != 0  # nothing is gathered of a run that failed
+    assert _make(clone, "repeats").returncode != 0  # after a failed run, nothing is gathered
     assert (clone / "ran").read_text().splitlines() == pages[:1]
 
 

@@ -1,4 +1,4 @@
-"""The multiverse of the replacement test: one measurement against the plain one, and every table by hand."""
+"""The multiverse, compared with the plain replacement test; its tables, compared with values by hand."""
 
 import copy
 from itertools import product
@@ -35,7 +35,7 @@ def in_fp32(host):
 
 @pytest.fixture(scope="module")
 def single(host):
-    """Every family in fp32, as experiments run it."""
+    """Each host family in fp32, the precision of the experiments."""
     return in_fp32(host)
 
 
@@ -45,7 +45,7 @@ def small(gated_deltanet):
 
 
 def cell_sae_of(host, tokens, target, write):
-    """A cell with an SAE of random weights: what atoms are does not matter here."""
+    """A cell with an SAE of random weights. These tests need no trained atoms."""
     torch.manual_seed(2)
     factors = harvest(host, tokens, [CELL], batch=3, progress=False)[CELL]
     sae = SAE(Architecture(n_atoms=24, k=4), host.d_k, host.d_v)
@@ -58,11 +58,11 @@ def some_firings(cell_sae, count=4):
     return drawn, firings.Places.of(drawn)
 
 
-# Measuring
+# The measurement
 
 
 def test_the_next_token_is_the_replacement_test_s(single, tokens):
-    """The columns of the default reading are those of `replacement.replace`, on every family."""
+    """Compares the columns of the default reading with `replacement.replace`, on each host family."""
     for target in ("state", "write"):
         run, cell_sae = single.run(tokens), cell_sae_of(single, tokens, target, "added")
         some, order = some_firings(cell_sae), ["window", "position", "amplitude", "read"]
@@ -76,7 +76,7 @@ def test_the_next_token_is_the_replacement_test_s(single, tokens):
 
 @pytest.mark.parametrize(("target", "write"), [("state", "effective"), ("write", "added")])
 def test_every_column_is_a_run_of_that_edit(small, tokens, target, write):
-    """Every condition, horizon and direction against an edited run put together from matrices."""
+    """Compares each condition, horizon and direction with an edited run, built from full matrices."""
     run, cell_sae, seed = small.run(tokens), cell_sae_of(small, tokens, target, write), 3
     drawn, places = some_firings(cell_sae, 2)
     table = multiverse.measure(small, run, cell_sae, drawn, places, seed, HORIZON)
@@ -108,8 +108,7 @@ def test_every_column_is_a_run_of_that_edit(small, tokens, target, write):
 
 
 def test_what_nobody_has_read_changes_nothing(single, tokens):
-    """Through the cache only, the KL at the writing position is exactly 0; for the token that writes it is
-    not."""
+    """Compares the KL at the writing position with 0: equal if only the cache is edited, larger otherwise."""
     cell_sae = cell_sae_of(single, tokens, "write", "added")
     table = multiverse.measure(single, single.run(tokens), cell_sae, *some_firings(cell_sae), 3, HORIZON)
     writing = table.filter(like=".writing.")
@@ -168,7 +167,7 @@ def test_definitions_that_differ(tokens, single):
 
 
 def a_table(seed=0, hosts=("a",), firings=12):
-    """Firings of random divergences for every level of what decides which firings there are."""
+    """Firings with random KLs, for each combination of the choices that select the firings."""
     generator, rows = np.random.default_rng(seed), []
     names = ["atom", *multiverse.CONTROLS]
     columns = [".".join(x) for x in product(names, multiverse.HORIZONS, multiverse.DIRECTIONS)]
@@ -226,8 +225,7 @@ def test_one_bootstrap_for_all_columns():
 
 
 def with_effects(**probabilities):
-    """Universes whose firings are won by a rule: `probabilities` gives each (choice, level)'s share, added
-    up."""
+    """Firings with a known win rate: the sum of the shares that `of` gives to each (choice, level)."""
     won = multiverse.gains(a_table(firings=20))
     share = sum((won[choice] == level) * p for (choice, level), p in probabilities["of"].items())
     order = won.groupby(["host", *multiverse.CHOICES]).cumcount()
@@ -235,7 +233,7 @@ def with_effects(**probabilities):
 
 
 def test_effects_by_hand():
-    """Win rate 0.2, plus 0.4 for write-trained SAEs, plus 0.2 where the control is random."""
+    """Compares the effects with the rule: 0.2, plus 0.4 if write-trained, plus 0.2 if random control."""
     won = with_effects(of={("target", "state"): 0.2, ("target", "write"): 0.6, ("control", "random"): 0.2})
     lines = multiverse.universes(won, 20, 0)
     found = multiverse.effects(won, lines, 50, 0).set_index(["choice", "level"])
@@ -278,7 +276,7 @@ def test_a_choice_that_is_closed_has_no_effect_and_no_line():
     assert set(multiverse.effects(won, lines, 20, 0).choice) == set(multiverse.CHOICES) - {"write"}
 
 
-# Heads, failures, tests
+# Heads, failures and significance tests
 
 
 def replaced(kl_atom, kl_delete, **columns):
@@ -309,11 +307,14 @@ def test_quartiles_go_by_rank():
 
 
 def test_failures_by_hand():
-    """Early: effects 1 to 4, the smallest two fail. Middle: effects 11 to 14, the largest fails."""
+    """Compares the failure rates with counts by hand.
+
+    Early: KL(delete) is 1 to 4 and the two smallest fail. Middle: it is 11 to 14 and the largest fails.
+    """
     early = replaced([2.0, 3.0, 1.0, 1.0], [1.0, 2.0, 3.0, 4.0], layer=0)
     middle = replaced([1.0, 1.0, 1.0, 20.0], [11.0, 12.0, 13.0, 14.0], layer=1)
     table = heads_and_seeds.failures(pd.concat([middle, early], ignore_index=True), PLACES, resamples=50, seed=0)
-    assert table[table.by == "place"].level.tolist() == ["early", "middle"]  # in the order of the places
+    assert table[table.by == "place"].level.tolist() == ["early", "middle"]  # same order as in PLACES
     rates = table.set_index(["by", "level"]).failure_rate
     assert rates["all"].to_dict() == dict(all=3 / 8)
     assert rates["place"].to_dict() == dict(early=0.5, middle=0.25)
@@ -323,8 +324,7 @@ def test_failures_by_hand():
 
 
 def test_tests_by_hand():
-    """Eight atoms of one firing each, six of them won: exact permutations, Cliff's delta by counting
-    pairs."""
+    """Compares the tests with exact enumeration. Eight atoms have one firing each; six of them win."""
     delete = np.array([1.0, 2, 3, 4, 5, 6, 7, 8])
     atom = delete * np.exp([0.1, 0.2, -1, -1, -1, -1, -1, -1])
     row = heads_and_seeds.tests(replaced(atom, delete), permutations=10_000, resamples=40, seed=0).iloc[0]
@@ -337,10 +337,10 @@ def test_tests_by_hand():
     pairs = np.sign(delete[:, None] - atom)
     assert row.cliffs_delta == pytest.approx(pairs.mean())
     assert row.q1_minus_q4 == 1.0
-    assert row.q1_minus_q4_p == pytest.approx(2 / 6)  # 2 of the 6 ways to share four values out are as far apart
+    assert row.q1_minus_q4_p == pytest.approx(2 / 6)  # 2 of the 6 splits of four values have this difference
     assert row.cliffs_delta_low <= row.cliffs_delta <= row.cliffs_delta_high
     few = heads_and_seeds.tests(replaced(atom[:4], delete[:4]), permutations=100, resamples=40, seed=0).iloc[0]
-    assert np.isnan(few.q1_minus_q4_p) and few.q1_minus_q4 == 1.0  # one firing a quartile
+    assert np.isnan(few.q1_minus_q4_p) and few.q1_minus_q4 == 1.0  # one firing per quartile
 
 
 def test_permutation_within_atoms_knows_that_firings_of_one_atom_are_one():
@@ -348,7 +348,7 @@ def test_permutation_within_atoms_knows_that_firings_of_one_atom_are_one():
     table = replaced(np.exp(ratio), np.ones(90), atom=np.repeat([0, 1, 2], 30))
     row = heads_and_seeds.tests(table, permutations=2000, resamples=20, seed=0).iloc[0]
     assert row.permutation_p < 0.01
-    assert row.permutation_by_atom_p == pytest.approx(0.5)  # 4 of 8 ways to set three signs
+    assert row.permutation_by_atom_p == pytest.approx(0.5)  # 4 of the 8 assignments of three signs
 
 
 # The stage
@@ -364,7 +364,7 @@ class Settings(BaseModel):
 
 
 class SmallStudy(Study):
-    """A study of one small host with random weights and random text, one cell."""
+    """A study of one cell of one small host, with random weights and random text."""
 
     cells = pd.DataFrame([dict(host="small", place="middle", layer=CELL[0], head=CELL[1])])
 
@@ -440,7 +440,7 @@ def test_hosts_without_other_writes_train_nothing(study):
 
 
 def test_every_head_of_the_layer(study, monkeypatch):
-    """SAEs are trained as those of the survey are; a head with fewer firings than asked for gives all it has."""
+    """Compares the firings per head with `head_firings`, or with all firings if a head has fewer."""
     settings = study.profile.saes.main
     monkeypatch.setattr(
         study,

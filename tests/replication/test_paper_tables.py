@@ -1,4 +1,4 @@
-"""The tables of paper/ that readers look things up in agree with the code."""
+"""The lookup tables in paper/ (symbols, conditions), compared with the code."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Profiles refuse what is wrong; the corpus is split by hash and described without its text; the scorecard's rules."""
+"""Profiles and their errors, the corpus and its splits by hash, and the rules of the scorecard."""
 
 import dataclasses
 
@@ -178,7 +178,7 @@ def test_the_papers_numbers_are_found_by_id():
     assert claims.papers_value("R1") == 0.924
     assert claims.papers_value("C1", "failure_rate_q2") == [0.983, 0.081]
     with pytest.raises(KeyError, match="A8"):
-        claims.papers_value("A8")  # a claim without a single number
+        claims.papers_value("A8")  # this claim has no single number
 
 
 def test_figures_of_the_paper_add_to_its_claims_and_do_not_repeat_them():

@@ -1,7 +1,7 @@
-"""The README's tables say what the committed results say, to the digits that they show.
+"""The numbers in the README, compared with the committed results at the digits shown.
 
-Of an edited README they are the working copy's results; else the last commit's, for `make all` on another machine leaves
-others in results/.
+An edited README is compared with the results of the working copy, any other with those of the last commit,
+because `make all` on another machine changes the results of the working copy.
 """
 
 import re
@@ -20,21 +20,21 @@ ESTIMATE = re.compile(rf"({NUMBER}) \[({NUMBER}), ({NUMBER})\] ?([a-z ]*)")
 
 
 def rows_of(header: str) -> list[list[str]]:
-    """The cells of each line of the table whose first line begins so."""
-    after = README.split(f"\n| {header}", 1)[1].split("\n")[2:]  # behind the header and the line below it
+    """The cells of each row of the table that starts with `header`."""
+    after = README.split(f"\n| {header}", 1)[1].split("\n")[2:]  # after the header and the line of dashes
     lines = after[: after.index("")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def shows(text: str, value: float) -> bool:
-    """Whether `text` is the value, rounded to the digits of the text."""
+    """Whether `text` equals `value`, rounded to the digits of `text`."""
     digits = len(text.partition(".")[2])
     return abs(float(text.replace(",", "")) - value) <= 0.5000001 * 10**-digits
 
 
 @pytest.fixture(scope="module")
 def tables(last_commit):
-    """Call with NAME: results/NAME of the working copy where the README is edited, else of the last commit."""
+    """NAME -> results/NAME, of the working copy if the README is edited, else of the last commit."""
     edited = subprocess.run(["git", "-C", ROOT, "diff", "--quiet", "HEAD", "--", "README.md"], capture_output=True)
     return (lambda name: ROOT / "results" / name) if edited.returncode == 1 else last_commit
 
@@ -117,7 +117,7 @@ def test_the_headline_rows_of_the_scorecard(scorecard):
 
 
 def test_the_headline_in_words(results):
-    """Its intervals are those of the bootstrap by atom, the wider ones."""
+    """Compares the sentence with the summary table, with the intervals of the bootstrap by atom."""
     summary = pd.read_csv(results / "replacement_summary.csv")
     pooled = summary.query("host == 'gated_deltanet' and cells == 'pooled' and amplitude == 'coefficient'")
     pooled = pooled.set_index("target")

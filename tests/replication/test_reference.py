@@ -1,4 +1,4 @@
-"""The comparison with reference results, on toy tables; the tolerances of the suite are read too."""
+"""The comparison with reference results, on toy tables, and the tolerances of the suite."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def test_relative_is_of_the_reference():
     ("before", "after", "fine"), [(0.99, 0.95, True), (0.99, 0.93, False), (-279, -348, True), (-279, -208, False)]
 )
 def test_of_absolute_and_relative_the_larger_counts(before, after, fine):
-    """An R2 near 1 may move by 0.05, one of -279 by a quarter of the 280 by which it falls short."""
+    """An R2 near 1 may change by 0.05. An R2 of -279 may change by a quarter of 280, its distance from 1."""
     tolerance = _tolerance(absolute=0.05, relative=0.25, origin=1)
     problems = compare(_with(1, "rate", before), _with(1, "rate", after), tolerance)
     assert (problems == []) is fine
@@ -63,11 +63,11 @@ def test_of_absolute_and_relative_the_larger_counts(before, after, fine):
     ("value", "low", "high", "share"),
     [
         (0.8, 0.6, 0.9, 0),
-        (0.95, 0.85, 0.99, 0.75),  # 0.15 of the 0.1 + 0.1 by which both reach towards the other
+        (0.95, 0.85, 0.99, 0.75),  # distance 0.15, divided by the facing half-widths 0.1 + 0.1
         (0.65, 0.6, 0.725, 0.15 / 0.175),
         (0.95, 0.91, 0.99, 0.15 / 0.14),
         (0.65, 0.6, 0.69, 0.15 / 0.14),
-        (0.81, np.nan, np.nan, 0.1),  # no interval: one of no width
+        (0.81, np.nan, np.nan, 0.1),  # no interval counts as an interval of width 0
         (0.91, np.nan, np.nan, 1.1),
     ],
 )

@@ -1,4 +1,4 @@
-"""Whole runs side by side: what turns, and how often one run's interval holds another's value."""
+"""Repeated runs: which verdicts change, and how often one run's interval contains another's value."""
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ PROFILE = load_profile("smoke")
 
 
 def scorecard(values, status="no effect", half=1.0, host="a") -> pd.DataFrame:
-    """Claims C0, C1, ... of one host, each value between ends this far away."""
+    """A scorecard of one host with claims C0, C1, ...; each interval is the value plus or minus `half`."""
     values = np.asarray(values, float)
     ends = dict(value=values, ci_low=values - half, ci_high=values + half)
     table = pd.DataFrame(
@@ -55,7 +55,7 @@ def test_what_no_repeat_answers_stands_alone_and_other_hosts_do_not_count():
 
 @pytest.mark.parametrize("between", [0.0, 2.0])
 def test_right_intervals_hold_another_run_in_83_of_100(between):
-    """Estimates with a standard error of 1, and a spread between runs that their intervals do not know of."""
+    """Compares the share with the normal formula. The intervals ignore the spread between runs."""
     generator = np.random.default_rng(0)
     truth = generator.normal(size=6000)
     values = [truth + generator.normal(scale=np.hypot(1, between), size=6000) for _ in range(3)]
@@ -76,7 +76,7 @@ def test_pairs_are_of_different_seeds_and_of_intervals_with_a_width():
 
 
 def rates(*values) -> pd.DataFrame:
-    """Lines of replacement_summary that differ in their cells."""
+    """Rows of replacement_summary, one per win rate, each with another cell."""
     keys = dict.fromkeys(repeats.KEYS, "x") | dict(cells=[f"c{i}" for i in range(len(values))])
     return pd.DataFrame(keys | dict(n=9, win_rate=values, ci_low=0.0, ci_high=1.0, kl_atom=0.0))
 
@@ -90,7 +90,7 @@ def test_spread_is_over_this_run_and_the_others():
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    """Two runs' folders, of smoke with seeds 1 and 2."""
+    """The folders of two runs of the smoke profile, with seeds 1 and 2."""
     monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
     folders = []
     for seed in (1, 2):

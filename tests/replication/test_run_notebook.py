@@ -1,4 +1,4 @@
-"""A tiny notebook is run as Make runs it: what is published, what is not, and what a failure leaves."""
+"""A tiny notebook, run as in Make: the published outputs, and the state after a failure."""
 
 import os
 

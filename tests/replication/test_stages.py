@@ -1,4 +1,4 @@
-"""What makes a stage compute again, and what does not: each test failed where inputs were listed by hand."""
+"""Which changes rerun a stage. Each test failed when the inputs of a stage were listed by hand."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ class Firing:
     factors: dict
 
 
-# What a fingerprint tells apart.
+# Values with different fingerprints
 
 VALUES = {
     "number": (1, 2),
@@ -62,7 +62,7 @@ def test_the_order_of_a_mapping_does_not_count():
     assert fingerprint.fingerprint(x=dict(a=1, b=2)) == fingerprint.fingerprint(x=dict(b=2, a=1))
 
 
-# A stage has nothing but what it is given.
+# The inputs of a stage
 
 
 def test_a_stage_refuses_a_function_that_knows_more_than_it_is_given(study):
@@ -102,18 +102,18 @@ def test_a_stage_computes_again_where_something_changed_and_only_there(study, ch
     assert calls == [1, 2] + ([] if change == "nothing" else groups)
 
 
-# Stages of pages whose inputs were once listed by hand, and lacked one.
+# Pages whose hand-written list of inputs once lacked an input
 
 
 @pytest.fixture
 def placed(study, monkeypatch):
-    """The study with a cell, so that pages can ask for it; it records what its stages are given."""
+    """The study, with cell (1, 0) at every place."""
     monkeypatch.setattr(study, "cell", lambda host, place: (1, 0))
     return study
 
 
 def given_of(study, page, monkeypatch):
-    """The fingerprint of what a page's stage is given."""
+    """One fingerprint per stage of the page, of the arguments that the stage receives."""
     given = []
     monkeypatch.setattr(study, "stage", lambda *arguments, **more: given.append((arguments, more)))
     page()
@@ -121,7 +121,7 @@ def given_of(study, page, monkeypatch):
 
 
 def test_another_seed_draws_other_prompts_and_targets(placed, monkeypatch):
-    """Page 10 was not computed again where the profile's seed changed, and its sidecar named the new seed."""
+    """Compares the fingerprints of two seeds. Page 10 once kept its old results under a new seed."""
 
     def page():
         install._stage(placed, HOST, "install")
@@ -136,7 +136,7 @@ def test_another_seed_draws_other_prompts_and_targets(placed, monkeypatch):
 
 @pytest.mark.parametrize("page", [population, replacement, multiverse, selectivity])
 def test_the_code_of_a_page_counts_in_its_stage(placed, page, monkeypatch):
-    """Pages 07 and 11 were not computed again where their own code changed: it was not the code that was hashed."""
+    """Compares fingerprints before and after a change of code. Pages 07 and 11 once did not rerun."""
     measure = dict(multiverse="measure", selectivity="compare").get(page.__name__.rpartition(".")[2])
     options = dict(measure=getattr(page, measure)) if measure else dict(conditions=page.CONDITIONS_OF_SURVEYS)
 
@@ -166,7 +166,7 @@ def test_a_later_value_counts_by_what_it_is_made_of_and_is_made_once(study):
     assert made[0]() is made[0]() and calls == [3]
 
 
-# What identifies a host.
+# The fingerprint of a host
 
 
 def test_type_and_tokenizer_of_a_local_host_count(tmp_path):
@@ -182,7 +182,7 @@ def test_type_and_tokenizer_of_a_local_host_count(tmp_path):
     assert identity(tokenizer=str(tmp_path)) != tokenized
 
 
-# Which code counts.
+# The code that a fingerprint covers
 
 ELSEWHERE = [
     "replication/commands/disk.py",
@@ -196,7 +196,7 @@ COUNTED = ["writesae/sae/train.py", "writesae/history.py", "writesae/hosts/gated
 
 
 def test_training_depends_on_its_own_code_and_on_no_other(monkeypatch):
-    """A change of the disk check, the Hub's client or another family's code must train nothing again."""
+    """Compares fingerprints before and after a change of a module. Unrelated modules must not count."""
     read, changed = fingerprint._module, []
 
     def module(name, root):

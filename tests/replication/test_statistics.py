@@ -1,4 +1,4 @@
-"""Each statistic against a computation of another kind: a formula by hand, a double loop, another library function."""
+"""Each statistic, compared with an independent computation: a formula, a double loop or another library."""
 
 import itertools
 import math
@@ -142,7 +142,7 @@ def test_correlations_are_numpys_and_their_intervals_fishers():
 
 
 def test_infinity_has_a_rank():
-    """Half-lives of cells that never decay are infinite."""
+    """Compares rho for infinite values with rho for 1e9. Cells without decay have infinite half-lives."""
     large = np.median(A) < A
     far = np.where(large, np.inf, A)
     assert statistics.spearman(far, B) == statistics.spearman(np.where(large, 1e9, A), B)
@@ -169,7 +169,7 @@ def test_bic_prefers_two_components_for_two_modes():
     assert best.components == 2
     assert best.means == pytest.approx((-4, 4), abs=0.4)
     assert best.weights == pytest.approx((0.75, 0.25), abs=0.02)
-    one = mixtures[0]  # by hand: a normal density has two parameters
+    one = mixtures[0]  # compared with a normal density of two parameters
     likelihood = scipy_stats.norm.logpdf(values, values.mean(), values.std()).sum()
     assert one.bic == pytest.approx(-2 * likelihood + 2 * math.log(200), rel=1e-5)
 

@@ -1,4 +1,4 @@
-"""The shape of the code: directions of imports, sizes of modules' parts, and what the method needs installed."""
+"""The structure of the code: import directions, sizes of functions and packages, and required packages."""
 
 import ast
 import re
@@ -39,7 +39,7 @@ def test_at_most_2_percent_of_the_lines_are_longer_than_110_characters():
 
 
 def imported(package):
-    """Names of the packages that the modules of one of ours import."""
+    """The names of the packages, outside the standard library, that `package` imports."""
     names = set()
     for path in (ROOT / package).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -1,4 +1,4 @@
-"""Sweeps: the same table from one process and from several, one of which was killed; every line against a plain run."""
+"""Sweeps: one process, compared with several and with a restart after a kill; one row, with a plain run."""
 
 import os
 import shutil
@@ -48,7 +48,7 @@ GRID = dict(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny Gated DeltaNet with random weights, and the tokenizer of the embedded one."""
+    """A tiny Gated DeltaNet with random weights, and the tokenizer of the Gated DeltaNet in models/."""
     folder = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
     load.adapter("gated_deltanet").build(SMALL["gated_deltanet"] | dict(vocab_size=4096)).save_pretrained(folder)
@@ -78,7 +78,7 @@ def random_windows(host, split, length, limit, text=None):
 
 @pytest.fixture(autouse=True, scope="module")
 def no_corpus():
-    """Random tokens stand for the corpus, which takes long to read."""
+    """Replace the corpus by random tokens, because the corpus is slow to read."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(study_module, "split_windows", random_windows)
         yield
@@ -86,7 +86,7 @@ def no_corpus():
 
 @pytest.fixture
 def output(tmp_path, monkeypatch):
-    """An empty output folder, and no worker processes that have another."""
+    """An empty output folder. Older worker processes, which use another folder, are stopped."""
     get_reusable_executor().shutdown(wait=True)
     monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
     return tmp_path
@@ -94,7 +94,7 @@ def output(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def serial(profile, tmp_path_factory):
-    """The table of the whole grid, from this process alone."""
+    """The table of the whole grid, computed in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WRITESAE_OUTPUT", str(tmp_path_factory.mktemp("serial")))
         return run_sweep(profile, Grid(**GRID), jobs=1)
@@ -109,7 +109,7 @@ def without_seconds(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def test_every_line_is_that_of_a_plain_run(output, profile, folder, serial):
-    assert len(serial) == 2 * 1 * 2 * 2  # layers, heads, variants, seeds
+    assert len(serial) == 2 * 1 * 2 * 2  # layers * heads * variants * seeds
     assert not serial[["host", "layer", "head", "name", "seed"]].duplicated().any()
     row = serial.query("layer == 3 and head == 3 and name == 'write' and seed == 1").iloc[0]
 
@@ -287,7 +287,7 @@ def test_a_missing_grid_is_one_sentence(output, capsys):
 def test_the_grids_of_the_repository_fit_its_profiles():
     profile, grids = load_profile("smoke"), paths.ROOT / "profiles" / "sweeps"
     cells = sweep.Sweep(profile, load_grid(grids / "cells.yaml")).points()
-    assert len(cells) == 2 * (6 * 4 + 8 * 8 + 8 * 4)  # targets, layers x heads of the three hosts
+    assert len(cells) == 2 * (6 * 4 + 8 * 8 + 8 * 4)  # targets * (layers * heads of each host)
     paper = sweep.Sweep(profile, load_grid(grids / "paper.yaml")).points()
-    assert len(paper) == 5 * 3 * 3 * 4  # variants, seeds, layers, heads
+    assert len(paper) == 5 * 3 * 3 * 4  # variants * seeds * layers * heads
     assert {point.layer for point in paper} == {1, 4, 6}

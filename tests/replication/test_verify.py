@@ -1,4 +1,4 @@
-"""The report on what moved between a run and the committed tables, and whether two runs are the same bit for bit."""
+"""The report on differences between a run and the committed tables; two runs, compared bit for bit."""
 
 import json
 import os
@@ -27,7 +27,7 @@ TOLERANCES = [Tolerance(**KEYS, metric="rate", absolute=0.05), Tolerance(**KEYS,
 
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
-    """A clone with a commit of three tables in results/mini; the committed ones, and another run of them."""
+    """A repository with three committed tables. Returns their folder, and the folder of another run."""
     for variable in ("WRITESAE_OUTPUT", "GIT_DIR", "GIT_WORK_TREE"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("replication.study.paths.ROOT", tmp_path)
@@ -148,7 +148,7 @@ def test_a_verdict_that_turned_and_another_origin_are_told(folders):
 
 def test_the_command_compares_with_the_last_commit(folders, capsys):
     assert main(["verify"]) == 0
-    _write(folders[0], rates=RATES.assign(rate=[0.5, 0.9]))  # not committed: the reference stays
+    _write(folders[0], rates=RATES.assign(rate=[0.5, 0.9]))  # not committed, so the reference does not change
     assert main(["verify"]) == 1
     assert main(["verify", "--run", "build/test"]) == 0
     assert main(["verify", "--run", "build/test", "--reference", "."]) == 1
