@@ -10,17 +10,11 @@ import yaml
 from pydantic import ValidationError
 
 from replication.study.paths import ROOT
+from writesae.sae.config import first_problem
 
 
 class CommandError(RuntimeError):
     """A command cannot start, or did not complete; the message is one sentence."""
-
-
-def first_error(error) -> str:
-    """Return the first error of a pydantic ValidationError: "field.subfield: message"."""
-    first = error.errors()[0]
-    place, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}" if place else message
 
 
 def read_yaml(model, path: Path, label: str, **fields):
@@ -29,7 +23,7 @@ def read_yaml(model, path: Path, label: str, **fields):
     try:
         return model(**yaml.safe_load(path.read_text()), **fields)
     except ValidationError as error:
-        raise ValueError(f"{label}: {first_error(error)}.") from None
+        raise ValueError(f"{label}: {first_problem(error)}.") from None
     except (TypeError, UnicodeDecodeError, yaml.YAMLError):
         raise ValueError(f"{label} is not a YAML mapping of fields to values.") from None
 

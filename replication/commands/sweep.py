@@ -21,7 +21,7 @@ from joblib.externals.loky.process_executor import TerminatedWorkerError
 from pydantic import Field, NonNegativeInt, ValidationError
 from tqdm import tqdm
 
-from replication.commands import CommandError, check_disk, first_error, read_yaml
+from replication.commands import CommandError, check_disk, read_yaml
 from replication.statistics import wilson
 from replication.study import paths as paths_module
 from replication.study import stages
@@ -37,6 +37,7 @@ from writesae.evaluate.replacement import AMPLITUDES, measure_group
 from writesae.files import load_tensors, read_sidecar, save_tensors, up_to_date
 from writesae.harvesting import harvest
 from writesae.recurrence import Factors
+from writesae.sae.config import first_problem
 from writesae.sae.train import TrainingSettings
 from writesae.shards import ShardedHistory, harvest_shards
 from writesae.text import Windows
@@ -145,7 +146,7 @@ class Sweep:
             return TrainingSettings(**base | variant.settings | dict(seed=point.seed))
         except ValidationError as error:
             place = f"Grid {self.grid.name}: variants.{point.variant}"
-            raise ValueError(f"{place}: {first_error(error)}.") from None
+            raise ValueError(f"{place}: {first_problem(error)}.") from None
 
     def training_windows(self, variant: str) -> int:
         """Return the number of training windows of a variant."""

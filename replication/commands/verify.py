@@ -31,11 +31,12 @@ import pandas as pd
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from replication.commands import CommandError, first_error
+from replication.commands import CommandError
 from replication.study import paths as paths_module
 from replication.study import stages
 from replication.study.stages import read_table
 from writesae.files import ArtifactError, read_sidecar
+from writesae.sae.config import first_problem
 
 TOLERANCES = paths_module.ROOT / "tests" / "reference" / "tolerances.yaml"
 TIMES = ("seconds", "training_seconds", "tokens_per_second")  # columns that measure time
@@ -112,7 +113,7 @@ def read_tolerances(path: Path) -> list[Tolerance]:
     try:
         return TypeAdapter(list[Tolerance]).validate_python(entries)
     except ValidationError as error:
-        raise ValueError(f"{path}: {first_error(error)}.") from error
+        raise ValueError(f"{path}: {first_problem(error)}.") from error
 
 
 # One metric of one table
