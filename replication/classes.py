@@ -122,7 +122,7 @@ def alive_atoms(host: str, cell_sae: CellSAE, firings: pd.DataFrame, seed: int) 
 def described_atoms(host: str, cell_sae: CellSAE, firings: pd.DataFrame, seed: int, tokens: int):
     """Return `alive_atoms` with the median cosines of both sides and the rate of firings over `tokens`.
 
-    elsewhere: the median cosine at an equal number of firings of random atoms.
+    elsewhere: the atom's median cosine to the native write at as many random firings, of any atoms.
     """
     table = alive_atoms(host, cell_sae, firings, seed)
     shuffled = np.random.default_rng(seed).permutation(firings.atom.to_numpy())

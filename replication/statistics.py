@@ -122,7 +122,7 @@ def cluster_bootstrap(
     """Return the percentile interval of a statistic when whole clusters are drawn with replacement.
 
     values: a vector [n]; a matrix [n, m], for the means of all columns from the same draws (`statistic` is
-    not used, the ends are [m]); or a function of row numbers, for a statistic of several columns. clusters:
+    the mean, the ends are [m]); or a function of row numbers, for a statistic of several columns. clusters:
     one label per row. draw: "multinomial" draws the counts of clusters, "integers" their numbers. Both ends
     are nan for a single cluster. Raises ValueError also for resamples < 1.
     """

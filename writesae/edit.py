@@ -80,7 +80,7 @@ def make_edit(rows: Tensor, position: Tensor, left: Tensor, right: Tensor, scope
 def run_edited(host: Host, windows: Windows | Tensor, edit: Edit, *, layer: int, head: int, steps: int) -> Tensor:
     """Return the logits [R, steps, V], fp32, of edited runs from each row's first edited position on.
 
-    windows: those to which the edit's rows refer, or their tokens [N, T]; only the edited ones are run.
+    windows: the windows that the edit's rows number, or their tokens [N, T]; only the edited ones are run.
     Raises ValueError for places outside the windows, sides of another size, and values that are not finite.
     """
     run, edit = run_of(host, windows, edit, layer, head)

@@ -60,7 +60,7 @@ def harvest(
 
 
 def _joined(parts: list[Factors], origin: Origin) -> Factors:
-    """Return the factors of all batches; empty `parts`, so that memory holds only one field twice."""
+    """Return the factors of all batches joined. It empties `parts`, so only one field is in memory twice."""
     tensors = [part.tensors() for part in parts]
     parts.clear()
     whole = {name: torch.cat([x.pop(name) for x in tensors]) for name in list(tensors[0])}

@@ -3,8 +3,8 @@
     X_t = exp(log_decay_t) X_{t-1} + key_t value_t^T      (target "state"; Sec. 2 of the paper; X starts at 0)
     X_t = key_t value_t^T                                 (target "write")
 
-A linear function of X_t is a product with D_ts = exp(log_decay_{s+1} + ... + log_decay_t) within a chunk of
-tokens, and one row is carried from chunk to chunk. Decays are summed in fp64, since long sums are subtracted.
+In a chunk, a linear function of X_t is D times that of the writes, plus a term carried from the chunk before;
+D_ts = exp(log_decay_{s+1} + ... + log_decay_t). Decays are summed in fp64, since long sums are subtracted.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ class VectorHistory(History):
 
         X_t = diag(exp(log_decay_t)) X_{t-1} + key_t value_t^T - erase_t taken_t^T
 
-    log_decay, erase [N, T, d_k]; taken [N, T, d_v], what the erase found in X_{t-1}.
+    log_decay, erase [N, T, d_k]; taken [N, T, d_v]: the erase's value side, read from X_{t-1}.
     """
 
     erase: Tensor | None = None

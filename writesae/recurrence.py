@@ -65,8 +65,8 @@ class Factors(TensorFields):
     """The rank-1 write and the transition of a cell at every token, from a run or a harvest.
 
     query, key, erase, probe [B, T, d_k]; added, effective, taken [B, T, d_v]; log_decay [B, T, 1], or [B, T,
-    d_k] for vector decays. None: query and probe in a harvest; effective if its rank exceeds 1; erase if
-    nothing is erased; taken in a run and for scalar decays. origin: the cell.
+    d_k] for vector decays. None in a run: taken; effective for RWKV-7; erase and probe for Mamba-2. None in a
+    harvest: query and probe; erase and taken for scalar decays; effective for vector decays. origin: cell.
     """
 
     query: Tensor | None
@@ -138,7 +138,7 @@ class Factors(TensorFields):
             yield state, taken
 
     def taken_by_erase(self) -> Tensor:
-        """Return what each erase finds, S_{t-1}^T probe_t [B, T, d_v], by a loop over tokens."""
+        """Return the value side of each erase, S_{t-1}^T probe_t [B, T, d_v], by a loop over tokens."""
         return torch.cat([taken for _, taken in self.walk()], 1)
 
 
@@ -278,7 +278,7 @@ def diagonal_chunks(
     """Compute S_t = diag(exp(log_decay_t)) S_{t-1} + key_t added_t^T by chunks; return outputs, last state.
 
     query, key, log_decay [..., T, d_k]; added [..., T, d_v]; state [..., d_k, d_v], groups, end as in
-    `gated_delta_chunks`. Decays between tokens of a chunk are computed directly: none is too fast.
+    `gated_delta_chunks`. Decays between tokens of a chunk are computed directly, so any decay is allowed.
     """
     length, d_k, d_v = key.shape[-2], key.shape[-1], added.shape[-1]
     chunk = min(chunk, length)
@@ -341,7 +341,7 @@ def diagonal_delta_chunks(
     raised = (-within).exp()
     reads = torch.cat([probe * (within - log_decay).exp(), query * within.exp()], -2)
     seen = torch.ones(chunk, chunk, dtype=torch.bool, device=key.device).tril()
-    seen = torch.cat([seen.tril(-1), seen])  # probes read the state before their token, queries that after it
+    seen = torch.cat([seen.tril(-1), seen])  # probes read the state before their token, queries the one after
     of_erase = (reads @ (erase * raised).mT).masked_fill(~seen, 0.0)
     of_key = (reads @ (key * raised).mT).masked_fill(~seen, 0.0)
     system, read_erase = of_erase.split(chunk, -2)

@@ -75,9 +75,9 @@ def intervals(wins, counts) -> dict[str, list]:
 def tested(firings: pd.DataFrame, atoms: list[int]) -> dict[str, dict]:
     """Return the replacement test per amplitude, as lists in the order of `atoms` (None: untested).
 
-    n firings; wins of the atom over deletion, with Wilson's interval; kl: mean KL per condition in nats;
-    beats, beaten: firings at which a control has a lower KL than deletion, and the atom than the control;
-    all at the next token (scope "write"). cache_wins, cache_n: wins and n in scope "cache"."""
+    n: firings; wins: firings at which the atom's KL is below deletion's, with Wilson's interval; kl: mean KL
+    per condition in nats; beats: firings at which a control's KL is below deletion's; beaten: those at which
+    the atom's KL is below the control's; all in scope "write". cache_wins, cache_n: in scope "cache"."""
 
     def counts(table: pd.DataFrame, **columns) -> dict[str, list]:
         sums = table[["atom"]].assign(**columns).groupby("atom").sum().reindex(atoms)
@@ -143,8 +143,8 @@ def tokens_of(table: pd.DataFrame) -> dict[int, list]:
 
 
 def entry(study: Study, tables: dict, where: dict, windows: Windows, firings, test, columns: dict) -> dict:
-    """Return what the page shows of every SAE: place, memory, size and error of it, `columns` with one value
-    per atom, to which contexts are added, and the replacement test."""
+    """Return the page's data for any SAE: its place, memory, size and error; `columns`, with one value per
+    atom and with contexts added; and its replacement test."""
     sae, cell = of_cell(tables["saes"], where), of_cell(tables["cells"], where)
     shown = where | dict(place=cell.place.iloc[0] if len(cell) else "")
     for table, names in ((sae, ("n_atoms", "k", "fvu")), (cell, ("half_life_median", "sigma1_over_sigma2"))):
@@ -236,7 +236,7 @@ def render(data: dict) -> bytes:
 
 
 def page(data: dict) -> bytes:
-    """Return the page, without the survey if it would be too large; ValueError if it is too large even so."""
+    """Return the page, without the survey if it is too large. Raises ValueError if it is still too large."""
     content = render(data)
     if len(content) > MAXIMUM_BYTES:
         size = f"{len(content) / 1e6:.1f} MB"

@@ -35,8 +35,8 @@ class Need(NamedTuple):
 
 
 def harvest_bytes(shape: Shape, tokens: int) -> int:
-    """Return the size of a cell's factors in fp32: per token key, added, effective and one decay, or with vector
-    decays key, added, decays, erase and probe."""
+    """Return the size of a cell's factors in fp32: per token key, added, effective and one decay; with vector
+    decays key, added, decays, erase and taken."""
     d_k, d_v = shape.d_k, shape.d_v
     return 4 * tokens * (3 * d_k + 2 * d_v if shape.vector_decay else d_k + 2 * d_v + 1)
 
@@ -78,8 +78,8 @@ def _files_of(profile: Profile, paths: Paths, name: str, shape: Shape) -> list[N
 
 
 def still_needed(profile: Profile, paths: Paths) -> tuple[list[Need], list[str]]:
-    """Return what the profile's run has still to download and to write, and a sentence for each host with a
-    config or a size of weights that neither this machine nor the Hub has."""
+    """Return what the profile's run still has to download and write, and a sentence for each host whose
+    config or size of weights can be read neither on this machine nor from the Hub."""
     needs, notes, offline = [Need("tables and figures", paths.root, OTHER)], [], False
     for name, section in profile.hosts.items():
         local, what = paths_module.ROOT / section.path, name

@@ -29,7 +29,7 @@ from replication.study.paths import ROOT, Paths, output_root
 from replication.study.profile import load_profile, profile_content
 
 SHAPES = ROOT / "profiles" / "dryrun" / "hosts.yaml"
-TOKENIZER = ROOT / "models" / "gated_deltanet"  # its ids are the first of each random host's
+TOKENIZER = ROOT / "models" / "gated_deltanet"  # each random host has these ids, then unused ones
 SEED = 0
 
 
@@ -77,7 +77,7 @@ def make_hosts(profile: str) -> None:
         stored = folder / "shape.json"
         if not stored.is_file() or json.loads(stored.read_text()) != shape:
             print(f"{name}: random weights of the shapes of {paths[name]}", flush=True)
-            with ProcessPoolExecutor(1, get_context("spawn")) as other:  # a process keeps memory
+            with ProcessPoolExecutor(1, get_context("spawn")) as other:  # its end frees the memory
                 other.submit(make_host, shape, folder).result()
 
 
@@ -92,8 +92,8 @@ def resident(process: psutil.Process) -> int:
 
 @contextlib.contextmanager
 def peak_memory(every: float = 0.2) -> Iterator[Callable[[], float]]:
-    """Measure `resident` of this process every so many seconds. Yield a function that returns its maximum
-    so far, in GB."""
+    """Measure `resident` of this process at intervals of `every` seconds. Yield a function that returns its
+    maximum so far, in GB."""
     process, peak, over = psutil.Process(), 0, threading.Event()
 
     def watch() -> None:

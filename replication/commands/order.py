@@ -40,7 +40,7 @@ class Notebook:
         return paths
 
     def rules(self) -> str:
-        """Return the rules for the notebook's stamp: its prerequisites, and to run if an output is missing."""
+        """Return the rules for the notebook's stamp: its prerequisites, and reruns for missing outputs."""
         stamp, before = f"{STAMPS}/{self.name}", [f"{STAMPS}/{name}" for name in self.needs]
         lines = [f"{stamp}: {' '.join([*self.prerequisites(), *before])}"]
         outputs = [path.replace("{profile}", "$(PROFILE)") for path in self.makes]

@@ -1,4 +1,4 @@
-"""Gather the scorecards of repeated runs."""
+"""Gather the scorecards and the replacement summaries of repeated runs."""
 
 from __future__ import annotations
 

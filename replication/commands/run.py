@@ -1,7 +1,7 @@
 """Run one notebook with papermill, into build/PROFILE/notebooks.
 
-With the default profile, except in a dry run and with WRITESAE_OUTPUT, its outputs then go into the notebook of
-the repository. That file keeps its time, so that Make does not regard it as edited."""
+With the default profile, its outputs are then put into the repository's notebook, unless this is a dry run or
+WRITESAE_OUTPUT is set. That file keeps its modification time, so that Make does not regard it as edited."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def run(name: str, profile: str) -> Path:
         _check_writable(folder)
     target = paths.build / "notebooks" / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    with writing(paths, WAIT):  # only until the kernel takes it
+    with writing(paths, WAIT):  # released before the kernel takes it
         for folder in (*written, path.parent):
             clear_leftovers(folder)
     before = path.read_bytes()

@@ -42,7 +42,7 @@ from writesae.sae.train import TrainingSettings
 from writesae.shards import ShardedHistory, harvest_shards
 from writesae.text import Windows
 
-IN_MEMORY = 2**28  # training data of a cell with at most so many numbers (1 GiB in fp32) are kept in memory
+IN_MEMORY = 2**28  # maximum size of a cell's training data in memory, in numbers (1 GiB in fp32)
 TOGETHER = 8  # maximum of SAEs per task; their replacement tests share one run of the host
 
 

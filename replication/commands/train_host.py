@@ -56,9 +56,9 @@ class Recipe(BaseModel):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is the nearest orthogonal matrix (Jordan et al. 2024), in the parameters' dtype.
+    """Gradient descent with orthogonalised momentum (Jordan et al. 2024), computed in the parameters' dtype.
 
-    torch.optim.Muon computes in bfloat16: minutes per step on a CPU without bfloat16 instructions."""
+    torch.optim.Muon computes in bfloat16, which takes minutes per step on CPUs that only emulate it."""
 
     def __init__(self, params, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -92,8 +92,8 @@ class Muon(torch.optim.Optimizer):
 def optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Return Muon for the layers' matrices (both sides at least 32), and AdamW for all other parameters.
 
-    Parameters of the decays have their own learning rate: at that of the other vectors, half-lives of tens of
-    tokens end below one."""
+    Parameters of the decays have their own learning rate: with that of the other vectors, half-lives decrease
+    from tens of tokens to less than one."""
     matrices, decays, others = [], [], []
     for name, p in model.named_parameters():
         if any(part in load.adapter(recipe.family).decay_parameters for part in name.split(".")):

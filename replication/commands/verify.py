@@ -89,9 +89,9 @@ class Tolerance(BaseModel):
         before, after = reference[self.metric], fresh[self.metric]
         same = (before == after) | (before.isna() & after.isna())
         before, after = _numbers(before), _numbers(after)
-        if self.overlap:  # the intervals meet up to the sum of the two halves that face each other
+        if self.overlap:  # they overlap if the values differ by at most the sum of the facing halves
             (low, high), (fresh_low, fresh_high) = (
-                [_numbers(table[end]).fillna(value) for end in self.overlap]  # no interval: one of width 0
+                [_numbers(table[end]).fillna(value) for end in self.overlap]  # a missing interval has width 0
                 for table, value in ((reference, before), (fresh, after))
             )
             up, down = (high - before) + (after - fresh_low), (fresh_high - after) + (before - low)
@@ -150,7 +150,7 @@ def _shown(table: pd.DataFrame, tolerance: Tolerance) -> list[str]:
 def measure(reference: pd.DataFrame, fresh: pd.DataFrame, tolerance: Tolerance) -> tuple[list[str], pd.Series]:
     """Compare every row of two tables by one tolerance.
 
-    Return sentences on what one side lacks, and per row of both (sentence on it) -> `Tolerance.used`."""
+    Return sentences on what one side lacks, and `Tolerance.used` per common row, indexed by a sentence."""
     problems = _problems(reference, tolerance, "reference") + _problems(fresh, tolerance, "fresh")
     if problems:
         return problems, pd.Series(dtype=float)
@@ -243,8 +243,8 @@ def judge(name: str, reference: Path, fresh: Path, tolerances: list[Tolerance], 
 
 
 def _weigh(before: pd.DataFrame, after: pd.DataFrame, tolerances: list[Tolerance]) -> tuple[str, list[str]]:
-    """Return the verdict on a table, with what one side lacks and the worst value of each metric that moved;
-    if none did, the value that uses most of its tolerance."""
+    """Return the verdict on a table, and sentences on what one side lacks and the worst value of each metric
+    that moved. If nothing moved, the sentence is about the value that uses the most of its tolerance."""
     problems, shares = zip(*(measure(before, after, tolerance) for tolerance in tolerances), strict=True)
     sentences = list(dict.fromkeys(chain(*problems)))
     metrics = [tolerance.metric for tolerance in tolerances]

@@ -1,8 +1,8 @@
 """Page 11_ablations: encoder, decoder, sparsity rule and rank of the SAE (Sec. 3.4, App. B, C, F.3).
 
-Variants differ in the parts that they name, and are trained and asked alike: FVU, L0, dead atoms, registers
-and bundles, and replacement of the native write by the top singular pair of the firing's atom, or by the
-whole atom if its rank is above 1."""
+Variants differ only in the parts that they name; training and measures are the same: FVU, L0, dead atoms,
+registers and bundles, and replacement of the native write by the top singular pair of the firing's atom, or
+by the whole atom if its rank is above 1."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def summarise(windows: pd.DataFrame, classes: pd.DataFrame, firings: pd.DataFram
 
 
 def wins(firings: pd.DataFrame, resamples: int, seed: int) -> dict:
-    """Return win rates over deletion of the atom, the random atom, and the whole atom of rank above 1."""
+    """Return how often the atom, a random atom and (for a rank above 1) the whole atom beat deletion."""
     row = stats.rate_row(stats.beats(firings), resamples, seed, boot=firings.atom)
     row["win_random"] = stats.beats(firings, "random").mean()
     if "kl_whole_atom" in firings and firings.kl_whole_atom.notna().all():

@@ -20,14 +20,14 @@ HEAD = ["layer", "head"]
 
 
 def heads(study: Study) -> pd.DataFrame:
-    """Write results replacement_heads.csv: firings of every head, on hosts that ask for it (App. F.1)."""
+    """Write results replacement_heads.csv: firings of every head, if head_firings is above 0 (App. F.1)."""
     settings = {name: study.profile.section("multiverse", name) for name in study.profile.hosts}
     tables = [heads_of_host(study, name, x) for name, x in settings.items() if x.head_firings]
     return study.gather("replacement_heads", tables)
 
 
 def heads_of_host(study: Study, name: str, settings) -> pd.DataFrame:
-    """Return at most settings.head_firings of each head of a layer, from SAEs trained like the survey's."""
+    """Test up to settings.head_firings firings per head of the middle layer, with SAEs as in the survey."""
     layer, _ = study.cell(name, "middle")
     training.train_all(study, training.survey_specs(study, name, [layer]))
     windows = study.windows(name, "heldout")[slice(0, settings.windows)]
@@ -138,11 +138,11 @@ def failures(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: 
 def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -> pd.DataFrame:
     """Return the paper's tests (Sec. 3.2, App. G), one row per (host, target, amplitude).
 
-    wilcoxon_p: signed ranks of paired KLs. permutation_p: mean log ratio, exchanging atom and deletion within
-    firings as if those were independent; permutation_by_atom_p: within whole atoms. cliffs_delta: of
-    KL(delete) over KL(atom); q1_minus_q4: failure rate in the lowest quartile of KL(delete) minus that in the
-    highest, with a permutation of the labels (nan below two firings in a quartile). Bootstraps are by
-    passage."""
+    wilcoxon_p: signed-rank test of the paired KLs. permutation_p: test of the mean log ratio that exchanges
+    atom and deletion in single firings, as if these were independent; permutation_by_atom_p: the same test of
+    the atoms' means. cliffs_delta: of KL(delete) over KL(atom). q1_minus_q4: failure rate in the lowest
+    quartile of KL(delete) minus that in the highest; q1_minus_q4_p: by permuting the labels (nan below two
+    firings in a quartile). Bootstraps are by passage."""
 
     def row(part: pd.DataFrame) -> dict:
         atom, delete, ratio = part.kl_atom.to_numpy(), part.kl_delete.to_numpy(), log_ratio(part)

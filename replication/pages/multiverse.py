@@ -8,7 +8,7 @@ A universe is one level of each choice; the first level is the default of this r
 | write        | the native write: added (beta k v^T), effective (S_t - alpha_t S_{t-1})               |
 | pooling      | rounds: one firing of every alive atom, then a second; most_firing: as in Fig. 14     |
 | amplitude    | of the atom and of every control: coefficient, or matched_norm (the native write's)   |
-| reading      | who reads the edit (edit.SCOPES); KL at the writing position, the next, the mean of H |
+| reading      | who reads (edit.SCOPES); KL at the next position, the write's, or mean over next H   |
 | kl_direction | KL(native, patched), KL(patched, native)                                              |
 | control      | delete, another alive atom, a fresh rank-1 matrix, the mean write, another write      |
 

@@ -14,7 +14,7 @@ CONTROLS = tuple(name for name in CONDITIONS if name not in ("delete", "atom"))
 
 
 def headline(study: Study) -> pd.DataFrame:
-    """Write results replacement.csv: the profile's count of firings in each host's cells, per target."""
+    """Write results replacement.csv: the test of the profile's number of firings per cell and target."""
     tables = []
     for name in study.profile.hosts:
         settings, windows = study.profile.section("replacement", name), firing_windows(study, name)

@@ -22,7 +22,7 @@ class Criterion(BaseModel):
     """How a claim is judged: `measure`, with `arguments`, should be above, below or equal to `indifference`.
 
     A claim about one architecture has its `family`; a claim about one size has its `model`, a path in
-    hosts.csv. Other hosts are not asked.
+    hosts.csv. The claim is not tested on other hosts.
     """
 
     model_config = dict(extra="forbid", frozen=True, allow_inf_nan=False)

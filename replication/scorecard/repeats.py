@@ -75,9 +75,9 @@ def gather(folders: list[Path], profile: str, kind: str) -> pd.DataFrame:
 def stability(scorecard: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
     """Return one row per claim and host that the scorecard of this run answers.
 
-    runs: how many runs answer the claim, with this one; agree: how many have the verdict of this run; turned:
-    whether any has another; least, most: the range of values; standard_error: from the width of this run's
-    interval; z_most: the largest distance of a repeat from this run, in standard errors (nan if these are 0).
+    runs: number of runs that answer the claim, including this one; agree: number with this run's verdict;
+    turned: whether any run has another verdict; least, most: range of values; standard_error: from this run's
+    interval; z_most: largest distance of a repeat from this run, in standard errors (nan if these are 0).
     """
     rows = []
     for line in _answered(scorecard).itertuples():
@@ -94,9 +94,9 @@ def stability(scorecard: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
 def held(scorecard: pd.DataFrame, seed: int, repeats: pd.DataFrame) -> pd.DataFrame:
     """Return how often the interval of one run contains the value of another, per host and for all hosts.
 
-    Pairs are ordered pairs of runs with different seeds (runs of one seed draw the same firings and prompts),
-    without intervals of no width. n counts pairs; the interval of share is a bootstrap over claims; expected
-    is the share for correct intervals.
+    It compares ordered pairs of runs with different seeds, since runs of one seed draw the same firings and
+    prompts. Intervals of width 0 are left out. n counts the claims of all pairs; the interval of share is a
+    bootstrap over claims; expected is the share for correct intervals.
     """
     pairs, runs = [], {seed: _answered(scorecard)}
     for other, run in repeats.groupby("seed"):

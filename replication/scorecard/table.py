@@ -22,7 +22,7 @@ COLUMNS += ["status", "direction", "criterion", "notebook", "note"]
 
 
 def scorecard(read_table: Callable[[str], pd.DataFrame], hosts: list[str]) -> pd.DataFrame:
-    """Return one row per claim and host that is asked, and one per claim for which no host is asked.
+    """Return one row per claim and host that it is about, and one per claim that is about none of the hosts.
 
     read_table(name) returns a result table; it is called once per table that a measure needs. Raises
     ValueError for a host that is not in hosts.csv, KeyError if a table has several rows for a claim.

@@ -86,7 +86,7 @@ def _files() -> Iterator[Path]:
 
 @lru_cache(maxsize=1)
 def passages() -> dict[str, str]:
-    """Return all passages, by the sha256 of the text and in its order, so that file names do not matter."""
+    """Return {sha256 of the text: text} of all passages, sorted by hash, so that file names do not matter."""
     from pydoc_data.topics import topics
 
     gc.disable()  # with so many nodes, the search for reference cycles takes as long as the parsing

@@ -1,8 +1,8 @@
 """What a stage's result depends on, as one hash: its inputs, the code that computes it, package versions.
 
-The code of a module is its own and that of all modules of the two packages that it imports, directly or not.
-The search stops at LOADERS, because what these modules return is hashed by content. Comments, docstrings and
-layout do not count.
+The code of a module includes the code of all modules of PACKAGES that it imports, directly or indirectly. The
+search for imports stops at LOADERS, because the values that these modules return are hashed by content.
+Comments, docstrings and layout do not count.
 """
 
 from __future__ import annotations
@@ -177,6 +177,6 @@ def module_closure(names: Iterable[str], root: Path = ROOT) -> set[str]:
 
 
 def code_hash(names: Iterable[str], root: Path = ROOT) -> str:
-    """Return a hash of the code of `module_closure`, which also says what is raised."""
+    """Return a hash of the code of `module_closure`. Raises ValueError as `module_closure` does."""
     code = (_module(name, root)[1] for name in sorted(module_closure(names, root)))
     return hashlib.sha256(b"".join(code)).hexdigest()

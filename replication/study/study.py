@@ -125,8 +125,8 @@ class Study:
 
         The part is kept in build/, and computed again (group by group, resumably) only if something has
         changed: the host, the groups, the content of `given`, the code of `compute` or of functions in
-        `given`. `compute` must be a function of a module, so that it depends on nothing else. Raises
-        TypeError for any other function and for values without content.
+        `given`. `compute` must be a module-level function, so that it depends on nothing else. Raises
+        TypeError for any other function, and for values that `fingerprint` does not take.
         """
         if "<" in compute.__qualname__ or compute.__closure__:
             raise TypeError(f"The stage {name} must compute with a function of a module, not with {compute}.")
@@ -173,7 +173,7 @@ class Study:
     # Windows, cells, SAEs
 
     def survey_layers(self, host: str) -> tuple[int, ...]:
-        """Return the recurrent layers of which all heads are surveyed; none if survey_firings is 0."""
+        """Return the recurrent layers whose heads are all surveyed; none if survey_firings is 0."""
         settings = self.profile.section("replacement", host)
         return self.host(host).recurrent_layers[:: settings.survey_every] if settings.survey_firings else ()
 
@@ -226,7 +226,7 @@ class Study:
         return self.paths.build / "saes" / f"{host}-L{layer}-H{head}-{target}-{role}"
 
     def sae(self, host: str, layer: int, head: int, target: str, role="main", write: str = "") -> SAE:
-        """Return the trained SAE of a cell. Raises ValueError if it is of another one, target or write."""
+        """Return the trained SAE of a cell. Raises ValueError if it is of another cell, target or write."""
         write = write or self.profile.saes.write
         expect = dict(host=host, layer=layer, head=head, target=target, write=write)
         return SAE.load(self.sae_folder(host, layer, head, target, role), expect)

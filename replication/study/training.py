@@ -149,7 +149,7 @@ def write_definitions(factors: Factors) -> tuple[str, ...]:
 
 
 def other_specs(study: Study, host: str) -> list[SaeSpec]:
-    """Return the SAEs of writes for the definition of a write that notebook 02 does not use."""
+    """Return the SAEs of writes by the other definition, which notebook 02 does not train."""
     if "write" not in study.profile.saes.targets:
         return []
     specs, settings = [], _settings(study, host, "main")

@@ -24,7 +24,7 @@ def best_match(atoms: tuple, others: tuple) -> torch.Tensor:
 
 
 def matches(seeds: dict[int, SAE], seed: int = 0) -> pd.DataFrame:
-    """Return per atom and other SAE `best`, its largest |cosine| there, and `chance`, after a permutation."""
+    """Return each atom's largest |cosine| in each other SAE: `best`, and `chance` with permuted values."""
     tables = []
     for number, other in permutations(seeds, 2):
         atoms, (key, value) = seeds[number].atoms(), seeds[other].atoms()

@@ -1,7 +1,7 @@
 """The replacement test (the paper's Sec. 3.2, Table 2): replace a native write, and compare the outputs.
 
-Per firing, amplitude and read scope the table has, for each condition, the KL(native, patched) in nats of the
-next token's distribution and the loss on the token after it; for native, delete and atom also the top token:
+One row per firing (at position t), amplitude and read scope. For each condition: KL(native, patched) in nats
+at t + 1, and the loss there, on token t + 2; for native, delete and atom also the top token at t + 1:
 
 | condition       | replaces the native write                                                             |
 |-----------------|---------------------------------------------------------------------------------------|
@@ -61,7 +61,7 @@ def full_rank(matrices: Tensor) -> Terms:
 
 
 def replacements(cell_sae: CellSAE, places: Places, factors: Factors, seed: int) -> dict[str, Terms]:
-    """Return the replacements of all conditions but delete, of unit norm; the reconstruction keeps its own.
+    """Return the replacements of all conditions except delete, with unit norm except for the reconstruction.
 
     factors: of the cell over the run. Random draws depend only on the seed and the firing.
     """
@@ -108,7 +108,7 @@ def side_by_side(put_in: dict[str, Terms], names: Sequence[str], scales: dict[st
 def changes(factors: Factors, places: Places, take_out: Terms, put_in: Terms, scope: str) -> Tensor:
     """Return the head's change [n, conditions, STEPS, d_v] under each condition.
 
-    take_out: minus the native write; put_in: terms [n, conditions, r, d] from `side_by_side`.
+    take_out: the native write with a minus sign; put_in: terms [n, conditions, r, d] from `side_by_side`.
     """
     n, count = put_in[0].shape[:2]
     left, right = (

@@ -210,7 +210,7 @@ class Host(ABC):
         return past
 
     def windows_at(self, record: Record, rows: Tensor, starts: Tensor) -> dict[str, Tensor]:
-        """Return the inputs [R, reach, C] before position starts[r] of window rows[r], or zeros."""
+        """Return {name: inputs [R, reach, C] before position starts[r] of window rows[r], or zeros}."""
         windows = {}
         for name, (inputs, reach) in record.windows.items():
             positions = starts[:, None] + torch.arange(-reach, 0, device=starts.device)

@@ -14,8 +14,8 @@ def fetch(name: str | Path, files: Sequence[str], revision: str | None = None, *
 
     files: patterns of the files to download. options: of huggingface_hub.snapshot_download (token, ...).
 
-    Raises FileNotFoundError if there is neither folder nor model nor revision, PermissionError for a gated
-    model, ConnectionError if the Hub does not answer, ValueError for a revision of a folder."""
+    Raises FileNotFoundError if there is no such folder, model or revision, PermissionError for a gated model,
+    ConnectionError if the Hub does not answer, ValueError if a revision is given for a folder."""
     if not Path(name).exists():
         return Path(_snapshot(str(name), files, revision, **options))
     if revision is not None:

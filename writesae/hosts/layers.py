@@ -23,13 +23,13 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Return x over its L2 norm along the last dimension, as transformers computes it, in fp32 or better."""
+    """Return x divided by its L2 norm (last dimension), as transformers computes it, in fp32 or better."""
     x = wide(x)
     return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + 1e-6)
 
 
 def normalized(x: Tensor, eps: float, groups: int = 1) -> Tensor:
-    """Return x over its root mean square in each of `groups` equal parts of the last dimension.
+    """Return x divided by its root mean square in each of `groups` equal parts of the last dimension.
 
     It computes in fp32 or better. The norms of transformers compute in fp32 even for fp64 models, and the
     last bit of a row then depends on the other rows.

@@ -60,9 +60,9 @@ def load_host(
     A folder is one that save_pretrained wrote, or a Mamba-2 release of its authors. device: by default cuda
     where there is a GPU, else cpu. tokenizer: a tokenizer, or its folder or Hub id, for models without one.
 
-    Raises FileNotFoundError where config.json, weights or tokenizer are missing; ValueError for a class of no
-    family, for weights that are missing, unexpected, of another shape, damaged or not finite, for another
-    model's tokenizer, an unknown device and a .pth file; for Hub ids also what `fetch` raises.
+    Raises FileNotFoundError if config.json, weights or tokenizer are missing; ValueError for a class that no
+    family has, for tensors that are missing, unexpected, of another shape, damaged or not finite, for the
+    tokenizer of another model, an unknown device and a .pth file; for Hub ids also what `fetch` raises.
     """
     without_triton()
     device = _checked_device(device)
@@ -191,7 +191,7 @@ def _tokenizer(folder: Path, name: str | Path, given: str | Path | PreTrainedTok
 
 
 def _check_tokenizer(tokenizer, vocabulary: int, name: str | Path) -> None:
-    """Raise ValueError for a tokenizer with more ids than the model, or fewer than half (padding is less)."""
+    """Raise ValueError unless the tokenizer has half to all of the model's ids (the others are padding)."""
     count = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if not vocabulary / 2 <= count <= vocabulary:
         problem = f"The tokenizer has {count} ids, and {name} a vocabulary of {vocabulary}"

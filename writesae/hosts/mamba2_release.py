@@ -22,7 +22,7 @@ NAMES = dict(d_state="state_size", d_conv="conv_kernel", expand="expand", headdi
 NAMES |= dict(chunk_size="chunk_size", dt_limit="time_step_limit", bias="use_bias", conv_bias="use_conv_bias")
 DEFAULTS = dict(d_state=128, d_conv=4, expand=2, headdim=64, ngroups=1, chunk_size=256)
 DEFAULTS |= dict(dt_limit=(0.0, float("inf")), bias=False, conv_bias=True)
-# fields of which transformers' class implements one value only
+# fields with only one value that transformers' class implements
 FIXED = dict(layer="Mamba2", rmsnorm=True, rms_norm=True, norm_before_gate=False, D_has_hdim=False)
 FIXED |= dict(d_ssm=None, d_intermediate=0, attn_layer_idx=[])
 # fields for initial values and speed, which do not change a trained model
@@ -66,8 +66,8 @@ def library_config(settings: dict[str, Any]):
 def from_release(folder: str | Path, dtype: torch.dtype = torch.float32):
     """Return the Mamba2ForCausalLM of a release's folder.
 
-    Raises FileNotFoundError where config.json or the weights are missing; ValueError for a config that
-    transformers does not implement, a damaged file, a pickle with code in it, and other tensors.
+    Raises FileNotFoundError if config.json or the weights are missing; ValueError for a config that
+    transformers does not implement, a damaged file, a pickle with code, and tensors that do not fit it.
     """
     from transformers import Mamba2ForCausalLM
 

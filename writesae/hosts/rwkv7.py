@@ -1,6 +1,6 @@
 """RWKV-7 hosts (Peng et al. 2025): checkpoints in the format of flash-linear-attention.
 
-A state decays by one factor per channel and is erased along another direction than the key, so the effective
+A state decays by one factor per channel and is erased along a direction other than the key, so the effective
 write has rank 2; the added write k~ v^T has rank 1. The erase reads the state before its decay. The bonus and
 the gate bypass the state, in `Record.beside`. All layers use the values of layer 0, appended to `hidden`.
 """

@@ -82,7 +82,7 @@ class SAE(nn.Module):
         return (matrices - self.mean) / self.scale
 
     def overlaps(self, part: nn.Module, history: History, bias: Tensor | float = 0.0, bf16: bool = False) -> Tensor:
-        """Return <key_i value_i^T, x_t> + bias_i for either part, [N, T, n] without states."""
+        """Return <key_i value_i^T, x_t> + bias_i, [N, T, n], for the encoder or decoder, without states."""
         key = part.key / self.scale
         return history.read(key, part.value, bf16) + (bias - ((key @ self.mean) * part.value).sum(-1))
 

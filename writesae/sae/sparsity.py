@@ -56,7 +56,7 @@ class Activation(nn.Module):
         return 0.0
 
     def gate(self, pre: Tensor) -> Tensor | None:
-        """Return coefficients [..., n] that must also reconstruct, with fixed atoms, or None."""
+        """Return coefficients [..., n] for a second reconstruction in the loss, with fixed atoms, or None."""
         return None
 
     def start(self, pre: Tensor, bias: Tensor) -> None:
@@ -83,7 +83,7 @@ class TopK(Activation):
 
 
 class BatchTopK(Activation):
-    """The k * tokens largest of a batch; in evaluation, those above the mean threshold."""
+    """The k * tokens largest pre-activations of a batch; in evaluation, those above the threshold."""
 
     def __init__(self, n_atoms: int, k: int) -> None:
         super().__init__(n_atoms, k)

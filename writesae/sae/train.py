@@ -221,7 +221,7 @@ class _Run:
 
     @torch.no_grad()
     def resample(self, dead: Tensor) -> None:
-        """Restart atoms [D] as top singular pairs of residuals, drawn by their energy."""
+        """Restart atoms [D] as top singular pairs of residuals, drawn in proportion to squared norm."""
         if not len(dead):
             return
         generator = _generator(self.settings.seed, "resample", self.step)
@@ -301,7 +301,7 @@ def initialise(sae: SAE, history: History, seed: int) -> None:
 
 
 def _worst_residuals(sae: SAE, history: History, energy: Tensor, count: int, generator) -> Tensor:
-    """Return x - xhat, [count, d_k, d_v], of at most `count` tokens, drawn by its energy."""
+    """Return x - xhat, [m, d_k, d_v], of m <= `count` tokens, drawn in proportion to ||x - xhat||^2."""
     size, start, losses = sae.group_size(history), 0, []
     for group in history.groups(size):
         losses.append(loss_of(sae, group, energy[start : start + size]))
@@ -325,7 +325,7 @@ def top_singular_pair(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def top_singular_pairs(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return key [m, rank, d_k] and value [m, rank, d_v] of the top singular pairs, of unit norm in sum."""
+    """Return key [m, rank, d_k] and value [m, rank, d_v] of the top singular pairs; their sum has norm 1."""
     left, size, right = torch.linalg.svd(matrices, full_matrices=False)
     weight = F.normalize(size[:, :rank], dim=-1).sqrt()[..., None]
     return left[:, :, :rank].transpose(1, 2) * weight, right[:, :rank] * weight

@@ -30,7 +30,7 @@ def native_log_p(site: Site, places: Places) -> torch.Tensor:
 
 
 def token_drops(site: Site, firings: pd.DataFrame, atoms: np.ndarray) -> torch.Tensor:
-    """Return by how much deletion of native writes lowers each log p [atoms, V], summed over firings.
+    """Return the decrease of each log p under deletion of the native write, summed over firings: [atoms, V].
 
     The largest entry of a row is the atom's preferred token (App. I.4). atoms: ascending."""
     places, total = site.places(firings), torch.zeros(len(atoms), site.host.vocabulary)
@@ -40,7 +40,7 @@ def token_drops(site: Site, firings: pd.DataFrame, atoms: np.ndarray) -> torch.T
 
 
 def draw_places(firings: pd.DataFrame, active: Active | CellSAE, atoms, count: int, seed: int) -> pd.DataFrame:
-    """Draw `count` firings of each atom, and as many of the places where the atom is not active.
+    """Draw `count` firings of each atom, and as many firings of other atoms where this atom is not active.
 
     coefficient: that of the firing; elsewhere the median of the drawn firings (the paper's a*)."""
     places = Places.of(firings)
@@ -97,7 +97,7 @@ def erase(site: Site, sae: SAE, drawn: pd.DataFrame, preferred: dict, alive, dos
 def summarise_erase(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return changes of log p, tests, ranks per (host, atom or all, where, condition, dose, token_from).
 
-    The bootstrap is by passage; over all atoms the wider of those by passage and by atom. falls: Wilson."""
+    Bootstrap by passage; for all atoms, the wider of passage and atom. falls: share of decreases (Wilson)."""
     rows, keys = [], ["host", "target", "where", "condition", "dose", "token_from"]
     for values, group in table.groupby(keys, sort=False):
         for atom, part in [("all", group), *group.groupby("atom")]:

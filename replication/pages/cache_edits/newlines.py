@@ -22,12 +22,12 @@ PER = 400  # newlines are counted per this many generated tokens
 
 @dataclass
 class Amplifier:
-    """What is written beside the native writes while R rows generate, A atoms in each.
+    """Extra writes of A atoms per row, in addition to the native writes, while R rows are generated.
 
-    prompt [R]: the row of the run that each continues; key [R, A, d_k], value [R, A, d_v]: unit atoms. The
-    amount of each atom is gain [R] x the coefficient of the atom `watched` [A] in the native write, encoded
-    by `sae`, + offset [R, A]. kept [R] bool: whether the extra write stays in the state; otherwise only the
-    token itself reads it."""
+    prompt [R]: the run's row that each row continues; key [R, A, d_k], value [R, A, d_v]: unit atoms. Each is
+    written with the amount gain [R] x c + offset [R, A], where c is the coefficient of the atom `watched` [A]
+    when `sae` encodes the native write. kept [R] bool: whether the extra write stays in the state; if not,
+    only the token itself reads it."""
 
     prompt: torch.Tensor
     key: torch.Tensor
@@ -118,9 +118,9 @@ def amplifier(saes: dict[str, SAE], atoms: dict[str, pd.DataFrame], wanted: list
     """Return every condition with every prompt. saes, atoms (rows of `choose_boundary`): by mode.
 
     offset: at every new token the state is read as if the boundary atoms' coefficients were higher by dose x
-    their mean at line ends; this is not kept, or it would accumulate. scale: the boundary atoms in each
-    native write count dose times; the further dose - 1 are kept. Random atoms are written in the boundary
-    atoms' amounts."""
+    their mean at line ends; this is not kept in the state, or it would accumulate. scale: in each native
+    write the boundary atoms' coefficients are multiplied by dose: dose - 1 times the coefficient is added and
+    kept. Random atoms are written with the amounts of the boundary atoms."""
     rows = []
     for mode, role, dose in wanted:
         source = mode if mode in atoms else next(iter(atoms))  # any for the baseline, which writes nothing

@@ -62,7 +62,7 @@ def erase_registers(site: Site, firings: pd.DataFrame, sae: SAE, first: int, see
 def summarise_registers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return the mean increase and its excess over deletion in bits per token, per (host, target, condition).
 
-    Bootstrap intervals over passages; above_delete: in how many passages it exceeds deletion (Wilson)."""
+    Bootstrap by passage. above_delete: the number of passages in which it exceeds deletion (Wilson)."""
     rows = []
     for (host, target), group in table.groupby(["host", "target"], sort=False):
         delete = group[group.condition == "delete"].set_index("passage").rise

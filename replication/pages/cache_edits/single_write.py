@@ -56,8 +56,8 @@ def single_writes(site: Site, rows, t0, targets: torch.Tensor, magnitude: float,
 def summarise_single(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return how well each predictor fits the shifts, one row per (host, direction, predictor).
 
-    sign_agreement has the wider of Wilson's interval and the bootstrap by passage, `rose` (the share of
-    increases) Wilson's, all other columns the bootstrap by passage."""
+    Intervals: of sign_agreement, the wider of Wilson's and the bootstrap by passage; of `rose` (the share of
+    increases), Wilson's; of all other columns, the bootstrap by passage."""
     rows = []
     for (host, direction), part in table.groupby(["host", "direction"], sort=False):
         measured, rose = part.measured.to_numpy(), part.measured > 0

@@ -61,5 +61,5 @@ def unit(*shape: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def interval(values, clusters, statistic=np.mean, seed: int = 0) -> Interval:
-    """Return the bootstrap interval by cluster, with the resamples of notebook 09."""
+    """Return the bootstrap interval by cluster, from RESAMPLES resamples."""
     return cluster_bootstrap(values, clusters, statistic, RESAMPLES, seed)

@@ -224,7 +224,7 @@ def _newlines(start: int, bench: Bench, windows: Windows, atoms: dict[str, pd.Da
 
 
 def alive(study: Study, bench: Bench, target: str) -> pd.DataFrame:
-    """Return the cell's rows of alive_atoms.csv of notebook 07. ValueError for none."""
+    """Return the cell's rows in notebook 07's alive_atoms.csv. Raises ValueError if there are none."""
     where = dict(host=bench.host.name, target=target, layer=bench.cell[0], head=bench.cell[1])
     rows = rows_with(study.table("alive_atoms"), **where)
     if rows.empty:
@@ -233,7 +233,7 @@ def alive(study: Study, bench: Bench, target: str) -> pd.DataFrame:
 
 
 def read_atoms(study: Study, bench: Bench) -> dict[str, pd.DataFrame]:
-    """Return readers of the registers that fire most, in enough passages; of bundles if these are too few."""
+    """Return readers of the most frequent registers in enough passages, and of bundles if too few."""
     settings, atoms = bench.settings.readers, alive(study, bench, bench.settings.target)
     able = atoms[atoms.passages >= settings.fewest_passages].assign(register=atoms["class"] == "register")
     chosen = able.sort_values(["register", "firings"], ascending=False, kind="stable").head(settings.exemplars)
