@@ -114,7 +114,7 @@ ifeq ($(wildcard profiles/$(PROFILE).yaml),)
 $(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif
 
-# The file is renamed when complete: after a kill, make would take partial rules for all rules.
+# The file is renamed only when it is complete. Otherwise, after a kill, make would use a partial list of rules.
 build/deps.mk: notebooks $(wildcard notebooks/*.ipynb) replication/commands/order.py
 	@mkdir -p build
 	@$(or $(PYTHON),python3) -I replication/commands/order.py > $@.$$$$ && mv $@.$$$$ $@ || { rm -f $@.$$$$; exit 2; }

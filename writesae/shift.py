@@ -35,13 +35,14 @@ def predict_shift(
     """Return the predicted change [R] of a logit at the last of the `steps` tokens of `run_edited`.
 
     token: one id, or one per row of the edit. by: a predictor as described above. Raises ValueError for
-    another predictor, tokens outside the vocabulary, and as `run_edited`.
+    another predictor, tokens outside the vocabulary, another number of them, and as `run_edited`.
     """
     if by not in PREDICTORS:
         raise ValueError(f"There is no predictor {by!r}: choose one of {', '.join(PREDICTORS)}.")
     run, edit = run_of(host, windows, edit, layer, head)
     tokens, factors = torch.as_tensor(token), host.factors(run, layer, head)
     tokens = tokens.expand(len(edit.rows)) if tokens.dim() == 0 else tokens
+    _check_count(tokens, edit.rows)
     change, _ = head_change(factors, edit, steps)
     if by == "exact":
         gradient, _ = logit_gradient(host, run, layer, head, edit.rows, edit.starts, steps, tokens)
@@ -70,14 +71,18 @@ def logit_gradient(
     head's output at each. Raises ValueError for unknown tokens or not one per row, and as `Host.branch`.
     """
     host.check_tokens(tokens)
-    if tokens.shape != rows.shape:
-        raise ValueError(f"Each row takes the logit of one token: {len(rows)} rows, tokens {list(tokens.shape)}.")
+    _check_count(tokens, rows)
     change = torch.zeros(len(rows), steps, host.d_v, requires_grad=True)
     with torch.enable_grad():
         final, _ = host.branch(run, layer, head, rows, starts, change)
         logits = host.logits(final[:, -1])
         chosen = logits.gather(-1, tokens[:, None]).sum()
     return torch.autograd.grad(chosen, change)[0], logits.detach()
+
+
+def _check_count(tokens: Tensor, rows: Tensor) -> None:
+    if tokens.shape != rows.shape:
+        raise ValueError(f"Each row takes the logit of one token: {len(rows)} rows, tokens {list(tokens.shape)}.")
 
 
 def gamma(factors: Factors, rows: Tensor, starts: Tensor, gradient: Tensor) -> Tensor:

@@ -172,6 +172,15 @@ def test_edits_out_of_place_are_refused(gated_deltanet, windows):
         ws.predict_shift(gated_deltanet, windows, ws.Edit.at(0, 3, key, value), 300, layer=1, head=2, steps=2)
 
 
+@pytest.mark.parametrize("by", ["exact", "transport", "paper"])
+@pytest.mark.parametrize("several", [[11], [11, 12, 13]])
+def test_predictions_take_one_token_per_row(gated_deltanet, windows, by, several):
+    key, value = (side.expand(2, 1, -1).to(torch.float64) for side in sides(gated_deltanet))
+    edit = make_edit(torch.tensor([0, 2]), torch.tensor([30, 60]), key, value)
+    with pytest.raises(ValueError, match="one token: 2 rows, tokens"):
+        predicted(gated_deltanet, windows, edit, several, 6, by)
+
+
 def predicted(host, windows, edit, token, steps, by):
     return ws.predict_shift(host, windows, edit, token, layer=LAYER, head=HEAD, steps=steps, by=by)
 
