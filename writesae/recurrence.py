@@ -234,7 +234,7 @@ def decayed_chunks(
     """Compute S_t = alpha_t S_{t-1} + key_t added_t^T by chunks; return outputs [B, T, H, d_v], last state.
 
     query, key [B, T, H_k, d_k]: each of the H_k serves H / H_k consecutive heads, as columns of one matrix.
-    added [B, T, H, d_v]; log_decay [B, T, H]; state [B, H, d_k, d_v].
+    added [B, T, H, d_v]; log_decay [B, T, H]; state [B, H, d_k, d_v]; groups, end as in `gated_delta_chunks`.
     """
     length, key_heads, d_v = key.shape[1], key.shape[2], added.shape[-1]
     chunk = min(chunk, length)
@@ -324,8 +324,9 @@ def diagonal_delta_chunks(
 
     Return outputs [..., T, d_v], the last state and the states before each chunk [..., chunks, d_k, d_v].
     query, key, log_decay, erase, probe [..., T, d_k]; added [..., T, d_v]; state, groups, end as in
-    `gated_delta_chunks`. With W_t the decay since the chunk began, diag(1/W_t) S_t has no decay, so the reads
-    probe_t^T S_{t-1} solve one unit triangular system per chunk; the rest is affine in the state before.
+    `gated_delta_chunks`, but groups only without `end`. With W_t the decay since the chunk began, diag(1/W_t)
+    S_t has no decay, so the reads probe_t^T S_{t-1} solve one unit triangular system per chunk; the rest is
+    affine in the state before.
 
     Raises ValueError where a channel decays below exp(-60) within a chunk, since 1/W is computed (not checked
     under torch.compile). The log decays of RWKV-7 are above -0.61 per token.
