@@ -146,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> int:
     print(f"{options.name} ({options.profile})", flush=True)
     find(options.name, options.profile)
-    if not (Paths(options.profile).build / "saes").is_dir():  # before the first large files are written
+    if not (Paths(options.profile).build / "harvest").is_dir():  # before the first large files are written
         check_disk(options.profile)
     run(options.name, options.profile)
     return 0
