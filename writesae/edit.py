@@ -69,7 +69,7 @@ class Edit:
 
 
 def make_edit(rows: Tensor, position: Tensor, left: Tensor, right: Tensor, scope: str = "write") -> Edit:
-    """Return an edit whose terms all enter at `position` [R]; the other arguments are as for `Edit`."""
+    """Return an edit whose terms all enter at `position` [R] (or [R, r]); other arguments: as for `Edit`."""
     if scope not in SCOPES:
         raise ValueError(f"There is no read scope {scope!r}: choose one of {', '.join(SCOPES)}.")
     positions = position[:, None].expand(-1, left.shape[1]) if position.dim() == 1 and left.dim() == 3 else position

@@ -218,7 +218,7 @@ class Study:
         return self.paths.build / "harvest" / f"{host}-L{layer}-H{head}.safetensors"
 
     def harvested(self, host: str, layer: int, head: int) -> Factors:
-        """Return the factors of a cell that notebook 01 has harvested."""
+        """Return the factors of a cell that notebook 01 has harvested. ArtifactError if it has not."""
         tensors, _ = load_tensors(self.harvest_path(host, layer, head))
         return Factors(query=None, **tensors, origin=Origin(host, layer, head, self.profile.saes.write))
 
@@ -226,7 +226,7 @@ class Study:
         return self.paths.build / "saes" / f"{host}-L{layer}-H{head}-{target}-{role}"
 
     def sae(self, host: str, layer: int, head: int, target: str, role="main", write: str = "") -> SAE:
-        """Return the trained SAE of a cell. Raises ValueError if it is of another cell, target or write."""
+        """Return a cell's SAE. FileNotFoundError before training; ValueError for another cell or kind."""
         write = write or self.profile.saes.write
         expect = dict(host=host, layer=layer, head=head, target=target, write=write)
         return SAE.load(self.sae_folder(host, layer, head, target, role), expect)

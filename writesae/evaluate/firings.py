@@ -85,7 +85,8 @@ def find_firings(
     """Return all firings of an SAE on a harvested cell: window, passage, position, atom, raw coefficient.
 
     cell: harvested over these windows. first, last: only positions first <= t < last. target, write: of the
-    SAE's training data, by default from its config. Raises ValueError if unknown, and for another cell.
+    SAE's training data, by default from its config. Raises ValueError if unknown, for another cell, and
+    for a harvest over another number of windows.
     """
     if len(windows) != len(cell.key):
         raise ValueError(f"The cell was harvested over {len(cell.key)} windows, and these are {len(windows)}.")

@@ -116,7 +116,7 @@ class Host(ABC):
         return Factors(**f)
 
     def output_projection(self, layer: int, head: int) -> Tensor:
-        """Return W_O of one head: [D, d_v], fp32, on the CPU."""
+        """Return W_O of one head: [D, d_v], fp32, on the CPU. Raises as `check_cell`."""
         self.check_cell(layer, head)
         return self.behind_heads(layer).weight[:, head * self.d_v : (head + 1) * self.d_v].float().cpu()
 
