@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import yaml
-from pydantic import ValidationError
 
 from replication.study.paths import ROOT
-from writesae.sae.config import first_problem
+from replication.study.yaml_files import checked
 
 
 class CommandError(RuntimeError):
@@ -20,12 +19,8 @@ class CommandError(RuntimeError):
 def read_yaml(model, path: Path, label: str, **fields):
     """Return a pydantic model of a YAML mapping and further fields. Raises ValueError, about `label`, if the
     file has other content."""
-    try:
+    with checked(label):
         return model(**yaml.safe_load(path.read_text()), **fields)
-    except ValidationError as error:
-        raise ValueError(f"{label}: {first_problem(error)}.") from None
-    except (TypeError, UnicodeDecodeError, yaml.YAMLError):
-        raise ValueError(f"{label} is not a YAML mapping of fields to values.") from None
 
 
 def last_line(text: str) -> str:

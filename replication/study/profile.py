@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from replication.study.paths import ROOT, dry_run, output_root
+from replication.study.yaml_files import checked
 from writesae.sae.config import Parts, first_problem
 from writesae.sae.train import TrainingSettings
 from writesae.text import Corpus
@@ -256,15 +257,11 @@ def load_profile(name: str, folder: Path = ROOT / "profiles") -> Profile:
         raise ValueError(
             f"There is no profile {name!r}: choose one of {names}, or write {path.name} in {folder.name}/."
         )
-    try:
+    with checked(f"Profile {name}"):
         content = profile_content(path)
         if dry_run():
             content = dry(content, yaml.safe_load((ROOT / "profiles/dryrun/overrides.yaml").read_text()))
         return Profile(name=name, **content)
-    except ValidationError as error:
-        raise ValueError(f"Profile {name}: {first_problem(error)}.") from None
-    except (TypeError, UnicodeDecodeError, yaml.YAMLError):
-        raise ValueError(f"Profile {name} is not a YAML mapping of fields to values.") from None
 
 
 def profile_content(path: Path) -> dict:
