@@ -22,7 +22,7 @@ Target = Literal["state", "write"]
 Definition = Literal["added", "effective"]
 Place = Literal["early", "middle", "late"]
 Scope = Literal["write", "cache"]
-Experiment = Literal["logit_shift", "replacement", "population", "atoms", "install", "cache_edits"]
+Experiment = Literal["logit_shift", "replacement", "objects", "population", "atoms", "install", "cache_edits"]
 Overridable = Literal[Experiment, "saes", "multiverse", "ablations"]
 
 
@@ -92,6 +92,10 @@ class Replacement(Section):
     survey_every: PositiveInt = 1  # survey every n-th recurrent layer
     batch_rows: PositiveInt
     bootstrap: PositiveInt
+
+
+class Objects(Section):
+    firings: PositiveInt  # per cell, at the same positions for all SAEs of a host
 
 
 class Population(Section):
@@ -221,6 +225,7 @@ class Profile(Section):
     saes: Saes
     logit_shift: LogitShift
     replacement: Replacement
+    objects: Objects
     population: Population
     atoms: Atoms
     install: Install
