@@ -45,7 +45,7 @@ def headline_saes(study: Study, host_name: str, cells: Iterable[Cell], windows: 
     return saes
 
 
-def drawn_positions(study: Study, host_name: str, windows: Windows, count: int) -> pd.DataFrame:
+def drawn_positions(study: Study, windows: Windows, count: int) -> pd.DataFrame:
     """Return places of the draw `positions`: the same for every cell, SAE, seed and target of a host."""
     first, last = study.profile.data.first_position, windows.tokens.shape[1] - STEPS
     return draw_positions(windows.passage, first, last, count, study.profile.seed)
