@@ -87,6 +87,8 @@ class LogitShift(Section):
 
 class Replacement(Section):
     firings: dict[Place, PositiveInt]
+    places: PositiveInt  # per cell, uniform over positions, for the SAEs of all trainings
+    by_atom: PositiveInt  # firings per cell, equally many per atom, for one SAE per centre
     scopes: list[Scope]
     atoms: PositiveInt | None = None
     survey_firings: int = Field(ge=0)

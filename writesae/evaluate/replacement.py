@@ -23,7 +23,7 @@ the amplitude that brings it nearest to the native write in that norm, which may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
 import pandas as pd
@@ -50,6 +50,7 @@ RANKS = (  # conditions whose terms have the same rank run together
 OWN_NORM = ("reconstruction", "atom_and_mean")  # replacements that have a norm of their own
 STEPS = 2  # the writing token and the next one
 
+Conditions = Sequence[str] | Mapping[str, Sequence[str]]
 Terms = tuple[Tensor, Tensor]  # left [n, r, d_k], right [n, r, d_v]: n matrices of rank r
 
 
@@ -146,33 +147,35 @@ def replace(
     firings: pd.DataFrame,
     places: Places,
     seed: int,
-    conditions: Sequence[str] = CONDITIONS,
+    conditions: Conditions = CONDITIONS,
     scopes: Sequence[str] = SCOPES,
     amplitudes: Sequence[str] = AMPLITUDES,
     batch_rows: int = 512,
 ) -> pd.DataFrame:
     """Return one row per firing, amplitude and read scope, in the order scope, amplitude, firing.
 
-    places: where the firings are in the run, each with two tokens after it.
+    places: where the firings are in the run, each with two tokens after it. conditions: measured at every
+    amplitude, or a mapping from amplitudes to conditions.
     """
     whole = not isinstance(cell_sae.sae.decoder, RankOneDecoder)
     available = dict(flat_svd=cell_sae.flat is not None, whole_atom=whole)
     available["atom_and_mean"] = has_offset(cell_sae)
-    conditions = [name for name in conditions if available.get(name, True)]
-    size = max(1, batch_rows // (len(scopes) * len(amplitudes) * len(conditions)))
+    asked = conditions if isinstance(conditions, Mapping) else dict.fromkeys(amplitudes, conditions)
+    measured = {a: [name for name in names if available.get(name, True)] for a, names in asked.items()}
+    size = max(1, batch_rows // (len(scopes) * sum(map(len, measured.values()))))
     factors = host.factors(run, cell_sae.layer, cell_sae.head)
     tables = []
     for part in (slice(i, i + size) for i in range(0, len(firings), size)):
         some = places.at(part)
         put_in = replacements(cell_sae, some, factors, seed)
         native = factors.at(some.row, some.position)
-        labels, change = _head_changes(factors, native, cell_sae, some, put_in, conditions, scopes, amplitudes)
+        labels, change = _head_changes(factors, native, cell_sae, some, put_in, measured, scopes)
         logits = host.logits(run.final[some.row, some.position + 1])
         patched = patched_logits(host, run, cell_sae, some, change)
         following = run.tokens[some.row, some.position + STEPS]
         columns = _native_columns(native, cell_sae.write, put_in["atom"], logits, following)
         shared = firings.iloc[part].assign(**columns)
-        tables += _tables(shared, labels, amplitudes, logits, patched, following)
+        tables += _tables(shared, labels, measured, logits, patched, following)
     where = {name: getattr(cell_sae, name) for name in ("layer", "head", "target", "write")}
     return pd.concat(tables, ignore_index=True).assign(host=host.name, **where)
 
@@ -193,9 +196,7 @@ def _scales(put_in: dict[str, Terms], names, amplitude: str, coefficient, key, w
     return scales
 
 
-def _head_changes(
-    factors, native, cell_sae, places, put_in, conditions, scopes, amplitudes
-) -> tuple[list[tuple], Tensor]:
+def _head_changes(factors, native, cell_sae, places, put_in, measured, scopes) -> tuple[list[tuple], Tensor]:
     """Return labels (scope, amplitude or "", condition), and the head's change [n, labels, STEPS, d_v]."""
     key, write, coefficient = native.key, native.write(cell_sae.write), places.coefficient.float()
     take_out = key[:, None], -write[:, None]
@@ -204,8 +205,8 @@ def _head_changes(
     for scope in scopes:
         labels.append((scope, "", "delete"))
         parts.append(changes(factors, places, take_out, nothing, scope))
-        for amplitude, group in product(amplitudes, RANKS):
-            if names := [name for name in conditions if name in group]:
+        for amplitude, group in product(measured, RANKS):
+            if names := [name for name in measured[amplitude] if name in group]:
                 labels += [(scope, amplitude, name) for name in names]
                 scales = _scales(put_in, names, amplitude, coefficient, key, write)
                 terms = side_by_side(put_in, names, scales)
