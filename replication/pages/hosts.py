@@ -163,3 +163,25 @@ def choose(study: Study, cells: pd.DataFrame) -> pd.DataFrame:
     hosts = study.profile.hosts.items()
     chosen = [choose_cells(cells[cells.host == name], section) for name, section in hosts]
     return study.write("cells", pd.concat(chosen, ignore_index=True))
+
+
+def chosen_table(cells: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
+    """Return the chosen cells for a reader: half-life, ratio, cost with interval, its rank among the host's.
+
+    cells: the table of `survey`; chosen: that of `choose`.
+    """
+    ranked = cells.assign(rank=cells.groupby("host").cost.rank(ascending=False).astype(int))
+    rows = chosen.merge(ranked[["host", "layer", "head", "rank"]], on=["host", "layer", "head"])
+    costs = (1000 * rows[["cost", "cost_low", "cost_high"]]).itertuples(index=False)
+    taken = rows.instead_of.map("; its first choice is {}".format, na_action="ignore").fillna("")
+    columns = {
+        "host": rows.host,
+        "place": rows.place,
+        "cell": [f"L{layer} H{head}" for layer, head in zip(rows.layer, rows["head"], strict=True)],
+        "rule": rows.rule + taken,
+        "half-life (tokens)": rows.half_life_median.map("{:.1f}".format),
+        "sigma1/sigma2": rows.sigma1_over_sigma2.map("{:.2f}".format),
+        "cost (millinats per token)": [f"{x:.1f} [{low:.1f}, {high:.1f}]" for x, low, high in costs],
+        "rank of the cost": [f"{x} of {n}" for x, n in zip(rows["rank"], rows.host.map(cells.host.value_counts()))],
+    }
+    return pd.DataFrame(columns)
