@@ -20,6 +20,7 @@ from writesae.text import Corpus
 
 Target = Literal["state", "write"]
 Definition = Literal["added", "effective"]
+Centre = Literal["mean", "none", "bias"]
 Place = Literal["early", "middle", "late", "regime", "weighty"]
 PAPER_PLACES: tuple[Place, ...] = ("early", "middle", "late")  # of the paper's three cells
 Scope = Literal["write", "cache"]
@@ -95,6 +96,7 @@ class Saes(Section):
     write: Definition
     targets: list[Target]
     main: TrainingSettings
+    trainings: dict[Centre, PositiveInt]  # per headline cell and target: SAEs, which differ in their seed
     survey: TrainingSettings
     flat: TrainingSettings
 
