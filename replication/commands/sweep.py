@@ -136,7 +136,7 @@ class Sweep:
         """Return the (layer, head) of the grid on a host. Raises ValueError if one is not recurrent."""
         model, grid = self.study.host(host), self.grid
         rules = self.profile.hosts[host].cells.values()
-        named = {"all": model.recurrent_layers, "headline": sorted({rule.layer for rule in rules})}
+        named = {"all": model.recurrent_layers, "headline": sorted({rule.layer for rule in rules} - {None})}
         layers = grid.layers if isinstance(grid.layers, list) else named[grid.layers]
         heads = grid.heads if isinstance(grid.heads, list) else range(model.heads)
         cells = list(dict.fromkeys(product(layers, heads)))

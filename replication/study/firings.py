@@ -22,12 +22,13 @@ CONDITIONS_OF_SURVEYS = ("delete", "atom", "random", "mean_write")  # of tests w
 def encoded_saes(study: Study, host_name: str, cells: Iterable[Cell], role: str, windows) -> list[CellSAE]:
     """Return the SAE of each cell and target, with its active atoms on the windows."""
     profile, saes = study.profile, []
+    with_flat = {study.cell(host_name, place) for place in profile.hosts[host_name].paper_places}
     factors = harvest(study.host(host_name), windows.tokens, cells, profile.data.batch_windows)
     for layer, head in cells:
         for target in profile.saes.targets:
             sae = study.sae(host_name, layer, head, target, role)
             cell_sae = encode_cell((layer, head), target, profile.saes.write, sae, factors[layer, head])
-            if role == "main" and target == "state":
+            if role == "main" and target == "state" and (layer, head) in with_flat:
                 cell_sae.flat = study.sae(host_name, layer, head, target, "flat")
                 cell_sae.states = factors[layer, head].history(target)
             saes.append(cell_sae)

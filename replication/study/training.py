@@ -184,7 +184,7 @@ def other_specs(study: Study, host: str) -> list[SaeSpec]:
     if "write" not in study.profile.saes.targets:
         return []
     specs, settings = [], _settings(study, host, "main")
-    for cell in (study.cell(host, place) for place in study.profile.hosts[host].cells):
+    for cell in (study.cell(host, place) for place in study.profile.hosts[host].paper_places):
         for write in write_definitions(study.harvested(host, *cell)):
             if write != study.profile.saes.write:
                 specs += _specs(study, host, [cell], "other", settings, targets=["write"], write=write)
@@ -288,11 +288,11 @@ def train_one(study: Study, spec: SaeSpec, data: History, validation: History, f
 def train_saes(study: Study) -> pd.DataFrame:
     """Train the SAEs of notebook 02 and write saes.csv, with one row per SAE.
 
-    They are those of the survey, and main and flat ones (of states) of the headline's cells.
+    They are those of the survey, main ones of all chosen cells, and flat ones (of states) of the paper's.
     """
     surveyed, specs = [], []
     for host, section in study.profile.hosts.items():
-        cells = [study.cell(host, place) for place in section.cells]
+        cells = [study.cell(host, place) for place in section.paper_places]
         surveyed = survey_specs(study, host, study.survey_layers(host)) + surveyed
         specs += main_specs(study, host)
         specs += _specs(study, host, cells, "flat", _settings(study, host, "flat"), targets=["state"])
