@@ -15,6 +15,7 @@ import pandas as pd
 from replication import statistics as stats
 from replication.plots import CENTRE_NAMES, CONDITION_NAMES
 from replication.study.firings import drawn_positions, firing_windows, firings_of, headline_saes, run_firings
+from replication.study.profile import PAPER_PLACES
 from replication.study.stages import rows_with
 from replication.study.study import Study
 from writesae.evaluate.firings import atom_names, draw_in_rounds, firings_at
@@ -22,7 +23,6 @@ from writesae.evaluate.firings import atom_names, draw_in_rounds, firings_at
 PAPER = dict(target="state", centre="mean", draw="atoms", condition="atom", amplitude="coefficient")
 CONDITIONS = ("atom", "atom_and_mean", "reconstruction", "random", "native_rescaled")
 MEASURED = dict(coefficient=CONDITIONS, projection=("atom", "random"))
-POOLED = ("early", "middle", "late")  # the cells of the paper's headline
 PLACE = ["layer", "head", "window", "position", "passage"]
 KEYS = ["host", "target", "centre", "draw", "amplitude"]
 
@@ -34,9 +34,8 @@ def measure(study: Study) -> pd.DataFrame:
 
 def _of_host(study: Study, name: str) -> pd.DataFrame:
     settings, windows = study.profile.section("replacement", name), firing_windows(study, name)
-    cells = [study.cell(name, place) for place in study.profile.hosts[name].cells]
     places, seed, drawn = drawn_positions(study, windows, settings.places), study.profile.seed, []
-    for cell_sae in headline_saes(study, name, cells, windows):
+    for cell_sae in headline_saes(study, name, windows):
         config = cell_sae.sae.config
         labels = dict(centre=config.centre, seed=config.seed)
         drawn.append((cell_sae, firings_at(cell_sae, places).assign(**labels, draw="positions")))
@@ -58,7 +57,7 @@ def summarise(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
     named, rows = firings.merge(study.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"]), []
     for values, group in named.groupby(KEYS, sort=False):
         where = dict(zip(KEYS, values, strict=True))
-        parts = {"pooled": group[group.place.isin(POOLED)]} | dict(iter(group.groupby("place", sort=False)))
+        parts = {"pooled": group[group.place.isin(PAPER_PLACES)]} | dict(iter(group.groupby("place", sort=False)))
         for (cells, part), condition in product(parts.items(), CONDITIONS):
             if part[f"kl_{condition}"].notna().all():
                 row = where | dict(cells=cells, condition=condition)
@@ -100,7 +99,7 @@ def contrasts(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
     named = firings.merge(study.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     keys, rows = ["host", "centre", "amplitude"], []
     for values, group in named[named.draw == "positions"].groupby(keys, sort=False):
-        parts = {"pooled": group[group.place.isin(POOLED)]} | dict(iter(group.groupby("place", sort=False)))
+        parts = {"pooled": group[group.place.isin(PAPER_PLACES)]} | dict(iter(group.groupby("place", sort=False)))
         for cells, part in parts.items():
             won = [_wide(x, stats.beats(x).astype(float)) for x in (part[part.target == t] for t in ("write", "state"))]
             apart = won[0] - won[1]

@@ -35,14 +35,16 @@ def encoded_saes(study: Study, host_name: str, cells: Iterable[Cell], role: str,
     return saes
 
 
-def headline_saes(study: Study, host_name: str, cells: Iterable[Cell], windows: Windows) -> list[CellSAE]:
-    """Return the SAEs of all centres and seeds of each cell and target, with their active atoms on the windows."""
+def headline_saes(study: Study, host_name: str, windows: Windows) -> list[CellSAE]:
+    """Return the SAEs of all centres and seeds of each chosen cell and target, applied to the windows."""
     profile, saes = study.profile, []
-    factors = harvest(study.host(host_name), windows.tokens, cells, profile.data.batch_windows, progress=False)
-    for (layer, head), target in product(cells, profile.saes.targets):
-        for variant in main_variants(study, host_name):
-            sae = study.sae(host_name, layer, head, target, variant.role)
-            saes.append(encode_cell((layer, head), target, profile.saes.write, sae, factors[layer, head]))
+    places = {place: study.cell(host_name, place) for place in profile.hosts[host_name].cells}
+    batch = profile.data.batch_windows
+    factors = harvest(study.host(host_name), windows.tokens, places.values(), batch, progress=False)
+    for (place, cell), target in product(places.items(), profile.saes.targets):
+        for variant in main_variants(study, host_name, place):
+            sae = study.sae(host_name, *cell, target, variant.role)
+            saes.append(encode_cell(cell, target, profile.saes.write, sae, factors[cell]))
     return saes
 
 

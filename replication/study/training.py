@@ -17,7 +17,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from replication.study import fingerprint, stages
-from replication.study.profile import Ablations
+from replication.study.profile import PAPER_PLACES, Ablations
 from replication.study.study import Study, threads
 from writesae.files import up_to_date
 from writesae.harvesting import harvest
@@ -80,26 +80,27 @@ def _settings(study: Study, host: str, role: str) -> TrainingSettings:
     return settings.model_copy(update=dict(seed=study.profile.seed))
 
 
-def main_variants(study: Study, host: str) -> list[MainVariant]:
-    """Return the variants of the headline's SAEs: those of `saes.trainings`, with seeds 1,000 apart.
+def main_variants(study: Study, host: str, place: str = "middle") -> list[MainVariant]:
+    """Return the variants of the SAEs of a chosen cell: those of `saes.trainings`, with seeds 1,000 apart.
 
-    The SAEs with the data's mean and the profile's seed have the role "main"; all pages use these.
+    The SAEs with the data's mean and the profile's seed have the role "main"; all pages use these. Places that
+    are not the paper's have the profile's seed only.
     """
     seed, variants = study.profile.seed, []
     for centre, count in study.profile.section("saes", host).trainings.items():
-        for other in range(seed, seed + 1000 * count, 1000):
+        for other in range(seed, seed + 1000 * (count if place in PAPER_PLACES else 1), 1000):
             plain = (centre, other) == ("mean", seed)
             variants.append(MainVariant(centre, other, "main" if plain else f"main-{centre}-{other}"))
     return variants
 
 
 def main_specs(study: Study, host: str) -> list[SaeSpec]:
-    """Return the SAEs of the headline's cells, one per cell, target and variant."""
-    cells = [study.cell(host, place) for place in study.profile.hosts[host].cells]
+    """Return the SAEs of the chosen cells, one per cell, target and variant."""
     settings, specs = _settings(study, host, "main"), []
-    for centre, seed, role in main_variants(study, host):
-        changed = settings.model_copy(update=dict(centre=centre, seed=seed))
-        specs += _specs(study, host, cells, role, changed)
+    for place in study.profile.hosts[host].cells:
+        for centre, seed, role in main_variants(study, host, place):
+            changed = settings.model_copy(update=dict(centre=centre, seed=seed))
+            specs += _specs(study, host, [study.cell(host, place)], role, changed)
     return specs
 
 
