@@ -32,6 +32,8 @@ CONDITION_NAMES = dict(
 )
 PREDICTOR = dict(paper=COLOURS[3], paper_fitted=COLOURS[1], transport=COLOURS[9], exact=COLOURS[0])
 DIRECTION = dict(paper=COLOURS[3], gamma=COLOURS[0])
+FAMILY = {"SAEs": COLOURS[0], "raw writes": COLOURS[1], "means of writes": COLOURS[2]}
+FAMILY |= {"principal components": COLOURS[4], "floor and ceiling": COLOURS[7]}
 DRY_RUN = "DRY RUN"
 PAPER = dict(color="0.35", linestyle=":", linewidth=1.2)  # a line at a number of the paper
 DASHES = dict(color="0.35", linestyle="none", marker="_", markersize=18)  # numbers to compare with

@@ -172,6 +172,19 @@ def over_trainings(
     return mean, Interval(float(mean - reach), float(mean + reach))
 
 
+def ratio_bootstrap(a, b, clusters: Sequence, resamples: int, seed: int) -> Interval:
+    """Return the percentile interval of mean(a) / mean(b) for pairs [n], when whole clusters are drawn.
+
+    Both ends are nan for a single cluster.
+    """
+    values = np.stack(_pair(a, b), 1)
+    codes, count = _codes(clusters)
+    if count < 2:
+        return Interval(np.nan, np.nan)
+    above, below = _means(values, codes, _draws(count, resamples, np.random.default_rng(seed)))
+    return _percentiles(above / below)
+
+
 def difference_bootstrap(a, b, clusters: tuple[Sequence, Sequence], resamples: int, seed: int) -> Interval:
     """Return the percentile interval of mean(a) - mean(b); clusters are drawn independently in a and b."""
     generator, means = np.random.default_rng(seed), []

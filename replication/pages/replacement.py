@@ -1,4 +1,4 @@
-"""Notebooks 05 and 06: the replacement test over a profile's cells (the paper's Sec. 3.2, Table 2)."""
+"""Notebook 05: the replacement test over a profile's cells (the paper's Sec. 3.2, Table 2)."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Place = Literal["early", "middle", "late", "regime", "weighty"]
 PAPER_PLACES: tuple[Place, ...] = ("early", "middle", "late")  # of the paper's three cells
 Scope = Literal["write", "cache"]
 Experiment = Literal["logit_shift", "replacement", "population", "atoms", "install", "cache_edits"]
-Overridable = Literal[Experiment, "saes", "multiverse", "ablations"]
+Overridable = Literal[Experiment, "saes", "baselines", "multiverse", "ablations"]
 
 
 class Section(BaseModel):
@@ -123,6 +123,14 @@ class Replacement(Section):
     survey_every: PositiveInt = 1  # survey every n-th recurrent layer
     batch_rows: PositiveInt
     bootstrap: PositiveInt
+
+
+class Baselines(Section):
+    places: PositiveInt  # per cell
+    nearest: list[PositiveInt]  # sizes of codebooks of raw writes, in multiples of the SAE's number of atoms
+    fitted: PositiveInt  # training writes for k-means and for PCA of whole writes
+    components: list[PositiveInt]  # of the PCA of whole writes
+    side_components: list[PositiveInt]  # of the PCA of each side
 
 
 class Population(Section):
@@ -252,6 +260,7 @@ class Profile(Section):
     saes: Saes
     logit_shift: LogitShift
     replacement: Replacement
+    baselines: Baselines
     population: Population
     atoms: Atoms
     install: Install

@@ -29,6 +29,7 @@ from writesae.sae.train import TrainingSettings, train
 VALIDATION_WINDOWS = 64  # held-out windows on which the FVU of an SAE is measured
 CHECK_WINDOWS = 8  # training windows of an ablation on which its FVU is measured instead
 SURVEY_PARTS = 4  # survey tasks per worker and host, if the profile limits the workers
+SINGLE_ATOM = "k1"  # the role of SAEs with one active atom per token
 NEED_NO_STATES = [("bilinear", "rank1", 1), ("tied", "rank1", 1)]
 
 
@@ -303,6 +304,19 @@ def train_saes(study: Study) -> pd.DataFrame:
     names = [f"{spec.host}-{spec.role}-L{spec.layer}{head}" for spec, head in zip(specs, heads, strict=True)]
     rows = sorted(range(len(specs)), key=names.__getitem__)
     return study.write("saes", table.iloc[rows])
+
+
+def train_single_atoms(study: Study) -> pd.DataFrame:
+    """Train the SAEs of notebook 06 and write baseline_saes.csv.
+
+    They are of the writes of the headline's cells, without the mean and with k = 1, else with the main settings.
+    """
+    specs = []
+    for host, section in study.profile.hosts.items():
+        settings = _settings(study, host, "main").model_copy(update=dict(k=1, centre="none"))
+        cells = [study.cell(host, place) for place in section.cells]
+        specs += _specs(study, host, cells, SINGLE_ATOM, settings, targets=["write"])
+    return study.write("baseline_saes", train_all(study, specs))
 
 
 def train_variants(study: Study) -> pd.DataFrame:

@@ -64,6 +64,32 @@ def full_rank(matrices: Tensor) -> Terms:
     return torch.eye(matrices.shape[1], dtype=matrices.dtype).expand(len(matrices), -1, -1), matrices
 
 
+def inner(terms: Terms, key: Tensor, value: Tensor) -> Tensor:
+    """Return the Frobenius inner products [n] of terms with key value^T: key [n, d_k], value [n, d_v]."""
+    left, right = terms
+    return ((left @ key[:, :, None]) * (right @ value[:, :, None])).sum((1, 2))
+
+
+def squared_norm(terms: Terms) -> Tensor:
+    """Return the squared Frobenius norms [n] of terms."""
+    left, right = terms
+    return ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
+
+
+def scaled(terms: Terms, amplitude: Tensor) -> Terms:
+    """Return terms times numbers [n]."""
+    return terms[0], terms[1] * amplitude[:, None, None]
+
+
+def projected(terms: Terms, key: Tensor, value: Tensor) -> Terms:
+    """Return terms at the amplitude that brings them nearest to key value^T in Frobenius norm.
+
+    key [n, d_k], value [n, d_v]. A matrix of zeros stays zero.
+    """
+    size = squared_norm(terms)
+    return scaled(terms, torch.where(size > 0, inner(terms, key, value) / size, 0.0))
+
+
 def replacements(cell_sae: CellSAE, places: Places, factors: Factors, seed: int) -> dict[str, Terms]:
     """Return the replacements of all conditions except delete, with unit norm except for those of OWN_NORM.
 
@@ -140,6 +166,38 @@ def patched_logits(host: Host, run: Run, cell_sae: CellSAE, places: Places, chan
 
 
 @torch.no_grad()
+def measure_terms(
+    host: Host,
+    run: Run,
+    cell_sae: CellSAE,
+    places: Places,
+    put_in: dict[str, Terms],
+    scope: str = "write",
+    batch_rows: int = 512,
+) -> pd.DataFrame:
+    """Return KL(native, patched) in nats at t + 1 with other matrices in the native write's place.
+
+    One row per place, one column per name in `put_in`; the terms are put in at their own norm. cell_sae: gives
+    the cell and the definition of its write. places: as for `replace`. batch_rows: edited rows per run.
+    """
+    factors, by_rank = host.factors(run, cell_sae.layer, cell_sae.head), {}
+    for name, (left, _) in put_in.items():
+        by_rank.setdefault(left.shape[1], []).append(name)
+    names, size, parts = sum(by_rank.values(), []), max(1, batch_rows // len(put_in)), []
+    for part in (slice(i, i + size) for i in range(0, len(places.row), size)):
+        some = places.at(part)
+        native = factors.at(some.row, some.position)
+        take_out = native.key[:, None], -native.write(cell_sae.write)[:, None]
+        change = []
+        for same in by_rank.values():
+            terms = (torch.stack([put_in[name][side][part] for name in same], 1) for side in (0, 1))
+            change.append(changes(factors, some, take_out, tuple(terms), scope))
+        patched = patched_logits(host, run, cell_sae, some, torch.cat(change, 1))
+        parts.append(kl(host.logits(run.final[some.row, some.position + 1])[:, None], patched))
+    return pd.DataFrame(torch.cat(parts).numpy(), columns=names)[list(put_in)]
+
+
+@torch.no_grad()
 def replace(
     host: Host,
     run: Run,
@@ -184,11 +242,10 @@ def _scales(put_in: dict[str, Terms], names, amplitude: str, coefficient, key, w
     """Return the factor [n] of each replacement in NAMES at an amplitude; key, write: of the native write."""
     scales = {}
     for name in names:
-        left, right = put_in[name]
+        right = put_in[name][1]
         size = right.flatten(1).norm(dim=1) if name in OWN_NORM else 1.0  # left is the identity, or of norm 1
         if amplitude == "projection":
-            along = (left @ key[:, :, None]) * (right @ write[:, :, None])
-            scales[name] = along.sum((1, 2)) / size**2
+            scales[name] = inner(put_in[name], key, write) / size**2
         elif amplitude == "matched_norm":
             scales[name] = key.norm(dim=-1) * write.norm(dim=-1) / size
         else:
