@@ -161,6 +161,14 @@ class History(TensorFields):
         out = _Scan.apply(x, chunks.decay, chunks.carry)
         return out.flatten(1, 2)[:, : self.key.shape[1]]
 
+    def project(self, matrix: Tensor) -> Tensor:
+        """Return <X_t, matrix>, [N, T], for matrix [d_k, d_v], differentiable in the matrix."""
+        if self.log_decay is None:
+            return self._inner(matrix)
+        chunks = self.chunks
+        x = ((chunks.key @ matrix) * chunks.value).sum(-1, keepdim=True)
+        return _Scan.apply(x, chunks.decay, chunks.carry).flatten(1)[:, : self.key.shape[1]]
+
     def inner(self, matrix: Tensor) -> Tensor:
         """Return <X_t, matrix>, [N, T], for matrix [d_k, d_v]; computed in fp64."""
         return torch.cat([part.double()._inner(matrix.double()) for part in self.groups()]).to(self.key.dtype)

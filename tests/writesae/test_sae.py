@@ -15,6 +15,7 @@ from writesae.sae.train import TrainingSettings
 PARTS = [("bilinear", "rank1"), ("bilinear", "flat"), ("dense", "rank1"), ("dense", "flat"), ("tied", "rank1")]
 KINDS = [dict(encoder=a, decoder=b) for a, b in PARTS] + [dict(rank=2), dict(rank=3)]
 KINDS += [dict(activation=name) for name in ("batch_topk", "jumprelu", "gated")]
+KINDS += [dict(centre="bias"), dict(centre="none", encoder="dense")]
 N, K, D_K, D_V = 12, 3, 5, 7
 
 
@@ -27,7 +28,10 @@ def history_of(target: str) -> History:
 def sae_of(**kind) -> SAE:
     torch.manual_seed(2)
     sae = SAE(Architecture(n_atoms=N, k=K, **kind), D_K, D_V)
-    sae.mean.normal_()
+    if sae.config.centre == "mean":
+        sae.mean.normal_()
+    if sae.bias is not None:
+        sae.bias.data.normal_()
     sae.scale.fill_(2.5)
     sae.encoder.bias.data.normal_(std=0.1)
     return sae
@@ -54,7 +58,8 @@ def test_encoding_and_decoding_by_their_definition(kind):
     indices, coefficients = sae.encode(x)
     assert torch.equal(indices, top.indices)
     assert_close(coefficients, top.values.relu() * sae.scale, "raw coefficients", 1e-12)
-    expected = sae.mean + sum(c * sae.decoder.weight()[i] for i, c in zip(indices, coefficients))
+    added_to = sae.mean if sae.bias is None else sae.bias * sae.scale
+    expected = added_to + sum(c * sae.decoder.weight()[i] for i, c in zip(indices, coefficients))
     assert_close(sae.decode(indices, coefficients), expected, "reconstruction", 1e-12)
 
 

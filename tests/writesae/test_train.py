@@ -49,6 +49,7 @@ def planted() -> tuple[History, torch.Tensor, torch.Tensor]:
 
 FACTORED = [dict(), dict(encoder="tied"), dict(activation="batch_topk"), dict(activation="jumprelu")]
 FACTORED += [dict(activation="gated"), dict(encoder="tied", activation="gated")]
+FACTORED += [dict(centre="bias"), dict(centre="bias", activation="gated")]
 
 
 @pytest.mark.parametrize("kind", FACTORED)
@@ -61,9 +62,12 @@ def test_factored_loss_and_gradients_are_those_of_the_dense_step(target, looked_
     history = history_of(target, windows=3, dtype=torch.float64)
     sae = SAE(Architecture(n_atoms=atoms, k=k, **kind), D_K, D_V).double().train()
     assert (atoms * atoms <= 2 * 3 * 70 * k * k) == looked_up, "the case that this test is meant for"
-    sae.mean.copy_(history.mean())
     sae.scale.fill_(3.0)
     sae.encoder.bias.data.normal_(std=0.1)
+    if sae.bias is None:
+        sae.mean.copy_(history.mean())
+    else:
+        sae.bias.data.normal_(std=0.3)
     for parameter in sae.activation.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     dead = torch.tensor([0, 3, 4, 11])
@@ -300,8 +304,8 @@ def test_a_trained_sae_no_longer_adapts():
 
 
 def test_variants_are_named():
-    named = [dict(), dict(decoder="flat"), dict(encoder="tied", activation="gated"), dict(rank=2)]
-    wanted = ["bilinear+rank1", "bilinear+flat", "tied+rank1+gated", "bilinear+rank2"]
+    named = [dict(), dict(decoder="flat"), dict(encoder="tied", activation="gated", centre="none"), dict(rank=2)]
+    wanted = ["bilinear+rank1", "bilinear+flat", "tied+rank1+gated+none", "bilinear+rank2"]
     assert [settings_of(**kind).variant for kind in named] == wanted
 
 
@@ -323,6 +327,30 @@ def test_data_that_cannot_be_trained_on_are_refused():
         train(constant, settings_of(), progress=False)
     with pytest.raises(FloatingPointError, match="lower lr"):
         train(history_of(), settings_of(lr=1e30), progress=False)
+
+
+@pytest.mark.parametrize("target", ["state", "write"])
+def test_what_atoms_are_added_to(target):
+    """With "mean" the mean of the data; with "none" nothing; with "bias" a matrix that training finds."""
+    data = history_of(target)
+    data = History(data.key, data.value + 2, data.log_decay)
+    saes = {centre: train(data, settings_of(centre=centre), progress=False)[0] for centre in ("mean", "none", "bias")}
+    assert_close(saes["mean"].offset, data.mean(), "the mean", 1e-6)
+    assert not saes["none"].offset.any() and not saes["bias"].mean.any()
+    assert saes["bias"].offset.any(), "the bias was learnt"
+    for sae in saes.values():
+        active = sae.encode(data.steps())
+        rest = data.steps() - sae.offset - sae.decoder.dense(*active)
+        variance = (data.steps() - data.mean()).square().sum()
+        assert_close(evaluate(sae, data)[0], rest.square().sum() / variance, "FVU about the mean", 1e-4)
+
+
+def test_resampled_atoms_leave_the_bias_alone():
+    run = train_module._Run(history_of(), settings_of(centre="bias"))
+    run.advance()
+    before = run.optimiser.state[run.sae.bias]["exp_avg"].clone()
+    run.resample(torch.arange(6))
+    assert before.any() and torch.equal(run.optimiser.state[run.sae.bias]["exp_avg"], before)
 
 
 def test_evaluate_counts_what_fires():

@@ -95,7 +95,7 @@ def replacements(cell_sae: CellSAE, places: Places, factors: Factors, seed: int)
 def reconstruction(cell_sae: CellSAE, window: Tensor, position: Tensor) -> Tensor:
     """Return the sum of all active atoms [n, d_k, d_v], plus the mean for an SAE of writes."""
     decoded = cell_sae.sae.decode(cell_sae.indices[window, position], cell_sae.coefficients[window, position])
-    return decoded if cell_sae.target == "write" else decoded - cell_sae.sae.mean
+    return decoded if cell_sae.target == "write" else decoded - cell_sae.sae.offset
 
 
 def side_by_side(put_in: dict[str, Terms], names: Sequence[str], scales: dict[str, Tensor]) -> Terms:

@@ -10,7 +10,7 @@ FORMAT_VERSION = 1
 
 
 class Parts(BaseModel):
-    """Encoder, decoder, sparsity rule. Raises ValidationError for what does not exist."""
+    """Encoder, decoder, sparsity rule, centring. Raises ValidationError for what does not exist."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -18,6 +18,11 @@ class Parts(BaseModel):
     decoder: Literal["rank1", "flat"] = "rank1"
     activation: Literal["topk", "batch_topk", "jumprelu", "gated"] = "topk"
     rank: PositiveInt = Field(1, description="outer products per atom; above 1 only for bilinear + rank1")
+    centre: Literal["mean", "none", "bias"] = Field(
+        "mean",
+        description="mean: atoms explain X minus the mean of the data (the paper's text); none: X itself; "
+        "bias: X minus a matrix that the decoder learns, while the encoder reads X (the author's code)",
+    )
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Parts:
@@ -30,9 +35,10 @@ class Parts(BaseModel):
 
     @property
     def variant(self) -> str:
-        """The name in tables: encoder+decoder, and +activation where it is not topk."""
+        """The name in tables: encoder+decoder, and +activation and +centre where they are not the defaults."""
         decoder = self.decoder if self.rank == 1 else f"rank{self.rank}"
-        return "+".join([self.encoder, decoder] + [self.activation] * (self.activation != "topk"))
+        others = [self.activation] * (self.activation != "topk") + [self.centre] * (self.centre != "mean")
+        return "+".join([self.encoder, decoder, *others])
 
 
 class Architecture(Parts):

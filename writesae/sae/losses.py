@@ -1,8 +1,9 @@
 """The loss of a sparse autoencoder of matrices: without states where the parts allow it, else on states.
 
 With x = (X - mean) / scale, atoms v_i w_i^T, coefficients c and G_ij = (v_i . v_j)(w_i . w_j), the error is
-||x - sum_i c_i v_i w_i^T||^2 = ||x||^2 - 2 sum_i c_i <v_i w_i^T, x> + c^T G c. Its mean is the fraction of
-variance unexplained (FVU). The dead-atom loss is that of Gao et al. 2024, App. A.2.
+||x - sum_i c_i v_i w_i^T||^2 = ||x||^2 - 2 sum_i c_i <v_i w_i^T, x> + c^T G c. A learnt bias B takes the place of
+x by x - B there. The mean error is the fraction of variance unexplained (FVU), about the SAE's own mean. The
+dead-atom loss is that of Gao et al. 2024, App. A.2.
 """
 
 from __future__ import annotations
@@ -55,21 +56,25 @@ def factored_loss(
     pre = sae.overlaps(encoder, history, encoder.bias, bf16)
     indices, coefficients = sae.select(pre, ordered=False)
     overlaps = sae.overlaps(decoder, history, bf16=bf16)
-    scaled = energy / sae.scale**2
+    rest, scaled = overlaps, energy / sae.scale**2
+    if sae.bias is not None:
+        rest = overlaps - ((decoder.key @ sae.bias.detach()) * decoder.value).sum(-1)  # without its gradient
+        overlaps = overlaps - ((decoder.key @ sae.bias) * decoder.value).sum(-1)
+        scaled = scaled - 2 * history.project(sae.bias / sae.scale) + sae.bias.square().sum()
     if sae.activation.every:
         gram = _gram(decoder.key, decoder.value)
         squared = _squared_error(scaled, overlaps, coefficients, gram)
         fvu = squared.mean()
         total, gate = fvu + sae.activation.penalty(pre), sae.activation.gate(pre)
         if gate is not None:
-            total = total + _squared_error(scaled, overlaps.detach(), gate, gram.detach()).mean()
+            total = total + _squared_error(scaled.detach(), overlaps.detach(), gate, gram.detach()).mean()
     else:
         cross = (coefficients * overlaps.gather(-1, indices)).sum(-1)
         squared = scaled - 2 * cross + _quadratic(decoder.key, decoder.value, indices, coefficients)
         fvu = total = squared.mean()
     if dead is not None and len(dead) and aux_weight > 0:
         firing = top_positive(pre.index_select(-1, dead), k_aux)
-        residual_overlaps = overlaps.index_select(-1, dead) - _explained(sae, indices, coefficients, dead)
+        residual_overlaps = rest.index_select(-1, dead) - _explained(sae, indices, coefficients, dead)
         gram = _gram(decoder.key[dead], decoder.value[dead])
         total = total + aux_weight * _squared_error(squared.detach(), residual_overlaps, firing, gram).mean()
     return Loss(total, fvu.detach(), squared.detach(), indices, coefficients.detach())
@@ -130,13 +135,16 @@ def dense_loss(
     pre = sae.encoder.dense(x)
     indices, coefficients = sae.select(pre, ordered=False)
     error = x - sae.decoder.dense(indices, coefficients)
+    if sae.bias is not None:
+        error = error - sae.bias
     squared = error.square().sum((-1, -2))
     fvu = squared.mean()
     total = fvu + sae.activation.penalty(pre)
     gate = sae.activation.gate(pre)
     if gate is not None:
         again = (gate @ sae.decoder.weight().detach().flatten(1)).view_as(x)
-        total = total + (x - again).square().sum((-1, -2)).mean()
+        rest = x if sae.bias is None else x - sae.bias.detach()
+        total = total + (rest - again).square().sum((-1, -2)).mean()
     if dead is not None and len(dead) and aux_weight > 0:
         firing = top_positive(pre.index_select(-1, dead), k_aux)
         again = (firing @ sae.decoder.weight()[dead].flatten(1)).view_as(x)

@@ -4,8 +4,9 @@ With x = (X - mean) / scale, of mean ||x||_F^2 = 1, and the parts bilinear + ran
 
     p_i = enc_key_i^T x enc_value_i + bias_i   c = ReLU(TopK_k(p))   xhat = sum_i c_i dec_key_i dec_value_i^T
 
-The paper's Table 10 has no encoder bias; ours is learnt from zero. Returned coefficients are in raw units,
-c_i * scale.
+The paper's Table 10 has no encoder bias; ours is learnt from zero. `centre` says what the atoms are added to:
+the data's mean; nothing, and then mean = 0 above; or a bias B that the decoder learns, xhat = B + sum_i ..., with
+mean = 0. Returned coefficients are in raw units, c_i * scale.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ indices, coefficients = sae.encode(matrices)  # matrices: [..., {d_k}, {d_v}]
 class SAE(nn.Module):
     """A sparse autoencoder of [d_k, d_v] matrices; buffers mean [d_k, d_v] and scale (a scalar), fp32.
 
-    `config` describes it and, if known, its training data. A new SAE is in evaluation mode.
+    The parameter bias [d_k, d_v], in units of the scale, is None unless centre is "bias". `config` describes the
+    SAE and, if known, its training data. A new SAE is in evaluation mode.
     """
 
     def __init__(self, architecture: Architecture, d_k: int, d_v: int) -> None:
@@ -65,12 +67,19 @@ class SAE(nn.Module):
         self.activation = ACTIVATIONS[architecture.activation](self.n_atoms, self.k)
         self.register_buffer("mean", torch.zeros(d_k, d_v))
         self.register_buffer("scale", torch.ones(()))
+        learnt = architecture.centre == "bias"
+        self.register_parameter("bias", nn.Parameter(torch.zeros(d_k, d_v)) if learnt else None)
         self.eval()
 
     @property
     def factored(self) -> bool:
         """Whether encoding, decoding and training need no states."""
         return self.encoder.factored and isinstance(self.decoder, RankOneDecoder)
+
+    @property
+    def offset(self) -> Tensor:
+        """What decoding adds to the sum of the active atoms, [d_k, d_v], in raw units."""
+        return self.mean if self.bias is None else self.bias.detach() * self.scale
 
     def normalise(self) -> None:
         """Apply the norm constraints of Table 10."""
@@ -139,7 +148,7 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def decode(self, indices: Tensor, coefficients: Tensor) -> Tensor:
-        """Return the reconstruction [..., d_k, d_v], mean included, of active atoms [..., slots].
+        """Return the reconstruction [..., d_k, d_v], offset included, of active atoms [..., slots].
 
         Raises ValueError for different shapes, and for indices without an atom.
         """
@@ -148,7 +157,7 @@ class SAE(nn.Module):
         outside = indices[(indices < 0) | (indices >= self.n_atoms)]
         if len(outside):
             raise ValueError(f"This SAE has no atom {int(outside[0])}: it has 0 to {self.n_atoms - 1}.")
-        return self.mean + self.decoder.dense(indices, coefficients)
+        return self.offset + self.decoder.dense(indices, coefficients)
 
     @torch.no_grad()
     def atoms(self) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ In their names, for an uncentred state X in [d_k, d_v] and factors [n, rank, d],
 
     c = ReLU(TopK(sum_r V_enc_ir^T X W_enc_ir + b_enc_i))        Xhat = sum_ir c_i V_dec_ir W_dec_ir^T + bias
 
-Ours subtract a mean first, so mean = bias, and our encoder bias is b_enc_i + <encoder_i, bias>.
+That is centre = "bias" here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -59,13 +58,13 @@ def load_authors_sae(path: Path | str, host: str, *, transposed: bool = False, *
     if config.get("n_features") not in (None, n):
         raise ValueError(f"The config of {path} says n_features = {config['n_features']}, its tensors have {n}.")
     tensors = _tensors(path, state, kind, (n, fields[d_1], fields[d_2]), transposed)
-    fields |= dict(host=host, target="state", write="added", encoder=encoder, decoder=decoder, n_atoms=n)
+    fields |= dict(host=host, target="state", write="added", encoder=encoder, decoder=decoder, centre="bias", n_atoms=n)
     try:
         ours = SAEConfig(**fields)
     except ValidationError as error:
         raise ValueError(f"{path} is no SAE: {first_problem(error)}.") from error
     sae = SAE(ours, ours.d_k, ours.d_v)
-    sae.load_state_dict(tensors | {"scale": torch.ones(())})
+    sae.load_state_dict(tensors | {"scale": sae.scale, "mean": sae.mean})
     refuse_not_finite(sae, path)
     return sae.requires_grad_(False)
 
@@ -137,16 +136,16 @@ def _tensors(
 
     if decoder == "flat":
         atoms = {"matrix": matrices(part("decoder.weight", d_1 * d_2, n).T)}
-        mean = matrices(part("decoder.bias", d_1 * d_2))
+        offset = matrices(part("decoder.bias", d_1 * d_2))
     else:
         atoms = factors(*(("V", "W") if kind == "rank1" else ("V_dec", "W_dec")))
-        mean = matrices(part("bias", d_1, d_2).flatten())
+        offset = matrices(part("bias", d_1, d_2).flatten())
     if encoder == "dense":
         filters = {"matrix": matrices(part("encoder.weight", n, d_1 * d_2))}
-        bias = part("encoder.bias", n) + filters["matrix"].flatten(1) @ mean.flatten()
+        bias = part("encoder.bias", n)
     else:
         filters = atoms if kind == "bilinear_tied" else factors("V_enc", "W_enc")
-        bias = part("b_enc", n) + ((filters["key"] @ mean) * filters["value"]).sum(-1)
+        bias = part("b_enc", n)
     tensors = {f"encoder.{name}": x for name, x in (filters | {"bias": bias}).items()}
-    tensors |= {f"decoder.{name}": x for name, x in atoms.items()} | {"mean": mean}
+    tensors |= {f"decoder.{name}": x for name, x in atoms.items()} | {"bias": offset}
     return {name: x.contiguous() for name, x in tensors.items()}

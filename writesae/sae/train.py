@@ -148,7 +148,7 @@ class Tokens(NamedTuple):
     """The errors and active atoms of an SAE on some windows, in raw units."""
 
     squared: Tensor  # [N, T] fp64, ||X - Xhat||^2
-    energy: Tensor  # [N, T], ||X - mean||^2, with the SAE's mean
+    energy: Tensor  # [N, T], ||X - M||^2; M: the SAE's mean, or without one that of the history
     indices: Tensor  # [N, T, slots]
     coefficients: Tensor  # [N, T, slots], in no order
 
@@ -157,15 +157,16 @@ class Tokens(NamedTuple):
 def by_group(sae: SAE, history: History) -> Iterator[Tokens]:
     """Yield `Tokens` of a few windows at a time. Raises as `SAE.check_history`."""
     sae.check_history(history)
+    mean = sae.mean if sae.config.centre == "mean" else history.mean()
     for group in history.groups(sae.group_size(history)):
-        energy = group.energy(sae.mean)
-        loss = loss_of(sae, group, energy)
+        energy = group.energy(mean)
+        loss = loss_of(sae, group, energy if mean is sae.mean else group.energy(sae.mean))
         squared = loss.squared.double() * sae.scale.item() ** 2
         yield Tokens(squared, energy, loss.indices, loss.coefficients * sae.scale)
 
 
 def evaluate(sae: SAE, history: History) -> tuple[float, int]:
-    """Return the FVU about the SAE's mean, and the number of atoms that fire, over a history."""
+    """Return the FVU about the mean (of `Tokens.energy`), and the number of atoms that fire, over a history."""
     error, variance, fired = 0.0, 0.0, torch.zeros(sae.n_atoms, dtype=torch.bool)
     for tokens in by_group(sae, history):
         error += tokens.squared.sum().item()
@@ -183,7 +184,8 @@ class _Run:
         fields |= history.origin._asdict() if history.origin else {}
         config = SAEConfig(**fields, d_k=history.d_k, d_v=history.d_v)
         self.sae = SAE(config, history.d_k, history.d_v).to(history.key).train()
-        self.sae.mean.copy_(history.mean())
+        if settings.centre == "mean":
+            self.sae.mean.copy_(history.mean())
         self.energy = history.energy(self.sae.mean)  # [N, T], ||X_t - mean||^2
         self.sae.scale.copy_(self.energy.double().mean().sqrt())
         if not self.sae.scale > 0:
@@ -236,8 +238,9 @@ class _Run:
             part.assign(dead, key, value)
         self.sae.encoder.bias[dead] = 0
         self.sae.activation.restart(dead, self.sae.encoder.bias)
-        for state in self.optimiser.state.values():
-            state["exp_avg"][dead] = state["exp_avg_sq"][dead] = 0
+        for parameter, state in self.optimiser.state.items():
+            if parameter is not self.sae.bias:
+                state["exp_avg"][dead] = state["exp_avg_sq"][dead] = 0
         self.silent[dead] = 0
 
     def _named_moments(self) -> Iterator[tuple[str, torch.nn.Parameter, str]]:
@@ -311,7 +314,8 @@ def _worst_residuals(sae: SAE, history: History, energy: Tensor, count: int, gen
     tokens = torch.multinomial(odds, count, generator=generator).to(history.key.device)
     indices, coefficients = (torch.cat(x).flatten(0, 1)[tokens] for x in zip(*(loss[3:] for loss in losses)))
     x = sae.standardise(history.matrices(tokens // history.shape[1], tokens % history.shape[1]))
-    return x - sae.decoder.dense(indices, coefficients)
+    rest = x - sae.decoder.dense(indices, coefficients)
+    return rest if sae.bias is None else rest - sae.bias
 
 
 def top_singular_pair(matrices: Tensor) -> tuple[Tensor, Tensor]:
