@@ -21,10 +21,12 @@ def sae_of(host, target, head=HEAD, seed=0, centre="mean"):
     """An SAE in fp64 with random weights; its offset is large enough to count."""
     torch.manual_seed(seed)
     sae = SAE(Architecture(n_atoms=24, k=3, centre=centre), host.d_k, host.d_v).double().requires_grad_(False)
+    sae.normalise()
     cell = dict(layer=LAYER, head=head, target=target, write="added")
     sae.config = sae.config.model_copy(update=cell)
-    if centre == "mean":
-        sae.mean.copy_(0.1 * torch.randn(host.d_k, host.d_v))
+    sae.scale.fill_(2.5)
+    if centre != "none":
+        (sae.mean if centre == "mean" else sae.bias).copy_(0.1 * torch.randn(host.d_k, host.d_v))
     return sae
 
 
@@ -64,11 +66,9 @@ def test_without_writes_the_head_reads_nothing(host, run):
     (change,) = output_change(factors, [lambda t: torch.zeros(3, host.d_k, host.d_v).double()])
     states = torch.stack([state for state, _ in factors.walk()], 1)
     assert_close(change, -(factors.query[:, :, None] @ states)[:, :, 0], "minus the native read", 1e-10)
-    bypass = host.past_bypass(run, LAYER, HEAD) if hasattr(host, "past_bypass") else 0.0
-    outputs = run.records[LAYER].outputs[:, :, HEAD]
-    if "skip" in run.records[LAYER].factors:  # Mamba-2: D x does not pass through the state
-        bypass = run.records[LAYER].factors["skip"][:, :, HEAD]
-    assert_close(outputs + change, torch.zeros_like(change) + bypass, "what is left of the output", 1e-8)
+    record = run.records[LAYER]
+    read = record.outputs - record.factors.get("skip", 0)  # of Mamba-2: D x does not pass through the state
+    assert_close(-change, read[:, :, HEAD], "the run's own read", 1e-8)
 
 
 def test_one_other_write_is_an_edit_of_one_write(host, run):
@@ -149,9 +149,12 @@ def test_means_of_tokens_are_means_of_their_writes():
     assert_close(means.matrices[numbers], torch.stack(wanted), "mean writes", 1e-12)
 
 
-@pytest.mark.parametrize("target", ["state", "write"])
-def test_every_condition_writes_what_its_name_says(host, run, target):
-    factors, sae = host.factors(run, LAYER, HEAD), sae_of(host, target)
+@pytest.mark.parametrize(
+    ("target", "centre"),
+    [("state", "mean"), ("state", "bias"), ("write", "mean"), ("write", "none"), ("write", "bias")],
+)
+def test_every_condition_writes_what_its_name_says(host, run, target, centre):
+    factors, sae = host.factors(run, LAYER, HEAD), sae_of(host, target, centre=centre)
     indices, coefficients = encode(sae, factors.history(target, "added"))
     assert (coefficients > 0).sum() > 100
     atoms = sae.decoder.weight()
@@ -163,7 +166,7 @@ def test_every_condition_writes_what_its_name_says(host, run, target):
     new = dict(atom=coefficients.amax(-1)[..., None, None] * atoms[top])
     new["projection"] = overlap.gather(-1, best[..., None])[..., None] * atoms[best]
     new["reconstruction"] = whole + (sae.offset if target == "write" else 0)
-    if target == "write":
+    if target == "write" and centre != "none":
         new["atom_and_mean"] = new["atom"] + sae.offset
     changes = all_writes.output_changes_by_sae(sae, factors, "added")
     before = replaced_reads(factors, native)
@@ -185,7 +188,9 @@ def test_the_loss_is_that_of_the_changed_run(host, tokens):
     table = replace_all_writes(host, windows, saes, means, layer=LAYER, batch=2)
     assert (table.groupby(["sae", "condition"]).window.agg(list).map(sorted) == [[0, 1, 2]] * len(table[::3])).all()
     assert table.groupby("window").passage.unique().map(list).tolist() == [[4], [4], [9]]
-    reads = {head: -output_change(factors[head], [lambda t: native_writes(factors[head])[:, t] * 0])[0] for head in HEADS}
+    reads = {
+        head: -output_change(factors[head], [lambda t: native_writes(factors[head])[:, t] * 0])[0] for head in HEADS
+    }
     cases = {("", "native"): 0, ("", "none"): -torch.stack([reads[head] for head in HEADS], 2)}
     for name, condition in (("write", "atom"), ("state", "read")):
         parts = [all_writes.output_changes_by_sae(saes[name][head], factors[head], "added") for head in HEADS]
