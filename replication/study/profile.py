@@ -94,6 +94,11 @@ class Replacement(Section):
     bootstrap: PositiveInt
 
 
+class AllWrites(Section):
+    windows: PositiveInt  # held-out windows for the SAEs of the headline
+    survey_windows: PositiveInt  # the same for those of the survey
+
+
 class Population(Section):
     place: Place
     atoms: PositiveInt
@@ -221,6 +226,7 @@ class Profile(Section):
     saes: Saes
     logit_shift: LogitShift
     replacement: Replacement
+    all_writes: AllWrites
     population: Population
     atoms: Atoms
     install: Install
