@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import product
 
 import numpy as np
 import pandas as pd
 
 from replication.study.study import Study
-from writesae.evaluate.firings import CellSAE, all_firings, encode_cell
+from replication.study.training import main_variants
+from writesae.evaluate.firings import CellSAE, all_firings, draw_positions, encode_cell
 from writesae.evaluate.replacement import STEPS, measure_group, replace
 from writesae.harvesting import Cell, harvest
 from writesae.hosts.base import Host
@@ -30,6 +32,23 @@ def encoded_saes(study: Study, host_name: str, cells: Iterable[Cell], role: str,
                 cell_sae.states = factors[layer, head].history(target)
             saes.append(cell_sae)
     return saes
+
+
+def headline_saes(study: Study, host_name: str, cells: Iterable[Cell], windows: Windows) -> list[CellSAE]:
+    """Return the SAEs of all centres and seeds of each cell and target, with their active atoms on the windows."""
+    profile, saes = study.profile, []
+    factors = harvest(study.host(host_name), windows.tokens, cells, profile.data.batch_windows, progress=False)
+    for (layer, head), target in product(cells, profile.saes.targets):
+        for variant in main_variants(study, host_name):
+            sae = study.sae(host_name, layer, head, target, variant.role)
+            saes.append(encode_cell((layer, head), target, profile.saes.write, sae, factors[layer, head]))
+    return saes
+
+
+def drawn_positions(study: Study, host_name: str, windows: Windows, count: int) -> pd.DataFrame:
+    """Return places of the draw `positions`: the same for every cell, SAE, seed and target of a host."""
+    first, last = study.profile.data.first_position, windows.tokens.shape[1] - STEPS
+    return draw_positions(windows.passage, first, last, count, study.profile.seed)
 
 
 def firings_of(study: Study, cell_sae: CellSAE, windows: Windows) -> pd.DataFrame:

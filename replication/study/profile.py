@@ -20,6 +20,7 @@ from writesae.text import Corpus
 
 Target = Literal["state", "write"]
 Definition = Literal["added", "effective"]
+Centre = Literal["mean", "none", "bias"]
 Place = Literal["early", "middle", "late"]
 Scope = Literal["write", "cache"]
 Experiment = Literal["logit_shift", "replacement", "population", "atoms", "install", "cache_edits"]
@@ -68,6 +69,7 @@ class Saes(Section):
     write: Definition
     targets: list[Target]
     main: TrainingSettings
+    trainings: dict[Centre, PositiveInt]  # per headline cell and target: SAEs, which differ in their seed
     survey: TrainingSettings
     flat: TrainingSettings
 

@@ -54,6 +54,14 @@ class SaeSpec(NamedTuple):
         return self.layer, self.head
 
 
+class MainVariant(NamedTuple):
+    """A way in which the SAEs of the headline's cells are trained; role: in file names and tables."""
+
+    centre: str
+    seed: int
+    role: str
+
+
 # Which SAEs there are
 
 
@@ -70,6 +78,29 @@ def _settings(study: Study, host: str, role: str) -> TrainingSettings:
     """Return the profile's settings for a role, with the profile's seed."""
     settings = getattr(study.profile.section("saes", host), role)
     return settings.model_copy(update=dict(seed=study.profile.seed))
+
+
+def main_variants(study: Study, host: str) -> list[MainVariant]:
+    """Return the variants of the headline's SAEs: those of `saes.trainings`, with seeds 1,000 apart.
+
+    The SAEs with the data's mean and the profile's seed have the role "main"; all pages use these.
+    """
+    seed, variants = study.profile.seed, []
+    for centre, count in study.profile.section("saes", host).trainings.items():
+        for other in range(seed, seed + 1000 * count, 1000):
+            plain = (centre, other) == ("mean", seed)
+            variants.append(MainVariant(centre, other, "main" if plain else f"main-{centre}-{other}"))
+    return variants
+
+
+def main_specs(study: Study, host: str) -> list[SaeSpec]:
+    """Return the SAEs of the headline's cells, one per cell, target and variant."""
+    cells = [study.cell(host, place) for place in study.profile.hosts[host].cells]
+    settings, specs = _settings(study, host, "main"), []
+    for centre, seed, role in main_variants(study, host):
+        changed = settings.model_copy(update=dict(centre=centre, seed=seed))
+        specs += _specs(study, host, cells, role, changed)
+    return specs
 
 
 def survey_specs(study: Study, host: str, layers) -> list[SaeSpec]:
@@ -175,7 +206,7 @@ def train_all(study: Study, specs: list[SaeSpec]) -> pd.DataFrame:
 
 
 def _tasks(study: Study, specs: list[SaeSpec]) -> list[list[SaeSpec]]:
-    """Divide specifications into tasks: one per cell and role; a survey task has several layers."""
+    """Divide specifications into tasks: one per cell and kind of role; a survey task has several layers."""
     parts = study.workers * (1 if study.profile.workers is None else SURVEY_PARTS)
     layers: dict[tuple[str, int], int] = {}  # the part of each surveyed layer of a host
     tasks: dict[tuple, list[SaeSpec]] = {}
@@ -184,7 +215,8 @@ def _tasks(study: Study, specs: list[SaeSpec]) -> list[list[SaeSpec]]:
         if spec.role == "survey":
             number = sum(host == spec.host for host, _ in layers)
             place = layers.setdefault((spec.host, spec.layer), number % parts)
-        tasks.setdefault((spec.host, spec.role, place), []).append(spec)
+        kind = "main" if spec.role.startswith("main") else spec.role
+        tasks.setdefault((spec.host, kind, place), []).append(spec)
     return list(tasks.values())
 
 
@@ -262,7 +294,7 @@ def train_saes(study: Study) -> pd.DataFrame:
     for host, section in study.profile.hosts.items():
         cells = [study.cell(host, place) for place in section.cells]
         surveyed = survey_specs(study, host, study.survey_layers(host)) + surveyed
-        specs += _specs(study, host, cells, "main", _settings(study, host, "main"))
+        specs += main_specs(study, host)
         specs += _specs(study, host, cells, "flat", _settings(study, host, "flat"), targets=["state"])
     specs = surveyed + specs
     table = train_all(study, specs)
