@@ -12,7 +12,7 @@ from replication import plots
 from replication import statistics as stats
 from replication.study import training
 from replication.study.study import Study
-from writesae.evaluate.all_writes import WITH_SAE, MeanWrites, replace_all_writes
+from writesae.evaluate.all_writes import MeanWrites, replace_all_writes
 from writesae.files import load_tensors
 from writesae.harvesting import harvest
 from writesae.hosts.base import Host
@@ -38,6 +38,7 @@ TRAININGS = {  # (target, centre) -> name in the figure
 }
 NO_SAE = "no SAE"
 COLOURS = dict(zip((*TRAININGS.values(), NO_SAE), (plots.COLOURS[i] for i in (0, 9, 3, 7)), strict=True))
+HOSTS = dict(gated_deltanet="Gated DeltaNet", mamba2="Mamba-2", rwkv7="RWKV-7")
 KEYS = ["host", "layer", "head", "target", "centre", "role", "seed", "condition"]
 
 
@@ -185,9 +186,10 @@ def labelled(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of the headline's cells, with the place of each cell."""
-    places = cells[["host", "layer", "head", "place"]]
-    return labelled(table[table.role.str.startswith("main")]).merge(places, on=["host", "layer", "head"])
+    """Return the rows of the headline's cells, with the name of each cell in figures (column cell)."""
+    rows = labelled(table[table.role.str.startswith("main")])
+    rows = rows.merge(cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
+    return rows.assign(cell=rows.host.map(lambda name: HOSTS.get(name, name)) + ", " + rows.place)
 
 
 def surveyed(table: pd.DataFrame, all_cells: pd.DataFrame) -> pd.DataFrame:
@@ -203,57 +205,60 @@ def surveyed(table: pd.DataFrame, all_cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def means_over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean share recovered per cell, training and condition, with the lowest and highest seed."""
-    keys = ["host", "place", "training", "shown"]
+    """Return the mean share recovered per cell, training and condition, with the lowest and highest SAE."""
 
     def row(part: pd.DataFrame) -> dict:
-        share = part.recovered
-        return dict(seeds=len(part), recovered=share.mean(), lowest=share.min(), highest=share.max(), n=part.n.iloc[0])
+        share, saes = part.recovered, part.seed.count()
+        return dict(saes=saes, recovered=share.mean(), lowest=share.min(), highest=share.max(), n=part.n.iloc[0])
 
-    return stats.per_group(rows, keys, row)
+    return stats.per_group(rows, ["cell", "training", "shown"], row)
 
 
 def trend(cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the median share recovered over surveyed cells that count, and its rank correlation with half-life."""
+    """Return the median share recovered over surveyed cells, and its rank correlation with the half-life.
+
+    Only cells in which writing nothing costs loss; worse_than_nothing: the number of cells below 0.
+    """
 
     def row(part: pd.DataFrame) -> dict:
-        rho = stats.spearman(part.recovered, part.half_life_median)
-        middle = dict(
-            cells=len(part), median=part.recovered.median(), worse_than_nothing=int((part.recovered < 0).sum())
-        )
-        return middle | stats.with_ends("rho", rho.value, rho)
+        share, rho = part.recovered, stats.spearman(part.recovered, part.half_life_median)
+        numbers = dict(cells=len(part), median=share.median(), worse_than_nothing=int((share < 0).sum()))
+        return numbers | stats.with_ends("rho", rho.value, rho)
 
     return stats.per_group(cells[cells.counts], ["training", "shown"], row)
 
 
-def verdict(rows: pd.DataFrame) -> list[str]:
-    """Return one sentence per cell of the headline and per training of its SAEs, and one on reading the state."""
+def verdict(rows: pd.DataFrame, layer: pd.DataFrame, cells: pd.DataFrame) -> list[str]:
+    """Return the findings in sentences: of the headline's cells, of a whole layer, of all surveyed cells."""
     sentences = []
-    for (host, place), cell in rows.groupby(["host", "place"], sort=False):
-        cost = cell.loss_none.iloc[0] - cell.loss_native.iloc[0]
-        sentences.append(f"{host}, {place} cell: writing nothing costs {1000 * cost:.1f} millinats per token.")
-        for name in (*TRAININGS.values(), NO_SAE):
-            part = cell[cell.training == name]
-            if part.empty:
-                continue
-            best = "token's mean write" if name == NO_SAE else CONDITIONS["atom"]
-            shares = part[part.shown == best]
-            sentences.append(f"  {name}: {_shares(shares)} with the {best} in place of every write{_rest(part)}.")
+    for name, part in rows.groupby("cell", sort=False):
+        sentences += _of_cell(f"{name} cell", part)
+    if len(layer):
+        sentences += _of_cell(f"all heads of layer {layer.layer.iloc[0]} together", layer)
+    for name, part in cells[cells.counts & (cells.condition == "atom")].groupby("training", sort=False):
+        worse = int((part.recovered < 0).sum())
+        median = f"the median is {part.recovered.median():+.2f}"
+        sentences.append(
+            f"Survey, {name}: the top atoms are worse than nothing in {worse} of {len(part)} cells; {median}."
+        )
     return sentences
 
 
-def _shares(part: pd.DataFrame) -> str:
-    """Return the mean share recovered over SAEs with the outer ends of their intervals, in words."""
-    mean, low, high = part.recovered.mean(), part.ci_low.min(), part.ci_high.max()
-    word = (
-        "worse than writing nothing" if high < 0 else "better than writing nothing" if low > 0 else "not apart from it"
-    )
-    return f"{mean:+.2f} of the loss recovered [{low:+.2f}, {high:+.2f}] ({word}; SAEs: {part.seed.count()})"
+def _of_cell(name: str, rows: pd.DataFrame) -> list[str]:
+    """Return a sentence on the cost of writing nothing, and one per training of the SAEs."""
+    first = rows.iloc[0]
+    cost, size = 1000 * (first.loss_none - first.loss_native), f"{first.n:,} tokens of {first.passages} passages"
+    sentences = [f"{name}: writing nothing costs {cost:.1f} millinats per token ({size})."]
+    for training_name in (*TRAININGS.values(), NO_SAE):
+        part = rows[rows.training == training_name]
+        shares = [f"{shown}: {_share(one)}" for shown, one in part.groupby("shown", sort=False)]
+        if shares:
+            sentences.append(f"  {training_name}: " + "; ".join(shares) + ".")
+    return sentences
 
 
-def _rest(part: pd.DataFrame) -> str:
-    others = part[part.condition.isin(WITH_SAE) & (part.condition != "atom")]
-    if others.empty:
-        return ""
-    means = others.groupby("shown", sort=False).recovered.mean()
-    return "; " + ", ".join(f"{name} {value:+.2f}" for name, value in means.items())
+def _share(part: pd.DataFrame) -> str:
+    """Return the mean share recovered over SAEs, with the outermost ends of their intervals, and what it says."""
+    low, high = part.ci_low.min(), part.ci_high.max()
+    word = ", worse than nothing" if high < 0 else "" if low > 0 else ", not apart from nothing"
+    return f"{part.recovered.mean():+.2f} [{low:+.2f}, {high:+.2f}]{word}"
