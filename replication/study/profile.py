@@ -133,6 +133,11 @@ class Baselines(Section):
     side_components: list[PositiveInt]  # of the PCA of each side
 
 
+class AllWrites(Section):
+    windows: PositiveInt  # held-out windows for the SAEs of the headline
+    survey_windows: PositiveInt  # the same for those of the survey
+
+
 class Population(Section):
     place: Place
     atoms: PositiveInt
@@ -261,6 +266,7 @@ class Profile(Section):
     logit_shift: LogitShift
     replacement: Replacement
     baselines: Baselines
+    all_writes: AllWrites
     population: Population
     atoms: Atoms
     install: Install
