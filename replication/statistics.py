@@ -194,17 +194,6 @@ def difference_bootstrap(a, b, clusters: tuple[Sequence, Sequence], resamples: i
     return _percentiles(means[0] - means[1])
 
 
-def ratio_bootstrap(above, below, clusters: Sequence, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Return the percentile interval of mean(above) / mean(below) of pairs, when whole clusters are drawn.
-
-    Both ends are nan for a single cluster."""
-    pairs, (codes, count) = np.column_stack(_pair(above, below)), _codes(clusters)
-    if count < 2:
-        return Interval(np.nan, np.nan)
-    means = _means(pairs, codes, _draws(count, resamples, np.random.default_rng(seed)))
-    return _percentiles(means[0] / means[1])
-
-
 def wider(*intervals: Interval) -> Interval:
     """Return the smallest of the low ends and the largest of the high ends."""
     return Interval(min(x.low for x in intervals), max(x.high for x in intervals))
