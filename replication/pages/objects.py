@@ -7,7 +7,9 @@ import pandas as pd
 
 from replication import statistics as stats
 from replication.classes import write_cosines
+from replication.plots import CENTRE_NAMES
 from replication.study.firings import drawn_positions, encoded_saes, firing_windows, firings_of, run_firings
+from replication.study.profile import PAPER_PLACES
 from replication.study.study import Study
 from replication.study.training import main_variants
 from writesae.evaluate.firings import firings_at
@@ -31,7 +33,7 @@ def run(study: Study) -> pd.DataFrame:
     for name, section in profile.hosts.items():
         windows, drawn = firing_windows(study, name), []
         cells = [study.cell(name, place) for place in section.cells]
-        places = drawn_positions(study, name, windows, profile.section("objects", name).firings)
+        places = drawn_positions(study, windows, profile.section("objects", name).firings)
         variants = [x for x in main_variants(study, name) if x.centre in CENTRES and x.seed == profile.seed]
         for variant in variants:
             for cell_sae in encoded_saes(study, name, cells, variant.role, windows):
@@ -45,14 +47,15 @@ def run(study: Study) -> pd.DataFrame:
 
 
 def summarise(rows: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per (host, cell or all cells pooled, target, centre, object, offset kept or not).
+    """Return one row per (host, cell or the paper's cells pooled, target, centre, object, offset kept or not).
 
     n; win_rate: the share of places at which the atom beats deletion, with the bootstrap interval by passage;
     kl_*: medians in nats; rho: Spearman's, of winning and the cosine, with its bootstrap interval by passage.
     places: cells.csv.
     """
     named = rows.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
-    both = pd.concat([named.assign(cells="pooled"), named.assign(cells=named.place)])
+    pooled = named[named.place.isin(PAPER_PLACES)]
+    both = pd.concat([pooled.assign(cells="pooled"), named.assign(cells=named.place)])
 
     def row(part: pd.DataFrame) -> dict:
         numbers = dict(n=len(part), n_passages=part.passage.nunique()) | _win_rate(part, resamples, seed)
@@ -70,7 +73,7 @@ def _win_rate(part: pd.DataFrame, resamples: int, seed: int) -> dict:
 
 
 def by_cosine(rows: pd.DataFrame, bins: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return win rates, over the cells of a host, per bin of the atom's cosine to the native write.
+    """Return win rates, over the cells in `rows`, per bin of the atom's cosine to the native write.
 
     bins: the columns cosine_low and cosine_high, ascending. cosine_of: "firing" takes the cosine at the
     place, "atom" the atom's median, as in the paper's Table 13. Intervals: bootstrap by passage.
@@ -91,7 +94,7 @@ def by_cosine(rows: pd.DataFrame, bins: pd.DataFrame, resamples: int, seed: int)
 
 
 def fingerprint(summary: pd.DataFrame, nats: float, small: float) -> pd.DataFrame:
-    """Return what tells the objects apart: rows of `summary` over all cells, with two verdicts in words.
+    """Return what tells the objects apart: rows of `summary` over the paper's cells, with two verdicts in words.
 
     wins: "rise", "flat" or "fall" with the cosine, by the interval of rho. scale: "Table 2" if the median KL
     of deletion is nearer, as a ratio, to `nats`, and "footnotes" if it is nearer to `small`.
@@ -110,14 +113,14 @@ def named(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `summarise` over all cells, for a notebook: intervals as text, KLs in millinats."""
+    """Return the rows of `summarise` over the paper's cells, for a notebook: intervals as text, KLs in millinats."""
     pooled = named(summary[summary.cells == "pooled"])
 
     def interval(name: str) -> list[str]:
         ends = zip(pooled[name], pooled[f"{name}_low"], pooled[f"{name}_high"], strict=True)
         return [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in ends]
 
-    columns = {"host": pooled.host, "centre": pooled.centre, "replaced": pooled.line, "n": pooled.n}
+    columns = {"host": pooled.host, "centre": pooled.centre.map(CENTRE_NAMES), "replaced": pooled.line, "n": pooled.n}
     columns |= {"atom beats deletion": interval("win_rate"), "rank correlation with cosine": interval("rho")}
     columns |= {f"KL({name}), millinats": 1e3 * pooled[f"kl_{name}"] for name in ("delete", "atom")}
     return pd.DataFrame(columns).round(3)

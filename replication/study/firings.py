@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import product
 
 import numpy as np
 import pandas as pd
 
 from replication.study.study import Study
-from writesae.evaluate.firings import CellSAE, all_firings, encode_cell
+from replication.study.training import main_variants
+from writesae.evaluate.firings import CellSAE, all_firings, draw_positions, encode_cell
 from writesae.evaluate.replacement import STEPS, measure_group, replace
 from writesae.harvesting import Cell, harvest
 from writesae.hosts.base import Host
@@ -20,16 +22,36 @@ CONDITIONS_OF_SURVEYS = ("delete", "atom", "random", "mean_write")  # of tests w
 def encoded_saes(study: Study, host_name: str, cells: Iterable[Cell], role: str, windows) -> list[CellSAE]:
     """Return the SAE of each cell and target, with its active atoms on the windows."""
     profile, saes = study.profile, []
+    with_flat = {study.cell(host_name, place) for place in profile.hosts[host_name].paper_places}
     factors = harvest(study.host(host_name), windows.tokens, cells, profile.data.batch_windows)
     for layer, head in cells:
         for target in profile.saes.targets:
             sae = study.sae(host_name, layer, head, target, role)
             cell_sae = encode_cell((layer, head), target, profile.saes.write, sae, factors[layer, head])
-            if role == "main" and target == "state":
+            if role == "main" and target == "state" and (layer, head) in with_flat:
                 cell_sae.flat = study.sae(host_name, layer, head, target, "flat")
                 cell_sae.states = factors[layer, head].history(target)
             saes.append(cell_sae)
     return saes
+
+
+def headline_saes(study: Study, host_name: str, windows: Windows) -> list[CellSAE]:
+    """Return the SAEs of all centres and seeds of each chosen cell and target, applied to the windows."""
+    profile, saes = study.profile, []
+    places = {place: study.cell(host_name, place) for place in profile.hosts[host_name].cells}
+    batch = profile.data.batch_windows
+    factors = harvest(study.host(host_name), windows.tokens, places.values(), batch, progress=False)
+    for (place, cell), target in product(places.items(), profile.saes.targets):
+        for variant in main_variants(study, host_name, place):
+            sae = study.sae(host_name, *cell, target, variant.role)
+            saes.append(encode_cell(cell, target, profile.saes.write, sae, factors[cell]))
+    return saes
+
+
+def drawn_positions(study: Study, windows: Windows, count: int) -> pd.DataFrame:
+    """Return places of the draw `positions`: the same for every cell, SAE, seed and target of a host."""
+    first, last = study.profile.data.first_position, windows.tokens.shape[1] - STEPS
+    return draw_positions(windows.passage, first, last, count, study.profile.seed)
 
 
 def firings_of(study: Study, cell_sae: CellSAE, windows: Windows) -> pd.DataFrame:

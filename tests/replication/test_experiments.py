@@ -19,9 +19,10 @@ from writesae.edit import edited_hidden, kl, make_edit
 from writesae.evaluate import cells as cells_module
 from writesae.evaluate import firings, install, shifts
 from writesae.evaluate import replacement as replacement_module
+from writesae.evaluate.replacement import AMPLITUDES, CONDITIONS
 from writesae.harvesting import harvest
 from writesae.sae.train import TrainingSettings, train
-from writesae.text import cut_windows
+from writesae.text import Windows, cut_windows
 
 CELL = (1, 2)
 
@@ -41,12 +42,12 @@ def factors(host, tokens):
     return harvest(host, tokens, [CELL], batch=2, progress=False)[CELL]
 
 
-@pytest.fixture(scope="module", params=["state", "write"])
+@pytest.fixture(scope="module", params=["state mean", "write mean", "write none", "write bias"])
 def cell_sae(request, factors):
-    data = factors.history(request.param)
-    settings = TrainingSettings(n_atoms=24, k=4, tokens=90 * 60, batch_windows=3, lr=3e-3, final_lr=3e-4, seed=1)
-    sae, _ = train(data, settings, progress=False)
-    return firings.encode_cell(CELL, request.param, "added", sae, factors)
+    target, centre = request.param.split()
+    options = dict(n_atoms=24, k=4, tokens=90 * 60, batch_windows=3, lr=3e-3, final_lr=3e-4, seed=1)
+    sae, _ = train(factors.history(target), TrainingSettings(**options, centre=centre), progress=False)
+    return firings.encode_cell(CELL, target, "added", sae, factors)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,22 @@ def test_rounds_take_every_atom_before_any_atom_twice():
     pd.testing.assert_frame_equal(again, firings.draw_in_rounds(frame, 14, seed=0))
 
 
+def test_positions_are_uniform_and_the_same_for_every_sae(cell_sae):
+    passage = torch.tensor([7, 8, 8])
+    drawn = firings.draw_positions(passage, 8, 80, 150, seed=1)
+    assert not drawn.duplicated().any() and drawn.position.between(8, 79).all()
+    assert (drawn.passage == passage.numpy()[drawn.window]).all()
+    assert drawn.window.value_counts().between(35, 65).all(), "uniform over windows"
+    assert firings.draw_positions(passage, 8, 80, 3 * 72, seed=2).position.value_counts().eq(3).all()
+    with pytest.raises(ValueError, match="217 places are asked for and the windows hold 216"):
+        firings.draw_positions(passage, 8, 80, 217, seed=2)
+    there, every = firings.firings_at(cell_sae, drawn), firings.all_firings(cell_sae, passage, 8, 80)
+    both = there.merge(every, on=["window", "position"], how="left", suffixes=("", "_wanted"))
+    active = both.coefficient > 0
+    assert active.any() and (both.atom == both.atom_wanted)[active].all()
+    assert (both.coefficient == both.coefficient_wanted)[active].all() and both.coefficient_wanted[~active].isna().all()
+
+
 def test_more_than_there_is_is_refused():
     frame = pd.DataFrame(dict(window=0, position=range(5), atom=[0, 0, 1, 1, 2], coefficient=1.0))
     with pytest.raises(ValueError, match="6 firings are asked for and the held-out windows hold 5"):
@@ -101,24 +118,30 @@ def test_more_than_there_is_is_refused():
 def test_replacement_is_one_edit_after_another(single, tokens, cell_sae):
     """Compares the KL of each condition with a run of that single edit, built here from full matrices."""
     run = single.run(tokens)
-    table = replacement_module.replace(single, run, cell_sae, *some_firings(cell_sae), seed=3)
+    kinds = dict(conditions=[*CONDITIONS, "atom_and_mean"], amplitudes=[*AMPLITUDES, "projection"])
+    table = replacement_module.replace(single, run, cell_sae, *some_firings(cell_sae), seed=3, **kinds)
+    assert ("kl_atom_and_mean" in table) == (cell_sae.sae.config.centre != "none" and cell_sae.target == "write")
     f = single.factors(run, *CELL)
     for row in table.itertuples():
         w, t = torch.tensor([row.window]), torch.tensor([row.position])
         native = f.key[w, t][0, :, None] * f.added[w, t][0]
         norm = row.coefficient if row.amplitude == "coefficient" else native.norm().item()
+        offset = cell_sae.sae.offset if cell_sae.target == "write" else 0 * native
         atom = cell_sae.sae.decoder.weight()[row.atom]
         indices, amounts = (x[row.window, row.position] for x in (cell_sae.indices, cell_sae.coefficients))
         whole = torch.einsum("i,ikv->kv", amounts, cell_sae.sae.decoder.weight()[indices])
-        whole = whole + cell_sae.sae.mean if cell_sae.target == "write" else whole
+        own = dict(reconstruction=whole + offset, atom_and_mean=offset + row.coefficient * atom)
         put_in = dict(
             delete=0 * native,
             atom=norm * atom,
             native_rescaled=norm * native / native.norm(),
             mean_write=norm * cell_sae.mean_write / cell_sae.mean_write.norm(),
-            reconstruction=whole if row.amplitude == "coefficient" else norm * whole / whole.norm(),
-        )
-        for name, matrix in put_in.items():
+        ) | {name: x if row.amplitude == "coefficient" else norm * x / x.norm() for name, x in own.items()}
+        if row.amplitude == "projection":
+            nonzero = {name: x for name, x in put_in.items() if name != "delete"}
+            put_in |= {name: x * ((x * native).sum() / x.square().sum()) for name, x in nonzero.items()}
+        for name in put_in.keys() & {x.removeprefix("kl_") for x in table}:
+            matrix = put_in[name]
             delta = matrix - native
             edit = make_edit(w, t, torch.eye(single.d_k)[None], delta[None], row.read)
             patched = single.logits(edited_hidden(single, run, *CELL, edit, 2)[:, -1])
@@ -333,6 +356,74 @@ def test_the_rule_picks_the_nearest_ratio():
     wrong = HostSection(path="x", cells=dict(early=dict(layer=3, sigma_ratio=12)))
     with pytest.raises(ValueError, match="early cell's layer 3 is not recurrent: choose one of 1, 4"):
         hosts.choose_cells(table, wrong)
+
+
+CANDIDATES = pd.DataFrame(
+    dict(
+        layer=[1, 1, 4, 4, 6, 6],
+        head=[0, 1, 0, 1, 0, 1],
+        sigma1_over_sigma2=[6.0, 30.0, 2.0, 9.0, 11.0, 5.0],
+        cost=[0.01, 0.02, 0.09, 0.05, 0.03, -0.02],
+    ),
+    index=[7, 3, 9, 1, 5, 2],  # rows of a larger table
+)
+
+
+def chosen_by(**cells) -> pd.DataFrame:
+    return hosts.choose_cells(CANDIDATES, HostSection(path="x", cells=cells)).set_index("place")
+
+
+def test_a_rule_without_a_layer_chooses_among_all_cells():
+    anywhere = chosen_by(regime=dict(sigma_ratio=12), weighty=dict(cost="largest"))
+    assert anywhere[["layer", "head"]].values.tolist() == [[6, 0], [4, 0]]
+    assert anywhere.rule.tolist() == ["sigma1/sigma2 nearest to 12, any layer", "largest cost, any layer"]
+    assert anywhere.instead_of.isna().all()
+    within = chosen_by(late=dict(layer=6, cost="largest"), weighty=dict(layer=1, cost="largest"))
+    assert within[["layer", "head"]].values.tolist() == [[6, 0], [1, 1]]
+
+
+def test_no_two_places_have_the_same_cell():
+    rules = dict(middle=dict(layer=4, head=0), late=dict(layer=6, sigma_ratio=12))
+    chosen = chosen_by(**rules, regime=dict(sigma_ratio=12), weighty=dict(cost="largest"))
+    assert chosen[["layer", "head"]].values.tolist() == [[4, 0], [6, 0], [4, 1], [1, 1]]
+    assert chosen.instead_of[["regime", "weighty"]].tolist() == ["late", "middle"]
+    assert chosen.instead_of[["middle", "late"]].isna().all()
+    taken = "The late cell, head 0 of layer 4, is already the middle cell"
+    with pytest.raises(ValueError, match=taken):
+        chosen_by(middle=dict(layer=4, sigma_ratio=2.0), late=dict(layer=4, head=0))
+
+
+def test_the_table_of_chosen_cells_ranks_their_costs():
+    cells = CANDIDATES.assign(host="a", cost_low=CANDIDATES.cost - 0.01, cost_high=CANDIDATES.cost + 0.02)
+    cells = cells.assign(half_life_median=2.0)
+    rules = dict(late=dict(layer=6, head=0), regime=dict(sigma_ratio=12), weighty=dict(layer=4, cost="largest"))
+    chosen = hosts.choose_cells(cells, HostSection(path="x", cells=rules))
+    table = hosts.chosen_table(cells, chosen).set_index("place")
+    assert table.cell.tolist() == ["L6 H0", "L4 H1", "L4 H0"]
+    assert table["rank of the cost"].tolist() == ["3 of 6", "2 of 6", "1 of 6"]
+    assert table["cost (millinats per token)"]["late"] == "30.0 [20.0, 50.0]"
+    assert table.rule["regime"] == "sigma1/sigma2 nearest to 12, any layer; its first choice is late"
+
+
+def test_costs_are_measured_outside_of_the_searched_windows():
+    windows, data = Windows(torch.arange(12)[:, None], torch.arange(12)), load_profile("smoke").data
+
+    def chosen(**counts) -> list[int]:
+        profile = SimpleNamespace(data=data.model_copy(update=counts))
+        study = SimpleNamespace(profile=profile, windows=lambda host, split: windows)
+        return hosts.cost_windows(study, "x").passage.tolist()
+
+    assert chosen(firing_windows=6, cost_windows=4) == [6, 8, 9, 11]
+    assert chosen(firing_windows=10, cost_windows=4) == [0, 4, 7, 11]
+    assert chosen(firing_windows=12, cost_windows=16) == list(range(12))
+
+
+def test_an_interval_of_a_cost_is_over_passages():
+    windows = pd.DataFrame(dict(window=[0, 1, 2, 3], cost=[0.01, 0.01, 0.05, 0.05]))
+    row = hosts._cost(windows, torch.tensor([8, 8, 9, 9]), seed=1)
+    assert (row["cost"], row["cost_windows"]) == (pytest.approx(0.03), 4)
+    assert (row["cost_low"], row["cost_high"]) == (pytest.approx(0.01), pytest.approx(0.05))
+    assert np.isnan(hosts._cost(windows, torch.tensor([8, 8, 8, 8]), seed=1)["cost_low"])
 
 
 def test_a_survey_may_leave_layers_out(monkeypatch):

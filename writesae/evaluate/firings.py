@@ -72,6 +72,27 @@ def all_firings(active: Active | CellSAE, passage: Tensor, first: int, last: int
     return frame[frame.coefficient > 0].reset_index(drop=True)
 
 
+def firings_at(active: Active | CellSAE, places: pd.DataFrame) -> pd.DataFrame:
+    """Return places (window, position, ...) with the atom and coefficient of each; 0 where no atom is active."""
+    window, position = (torch.tensor(places[name].to_numpy()) for name in ("window", "position"))
+    coefficient, slot = active.coefficients[window, position].max(-1)
+    atom = active.indices[window, position].gather(-1, slot[:, None])[:, 0]
+    return places.assign(atom=atom.numpy(), coefficient=coefficient.double().numpy())
+
+
+def draw_positions(passage: Tensor, first: int, last: int, count: int, seed: int) -> pd.DataFrame:
+    """Return `count` places (window, passage, position), uniform over the positions first <= t < last.
+
+    passage [N]: of each window. ValueError for more places than there are.
+    """
+    length = last - first
+    if count > (most := len(passage) * length):
+        raise ValueError(f"{count} places are asked for and the windows hold {most}: ask for fewer.")
+    drawn = np.sort(np.random.default_rng(seed).choice(most, count, replace=False))
+    window = drawn // length
+    return pd.DataFrame(dict(window=window, passage=passage.numpy()[window], position=first + drawn % length))
+
+
 def find_firings(
     sae: SAE,
     cell: Factors,

@@ -8,20 +8,22 @@ at t + 1, and the loss there, on token t + 2; for native, delete and atom also t
 | delete          | nothing                                                                               |
 | atom            | the firing's atom (for a higher rank, its top singular pair)                          |
 | random          | another alive atom                                                                    |
-| reconstruction  | the SAE's reconstruction: all active atoms, plus the mean for SAEs of writes          |
+| reconstruction  | the SAE's reconstruction: all active atoms, plus the offset for SAEs of writes        |
+| atom_and_mean   | the firing's atom plus the offset, for SAEs of writes that have one (only on request) |
 | mean_write      | the cell's mean write                                                                 |
 | resampled       | the native write of another position                                                  |
 | native_rescaled | the native write itself, at the atom's norm                                           |
 | flat_svd        | the top singular pair of a flat SAE's reconstruction of the state (App. F.4)          |
 | whole_atom      | the firing's atom itself, where its rank is above 1 (only on request)                 |
 
-At the amplitude "coefficient" the norm is the atom's coefficient, and the reconstruction keeps its own; at
-"matched_norm" it is the Frobenius norm of the native write.
+At the amplitude "coefficient" the norm is the atom's coefficient, and the reconstruction and atom_and_mean keep
+their own. At "matched_norm" it is the Frobenius norm of the native write. At "projection" each replacement has
+the amplitude that brings it nearest to the native write in that norm, which may be negative.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
 import pandas as pd
@@ -39,14 +41,16 @@ from writesae.sae.parts import RankOneDecoder
 from writesae.sae.train import top_singular_pair
 from writesae.text import Windows
 
-AMPLITUDES = ("coefficient", "matched_norm")
+AMPLITUDES = ("coefficient", "matched_norm")  # of the paper; "projection" only on request
 CONDITIONS = ("delete", "atom", "random", "reconstruction", "mean_write", "resampled", "native_rescaled", "flat_svd")
 RANKS = (  # conditions whose terms have the same rank run together
     ("atom", "random", "resampled", "native_rescaled", "flat_svd"),
-    ("reconstruction", "mean_write", "whole_atom"),
+    ("reconstruction", "mean_write", "whole_atom", "atom_and_mean"),
 )
+OWN_NORM = ("reconstruction", "atom_and_mean")  # replacements that have a norm of their own
 STEPS = 2  # the writing token and the next one
 
+Conditions = Sequence[str] | Mapping[str, Sequence[str]]
 Terms = tuple[Tensor, Tensor]  # left [n, r, d_k], right [n, r, d_v]: n matrices of rank r
 
 
@@ -60,8 +64,34 @@ def full_rank(matrices: Tensor) -> Terms:
     return torch.eye(matrices.shape[1], dtype=matrices.dtype).expand(len(matrices), -1, -1), matrices
 
 
+def inner(terms: Terms, key: Tensor, value: Tensor) -> Tensor:
+    """Return the Frobenius inner products [n] of terms with key value^T: key [n, d_k], value [n, d_v]."""
+    left, right = terms
+    return ((left @ key[:, :, None]) * (right @ value[:, :, None])).sum((1, 2))
+
+
+def squared_norm(terms: Terms) -> Tensor:
+    """Return the squared Frobenius norms [n] of terms."""
+    left, right = terms
+    return ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
+
+
+def scaled(terms: Terms, amplitude: Tensor) -> Terms:
+    """Return terms times numbers [n]."""
+    return terms[0], terms[1] * amplitude[:, None, None]
+
+
+def projected(terms: Terms, key: Tensor, value: Tensor) -> Terms:
+    """Return terms at the amplitude that brings them nearest to key value^T in Frobenius norm.
+
+    key [n, d_k], value [n, d_v]. A matrix of zeros stays zero.
+    """
+    size = squared_norm(terms)
+    return scaled(terms, torch.where(size > 0, inner(terms, key, value) / size, 0.0))
+
+
 def replacements(cell_sae: CellSAE, places: Places, factors: Factors, seed: int) -> dict[str, Terms]:
-    """Return the replacements of all conditions except delete, with unit norm except for the reconstruction.
+    """Return the replacements of all conditions except delete, with unit norm except for those of OWN_NORM.
 
     factors: of the cell over the run. Random draws depend only on the seed and the firing.
     """
@@ -83,6 +113,9 @@ def replacements(cell_sae: CellSAE, places: Places, factors: Factors, seed: int)
         "resampled": rank_one(keys[drawn], values[drawn]),
         "native_rescaled": rank_one(native.key, native.write(cell_sae.write)),
     }
+    if has_offset(cell_sae):
+        added = places.coefficient.float()[:, None, None] * key[atom][:, :, None] * value[atom][:, None]
+        put_in["atom_and_mean"] = full_rank(cell_sae.sae.offset + added)
     if cell_sae.flat is not None:
         active = cell_sae.flat.encode(cell_sae.states.matrices(window, position))
         put_in["flat_svd"] = rank_one(*top_singular_pair(cell_sae.flat.decode(*active)))
@@ -92,8 +125,13 @@ def replacements(cell_sae: CellSAE, places: Places, factors: Factors, seed: int)
     return put_in
 
 
+def has_offset(cell_sae: CellSAE) -> bool:
+    """Return whether an SAE of writes adds its atoms to something."""
+    return cell_sae.target == "write" and bool(cell_sae.sae.offset.any())
+
+
 def reconstruction(cell_sae: CellSAE, window: Tensor, position: Tensor) -> Tensor:
-    """Return the sum of all active atoms [n, d_k, d_v], plus the mean for an SAE of writes."""
+    """Return the sum of all active atoms [n, d_k, d_v], plus the offset for an SAE of writes."""
     decoded = cell_sae.sae.decode(cell_sae.indices[window, position], cell_sae.coefficients[window, position])
     return decoded if cell_sae.target == "write" else decoded - cell_sae.sae.offset
 
@@ -128,6 +166,38 @@ def patched_logits(host: Host, run: Run, cell_sae: CellSAE, places: Places, chan
 
 
 @torch.no_grad()
+def measure_terms(
+    host: Host,
+    run: Run,
+    cell_sae: CellSAE,
+    places: Places,
+    put_in: dict[str, Terms],
+    scope: str = "write",
+    batch_rows: int = 512,
+) -> pd.DataFrame:
+    """Return KL(native, patched) in nats at t + 1 with other matrices in the native write's place.
+
+    One row per place, one column per name in `put_in`; the terms are put in at their own norm. cell_sae: gives
+    the cell and the definition of its write. places: as for `replace`. batch_rows: edited rows per run.
+    """
+    factors, by_rank = host.factors(run, cell_sae.layer, cell_sae.head), {}
+    for name, (left, _) in put_in.items():
+        by_rank.setdefault(left.shape[1], []).append(name)
+    names, size, parts = sum(by_rank.values(), []), max(1, batch_rows // len(put_in)), []
+    for part in (slice(i, i + size) for i in range(0, len(places.row), size)):
+        some = places.at(part)
+        native = factors.at(some.row, some.position)
+        take_out = native.key[:, None], -native.write(cell_sae.write)[:, None]
+        change = []
+        for same in by_rank.values():
+            terms = (torch.stack([put_in[name][side][part] for name in same], 1) for side in (0, 1))
+            change.append(changes(factors, some, take_out, tuple(terms), scope))
+        patched = patched_logits(host, run, cell_sae, some, torch.cat(change, 1))
+        parts.append(kl(host.logits(run.final[some.row, some.position + 1])[:, None], patched))
+    return pd.DataFrame(torch.cat(parts).numpy(), columns=names)[list(put_in)]
+
+
+@torch.no_grad()
 def replace(
     host: Host,
     run: Run,
@@ -135,54 +205,69 @@ def replace(
     firings: pd.DataFrame,
     places: Places,
     seed: int,
-    conditions: Sequence[str] = CONDITIONS,
+    conditions: Conditions = CONDITIONS,
     scopes: Sequence[str] = SCOPES,
+    amplitudes: Sequence[str] = AMPLITUDES,
     batch_rows: int = 512,
 ) -> pd.DataFrame:
     """Return one row per firing, amplitude and read scope, in the order scope, amplitude, firing.
 
-    places: where the firings are in the run, each with two tokens after it.
+    places: where the firings are in the run, each with two tokens after it. conditions: measured at every
+    amplitude, or a mapping from amplitudes to conditions.
     """
     whole = not isinstance(cell_sae.sae.decoder, RankOneDecoder)
     available = dict(flat_svd=cell_sae.flat is not None, whole_atom=whole)
-    conditions = [name for name in conditions if available.get(name, True)]
-    size = max(1, batch_rows // (len(scopes) * len(AMPLITUDES) * len(conditions)))
+    available["atom_and_mean"] = has_offset(cell_sae)
+    asked = conditions if isinstance(conditions, Mapping) else dict.fromkeys(amplitudes, conditions)
+    measured = {a: [name for name in names if available.get(name, True)] for a, names in asked.items()}
+    size = max(1, batch_rows // (len(scopes) * sum(map(len, measured.values()))))
     factors = host.factors(run, cell_sae.layer, cell_sae.head)
     tables = []
     for part in (slice(i, i + size) for i in range(0, len(firings), size)):
         some = places.at(part)
         put_in = replacements(cell_sae, some, factors, seed)
         native = factors.at(some.row, some.position)
-        labels, change = _head_changes(factors, native, cell_sae, some, put_in, conditions, scopes)
+        labels, change = _head_changes(factors, native, cell_sae, some, put_in, measured, scopes)
         logits = host.logits(run.final[some.row, some.position + 1])
         patched = patched_logits(host, run, cell_sae, some, change)
         following = run.tokens[some.row, some.position + STEPS]
         columns = _native_columns(native, cell_sae.write, put_in["atom"], logits, following)
-        tables += _tables(firings.iloc[part].assign(**columns), labels, logits, patched, following)
+        shared = firings.iloc[part].assign(**columns)
+        tables += _tables(shared, labels, measured, logits, patched, following)
     where = {name: getattr(cell_sae, name) for name in ("layer", "head", "target", "write")}
     return pd.concat(tables, ignore_index=True).assign(host=host.name, **where)
 
 
-def _head_changes(factors, native, cell_sae, places, put_in, conditions, scopes) -> tuple[list[tuple], Tensor]:
+def _scales(put_in: dict[str, Terms], names, amplitude: str, coefficient, key, write) -> dict[str, Tensor]:
+    """Return the factor [n] of each replacement in NAMES at an amplitude; key, write: of the native write."""
+    scales = {}
+    for name in names:
+        right = put_in[name][1]
+        size = right.flatten(1).norm(dim=1) if name in OWN_NORM else 1.0  # left is the identity, or of norm 1
+        if amplitude == "projection":
+            scales[name] = inner(put_in[name], key, write) / size**2
+        elif amplitude == "matched_norm":
+            scales[name] = key.norm(dim=-1) * write.norm(dim=-1) / size
+        else:
+            scales[name] = torch.ones_like(coefficient) if name in OWN_NORM else coefficient
+    return scales
+
+
+def _head_changes(factors, native, cell_sae, places, put_in, measured, scopes) -> tuple[list[tuple], Tensor]:
     """Return labels (scope, amplitude or "", condition), and the head's change [n, labels, STEPS, d_v]."""
-    key, write = native.key, native.write(cell_sae.write)
-    norms = dict(coefficient=places.coefficient.float(), matched_norm=key.norm(dim=-1) * write.norm(dim=-1))
-    size = put_in["reconstruction"][1].flatten(1).norm(dim=1)
+    key, write, coefficient = native.key, native.write(cell_sae.write), places.coefficient.float()
     take_out = key[:, None], -write[:, None]
     nothing = torch.zeros_like(key)[:, None, None], torch.zeros_like(write)[:, None, None]
     labels, parts = [], []
     for scope in scopes:
         labels.append((scope, "", "delete"))
         parts.append(changes(factors, places, take_out, nothing, scope))
-        for amplitude in AMPLITUDES:
-            scales = dict.fromkeys(conditions, norms[amplitude])
-            matched = amplitude == "matched_norm"
-            scales["reconstruction"] = norms[amplitude] / size if matched else torch.ones_like(size)
-            for group in RANKS:
-                if names := [name for name in conditions if name in group]:
-                    labels += [(scope, amplitude, name) for name in names]
-                    terms = side_by_side(put_in, names, scales)
-                    parts.append(changes(factors, places, take_out, terms, scope))
+        for amplitude, group in product(measured, RANKS):
+            if names := [name for name in measured[amplitude] if name in group]:
+                labels += [(scope, amplitude, name) for name in names]
+                scales = _scales(put_in, names, amplitude, coefficient, key, write)
+                terms = side_by_side(put_in, names, scales)
+                parts.append(changes(factors, places, take_out, terms, scope))
     return labels, torch.cat(parts, 1)
 
 
@@ -199,13 +284,13 @@ def _native_columns(native: Factors, write: str, atom: Terms, logits: Tensor, fo
     )
 
 
-def _tables(shared: pd.DataFrame, labels: list[tuple], native: Tensor, patched: Tensor, following: Tensor) -> list:
+def _tables(shared: pd.DataFrame, labels: list[tuple], amplitudes, native: Tensor, patched, following) -> list:
     """Return a table per scope and amplitude: the shared columns, and KL and loss of every condition."""
     divergence, top = kl(native[:, None], patched), patched.argmax(-1)
     following = following.repeat_interleave(len(labels))
     loss = F.cross_entropy(patched.flatten(0, 1), following, reduction="none").view(-1, len(labels))
     tables = []
-    for scope, amplitude in product(dict.fromkeys(label[0] for label in labels), AMPLITUDES):
+    for scope, amplitude in product(dict.fromkeys(label[0] for label in labels), amplitudes):
         table = shared.assign(amplitude=amplitude, read=scope)
         for column, label in enumerate(labels):
             if label[:2] in ((scope, ""), (scope, amplitude)):
@@ -251,6 +336,7 @@ def replace_writes(
     write: str | None = None,
     conditions: Sequence[str] = CONDITIONS,
     scopes: Sequence[str] = ("write",),
+    amplitudes: Sequence[str] = AMPLITUDES,
     seed: int = 0,
     batch: int = 16,
     batch_rows: int = 512,
@@ -261,20 +347,21 @@ def replace_writes(
     `find_firings` on these windows; those without two tokens after them are left out. Cell, target and write
     are by default those in the SAE's config. batch, batch_rows: windows and edited rows per run.
 
-    Raises ValueError for an unknown cell, target, condition or scope, and where no firing is left.
+    Raises ValueError for an unknown cell, target, condition, scope or amplitude, and where no firing is left.
     """
     cell = sae.config.layer if layer is None else layer, sae.config.head if head is None else head
     if None in cell:
         raise ValueError("This SAE does not say which cell it is of: pass layer and head.")
-    unknown = [name for name in (*conditions, *scopes) if name not in (*CONDITIONS, "whole_atom", *SCOPES)]
-    if unknown:
-        raise ValueError(f"There is no condition or scope {unknown[0]!r}: choose of {CONDITIONS} and {SCOPES}.")
+    choices = ((*CONDITIONS, "whole_atom", "atom_and_mean"), SCOPES, (*AMPLITUDES, "projection"))
+    for asked, possible in zip((conditions, scopes, amplitudes), choices, strict=True):
+        if unknown := [name for name in asked if name not in possible]:
+            raise ValueError(f"The replacement test has no {unknown[0]!r}: choose among {', '.join(possible)}.")
     firings = firings[firings.position < windows.tokens.shape[1] - STEPS]
     if firings.empty:
         raise ValueError("There is nothing to replace: no firing has two tokens after it in its window.")
     factors = harvest(host, windows, [cell], batch, progress=False)[cell]
     cell_sae = encode_cell(cell, *trained_on(sae, target, write), sae, factors)
-    options = dict(conditions=conditions, scopes=scopes, batch_rows=batch_rows)
+    options = dict(conditions=conditions, scopes=scopes, amplitudes=amplitudes, batch_rows=batch_rows)
     starts = sorted({start - start % batch for start in firings.window})
     groups = [measure_group(host, windows, [(cell_sae, firings)], x, batch, seed, **options) for x in starts]
     return pd.concat(groups, ignore_index=True)

@@ -10,6 +10,7 @@ Arguments and results are on the CPU; the records and hidden states of a run are
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
@@ -238,20 +239,29 @@ class Host(ABC):
         return x if x.shape[-2] == self.heads else x.repeat_interleave(self.heads // x.shape[-2], dim=-2)
 
     def branch(
-        self, run: Run, layer: int, head: int, rows: Tensor, starts: Tensor, change: Tensor, keep: bool = False
+        self,
+        run: Run,
+        layer: int,
+        head: int | Sequence[int],
+        rows: Tensor,
+        starts: Tensor,
+        change: Tensor,
+        keep: bool = False,
     ) -> tuple[Tensor, list[Past]]:
         """Run the layers from `layer` on again, with `change` [R, steps, d_v] added to the head's output.
 
-        Row r begins at position starts[r] of window rows[r]. Returns the last hidden states [R, steps, D],
-        differentiable in `change`, and, with `keep`, the pasts after the last step: of the layer itself (its
-        state is not edited) and of each layer above. Raises ValueError for arguments that do not fit.
+        head: one, or several different ones, with change [R, steps, heads, d_v]. Row r begins at position
+        starts[r] of window rows[r]. Returns the last hidden states [R, steps, D], differentiable in `change`,
+        and, with `keep`, the pasts after the last step: of the layer itself (its state is not edited) and of
+        each layer above. Raises ValueError for arguments that do not fit.
         """
         self._check_branch(run, layer, head, rows, starts, change)
+        heads, change = (head, change) if isinstance(head, Sequence) else ([head], change[:, :, None])
         rows, starts, change = (x.to(self.device) for x in (rows, starts, change))
         steps = change.shape[1]
         positions = starts[:, None] + torch.arange(steps, device=starts.device)
         native = run.records[layer]
-        edited = _edited(native, rows[:, None], positions, head, change)
+        edited = _edited(native, rows[:, None], positions, heads, change)
         past = Past(windows=self.windows_at(native, rows, starts))
         hidden, pasts = self.finish(layer, edited, past), []
         if keep:
@@ -267,15 +277,20 @@ class Host(ABC):
                 pasts.append(extend(past, record))
         return hidden, pasts
 
-    def _check_branch(self, run: Run, layer: int, head: int, rows, starts, change) -> None:
-        self.check_cell(layer, head)
+    def _check_branch(self, run: Run, layer: int, head: int | Sequence[int], rows, starts, change) -> None:
+        several = isinstance(head, Sequence)
+        heads = list(head) if several else [head]
+        for one in heads:
+            self.check_cell(layer, one)
+        if not heads or len(set(heads)) < len(heads):
+            raise ValueError(f"An edited run takes one head or several different ones, not {heads}.")
         if (reached := len(run.records)) < self.layers:
             raise ValueError(f"This run ends below layer {reached}: an edited run needs all {self.layers}.")
-        steps = change.shape[1]
-        if not len(rows) or rows.shape != starts.shape or change.shape != (len(rows), steps, self.d_v):
+        steps, sizes = change.shape[1], [len(heads), self.d_v] if several else [self.d_v]
+        if not len(rows) or rows.shape != starts.shape or change.shape != (len(rows), steps, *sizes):
             raise ValueError(
-                f"An edited run takes rows [R], starts [R] and change [R, steps, {self.d_v}] with R of 1 or "
-                f"more; got {list(rows.shape)}, {list(starts.shape)} and {list(change.shape)}."
+                f"An edited run takes rows [R], starts [R] and change [R, steps, {', '.join(map(str, sizes))}] "
+                f"with R of 1 or more; got {list(rows.shape)}, {list(starts.shape)} and {list(change.shape)}."
             )
         check_places(rows, starts, run.tokens)
         if int(starts.max()) + steps > run.tokens.shape[1]:
@@ -299,11 +314,11 @@ class Host(ABC):
         return torch.stack(chosen, 1)
 
 
-def _edited(native: Record, rows, positions, head: int, change: Tensor) -> Record:
-    """Return a layer's record at positions [R, steps] of windows rows [R, 1], with a changed head output."""
-    outputs = native.outputs[rows, positions]
-    changed = (outputs[:, :, head] + change)[:, :, None]
-    outputs = torch.cat([outputs[:, :, :head], changed, outputs[:, :, head + 1 :]], 2)
+def _edited(native: Record, rows, positions, heads: Sequence[int], change: Tensor) -> Record:
+    """Return a layer's record at positions [R, steps] of windows rows [R, 1], with changed outputs of heads."""
+    outputs, places = native.outputs[rows, positions], torch.tensor(heads, device=change.device)
+    changed = outputs[:, :, places] + change
+    outputs = outputs.to(changed.dtype).index_copy(2, places, changed)
     beside = {name: x[rows, positions] for name, x in native.beside.items()}
     return Record(native.hidden[rows, positions], outputs, beside=beside)
 

@@ -1,0 +1,264 @@
+"""Notebook 05_all_writes: the loss when all writes of a cell, or of all heads of a layer, are replaced at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from replication import plots
+from replication import statistics as stats
+from replication.study import training
+from replication.study.study import Study
+from writesae.evaluate.all_writes import MeanWrites, replace_all_writes
+from writesae.files import load_tensors
+from writesae.harvesting import harvest
+from writesae.hosts.base import Host
+from writesae.recurrence import Factors
+from writesae.sae.model import SAE
+from writesae.text import Windows
+
+SURVEY = "survey"
+LAYER_PLACE = "middle"  # all heads of this cell's layer are also replaced together
+CONDITIONS = {  # in the order of the figure
+    "atom": "top atom",
+    "atom_and_mean": "top atom + mean",
+    "projection": "best atom, projected",
+    "reconstruction": "whole reconstruction",
+    "read": "state read through the SAE",
+    "mean_write": "mean write",
+    "token_mean_write": "token's mean write",
+}
+TRAININGS = {  # (target, centre) -> name in the figure
+    ("write", "none"): "writes, without the mean",
+    ("write", "mean"): "writes, with the mean",
+    ("state", "mean"): "states, with the mean",
+}
+NO_SAE = "no SAE"
+COLOURS = dict(zip((*TRAININGS.values(), NO_SAE), (plots.COLOURS[i] for i in (0, 9, 3, 7)), strict=True))
+HOSTS = dict(gated_deltanet="Gated DeltaNet", mamba2="Mamba-2", rwkv7="RWKV-7")
+KEYS = ["host", "layer", "head", "target", "centre", "role", "seed", "condition"]
+
+
+@dataclass
+class Case:
+    """Heads of one layer, and the SAEs that are tried on each of them.
+
+    together: replace the writes of all heads in the same run, else of one head after another. saes: "ROLE
+    TARGET" -> head -> SAE. windows: held-out. training: windows of the SAE split, for mean writes; stored:
+    the factors of the only head over these, if notebook 01 has kept them.
+    """
+
+    layer: int
+    heads: tuple[int, ...]
+    together: bool
+    saes: dict[str, dict[int, SAE]]
+    windows: Windows
+    training: Windows
+    stored: Path | None = None
+
+    @property
+    def role(self) -> str:
+        """The role of the rows without an SAE."""
+        return "main" if self.stored else SURVEY
+
+
+# The table
+
+
+def all_writes(study: Study) -> pd.DataFrame:
+    """Write results all_writes.csv: a row per (host, cell or layer, SAE, condition); without an SAE, target is empty.
+
+    loss, loss_native, loss_none: nats per token; change: loss - loss_native; recovered: 1 - change / (loss_none
+    - loss_native). Intervals (change_low, change_high; ci_low, ci_high): bootstrap by passage. windows, passages
+    and n, the predicted tokens. head is empty where all heads of the layer are replaced together.
+    """
+    tables, seed = [], study.profile.seed
+    for name in study.profile.hosts:
+        cases = headline_cases(study, name)
+        if name == study.main:
+            cases += survey_cases(study, name)
+        resamples = study.profile.section("replacement", name).bootstrap
+        given = dict(host=study.host(name), cases=cases, write=study.profile.saes.write)
+        given |= dict(batch=study.profile.data.batch_windows, resamples=resamples, seed=seed)
+        tables.append(study.stage("all_writes", name, range(len(cases)), measure, **given))
+    return study.gather("all_writes", tables)
+
+
+def headline_cases(study: Study, host: str) -> list[Case]:
+    """Return one case per cell of the headline, with all variants of its main SAEs."""
+    targets, windows = study.profile.saes.targets, study.windows(host, "heldout")
+    windows, cases = windows[: study.profile.section("all_writes", host).windows], []
+    for place in study.profile.hosts[host].cells:
+        (layer, head), saes = study.cell(host, place), {}
+        for _, _, role in training.main_variants(study, host, place):
+            saes |= {f"{role} {target}": {head: study.sae(host, layer, head, target, role)} for target in targets}
+        stored = study.harvest_path(host, layer, head)
+        cases.append(Case(layer, (head,), False, saes, windows, study.windows(host, "sae"), stored))
+    return cases
+
+
+def survey_cases(study: Study, host: str) -> list[Case]:
+    """Return one case per surveyed layer, and one for all heads of a layer together, with the survey SAEs."""
+    settings, heads = study.profile.section("all_writes", host), tuple(range(study.host(host).heads))
+    heldout, sae_split = study.windows(host, "heldout"), study.windows(host, "sae")
+    survey, layers = sae_split[: study.profile.data.survey_windows], study.survey_layers(host)
+    whole = [layer for layer in layers if layer == study.cell(host, LAYER_PLACE)[0]]
+    cases = []
+    for layer, together in [(layer, True) for layer in whole] + [(layer, False) for layer in layers]:
+        saes = {
+            f"{SURVEY} {target}": {head: study.sae(host, layer, head, target, SURVEY) for head in heads}
+            for target in study.profile.saes.targets
+        }
+        windows = heldout[: settings.windows if together else settings.survey_windows]
+        cases.append(Case(layer, heads, together, saes, windows, survey))
+    return cases
+
+
+def measure(number: int, host: Host, cases: list[Case], write: str, batch: int, resamples: int, seed: int):
+    """Return the rows of one case."""
+    case, tables = cases[number], []
+    means = mean_writes(host, case, write, batch)
+    for heads in [case.heads] if case.together else [(head,) for head in case.heads]:
+        saes = {name: {head: of_heads[head] for head in heads} for name, of_heads in case.saes.items()}
+        chosen = {head: means[head] for head in heads}
+        losses = replace_all_writes(host, case.windows, saes, chosen, layer=case.layer, write=write, batch=batch)
+        rows = recovered(losses, case.windows.tokens.shape[1] - 1, resamples, seed)
+        described = pd.DataFrame([_described(name, saes, case.role) for name in rows.sae])
+        head = np.nan if case.together else heads[0]
+        place = dict(host=host.name, layer=case.layer, head=head)
+        tables.append(pd.concat([described.assign(**place), rows.drop(columns="sae")], axis=1))
+    table = pd.concat(tables, ignore_index=True)
+    return table[KEYS + [name for name in table if name not in KEYS]]
+
+
+def mean_writes(host: Host, case: Case, write: str, batch: int) -> dict[int, MeanWrites]:
+    """Return the mean writes of each head of a case over its windows of the SAE split."""
+    if case.stored:
+        factors = {case.heads[0]: Factors(query=None, **load_tensors(case.stored)[0])}
+    else:
+        cells = [(case.layer, head) for head in case.heads]
+        harvested = harvest(host, case.training, cells, batch, progress=False)
+        factors = {head: harvested[case.layer, head] for head in case.heads}
+    tokens, wanted = case.training.tokens, case.windows.tokens.unique()
+    return {head: MeanWrites.of(f.history("write", write), tokens, wanted) for head, f in factors.items()}
+
+
+def recovered(losses: pd.DataFrame, tokens: int, resamples: int, seed: int) -> pd.DataFrame:
+    """Return the losses of `replace_all_writes` as a row per (sae, condition), with the share recovered.
+
+    tokens: predicted in each window.
+    """
+    none = losses[losses.condition == "none"].set_index("window")
+
+    def row(part: pd.DataFrame) -> dict:
+        part = part.set_index("window").loc[none.index]
+        change, cost, passages = part.loss - part.loss_native, none.loss - none.loss_native, none.passage
+        low, high = stats.cluster_bootstrap(change, passages, resamples=resamples, seed=seed)
+        ratio = stats.ratio_bootstrap(change, cost, passages, resamples, seed)
+        numbers = dict(windows=len(part), passages=passages.nunique(), n=len(part) * tokens)
+        numbers |= dict(loss_native=part.loss_native.mean(), loss=part.loss.mean(), loss_none=none.loss.mean())
+        numbers |= dict(change=change.mean(), change_low=low, change_high=high)
+        return numbers | dict(recovered=1 - change.mean() / cost.mean(), ci_low=1 - ratio.high, ci_high=1 - ratio.low)
+
+    return stats.per_group(losses, ["sae", "condition"], row)
+
+
+def _described(name: str, saes: dict[str, dict[int, SAE]], role: str) -> dict:
+    """Return the columns of an SAE; `role` is that of rows without one."""
+    if not name:
+        return dict(target="", centre="", role=role, seed=np.nan)
+    config = next(iter(saes[name].values())).config
+    return dict(target=config.target, centre=config.centre, role=name.split()[0], seed=config.seed)
+
+
+# What the notebook shows
+
+
+def labelled(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the figure's conditions and trainings, with their names (columns training, shown)."""
+    names = [TRAININGS.get(pair) for pair in zip(table.target, table.centre)]
+    training_names = pd.Series(names, index=table.index).where(table.target.notna(), NO_SAE)
+    table = table.assign(training=training_names, shown=table.condition.map(CONDITIONS))
+    return table.dropna(subset=["training", "shown"])
+
+
+def headline(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the headline's cells, with the name of each cell in figures (column cell)."""
+    rows = labelled(table[table.role.str.startswith("main")])
+    rows = rows.merge(cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
+    return rows.assign(cell=rows.host.map(lambda name: HOSTS.get(name, name)) + ", " + rows.place)
+
+
+def surveyed(table: pd.DataFrame, all_cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of single surveyed cells, with the cell's half-life and the cost of writing nothing.
+
+    cost: of the cell, in nats per token; counts: whether its interval is above 0, so that a share makes sense.
+    """
+    cell = ["host", "layer", "head"]
+    rows = labelled(table[(table.role == SURVEY) & table["head"].notna()])
+    none = table[(table.role == SURVEY) & (table.condition == "none")].rename(columns=dict(change="cost"))
+    rows = rows.merge(none.assign(counts=none.change_low > 0)[[*cell, "cost", "counts"]], on=cell)
+    return rows.merge(all_cells[[*cell, "half_life_median"]], on=cell)
+
+
+def means_over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean share recovered per cell, training and condition, with the lowest and highest SAE."""
+
+    def row(part: pd.DataFrame) -> dict:
+        share, saes = part.recovered, part.seed.count()
+        return dict(saes=saes, recovered=share.mean(), lowest=share.min(), highest=share.max(), n=part.n.iloc[0])
+
+    return stats.per_group(rows, ["cell", "training", "shown"], row)
+
+
+def trend(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the median share recovered over surveyed cells, and its rank correlation with the half-life.
+
+    Only cells in which writing nothing costs loss; worse_than_nothing: the number of cells below 0.
+    """
+
+    def row(part: pd.DataFrame) -> dict:
+        share, rho = part.recovered, stats.spearman(part.recovered, part.half_life_median)
+        numbers = dict(cells=len(part), median=share.median(), worse_than_nothing=int((share < 0).sum()))
+        return numbers | stats.with_ends("rho", rho.value, rho)
+
+    return stats.per_group(cells[cells.counts], ["training", "shown"], row)
+
+
+def verdict(rows: pd.DataFrame, layer: pd.DataFrame, cells: pd.DataFrame) -> list[str]:
+    """Return the findings in sentences: of the headline's cells, of a whole layer, of all surveyed cells."""
+    sentences = []
+    for name, part in rows.groupby("cell", sort=False):
+        sentences += _of_cell(f"{name} cell", part)
+    if len(layer):
+        sentences += _of_cell(f"all heads of layer {layer.layer.iloc[0]} together", layer)
+    for name, part in cells[cells.counts & (cells.condition == "atom")].groupby("training", sort=False):
+        worse = int((part.recovered < 0).sum())
+        median = f"the median is {part.recovered.median():+.2f}"
+        sentences.append(
+            f"Survey, {name}: the top atoms are worse than nothing in {worse} of {len(part)} cells; {median}."
+        )
+    return sentences
+
+
+def _of_cell(name: str, rows: pd.DataFrame) -> list[str]:
+    """Return a sentence on the cost of writing nothing, and one per training of the SAEs."""
+    first = rows.iloc[0]
+    cost, size = 1000 * (first.loss_none - first.loss_native), f"{first.n:,} tokens of {first.passages} passages"
+    sentences = [f"{name}: writing nothing costs {cost:.1f} millinats per token ({size})."]
+    for training_name in (*TRAININGS.values(), NO_SAE):
+        part = rows[rows.training == training_name]
+        shares = [f"{shown}: {_share(one)}" for shown, one in part.groupby("shown", sort=False)]
+        if shares:
+            sentences.append(f"  {training_name}: " + "; ".join(shares) + ".")
+    return sentences
+
+
+def _share(part: pd.DataFrame) -> str:
+    """Return the mean share recovered over SAEs, with the outermost ends of their intervals, and what it says."""
+    low, high = part.ci_low.min(), part.ci_high.max()
+    word = ", worse than nothing" if high < 0 else "" if low > 0 else ", not apart from nothing"
+    return f"{part.recovered.mean():+.2f} [{low:+.2f}, {high:+.2f}]{word}"

@@ -1,0 +1,133 @@
+"""Page 05_all_writes: shares of the loss by hand, its cases on a small host, and its sentences."""
+
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import assert_close
+
+from replication import statistics
+from replication.pages import all_writes
+from replication.pages.all_writes import Case
+from writesae.evaluate.all_writes import MeanWrites, replace_all_writes
+from writesae.files import save_tensors
+from writesae.harvesting import harvest
+from writesae.sae.config import Architecture
+from writesae.sae.model import SAE
+from writesae.text import Windows
+
+LAYER = 1
+
+
+def losses_of(unedited, **by_condition):
+    """Losses of windows 0, 1, ... under some conditions of one SAE, or without one."""
+    rows = []
+    for name, values in by_condition.items():
+        sae = "" if name in ("none", "native") else "main write"
+        for window, (loss, of_native) in enumerate(zip(values, unedited, strict=True)):
+            place = dict(sae=sae, condition=name, window=window, passage=window // 2)
+            rows.append(place | dict(loss=loss, loss_native=of_native))
+    return pd.DataFrame(rows).sample(frac=1.0, random_state=3)
+
+
+def test_the_share_recovered_is_of_the_mean_losses():
+    native = np.array([2.0, 3.0, 1.0, 2.5])
+    losses = losses_of(native, none=native + [0.4, 0.2, 0.1, 0.1], atom=native + [0.3, 0.1, 0.3, 0.1], native=native)
+    table = all_writes.recovered(losses, 255, 200, seed=1).set_index("condition")
+    assert table.loc["atom", "recovered"] == pytest.approx(0.0)
+    assert (table.loc["none", "recovered"], table.loc["native", "recovered"]) == (0.0, 1.0)
+    row = table.loc["atom"]
+    assert (row.windows, row.passages, row.n) == (4, 2, 4 * 255)
+    numbers = row[["loss_native", "loss", "loss_none", "change"]].astype(float)
+    assert numbers.tolist() == pytest.approx([2.125, 2.325, 2.325, 0.2])
+    # both passages 0: the change is 0.2 of 0.3; both passages 1: 0.2 of 0.1
+    assert (row.ci_low, row.ci_high) == (pytest.approx(1 - 0.2 / 0.1), pytest.approx(1 - 0.2 / 0.3))
+
+
+def test_the_interval_of_a_ratio_is_the_bootstrap_of_rows():
+    generator = np.random.default_rng(0)
+    above, below, clusters = generator.random(40), 1 + generator.random(40), generator.integers(0, 9, 40)
+    slow = statistics.cluster_bootstrap(lambda rows: above[rows].mean() / below[rows].mean(), clusters, resamples=300)
+    assert statistics.ratio_bootstrap(above, below, clusters, 300) == pytest.approx(slow)
+    assert np.isnan(statistics.ratio_bootstrap(above, below, np.zeros(40))).all()
+
+
+# On a small host, in fp32
+
+
+@pytest.fixture(scope="module")
+def host(gated_deltanet):
+    return type(gated_deltanet)(copy.deepcopy(gated_deltanet.model).float(), None, "small")
+
+
+def sae_of(host, target, head):
+    torch.manual_seed(head)
+    sae = SAE(Architecture(n_atoms=24, k=3), host.d_k, host.d_v).requires_grad_(False)
+    fields = dict(layer=LAYER, head=head, target=target, write="added", seed=7)
+    sae.config = sae.config.model_copy(update=fields)
+    return sae
+
+
+def case_of(host, tokens, heads, together, stored=None):
+    saes = {f"survey {target}": {head: sae_of(host, target, head) for head in heads} for target in ("state", "write")}
+    windows = Windows(tokens, torch.tensor([0, 1, 1]))
+    return Case(LAYER, heads, together, saes, windows, Windows(tokens[:2], torch.tensor([5, 6])), stored)
+
+
+OPTIONS = dict(write="added", batch=2, resamples=50, seed=0)
+
+
+def test_heads_one_after_another_or_together(host, tokens):
+    apart, together = (case_of(host, tokens, (1, 3), both) for both in (False, True))
+    table = all_writes.measure(0, host, [apart], **OPTIONS)
+    assert list(table)[:8] == all_writes.KEYS
+    assert table["head"].unique().tolist() == [1, 3] and (table.role == "survey").all()
+    assert set(table[table.target == "state"].condition) == {"atom", "projection", "reconstruction", "read"}
+    assert set(table[table.target == "write"].condition) == {"atom", "atom_and_mean", "projection", "reconstruction"}
+    bare = table[table.target == ""]
+    assert set(bare.condition) == {"native", "none", "mean_write", "token_mean_write"} and bare.seed.isna().all()
+    both = all_writes.measure(1, host, [apart, together], **OPTIONS)
+    assert both["head"].isna().all()
+    means = all_writes.mean_writes(host, together, "added", 2)
+    losses = replace_all_writes(host, together.windows, together.saes, means, layer=LAYER, batch=2)
+    for condition, target in (("none", ""), ("atom", "write"), ("read", "state")):
+        part = losses[(losses.condition == condition) & losses.sae.isin(["", f"survey {target}"])]
+        ours = both[(both.condition == condition) & (both.target == target)].loss.item()
+        assert ours == pytest.approx(part.loss.mean())
+
+
+def test_stored_factors_give_the_same_means(host, tokens, tmp_path):
+    harvested = harvest(host, tokens[:2], [(LAYER, 3)], progress=False)[LAYER, 3]
+    save_tensors(tmp_path / "cell.safetensors", harvested.tensors(), {"fingerprint": "any"})
+    cases = [case_of(host, tokens, (3,), False, stored) for stored in (None, tmp_path / "cell.safetensors")]
+    assert [case.role for case in cases] == ["survey", "main"]
+    fresh, stored = (all_writes.mean_writes(host, case, "added", 2)[3] for case in cases)
+    assert torch.equal(fresh.tokens, stored.tokens)
+    assert_close(stored.matrices, fresh.matrices, "mean writes", 1e-6)
+    assert isinstance(fresh, MeanWrites) and set(fresh.tokens.tolist()) == set(tokens[:2].flatten().tolist())
+
+
+def test_sentences_say_what_is_worse_than_nothing():
+    row = dict(host="mamba2", layer=4, head=2.0, role="main", n=510, passages=2, loss_native=2.0, loss_none=2.05)
+    rows = [
+        row | dict(target="write", centre="none", seed=1.0, condition="atom", recovered=0.4, ci_low=0.3, ci_high=0.5),
+        row | dict(target="write", centre="none", seed=2.0, condition="atom", recovered=0.6, ci_low=0.4, ci_high=0.7),
+        row | dict(target="write", centre="mean", seed=1.0, condition="atom", recovered=-2, ci_low=-3, ci_high=-1),
+        row
+        | dict(target=np.nan, centre=np.nan, seed=np.nan, condition="mean_write", recovered=0, ci_low=-1, ci_high=1),
+        row | dict(target=np.nan, centre=np.nan, seed=np.nan, condition="none", recovered=0, ci_low=0, ci_high=0),
+    ]
+    cells = pd.DataFrame([dict(host="mamba2", layer=4, head=2, place="middle")])
+    shown = all_writes.headline(pd.DataFrame(rows), cells)
+    assert len(shown) == 4
+    first, *others = all_writes.verdict(shown, shown[:0], shown.assign(counts=False))
+    assert first == "Mamba-2, middle cell: writing nothing costs 50.0 millinats per token (510 tokens of 2 passages)."
+    assert others == [
+        "  writes, without the mean: top atom: +0.50 [+0.30, +0.70].",
+        "  writes, with the mean: top atom: -2.00 [-3.00, -1.00], worse than nothing.",
+        "  no SAE: mean write: +0.00 [-1.00, +1.00], not apart from nothing.",
+    ]
+    means = all_writes.means_over_seeds(shown).set_index("training").loc["writes, without the mean"]
+    assert (means.saes, means.recovered, means.lowest, means.highest) == (2, pytest.approx(0.5), 0.4, 0.6)
