@@ -39,6 +39,7 @@ TRAININGS = {  # (target, centre) -> name in the figure
 NO_SAE = "no SAE"
 COLOURS = dict(zip((*TRAININGS.values(), NO_SAE), (plots.COLOURS[i] for i in (0, 9, 3, 7)), strict=True))
 HOSTS = dict(gated_deltanet="Gated DeltaNet", mamba2="Mamba-2", rwkv7="RWKV-7")
+TREND = ["training", "shown", "cells", "median", "worse_than_nothing", "rho", "rho_low", "rho_high"]
 KEYS = ["host", "layer", "head", "target", "centre", "role", "seed", "condition"]
 
 
@@ -87,10 +88,20 @@ def all_writes(study: Study) -> pd.DataFrame:
     return study.gather("all_writes", tables)
 
 
+def one_per_passage(windows: Windows, count: int, seed: int) -> Windows:
+    """Return a random window of each of `count` random passages (or of all, if there are fewer), in order.
+
+    Intervals are by passage, so that windows of one passage would cost time and add little.
+    """
+    order = np.random.default_rng(seed).permutation(len(windows))
+    passages = pd.Series(windows.passage.numpy()[order], index=order)
+    return windows[np.sort(passages.drop_duplicates().index[:count])]
+
+
 def headline_cases(study: Study, host: str) -> list[Case]:
     """Return one case per cell of the headline, with all variants of its main SAEs."""
-    targets, windows = study.profile.saes.targets, study.windows(host, "heldout")
-    windows, cases = windows[: study.profile.section("all_writes", host).windows], []
+    targets, count = study.profile.saes.targets, study.profile.section("all_writes", host).windows
+    windows, cases = one_per_passage(study.windows(host, "heldout"), count, study.profile.seed), []
     for layer, head in (study.cell(host, place) for place in study.profile.hosts[host].cells):
         saes = {}
         for _, _, role in training.main_variants(study, host):
@@ -103,8 +114,7 @@ def headline_cases(study: Study, host: str) -> list[Case]:
 def survey_cases(study: Study, host: str) -> list[Case]:
     """Return one case per surveyed layer, and one for all heads of a layer together, with the survey SAEs."""
     settings, heads = study.profile.section("all_writes", host), tuple(range(study.host(host).heads))
-    heldout, sae_split = study.windows(host, "heldout"), study.windows(host, "sae")
-    survey, layers = sae_split[: study.profile.data.survey_windows], study.survey_layers(host)
+    survey, layers = study.windows(host, "sae")[: study.profile.data.survey_windows], study.survey_layers(host)
     whole = [layer for layer in layers if layer == study.cell(host, LAYER_PLACE)[0]]
     cases = []
     for layer, together in [(layer, True) for layer in whole] + [(layer, False) for layer in layers]:
@@ -112,7 +122,8 @@ def survey_cases(study: Study, host: str) -> list[Case]:
             f"{SURVEY} {target}": {head: study.sae(host, layer, head, target, SURVEY) for head in heads}
             for target in study.profile.saes.targets
         }
-        windows = heldout[: settings.windows if together else settings.survey_windows]
+        count = settings.windows if together else settings.survey_windows
+        windows = one_per_passage(study.windows(host, "heldout"), count, study.profile.seed)
         cases.append(Case(layer, heads, together, saes, windows, survey))
     return cases
 
@@ -225,7 +236,7 @@ def trend(cells: pd.DataFrame) -> pd.DataFrame:
         numbers = dict(cells=len(part), median=share.median(), worse_than_nothing=int((share < 0).sum()))
         return numbers | stats.with_ends("rho", rho.value, rho)
 
-    return stats.per_group(cells[cells.counts], ["training", "shown"], row)
+    return stats.per_group(cells[cells.counts], ["training", "shown"], row).reindex(columns=TREND)
 
 
 def verdict(rows: pd.DataFrame, layer: pd.DataFrame, cells: pd.DataFrame) -> list[str]:

@@ -54,6 +54,16 @@ def test_the_interval_of_a_ratio_is_the_bootstrap_of_rows():
     assert np.isnan(statistics.ratio_bootstrap(above, below, np.zeros(40))).all()
 
 
+def test_windows_are_of_different_passages_in_order():
+    windows = Windows(torch.arange(40)[:, None], torch.arange(40) // 4)
+    drawn = all_writes.one_per_passage(windows, 6, seed=3)
+    assert len(drawn) == 6 and drawn.passage.unique().tolist() == drawn.passage.tolist() == sorted(drawn.passage)
+    assert (drawn.tokens[:, 0] // 4 == drawn.passage).all() and (drawn.tokens[:, 0] % 4 > 0).any()
+    assert len(all_writes.one_per_passage(windows, 99, seed=3)) == 10
+    other = all_writes.one_per_passage(windows, 6, seed=4)
+    assert not torch.equal(drawn.tokens, other.tokens)
+
+
 # On a small host, in fp32
 
 
