@@ -18,8 +18,22 @@ COLOURS = sns.color_palette("colorblind").as_hex()
 CONDITION = dict(atom=COLOURS[0], delete=COLOURS[7], random=COLOURS[3], reconstruction=COLOURS[2])
 CONDITION |= dict(mean_write=COLOURS[1], resampled=COLOURS[4], native_rescaled=COLOURS[9])
 TARGET = dict(state=COLOURS[3], write=COLOURS[0])
+CENTRE_NAMES = dict(mean="mean subtracted", none="no mean", bias="learnt bias")
+CONDITION_NAMES = dict(
+    atom="atom",
+    atom_and_mean="mean + atom",
+    reconstruction="whole reconstruction",
+    flat_svd="flat SAE, top pair",
+    mean_write="mean write",
+    resampled="another write",
+    random="random atom (floor)",
+    native_rescaled="native write, rescaled (ceiling)",
+    delete="nothing",
+)
 PREDICTOR = dict(paper=COLOURS[3], paper_fitted=COLOURS[1], transport=COLOURS[9], exact=COLOURS[0])
 DIRECTION = dict(paper=COLOURS[3], gamma=COLOURS[0])
+FAMILY = {"SAEs": COLOURS[0], "raw writes": COLOURS[1], "means of writes": COLOURS[2]}
+FAMILY |= {"principal components": COLOURS[4], "floor and ceiling": COLOURS[7]}
 DRY_RUN = "DRY RUN"
 PAPER = dict(color="0.35", linestyle=":", linewidth=1.2)  # a line at a number of the paper
 DASHES = dict(color="0.35", linestyle="none", marker="_", markersize=18)  # numbers to compare with

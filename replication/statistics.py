@@ -144,6 +144,47 @@ def cluster_bootstrap(
     return _percentiles(np.array([statistic(np.repeat(values, row[codes])) for row in draws]))
 
 
+def over_trainings(
+    values, clusters: Sequence, per=None, resamples: int = 2000, seed: int = 0
+) -> tuple[float, Interval]:
+    """Return the mean over trainings of mean(values) / mean(per), and its interval, which covers retraining.
+
+    values, per: [n, m], n places in `clusters`, each measured with m trainings; per: 1 by default. The variance
+    is that of the mean over these trainings when clusters are drawn again, plus the variance of the m estimates
+    divided by m. The quantile is Student's t, with Satterthwaite's degrees of freedom. With one training the
+    interval covers the places only.
+    """
+    values = _finite(values)
+    per = np.ones_like(values) if per is None else _finite(per)
+    codes, count = _codes(clusters)
+    estimates = values.mean(0) / per.mean(0)
+    draws = _draws(count, resamples, np.random.default_rng(seed))
+    drawn = (_means(values, codes, draws) / _means(per, codes, draws)).mean(0)
+    trainings, mean = values.shape[1], float(estimates.mean())
+    parts, freedom = [drawn.var(ddof=1)], [count - 1]
+    if trainings > 1:
+        parts, freedom = [*parts, estimates.var(ddof=1) / trainings], [*freedom, trainings - 1]
+    total = sum(parts)
+    if total == 0:
+        return mean, Interval(mean, mean)
+    degrees = total**2 / sum(part**2 / f for part, f in zip(parts, freedom, strict=True))
+    reach = stats.t.ppf(0.975, degrees) * np.sqrt(total)
+    return mean, Interval(float(mean - reach), float(mean + reach))
+
+
+def ratio_bootstrap(a, b, clusters: Sequence, resamples: int, seed: int) -> Interval:
+    """Return the percentile interval of mean(a) / mean(b) for pairs [n], when whole clusters are drawn.
+
+    Both ends are nan for a single cluster.
+    """
+    values = np.stack(_pair(a, b), 1)
+    codes, count = _codes(clusters)
+    if count < 2:
+        return Interval(np.nan, np.nan)
+    above, below = _means(values, codes, _draws(count, resamples, np.random.default_rng(seed)))
+    return _percentiles(above / below)
+
+
 def difference_bootstrap(a, b, clusters: tuple[Sequence, Sequence], resamples: int, seed: int) -> Interval:
     """Return the percentile interval of mean(a) - mean(b); clusters are drawn independently in a and b."""
     generator, means = np.random.default_rng(seed), []
@@ -151,17 +192,6 @@ def difference_bootstrap(a, b, clusters: tuple[Sequence, Sequence], resamples: i
         codes, count = _codes(labels)
         means.append(_means(_vector(values), codes, _draws(count, resamples, generator)))
     return _percentiles(means[0] - means[1])
-
-
-def ratio_bootstrap(above, below, clusters: Sequence, resamples: int = 2000, seed: int = 0) -> Interval:
-    """Return the percentile interval of mean(above) / mean(below) of pairs, when whole clusters are drawn.
-
-    Both ends are nan for a single cluster."""
-    pairs, (codes, count) = np.column_stack(_pair(above, below)), _codes(clusters)
-    if count < 2:
-        return Interval(np.nan, np.nan)
-    means = _means(pairs, codes, _draws(count, resamples, np.random.default_rng(seed)))
-    return _percentiles(means[0] / means[1])
 
 
 def wider(*intervals: Interval) -> Interval:

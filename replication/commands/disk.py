@@ -63,10 +63,11 @@ def _files_of(profile: Profile, paths: Paths, name: str, shape: Shape) -> list[N
         existing = len(list((paths.build / folder).glob(f"{name}-{pattern}")))
         return Need(f"{what} of {name}", paths.build / folder, max(0, count - existing) * size)
 
-    cells, targets, data = len(profile.hosts[name].cells), len(profile.saes.targets), profile.data
+    section, targets, data = profile.hosts[name], len(profile.saes.targets), profile.data
+    cells, flat = len(section.cells), len(section.paper_places)
     harvest = harvest_bytes(shape, data.sae_windows * data.window)
     needs = [rest("harvests", "harvest", "*.safetensors", cells, harvest)]
-    counts = dict(main=cells * targets, flat=cells)
+    counts = dict(main=cells * targets, flat=flat)
     survey = profile.section("replacement", name)
     if survey.survey_firings:
         counts["survey"] = -(-shape.layers // survey.survey_every) * shape.heads * targets

@@ -26,13 +26,13 @@ from replication.statistics import wilson
 from replication.study import paths as paths_module
 from replication.study import stages
 from replication.study.fingerprint import fingerprint
-from replication.study.firings import CONDITIONS_OF_SURVEYS, firings_of
+from replication.study.firings import CONDITIONS_OF_SURVEYS, drawn_positions, firings_of
 from replication.study.lock import writing
 from replication.study.profile import Profile, Section, Target, load_profile
 from replication.study.study import Study, threads
 from replication.study.training import VALIDATION_WINDOWS, SaeSpec, train_one
 from writesae.evaluate.cells import survey_cells
-from writesae.evaluate.firings import CellSAE, draw_in_rounds, encode_cell
+from writesae.evaluate.firings import CellSAE, draw_in_rounds, encode_cell, firings_at
 from writesae.evaluate.replacement import AMPLITUDES, measure_group
 from writesae.files import load_tensors, read_sidecar, save_tensors, up_to_date
 from writesae.harvesting import harvest
@@ -43,6 +43,7 @@ from writesae.shards import ShardedHistory, harvest_shards
 from writesae.text import Windows
 
 IN_MEMORY = 2**28  # maximum size of a cell's training data in memory, in numbers (1 GiB in fp32)
+TESTED = (*AMPLITUDES, "projection")
 TOGETHER = 8  # maximum of SAEs per task; their replacement tests share one run of the host
 
 
@@ -55,7 +56,11 @@ class Variant(Section):
 
 
 class Grid(Section):
-    """A file in profiles/sweeps/. firings: tested per SAE (0: no test); keep: whether SAEs stay in build/."""
+    """A file in profiles/sweeps/; keep: whether SAEs stay in build/.
+
+    firings: tested per SAE (0: no test). draw: "positions" takes them at places that are uniform over positions
+    and the same for all SAEs of a host; "atoms" takes equally many of every atom.
+    """
 
     name: str
     hosts: Literal["all", "main"] | list[str] = Field(min_length=1)
@@ -64,6 +69,7 @@ class Grid(Section):
     variants: dict[Annotated[str, Field(pattern=r"^\w+$")], Variant] = Field(min_length=1)  # names of files
     seeds: list[int] = Field(min_length=1)
     firings: NonNegativeInt = 0
+    draw: Literal["positions", "atoms"] = "positions"
     keep: bool = True
 
 
@@ -130,7 +136,7 @@ class Sweep:
         """Return the (layer, head) of the grid on a host. Raises ValueError if one is not recurrent."""
         model, grid = self.study.host(host), self.grid
         rules = self.profile.hosts[host].cells.values()
-        named = {"all": model.recurrent_layers, "headline": sorted({rule.layer for rule in rules})}
+        named = {"all": model.recurrent_layers, "headline": sorted({rule.layer for rule in rules} - {None})}
         layers = grid.layers if isinstance(grid.layers, list) else named[grid.layers]
         heads = grid.heads if isinstance(grid.heads, list) else range(model.heads)
         cells = list(dict.fromkeys(product(layers, heads)))
@@ -167,7 +173,8 @@ class Sweep:
 
     def expected_record(self, point: Point) -> str:
         inputs = dict(point=point, variant=self.grid.variants[point.variant], settings=self.settings(point))
-        inputs |= dict(write=self.profile.saes.write, seed=self.profile.seed, firings=self.grid.firings)
+        inputs |= dict(write=self.profile.saes.write, seed=self.profile.seed)
+        inputs |= dict(firings=self.grid.firings, draw=self.grid.draw)
         return self.expected(point.host, **inputs, replacement=self.profile.section("replacement", point.host))
 
 
@@ -255,8 +262,12 @@ def draw_test(sweep: Sweep, point: Point) -> tuple[Windows, CellSAE, pd.DataFram
     factors, windows = _heldout(sweep, point, sweep.test_windows(point.host))
     target, sae = sweep.grid.variants[point.variant].target, study.sae(*sweep.sae(point))
     subject = encode_cell(point[1:3], target, profile.saes.write, sae, factors)
-    every = firings_of(study, subject, windows)
-    return windows, subject, draw_in_rounds(every, min(sweep.grid.firings, len(every)), profile.seed)
+    if sweep.grid.draw == "positions":
+        drawn = firings_at(subject, drawn_positions(study, windows, sweep.grid.firings))
+    else:
+        every = firings_of(study, subject, windows)
+        drawn = draw_in_rounds(every, min(sweep.grid.firings, len(every)), profile.seed)
+    return windows, subject, drawn
 
 
 def replacement_scores(sweep: Sweep, tests: dict[Point, tuple]) -> dict[Point, dict]:
@@ -268,7 +279,7 @@ def replacement_scores(sweep: Sweep, tests: dict[Point, tuple]) -> dict[Point, d
     windows, size = tests[first][0], profile.data.batch_windows
     drawn = [(subject, firings.assign(point=str(point))) for point, (_, subject, firings) in tests.items()]
     rows = profile.section("replacement", first.host).batch_rows
-    options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), batch_rows=rows)
+    options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), amplitudes=TESTED, batch_rows=rows)
     starts = range(0, len(windows), size)
     table = pd.concat(measure_group(host, windows, drawn, start, size, profile.seed, **options) for start in starts)
     return {point: _shares(table[table.point == str(point)]) for point in tests} if len(table) else {}
@@ -277,7 +288,7 @@ def replacement_scores(sweep: Sweep, tests: dict[Point, tuple]) -> dict[Point, d
 def _shares(table: pd.DataFrame) -> dict:
     """Return the number of tested firings, and per amplitude the share of firings at which each replacement
     beats deletion, for the atom with its Wilson interval."""
-    scores = dict(firings=len(table) // len(AMPLITUDES))
+    scores = dict(firings=len(table) // len(TESTED))
     for amplitude, part in table.groupby("amplitude", sort=False):
         wins = {name: int((part[f"kl_{name}"] < part.kl_delete).sum()) for name in CONDITIONS_OF_SURVEYS[1:]}
         scores |= {f"win_{name}_{amplitude}": count / len(part) for name, count in wins.items()}

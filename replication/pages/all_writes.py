@@ -102,9 +102,9 @@ def headline_cases(study: Study, host: str) -> list[Case]:
     """Return one case per cell of the headline, with all variants of its main SAEs."""
     targets, count = study.profile.saes.targets, study.profile.section("all_writes", host).windows
     windows, cases = one_per_passage(study.windows(host, "heldout"), count, study.profile.seed), []
-    for layer, head in (study.cell(host, place) for place in study.profile.hosts[host].cells):
-        saes = {}
-        for _, _, role in training.main_variants(study, host):
+    for place in study.profile.hosts[host].cells:
+        (layer, head), saes = study.cell(host, place), {}
+        for _, _, role in training.main_variants(study, host, place):
             saes |= {f"{role} {target}": {head: study.sae(host, layer, head, target, role)} for target in targets}
         stored = study.harvest_path(host, layer, head)
         cases.append(Case(layer, (head,), False, saes, windows, study.windows(host, "sae"), stored))

@@ -144,7 +144,7 @@ def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def _cells(study: Study, host_name: str) -> dict[Cell, str]:
-    return {study.cell(host_name, place): place for place in study.profile.hosts[host_name].cells}
+    return {study.cell(host_name, place): place for place in study.profile.hosts[host_name].paper_places}
 
 
 def _main_saes(study: Study, host_name: str) -> list[tuple[int, int, str]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pandas as pd
 
 from replication.statistics import cluster_bootstrap, per_group, with_ends
-from writesae.evaluate.replacement import AMPLITUDES
+from writesae.evaluate.replacement import AMPLITUDES as OF_THE_PAPER
+
+AMPLITUDES = (*OF_THE_PAPER, "projection")
 
 
 def by_amplitude(saes: pd.DataFrame) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from writesae.harvesting import Cell, harvest
 
 
 def harvest_cells(study: Study) -> pd.DataFrame:
-    """Harvest the headline's cells over the SAE windows into one file per cell; write results harvest.csv."""
+    """Harvest the chosen cells over the SAE windows into one file per cell; write results harvest.csv."""
     rows = []
     for name in study.profile.hosts:
         for cell, path in _harvested(study, name).items():

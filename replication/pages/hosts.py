@@ -4,42 +4,61 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from replication.statistics import ci, cluster_bootstrap
+from replication.statistics import ci, cluster_bootstrap, per_group
 from replication.study import docstrings
 from replication.study.fingerprint import Later
-from replication.study.profile import HostSection
+from replication.study.profile import CellRule, HostSection
 from replication.study.study import Study
-from writesae.evaluate.cells import survey_cells
+from writesae.evaluate.cells import cost_of_no_writes, survey_cells
 from writesae.hosts.base import Host, Run
 from writesae.text import Windows
 
 
 def choose_cells(survey: pd.DataFrame, section: HostSection) -> pd.DataFrame:
-    """Return each place's cell: the rule's head, or the head nearest to the rule's sigma1/sigma2, in ratio.
+    """Return each place's cell by the profile's rules, in their order: no two places have the same cell.
 
-    rule_sigma_ratio is missing if the rule names the head. Raises ValueError if the rule names a layer
-    without cells, or a head that the layer does not have."""
-    chosen = []
+    A rule takes its first choice among the cells that no earlier rule has taken. Columns beside the survey's:
+    place; rule, in words; rule_sigma_ratio, missing if the rule has none; instead_of: the place that has the
+    rule's first choice, missing if this is the first choice. Raises ValueError if the rule names a layer
+    without cells or a head that the layer does not have, and if all of its cells are taken.
+    """
+    chosen: dict[int, str] = {}  # row of the survey -> place
+    cells = []
     for place, rule in section.cells.items():
-        layer = survey[survey.layer == rule.layer]
-        if layer.empty:
-            layers = ", ".join(map(str, sorted(survey.layer.unique())))
-            wrong = f"The {place} cell's layer {rule.layer} is not recurrent"
-            raise ValueError(f"{wrong}: choose one of {layers}.")
-        if rule.head is None:
-            distance = (layer.sigma1_over_sigma2 / rule.sigma_ratio).map(math.log).abs()
-            cell = layer.loc[[distance.idxmin()]]
-        elif (cell := layer[layer["head"] == rule.head]).empty:
-            wrong = f"The {place} cell's head {rule.head} does not exist"
-            raise ValueError(f"{wrong}: layer {rule.layer} has heads 0 to {layer['head'].max()}.")
-        chosen.append(cell.assign(place=place, rule_sigma_ratio=rule.sigma_ratio or math.nan))
-    return pd.concat(chosen, ignore_index=True)
+        ranked = _ranked(survey, place, rule)
+        free = ranked[~ranked.isin(chosen)]
+        if not len(free):
+            raise ValueError(f"The {place} cell, {rule.words}, is already the {chosen[ranked[0]]} cell.")
+        columns = dict(place=place, rule=rule.words, rule_sigma_ratio=rule.sigma_ratio or math.nan)
+        cells.append(survey.loc[[free[0]]].assign(**columns, instead_of=chosen.get(ranked[0], math.nan)))
+        chosen[free[0]] = place
+    return pd.concat(cells, ignore_index=True)
+
+
+def _ranked(survey: pd.DataFrame, place: str, rule: CellRule) -> pd.Index:
+    """Return the rows of the survey among which a rule chooses, the first choice first."""
+    part = survey if rule.layer is None else survey[survey.layer == rule.layer]
+    if part.empty:
+        layers = ", ".join(map(str, sorted(survey.layer.unique())))
+        wrong = f"The {place} cell's layer {rule.layer} is not recurrent"
+        raise ValueError(f"{wrong}: choose one of {layers}.")
+    if rule.cost:
+        return part.cost.sort_values(ascending=False, kind="stable").index
+    if rule.sigma_ratio:
+        distance = (part.sigma1_over_sigma2 / rule.sigma_ratio).map(math.log).abs()
+        return distance.sort_values(kind="stable").index
+    if rule.head not in set(part["head"]):
+        wrong = f"The {place} cell's head {rule.head} does not exist"
+        raise ValueError(f"{wrong}: layer {rule.layer} has heads 0 to {part['head'].max()}.")
+    return part[part["head"] == rule.head].index
 
 
 CURVE = ["tokens", "training_loss", "heldout_loss"]
@@ -98,25 +117,71 @@ def describe(study: Study, losses: pd.DataFrame) -> pd.DataFrame:
 
 
 def survey(study: Study) -> pd.DataFrame:
-    """Write results all_cells.csv: each cell's half-life, spectrum and write ranks, on SAE-split text."""
-    tables, count = [], study.profile.data.cell_windows
+    """Write results all_cells.csv: each cell's half-life, spectrum and write ranks, on SAE-split text, and
+    the cost of no writes in it, on held-out text."""
+    tables, data = [], study.profile.data
     for name in study.profile.hosts:
-        host, tokens = study.host(name), study.windows(name, "sae").tokens[:count]
-        given = dict(host=host, run=Later(_run, host=host, tokens=tokens), first=study.profile.data.first_position)
+        host, tokens, heldout = study.host(name), study.windows(name, "sae").tokens, cost_windows(study, name)
+        given = dict(host=host, run=Later(_run, host=host, tokens=tokens[: data.cell_windows]))
+        given |= dict(heldout=Later(_run, host=host, tokens=heldout.tokens), passage=heldout.passage)
+        given |= dict(first=data.first_position, seed=study.profile.seed)
         tables.append(study.stage("all_cells", name, host.recurrent_layers, _survey, **given))
     return study.gather("all_cells", tables)
+
+
+def cost_windows(study: Study, host: str) -> Windows:
+    """Return the held-out windows on which costs are measured: data.cost_windows of them, evenly spaced.
+
+    They come after the windows that are searched for firings if there are enough, so that the rule `cost`
+    does not choose a cell on the text of the experiments.
+    """
+    data, windows = study.profile.data, study.windows(host, "heldout")
+    count = min(data.cost_windows, len(windows))
+    first = data.firing_windows if len(windows) - data.firing_windows >= count else 0
+    return windows[np.linspace(first, len(windows) - 1, count).round().astype(int)]
 
 
 def _run(host: Host, tokens: torch.Tensor) -> Run:
     return host.run(tokens)
 
 
-def _survey(layer: int, host: Host, run: Later, first: int) -> pd.DataFrame:
-    return survey_cells(host, run(), first, [layer]).assign(host=host.name)
+def _survey(layer: int, host: Host, run: Later, heldout: Later, passage, first, seed: int) -> pd.DataFrame:
+    costs = cost_of_no_writes(host, heldout(), [(layer, head) for head in range(host.heads)])
+    costs = per_group(costs, ["layer", "head"], partial(_cost, passage=passage, seed=seed))
+    return survey_cells(host, run(), first, [layer]).merge(costs, on=["layer", "head"]).assign(host=host.name)
+
+
+def _cost(windows: pd.DataFrame, passage: torch.Tensor, seed: int) -> dict:
+    """Return a cell's mean cost in nats per token, and its interval over passages. windows: a row for each."""
+    interval = cluster_bootstrap(windows.cost, passage.numpy()[windows.window], seed=seed)
+    ends = dict(cost_low=interval.low, cost_high=interval.high)
+    return dict(cost=windows.cost.mean()) | ends | dict(cost_windows=len(windows))
 
 
 def choose(study: Study, cells: pd.DataFrame) -> pd.DataFrame:
-    """Write results cells.csv: the cells that the profile's rule picks for the headline."""
+    """Write results cells.csv: the cells that the profile's rules pick."""
     hosts = study.profile.hosts.items()
     chosen = [choose_cells(cells[cells.host == name], section) for name, section in hosts]
     return study.write("cells", pd.concat(chosen, ignore_index=True))
+
+
+def chosen_table(cells: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
+    """Return the chosen cells for a reader: half-life, ratio, cost with interval, its rank among the host's.
+
+    cells: the table of `survey`; chosen: that of `choose`.
+    """
+    ranked = cells.assign(rank=cells.groupby("host").cost.rank(ascending=False).astype(int))
+    rows = chosen.merge(ranked[["host", "layer", "head", "rank"]], on=["host", "layer", "head"])
+    costs = (1000 * rows[["cost", "cost_low", "cost_high"]]).itertuples(index=False)
+    taken = rows.instead_of.map("; its first choice is {}".format, na_action="ignore").fillna("")
+    columns = {
+        "host": rows.host,
+        "place": rows.place,
+        "cell": [f"L{layer} H{head}" for layer, head in zip(rows.layer, rows["head"], strict=True)],
+        "rule": rows.rule + taken,
+        "half-life (tokens)": rows.half_life_median.map("{:.1f}".format),
+        "sigma1/sigma2": rows.sigma1_over_sigma2.map("{:.2f}".format),
+        "cost (millinats per token)": [f"{x:.1f} [{low:.1f}, {high:.1f}]" for x, low, high in costs],
+        "rank of the cost": [f"{x} of {n}" for x, n in zip(rows["rank"], rows.host.map(cells.host.value_counts()))],
+    }
+    return pd.DataFrame(columns)

@@ -138,9 +138,9 @@ def most_firing(firings: pd.DataFrame, atoms: int, count: int, seed: int) -> pd.
 def draws(study: Study, name: str, settings) -> list[tuple[CellSAE, pd.DataFrame]]:
     """Return (SAE, firings) of every cell, target and write, drawn before any outcome is measured.
 
-    settings.firings are shared equally among the host's cells."""
+    settings.firings are shared equally among the host's early, middle and late cells."""
     profile, windows = study.profile, study.windows(name, "heldout")[slice(0, settings.windows)]
-    places = {study.cell(name, place): place for place in profile.hosts[name].cells}
+    places = {study.cell(name, place): place for place in profile.hosts[name].paper_places}
     factors = harvest(study.host(name), windows.tokens, list(places), profile.data.batch_windows, progress=False)
     count, last, drawn = settings.firings // len(places), windows.tokens.shape[1] - settings.horizon, []
     for cell, target in product(places, profile.saes.targets):

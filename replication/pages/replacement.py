@@ -1,20 +1,30 @@
-"""Notebooks 05 and 06: the replacement test over a profile's cells (the paper's Sec. 3.2, Table 2)."""
+"""Notebook 05: the replacement test over a profile's cells (the paper's Sec. 3.2, Table 2)."""
 
 from __future__ import annotations
 
 import pandas as pd
 
 from replication import statistics as stats
-from replication.study.firings import CONDITIONS_OF_SURVEYS, encoded_saes, firing_windows, firings_of, run_firings
+from replication.study.firings import (
+    CONDITIONS_OF_SURVEYS,
+    drawn_positions,
+    encoded_saes,
+    firing_windows,
+    firings_of,
+    run_firings,
+)
 from replication.study.study import Study
-from writesae.evaluate.firings import atom_names, draw_atoms, draw_in_rounds
+from writesae.evaluate.firings import atom_names, draw_atoms, draw_in_rounds, firings_at
 from writesae.evaluate.replacement import CONDITIONS
 
 CONTROLS = tuple(name for name in CONDITIONS if name not in ("delete", "atom"))
 
 
 def headline(study: Study) -> pd.DataFrame:
-    """Write results replacement.csv: the test of the profile's number of firings per cell and target."""
+    """Write results replacement.csv: the paper's protocol, with its number of firings per cell and target.
+
+    SAEs subtract the data's mean, and firings are equally many per atom.
+    """
     tables = []
     for name in study.profile.hosts:
         settings, windows = study.profile.section("replacement", name), firing_windows(study, name)
@@ -32,15 +42,18 @@ def headline(study: Study) -> pd.DataFrame:
 
 
 def survey(study: Study) -> pd.DataFrame:
-    """Write results replacement_by_cell.csv: a smaller test in every cell, for the dependence on memory."""
+    """Write results replacement_by_cell.csv: a smaller test in every cell, for the dependence on memory.
+
+    Its places are uniform over positions, and the same in every cell.
+    """
     tables = []
     for name in filter(study.survey_layers, study.profile.hosts):
-        settings, drawn = study.profile.section("replacement", name), []
+        settings = study.profile.section("replacement", name)
         windows = study.windows(name, "heldout")[slice(0, settings.survey_windows)]
         cells = [cell for cell in study.host(name).cells if cell[0] in study.survey_layers(name)]
-        for cell_sae in encoded_saes(study, name, cells, "survey", windows):
-            firings = firings_of(study, cell_sae, windows)
-            drawn.append((cell_sae, draw_in_rounds(firings, settings.survey_firings, study.profile.seed)))
+        places = drawn_positions(study, windows, settings.survey_firings)
+        saes = encoded_saes(study, name, cells, "survey", windows)
+        drawn = [(cell_sae, firings_at(cell_sae, places)) for cell_sae in saes]
         options = dict(conditions=CONDITIONS_OF_SURVEYS, scopes=("write",), batch_rows=settings.batch_rows)
         tables.append(run_firings(study, name, "replacement_by_cell", windows, drawn, **options))
     return study.gather("replacement_by_cell", tables)
@@ -63,7 +76,8 @@ def summarise(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed:
 
 def _summary(part: pd.DataFrame, resamples: int, seed: int) -> dict:
     win, atom = stats.beats(part), atom_names(part)
-    row = dict(write=part.write.iloc[0], kl_direction="native_patched", n=len(part))
+    row = dict(write=part.write.iloc[0], kl_direction="native_patched")
+    row |= dict(draw="atoms", centre="mean", object="write", seeds=1, n=len(part))
     row |= stats.rate_row(win, resamples, seed, boot=atom, passage=part.passage)
     row |= dict(n_atoms=atom.nunique(), n_passages=part.passage.nunique())
     row["strict_chain"] = (win & stats.beats(part, "delete", "random")).mean()
@@ -81,6 +95,16 @@ def _summary(part: pd.DataFrame, resamples: int, seed: int) -> dict:
     for name in ("atom", "reconstruction"):
         row[f"kl_recovered_{name}"] = 1 - part[f"kl_{name}"].mean() / part.kl_delete.mean()
     return row
+
+
+def shown(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the summary for a reader: shares in percent, KLs in millinats."""
+    rows = summary[summary["read"] == "write"].set_index(["target", "amplitude", "cells"])
+    names = dict(win_rate="atom beats deletion (%)", passage_low="from", passage_high="to")
+    names |= dict(win_random="random atom does (%)", win_reconstruction="reconstruction does (%)")
+    shares = (100 * rows[list(names)]).round(1).rename(columns=names)
+    sizes = {f"KL {name} (millinats)": (1000 * rows[f"kl_{name}"]).round(3) for name in ("atom", "delete")}
+    return shares.assign(n=rows.n, **sizes)
 
 
 def by_cell(firings: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:

@@ -96,7 +96,7 @@ def selectivity(study: Study) -> pd.DataFrame:
     for name, section in ablation_hosts(study).items():
         settings, drawn = section.selectivity, []
         windows = firing_windows(study, name)[slice(0, settings.windows)]
-        cells = [study.cell(name, place) for place in study.profile.hosts[name].cells]
+        cells = [study.cell(name, place) for place in study.profile.hosts[name].paper_places]
         for cell_sae in encoded_saes(study, name, cells, "main", windows):
             firings = firings_of(study, cell_sae, windows)
             drawn.append((cell_sae, draw_in_rounds(firings, settings.firings, study.profile.seed)))

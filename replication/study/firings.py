@@ -22,30 +22,33 @@ CONDITIONS_OF_SURVEYS = ("delete", "atom", "random", "mean_write")  # of tests w
 def encoded_saes(study: Study, host_name: str, cells: Iterable[Cell], role: str, windows) -> list[CellSAE]:
     """Return the SAE of each cell and target, with its active atoms on the windows."""
     profile, saes = study.profile, []
+    with_flat = {study.cell(host_name, place) for place in profile.hosts[host_name].paper_places}
     factors = harvest(study.host(host_name), windows.tokens, cells, profile.data.batch_windows)
     for layer, head in cells:
         for target in profile.saes.targets:
             sae = study.sae(host_name, layer, head, target, role)
             cell_sae = encode_cell((layer, head), target, profile.saes.write, sae, factors[layer, head])
-            if role == "main" and target == "state":
+            if role == "main" and target == "state" and (layer, head) in with_flat:
                 cell_sae.flat = study.sae(host_name, layer, head, target, "flat")
                 cell_sae.states = factors[layer, head].history(target)
             saes.append(cell_sae)
     return saes
 
 
-def headline_saes(study: Study, host_name: str, cells: Iterable[Cell], windows: Windows) -> list[CellSAE]:
-    """Return the SAEs of all centres and seeds of each cell and target, with their active atoms on the windows."""
+def headline_saes(study: Study, host_name: str, windows: Windows) -> list[CellSAE]:
+    """Return the SAEs of all centres and seeds of each chosen cell and target, applied to the windows."""
     profile, saes = study.profile, []
-    factors = harvest(study.host(host_name), windows.tokens, cells, profile.data.batch_windows, progress=False)
-    for (layer, head), target in product(cells, profile.saes.targets):
-        for variant in main_variants(study, host_name):
-            sae = study.sae(host_name, layer, head, target, variant.role)
-            saes.append(encode_cell((layer, head), target, profile.saes.write, sae, factors[layer, head]))
+    places = {place: study.cell(host_name, place) for place in profile.hosts[host_name].cells}
+    batch = profile.data.batch_windows
+    factors = harvest(study.host(host_name), windows.tokens, places.values(), batch, progress=False)
+    for (place, cell), target in product(places.items(), profile.saes.targets):
+        for variant in main_variants(study, host_name, place):
+            sae = study.sae(host_name, *cell, target, variant.role)
+            saes.append(encode_cell(cell, target, profile.saes.write, sae, factors[cell]))
     return saes
 
 
-def drawn_positions(study: Study, host_name: str, windows: Windows, count: int) -> pd.DataFrame:
+def drawn_positions(study: Study, windows: Windows, count: int) -> pd.DataFrame:
     """Return places of the draw `positions`: the same for every cell, SAE, seed and target of a host."""
     first, last = study.profile.data.first_position, windows.tokens.shape[1] - STEPS
     return draw_positions(windows.passage, first, last, count, study.profile.seed)

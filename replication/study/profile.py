@@ -21,10 +21,11 @@ from writesae.text import Corpus
 Target = Literal["state", "write"]
 Definition = Literal["added", "effective"]
 Centre = Literal["mean", "none", "bias"]
-Place = Literal["early", "middle", "late"]
+Place = Literal["early", "middle", "late", "regime", "weighty"]
+PAPER_PLACES: tuple[Place, ...] = ("early", "middle", "late")  # of the paper's three cells
 Scope = Literal["write", "cache"]
 Experiment = Literal["logit_shift", "replacement", "population", "atoms", "install", "cache_edits"]
-Overridable = Literal[Experiment, "saes", "multiverse", "ablations"]
+Overridable = Literal[Experiment, "saes", "baselines", "multiverse", "ablations"]
 
 
 class Section(BaseModel):
@@ -32,17 +33,37 @@ class Section(BaseModel):
 
 
 class CellRule(Section):
-    """A cell of a layer: a head, or a ratio sigma1/sigma2 of states by which the head is chosen."""
+    """A rule for one cell: a head of a layer, the nearest sigma1/sigma2 of states, or the largest cost.
 
-    layer: int
+    The last two choose within the layer, or among all cells of the host if there is no layer. cost: of no
+    writes in the cell (`cost_of_no_writes`).
+    """
+
+    layer: int | None = None
     head: int | None = Field(None, ge=0)
     sigma_ratio: float | None = Field(None, gt=0)
+    cost: Literal["largest"] | None = None
 
     @model_validator(mode="after")
-    def _one_of_two(self) -> CellRule:
-        if (self.head is None) == (self.sigma_ratio is None):
-            raise ValueError(f"the cell in layer {self.layer} needs a head or a sigma_ratio, and not both")
+    def _one_of_three(self) -> CellRule:
+        if sum(rule is not None for rule in (self.head, self.sigma_ratio, self.cost)) != 1:
+            raise ValueError(f"the cell in {self.where} needs exactly one of head, sigma_ratio and cost")
+        if self.head is not None and self.layer is None:
+            raise ValueError(f"head {self.head} needs the number of its layer")
         return self
+
+    @property
+    def where(self) -> str:
+        """The cells among which the rule chooses, in words."""
+        return "any layer" if self.layer is None else f"layer {self.layer}"
+
+    @property
+    def words(self) -> str:
+        """The rule in words."""
+        if self.head is not None:
+            return f"head {self.head} of {self.where}"
+        choice = "largest cost" if self.cost else f"sigma1/sigma2 nearest to {self.sigma_ratio:g}"
+        return f"{choice}, {self.where}"
 
 
 class HostSection(Section):
@@ -52,6 +73,11 @@ class HostSection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     cells: dict[Place, CellRule]
     overrides: dict[Overridable, dict] = {}
+
+    @property
+    def paper_places(self) -> list[Place]:
+        """The places of the paper's cells; the others are for the headline, all writes and objects only."""
+        return [place for place in self.cells if place in PAPER_PLACES]
 
 
 class Data(Section):
@@ -63,6 +89,7 @@ class Data(Section):
     first_position: int = Field(ge=1)
     batch_windows: PositiveInt
     cell_windows: PositiveInt = 32  # for half-lives and spectra of cells, in one run
+    cost_windows: PositiveInt = 16  # held-out windows for the cost of no writes in a cell, in one run
 
 
 class Saes(Section):
@@ -87,6 +114,8 @@ class LogitShift(Section):
 
 class Replacement(Section):
     firings: dict[Place, PositiveInt]
+    places: PositiveInt  # per cell, uniform over positions, for the SAEs of all trainings
+    by_atom: PositiveInt  # firings per cell, equally many per atom, for one SAE per centre
     scopes: list[Scope]
     atoms: PositiveInt | None = None
     survey_firings: int = Field(ge=0)
@@ -94,6 +123,14 @@ class Replacement(Section):
     survey_every: PositiveInt = 1  # survey every n-th recurrent layer
     batch_rows: PositiveInt
     bootstrap: PositiveInt
+
+
+class Baselines(Section):
+    places: PositiveInt  # per cell
+    nearest: list[PositiveInt]  # sizes of codebooks of raw writes, in multiples of the SAE's number of atoms
+    fitted: PositiveInt  # training writes for k-means and for PCA of whole writes
+    components: list[PositiveInt]  # of the PCA of whole writes
+    side_components: list[PositiveInt]  # of the PCA of each side
 
 
 class AllWrites(Section):
@@ -228,6 +265,7 @@ class Profile(Section):
     saes: Saes
     logit_shift: LogitShift
     replacement: Replacement
+    baselines: Baselines
     all_writes: AllWrites
     population: Population
     atoms: Atoms

@@ -203,18 +203,18 @@ class Study:
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """The cells of the headline: host, place, layer, head (results/<profile>/cells.csv)."""
+        """The cells that page 00 chose: host, place, layer, head (results/<profile>/cells.csv)."""
         return self.table("cells")
 
     def cell(self, host: str, place: str) -> tuple[int, int]:
-        """Return (layer, head) of a cell of the headline. Raises ValueError if cells.csv does not have it."""
+        """Return (layer, head) of a place of a host. Raises ValueError if cells.csv does not have it."""
         rows = stages.rows_with(self.cells, host=host, place=place)
         if rows.empty:
             raise ValueError(f"cells.csv has no {place} cell of {host}: add a rule to hosts.{host}.cells.")
         return int(rows.layer.iloc[0]), int(rows["head"].iloc[0])
 
     def harvest_path(self, host: str, layer: int, head: int) -> Path:
-        """Return the path of the factors of a cell of the headline over the windows of the SAE split."""
+        """Return the path of the factors of a chosen cell over the windows of the SAE split."""
         return self.paths.build / "harvest" / f"{host}-L{layer}-H{head}.safetensors"
 
     def harvested(self, host: str, layer: int, head: int) -> Factors:

@@ -17,7 +17,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 from replication.study import fingerprint, stages
-from replication.study.profile import Ablations
+from replication.study.profile import PAPER_PLACES, Ablations
 from replication.study.study import Study, threads
 from writesae.files import up_to_date
 from writesae.harvesting import harvest
@@ -29,6 +29,7 @@ from writesae.sae.train import TrainingSettings, train
 VALIDATION_WINDOWS = 64  # held-out windows on which the FVU of an SAE is measured
 CHECK_WINDOWS = 8  # training windows of an ablation on which its FVU is measured instead
 SURVEY_PARTS = 4  # survey tasks per worker and host, if the profile limits the workers
+SINGLE_ATOM = "k1"  # the role of SAEs with one active atom per token
 NEED_NO_STATES = [("bilinear", "rank1", 1), ("tied", "rank1", 1)]
 
 
@@ -80,26 +81,27 @@ def _settings(study: Study, host: str, role: str) -> TrainingSettings:
     return settings.model_copy(update=dict(seed=study.profile.seed))
 
 
-def main_variants(study: Study, host: str) -> list[MainVariant]:
-    """Return the variants of the headline's SAEs: those of `saes.trainings`, with seeds 1,000 apart.
+def main_variants(study: Study, host: str, place: str = "middle") -> list[MainVariant]:
+    """Return the variants of the SAEs of a chosen cell: those of `saes.trainings`, with seeds 1,000 apart.
 
-    The SAEs with the data's mean and the profile's seed have the role "main"; all pages use these.
+    The SAEs with the data's mean and the profile's seed have the role "main"; all pages use these. Places that
+    are not the paper's have the profile's seed only.
     """
     seed, variants = study.profile.seed, []
     for centre, count in study.profile.section("saes", host).trainings.items():
-        for other in range(seed, seed + 1000 * count, 1000):
+        for other in range(seed, seed + 1000 * (count if place in PAPER_PLACES else 1), 1000):
             plain = (centre, other) == ("mean", seed)
             variants.append(MainVariant(centre, other, "main" if plain else f"main-{centre}-{other}"))
     return variants
 
 
 def main_specs(study: Study, host: str) -> list[SaeSpec]:
-    """Return the SAEs of the headline's cells, one per cell, target and variant."""
-    cells = [study.cell(host, place) for place in study.profile.hosts[host].cells]
+    """Return the SAEs of the chosen cells, one per cell, target and variant."""
     settings, specs = _settings(study, host, "main"), []
-    for centre, seed, role in main_variants(study, host):
-        changed = settings.model_copy(update=dict(centre=centre, seed=seed))
-        specs += _specs(study, host, cells, role, changed)
+    for place in study.profile.hosts[host].cells:
+        for centre, seed, role in main_variants(study, host, place):
+            changed = settings.model_copy(update=dict(centre=centre, seed=seed))
+            specs += _specs(study, host, [study.cell(host, place)], role, changed)
     return specs
 
 
@@ -184,7 +186,7 @@ def other_specs(study: Study, host: str) -> list[SaeSpec]:
     if "write" not in study.profile.saes.targets:
         return []
     specs, settings = [], _settings(study, host, "main")
-    for cell in (study.cell(host, place) for place in study.profile.hosts[host].cells):
+    for cell in (study.cell(host, place) for place in study.profile.hosts[host].paper_places):
         for write in write_definitions(study.harvested(host, *cell)):
             if write != study.profile.saes.write:
                 specs += _specs(study, host, [cell], "other", settings, targets=["write"], write=write)
@@ -288,11 +290,11 @@ def train_one(study: Study, spec: SaeSpec, data: History, validation: History, f
 def train_saes(study: Study) -> pd.DataFrame:
     """Train the SAEs of notebook 02 and write saes.csv, with one row per SAE.
 
-    They are those of the survey, and main and flat ones (of states) of the headline's cells.
+    They are those of the survey, main ones of all chosen cells, and flat ones (of states) of the paper's.
     """
     surveyed, specs = [], []
     for host, section in study.profile.hosts.items():
-        cells = [study.cell(host, place) for place in section.cells]
+        cells = [study.cell(host, place) for place in section.paper_places]
         surveyed = survey_specs(study, host, study.survey_layers(host)) + surveyed
         specs += main_specs(study, host)
         specs += _specs(study, host, cells, "flat", _settings(study, host, "flat"), targets=["state"])
@@ -302,6 +304,19 @@ def train_saes(study: Study) -> pd.DataFrame:
     names = [f"{spec.host}-{spec.role}-L{spec.layer}{head}" for spec, head in zip(specs, heads, strict=True)]
     rows = sorted(range(len(specs)), key=names.__getitem__)
     return study.write("saes", table.iloc[rows])
+
+
+def train_single_atoms(study: Study) -> pd.DataFrame:
+    """Train the SAEs of notebook 06 and write baseline_saes.csv.
+
+    They are of the writes of the headline's cells, without the mean and with k = 1, else with the main settings.
+    """
+    specs = []
+    for host, section in study.profile.hosts.items():
+        settings = _settings(study, host, "main").model_copy(update=dict(k=1, centre="none"))
+        cells = [study.cell(host, place) for place in section.cells]
+        specs += _specs(study, host, cells, SINGLE_ATOM, settings, targets=["write"])
+    return study.write("baseline_saes", train_all(study, specs))
 
 
 def train_variants(study: Study) -> pd.DataFrame:

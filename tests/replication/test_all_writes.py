@@ -50,8 +50,8 @@ def test_the_interval_of_a_ratio_is_the_bootstrap_of_rows():
     generator = np.random.default_rng(0)
     above, below, clusters = generator.random(40), 1 + generator.random(40), generator.integers(0, 9, 40)
     slow = statistics.cluster_bootstrap(lambda rows: above[rows].mean() / below[rows].mean(), clusters, resamples=300)
-    assert statistics.ratio_bootstrap(above, below, clusters, 300) == pytest.approx(slow)
-    assert np.isnan(statistics.ratio_bootstrap(above, below, np.zeros(40))).all()
+    assert statistics.ratio_bootstrap(above, below, clusters, 300, 0) == pytest.approx(slow)
+    assert np.isnan(statistics.ratio_bootstrap(above, below, np.zeros(40), 300, 0)).all()
 
 
 def test_windows_are_of_different_passages_in_order():

@@ -59,9 +59,17 @@ def test_the_paper_profile_has_the_papers_numbers():
 
 
 def test_a_cell_is_a_head_or_a_rule():
-    for wrong in (dict(layer=1), dict(layer=1, head=4, sigma_ratio=2.0)):
-        with pytest.raises(ValueError, match="needs a head or a sigma_ratio, and not both"):
-            CellRule(**wrong)
+    one = "needs exactly one of head, sigma_ratio and cost"
+    two = [dict(head=4, sigma_ratio=2.0), dict(sigma_ratio=2.0, cost="largest"), dict(head=4, cost="largest")]
+    for wrong in ({}, *two):
+        with pytest.raises(ValueError, match=f"the cell in layer 1 {one}"):
+            CellRule(layer=1, **wrong)
+    with pytest.raises(ValueError, match=f"the cell in any layer {one}"):
+        CellRule()
+    with pytest.raises(ValueError, match="head 4 needs the number of its layer"):
+        CellRule(head=4)
+    with pytest.raises(ValueError, match="Input should be 'largest'"):
+        CellRule(cost="smallest")
     survey = pd.DataFrame(dict(layer=[1, 1, 1, 2], head=[0, 1, 2, 0], sigma1_over_sigma2=[2.0, 9.0, 30.0, 5.0]))
     rules = dict(early=dict(layer=1, head=2), late=dict(layer=1, sigma_ratio=12))
     chosen = choose_cells(survey, HostSection(path="x", cells=rules)).set_index("place")

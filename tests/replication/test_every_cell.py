@@ -15,9 +15,8 @@ def sweep_of(cells: dict, seeds=(0,), firings=40) -> pd.DataFrame:
     for (head, target), rates in cells.items():
         for seed, rate in zip(seeds, rates, strict=True):
             row = dict(host="a", layer=1, head=head, target=target, seed=seed, firings=firings)
-            row |= {f"{name}_coefficient": rate for name in NAMES} | {
-                f"{name}_matched_norm": rate / 2 for name in NAMES
-            }
+            parts = dict(coefficient=1, matched_norm=2, projection=4)
+            row |= {f"{name}_{amplitude}": rate / part for name in NAMES for amplitude, part in parts.items()}
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -26,10 +25,10 @@ def test_each_amplitude_has_its_own_lines():
     table = sweep_of({(0, "state"): [0.4], (0, "write"): [0.8]})
     table.loc[1, "firings"] = 0
     found = every_cell.by_amplitude(table)
-    assert found[["target", "amplitude"]].values.tolist() == [["state", "coefficient"], ["state", "matched_norm"]]
-    assert found.win_random.tolist() == [0.4, 0.2]
-    assert found.n.tolist() == [40, 40]
-    assert not found.columns[found.columns.str.contains("_coefficient|_matched_norm")].any()
+    assert found.amplitude.tolist() == ["coefficient", "matched_norm", "projection"] and (found.target == "state").all()
+    assert found.win_random.tolist() == [0.4, 0.2, 0.1]
+    assert found.n.tolist() == [40, 40, 40]
+    assert not found.columns[found.columns.str.contains("_coefficient|_matched_norm|_projection")].any()
 
 
 def test_the_difference_of_the_targets_is_paired_by_cell():

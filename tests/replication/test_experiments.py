@@ -22,7 +22,7 @@ from writesae.evaluate import replacement as replacement_module
 from writesae.evaluate.replacement import AMPLITUDES, CONDITIONS
 from writesae.harvesting import harvest
 from writesae.sae.train import TrainingSettings, train
-from writesae.text import cut_windows
+from writesae.text import Windows, cut_windows
 
 CELL = (1, 2)
 
@@ -356,6 +356,74 @@ def test_the_rule_picks_the_nearest_ratio():
     wrong = HostSection(path="x", cells=dict(early=dict(layer=3, sigma_ratio=12)))
     with pytest.raises(ValueError, match="early cell's layer 3 is not recurrent: choose one of 1, 4"):
         hosts.choose_cells(table, wrong)
+
+
+CANDIDATES = pd.DataFrame(
+    dict(
+        layer=[1, 1, 4, 4, 6, 6],
+        head=[0, 1, 0, 1, 0, 1],
+        sigma1_over_sigma2=[6.0, 30.0, 2.0, 9.0, 11.0, 5.0],
+        cost=[0.01, 0.02, 0.09, 0.05, 0.03, -0.02],
+    ),
+    index=[7, 3, 9, 1, 5, 2],  # rows of a larger table
+)
+
+
+def chosen_by(**cells) -> pd.DataFrame:
+    return hosts.choose_cells(CANDIDATES, HostSection(path="x", cells=cells)).set_index("place")
+
+
+def test_a_rule_without_a_layer_chooses_among_all_cells():
+    anywhere = chosen_by(regime=dict(sigma_ratio=12), weighty=dict(cost="largest"))
+    assert anywhere[["layer", "head"]].values.tolist() == [[6, 0], [4, 0]]
+    assert anywhere.rule.tolist() == ["sigma1/sigma2 nearest to 12, any layer", "largest cost, any layer"]
+    assert anywhere.instead_of.isna().all()
+    within = chosen_by(late=dict(layer=6, cost="largest"), weighty=dict(layer=1, cost="largest"))
+    assert within[["layer", "head"]].values.tolist() == [[6, 0], [1, 1]]
+
+
+def test_no_two_places_have_the_same_cell():
+    rules = dict(middle=dict(layer=4, head=0), late=dict(layer=6, sigma_ratio=12))
+    chosen = chosen_by(**rules, regime=dict(sigma_ratio=12), weighty=dict(cost="largest"))
+    assert chosen[["layer", "head"]].values.tolist() == [[4, 0], [6, 0], [4, 1], [1, 1]]
+    assert chosen.instead_of[["regime", "weighty"]].tolist() == ["late", "middle"]
+    assert chosen.instead_of[["middle", "late"]].isna().all()
+    taken = "The late cell, head 0 of layer 4, is already the middle cell"
+    with pytest.raises(ValueError, match=taken):
+        chosen_by(middle=dict(layer=4, sigma_ratio=2.0), late=dict(layer=4, head=0))
+
+
+def test_the_table_of_chosen_cells_ranks_their_costs():
+    cells = CANDIDATES.assign(host="a", cost_low=CANDIDATES.cost - 0.01, cost_high=CANDIDATES.cost + 0.02)
+    cells = cells.assign(half_life_median=2.0)
+    rules = dict(late=dict(layer=6, head=0), regime=dict(sigma_ratio=12), weighty=dict(layer=4, cost="largest"))
+    chosen = hosts.choose_cells(cells, HostSection(path="x", cells=rules))
+    table = hosts.chosen_table(cells, chosen).set_index("place")
+    assert table.cell.tolist() == ["L6 H0", "L4 H1", "L4 H0"]
+    assert table["rank of the cost"].tolist() == ["3 of 6", "2 of 6", "1 of 6"]
+    assert table["cost (millinats per token)"]["late"] == "30.0 [20.0, 50.0]"
+    assert table.rule["regime"] == "sigma1/sigma2 nearest to 12, any layer; its first choice is late"
+
+
+def test_costs_are_measured_outside_of_the_searched_windows():
+    windows, data = Windows(torch.arange(12)[:, None], torch.arange(12)), load_profile("smoke").data
+
+    def chosen(**counts) -> list[int]:
+        profile = SimpleNamespace(data=data.model_copy(update=counts))
+        study = SimpleNamespace(profile=profile, windows=lambda host, split: windows)
+        return hosts.cost_windows(study, "x").passage.tolist()
+
+    assert chosen(firing_windows=6, cost_windows=4) == [6, 8, 9, 11]
+    assert chosen(firing_windows=10, cost_windows=4) == [0, 4, 7, 11]
+    assert chosen(firing_windows=12, cost_windows=16) == list(range(12))
+
+
+def test_an_interval_of_a_cost_is_over_passages():
+    windows = pd.DataFrame(dict(window=[0, 1, 2, 3], cost=[0.01, 0.01, 0.05, 0.05]))
+    row = hosts._cost(windows, torch.tensor([8, 8, 9, 9]), seed=1)
+    assert (row["cost"], row["cost_windows"]) == (pytest.approx(0.03), 4)
+    assert (row["cost_low"], row["cost_high"]) == (pytest.approx(0.01), pytest.approx(0.05))
+    assert np.isnan(hosts._cost(windows, torch.tensor([8, 8, 8, 8]), seed=1)["cost_low"])
 
 
 def test_a_survey_may_leave_layers_out(monkeypatch):

@@ -213,3 +213,25 @@ def test_empty_and_missing_values_are_refused(function):
 def test_pairs_must_be_equally_many(function):
     with pytest.raises(ValueError, match="equally many"):
         function(A, B[:-1])
+
+
+def test_intervals_over_trainings_cover_both_sources_of_variance():
+    """Trainings that differ by a constant: the variance of their means is known, and so is that over places."""
+    generator = np.random.default_rng(3)
+    places, shifts = generator.normal(size=(500, 1)), np.array([[-0.3, 0.0, 0.3]])
+    mean, (low, high) = statistics.over_trainings(places + shifts, range(500), resamples=4000)
+    sampling, between = places.var(ddof=1) / 500, shifts.var(ddof=1) / 3
+    degrees = (sampling + between) ** 2 / (sampling**2 / 499 + between**2 / 2)
+    reach = scipy_stats.t.ppf(0.975, degrees) * np.sqrt(sampling + between)
+    assert mean == pytest.approx(places.mean())
+    assert (high - low) / 2 == pytest.approx(reach, rel=0.05)
+    assert (high - low) / 2 > 3 * 1.96 * np.sqrt(sampling), "three trainings say little about all trainings"
+    alone = statistics.over_trainings(places, range(500), resamples=4000)[1]
+    assert (alone.high - alone.low) / 2 == pytest.approx(1.96 * np.sqrt(sampling), rel=0.05)
+
+
+def test_a_ratio_over_trainings_is_a_mean_of_ratios():
+    values, per = np.array([[1.0, 2.0], [3.0, 6.0]]), np.array([[1.0, 1.0], [1.0, 3.0]])
+    assert statistics.over_trainings(values, [0, 1], per, resamples=50)[0] == pytest.approx((2 + 2) / 2)
+    same = statistics.over_trainings(per, [0, 1], per, resamples=50)
+    assert same == (1.0, (1.0, 1.0))

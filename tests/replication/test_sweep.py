@@ -22,7 +22,7 @@ from replication.study import paths
 from replication.study import study as study_module
 from replication.study.lock import LockError
 from replication.study.profile import Profile, load_profile
-from writesae.evaluate.firings import CellSAE, Places, all_firings, draw_in_rounds, encode
+from writesae.evaluate.firings import CellSAE, Places, draw_positions, encode, firings_at
 from writesae.evaluate.replacement import replace
 from writesae.harvesting import harvest
 from writesae.hosts import load
@@ -42,7 +42,7 @@ GRID = dict(
         write=dict(role="main", target="write", settings=dict(k=3)),
     ),
     seeds=[0, 1],
-    firings=5,
+    firings=25,
 )
 
 
@@ -126,17 +126,18 @@ def test_every_line_is_that_of_a_plain_run(output, profile, folder, serial):
     writes = found["heldout"].at(slice(8)).history("write")
     cell_sae = CellSAE(3, 3, "write", "added", sae, *encode(sae, writes), writes)
     heldout = windows["heldout"][slice(0, 8)]
-    drawn = draw_in_rounds(all_firings(cell_sae, heldout.passage, 8, LENGTH - 2), 5, seed=profile.seed)
+    drawn = firings_at(cell_sae, draw_positions(heldout.passage, 8, LENGTH - 2, 25, profile.seed))
     native = host.run(heldout.tokens)
-    kl = replace(host, native, cell_sae, drawn, Places.of(drawn), profile.seed, scopes=("write",))
-    for amplitude in ("coefficient", "matched_norm"):
+    options = dict(scopes=("write",), amplitudes=("coefficient", "matched_norm", "projection"))
+    kl = replace(host, native, cell_sae, drawn, Places.of(drawn), profile.seed, **options)
+    for amplitude in options["amplitudes"]:
         part = kl[kl.amplitude == amplitude]
         for name in ("atom", "random", "mean_write"):
             wanted = (part[f"kl_{name}"] < part.kl_delete).mean()
             assert row[f"win_{name}_{amplitude}"] == pytest.approx(wanted, abs=1e-5), (name, amplitude)
         wins = int((part.kl_atom < part.kl_delete).sum())
-        assert row[f"ci_high_atom_{amplitude}"] == pytest.approx(wilson(wins, 5)[1], abs=1e-5)
-    assert row.firings == 5
+        assert row[f"ci_high_atom_{amplitude}"] == pytest.approx(wilson(wins, 25)[1], abs=1e-5)
+    assert row.firings == 25
 
 
 KILLED = """
@@ -187,7 +188,7 @@ def test_what_is_up_to_date_is_not_run_again(output, profile):
     changed = {path for path in stored if path.stat().st_mtime_ns != stamps[path]}
     assert changed == {stored[1]}
 
-    more = Grid(**GRID | here | dict(firings=4))
+    more = Grid(**GRID | here | dict(firings=4, draw="atoms"))
     assert (run_sweep(profile, more, jobs=1).firings == 4).all()
     assert all(path.stat().st_mtime_ns != stamps[path] for path in stored)
     assert not (output / "build/smoke/sweeps/small/harvest").exists()

@@ -1,4 +1,4 @@
-"""Memory, spectrum and rank of the writes of a host's cells."""
+"""Memory, spectrum, rank of the writes and importance of a host's cells."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Iterable
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from writesae.hosts.base import Host, Run
+from writesae.hosts.layers import wide
+from writesae.hosts.past import Record
 from writesae.recurrence import step_states
 
 EVERY = 8  # tokens from one singular value decomposition to the next
@@ -49,3 +52,42 @@ def write_ranks(factors) -> tuple[int, int]:
     decayed = now.log_decay.exp()[:, :, None] * before
     erased = 0 if now.erase is None else now.erase[:, :, None] * (now.probe[:, None] @ before)
     return numerical_rank(after - (decayed - erased)), numerical_rank(after - decayed)
+
+
+@torch.no_grad()
+def cost_of_no_writes(host: Host, run: Run, cells: Iterable[tuple[int, int]]) -> pd.DataFrame:
+    """Return what each cell is worth: the loss of a run in which nothing is written in it, minus native.
+
+    One row per cell and window; `cost` is in nats, per predicted token of the window. A state starts at zero
+    and stays zero without writes, so the head's output loses exactly S_t^T q_t at every position. The layers
+    above run again from their own changed inputs. Raises ValueError for a cell that the host does not have.
+    """
+    windows = len(run.tokens)
+    rows, starts = torch.arange(windows), torch.zeros(windows, dtype=torch.int64)
+    native, tables = _losses(host, run.final, run.tokens), []
+    for layer, head in cells:
+        host.check_cell(layer, head)
+        change = -state_reads(run.records[layer], head)
+        final, _ = host.branch(run, layer, head, rows, starts, change)
+        cost = (_losses(host, final, run.tokens) - native).numpy()
+        columns = dict(host=host.name, layer=layer, head=head, window=range(windows), cost=cost)
+        tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+def state_reads(record: Record, head: int) -> torch.Tensor:
+    """Return S_t^T q_t [B, T, d_v] of a head: its recorded output without Mamba-2's skip D x.
+
+    The outputs of the other families are S_t^T q_t alone; the bonus of RWKV-7 is beside them.
+    """
+    outputs = record.outputs[:, :, head]
+    return outputs - record.factors["skip"][:, :, head] if "skip" in record.factors else outputs
+
+
+def _losses(host: Host, final: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the mean next-token loss in nats of each window, fp64 [B]: one window's logits at a time."""
+    losses = []
+    for hidden, now in zip(final, tokens.to(final.device), strict=True):
+        logits = wide(host.unembed(hidden[:-1]))
+        losses.append(F.cross_entropy(logits, now[1:], reduction="none").double().mean())
+    return torch.stack(losses).cpu()

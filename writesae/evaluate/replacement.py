@@ -23,7 +23,7 @@ the amplitude that brings it nearest to the native write in that norm, which may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
 import pandas as pd
@@ -50,6 +50,7 @@ RANKS = (  # conditions whose terms have the same rank run together
 OWN_NORM = ("reconstruction", "atom_and_mean")  # replacements that have a norm of their own
 STEPS = 2  # the writing token and the next one
 
+Conditions = Sequence[str] | Mapping[str, Sequence[str]]
 Terms = tuple[Tensor, Tensor]  # left [n, r, d_k], right [n, r, d_v]: n matrices of rank r
 
 
@@ -61,6 +62,32 @@ def rank_one(key: Tensor, value: Tensor) -> Terms:
 def full_rank(matrices: Tensor) -> Terms:
     """Return any matrices [n, d_k, d_v] as terms (left [n, d_k, d_k], right [n, d_k, d_v])."""
     return torch.eye(matrices.shape[1], dtype=matrices.dtype).expand(len(matrices), -1, -1), matrices
+
+
+def inner(terms: Terms, key: Tensor, value: Tensor) -> Tensor:
+    """Return the Frobenius inner products [n] of terms with key value^T: key [n, d_k], value [n, d_v]."""
+    left, right = terms
+    return ((left @ key[:, :, None]) * (right @ value[:, :, None])).sum((1, 2))
+
+
+def squared_norm(terms: Terms) -> Tensor:
+    """Return the squared Frobenius norms [n] of terms."""
+    left, right = terms
+    return ((left @ left.mT) * (right @ right.mT)).sum((1, 2))
+
+
+def scaled(terms: Terms, amplitude: Tensor) -> Terms:
+    """Return terms times numbers [n]."""
+    return terms[0], terms[1] * amplitude[:, None, None]
+
+
+def projected(terms: Terms, key: Tensor, value: Tensor) -> Terms:
+    """Return terms at the amplitude that brings them nearest to key value^T in Frobenius norm.
+
+    key [n, d_k], value [n, d_v]. A matrix of zeros stays zero.
+    """
+    size = squared_norm(terms)
+    return scaled(terms, torch.where(size > 0, inner(terms, key, value) / size, 0.0))
 
 
 def replacements(cell_sae: CellSAE, places: Places, factors: Factors, seed: int) -> dict[str, Terms]:
@@ -139,6 +166,38 @@ def patched_logits(host: Host, run: Run, cell_sae: CellSAE, places: Places, chan
 
 
 @torch.no_grad()
+def measure_terms(
+    host: Host,
+    run: Run,
+    cell_sae: CellSAE,
+    places: Places,
+    put_in: dict[str, Terms],
+    scope: str = "write",
+    batch_rows: int = 512,
+) -> pd.DataFrame:
+    """Return KL(native, patched) in nats at t + 1 with other matrices in the native write's place.
+
+    One row per place, one column per name in `put_in`; the terms are put in at their own norm. cell_sae: gives
+    the cell and the definition of its write. places: as for `replace`. batch_rows: edited rows per run.
+    """
+    factors, by_rank = host.factors(run, cell_sae.layer, cell_sae.head), {}
+    for name, (left, _) in put_in.items():
+        by_rank.setdefault(left.shape[1], []).append(name)
+    names, size, parts = sum(by_rank.values(), []), max(1, batch_rows // len(put_in)), []
+    for part in (slice(i, i + size) for i in range(0, len(places.row), size)):
+        some = places.at(part)
+        native = factors.at(some.row, some.position)
+        take_out = native.key[:, None], -native.write(cell_sae.write)[:, None]
+        change = []
+        for same in by_rank.values():
+            terms = (torch.stack([put_in[name][side][part] for name in same], 1) for side in (0, 1))
+            change.append(changes(factors, some, take_out, tuple(terms), scope))
+        patched = patched_logits(host, run, cell_sae, some, torch.cat(change, 1))
+        parts.append(kl(host.logits(run.final[some.row, some.position + 1])[:, None], patched))
+    return pd.DataFrame(torch.cat(parts).numpy(), columns=names)[list(put_in)]
+
+
+@torch.no_grad()
 def replace(
     host: Host,
     run: Run,
@@ -146,33 +205,35 @@ def replace(
     firings: pd.DataFrame,
     places: Places,
     seed: int,
-    conditions: Sequence[str] = CONDITIONS,
+    conditions: Conditions = CONDITIONS,
     scopes: Sequence[str] = SCOPES,
     amplitudes: Sequence[str] = AMPLITUDES,
     batch_rows: int = 512,
 ) -> pd.DataFrame:
     """Return one row per firing, amplitude and read scope, in the order scope, amplitude, firing.
 
-    places: where the firings are in the run, each with two tokens after it.
+    places: where the firings are in the run, each with two tokens after it. conditions: measured at every
+    amplitude, or a mapping from amplitudes to conditions.
     """
     whole = not isinstance(cell_sae.sae.decoder, RankOneDecoder)
     available = dict(flat_svd=cell_sae.flat is not None, whole_atom=whole)
     available["atom_and_mean"] = has_offset(cell_sae)
-    conditions = [name for name in conditions if available.get(name, True)]
-    size = max(1, batch_rows // (len(scopes) * len(amplitudes) * len(conditions)))
+    asked = conditions if isinstance(conditions, Mapping) else dict.fromkeys(amplitudes, conditions)
+    measured = {a: [name for name in names if available.get(name, True)] for a, names in asked.items()}
+    size = max(1, batch_rows // (len(scopes) * sum(map(len, measured.values()))))
     factors = host.factors(run, cell_sae.layer, cell_sae.head)
     tables = []
     for part in (slice(i, i + size) for i in range(0, len(firings), size)):
         some = places.at(part)
         put_in = replacements(cell_sae, some, factors, seed)
         native = factors.at(some.row, some.position)
-        labels, change = _head_changes(factors, native, cell_sae, some, put_in, conditions, scopes, amplitudes)
+        labels, change = _head_changes(factors, native, cell_sae, some, put_in, measured, scopes)
         logits = host.logits(run.final[some.row, some.position + 1])
         patched = patched_logits(host, run, cell_sae, some, change)
         following = run.tokens[some.row, some.position + STEPS]
         columns = _native_columns(native, cell_sae.write, put_in["atom"], logits, following)
         shared = firings.iloc[part].assign(**columns)
-        tables += _tables(shared, labels, amplitudes, logits, patched, following)
+        tables += _tables(shared, labels, measured, logits, patched, following)
     where = {name: getattr(cell_sae, name) for name in ("layer", "head", "target", "write")}
     return pd.concat(tables, ignore_index=True).assign(host=host.name, **where)
 
@@ -181,11 +242,10 @@ def _scales(put_in: dict[str, Terms], names, amplitude: str, coefficient, key, w
     """Return the factor [n] of each replacement in NAMES at an amplitude; key, write: of the native write."""
     scales = {}
     for name in names:
-        left, right = put_in[name]
+        right = put_in[name][1]
         size = right.flatten(1).norm(dim=1) if name in OWN_NORM else 1.0  # left is the identity, or of norm 1
         if amplitude == "projection":
-            along = (left @ key[:, :, None]) * (right @ write[:, :, None])
-            scales[name] = along.sum((1, 2)) / size**2
+            scales[name] = inner(put_in[name], key, write) / size**2
         elif amplitude == "matched_norm":
             scales[name] = key.norm(dim=-1) * write.norm(dim=-1) / size
         else:
@@ -193,9 +253,7 @@ def _scales(put_in: dict[str, Terms], names, amplitude: str, coefficient, key, w
     return scales
 
 
-def _head_changes(
-    factors, native, cell_sae, places, put_in, conditions, scopes, amplitudes
-) -> tuple[list[tuple], Tensor]:
+def _head_changes(factors, native, cell_sae, places, put_in, measured, scopes) -> tuple[list[tuple], Tensor]:
     """Return labels (scope, amplitude or "", condition), and the head's change [n, labels, STEPS, d_v]."""
     key, write, coefficient = native.key, native.write(cell_sae.write), places.coefficient.float()
     take_out = key[:, None], -write[:, None]
@@ -204,8 +262,8 @@ def _head_changes(
     for scope in scopes:
         labels.append((scope, "", "delete"))
         parts.append(changes(factors, places, take_out, nothing, scope))
-        for amplitude, group in product(amplitudes, RANKS):
-            if names := [name for name in conditions if name in group]:
+        for amplitude, group in product(measured, RANKS):
+            if names := [name for name in measured[amplitude] if name in group]:
                 labels += [(scope, amplitude, name) for name in names]
                 scales = _scales(put_in, names, amplitude, coefficient, key, write)
                 terms = side_by_side(put_in, names, scales)

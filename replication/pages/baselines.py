@@ -1,0 +1,483 @@
+"""Page 06: is the SAE's atom better than what else of the same size could be put in the write's place?
+
+All replacements are measured at the same places, the draw `positions`: KL(native, patched) in nats at t + 1,
+read scope `write`, against deletion. Codebooks are fitted on the writes of the SAE split, before any outcome.
+
+| method          | what is put in for the native write n                                               |
+|-----------------|-------------------------------------------------------------------------------------|
+| atom            | the atom with the largest coefficient there; atom_and_mean: and the SAE's mean      |
+| best_atom       | the atom a of the dictionary with the largest abs(<n, a>)                           |
+| random          | another alive atom: the floor                                                       |
+| native_rescaled | n itself, at the atom's coefficient: the ceiling of any direction at this amplitude |
+| reconstruction  | all active atoms, with the mean if the SAE of writes has one                        |
+| k1_...          | the same of an SAE with as many atoms, of which one is active per token (k = 1)     |
+| nearest_write   | the training write with the largest absolute cosine with n, among `size` drawn ones |
+| kmeans          | a k-means centroid of normalised writes; kmeans_pair: its top singular pair         |
+| token_mean      | the mean training write at the same token; token_mean_pair: its top singular pair   |
+| mean_write      | the mean training write                                                             |
+| pca             | n projected on the first `size` principal components of the writes (matrices)       |
+| side_pca        | n with its key and its value each projected on their first `size` components        |
+
+Amplitudes: `coefficient` (the atom's own), `matched_norm` (of n), `projection` (nearest to n in Frobenius
+norm), `fitted` (given by the method). PCA subtracts no mean, as the uncentred SAE.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import MiniBatchKMeans
+from sklearn.decomposition import TruncatedSVD
+from torch import Tensor
+
+from replication import statistics as stats
+from replication.study.fingerprint import Later
+from replication.study.firings import drawn_positions, firing_windows, run_firings
+from replication.study.profile import Baselines
+from replication.study.study import Study
+from replication.study.training import SINGLE_ATOM, main_variants, train_single_atoms
+from writesae.evaluate.firings import CellSAE, Places, encode_cell, firings_at
+from writesae.evaluate.replacement import (
+    Terms,
+    full_rank,
+    inner,
+    measure_terms,
+    projected,
+    rank_one,
+    replacements,
+    scaled,
+    squared_norm,
+)
+from writesae.harvesting import Cell, harvest
+from writesae.history import History
+from writesae.hosts.base import Host, Run
+from writesae.sae.train import top_singular_pair
+
+KEYS = ["method", "target", "centre", "size", "amplitude", "stored", "per_write"]
+PLACE = ["host", "layer", "head", "window", "position"]
+REFERENCES = [("best_atom", "write", "none"), ("atom", "write", "none")]  # compared with every other method
+KMEANS = dict(batch_size=1024, max_iter=5, n_init=1, init="random")
+POWER_ITERATIONS = 2  # of the randomised singular value decomposition
+NAMES = dict(
+    native_rescaled="write itself at the atom's coefficient (ceiling)",
+    reconstruction="all active atoms",
+    best_atom="best atom",
+    atom="firing's atom",
+    atom_and_mean="firing's atom and the mean",
+    random="random atom (floor)",
+    k1_best_atom="best atom, SAE with k = 1",
+    k1_atom="firing's atom, SAE with k = 1",
+    nearest_write="nearest of {size:,} raw writes",
+    kmeans="k-means, {size:,} centroids",
+    kmeans_pair="k-means, top singular pair",
+    token_mean="token's mean write",
+    token_mean_pair="token's mean write, top singular pair",
+    mean_write="mean write",
+    pca="PCA of writes, {size:,} components",
+    side_pca="PCA per side, {size:,} + {size:,}",
+)
+FAMILY = {"native_rescaled": "floor and ceiling", "random": "floor and ceiling", "nearest_write": "raw writes"}
+FAMILY |= dict.fromkeys(("kmeans", "kmeans_pair", "token_mean", "token_mean_pair", "mean_write"), "means of writes")
+FAMILY |= dict.fromkeys(("pca", "side_pca"), "principal components")
+FAMILY |= dict.fromkeys(set(NAMES) - set(FAMILY), "SAEs")
+OF_SAES = ("reconstruction", "best_atom", "atom", "atom_and_mean", "random", "native_rescaled")
+CENTRES = dict(mean="centred", none="uncentred")
+
+
+class Method(NamedTuple):
+    """A replacement; stored: numbers in its codebook, once per cell; per_write: numbers that name one write.
+
+    target, centre: what its codebook was fitted on, and whether without the mean. size: entries of the codebook.
+    """
+
+    method: str
+    target: str
+    centre: str
+    size: int
+    amplitude: str
+    stored: int
+    per_write: int
+
+
+class Codebooks(NamedTuple):
+    """What is fitted on the training writes of a cell.
+
+    key [m, d_k], value [m, d_v]: unit sides of writes drawn at random; the codebooks of raw writes are the first
+    `sizes` of them. centroids [c, d_k, d_v]. components [r, d_k, d_v]: orthonormal, the largest first. key_axes
+    [d_k, d_k], value_axes [d_v, d_v]: orthonormal columns, the largest first. mean [d_k, d_v]: of all writes.
+    token_ids [u], token_means [u, d_k, d_v]: mean write at a token, for a token without training writes the
+    mean of all. tokens: the number of different tokens with training writes.
+    """
+
+    sizes: list[int]
+    key: Tensor
+    value: Tensor
+    centroids: Tensor
+    components: Tensor
+    key_axes: Tensor
+    value_axes: Tensor
+    mean: Tensor
+    token_ids: Tensor
+    token_means: Tensor
+    tokens: int
+
+
+# Codebooks
+
+
+def fit_codebooks(writes: History, tokens: Tensor, ids: Tensor, entries: int, settings: Baselines, seed: int):
+    """Return the Codebooks of training writes [N, T]; tokens [N, T]: theirs; ids [u]: tokens that need a mean.
+
+    entries: the SAE's number of atoms, which is also the number of centroids.
+    """
+    key, value = writes.key.flatten(0, 1), writes.value.flatten(0, 1)
+    order = torch.randperm(len(key), generator=torch.Generator().manual_seed(seed))
+    sizes = [entries * times for times in settings.nearest]
+    drawn, some = order[: max(sizes)], order[: settings.fitted]
+    matrices = (key[some][:, :, None] * value[some][:, None]).flatten(1)
+    kmeans = MiniBatchKMeans(entries, random_state=seed, **KMEANS).fit(F.normalize(matrices, dim=-1).numpy())
+    svd = TruncatedSVD(max(settings.components), n_iter=POWER_ITERATIONS, random_state=seed).fit(matrices.numpy())
+    centroids, components = (
+        torch.from_numpy(x).float().unflatten(1, (writes.d_k, writes.d_v))
+        for x in (kmeans.cluster_centers_, svd.components_)
+    )
+    mean = writes.mean()
+    return Codebooks(
+        sizes,
+        F.normalize(key[drawn], dim=-1),
+        F.normalize(value[drawn], dim=-1),
+        centroids,
+        components,
+        axes(key * value.norm(dim=-1, keepdim=True)),
+        axes(value * key.norm(dim=-1, keepdim=True)),
+        mean,
+        ids,
+        token_means(key, value, tokens.flatten(), ids, mean),
+        len(tokens.unique()),
+    )
+
+
+def axes(vectors: Tensor) -> Tensor:
+    """Return the eigenvectors [d, d] of the second moment of vectors [m, d] as columns, the largest first."""
+    return torch.linalg.eigh(vectors.T @ vectors).eigenvectors.flip(1)
+
+
+def token_means(key: Tensor, value: Tensor, tokens: Tensor, ids: Tensor, mean: Tensor) -> Tensor:
+    """Return the mean write [u, d_k, d_v] at each token of ids [u]; `mean` for one that tokens [m] lack."""
+    at = [(tokens == number).nonzero()[:, 0] for number in ids]
+    return torch.stack([key[x].T @ value[x] / len(x) if len(x) else mean for x in at])
+
+
+def nearest(key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Return the entry [n] with the largest abs(<n, a>): writes key, value [n, d], entries keys, values [m, d]."""
+    return ((key @ keys.T) * (value @ values.T)).abs().argmax(1)
+
+
+# Replacements
+
+
+def sae_terms(cell_sae: CellSAE, places: Places, factors, seed: int) -> dict[Method, Terms]:
+    """Return what an SAE puts in at places of its firings. Where no atom is active, its atom is zero."""
+    sae, native = cell_sae.sae, factors.at(places.row, places.position)
+    key, value = native.key, native.write(cell_sae.write)
+    norm, own = key.norm(dim=-1) * value.norm(dim=-1), places.coefficient.float()
+    unit, active = replacements(cell_sae, places, factors, seed), (own > 0).float()
+    keys, values = sae.atoms()
+    best, stored = nearest(key, value, keys, values), sae.n_atoms * (sae.d_k + sae.d_v)
+
+    def method(name: str, amplitude: str, more: int = 0, per_write: int = 2) -> Method:
+        same = cell_sae.target, sae.config.centre, sae.n_atoms
+        return Method(name, *same, amplitude, stored + more, per_write)
+
+    atom, random = unit["atom"], unit["random"]
+    terms = {
+        method("atom", "coefficient"): scaled(atom, own),
+        method("atom", "projection"): scaled(projected(atom, key, value), active),
+        method("atom", "matched_norm"): scaled(atom, norm * active),
+        method("best_atom", "projection"): projected(rank_one(keys[best], values[best]), key, value),
+    }
+    if sae.k == 1:
+        return {x._replace(method=f"k1_{x.method}"): put_in for x, put_in in terms.items()}
+    offset = sae.offset.numel() if "atom_and_mean" in unit else 0
+    terms |= {
+        method("reconstruction", "fitted", offset, 2 * sae.k): unit["reconstruction"],
+        method("random", "coefficient"): scaled(random, own),
+        method("random", "projection"): projected(random, key, value),
+        method("native_rescaled", "coefficient", -stored, sae.d_k + sae.d_v): scaled(unit["native_rescaled"], own),
+    }
+    if offset:
+        terms[method("atom_and_mean", "coefficient", offset)] = unit["atom_and_mean"]
+    return terms
+
+
+def codebook_terms(books: Codebooks, key: Tensor, value: Tensor, tokens: Tensor) -> dict[Method, Terms]:
+    """Return what the codebooks put in for writes key [n, d_k], value [n, d_v] at tokens [n]."""
+    sides, terms = key.shape[1] + value.shape[1], {}
+
+    def method(name: str, size: int, each: int, amplitude: str = "projection", per_write: int = 2) -> Method:
+        return Method(name, "write", "none", size, amplitude, size * each, per_write)
+
+    for size in books.sizes:
+        index = nearest(key, value, books.key[:size], books.value[:size])
+        unit = rank_one(books.key[index], books.value[index])
+        towards = inner(unit, key, value).sign()  # a raw write may point away from the native one
+        same_norm = towards * key.norm(dim=-1) * value.norm(dim=-1)
+        terms[method("nearest_write", size, sides)] = projected(unit, key, value)
+        terms[method("nearest_write", size, sides, "matched_norm")] = scaled(unit, same_norm)
+    count, whole = len(books.centroids), books.mean.numel()
+    pairs = top_singular_pair(books.centroids)
+    unit_centroids = F.normalize(books.centroids.flatten(1), dim=-1)
+    index = ((key[:, :, None] * value[:, None]).flatten(1) @ unit_centroids.T).abs().argmax(1)
+    terms[method("kmeans", count, whole)] = projected(full_rank(books.centroids[index]), key, value)
+    index = nearest(key, value, *pairs)
+    terms[method("kmeans_pair", count, sides)] = projected(rank_one(pairs[0][index], pairs[1][index]), key, value)
+    means = books.token_means[torch.searchsorted(books.token_ids, tokens)]
+    terms[method("token_mean", books.tokens, whole)] = projected(full_rank(means), key, value)
+    pair = projected(rank_one(*top_singular_pair(means)), key, value)
+    terms[method("token_mean_pair", books.tokens, sides)] = pair
+    mean = full_rank(books.mean.expand_as(means))
+    terms[method("mean_write", 1, whole, per_write=1)] = projected(mean, key, value)
+    return terms
+
+
+def pca_terms(books: Codebooks, key: Tensor, value: Tensor, settings: Baselines) -> dict[Method, Terms]:
+    """Return writes key [n, d_k], value [n, d_v] projected on principal components."""
+    sides, whole, terms = key.shape[1] + value.shape[1], books.mean.numel(), {}
+    coordinates = (key[:, :, None] * value[:, None]).flatten(1) @ books.components.flatten(1).T
+    for size in settings.components:
+        matrices = coordinates[:, :size] @ books.components[:size].flatten(1)
+        method = Method("pca", "write", "none", size, "fitted", size * whole, size)
+        terms[method] = full_rank(matrices.unflatten(1, books.mean.shape))
+    for size in settings.side_components:
+        left, right = (x @ y[:, :size] @ y[:, :size].T for x, y in ((key, books.key_axes), (value, books.value_axes)))
+        terms[Method("side_pca", "write", "none", size, "fitted", size * sides, 2 * size)] = (
+            left[:, None],
+            right[:, None],
+        )
+    return terms
+
+
+# The measurement
+
+
+def compare(
+    host: Host,
+    run: Run,
+    cell_sae: CellSAE,
+    firings: pd.DataFrame,
+    places: Places,
+    seed: int,
+    saes: dict[Cell, list[CellSAE]],
+    codebooks: dict[Cell, Later],
+    settings: Baselines,
+    batch_rows: int,
+) -> pd.DataFrame:
+    """Return one row per place and Method: kl, kl_delete (nats at t + 1), cosine with the native write.
+
+    firings, places: the drawn places, as for `replace`, with the firings of `cell_sae`, the first of the cell's.
+    """
+    cell = cell_sae.layer, cell_sae.head
+    factors, books = host.factors(run, *cell), codebooks[cell]()
+    native = factors.at(places.row, places.position)
+    key, value = native.key, native.write(cell_sae.write)
+    terms = {}
+    for other in saes[cell]:
+        terms |= sae_terms(other, Places.of(firings_at(other, firings), places.row.numpy()), factors, seed)
+    terms |= codebook_terms(books, key, value, run.tokens[places.row, places.position])
+    terms |= pca_terms(books, key, value, settings)
+    put_in = {str(number): x for number, x in enumerate(terms.values())}
+    put_in["delete"] = rank_one(torch.zeros_like(key), torch.zeros_like(value))
+    kl = measure_terms(host, run, cell_sae, places, put_in, batch_rows=batch_rows)
+    shared = firings[["window", "passage", "position"]].reset_index(drop=True)
+    shared = shared.assign(host=host.name, layer=cell[0], head=cell[1], kl_delete=kl.delete)
+    norm, tables = key.norm(dim=-1) * value.norm(dim=-1), []
+    for number, (method, matrices) in enumerate(terms.items()):
+        size = squared_norm(matrices).sqrt() * norm
+        cosine = torch.where(size > 0, inner(matrices, key, value) / size, 0.0)
+        tables.append(shared.assign(**method._asdict(), kl=kl[str(number)], cosine=cosine.numpy()))
+    return pd.concat(tables, ignore_index=True)
+
+
+def run(study: Study) -> pd.DataFrame:
+    """Return the rows of `compare` for all cells of all hosts, which are kept in build/.
+
+    Trains the SAEs with k = 1, and writes their table, baseline_saes.csv.
+    """
+    train_single_atoms(study)
+    return pd.concat([_run_host(study, name) for name in study.profile.hosts], ignore_index=True)
+
+
+def _run_host(study: Study, name: str) -> pd.DataFrame:
+    profile, windows = study.profile, firing_windows(study, name)
+    settings, write, batch = profile.section("baselines", name), profile.saes.write, profile.data.batch_windows
+    places = drawn_positions(study, windows, settings.places)
+    ids = windows.tokens[places.window.to_numpy(), places.position.to_numpy()].unique()
+    training = study.windows(name, "sae").tokens
+    cells = [study.cell(name, place) for place in profile.hosts[name].cells]
+    factors, saes, codebooks = harvest(study.host(name), windows.tokens, cells, batch), {}, {}
+    chosen = [(x.role, profile.saes.targets) for x in main_variants(study, name)
+              if x.centre in CENTRES and x.seed == profile.seed]  # fmt: skip
+    for cell in cells:
+        saes[cell] = [
+            encode_cell(cell, target, write, study.sae(name, *cell, target, role), factors[cell])
+            for role, targets in [*chosen, (SINGLE_ATOM, ["write"])]
+            for target in targets
+        ]
+        given = dict(writes=study.harvested(name, *cell).history("write", write), tokens=training, ids=ids)
+        given |= dict(entries=saes[cell][0].sae.n_atoms, settings=settings, seed=profile.seed)
+        codebooks[cell] = Later(fit_codebooks, **given)
+    drawn = [(saes[cell][0], firings_at(saes[cell][0], places)) for cell in cells]
+    rows = profile.section("replacement", name).batch_rows
+    options = dict(saes=saes, codebooks=codebooks, settings=settings, batch_rows=rows)
+    return run_firings(study, name, "baselines", windows, drawn, compare, **options)
+
+
+# Summaries
+
+
+def summarise(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """Return one row per host, cell (or all pooled) and method; intervals: bootstrap over passages.
+
+    win_rate: the share of places where the method's KL is below that of deletion. recovered: 1 - mean KL / mean
+    KL of deletion. kl_median, kl_delete_median: nats. cosine: the median of that with the native write.
+    """
+
+    def row(part: pd.DataFrame) -> dict:
+        win = (part.kl < part.kl_delete).to_numpy()
+        interval = stats.cluster_bootstrap(win, part.passage, resamples=resamples, seed=seed)
+        numbers = dict(n=len(part), win_rate=win.mean()) | stats.ci(interval)
+        numbers |= dict(kl_median=part.kl.median(), kl_delete_median=part.kl_delete.median())
+        ratio = stats.ratio_bootstrap(part.kl, part.kl_delete, part.passage, resamples, seed)
+        ends = stats.Interval(1 - ratio.high, 1 - ratio.low)
+        numbers |= stats.with_ends("recovered", 1 - part.kl.mean() / part.kl_delete.mean(), ends)
+        return numbers | dict(cosine=part.cosine.median())
+
+    named = _by_place(table, cells)
+    return stats.per_group(named, ["host", "cells", *KEYS], row)
+
+
+def contrasts(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """Return each of REFERENCES at its projection against every other method, at the same places.
+
+    atom_closer: the share of places where the reference has the lower KL. difference: its share of recovered KL
+    minus that of the method. Both with a bootstrap over passages.
+    """
+    rows = []
+    for (host, place), part in _by_place(table, cells).groupby(["host", "cells"], sort=False):
+        index = [*PLACE, "passage", "kl_delete"]
+        wide = part.pivot(index=index, columns=KEYS, values="kl")
+        passage, delete = (wide.index.get_level_values(name) for name in ("passage", "kl_delete"))
+        for reference in REFERENCES:
+            (ours,) = [x for x in wide if x[:3] == reference and x[4] == "projection"]
+            for other in [x for x in wide if x != ours]:
+                closer, more = (wide[ours] < wide[other]).to_numpy(), (wide[other] - wide[ours]).to_numpy()
+                row = dict(host=host, cells=place, reference=reference[0], **dict(zip(KEYS, other, strict=True)))
+                row |= dict(n=len(wide), atom_closer=closer.mean())
+                row |= stats.ci(stats.cluster_bootstrap(closer, passage, resamples=resamples, seed=seed))
+                interval = stats.ratio_bootstrap(more, delete, passage, resamples, seed)
+                rows.append(row | stats.with_ends("difference", more.mean() / delete.to_numpy().mean(), interval))
+    return pd.DataFrame(rows)
+
+
+def _by_place(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with a column `cells`: their place in the host, and all once more as `pooled`."""
+    keys = ["host", "layer", "head"]
+    named = table.merge(cells[[*keys, "place"]], on=keys)
+    return pd.concat([named.assign(cells="pooled"), named.assign(cells=named.place)]).drop(columns="place")
+
+
+# What the notebook shows
+
+
+def described(table: pd.DataFrame) -> list[str]:
+    """Return the name of each row's method."""
+    names = [NAMES[name].format(size=size) for name, size in zip(table.method, table["size"], strict=True)]
+    saes = [f", SAE of {x.target}s, {CENTRES[x.centre]}" if x.method in OF_SAES else "" for x in table.itertuples()]
+    return [name + sae for name, sae in zip(names, saes, strict=True)]
+
+
+def at_projection(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of one host at their best amplitude, and the ceiling, in order of the KL recovered.
+
+    Floor and ceiling are those of the uncentred SAE of writes.
+    """
+    limit = summary.method.isin(["random", "native_rescaled"])
+    best = summary.amplitude.isin(["projection", "fitted"]) & ~limit
+    of_writes = limit & summary.target.eq("write") & summary.centre.eq("none")
+    ends = of_writes & (summary.amplitude.eq("projection") | summary.method.eq("native_rescaled"))
+    chosen = summary[best | ends].sort_values("recovered").reset_index(drop=True)
+    return chosen.assign(name=described(chosen))
+
+
+def by_cell(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of `at_projection` for each cell of every host, of replacements of rank one.
+
+    `cell`: host and place in words. `kind`: the method in words, the same on all hosts, in order of the mean KL
+    recovered over the cells. Of the SAEs only the uncentred ones of writes.
+    """
+    parts = []
+    for (host, place), rows in summary[summary.cells != "pooled"].groupby(["host", "cells"], sort=False):
+        best = at_projection(rows)
+        of_writes = best.target.eq("write") & best.centre.eq("none")
+        chosen = best[of_writes & ~best.method.isin(["reconstruction", "kmeans", "token_mean", "mean_write", "pca"])]
+        times = (chosen["size"] // chosen["size"][chosen.method == "best_atom"].item()).astype(str)
+        raw = "nearest raw write, of " + times + " per SAE atom"
+        kind = chosen.name.str.removesuffix(", SAE of writes, uncentred").where(chosen.method != "nearest_write", raw)
+        parts.append(chosen.assign(kind=kind, cell=f"{host.replace('_', ' ')}, {place}"))
+    rows = pd.concat(parts, ignore_index=True)
+    return rows.iloc[rows.groupby("kind").recovered.transform("mean").argsort(kind="stable")]
+
+
+def percent(value, low, high) -> str:
+    """Return a share and its interval in percent."""
+    return f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def readable(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return a summary for readers; shares in percent, KLs in millinats."""
+    recovered = summary[["recovered", "recovered_low", "recovered_high"]].itertuples(index=False)
+    wins = summary[["win_rate", "ci_low", "ci_high"]].itertuples(index=False)
+    columns = {
+        "put in": described(summary),
+        "amplitude": summary.amplitude.str.replace("_", " "),
+        "numbers stored": summary.stored,
+        "numbers per write": summary.per_write,
+        "KL recovered (%)": [percent(*x) for x in recovered],
+        "beats deletion (%)": [percent(*x) for x in wins],
+        "median KL (millinats)": (1000 * summary.kl_median).map("{:.3g}".format),
+        "median cosine": summary.cosine.round(2),
+    }
+    return pd.DataFrame(columns).set_index("put in")
+
+
+def judged(row) -> str:
+    """Return what a row of `contrasts` says about the reference, in points of the KL recovered."""
+    points = f"{100 * abs(row.difference):.0f} points"
+    interval = f"[{100 * row.difference_low:.0f}, {100 * row.difference_high:.0f}]"
+    if row.difference_low <= 0 <= row.difference_high:
+        return f"no difference is shown {interval}"
+    return f"the SAE's atom recovers {points} {'more' if row.difference > 0 else 'less'} {interval}"
+
+
+def verdicts(summary: pd.DataFrame, table: pd.DataFrame, host: str) -> list[str]:
+    """Return the answers for a host, its cells pooled: summary of `summarise`, table of `contrasts`."""
+    rows, sentences = summary[summary.host.eq(host) & summary.cells.eq("pooled")], []
+    of_sae = rows.target.eq("write") & rows.centre.eq("none") & rows.amplitude.eq("projection")
+    for method, words in dict(atom="firing's atom", best_atom="best atom").items():
+        (row,) = rows[of_sae & rows.method.eq(method)].itertuples()
+        recovered = percent(row.recovered, row.recovered_low, row.recovered_high)
+        wins = percent(row.win_rate, row.ci_low, row.ci_high)
+        sentences.append(
+            f"At its projection, the {words} of the uncentred SAE of writes recovers {recovered}% of the KL of "
+            f"deletion and beats deletion at {wins}% of {row.n:,} places."
+        )
+    against = table[table.host.eq(host) & table.cells.eq("pooled") & table.reference.eq("best_atom")]
+    against = against[against.amplitude.isin(["projection", "fitted"]) & ~against.method.isin(OF_SAES)]
+    for row, name in zip(against.itertuples(), described(against), strict=True):
+        closer = percent(row.atom_closer, row.ci_low, row.ci_high)
+        numbers = f"{row.per_write:,} numbers per write" if row.per_write > 1 else "1 number per write"
+        sentences.append(f"Best atom against {name} ({numbers}): {judged(row)}; it is closer at {closer}% of places.")
+    return sentences

@@ -1,0 +1,175 @@
+"""Page 05: the replacement test under each draw of firings, and for SAEs with and without the data's mean.
+
+The paper pools some 270 firings of each of 18 features, puts in the atom at its activation, and its text centres
+the states. The row nearest to that protocol is target state, centre mean, draw atoms, condition atom, amplitude
+coefficient: `PAPER`. This repository's headline is by position, since "on which share of positions" asks for
+that, and without the mean, since a write-trained atom that stands for "minus the mean" is no stand-in for a write.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pandas as pd
+
+from replication import statistics as stats
+from replication.plots import CENTRE_NAMES, CONDITION_NAMES
+from replication.study.firings import drawn_positions, firing_windows, firings_of, headline_saes, run_firings
+from replication.study.profile import PAPER_PLACES
+from replication.study.stages import rows_with
+from replication.study.study import Study
+from writesae.evaluate.firings import atom_names, draw_in_rounds, firings_at
+
+PAPER = dict(target="state", centre="mean", draw="atoms", condition="atom", amplitude="coefficient")
+CONDITIONS = ("atom", "atom_and_mean", "reconstruction", "random", "native_rescaled")
+MEASURED = dict(coefficient=CONDITIONS, projection=("atom", "random"))
+PLACE = ["layer", "head", "window", "position", "passage"]
+KEYS = ["host", "target", "centre", "draw", "amplitude"]
+
+
+def measure(study: Study) -> pd.DataFrame:
+    """Return one row per firing and amplitude, for every cell, target, centre, seed and draw; kept in build/."""
+    return pd.concat([_of_host(study, name) for name in study.profile.hosts], ignore_index=True)
+
+
+def _of_host(study: Study, name: str) -> pd.DataFrame:
+    settings, windows = study.profile.section("replacement", name), firing_windows(study, name)
+    places, seed, drawn = drawn_positions(study, windows, settings.places), study.profile.seed, []
+    for cell_sae in headline_saes(study, name, windows):
+        config = cell_sae.sae.config
+        labels = dict(centre=config.centre, seed=config.seed)
+        drawn.append((cell_sae, firings_at(cell_sae, places).assign(**labels, draw="positions")))
+        if config.seed == seed:
+            every = draw_in_rounds(firings_of(study, cell_sae, windows), settings.by_atom, seed)
+            drawn.append((cell_sae, every.assign(**labels, draw="atoms")))
+    options = dict(conditions=MEASURED, scopes=("write",), batch_rows=settings.batch_rows)
+    return run_firings(study, name, "headline", windows, drawn, **options)
+
+
+def summarise(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
+    """Write results headline.csv: each condition against deletion, per cell and pooled over the paper's cells.
+
+    win_rate: the share of firings at which the condition has a lower KL than deletion; a position at which no
+    atom is active counts as lost. recovered: 1 - mean KL / mean KL(delete). Intervals cover places (clustered by
+    passage, for the draw `atoms` the wider of passage and atom) and, where seeds > 1, trainings. lowest, highest:
+    over seeds. KLs in nats. paper: the row nearest to the paper's protocol.
+    """
+    named, rows = firings.merge(study.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"]), []
+    for values, group in named.groupby(KEYS, sort=False):
+        where = dict(zip(KEYS, values, strict=True))
+        parts = {"pooled": group[group.place.isin(PAPER_PLACES)]} | dict(iter(group.groupby("place", sort=False)))
+        for (cells, part), condition in product(parts.items(), CONDITIONS):
+            if part[f"kl_{condition}"].notna().all():
+                row = where | dict(cells=cells, condition=condition)
+                rows.append(row | dict(paper=PAPER.items() <= row.items()) | _row(part, condition, study))
+    return study.write("headline", pd.DataFrame(rows))
+
+
+def _wide(part: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
+    """Return values as [places, seeds]; for the draw `atoms` there is one seed."""
+    return part.assign(value=values).pivot(index=PLACE, columns="seed", values="value")
+
+
+def _row(part: pd.DataFrame, condition: str, study: Study) -> dict:
+    resamples, seed = study.profile.replacement.bootstrap, study.profile.seed
+    won = _wide(part, stats.beats(part, condition).astype(float))
+    lost, deleted = (_wide(part, part[f"kl_{name}"]) for name in (condition, "delete"))
+    clusters = [won.index.get_level_values("passage")]
+    if part.draw.iloc[0] == "atoms":
+        clusters.append(part.set_index(PLACE).loc[won.index].pipe(lambda x: atom_names(x.reset_index())))
+    row = dict(n=len(won), seeds=won.shape[1], n_passages=part.passage.nunique())
+    for name, values, per in (("win_rate", won, None), ("kl_share", lost, deleted)):
+        found = [stats.over_trainings(values, labels, per, resamples, seed) for labels in clusters]
+        ends = stats.wider(*(interval for _, interval in found))
+        row |= stats.with_ends(name, found[0][0], ends)
+    means = won.mean()
+    row |= dict(lowest=means.min(), highest=means.max())
+    row["recovered"] = 1 - row.pop("kl_share")
+    row["recovered_high"], row["recovered_low"] = 1 - row.pop("kl_share_low"), 1 - row.pop("kl_share_high")
+    row |= dict(kl_median=part[f"kl_{condition}"].median(), kl_delete_median=part.kl_delete.median())
+    row |= dict(kl_mean=part[f"kl_{condition}"].mean(), kl_delete_mean=part.kl_delete.mean())
+    return row | dict(cosine_below_zero=(part.cosine < 0).mean(), silent=(part.coefficient == 0).mean())
+
+
+def contrasts(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
+    """Write results headline_contrasts.csv: win rate of write- minus state-trained atoms, paired.
+
+    Pairs have the same place and seed; draw positions. Columns as in `summarise`.
+    """
+    named = firings.merge(study.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
+    keys, rows = ["host", "centre", "amplitude"], []
+    for values, group in named[named.draw == "positions"].groupby(keys, sort=False):
+        parts = {"pooled": group[group.place.isin(PAPER_PLACES)]} | dict(iter(group.groupby("place", sort=False)))
+        for cells, part in parts.items():
+            won = [_wide(x, stats.beats(x).astype(float)) for x in (part[part.target == t] for t in ("write", "state"))]
+            apart = won[0] - won[1]
+            passages = apart.index.get_level_values("passage")
+            options = dict(resamples=study.profile.replacement.bootstrap, seed=study.profile.seed)
+            difference, ends = stats.over_trainings(apart, passages, **options)
+            row = dict(zip(keys, values, strict=True), cells=cells, n=len(apart), seeds=apart.shape[1])
+            rows.append(row | stats.with_ends("difference", difference, ends))
+    return study.write("headline_contrasts", pd.DataFrame(rows))
+
+
+# For readers
+
+
+def interval(row, name: str = "win_rate") -> str:
+    """Return a share with its interval, in percent."""
+    value, low, high = (100 * row[column] for column in (name, f"{name}_low", f"{name}_high"))
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Return win rates (%) for a reader: a row per target and centre, a column per draw."""
+    rows = table.assign(rate=table.apply(interval, axis=1), centre=table.centre.map(CENTRE_NAMES))
+    wide = rows.pivot(index=["target", "centre"], columns="draw", values="rate")[["positions", "atoms"]]
+    seeds = rows[rows.draw == "positions"].set_index(["target", "centre"])
+    names = dict(positions="by position (%)", atoms="equal per atom, one seed (%)")
+    numbers = dict(places=seeds.n, seeds=seeds.seeds) | {"cosine below 0 (%)": 100 * seeds.cosine_below_zero}
+    return wide.rename(columns=names).assign(**numbers).round(1).rename_axis(columns=None)
+
+
+def shown_contrasts(apart: pd.DataFrame) -> pd.DataFrame:
+    """Return write- minus state-trained win rates (percentage points) per host, cells and centre."""
+    rows = apart.assign(rate=apart.apply(interval, axis=1, name="difference"), centre=apart.centre.map(CENTRE_NAMES))
+    return rows.pivot(index=["host", "cells"], columns="centre", values="rate").rename_axis(columns=None)
+
+
+def shown_conditions(part: pd.DataFrame) -> pd.DataFrame:
+    """Return the win rate (%) and the recovered share of the KL (%) of each condition, target and centre."""
+    rows = part.assign(condition=part.condition.map(CONDITION_NAMES), centre=part.centre.map(CENTRE_NAMES))
+    rows = rows.assign(won=100 * rows.win_rate, recovered=100 * rows.recovered)
+    wide = rows.pivot(index="condition", columns=["target", "centre"], values=["won", "recovered"])
+    return wide.round(0).astype("Int64").stack("target", future_stack=True).swaplevel().sort_index()
+
+
+def shown_sizes(table: pd.DataFrame, places: list[str]) -> pd.DataFrame:
+    """Return median KLs in millinats beside those of the paper's Table 2, for SAEs without the mean."""
+    chosen = dict(draw="positions", amplitude="coefficient", centre="none", target="state")
+    rows = rows_with(table[table.cells.isin(places)], **chosen)
+    wide = rows.pivot(index=["host", "cells"], columns="condition", values="kl_median") * 1000
+    deletion = rows.drop_duplicates(["host", "cells"]).set_index(["host", "cells"]).kl_delete_median * 1000
+    sizes = wide[["atom", "random", "native_rescaled"]].assign(delete=deletion)
+    return sizes.rename(columns=CONDITION_NAMES).round(3).rename_axis(columns=None)
+
+
+def verdict(table: pd.DataFrame, apart: pd.DataFrame, host: str) -> list[str]:
+    """Return what the numbers of one host say, in sentences."""
+    of_host = rows_with(table, host=host, cells="pooled", condition="atom", amplitude="coefficient")
+    lines = []
+    for draw, where in (("positions", "places drawn by position"), ("atoms", "firings drawn equally per atom")):
+        for centre in dict.fromkeys(of_host.centre):
+            rates = rows_with(of_host, draw=draw, centre=centre).set_index("target")
+            said = " and ".join(f"{interval(r)}% if trained on {target}s" for target, r in rates.iterrows())
+            n, seeds = rates.n.iloc[0], rates.seeds.iloc[0]
+            lines.append(
+                f"With {CENTRE_NAMES[centre]}, of {n:,} {where} ({seeds} seeds), the atom beats deletion on {said}."
+            )
+    for row in rows_with(apart, host=host, cells="pooled", amplitude="coefficient").to_dict("records"):
+        word = "ahead" if row["difference_low"] > 0 else "behind" if row["difference_high"] < 0 else "not clearly apart"
+        lines.append(
+            f"By position with {CENTRE_NAMES[row['centre']]}, write-trained atoms are {word}: "
+            f"{interval(row, 'difference')} percentage points."
+        )
+    return lines
