@@ -20,7 +20,7 @@ from writesae.recurrence import Factors
 from writesae.sae.model import SAE
 from writesae.text import Windows
 
-SURVEY = "survey"
+SURVEY, POOLED = "survey", "pooled"
 LAYER_PLACE = "middle"  # all heads of this cell's layer are also replaced together
 CONDITIONS = {  # in the order of the figure
     "atom": "top atom",
@@ -39,7 +39,9 @@ TRAININGS = {  # (target, centre) -> name in the figure
 NO_SAE = "no SAE"
 COLOURS = dict(zip((*TRAININGS.values(), NO_SAE), (plots.COLOURS[i] for i in (0, 9, 3, 7)), strict=True))
 HOSTS = dict(gated_deltanet="Gated DeltaNet", mamba2="Mamba-2", rwkv7="RWKV-7")
-KEYS = ["host", "layer", "head", "target", "centre", "role", "seed", "condition"]
+TREND = ["training", "shown", "cells", "median", "worse_than_nothing", "rho", "rho_low", "rho_high"]
+DESCRIPTION = ["target", "centre", "role", "seed"]
+KEYS = ["host", "layer", "head", *DESCRIPTION, "condition"]
 
 
 @dataclass
@@ -73,7 +75,9 @@ def all_writes(study: Study) -> pd.DataFrame:
 
     loss, loss_native, loss_none: nats per token; change: loss - loss_native; recovered: 1 - change / (loss_none
     - loss_native). Intervals (change_low, change_high; ci_low, ci_high): bootstrap by passage. windows, passages
-    and n, the predicted tokens. head is empty where all heads of the layer are replaced together.
+    and n, the predicted tokens. head is empty where all heads of the layer are replaced together. Rows of the
+    role "pooled" are means over the trainings (seeds) of a cell, target and centre; their intervals cover
+    retraining.
     """
     tables, seed = [], study.profile.seed
     for name in study.profile.hosts:
@@ -87,10 +91,20 @@ def all_writes(study: Study) -> pd.DataFrame:
     return study.gather("all_writes", tables)
 
 
+def one_per_passage(windows: Windows, count: int, seed: int) -> Windows:
+    """Return a random window of each of `count` random passages (or of all, if there are fewer), in order.
+
+    Intervals are by passage; like this each passage counts once.
+    """
+    order = np.random.default_rng(seed).permutation(len(windows))
+    passages = pd.Series(windows.passage.numpy()[order], index=order)
+    return windows[np.sort(passages.drop_duplicates().index[:count])]
+
+
 def headline_cases(study: Study, host: str) -> list[Case]:
     """Return one case per cell of the headline, with all variants of its main SAEs."""
-    targets, windows = study.profile.saes.targets, study.windows(host, "heldout")
-    windows, cases = windows[: study.profile.section("all_writes", host).windows], []
+    targets, count = study.profile.saes.targets, study.profile.section("all_writes", host).windows
+    windows, cases = one_per_passage(study.windows(host, "heldout"), count, study.profile.seed), []
     for place in study.profile.hosts[host].cells:
         (layer, head), saes = study.cell(host, place), {}
         for _, _, role in training.main_variants(study, host, place):
@@ -103,8 +117,7 @@ def headline_cases(study: Study, host: str) -> list[Case]:
 def survey_cases(study: Study, host: str) -> list[Case]:
     """Return one case per surveyed layer, and one for all heads of a layer together, with the survey SAEs."""
     settings, heads = study.profile.section("all_writes", host), tuple(range(study.host(host).heads))
-    heldout, sae_split = study.windows(host, "heldout"), study.windows(host, "sae")
-    survey, layers = sae_split[: study.profile.data.survey_windows], study.survey_layers(host)
+    survey, layers = study.windows(host, "sae")[: study.profile.data.survey_windows], study.survey_layers(host)
     whole = [layer for layer in layers if layer == study.cell(host, LAYER_PLACE)[0]]
     cases = []
     for layer, together in [(layer, True) for layer in whole] + [(layer, False) for layer in layers]:
@@ -112,7 +125,8 @@ def survey_cases(study: Study, host: str) -> list[Case]:
             f"{SURVEY} {target}": {head: study.sae(host, layer, head, target, SURVEY) for head in heads}
             for target in study.profile.saes.targets
         }
-        windows = heldout[: settings.windows if together else settings.survey_windows]
+        count = settings.windows if together else settings.survey_windows
+        windows = one_per_passage(study.windows(host, "heldout"), count, study.profile.seed)
         cases.append(Case(layer, heads, together, saes, windows, survey))
     return cases
 
@@ -125,11 +139,13 @@ def measure(number: int, host: Host, cases: list[Case], write: str, batch: int, 
         saes = {name: {head: of_heads[head] for head in heads} for name, of_heads in case.saes.items()}
         chosen = {head: means[head] for head in heads}
         losses = replace_all_writes(host, case.windows, saes, chosen, layer=case.layer, write=write, batch=batch)
-        rows = recovered(losses, case.windows.tokens.shape[1] - 1, resamples, seed)
-        described = pd.DataFrame([_described(name, saes, case.role) for name in rows.sae])
-        head = np.nan if case.together else heads[0]
-        place = dict(host=host.name, layer=case.layer, head=head)
-        tables.append(pd.concat([described.assign(**place), rows.drop(columns="sae")], axis=1))
+        described = pd.DataFrame([_described(name, saes, case.role) for name in losses.sae])
+        losses = pd.concat([losses, described], axis=1)
+        options = dict(tokens=case.windows.tokens.shape[1] - 1, resamples=resamples, seed=seed)
+        rows = recovered(losses, **options)
+        if case.stored:
+            rows = pd.concat([rows, pooled(losses, **options)])
+        tables.append(rows.assign(host=host.name, layer=case.layer, head=np.nan if case.together else heads[0]))
     table = pd.concat(tables, ignore_index=True)
     return table[KEYS + [name for name in table if name not in KEYS]]
 
@@ -147,31 +163,58 @@ def mean_writes(host: Host, case: Case, write: str, batch: int) -> dict[int, Mea
 
 
 def recovered(losses: pd.DataFrame, tokens: int, resamples: int, seed: int) -> pd.DataFrame:
-    """Return the losses of `replace_all_writes` as a row per (sae, condition), with the share recovered.
+    """Return a row per SAE and condition: the columns of `_described`, losses, and the share recovered.
 
-    tokens: predicted in each window.
+    losses: of `replace_all_writes`, with the columns of `_described`. tokens: predicted in each window.
     """
     none = losses[losses.condition == "none"].set_index("window")
+    cost, passages = none.loss - none.loss_native, none.passage
 
     def row(part: pd.DataFrame) -> dict:
         part = part.set_index("window").loc[none.index]
-        change, cost, passages = part.loss - part.loss_native, none.loss - none.loss_native, none.passage
-        low, high = stats.cluster_bootstrap(change, passages, resamples=resamples, seed=seed)
+        change = part.loss - part.loss_native
+        interval = stats.cluster_bootstrap(change, passages, resamples=resamples, seed=seed)
         ratio = stats.ratio_bootstrap(change, cost, passages, resamples, seed)
-        numbers = dict(windows=len(part), passages=passages.nunique(), n=len(part) * tokens)
-        numbers |= dict(loss_native=part.loss_native.mean(), loss=part.loss.mean(), loss_none=none.loss.mean())
-        numbers |= dict(change=change.mean(), change_low=low, change_high=high)
-        return numbers | dict(recovered=1 - change.mean() / cost.mean(), ci_low=1 - ratio.high, ci_high=1 - ratio.low)
+        numbers = part.iloc[0][DESCRIPTION].to_dict() | _losses(part, none, tokens)
+        return numbers | stats.with_ends("change", change.mean(), interval) | _share(change.mean() / cost.mean(), ratio)
 
-    return stats.per_group(losses, ["sae", "condition"], row)
+    return stats.per_group(losses, ["sae", "condition"], row).drop(columns="sae")
+
+
+def pooled(losses: pd.DataFrame, tokens: int, resamples: int, seed: int) -> pd.DataFrame:
+    """Return a row per target, centre and condition, of all trainings together; arguments as for `recovered`."""
+    none = losses[losses.condition == "none"].set_index("window")
+
+    def row(part: pd.DataFrame) -> dict:
+        wide = part.pivot(index="window", columns="sae", values="loss").loc[none.index]
+        change, cost = (x.sub(none.loss_native, axis=0) for x in (wide, wide.apply(lambda _: none.loss)))
+        options = dict(clusters=none.passage, resamples=resamples, seed=seed)
+        ratio = stats.over_trainings(change, per=cost, **options)
+        numbers = dict(role=POOLED, seed=np.nan) | _losses(part, none, tokens)
+        return numbers | stats.with_ends("change", *stats.over_trainings(change, **options)) | _share(*ratio)
+
+    by_sae = losses[losses.sae != ""]
+    return stats.per_group(by_sae, ["target", "centre", "condition"], row)
+
+
+def _losses(part: pd.DataFrame, none: pd.DataFrame, tokens: int) -> dict:
+    """Return counts and mean losses of one condition; none: the losses of the windows without writes."""
+    numbers = dict(seeds=part.seed.nunique(), windows=len(none), passages=none.passage.nunique())
+    numbers |= dict(n=len(none) * tokens, loss_native=none.loss_native.mean())
+    return numbers | dict(loss=part.loss.mean(), loss_none=none.loss.mean())
+
+
+def _share(ratio: float, interval: stats.Interval) -> dict:
+    """Return the share recovered, 1 - ratio, with its interval."""
+    return dict(recovered=1 - ratio, ci_low=1 - interval.high, ci_high=1 - interval.low)
 
 
 def _described(name: str, saes: dict[str, dict[int, SAE]], role: str) -> dict:
-    """Return the columns of an SAE; `role` is that of rows without one."""
+    """Return the columns DESCRIPTION of an SAE; `role` is that of rows without one."""
     if not name:
-        return dict(target="", centre="", role=role, seed=np.nan)
+        return dict(zip(DESCRIPTION, ("", "", role, np.nan), strict=True))
     config = next(iter(saes[name].values())).config
-    return dict(target=config.target, centre=config.centre, role=name.split()[0], seed=config.seed)
+    return dict(zip(DESCRIPTION, (config.target, config.centre, name.split()[0], config.seed), strict=True))
 
 
 # What the notebook shows
@@ -186,8 +229,8 @@ def labelled(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of the headline's cells, with the name of each cell in figures (column cell)."""
-    rows = labelled(table[table.role.str.startswith("main")])
+    """Return the pooled rows of the chosen cells and those without an SAE, with the cell's name (column cell)."""
+    rows = labelled(table[(table.role == POOLED) | (table.role == "main") & table.target.isna()])
     rows = rows.merge(cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     return rows.assign(cell=rows.host.map(lambda name: HOSTS.get(name, name)) + ", " + rows.place)
 
@@ -204,16 +247,6 @@ def surveyed(table: pd.DataFrame, all_cells: pd.DataFrame) -> pd.DataFrame:
     return rows.merge(all_cells[[*cell, "half_life_median"]], on=cell)
 
 
-def means_over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean share recovered per cell, training and condition, with the lowest and highest SAE."""
-
-    def row(part: pd.DataFrame) -> dict:
-        share, saes = part.recovered, part.seed.count()
-        return dict(saes=saes, recovered=share.mean(), lowest=share.min(), highest=share.max(), n=part.n.iloc[0])
-
-    return stats.per_group(rows, ["cell", "training", "shown"], row)
-
-
 def trend(cells: pd.DataFrame) -> pd.DataFrame:
     """Return the median share recovered over surveyed cells, and its rank correlation with the half-life.
 
@@ -225,7 +258,7 @@ def trend(cells: pd.DataFrame) -> pd.DataFrame:
         numbers = dict(cells=len(part), median=share.median(), worse_than_nothing=int((share < 0).sum()))
         return numbers | stats.with_ends("rho", rho.value, rho)
 
-    return stats.per_group(cells[cells.counts], ["training", "shown"], row)
+    return stats.per_group(cells[cells.counts], ["training", "shown"], row).reindex(columns=TREND)
 
 
 def verdict(rows: pd.DataFrame, layer: pd.DataFrame, cells: pd.DataFrame) -> list[str]:
@@ -251,14 +284,13 @@ def _of_cell(name: str, rows: pd.DataFrame) -> list[str]:
     sentences = [f"{name}: writing nothing costs {cost:.1f} millinats per token ({size})."]
     for training_name in (*TRAININGS.values(), NO_SAE):
         part = rows[rows.training == training_name]
-        shares = [f"{shown}: {_share(one)}" for shown, one in part.groupby("shown", sort=False)]
+        shares = [f"{row.shown}: {_in_words(row)}" for row in part.itertuples()]
         if shares:
             sentences.append(f"  {training_name}: " + "; ".join(shares) + ".")
     return sentences
 
 
-def _share(part: pd.DataFrame) -> str:
-    """Return the mean share recovered over SAEs, with the outermost ends of their intervals, and what it says."""
-    low, high = part.ci_low.min(), part.ci_high.max()
-    word = ", worse than nothing" if high < 0 else "" if low > 0 else ", not apart from nothing"
-    return f"{part.recovered.mean():+.2f} [{low:+.2f}, {high:+.2f}]{word}"
+def _in_words(row) -> str:
+    """Return a share recovered with its interval, and what it says."""
+    word = ", worse than nothing" if row.ci_high < 0 else "" if row.ci_low > 0 else ", not apart from nothing"
+    return f"{row.recovered:+.2f} [{row.ci_low:+.2f}, {row.ci_high:+.2f}]{word}"

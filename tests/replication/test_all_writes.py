@@ -28,6 +28,7 @@ def losses_of(unedited, **by_condition):
         sae = "" if name in ("none", "native") else "main write"
         for window, (loss, of_native) in enumerate(zip(values, unedited, strict=True)):
             place = dict(sae=sae, condition=name, window=window, passage=window // 2)
+            place |= dict(target=sae and "write", centre=sae and "none", role="main", seed=3.0 if sae else np.nan)
             rows.append(place | dict(loss=loss, loss_native=of_native))
     return pd.DataFrame(rows).sample(frac=1.0, random_state=3)
 
@@ -46,12 +47,41 @@ def test_the_share_recovered_is_of_the_mean_losses():
     assert (row.ci_low, row.ci_high) == (pytest.approx(1 - 0.2 / 0.1), pytest.approx(1 - 0.2 / 0.3))
 
 
+def test_pooled_rows_are_means_over_trainings():
+    generator = np.random.default_rng(2)
+    native, cost = 2 + generator.random(12), 0.1 + generator.random(12)
+    first = losses_of(native, none=native + cost, atom=native + 0.5 * cost)
+    change = cost * generator.random(12)
+    other = losses_of(native, atom=native + change).assign(sae="main-none-1042 write", seed=1042.0)
+    table = all_writes.pooled(pd.concat([first, other], ignore_index=True), 255, 100, seed=1)
+    (row,) = table.itertuples()
+    assert (row.target, row.centre, row.condition, row.role, row.seeds) == ("write", "none", "atom", "pooled", 2)
+    share = np.array([0.5, change.mean() / cost.mean()])
+    assert row.recovered == pytest.approx(1 - share.mean())
+    assert row.change == pytest.approx((0.5 * cost + change).mean() / 2)
+    assert row.loss == pytest.approx(native.mean() + row.change) and row.n == 12 * 255
+    _, wanted = statistics.over_trainings(
+        np.stack([0.5 * cost, change], 1), np.arange(12) // 2, np.stack([cost, cost], 1), 100, 1
+    )
+    assert (row.ci_low, row.ci_high) == (pytest.approx(1 - wanted.high), pytest.approx(1 - wanted.low))
+
+
 def test_the_interval_of_a_ratio_is_the_bootstrap_of_rows():
     generator = np.random.default_rng(0)
     above, below, clusters = generator.random(40), 1 + generator.random(40), generator.integers(0, 9, 40)
     slow = statistics.cluster_bootstrap(lambda rows: above[rows].mean() / below[rows].mean(), clusters, resamples=300)
-    assert statistics.ratio_bootstrap(above, below, clusters, 300) == pytest.approx(slow)
-    assert np.isnan(statistics.ratio_bootstrap(above, below, np.zeros(40))).all()
+    assert statistics.ratio_bootstrap(above, below, clusters, 300, 0) == pytest.approx(slow)
+    assert np.isnan(statistics.ratio_bootstrap(above, below, np.zeros(40), 300, 0)).all()
+
+
+def test_windows_are_of_different_passages_in_order():
+    windows = Windows(torch.arange(40)[:, None], torch.arange(40) // 4)
+    drawn = all_writes.one_per_passage(windows, 6, seed=3)
+    assert len(drawn) == 6 and drawn.passage.unique().tolist() == drawn.passage.tolist() == sorted(drawn.passage)
+    assert (drawn.tokens[:, 0] // 4 == drawn.passage).all() and (drawn.tokens[:, 0] % 4 > 0).any()
+    assert len(all_writes.one_per_passage(windows, 99, seed=3)) == 10
+    other = all_writes.one_per_passage(windows, 6, seed=4)
+    assert not torch.equal(drawn.tokens, other.tokens)
 
 
 # On a small host, in fp32
@@ -103,6 +133,9 @@ def test_stored_factors_give_the_same_means(host, tokens, tmp_path):
     save_tensors(tmp_path / "cell.safetensors", harvested.tensors(), {"fingerprint": "any"})
     cases = [case_of(host, tokens, (3,), False, stored) for stored in (None, tmp_path / "cell.safetensors")]
     assert [case.role for case in cases] == ["survey", "main"]
+    table = all_writes.measure(1, host, cases, **OPTIONS)
+    counts = table.groupby("role").size()
+    assert (counts["main"], counts["survey"], counts["pooled"]) == (4, 8, 8)
     fresh, stored = (all_writes.mean_writes(host, case, "added", 2)[3] for case in cases)
     assert torch.equal(fresh.tokens, stored.tokens)
     assert_close(stored.matrices, fresh.matrices, "mean writes", 1e-6)
@@ -110,24 +143,21 @@ def test_stored_factors_give_the_same_means(host, tokens, tmp_path):
 
 
 def test_sentences_say_what_is_worse_than_nothing():
-    row = dict(host="mamba2", layer=4, head=2.0, role="main", n=510, passages=2, loss_native=2.0, loss_none=2.05)
+    row = dict(host="mamba2", layer=4, head=2.0, role="pooled", n=510, passages=2, loss_native=2.0, loss_none=2.05)
     rows = [
-        row | dict(target="write", centre="none", seed=1.0, condition="atom", recovered=0.4, ci_low=0.3, ci_high=0.5),
-        row | dict(target="write", centre="none", seed=2.0, condition="atom", recovered=0.6, ci_low=0.4, ci_high=0.7),
-        row | dict(target="write", centre="mean", seed=1.0, condition="atom", recovered=-2, ci_low=-3, ci_high=-1),
-        row
-        | dict(target=np.nan, centre=np.nan, seed=np.nan, condition="mean_write", recovered=0, ci_low=-1, ci_high=1),
-        row | dict(target=np.nan, centre=np.nan, seed=np.nan, condition="none", recovered=0, ci_low=0, ci_high=0),
+        row | dict(target="write", centre="none", condition="atom", recovered=0.4, ci_low=0.3, ci_high=0.5),
+        row | dict(target="write", centre="mean", condition="atom", recovered=-2, ci_low=-3, ci_high=-1),
+        row | dict(target="write", centre="none", role="main-none-42", condition="atom", recovered=9),
+        row | dict(role="main", condition="mean_write", recovered=0, ci_low=-1, ci_high=1),
+        row | dict(role="main", condition="none", recovered=0, ci_low=0, ci_high=0),
     ]
     cells = pd.DataFrame([dict(host="mamba2", layer=4, head=2, place="middle")])
     shown = all_writes.headline(pd.DataFrame(rows), cells)
-    assert len(shown) == 4
+    assert len(shown) == 3
     first, *others = all_writes.verdict(shown, shown[:0], shown.assign(counts=False))
     assert first == "Mamba-2, middle cell: writing nothing costs 50.0 millinats per token (510 tokens of 2 passages)."
     assert others == [
-        "  writes, without the mean: top atom: +0.50 [+0.30, +0.70].",
+        "  writes, without the mean: top atom: +0.40 [+0.30, +0.50].",
         "  writes, with the mean: top atom: -2.00 [-3.00, -1.00], worse than nothing.",
         "  no SAE: mean write: +0.00 [-1.00, +1.00], not apart from nothing.",
     ]
-    means = all_writes.means_over_seeds(shown).set_index("training").loc["writes, without the mean"]
-    assert (means.saes, means.recovered, means.lowest, means.highest) == (2, pytest.approx(0.5), 0.4, 0.6)
