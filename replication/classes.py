@@ -106,13 +106,18 @@ def scanned(windows: Windows, first_position: int) -> int:
     return count * (tokens - STEPS - first_position)
 
 
-def alive_atoms(host: str, cell_sae: CellSAE, firings: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Return one row per alive atom: number of firings, median cosine to the native write, class."""
+def write_cosines(cell_sae: CellSAE, firings: pd.DataFrame) -> np.ndarray:
+    """Return the cosine [n] of each firing's atom to the native write at its position."""
     places, writes = Places.of(firings), cell_sae.writes
     key, value = cell_sae.sae.atoms()
     left = (F.normalize(writes.key[places.window, places.position], dim=-1) * key[places.atom]).sum(-1)
     right = (F.normalize(writes.value[places.window, places.position], dim=-1) * value[places.atom]).sum(-1)
-    table = firings.assign(cosine=(left * right).numpy()).groupby("atom", as_index=False)
+    return (left * right).numpy()
+
+
+def alive_atoms(host: str, cell_sae: CellSAE, firings: pd.DataFrame, seed: int) -> pd.DataFrame:
+    """Return one row per alive atom: number of firings, median cosine to the native write, class."""
+    table = firings.assign(cosine=write_cosines(cell_sae, firings)).groupby("atom", as_index=False)
     columns = dict(cosine=("cosine", "median"), firings=("cosine", "size"), passages=("passage", "nunique"))
     table = table.agg(**columns)
     table["class"] = classify(table.cosine, seed).to_numpy()

@@ -320,6 +320,24 @@ def spearman(a, b) -> Correlation:
     return Correlation(rho, float(low), float(high), float(result.pvalue), a.size)
 
 
+def clustered_spearman(a, b, clusters: Sequence, resamples: int, seed: int) -> Correlation:
+    """Spearman's rho, with the percentile interval of a bootstrap over clusters.
+
+    The ranks are those of the whole sample. All nan as in `pearson`; the ends are nan if a resample is constant.
+    """
+    rho, (a, b) = spearman(a, b), _pair(a, b)
+    if np.isnan(rho.value):
+        return rho
+    x, y = (stats.zscore(stats.rankdata(side)) for side in (a, b))
+    codes, count = _codes(clusters)
+    sums = np.zeros((count, 6))
+    np.add.at(sums, codes, np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], 1))
+    n, sum_x, sum_y, xx, yy, xy = (_draws(count, resamples, np.random.default_rng(seed)) @ sums).T
+    with np.errstate(invalid="ignore"):
+        samples = (n * xy - sum_x * sum_y) / np.sqrt((n * xx - sum_x**2) * (n * yy - sum_y**2))
+    return rho._replace(**_percentiles(samples)._asdict())
+
+
 # Mixtures
 
 

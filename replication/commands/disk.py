@@ -67,14 +67,15 @@ def _files_of(profile: Profile, paths: Paths, name: str, shape: Shape) -> list[N
     cells, flat = len(section.cells), len(section.paper_places)
     harvest = harvest_bytes(shape, data.sae_windows * data.window)
     needs = [rest("harvests", "harvest", "*.safetensors", cells, harvest)]
-    counts = dict(main=cells * targets, flat=flat)
+    trainings = profile.section("saes", name).trainings.values()
+    counts = dict(main=(flat * sum(trainings) + (cells - flat) * len(trainings)) * targets, flat=flat)
     survey = profile.section("replacement", name)
     if survey.survey_firings:
         counts["survey"] = -(-shape.layers // survey.survey_every) * shape.heads * targets
     settings = profile.section("saes", name)
     for role, count in counts.items():
         size = sae_bytes(shape, getattr(settings, role))
-        needs.append(rest(f"{role} SAEs", "saes", f"*-{role}/{WEIGHTS}", count, size))
+        needs.append(rest(f"{role} SAEs", "saes", f"*-{role}*/{WEIGHTS}", count, size))
     return needs
 
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from replication import statistics as stats
 from replication.study.fingerprint import Later
 from replication.study.firings import drawn_positions, firing_windows, run_firings
-from replication.study.profile import Baselines
+from replication.study.profile import PAPER_PLACES, Baselines
 from replication.study.study import Study
 from replication.study.training import SINGLE_ATOM, main_variants, train_single_atoms
 from writesae.evaluate.firings import CellSAE, Places, encode_cell, firings_at
@@ -79,8 +79,9 @@ NAMES = dict(
     pca="PCA of writes, {size:,} components",
     side_pca="PCA per side, {size:,} + {size:,}",
 )
-FAMILY = {"native_rescaled": "floor and ceiling", "random": "floor and ceiling", "nearest_write": "raw writes"}
-FAMILY |= dict.fromkeys(("kmeans", "kmeans_pair", "token_mean", "token_mean_pair", "mean_write"), "means of writes")
+FAMILY = dict.fromkeys(("native_rescaled", "random"), "floor and ceiling") | dict(nearest_write="raw writes")
+MEANS = ("kmeans", "kmeans_pair", "token_mean", "token_mean_pair", "mean_write")
+FAMILY |= dict.fromkeys(MEANS, "means of writes")
 FAMILY |= dict.fromkeys(("pca", "side_pca"), "principal components")
 FAMILY |= dict.fromkeys(set(NAMES) - set(FAMILY), "SAEs")
 OF_SAES = ("reconstruction", "best_atom", "atom", "atom_and_mean", "random", "native_rescaled")
@@ -90,7 +91,7 @@ CENTRES = dict(mean="centred", none="uncentred")
 class Method(NamedTuple):
     """A replacement; stored: numbers in its codebook, once per cell; per_write: numbers that name one write.
 
-    target, centre: what its codebook was fitted on, and whether without the mean. size: entries of the codebook.
+    target, centre: what its codebook was fitted on, and whether minus the mean. size: entries in the codebook.
     """
 
     method: str
@@ -128,10 +129,12 @@ class Codebooks(NamedTuple):
 # Codebooks
 
 
-def fit_codebooks(writes: History, tokens: Tensor, ids: Tensor, entries: int, settings: Baselines, seed: int):
+def fit_codebooks(
+    writes: History, tokens: Tensor, ids: Tensor, entries: int, settings: Baselines, seed: int
+) -> Codebooks:
     """Return the Codebooks of training writes [N, T]; tokens [N, T]: theirs; ids [u]: tokens that need a mean.
 
-    entries: the SAE's number of atoms, which is also the number of centroids.
+    ids is ascending. entries: the SAE's number of atoms, which is also the number of centroids.
     """
     key, value = writes.key.flatten(0, 1), writes.value.flatten(0, 1)
     order = torch.randperm(len(key), generator=torch.Generator().manual_seed(seed))
@@ -139,7 +142,8 @@ def fit_codebooks(writes: History, tokens: Tensor, ids: Tensor, entries: int, se
     drawn, some = order[: max(sizes)], order[: settings.fitted]
     matrices = (key[some][:, :, None] * value[some][:, None]).flatten(1)
     kmeans = MiniBatchKMeans(entries, random_state=seed, **KMEANS).fit(F.normalize(matrices, dim=-1).numpy())
-    svd = TruncatedSVD(max(settings.components), n_iter=POWER_ITERATIONS, random_state=seed).fit(matrices.numpy())
+    svd = TruncatedSVD(max(settings.components), n_iter=POWER_ITERATIONS, random_state=seed)
+    svd = svd.fit(matrices.numpy())
     centroids, components = (
         torch.from_numpy(x).float().unflatten(1, (writes.d_k, writes.d_v))
         for x in (kmeans.cluster_centers_, svd.components_)
@@ -206,8 +210,9 @@ def sae_terms(cell_sae: CellSAE, places: Places, factors, seed: int) -> dict[Met
         method("reconstruction", "fitted", offset, 2 * sae.k): unit["reconstruction"],
         method("random", "coefficient"): scaled(random, own),
         method("random", "projection"): projected(random, key, value),
-        method("native_rescaled", "coefficient", -stored, sae.d_k + sae.d_v): scaled(unit["native_rescaled"], own),
     }
+    ceiling = method("native_rescaled", "coefficient", -stored, sae.d_k + sae.d_v)
+    terms[ceiling] = scaled(unit["native_rescaled"], own)
     if offset:
         terms[method("atom_and_mean", "coefficient", offset)] = unit["atom_and_mean"]
     return terms
@@ -233,7 +238,8 @@ def codebook_terms(books: Codebooks, key: Tensor, value: Tensor, tokens: Tensor)
     index = ((key[:, :, None] * value[:, None]).flatten(1) @ unit_centroids.T).abs().argmax(1)
     terms[method("kmeans", count, whole)] = projected(full_rank(books.centroids[index]), key, value)
     index = nearest(key, value, *pairs)
-    terms[method("kmeans_pair", count, sides)] = projected(rank_one(pairs[0][index], pairs[1][index]), key, value)
+    pair = rank_one(pairs[0][index], pairs[1][index])
+    terms[method("kmeans_pair", count, sides)] = projected(pair, key, value)
     means = books.token_means[torch.searchsorted(books.token_ids, tokens)]
     terms[method("token_mean", books.tokens, whole)] = projected(full_rank(means), key, value)
     pair = projected(rank_one(*top_singular_pair(means)), key, value)
@@ -252,7 +258,8 @@ def pca_terms(books: Codebooks, key: Tensor, value: Tensor, settings: Baselines)
         method = Method("pca", "write", "none", size, "fitted", size * whole, size)
         terms[method] = full_rank(matrices.unflatten(1, books.mean.shape))
     for size in settings.side_components:
-        left, right = (x @ y[:, :size] @ y[:, :size].T for x, y in ((key, books.key_axes), (value, books.value_axes)))
+        pairs = (key, books.key_axes[:, :size]), (value, books.value_axes[:, :size])
+        left, right = (x @ axes @ axes.T for x, axes in pairs)
         terms[Method("side_pca", "write", "none", size, "fitted", size * sides, 2 * size)] = (
             left[:, None],
             right[:, None],
@@ -312,7 +319,8 @@ def run(study: Study) -> pd.DataFrame:
 
 def _run_host(study: Study, name: str) -> pd.DataFrame:
     profile, windows = study.profile, firing_windows(study, name)
-    settings, write, batch = profile.section("baselines", name), profile.saes.write, profile.data.batch_windows
+    settings, batch = profile.section("baselines", name), profile.data.batch_windows
+    write = profile.saes.write
     places = drawn_positions(study, windows, settings.places)
     ids = windows.tokens[places.window.to_numpy(), places.position.to_numpy()].unique()
     training = study.windows(name, "sae").tokens
@@ -339,7 +347,7 @@ def _run_host(study: Study, name: str) -> pd.DataFrame:
 
 
 def summarise(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per host, cell (or all pooled) and method; intervals: bootstrap over passages.
+    """Return one row per host, cell (or the paper's pooled) and method; intervals: bootstrap over passages.
 
     win_rate: the share of places where the method's KL is below that of deletion. recovered: 1 - mean KL / mean
     KL of deletion. kl_median, kl_delete_median: nats. cosine: the median of that with the native write.
@@ -374,19 +382,20 @@ def contrasts(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: in
             (ours,) = [x for x in wide if x[:3] == reference and x[4] == "projection"]
             for other in [x for x in wide if x != ours]:
                 closer, more = (wide[ours] < wide[other]).to_numpy(), (wide[other] - wide[ours]).to_numpy()
-                row = dict(host=host, cells=place, reference=reference[0], **dict(zip(KEYS, other, strict=True)))
+                row = dict(host=host, cells=place, reference=reference[0], **dict(zip(KEYS, other)))
                 row |= dict(n=len(wide), atom_closer=closer.mean())
                 row |= stats.ci(stats.cluster_bootstrap(closer, passage, resamples=resamples, seed=seed))
                 interval = stats.ratio_bootstrap(more, delete, passage, resamples, seed)
-                rows.append(row | stats.with_ends("difference", more.mean() / delete.to_numpy().mean(), interval))
+                difference = more.mean() / delete.to_numpy().mean()
+                rows.append(row | stats.with_ends("difference", difference, interval))
     return pd.DataFrame(rows)
 
 
 def _by_place(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with a column `cells`: their place in the host, and all once more as `pooled`."""
+    """Return the rows with a column `cells`, their place; those of the paper's cells also as `pooled`."""
     keys = ["host", "layer", "head"]
-    named = table.merge(cells[[*keys, "place"]], on=keys)
-    return pd.concat([named.assign(cells="pooled"), named.assign(cells=named.place)]).drop(columns="place")
+    named = table.merge(cells[[*keys, "place"]], on=keys).rename(columns=dict(place="cells"))
+    return pd.concat([named[named.cells.isin(PAPER_PLACES)].assign(cells="pooled"), named])
 
 
 # What the notebook shows
@@ -395,8 +404,8 @@ def _by_place(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 def described(table: pd.DataFrame) -> list[str]:
     """Return the name of each row's method."""
     names = [NAMES[name].format(size=size) for name, size in zip(table.method, table["size"], strict=True)]
-    saes = [f", SAE of {x.target}s, {CENTRES[x.centre]}" if x.method in OF_SAES else "" for x in table.itertuples()]
-    return [name + sae for name, sae in zip(names, saes, strict=True)]
+    saes = "; SAE of " + table.target + "s, " + table.centre.map(CENTRES)
+    return (pd.Series(names, table.index) + saes.where(table.method.isin(OF_SAES), "")).tolist()
 
 
 def at_projection(summary: pd.DataFrame) -> pd.DataFrame:
@@ -422,10 +431,11 @@ def by_cell(summary: pd.DataFrame) -> pd.DataFrame:
     for (host, place), rows in summary[summary.cells != "pooled"].groupby(["host", "cells"], sort=False):
         best = at_projection(rows)
         of_writes = best.target.eq("write") & best.centre.eq("none")
-        chosen = best[of_writes & ~best.method.isin(["reconstruction", "kmeans", "token_mean", "mean_write", "pca"])]
+        whole = best.method.isin(["reconstruction", "kmeans", "token_mean", "mean_write", "pca"])
+        chosen = best[of_writes & ~whole]
         times = (chosen["size"] // chosen["size"][chosen.method == "best_atom"].item()).astype(str)
         raw = "nearest raw write, of " + times + " per SAE atom"
-        kind = chosen.name.str.removesuffix(", SAE of writes, uncentred").where(chosen.method != "nearest_write", raw)
+        kind = chosen.name.str.removesuffix("; SAE of writes, uncentred").mask(chosen.method == "nearest_write", raw)
         parts.append(chosen.assign(kind=kind, cell=f"{host.replace('_', ' ')}, {place}"))
     rows = pd.concat(parts, ignore_index=True)
     return rows.iloc[rows.groupby("kind").recovered.transform("mean").argsort(kind="stable")]
@@ -479,5 +489,6 @@ def verdicts(summary: pd.DataFrame, table: pd.DataFrame, host: str) -> list[str]
     for row, name in zip(against.itertuples(), described(against), strict=True):
         closer = percent(row.atom_closer, row.ci_low, row.ci_high)
         numbers = f"{row.per_write:,} numbers per write" if row.per_write > 1 else "1 number per write"
-        sentences.append(f"Best atom against {name} ({numbers}): {judged(row)}; it is closer at {closer}% of places.")
+        says = f"{judged(row)}; it is closer at {closer}% of places."
+        sentences.append(f"Best atom against {name} ({numbers}): {says}")
     return sentences

@@ -5,8 +5,10 @@ A universe is one level of each choice; the first level is the default of this r
 | choice       | levels                                                                                |
 |--------------|---------------------------------------------------------------------------------------|
 | target       | what the SAE is trained on: state, write                                              |
+| centre       | whether the SAE subtracts the data's mean: mean, none                                 |
 | write        | the native write: added (beta k v^T), effective (S_t - alpha_t S_{t-1})               |
-| pooling      | rounds: one firing of every alive atom, then a second; most_firing: as in Fig. 14     |
+| pooling      | rounds: one firing of every alive atom, then a second; most_firing: as in Fig. 14;    |
+|              | positions: places uniform over positions, the same for all SAEs                       |
 | amplitude    | of the atom and of every control: coefficient, or matched_norm (the native write's)   |
 | reading      | who reads (edit.SCOPES); KL at the next position, the write's, or mean over next H   |
 | kl_direction | KL(native, patched), KL(patched, native)                                              |
@@ -29,9 +31,18 @@ import torch.nn.functional as F
 from replication.statistics import cluster_bootstrap, wilson
 from replication.study.firings import run_firings
 from replication.study.study import Study
-from replication.study.training import other_specs, train_all, write_definitions
+from replication.study.training import main_role, other_role, other_specs, train_all, write_definitions
 from writesae.edit import SCOPES, head_change, make_edit
-from writesae.evaluate.firings import CellSAE, Places, all_firings, atom_names, draw_in_rounds, encode_cell
+from writesae.evaluate.firings import (
+    CellSAE,
+    Places,
+    all_firings,
+    atom_names,
+    draw_in_rounds,
+    draw_positions,
+    encode_cell,
+    firings_at,
+)
 from writesae.evaluate.replacement import AMPLITUDES, rank_one, replacements
 from writesae.harvesting import harvest
 from writesae.hosts.base import Host, Run
@@ -41,14 +52,15 @@ DIRECTIONS = ("native_patched", "patched_native")
 CONTROLS = ("delete", "random", "fresh", "mean_write", "resampled")
 CHOICES = dict(
     target=("state", "write"),
+    centre=("mean", "none"),
     write=("added", "effective"),
-    pooling=("rounds", "most_firing"),
+    pooling=("rounds", "most_firing", "positions"),
     amplitude=AMPLITUDES,
     reading=tuple(f"{s}, {h}" for s, h in product(SCOPES, HORIZONS) if (s, h) != ("cache", "writing")),
     kl_direction=DIRECTIONS,
     control=CONTROLS,
 )
-DRAWN = ("target", "write", "pooling")  # the choices that decide which firings there are
+DRAWN = ("target", "centre", "write", "pooling")  # the choices that decide which firings there are
 DEFAULT = {choice: levels[0] for choice, levels in CHOICES.items()}
 PAPER = DEFAULT | dict(pooling="most_firing", kl_direction="patched_native")  # Sec. 2 and 3.2
 MOST = 300  # maximum number of firings per atom when the most-firing atoms are pooled, as in the paper
@@ -142,22 +154,26 @@ def draws(study: Study, name: str, settings) -> list[tuple[CellSAE, pd.DataFrame
     profile, windows = study.profile, study.windows(name, "heldout")[slice(0, settings.windows)]
     places = {study.cell(name, place): place for place in profile.hosts[name].paper_places}
     factors = harvest(study.host(name), windows.tokens, list(places), profile.data.batch_windows, progress=False)
-    count, last, drawn = settings.firings // len(places), windows.tokens.shape[1] - settings.horizon, []
-    for cell, target in product(places, profile.saes.targets):
+    count, drawn = settings.firings // len(places), []
+    first, last = profile.data.first_position, windows.tokens.shape[1] - settings.horizon
+    positions = draw_positions(windows.passage, first, last, count, profile.seed)
+    for cell, target, centre in product(places, profile.saes.targets, CHOICES["centre"]):
         for write in write_definitions(factors[cell]):
-            cell_sae = encode_cell(cell, target, write, _sae(study, name, cell, target, write), factors[cell])
-            every = all_firings(cell_sae, windows.passage, profile.data.first_position, last)
-            most = most_firing(every, settings.atoms, count, profile.seed)
-            pools = dict(rounds=draw_in_rounds(every, count, profile.seed), most_firing=most)
-            drawn += [(cell_sae, pools[x].assign(place=places[cell], pooling=x)) for x in pools]
+            cell_sae = encode_cell(cell, target, write, _sae(study, name, cell, target, centre, write), factors[cell])
+            every = all_firings(cell_sae, windows.passage, first, last)
+            pools = dict(rounds=draw_in_rounds(every, count, profile.seed))
+            pools["most_firing"] = most_firing(every, settings.atoms, count, profile.seed)
+            pools["positions"] = firings_at(cell_sae, positions)
+            labels = dict(place=places[cell], centre=centre)
+            drawn += [(cell_sae, pool.assign(**labels, pooling=x)) for x, pool in pools.items()]
     return drawn
 
 
-def _sae(study: Study, name: str, cell, target: str, write: str):
-    """Return the SAE of a cell; one trained on the writes of the other definition has the role `other`."""
+def _sae(study: Study, name: str, cell, target: str, centre: str, write: str):
+    """Return the SAE of a cell with the profile's seed."""
     if target == "state" or write == study.profile.saes.write:
-        return study.sae(name, *cell, target)
-    return study.sae(name, *cell, target, "other", write)
+        return study.sae(name, *cell, target, main_role(study, centre, study.profile.seed))
+    return study.sae(name, *cell, target, other_role(centre), write)
 
 
 def firings_of_host(study: Study, name: str, settings) -> pd.DataFrame:
@@ -235,7 +251,8 @@ def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -
         of_host, win = lines[lines.host == host], (part.gain > 0).to_numpy(dtype=float)
         levels = {c: [x for x in possible if (of_host[c] == x).any()] for c, possible in CHOICES.items()}
         levels = {choice: several for choice, several in levels.items() if len(several) > 1}
-        sae = part.target + part.write.where(part.target == "write", "")  # one SAE of states for both writes
+        # one SAE of states for both writes
+        sae = part.target + part.centre + part.write.where(part.target == "write", "")
         atoms, passages = (np.unique(x, return_inverse=True)[1] for x in (atom_names(part) + sae, part.passage))
         fitted = _fit(win, part, levels, (atoms, passages))
         for choice, several in levels.items():

@@ -24,7 +24,7 @@ Centre = Literal["mean", "none", "bias"]
 Place = Literal["early", "middle", "late", "regime", "weighty"]
 PAPER_PLACES: tuple[Place, ...] = ("early", "middle", "late")  # of the paper's three cells
 Scope = Literal["write", "cache"]
-Experiment = Literal["logit_shift", "replacement", "population", "atoms", "install", "cache_edits"]
+Experiment = Literal["logit_shift", "replacement", "objects", "population", "atoms", "install", "cache_edits"]
 Overridable = Literal[Experiment, "saes", "baselines", "multiverse", "ablations"]
 
 
@@ -123,6 +123,10 @@ class Replacement(Section):
     survey_every: PositiveInt = 1  # survey every n-th recurrent layer
     batch_rows: PositiveInt
     bootstrap: PositiveInt
+
+
+class Objects(Section):
+    firings: PositiveInt  # per cell, at the same positions for all SAEs of a host
 
 
 class Baselines(Section):
@@ -265,6 +269,7 @@ class Profile(Section):
     saes: Saes
     logit_shift: LogitShift
     replacement: Replacement
+    objects: Objects
     baselines: Baselines
     all_writes: AllWrites
     population: Population

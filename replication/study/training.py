@@ -90,9 +90,18 @@ def main_variants(study: Study, host: str, place: str = "middle") -> list[MainVa
     seed, variants = study.profile.seed, []
     for centre, count in study.profile.section("saes", host).trainings.items():
         for other in range(seed, seed + 1000 * (count if place in PAPER_PLACES else 1), 1000):
-            plain = (centre, other) == ("mean", seed)
-            variants.append(MainVariant(centre, other, "main" if plain else f"main-{centre}-{other}"))
+            variants.append(MainVariant(centre, other, main_role(study, centre, other)))
     return variants
+
+
+def main_role(study: Study, centre: str, seed: int) -> str:
+    """Return the role of the main SAEs with this centre and seed."""
+    return "main" if (centre, seed) == ("mean", study.profile.seed) else f"main-{centre}-{seed}"
+
+
+def other_role(centre: str) -> str:
+    """Return the role of the SAEs of writes by the other definition."""
+    return f"other-{centre}"
 
 
 def main_specs(study: Study, host: str) -> list[SaeSpec]:
@@ -188,8 +197,11 @@ def other_specs(study: Study, host: str) -> list[SaeSpec]:
     specs, settings = [], _settings(study, host, "main")
     for cell in (study.cell(host, place) for place in study.profile.hosts[host].paper_places):
         for write in write_definitions(study.harvested(host, *cell)):
-            if write != study.profile.saes.write:
-                specs += _specs(study, host, [cell], "other", settings, targets=["write"], write=write)
+            if write == study.profile.saes.write:
+                continue
+            for centre in ("mean", "none"):
+                changed, options = settings.model_copy(update=dict(centre=centre)), dict(targets=["write"], write=write)
+                specs += _specs(study, host, [cell], other_role(centre), changed, **options)
     return specs
 
 

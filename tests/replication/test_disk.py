@@ -102,7 +102,9 @@ def test_weights_harvests_and_saes_are_counted_and_what_is_there_is_not(large, h
     assert before["harvests of gated_deltanet"] == 4 * 5_120_000 * (128 + 2 * 128 + 1)
     assert before["harvests of rwkv7"] == 4 * 5_120_000 * 5 * 64
     shape, saes = SHAPES["mamba2"], large.saes
-    assert before["main SAEs of mamba2"] == 2 * disk.sae_bytes(shape, saes.main), "of one cell, on two targets"
+    assert before["main SAEs of mamba2"] == 2 * 5 * disk.sae_bytes(shape, saes.main), (
+        "of one cell, on two targets, 5 trainings"
+    )
     assert before["survey SAEs of mamba2"] == 48 * 32 * 2 * disk.sae_bytes(shape, saes.survey)
     every, layers = disk.sae_bytes(SHAPES["gated_deltanet"], saes.survey), 18
     assert before["survey SAEs of gated_deltanet"] == layers * 16 * 2 * every, "of the recurrent layers"

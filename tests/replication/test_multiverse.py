@@ -172,9 +172,10 @@ def a_table(seed=0, hosts=("a",), firings=12):
     names = ["atom", *multiverse.CONTROLS]
     columns = [".".join(x) for x in product(names, multiverse.HORIZONS, multiverse.DIRECTIONS)]
     drawn = product(hosts, *(multiverse.CHOICES[c] for c in multiverse.DRAWN))
-    for host, target, write, pooling in drawn:
+    for host, target, centre, write, pooling in drawn:
         for i, read, amplitude in product(range(firings), ("write", "cache"), multiverse.AMPLITUDES):
-            row = dict(host=host, target=target, write=write, pooling=pooling, place="middle", layer=1, head=0)
+            row = dict(host=host, target=target, centre=centre, write=write, pooling=pooling, place="middle")
+            row |= dict(layer=1, head=0)
             row |= dict(atom=i % 4, passage=i % 3, window=i, position=9, read=read, amplitude=amplitude)
             rows.append(row | dict(zip(columns, generator.random(len(columns)))))
     return pd.DataFrame(rows)
@@ -182,8 +183,8 @@ def a_table(seed=0, hosts=("a",), firings=12):
 
 def test_there_are_as_many_universes_as_choices_multiply_to():
     lines = multiverse.universes(multiverse.gains(a_table(hosts=("a", "b"))), resamples=20, seed=0)
-    assert prod(map(len, multiverse.CHOICES.values())) == 2**5 * 5 * 5 == 800
-    assert lines.groupby("host").size().to_dict() == dict(a=800, b=800)
+    assert prod(map(len, multiverse.CHOICES.values())) == 2**5 * 3 * 5 * 5 == 2400
+    assert lines.groupby("host").size().to_dict() == dict(a=2400, b=2400)
     assert not lines.duplicated(["host", *multiverse.CHOICES]).any()
     assert multiverse.is_(multiverse.DEFAULT, lines).sum() == multiverse.is_(multiverse.PAPER, lines).sum() == 2
     assert "cache, writing" not in set(lines.reading)
@@ -195,6 +196,7 @@ def test_win_rates_by_hand():
     for line in lines.sample(40, random_state=0).itertuples():
         read, horizon = line.reading.split(", ")
         part = table[(table.target == line.target) & (table.write == line.write) & (table.pooling == line.pooling)]
+        part = part[part.centre == line.centre]
         part = part[(part.read == read) & (part.amplitude == line.amplitude)]
         atom, other = (part[f"{name}.{horizon}.{line.kl_direction}"] for name in ("atom", line.control))
         assert line.n == 12 and line.n_atoms == 4 and line.n_passages == 3
@@ -251,7 +253,7 @@ def test_effects_by_hand():
     assert found.loc[("reading", "cache, mean"), "share"] == pytest.approx(0, abs=1e-9)
     assert found.loc[("target", "state"), "decides"] == 1
     assert found.loc[("control", "random"), "decides"] == 0
-    assert found.universes["target", "state"] == 400 and found.universes["reading", "write, next"] == 160
+    assert found.universes["target", "state"] == 1200 and found.universes["reading", "write, next"] == 480
 
 
 def test_errors_are_statsmodels_clustered_ones():
@@ -272,7 +274,7 @@ def test_a_choice_that_is_closed_has_no_effect_and_no_line():
     table = a_table()
     won = multiverse.gains(table[table.write == "added"])
     lines = multiverse.universes(won, 20, 0)
-    assert len(lines) == 400
+    assert len(lines) == 1200
     assert set(multiverse.effects(won, lines, 20, 0).choice) == set(multiverse.CHOICES) - {"write"}
 
 
@@ -391,34 +393,38 @@ def study(small, tokens, tmp_path, monkeypatch):
     profile = load_profile("smoke")
     hosts = dict(small=HostSection(path="x", cells=dict(middle=dict(layer=CELL[0], sigma_ratio=1.0))))
     settings = TrainingSettings(n_atoms=24, k=4, tokens=90 * 30, batch_windows=3, lr=3e-3, final_lr=3e-4, seed=42)
-    changed = dict(hosts=hosts, saes=profile.saes.model_copy(update=dict(main=settings)))
+    saes = profile.saes.model_copy(update=dict(main=settings))
+    changed = dict(hosts=hosts, saes=saes, workers=1)  # other processes would keep the folder of another test
     made = SmallStudy(profile.model_copy(update=changed), small, tokens)
     factors = harvest(small, tokens, [CELL], batch=3, progress=False)[CELL]
     files.save_tensors(made.harvest_path("small", *CELL), factors.tensors(), {})
-    for target in ("state", "write"):
-        train_sae(made, "main", CELL, target, settings, factors)
+    for target, centre in product(("state", "write"), ("mean", "none")):
+        kind = settings.model_copy(update=dict(centre=centre))
+        train_sae(made, training.main_role(made, centre, 42), CELL, target, kind, factors)
     return made
 
 
 def test_the_stage_from_nothing(study):
     others = training.other_specs(study, "small")
-    assert [(spec.write, spec.target) for spec in others] == [("effective", "write")]
+    assert [(spec.write, spec.target) for spec in others] == [("effective", "write")] * 2
     training.train_all(study, others)
     added = study.sae("small", *CELL, "write")
-    other = multiverse._sae(study, "small", CELL, "write", "effective")
+    other = multiverse._sae(study, "small", CELL, "write", "none", "effective")
     assert not torch.equal(added.decoder.key, other.decoder.key)
     with pytest.raises(ValueError, match="effective"):
-        study.sae("small", *CELL, "write", "other")
+        study.sae("small", *CELL, "write", "other-none")
 
     table = multiverse.firings_of_host(study, "small", Settings())
-    counts = table.groupby(["target", "write", "pooling", "read", "amplitude"]).size()
-    assert len(counts) == 2 * 2 * 2 * 2 * 2 and (counts == 20).all()
-    assert table[table.pooling == "most_firing"].groupby(["target", "write"]).atom.nunique().max() <= 3
+    counts = table.groupby(["target", "centre", "write", "pooling", "read", "amplitude"]).size()
+    assert len(counts) == 2 * 2 * 2 * 3 * 2 * 2 and (counts == 20).all()
+    assert table[table.pooling == "most_firing"].groupby(["target", "centre", "write"]).atom.nunique().max() <= 3
     assert table.position.max() < study.tokens.shape[1] - HORIZON
     assert np.isfinite(table.filter(like=".next.")).all(axis=None)
     won = multiverse.gains(table)
     lines = multiverse.universes(won, 20, 0)
-    assert len(lines) == 800 and (lines.n == 20).all()
+    places = table[table.pooling == "positions"].groupby(["target", "centre", "write"])
+    assert places.apply(lambda x: tuple(sorted({*zip(x.window, x.position)}))).nunique() == 1, "the same for all"
+    assert len(lines) == 2400 and (lines.n == 20).all()
     effects = multiverse.effects(won, lines, 20, 0)
     assert effects.notna().all(axis=None)
 

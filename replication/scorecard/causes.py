@@ -1,0 +1,90 @@
+"""Why the paper's 92.4% is not reached here: the win rate under each difference from the paper, one at a time.
+
+Everything is read from tables of other pages, for the main host. Each line changes one thing of the line that
+`from_` names; the lines about single choices of the multiverse are differences, averaged over all other choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pandas as pd
+
+from replication.study.stages import rows_with
+
+Tables = Callable[[str], pd.DataFrame]
+PAPER = dict(target="state", centre="mean", draw="atoms", cells="pooled", condition="atom", amplitude="coefficient")
+HERE = PAPER | dict(centre="none", draw="positions")
+
+
+class Cause(NamedTuple):
+    """A difference: what it is, the table and the rows that measure it; `difference`: they hold a change."""
+
+    cause: str
+    table: str
+    where: dict
+    difference: bool = False
+
+
+def causes() -> list[Cause]:
+    """Return the differences that are measured, in the order of the table."""
+    objects = dict(target="state", centre="mean", cells="pooled")
+    lines = [
+        Cause("the paper's protocol on this host", "headline", PAPER),
+        Cause("places by position, not equally per atom", "headline", PAPER | dict(draw="positions")),
+        Cause("and without the data's mean", "headline", HERE),
+        Cause("and the atom at its best amplitude", "headline", HERE | dict(amplitude="projection")),
+        Cause("and in the cell nearest to the paper's sigma1/sigma2", "headline", HERE | dict(cells="regime")),
+        Cause("and in the cell that matters most for the loss", "headline", HERE | dict(cells="weighty")),
+        Cause("and SAEs trained on writes", "headline", HERE | dict(target="write")),
+        Cause(
+            "the state is replaced, not the write", "objects_summary", objects | dict(object="state", offset_kept=False)
+        ),
+        Cause("the same, the mean state kept", "objects_summary", objects | dict(object="state", offset_kept=True)),
+        Cause(
+            "an atom's part of the reconstruction is replaced",
+            "objects_summary",
+            objects | dict(object="reconstruction"),
+        ),
+    ]
+    choices = {
+        "only atoms that fire most, as the paper's 18": ("pooling", "most_firing"),
+        "the write as the whole change of the state": ("write", "effective"),
+        "the KL from the edited run": ("kl_direction", "patched_native"),
+        "only later tokens read the edit": ("reading", "cache, next"),
+        "the KL as a mean over the next tokens": ("reading", "write, mean"),
+    }
+    for cause, (choice, level) in choices.items():
+        lines.append(Cause(cause, "multiverse_effects", dict(choice=choice, level=level), True))
+    return lines
+
+
+def measured(tables: Tables, host: str) -> pd.DataFrame:
+    """Return one row per cause that this host's tables hold: win_rate (or its difference), low, high, n."""
+    rows = []
+    for cause in causes():
+        found = rows_with(tables(cause.table), host=host, **cause.where)
+        if found.empty:
+            continue
+        row = found.iloc[0]
+        names = (
+            ("difference", "ci_low", "ci_high") if cause.difference else ("win_rate", "win_rate_low", "win_rate_high")
+        )
+        value, low, high = (row[name] for name in names)
+        line = dict(cause=cause.cause, quantity="difference" if cause.difference else "win rate", value=value)
+        rows.append(line | dict(low=low, high=high, n=row.get("n"), seeds=row.get("seeds"), table=cause.table))
+    return pd.DataFrame(rows).assign(host=host)
+
+
+def shown(table: pd.DataFrame, paper: float) -> pd.DataFrame:
+    """Return the table for a reader, in percent, below the paper's value."""
+    text = [
+        f"{100 * x.value:{'+' if x.quantity == 'difference' else ''}.1f} [{100 * x.low:.1f}, {100 * x.high:.1f}]"
+        for x in table.itertuples()
+    ]
+    rows = pd.DataFrame({"difference from the paper": table.cause, "quantity": table.quantity, "percent": text})
+    rows = rows.assign(n=table.n.astype("Int64"), seeds=table.seeds.astype("Int64"), table=table.table)
+    names = {"difference from the paper": "the paper, on its host", "quantity": "win rate"}
+    first = pd.DataFrame([names | {"percent": f"{100 * paper:.1f}"}])
+    return pd.concat([first, rows], ignore_index=True).set_index("difference from the paper")

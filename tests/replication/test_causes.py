@@ -1,0 +1,46 @@
+"""replication.scorecard.causes: each line reads its own row, and changes one thing of the line before."""
+
+import pandas as pd
+import pytest
+
+from replication.scorecard import causes
+
+
+def tables_of(name: str) -> pd.DataFrame:
+    """Tables in which every row has a value of its own: its number over 1,000."""
+    lines = [cause for cause in causes.causes() if cause.table == name]
+    rows = [dict(host=host) | cause.where for host in ("other", "here") for cause in lines]
+    table = pd.DataFrame(rows).drop_duplicates(ignore_index=True)
+    value = "difference" if lines[0].difference else "win_rate"
+    ends = ("ci_low", "ci_high") if lines[0].difference else ("win_rate_low", "win_rate_high")
+    numbers = {value: table.index / 1000, ends[0]: table.index / 1000 - 0.01, ends[1]: table.index / 1000 + 0.01}
+    return table.assign(**numbers, n=7, seeds=3) if name == "headline" else table.assign(**numbers)
+
+
+def test_every_line_reads_its_own_row():
+    table = causes.measured(tables_of, "here")
+    assert len(table) == len(causes.causes()) and set(table.host) == {"here"}
+    for cause, line in zip(causes.causes(), table.itertuples(), strict=True):
+        source = tables_of(cause.table)
+        hit = source[(source.host == "here") & (source[list(cause.where)] == pd.Series(cause.where)).all(axis=1)]
+        assert line.value == pytest.approx(hit["difference" if cause.difference else "win_rate"].item())
+        assert line.high - line.low == pytest.approx(0.02)
+    assert not table.duplicated(["table", "value"]).any(), "no two causes read one row"
+
+
+def test_headline_lines_change_one_thing_each():
+    wheres = [cause.where for cause in causes.causes() if cause.table == "headline"]
+    assert wheres[0] == causes.PAPER and sum(wheres[1][x] != wheres[0][x] for x in wheres[0]) == 1
+    assert sum(wheres[2][x] != wheres[1][x] for x in wheres[1]) == 1
+    for where in wheres[3:]:
+        assert sum(where[x] != causes.HERE[x] for x in where) == 1
+
+
+def test_a_host_without_a_table_s_rows_leaves_those_lines_out():
+    assert causes.measured(lambda name: tables_of(name)[lambda x: x.host == "other"].head(1), "other").shape[0] == 3
+
+
+def test_the_reader_s_table_begins_with_the_paper():
+    shown = causes.shown(causes.measured(tables_of, "here"), 0.924)
+    assert shown.percent.iloc[0] == "92.4" and shown.percent.iloc[1].endswith("]")
+    assert shown.percent[shown.quantity == "difference"].str.match(r"[+-]").all()
