@@ -37,6 +37,7 @@ TRAININGS = {  # (target, centre) -> name in the figure
     ("state", "mean"): "states, with the mean",
 }
 NO_SAE = "no SAE"
+IN_WORDS = [CONDITIONS[name] for name in ("atom", "reconstruction", "read", "token_mean_write")]  # of the verdict
 COLOURS = dict(zip((*TRAININGS.values(), NO_SAE), (plots.COLOURS[i] for i in (0, 9, 3, 7)), strict=True))
 HOSTS = dict(gated_deltanet="Gated DeltaNet", mamba2="Mamba-2", rwkv7="RWKV-7")
 TREND = ["training", "shown", "cells", "median", "worse_than_nothing", "rho", "rho_low", "rho_high"]
@@ -283,7 +284,7 @@ def _of_cell(name: str, rows: pd.DataFrame) -> list[str]:
     cost, size = 1000 * (first.loss_none - first.loss_native), f"{first.n:,} tokens of {first.passages} passages"
     sentences = [f"{name}: writing nothing costs {cost:.1f} millinats per token ({size})."]
     for training_name in (*TRAININGS.values(), NO_SAE):
-        part = rows[rows.training == training_name]
+        part = rows[(rows.training == training_name) & rows.shown.isin(IN_WORDS)]
         shares = [f"{row.shown}: {_in_words(row)}" for row in part.itertuples()]
         if shares:
             sentences.append(f"  {training_name}: " + "; ".join(shares) + ".")

@@ -6,11 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import assert_close
+from helpers import SmallProfile, SmallStudy, assert_close
 
 from replication import statistics
 from replication.pages import all_writes
 from replication.pages.all_writes import Case
+from replication.study.profile import HostSection, load_profile
 from writesae.evaluate.all_writes import MeanWrites, replace_all_writes
 from writesae.files import save_tensors
 from writesae.harvesting import harvest
@@ -142,13 +143,42 @@ def test_stored_factors_give_the_same_means(host, tokens, tmp_path):
     assert isinstance(fresh, MeanWrites) and set(fresh.tokens.tolist()) == set(tokens[:2].flatten().tolist())
 
 
+def test_the_table_has_every_sae_of_the_suite(host, tokens, tmp_path, monkeypatch):
+    """The page over a small study with one chosen cell and a surveyed layer; a second call computes nothing."""
+    monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
+    cell, path = (LAYER, 3), tmp_path / "cell.safetensors"
+    harvested = harvest(host, tokens, [cell], progress=False)[cell]
+    save_tensors(path, harvested.tensors(), {"fingerprint": "any"})
+    whole = load_profile("smoke")
+    saes = whole.saes.model_copy(update=dict(trainings=dict(mean=1, none=1)))
+    sections = dict(saes=saes, replacement=whole.replacement)
+    sections["all_writes"] = whole.all_writes.model_copy(update=dict(windows=3, survey_windows=2))
+    hosts = dict(small=HostSection(path="models", cells=dict(middle=dict(layer=LAYER, head=3))))
+    study = SmallStudy(SmallProfile("small", 42, hosts, whole.data, saes, sections), host, tokens)
+    for name, value in dict(
+        cell=lambda *_: cell, survey_layers=lambda _: (LAYER,), harvest_path=lambda *_: path
+    ).items():
+        monkeypatch.setattr(study, name, value)
+    monkeypatch.setattr(study, "sae", lambda _, layer, head, target, role: sae_of(host, target, head))
+    table = all_writes.all_writes(study)
+    counts = table.groupby(["role", table["head"].isna()]).size().to_dict()
+    per_cell, per_sae = 4, 8  # conditions without an SAE, and those of two targets
+    wanted = {("main", False): per_cell + per_sae, ("main-none-42", False): per_sae, ("pooled", False): per_sae}
+    wanted |= {("survey", False): host.heads * (per_cell + per_sae), ("survey", True): per_cell + per_sae}
+    assert counts == wanted
+    monkeypatch.setattr(all_writes, "replace_all_writes", None)
+    pd.testing.assert_frame_equal(all_writes.all_writes(study), table)
+    with pytest.raises(TypeError):
+        all_writes.measure(0, host, [case_of(host, tokens, (3,), False)], **OPTIONS)
+
+
 def test_sentences_say_what_is_worse_than_nothing():
     row = dict(host="mamba2", layer=4, head=2.0, role="pooled", n=510, passages=2, loss_native=2.0, loss_none=2.05)
     rows = [
         row | dict(target="write", centre="none", condition="atom", recovered=0.4, ci_low=0.3, ci_high=0.5),
         row | dict(target="write", centre="mean", condition="atom", recovered=-2, ci_low=-3, ci_high=-1),
         row | dict(target="write", centre="none", role="main-none-42", condition="atom", recovered=9),
-        row | dict(role="main", condition="mean_write", recovered=0, ci_low=-1, ci_high=1),
+        row | dict(role="main", condition="token_mean_write", recovered=0, ci_low=-1, ci_high=1),
         row | dict(role="main", condition="none", recovered=0, ci_low=0, ci_high=0),
     ]
     cells = pd.DataFrame([dict(host="mamba2", layer=4, head=2, place="middle")])
@@ -159,5 +189,5 @@ def test_sentences_say_what_is_worse_than_nothing():
     assert others == [
         "  writes, without the mean: top atom: +0.40 [+0.30, +0.50].",
         "  writes, with the mean: top atom: -2.00 [-3.00, -1.00], worse than nothing.",
-        "  no SAE: mean write: +0.00 [-1.00, +1.00], not apart from nothing.",
+        "  no SAE: token's mean write: +0.00 [-1.00, +1.00], not apart from nothing.",
     ]
