@@ -431,6 +431,10 @@ def test_newline_summary_is_paired_by_prompt():
     assert (kept.change, kept.beyond_random, kept.heads, kept.state_norm) == pytest.approx((-1.5, -0.5, 2, 1.5))
     assert (kept.beyond_random_low, kept.beyond_random_high) == pytest.approx((-1.0, 0.5))
     assert summary.beyond_random.notna().sum() == 1
+    shown = newlines.side_by_side(summary, "change")
+    assert list(shown) == ["scale", "kept"] and len(shown) == 3
+    assert shown.loc[("h", 3, "boundary", 5.0), "kept"] == "-1.5 [-3.0, 0.5]"
+    assert shown.loc[("h", 3, "random", 2.0), "scale"] == ""
     summary = summary.drop_duplicates("mode").set_index("mode")
     assert summary.loc["baseline", ["newlines", "change", "cohens_d"]].tolist() == [10.0, 0.0, 0.0]
     assert summary.loc["scale", "change"] == pytest.approx(-2.0)
@@ -682,6 +686,18 @@ def test_the_stages_give_their_tables_and_are_not_run_twice(gated_deltanet, tmp_
     again = stages.run(study)
     for name, table in made.items():
         pd.testing.assert_frame_equal(table, again[name])
+
+
+def test_kept_offsets_are_of_the_cell_alone_where_its_layer_is_not_surveyed(gated_deltanet, monkeypatch):
+    study = TinyStudy(gated_deltanet)
+    bench = stages.make_bench(study, "small")
+    heads = {mode: list(saes) for mode, saes in stages.edited_heads(study, bench).items()}
+    assert heads == dict(offset=[HEAD], scale=[HEAD], kept=[HEAD, 0, 1, 3])
+    monkeypatch.setattr(TinyStudy, "survey_layers", lambda *_: (LAYER + 1,))
+    saes = stages.edited_heads(study, bench)
+    assert list(saes["kept"]) == [HEAD] and saes["kept"][HEAD] is saes["offset"][HEAD] is bench.saes["state"]
+    del bench.saes["state"]
+    assert list(stages.edited_heads(study, bench)) == ["scale"]
 
 
 def test_a_cell_that_has_no_classes_is_refused(gated_deltanet):

@@ -239,3 +239,14 @@ def summarise_newlines(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             row["cohens_d"] = change.mean() / change.std() if change.std() > 0 else 0.0
             rows.append(row | part[MEANS].mean().to_dict())
     return pd.DataFrame(rows)
+
+
+def side_by_side(summary: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return a column with its interval as text, one row per (host, n, role, dose) and one column per mode.
+
+    summary: of `summarise_newlines`. Rows without a value, and the baseline, are left out."""
+    rows = summary[summary[column].notna() & (summary.role != "baseline")]
+    numbers = zip(rows[column], rows[f"{column}_low"], rows[f"{column}_high"], strict=True)
+    text = [f"{value:+.1f} [{low:.1f}, {high:.1f}]" for value, low, high in numbers]
+    table = rows.assign(text=text).pivot(index=["host", "n", "role", "dose"], columns="mode", values="text")
+    return table.reindex(columns=rows["mode"].unique()).fillna("")
