@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import make_dataclass
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -226,6 +227,15 @@ def saes_and_atoms(host):
     return saes, {mode: pd.DataFrame(chosen) for mode in saes}
 
 
+def saes_and_atoms_by_head(host):
+    """SAEs of two of the four heads, and one table of `choose_boundary` with a column head."""
+    atoms = [
+        pd.DataFrame(dict(role=["boundary"] * 2 + ["random"] * 2, atom=atom, at_ends=at_ends, head=head))
+        for head, atom, at_ends in ((0, [3, 8, 5, 1], [2.0, 0.5, 0.1, 0.2]), (HEAD, [1, 4, 2, 7], [0.5, 1.0, 0.3, 0.4]))
+    ]
+    return {0: small_sae(host, 3), HEAD: small_sae(host, 1)}, pd.concat(atoms, ignore_index=True)
+
+
 def native_continuations(host, run, count):
     rows, length = torch.arange(len(run.tokens)), run.tokens.shape[1]
     pasts = [host.past_at(record, rows, torch.full_like(rows, length)) for record in run.records]
@@ -235,17 +245,22 @@ def native_continuations(host, run, count):
 def test_nothing_amplified_is_greedy_decoding(host, tokens):
     wanted = [("baseline", "baseline", 0.0), ("offset", "boundary", 0.0), ("scale", "boundary", 1.0)]
     prompt = site_of(host, tokens[:, :50])
-    made, amounts = newlines.generate_amplified(prompt, newlines.amplifier(*saes_and_atoms(host), wanted, 3), 8)
-    assert torch.equal(made, native_continuations(host, prompt.run, 8).repeat(3, 1))
+    plan, native = newlines.amplifier(*saes_and_atoms(host), wanted, 3), native_continuations(host, prompt.run, 8)
+    made, amounts, _ = newlines.generate_amplified(prompt, plan, 8)
+    assert torch.equal(made, native.repeat(3, 1))
+    assert not amounts.any()
+    plan = newlines.kept_offsets(*saes_and_atoms_by_head(host), [("kept", "boundary", 0.0)], 3, host.heads)
+    made, amounts, _ = newlines.generate_amplified(prompt, plan, 8)
+    assert torch.equal(made, native)
     assert not amounts.any()
 
 
 def overheard(monkeypatch, prompt, plan, count):
-    """Greedy continuations [R, count], the logits [R, count, V] that chose them, and the written amounts."""
+    """Greedy continuations [R, count], the logits [R, count, V] that chose them, written amounts and states."""
     heard, choose = [], newlines.choose
     monkeypatch.setattr(newlines, "choose", lambda logits, *more: choose(heard.append(logits) or logits, *more))
-    made, amounts = newlines.generate_amplified(prompt, plan, count)
-    return made, torch.stack(heard, 1), amounts
+    made, amounts, states = newlines.generate_amplified(prompt, plan, count)
+    return made, torch.stack(heard, 1), amounts, states
 
 
 @pytest.mark.parametrize("condition", [("scale", "boundary", 60.0), ("scale", "random", 60.0)])
@@ -253,7 +268,7 @@ def test_scaled_writes_are_an_edit_of_a_longer_text(host, tokens, condition, mon
     """The generation against one edited run over prompt and continuation, with one term per extra write."""
     saes, atoms = saes_and_atoms(host)
     plan, prompt = newlines.amplifier(saes, atoms, [condition], 3), site_of(host, tokens[:, :50])
-    made, logits, amounts = overheard(monkeypatch, prompt, plan, 8)
+    made, logits, amounts, _ = overheard(monkeypatch, prompt, plan, 8)
     longer = site_of(host, torch.cat([prompt.run.tokens, made], 1))
     positions = (50 + torch.arange(7)).repeat_interleave(3).expand(3, -1)
     left, right = plan.key.repeat(1, 7, 1), plan.value.repeat(1, 7, 1) * amounts.flatten(1)[..., None]
@@ -273,7 +288,7 @@ def test_scaled_writes_are_an_edit_of_a_longer_text(host, tokens, condition, mon
 def test_held_offsets_change_what_is_read_and_not_the_state(host, tokens, role, picked, monkeypatch):
     saes, atoms = saes_and_atoms(host)
     plan, prompt = newlines.amplifier(saes, atoms, [("offset", role, 30.0)], 3), site_of(host, tokens[:, :50])
-    made, logits, _ = overheard(monkeypatch, prompt, plan, 8)
+    made, logits, *_ = overheard(monkeypatch, prompt, plan, 8)
     longer = site_of(host, torch.cat([prompt.run.tokens, made], 1))
     weights = saes["offset"].decoder.weight()[picked]
     held = 30.0 * torch.einsum("a,aij->ij", torch.tensor([0.5, 1.0, 2.0]).double(), weights)
@@ -285,15 +300,61 @@ def test_held_offsets_change_what_is_read_and_not_the_state(host, tokens, role, 
     assert torch.equal(made, logits.argmax(-1))
 
 
+def edited_by_hand(factors, extra, first):
+    """Outputs [B, T, d_v] and last states of a head by a loop that adds `extra` to the state after each token >= first."""
+    state, outputs = torch.zeros_like(extra), []
+    for t in range(factors.key.shape[1]):
+        now = factors.at(slice(None), t)
+        moved = now.log_decay.exp()[..., None] * state
+        if now.erase is not None:
+            moved = moved - now.erase[..., None] * torch.einsum("bk,bkv->bv", now.probe, state)[:, None]
+        state = moved + now.key[..., None] * now.added[:, None]
+        outputs.append(torch.einsum("bk,bkv->bv", now.query, state))
+        if t >= first:
+            state = state + extra
+    return torch.stack(outputs, 1), state
+
+
+def test_kept_offsets_are_states_that_are_edited_by_hand_after_each_token(host, tokens, monkeypatch):
+    """Against a loop over the states of every head of the layer, and a run of all later layers; fp64 throughout."""
+    saes, atoms = saes_and_atoms_by_head(host)
+    conditions, prompt = [("kept", "boundary", 3.0), ("kept", "random", 7.0)], site_of(host, tokens[:, :50])
+    plan = newlines.kept_offsets(saes, atoms, conditions, 3, host.heads)
+    made, logits, norms, states = overheard(monkeypatch, in_double(prompt), plan, 9)
+    assert torch.equal(made, logits.argmax(-1))
+    longer = site_of(host, torch.cat([prompt.run.tokens.repeat(2, 1), made[:, :8]], 1))
+    record = longer.run.records[LAYER]
+    outputs, sums = record.outputs.clone(), {}
+    for head, wanted in ((0, ({3: 6.0, 8: 1.5}, {5: 14.0, 1: 3.5})), (HEAD, ({1: 1.5, 4: 3.0}, {2: 3.5, 7: 7.0}))):
+        key, value = saes[head].atoms()
+        sums[head] = [sum(c * torch.outer(key[i], value[i]) for i, c in amounts.items()) for amounts in wanted]
+    for head in range(host.heads):
+        factors = host.factors(longer.run, LAYER, head)
+        extra = torch.stack(sums.get(head, [factors.key.new_zeros(host.d_k, host.d_v)] * 2)).repeat_interleave(3, 0)
+        native, _ = edited_by_hand(factors, 0 * extra, 50)
+        edited, end = edited_by_hand(factors, extra, 50)
+        assert_close(states[:, head], end, f"states of head {head}", 1e-9)
+        assert_close(norms[:, :, head], extra.norm(dim=(1, 2))[:, None].expand(-1, 8), "norms", 1e-9)
+        assert torch.equal(native[:, :51], edited[:, :51])  # the first new token reads no edit
+        outputs[:, :, head] += edited - native
+    hidden = host.finish(LAYER, Record(record.hidden, outputs, beside=record.beside), None)
+    for layer in range(LAYER + 1, host.layers):
+        now = host.mix(layer, hidden, None, torch.arange(58).expand(6, -1))
+        hidden = host.finish(layer, now, None)
+    wanted, unedited = (host.unembed(final)[:, 50:] for final in (hidden, longer.run.final))
+    assert_close(logits[:, 1:] - unedited, wanted - unedited, "change of the logits", 1e-8)
+    assert (logits[:, 2:] - unedited[:, 1:]).norm() > 0.1
+
+
 def test_conditions_share_their_noise_and_prompts_do_not(lone, tokens):
     # the first two prompts are the same text
     prompt = site_of(lone.host, tokens[:, :50].roll(1, 0)[[0, 0, 1]])
     wanted = [("baseline", "baseline", 0.0), ("scale", "boundary", 1.0)]
     plan = newlines.amplifier(*saes_and_atoms(lone.host), wanted, 3)
-    made, _ = newlines.generate_amplified(prompt, plan, 12, temperature=3.0, seed=5)
+    made = newlines.generate_amplified(prompt, plan, 12, temperature=3.0, seed=5).tokens
     assert torch.equal(made[:3], made[3:])
     assert not torch.equal(made[0], made[1])
-    again, other = (newlines.generate_amplified(prompt, plan, 12, temperature=3.0, seed=s)[0] for s in (5, 6))
+    again, other = (newlines.generate_amplified(prompt, plan, 12, temperature=3.0, seed=s).tokens for s in (5, 6))
     assert torch.equal(made, again) and not torch.equal(made, other)
 
 
@@ -333,6 +394,19 @@ def test_conditions_are_the_papers():
     ]
 
 
+def test_each_dose_has_a_random_control_where_the_state_is_read():
+    lists = newlines.generations(["offset", "scale", "kept"], [2, 5, 10])
+    assert lists["single"] == newlines.conditions(["offset", "scale"], [2, 5, 10])
+    every = [condition for wanted in lists.values() for condition in wanted]
+    assert len(every) == len(set(every)) == 9 + 2 + 6
+    for mode in ("offset", "kept"):
+        assert {(role, dose) for m, role, dose in every if m == mode} == set(
+            product(["boundary", "random"], [2, 5, 10])
+        )
+    assert "controls" not in newlines.generations(["offset", "kept"], [5])
+    assert newlines.generations(["scale"], [2, 5]) == dict(single=newlines.conditions(["scale"], [2, 5]))
+
+
 def test_surface_measures():
     assert newlines.surface("ab\n\ncdef\n  \n x") == dict(paragraphs=2, word_length=pytest.approx(7 / 3))
     assert newlines.surface("\n\n") == dict(paragraphs=1, word_length=0.0)
@@ -343,9 +417,25 @@ def test_newline_summary_is_paired_by_prompt():
         return pd.DataFrame(dict(host="h", mode=mode, role=role, dose=dose, prompt=[2, 0, 1], newlines=newlines))
 
     table = pd.concat(
-        [lines("baseline", "baseline", 0.0, [12.0, 8.0, 10.0]), lines("scale", "boundary", 5.0, [9.0, 6.0, 9.0])]
+        [
+            lines("baseline", "baseline", 0.0, [12.0, 8.0, 10.0]),
+            lines("scale", "boundary", 5.0, [9.0, 6.0, 9.0]),
+            lines("kept", "random", 5.0, [11.0, 8.0, 8.0]),
+            lines("kept", "random", 2.0, [0.0, 0.0, 0.0]),
+            lines("kept", "boundary", 5.0, [10.0, 8.5, 7.0]).sample(frac=1.0, random_state=0),
+        ]
     )
-    summary = newlines.summarise_newlines(table.assign(paragraphs=1, word_length=5.0, distinct=0.5)).set_index("mode")
+    means = dict(heads=2, state_norm=1.5, paragraphs=1, word_length=5.0, distinct=0.5)
+    summary = newlines.summarise_newlines(table.assign(**means))
+    kept = summary.query("mode == 'kept' and role == 'boundary'").iloc[0]
+    assert (kept.change, kept.beyond_random, kept.heads, kept.state_norm) == pytest.approx((-1.5, -0.5, 2, 1.5))
+    assert (kept.beyond_random_low, kept.beyond_random_high) == pytest.approx((-1.0, 0.5))
+    assert summary.beyond_random.notna().sum() == 1
+    shown = newlines.side_by_side(summary, "change")
+    assert list(shown) == ["scale", "kept"] and len(shown) == 3
+    assert shown.loc[("h", 3, "boundary", 5.0), "kept"] == "-1.5 [-3.0, 0.5]"
+    assert shown.loc[("h", 3, "random", 2.0), "scale"] == ""
+    summary = summary.drop_duplicates("mode").set_index("mode")
     assert summary.loc["baseline", ["newlines", "change", "cohens_d"]].tolist() == [10.0, 0.0, 0.0]
     assert summary.loc["scale", "change"] == pytest.approx(-2.0)
     assert summary.loc["scale", "cohens_d"] == pytest.approx(-2.0)
@@ -550,6 +640,9 @@ class TinyStudy(Study):
     def cell(self, host, place):
         return LAYER, HEAD
 
+    def survey_layers(self, host):
+        return (LAYER,)
+
     def sae(self, host, layer, head, target, role="main"):
         return small_sae(self.tiny, len(target)).float()
 
@@ -576,8 +669,8 @@ def test_the_stages_give_their_tables_and_are_not_run_twice(gated_deltanet, tmp_
         cache_preferred=2 * 2,
         cache_erase=2 * 4 * (3 + 2 * 2) * 2,
         single_write=5 * 2 * 2 * 2,
-        newline_atoms=2 * 2 * 3,
-        newlines=4 * (1 + 2 * 3),
+        newline_atoms=(2 + 4) * 2 * 3,  # of the cell in two modes, and of the four heads of its layer
+        newlines=4 * (1 + 2 * 3 + 1 + 4),
         readers=16 * len(made["readers"].drop_duplicates(["atom", "window"])),
         register_erase=2 * 3 * 4,
     )
@@ -593,6 +686,18 @@ def test_the_stages_give_their_tables_and_are_not_run_twice(gated_deltanet, tmp_
     again = stages.run(study)
     for name, table in made.items():
         pd.testing.assert_frame_equal(table, again[name])
+
+
+def test_kept_offsets_are_of_the_cell_alone_where_its_layer_is_not_surveyed(gated_deltanet, monkeypatch):
+    study = TinyStudy(gated_deltanet)
+    bench = stages.make_bench(study, "small")
+    heads = {mode: list(saes) for mode, saes in stages.edited_heads(study, bench).items()}
+    assert heads == dict(offset=[HEAD], scale=[HEAD], kept=[HEAD, 0, 1, 3])
+    monkeypatch.setattr(TinyStudy, "survey_layers", lambda *_: (LAYER + 1,))
+    saes = stages.edited_heads(study, bench)
+    assert list(saes["kept"]) == [HEAD] and saes["kept"][HEAD] is saes["offset"][HEAD] is bench.saes["state"]
+    del bench.saes["state"]
+    assert list(stages.edited_heads(study, bench)) == ["scale"]
 
 
 def test_a_cell_that_has_no_classes_is_refused(gated_deltanet):

@@ -94,7 +94,9 @@ def asked(host, tokens, dtype=torch.float64):
     nothing = torch.zeros(3, 1, dtype=dtype)
     watched = newlines.Amplifier(rows, key[:, None], value[:, None], nothing[:, 0], nothing + 2, rows > 0, rows[:1])
     site = Site(host, run, *cell, "added")
-    amplified, amounts = newlines.generate_amplified(site, watched, 3)
+    amplified, amounts, _ = newlines.generate_amplified(site, watched, 3)
+    extra = (key[:, None, :, None] * value[:, None, None]).expand(-1, host.heads, -1, -1)
+    kept = newlines.generate_amplified(site, newlines.KeptOffsets(rows, torch.tensor([2, 0, 1]), extra), 3)
     firings = pd.DataFrame(dict(position=[20, 30], host="h", atom=0, coefficient=1.0, window=[0, 2]))
     heard = readers.readers(site, (key[0], value[0]), firings, 3, 2, seed=0)
     harvested = harvest(host, tokens, [cell], 2, progress=False)[cell]
@@ -105,6 +107,9 @@ def asked(host, tokens, dtype=torch.float64):
         native=native,
         amplified=amplified,
         amounts=amounts,
+        kept_tokens=kept.tokens,
+        kept_norms=kept.written,
+        kept_states=kept.states,
         heard=torch.from_numpy(heard[["signal", "baseline"]].to_numpy()),
         direct=host.unembedding() @ host.output_projection(*cell),
     )

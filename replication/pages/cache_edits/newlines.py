@@ -1,9 +1,19 @@
-"""Amplify the atoms of line ends during generation (the paper's Table 4, Fig. 6)."""
+"""Amplify the atoms of line ends during generation (the paper's Table 4, Fig. 6).
+
+| mode   | heads                       | what is added at each new token          | which tokens read it       |
+|--------|-----------------------------|------------------------------------------|----------------------------|
+| offset | the cell                    | dose x the atoms' mean at line ends      | this token                 |
+| scale  | the cell                    | (dose - 1) x the atoms' own coefficients | this token and later ones  |
+| kept   | each of the layer with SAEs | dose x the atoms' mean at line ends      | later ones                 |
+
+`kept` is the edit of the author's code: the cache is changed after each token, in every head, and the next token
+continues from the changed cache. What one token adds decays like any write, and each token adds it again."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,6 +28,7 @@ from writesae.sae.model import SAE
 from writesae.sae.sparsity import Active
 
 PER = 400  # newlines are counted per this many generated tokens
+MEANS = ["heads", "state_norm", "paragraphs", "word_length", "distinct"]  # columns averaged in the summary
 
 
 @dataclass
@@ -46,13 +57,31 @@ class Amplifier:
         active = (coefficients * (indices == self.watched[:, None, None, None])).sum((-1, -2)).T
         return self.gain[:, None] * active + self.offset
 
-    def write_on(self, record: Record, now: Factors, head: int, write: str) -> torch.Tensor:
+    def write_on(self, record: Record, site: Site) -> torch.Tensor:
         """Add a token's extra write to the head's output and state; return the amounts [R, A]."""
-        amounts = self.amounts(now, write)
+        now = site.host.cell_factors(record, site.head).to("cpu")
+        amounts = self.amounts(now, site.write)
         extra = ((self.key * amounts[..., None]).mT @ self.value).to(record.outputs.device)
-        record.outputs[:, :, head] += now.query.to(extra.device) @ extra
-        record.end[:, head] += extra * self.kept[:, None, None].to(extra.device)
+        record.outputs[:, :, site.head] += now.query.to(extra.device) @ extra
+        record.end[:, site.head] += extra * self.kept[:, None, None].to(extra.device)
         return amounts
+
+
+@dataclass
+class KeptOffsets:
+    """A matrix per head of a layer, added to the layer's states after each token, while R rows are generated.
+
+    prompt [R]: the run's row that each row continues; condition [R]: the index of its condition; extra
+    [conditions, heads, d_k, d_v]: the matrices, 0 for heads that are not edited."""
+
+    prompt: torch.Tensor
+    condition: torch.Tensor
+    extra: torch.Tensor
+
+    def write_on(self, record: Record, site: Site) -> torch.Tensor:
+        """Add the matrices to the states after a token; return their Frobenius norms [R, heads]."""
+        record.end += self.extra[self.condition].to(record.end.device)
+        return self.extra.norm(dim=(-2, -1))[self.condition]
 
 
 def choose(logits: torch.Tensor, prompt: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
@@ -65,11 +94,22 @@ def choose(logits: torch.Tensor, prompt: torch.Tensor, temperature: float, gener
     return (logits / temperature - waits.log()[prompt]).argmax(-1)
 
 
-@torch.no_grad()
-def generate_amplified(site: Site, plan: Amplifier, count: int, temperature=0.0, seed=0) -> tuple:
-    """Return continuations [R, count] of the run's prompts, and the written amounts [R, count - 1, A].
+class Generated(NamedTuple):
+    """Continuations, tokens [R, count], and what was edited.
 
-    Nothing reads the last token. Without amplification and at temperature 0 this is `Host.decode`."""
+    written [R, count - 1, ...]: what the plan's `write_on` returned at each token that is read (nothing reads the
+    last one). states [R, heads, d_k, d_v]: of the edited layer, after the last token that is read."""
+
+    tokens: torch.Tensor
+    written: torch.Tensor
+    states: torch.Tensor
+
+
+@torch.no_grad()
+def generate_amplified(site: Site, plan: Amplifier | KeptOffsets, count: int, temperature=0.0, seed=0) -> Generated:
+    """Return continuations of the run's prompts by `count` tokens, at least 2.
+
+    Without amplification and at temperature 0 their tokens are those of `Host.decode`."""
     host, length = site.host, site.run.tokens.shape[1]
     ends, generator = torch.full_like(plan.prompt, length), torch.Generator().manual_seed(seed)
     pasts = [host.past_at(record, plan.prompt, ends) for record in site.run.records]
@@ -81,12 +121,11 @@ def generate_amplified(site: Site, plan: Amplifier, count: int, temperature=0.0,
         for layer in range(host.layers):
             record = host.mix(layer, hidden, pasts[layer], positions)
             if layer == site.layer:
-                now = host.cell_factors(record, site.head).to("cpu")
-                written.append(plan.write_on(record, now, site.head, site.write))
+                written.append(plan.write_on(record, site))
             hidden = host.finish(layer, record, pasts[layer])
             pasts[layer] = extend(pasts[layer], record)
         chosen.append(choose(host.logits(hidden[:, -1]), plan.prompt, temperature, generator))
-    return torch.stack(chosen, 1), torch.stack(written, 1)
+    return Generated(torch.stack(chosen, 1), torch.stack(written, 1), pasts[site.layer].states.cpu())
 
 
 def boundary_means(active: Active, ends: torch.Tensor, n_atoms: int) -> torch.Tensor:
@@ -114,6 +153,18 @@ def conditions(modes, doses) -> list[tuple[str, str, float]]:
     return [("baseline", "baseline", 0.0)] + [(mode, role, dose) for mode in modes for role, dose in each]
 
 
+def generations(modes, doses) -> dict[str, list[tuple[str, str, float]]]:
+    """Return the conditions (mode, role, dose) of each generation, by its name.
+
+    single: `conditions` of the modes that edit the cell; controls: random atoms at the other doses of `offset`;
+    kept: boundary and random atoms at all doses."""
+    lists = dict(single=conditions([mode for mode in modes if mode != "kept"], doses))
+    if "kept" in modes:
+        lists["controls"] = [("offset", "random", dose) for dose in doses if dose < max(doses)]
+        lists["kept"] = [("kept", role, dose) for role in ("boundary", "random") for dose in doses]
+    return {name: wanted for name, wanted in lists.items() if wanted}
+
+
 def amplifier(saes: dict[str, SAE], atoms: dict[str, pd.DataFrame], wanted: list[tuple], prompts: int) -> Amplifier:
     """Return every condition with every prompt. saes, atoms (rows of `choose_boundary`): by mode.
 
@@ -135,6 +186,32 @@ def amplifier(saes: dict[str, SAE], atoms: dict[str, pd.DataFrame], wanted: list
     return Amplifier(torch.arange(prompts).repeat(len(wanted)), *parts, torch.tensor(watched), saes.get("scale"))
 
 
+def at_line_ends(sae: SAE, atoms: pd.DataFrame, role: str) -> torch.Tensor:
+    """Return the sum [d_k, d_v] of a role's atoms, each times the mean at line ends of a boundary atom.
+
+    atoms: rows of `choose_boundary`."""
+    by_role = dict(list(atoms.groupby("role")))
+    key, value = (side[torch.tensor(by_role[role].atom.to_numpy())] for side in sae.atoms())
+    amounts = torch.tensor(by_role["boundary"].at_ends.to_numpy()).to(key)
+    return (key * amounts[:, None]).T @ value
+
+
+def kept_offsets(
+    saes: dict[int, SAE], atoms: pd.DataFrame, wanted: list[tuple], prompts: int, heads: int
+) -> KeptOffsets:
+    """Return every condition with every prompt, for a layer with `heads` heads.
+
+    saes: by head; atoms: rows of `choose_boundary` with a column head. Random atoms are written with the amounts
+    of the boundary atoms of their head."""
+    by_head, extra = dict(list(atoms.groupby("head"))), []
+    for _, role, dose in wanted:
+        sums = {head: dose * at_line_ends(sae, by_head[head], role) for head, sae in saes.items()}
+        nothing = torch.zeros_like(next(iter(sums.values())))
+        extra.append(torch.stack([sums.get(head, nothing) for head in range(heads)]))
+    condition = torch.arange(len(wanted)).repeat_interleave(prompts)
+    return KeptOffsets(torch.arange(prompts).repeat(len(wanted)), condition, torch.stack(extra))
+
+
 def surface(text: str) -> dict:
     """Return the count of blank lines and the mean length of words."""
     words = text.split()
@@ -144,16 +221,32 @@ def surface(text: str) -> dict:
 def summarise_newlines(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return newlines per 400 tokens and their change from the baseline per (host, mode, role, dose).
 
+    beyond_random: boundary atoms minus random ones of the same mode and dose, for those that have such a control.
     Bootstrap intervals by prompt; paired Wilcoxon p, Cohen's d; means of the surface measures."""
     rows, keys = [], ["mode", "role", "dose"]
     for host, of_host in table.groupby("host", sort=False):
         baseline = of_host[of_host.role == "baseline"].set_index("prompt").newlines
+        controls = dict(list(of_host[of_host.role == "random"].groupby(["mode", "dose"])))
         for values, part in of_host.groupby(keys, sort=False):
             part = part.set_index("prompt").loc[baseline.index]
             row, change = dict(host=host) | dict(zip(keys, values, strict=True), n=len(part)), part.newlines - baseline
-            for label, series in (("newlines", part.newlines), ("change", change)):
-                row |= with_ends(label, series.mean(), interval(series, part.index, seed=seed))
+            compared = dict(newlines=part.newlines, change=change)
+            if (mode_and_dose := values[::2]) in controls and values[1] == "boundary":
+                compared["beyond_random"] = part.newlines - controls[mode_and_dose].set_index("prompt").newlines
+            for label, series in compared.items():
+                row |= with_ends(label, series.mean(), interval(series, series.index, seed=seed))
             row["wilcoxon_p"] = paired_wilcoxon(part.newlines, baseline).p
             row["cohens_d"] = change.mean() / change.std() if change.std() > 0 else 0.0
-            rows.append(row | part[["paragraphs", "word_length", "distinct"]].mean().to_dict())
+            rows.append(row | part[MEANS].mean().to_dict())
     return pd.DataFrame(rows)
+
+
+def side_by_side(summary: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Return a column with its interval as text, one row per (host, n, role, dose) and one column per mode.
+
+    summary: of `summarise_newlines`. Rows without a value, and the baseline, are left out."""
+    rows = summary[summary[column].notna() & (summary.role != "baseline")]
+    numbers = zip(rows[column], rows[f"{column}_low"], rows[f"{column}_high"], strict=True)
+    text = [f"{value:+.1f} [{low:.1f}, {high:.1f}]" for value, low, high in numbers]
+    table = rows.assign(text=text).pivot(index=["host", "n", "role", "dose"], columns="mode", values="text")
+    return table.reindex(columns=rows["mode"].unique()).fillna("")

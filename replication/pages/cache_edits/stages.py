@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ from writesae.sae.model import SAE
 from writesae.sae.sparsity import Active
 from writesae.text import Windows
 
-MODES = dict(offset="state", scale="write")  # how generation is amplified -> target of the SAE
+MODES = dict(offset="state", scale="write", kept="state")  # how generation is amplified -> target of the SAEs
 GROUP = 20  # prompts run together
 PASSAGES = 4  # passages run together
 
@@ -187,38 +188,64 @@ def _single(start: int, bench: Bench, windows: Windows, drawn: torch.Tensor, tar
 
 
 def amplify(study: Study, bench: Bench) -> dict[str, pd.DataFrame]:
-    """Return newline_atoms (the atoms of line ends, and random ones, for every mode) and newlines."""
-    settings, name = bench.settings.newlines, bench.host.name
-    modes = [mode for mode, target in MODES.items() if target in bench.saes]
-    chosen = study.stage("newline_atoms", name, modes, _boundary, bench=bench)
+    """Return newline_atoms (the atoms of line ends, and random ones, per mode and edited head) and newlines."""
+    settings, name, saes = bench.settings.newlines, bench.host.name, edited_heads(study, bench)
+    edited = [(mode, head) for mode, of_mode in saes.items() for head in of_mode]
+    cells = sorted({(bench.cell[0], head) for _, head in edited})
+    tokens = study.windows(name, "sae")[slice(0, bench.settings.selection_windows)].tokens
+    factors = Later(harvest, host=bench.host, windows=tokens, cells=cells, batch=bench.batch)
+    chosen = study.stage("newline_atoms", name, edited, _boundary, bench=bench, saes=saes, factors=factors)
     windows = passage_prompts(study, name, settings.prompts, settings.prompt_tokens)
-    given = dict(bench=bench, windows=windows, atoms=dict(list(chosen.groupby("mode"))))
-    table = study.stage("newlines", name, range(0, settings.prompts, GROUP), _newlines, **given)
+    given = dict(bench=bench, windows=windows, atoms=dict(list(chosen.groupby("mode"))), saes=saes)
+    starts, names = range(0, settings.prompts, GROUP), amplifying.generations(saes, settings.doses)
+    table = study.stage("newlines", name, product(names, starts), _newlines, **given)
     return dict(newline_atoms=chosen, newlines=table)
 
 
-def _boundary(mode: str, bench: Bench) -> pd.DataFrame:
+def edited_heads(study: Study, bench: Bench) -> dict[str, dict[int, SAE]]:
+    """Return {mode: {head of the cell's layer: SAE}} for the modes whose target the profile has.
+
+    The cell has its own SAE. `kept` has the other heads too, with SAEs of the survey, if it covers the layer."""
+    (layer, head), name = bench.cell, bench.host.name
+    saes = {mode: {head: bench.saes[target]} for mode, target in MODES.items() if target in bench.saes}
+    if "kept" in saes and layer in study.survey_layers(name):
+        others = [other for other in range(bench.host.heads) if other != head]
+        saes["kept"] |= {other: study.sae(name, layer, other, MODES["kept"], "survey") for other in others}
+    return saes
+
+
+def _boundary(edited: tuple[str, int], bench: Bench, saes: dict, factors: Later) -> pd.DataFrame:
+    mode, head = edited
     windows, cell_sae, _ = bench.selection()[MODES[mode]]
+    if head != bench.cell[1]:
+        cell = bench.cell[0], head
+        cell_sae = encode_cell(cell, MODES[mode], bench.write, saes[mode][head], factors()[cell])
     ends = line_breaks(bench.host)[windows.tokens[:, bench.first :]] > 0
     active = Active(cell_sae.indices[:, bench.first :], cell_sae.coefficients[:, bench.first :])
     means = amplifying.boundary_means(active, ends, cell_sae.sae.n_atoms)
     chosen = amplifying.choose_boundary(means, bench.settings.newlines.atoms, bench.seed)
-    return bench.placed(chosen, mode=mode, target=MODES[mode])
+    return bench.placed(chosen, mode=mode, target=MODES[mode]).assign(head=head)
 
 
-def _newlines(start: int, bench: Bench, windows: Windows, atoms: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    settings, part = bench.settings.newlines, windows[slice(start, start + GROUP)]
-    wanted = amplifying.conditions([mode for mode in MODES if mode in atoms], settings.doses)
-    saes = {mode: bench.saes[MODES[mode]] for mode in atoms}
-    plan, site = amplifying.amplifier(saes, atoms, wanted, len(part)), bench.site(part)
+def _newlines(group: tuple[str, int], bench: Bench, windows: Windows, atoms: dict, saes: dict) -> pd.DataFrame:
+    (name, start), settings = group, bench.settings.newlines
+    part, wanted = windows[slice(start, start + GROUP)], amplifying.generations(saes, settings.doses)[name]
+    if name == "kept":
+        plan = amplifying.kept_offsets(saes[name], atoms[name], wanted, len(part), bench.host.heads)
+    else:
+        modes = [mode for mode in saes if mode in {mode for mode, _, _ in wanted}]
+        of_cell = {mode: saes[mode][bench.cell[1]] for mode in modes}
+        plan = amplifying.amplifier(of_cell, {mode: atoms[mode] for mode in modes}, wanted, len(part))
     options = dict(temperature=settings.temperature, seed=bench.seed + start)
-    tokens, _ = amplifying.generate_amplified(site, plan, settings.new_tokens, **options)
+    tokens, _, states = amplifying.generate_amplified(bench.site(part), plan, settings.new_tokens, **options)
     conditions = [wanted[i // len(part)] for i in range(len(tokens))]
     table = pd.DataFrame(conditions, columns=["mode", "role", "dose"])
     table = table.assign(prompt=plan.prompt.numpy() + start, passage=part.passage[plan.prompt].numpy())
     breaks = line_breaks(bench.host)[tokens].sum(1).numpy()
     table["newlines"] = breaks * amplifying.PER / settings.new_tokens
     table["distinct"] = [len(set(row)) / len(row) for row in tokens.tolist()]
+    table["heads"] = [len(saes.get(mode, ())) for mode in table["mode"]]
+    table["state_norm"] = states[:, bench.cell[1]].norm(dim=(-2, -1)).numpy()
     texts = [amplifying.surface(bench.host.tokenizer.decode(row)) for row in tokens.tolist()]
     return bench.placed(pd.concat([table, pd.DataFrame(texts)], axis=1))
 
