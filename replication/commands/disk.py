@@ -67,8 +67,8 @@ def _files_of(profile: Profile, paths: Paths, name: str, shape: Shape) -> list[N
     cells, flat = len(section.cells), len(section.paper_places)
     harvest = harvest_bytes(shape, data.sae_windows * data.window)
     needs = [rest("harvests", "harvest", "*.safetensors", cells, harvest)]
-    trainings = profile.section("saes", name).trainings.values()
-    counts = dict(main=(flat * sum(trainings) + (cells - flat) * len(trainings)) * targets, flat=flat)
+    trainings = profile.section("saes", name).trainings
+    counts = dict(main=(flat * sum(trainings.values()) + (cells - flat) * len(trainings)) * targets, flat=flat)
     survey = profile.section("replacement", name)
     if survey.survey_firings:
         counts["survey"] = -(-shape.layers // survey.survey_every) * shape.heads * targets

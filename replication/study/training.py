@@ -85,11 +85,14 @@ def main_variants(study: Study, host: str, place: str = "middle") -> list[MainVa
     """Return the variants of the SAEs of a chosen cell: those of `saes.trainings`, with seeds 1,000 apart.
 
     The SAEs with the data's mean and the profile's seed have the role "main"; all pages use these. Places that
-    are not the paper's have the profile's seed only.
+    are not the paper's have the profile's seed only, and no learnt bias.
     """
     seed, variants = study.profile.seed, []
-    for centre, count in study.profile.section("saes", host).trainings.items():
-        for other in range(seed, seed + 1000 * (count if place in PAPER_PLACES else 1), 1000):
+    trainings = study.profile.section("saes", host).trainings
+    if place not in PAPER_PLACES:
+        trainings = {centre: 1 for centre in trainings if centre != "bias"}
+    for centre, count in trainings.items():
+        for other in range(seed, seed + 1000 * count, 1000):
             variants.append(MainVariant(centre, other, main_role(study, centre, other)))
     return variants
 
