@@ -163,8 +163,9 @@ def verdict(table: pd.DataFrame, apart: pd.DataFrame, host: str) -> list[str]:
             rates = rows_with(of_host, draw=draw, centre=centre).set_index("target")
             said = " and ".join(f"{interval(r)}% if trained on {target}s" for target, r in rates.iterrows())
             n, seeds = rates.n.iloc[0], rates.seeds.iloc[0]
+            trainings = "1 seed" if seeds == 1 else f"{seeds} seeds"
             lines.append(
-                f"With {CENTRE_NAMES[centre]}, of {n:,} {where} ({seeds} seeds), the atom beats deletion on {said}."
+                f"With {CENTRE_NAMES[centre]}, of {n:,} {where} ({trainings}), the atom beats deletion on {said}."
             )
     for row in rows_with(apart, host=host, cells="pooled", amplitude="coefficient").to_dict("records"):
         word = "ahead" if row["difference_low"] > 0 else "behind" if row["difference_high"] < 0 else "not clearly apart"
