@@ -46,6 +46,12 @@ def run(study: Study) -> pd.DataFrame:
     return study.gather("objects", tables)
 
 
+def of_paper_cells(rows: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the paper's cells, which are pooled; places: cells.csv."""
+    named = rows.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
+    return named[named.place.isin(PAPER_PLACES)]
+
+
 def summarise(rows: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per (host, cell or the paper's cells pooled, target, centre, object, offset kept or not).
 
@@ -54,7 +60,7 @@ def summarise(rows: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: in
     places: cells.csv.
     """
     named = rows.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
-    pooled = named[named.place.isin(PAPER_PLACES)]
+    pooled = of_paper_cells(rows, places)
     both = pd.concat([pooled.assign(cells="pooled"), named.assign(cells=named.place)])
 
     def row(part: pd.DataFrame) -> dict:

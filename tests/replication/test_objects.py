@@ -54,6 +54,8 @@ def test_the_summary_counts_wins_per_cell_and_object():
     summary = objects.summarise(table, places, resamples=200, seed=0).set_index(["cells", "object"])
     assert sorted(summary.index) == [(c, o) for c in ("early", "late", "pooled") for o in ("state", "write")]
     part = table[(table.object == "write") & (table.layer == 4)]
+    other = objects.of_paper_cells(table, places.assign(place=["early", "weighty"]))
+    assert set(other.layer) == {1}, "a cell that is not the paper's is not pooled"
     row = summary.loc["late", "write"]
     assert row.n == 30 and row.n_passages == 10
     assert row.win_rate == pytest.approx((part.kl_atom < part.kl_delete).mean())
