@@ -62,7 +62,7 @@ REFERENCES = [("best_atom", "write", "none"), ("atom", "write", "none")]  # comp
 KMEANS = dict(batch_size=1024, max_iter=5, n_init=1, init="random")
 POWER_ITERATIONS = 2  # of the randomised singular value decomposition
 NAMES = dict(
-    native_rescaled="write itself at the atom's coefficient (ceiling)",
+    native_rescaled="write itself, rescaled (ceiling)",
     reconstruction="all active atoms",
     best_atom="best atom",
     atom="firing's atom",
@@ -322,7 +322,8 @@ def _run_host(study: Study, name: str) -> pd.DataFrame:
     settings, batch = profile.section("baselines", name), profile.data.batch_windows
     write = profile.saes.write
     places = drawn_positions(study, windows, settings.places)
-    ids = windows.tokens[places.window.to_numpy(), places.position.to_numpy()].unique()
+    window, position = (torch.tensor(places[name].to_numpy()) for name in ("window", "position"))
+    ids = windows.tokens[window, position].unique()
     training = study.windows(name, "sae").tokens
     cells = [study.cell(name, place) for place in profile.hosts[name].cells]
     factors, saes, codebooks = harvest(study.host(name), windows.tokens, cells, batch), {}, {}
