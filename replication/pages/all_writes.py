@@ -39,7 +39,6 @@ TRAININGS = {  # (target, centre) -> name in the figure
 NO_SAE = "no SAE"
 IN_WORDS = [CONDITIONS[name] for name in ("atom", "reconstruction", "read", "token_mean_write")]  # of the verdict
 COLOURS = dict(zip((*TRAININGS.values(), NO_SAE), (plots.COLOURS[i] for i in (0, 9, 3, 7)), strict=True))
-HOSTS = dict(gated_deltanet="Gated DeltaNet", mamba2="Mamba-2", rwkv7="RWKV-7")
 TREND = ["training", "shown", "cells", "median", "worse_than_nothing", "rho", "rho_low", "rho_high"]
 DESCRIPTION = ["target", "centre", "role", "seed"]
 KEYS = ["host", "layer", "head", *DESCRIPTION, "condition"]
@@ -233,7 +232,7 @@ def headline(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
     """Return the pooled rows of the chosen cells and those without an SAE, with the cell's name (column cell)."""
     rows = labelled(table[(table.role == POOLED) | (table.role == "main") & table.target.isna()])
     rows = rows.merge(cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
-    return rows.assign(cell=rows.host.map(lambda name: HOSTS.get(name, name)) + ", " + rows.place)
+    return rows.assign(cell=rows.host.map(lambda name: plots.HOST.get(name, name)) + ", " + rows.place)
 
 
 def surveyed(table: pd.DataFrame, all_cells: pd.DataFrame) -> pd.DataFrame:
