@@ -81,27 +81,6 @@ def test_what_the_repeats_say(results):
     assert sorted(-newlines.round()) == [3, 16] and "but 16 and 3 with two other seeds" in text
 
 
-def test_the_replacement_test_in_the_repeats(results):
-    rates = pd.read_csv(results / "repeats_rates.csv")
-    rates = rates.query("write == 'added' and read == 'write' and kl_direction == 'native_patched'")
-    assert set(rates.runs) == {4}
-    rates = (100 * rates.set_index(["host", "cells", "target", "amplitude"])[["least", "most"]]).map("{:.1f}%".format)
-    text, table = (
-        " ".join(README.split()),
-        {row[0]: row[1:] for row in rows_of("| Gated DeltaNet | Mamba-2 | RWKV-7 |")},
-    )
-    rows = {"": ("write", "coefficient"), " at the native write's norm": ("write", "matched_norm")}
-    rows = {f"in four runs, write-trained{name}": choice for name, choice in rows.items()}
-    for name, choice in (rows | {"in four runs, state-trained": ("state", "coefficient")}).items():
-        assert table[name] == ["{} to {}".format(*rates.loc[(host, "middle", *choice)]) for host in HOSTS], name
-    state, write, norm = (
-        rates.loc[("gated_deltanet", "pooled", *choice)]
-        for choice in (("state", "coefficient"), ("write", "coefficient"), ("write", "matched_norm"))
-    )
-    assert "between {} and {} and between {} and {}".format(*state, *write) in text
-    assert "on {} to {} in the four runs".format(*norm) in text
-
-
 def test_the_headline_rows_of_the_scorecard(scorecard):
     table, rows = scorecard.set_index(["id", "host"]), rows_of("claim | | paper, its host |")
     assert len(rows) == 10
@@ -116,22 +95,79 @@ def test_the_headline_rows_of_the_scorecard(scorecard):
             assert row.status.startswith(status), (name, host)
 
 
-def test_the_headline_in_words(results):
-    """Compares the sentence with the summary table, with the intervals of the bootstrap by atom."""
-    summary = pd.read_csv(results / "replacement_summary.csv")
-    pooled = summary.query("host == 'gated_deltanet' and cells == 'pooled' and amplitude == 'coefficient'")
-    pooled = pooled.set_index("target")
+CELLS = {"Gated DeltaNet, pooled": ("gated_deltanet", "pooled"), "Mamba-2, middle": ("mamba2", "middle")}
+CELLS |= {name: ("gated_deltanet", name) for name in ("early", "middle", "late", "regime", "weighty")}
+CELLS["RWKV-7, middle"] = ("rwkv7", "middle")
+
+
+def row_with(table: pd.DataFrame, **values) -> pd.Series:
+    """The only row with these values."""
+    (row,) = (line for _, line in table[(table[list(values)] == pd.Series(values)).all(axis=1)].iterrows())
+    return row
+
+
+def test_the_headline_s_table(results):
+    """Each estimate, n and number of seeds, compared with headline.csv."""
+    headline = pd.read_csv(results / "headline.csv").query("draw == 'positions' and amplitude == 'coefficient'")
+    rows = rows_of("beats deletion, % of places |")
+    assert len(rows) == len(CELLS)
+    for name, *shown, floor in rows:
+        label, n, seeds = re.fullmatch(r"(.+) \(n = ([\d,]+), (\d) seeds?\)", name).groups()
+        where = dict(zip(("host", "cells"), CELLS[label], strict=True))
+        columns = [(target, centre) for centre in ("none", "mean") for target in ("state", "write")]
+        for (target, centre), text in zip(columns, shown, strict=True):
+            row = row_with(headline, **where, target=target, centre=centre, condition="atom")
+            values = [100 * row[x] for x in ("win_rate", "win_rate_low", "win_rate_high")]
+            assert all(shows(a, b) for a, b in zip(ESTIMATE.fullmatch(text).groups()[:3], values, strict=True)), text
+            assert (row.n, row.seeds) == (int(n.replace(",", "")), int(seeds)), name
+        random = row_with(headline, **where, target="write", centre="none", condition="random")
+        assert shows(floor, 100 * random.win_rate), name
+        ceiling = row_with(headline, **where, target="write", centre="none", condition="native_rescaled")
+        assert ceiling.win_rate > 0.99, "the README says that the ceiling wins everywhere"
+
+
+def test_the_first_finding_in_words(results):
+    headline, apart = (pd.read_csv(results / f"{name}.csv") for name in ("headline", "headline_contrasts"))
+    headline = headline.query("draw == 'positions' and amplitude == 'coefficient' and condition == 'atom'")
     text = " ".join(README.split())
+    estimate = rf"({NUMBER})%? (?:points )?\[({NUMBER}), ({NUMBER})\]"
     sentence = re.search(
-        rf"Trained on states.*? beats deletion on ({NUMBER})% \[({NUMBER}), ({NUMBER})\] of ({NUMBER}) firings; "
-        rf"trained on writes, on ({NUMBER})% \[({NUMBER}), ({NUMBER})\]",
+        rf"the write-trained atom beats deletion on {estimate} of 1,200 places and the state-trained one on {estimate} "
+        rf"\(three seeds each; paired difference {estimate}\)",
         text,
-    )
-    *state, n, win, low, high = sentence.groups()
-    assert int(n.replace(",", "")) == pooled.n["state"] == pooled.n["write"]
-    for target, shown in (("state", state), ("write", [win, low, high])):
-        values = pooled.loc[target, ["win_rate", "boot_low", "boot_high"]]
-        assert all(shows(a, 100 * b) for a, b in zip(shown, values, strict=True)), target
+    ).groups()
+    rows = [
+        row_with(headline, host="gated_deltanet", cells="pooled", centre="none", target=x) for x in ("write", "state")
+    ]
+    difference = row_with(apart, host="gated_deltanet", cells="pooled", centre="none", amplitude="coefficient")
+    values = [100 * row[x] for row in rows for x in ("win_rate", "win_rate_low", "win_rate_high")]
+    values += [100 * difference[x] for x in ("difference", "difference_low", "difference_high")]
+    assert all(shows(a, b) for a, b in zip(sentence, values, strict=True))
+    assert {row.n for row in rows} == {1200} and {row.seeds for row in rows} == {3}
+    subtracted = row_with(apart, host="gated_deltanet", cells="pooled", centre="mean", amplitude="coefficient")
+    found = re.search(rf"the difference between the targets is {estimate}", text).groups()
+    values = [100 * subtracted[x] for x in ("difference", "difference_low", "difference_high")]
+    assert all(shows(a, b) for a, b in zip(found, values, strict=True))
+
+
+def test_the_paper_s_protocol_in_words(results):
+    summary = pd.read_csv(results / "replacement_summary.csv")
+    row = row_with(summary, host="gated_deltanet", cells="pooled", target="state", amplitude="coefficient")
+    pattern = rf"\(states, mean, equal per atom\) gives ({NUMBER})% \[({NUMBER}), ({NUMBER})\] of ({NUMBER}) firings"
+    *shown, n = re.search(pattern, " ".join(README.split())).groups()
+    assert int(n.replace(",", "")) == row.n
+    values = [100 * row[x] for x in ("win_rate", "boot_low", "boot_high")]
+    assert all(shows(a, b) for a, b in zip(shown, values, strict=True))
+
+
+def test_the_causes(results):
+    causes, rows = pd.read_csv(results / "causes.csv"), rows_of("| % of firings or places |")
+    assert rows[0][1] == "92.4" and len(rows) == 1 + len(causes)
+    for (name, text), row in zip(rows[1:], causes.itertuples(), strict=True):
+        assert name == row.cause
+        shown = ESTIMATE.fullmatch(text.replace(" points", "")).groups()[:3]
+        assert all(shows(a, 100 * b) for a, b in zip(shown, (row.value, row.low, row.high), strict=True)), name
+        assert ("points" in text) == (row.quantity == "difference")
 
 
 def test_what_it_costs(bench):
