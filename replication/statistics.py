@@ -150,9 +150,10 @@ def over_trainings(
     """Return the mean over trainings of mean(values) / mean(per), and its interval, which covers retraining.
 
     values, per: [n, m], n places in `clusters`, each measured with m trainings; per: 1 by default. The variance
-    is that of the mean over these trainings when clusters are drawn again, plus the variance of the m estimates
-    divided by m. The quantile is Student's t, with Satterthwaite's degrees of freedom. With one training the
-    interval covers the places only.
+    is that of the mean over these trainings when clusters are drawn again (from the width of its percentile
+    interval, because a ratio can have far outliers), plus the variance of the m estimates divided by m. The
+    quantile is Student's t, with Satterthwaite's degrees of freedom. With one training the interval covers the
+    places only.
     """
     values = _finite(values)
     per = np.ones_like(values) if per is None else _finite(per)
@@ -161,7 +162,8 @@ def over_trainings(
     draws = _draws(count, resamples, np.random.default_rng(seed))
     drawn = (_means(values, codes, draws) / _means(per, codes, draws)).mean(0)
     trainings, mean = values.shape[1], float(estimates.mean())
-    parts, freedom = [drawn.var(ddof=1)], [count - 1]
+    low, high = _percentiles(drawn)
+    parts, freedom = [((high - low) / (2 * stats.norm.ppf(0.975))) ** 2], [count - 1]
     if trainings > 1:
         parts, freedom = [*parts, estimates.var(ddof=1) / trainings], [*freedom, trainings - 1]
     total = sum(parts)
