@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from helpers import assert_close
 
 from writesae.evaluate.cells import numerical_rank
+from writesae.hosts import base
 from writesae.hosts.gated_deltanet import rms_norm
 from writesae.hosts.layers import short_convolution, slow_decays
 from writesae.hosts.load import adapter, load_host
@@ -79,6 +80,25 @@ def test_branch_without_a_change_is_the_native_run(host, run, start):
     final, _ = host.branch(run, 0, 1, rows, starts, torch.zeros(4, steps, host.d_v, dtype=torch.float64))
     native = torch.stack([run.final[r, s : s + steps] for r, s in zip(rows, starts, strict=True)])
     assert_close(final, native, "final hidden states", 1e-12)
+
+
+def test_what_edited_runs_from_the_same_places_share_changes_no_bit(host, run, monkeypatch):
+    """Runs from two sets of places in turn, with other changes each time, with and without kept states."""
+    generator = torch.Generator().manual_seed(8)
+    places = [(torch.tensor([0, 1, 0]), torch.tensor([5, 9, 5])), (torch.tensor([2, 2]), torch.tensor([4, 30]))]
+    cases = [
+        (rows, starts, torch.randn(len(rows), 3, host.d_v, generator=generator).to(run.final))
+        for rows, starts in places
+    ]
+    layer = host.recurrent_layers[0]
+    kept = [host.branch(run, layer, 1, *case)[0] for case in cases + cases[:1] + cases[:1]]
+    assert run.records[-1].kept is not None
+    monkeypatch.setattr(base, "KEPT_NUMBERS", 0)
+    for record in run.records:
+        record.kept = None
+    anew = [host.branch(run, layer, 1, *case)[0] for case in cases + cases[:1] + cases[:1]]
+    assert run.records[-1].kept is None
+    assert all(torch.equal(a, b) for a, b in zip(kept, anew, strict=True))
 
 
 def test_branch_isolates_rows(host, run):

@@ -23,6 +23,8 @@ from writesae.hosts.layers import slow_decays
 from writesae.hosts.past import Past, Prefix, Record, extend
 from writesae.recurrence import Factors, Groups, states_before
 
+KEPT_NUMBERS = 2**22  # maximum size of what a record keeps for the next edited run
+
 
 class Shape(NamedTuple):
     """The sizes of a host's states: recurrent layers, heads per layer, rows and columns of a state."""
@@ -199,16 +201,23 @@ class Host(ABC):
         past = Past(windows=self.windows_at(record, rows, starts))
         length = record.hidden.shape[1] + 1
         distinct, which = torch.unique(rows * length + starts, return_inverse=True)
-        groups = Groups(which, len(distinct))
-        rows, starts = distinct // length, distinct % length
+        groups, kept = Groups(which, len(distinct)), record.kept
+        if kept is None or not torch.equal(kept[0], distinct):
+            kept = distinct, self._shared(record, distinct // length, distinct % length)
+            record.kept = kept if sum(x.numel() for x in kept[1]) <= KEPT_NUMBERS else None
         if record.keys is not None:
-            longest = int(starts.max())
-            seen = torch.arange(longest, device=starts.device) < starts[:, None]
-            keys, values = record.keys[rows, :, :longest], record.values[rows, :, :longest]
-            past.prefix = Prefix(keys, values, seen, groups)
+            past.prefix = Prefix(*kept[1], groups)
         else:
-            past.states, past.groups = self.state_at(record, rows, starts), groups
+            (past.states,), past.groups = kept[1], groups
         return past
+
+    def _shared(self, record: Record, rows: Tensor, starts: Tensor) -> tuple[Tensor, ...]:
+        """Return the states before position starts[u] of window rows[u], or the keys, values and which exist."""
+        if record.keys is None:
+            return (self.state_at(record, rows, starts),)
+        longest = int(starts.max())
+        seen = torch.arange(longest, device=starts.device) < starts[:, None]
+        return record.keys[rows, :, :longest], record.values[rows, :, :longest], seen
 
     def windows_at(self, record: Record, rows: Tensor, starts: Tensor) -> dict[str, Tensor]:
         """Return {name: inputs [R, reach, C] before position starts[r] of window rows[r], or zeros}."""

@@ -17,7 +17,8 @@ class Record:
     hidden [B, T, D]: the layer's input. outputs [B, T, heads, d]: of the heads. beside: what else
     `Host.finish` needs, each [B, T, ...]. Recurrent layers have factors, each [B, T, ...], and the last state
     end [B, H, d_k, d_v]; attention layers have keys and values [B, H_kv, T, d]. windows: the inputs of short
-    convolutions and token shifts, name -> ([B, T, C], number of positions they look back).
+    convolutions and token shifts, name -> ([B, T, C], number of positions they look back). kept: the places of
+    the last `Host.past_at`, and the states or prefixes there, for further edited runs from the same places.
     """
 
     hidden: Tensor
@@ -28,6 +29,7 @@ class Record:
     values: Tensor | None = None
     windows: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     beside: dict[str, Tensor] = field(default_factory=dict)
+    kept: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
 
 @dataclass
