@@ -223,7 +223,7 @@ def train_all(study: Study, specs: list[SaeSpec]) -> pd.DataFrame:
 
 
 def _tasks(study: Study, specs: list[SaeSpec]) -> list[list[SaeSpec]]:
-    """Divide specifications into tasks: one per cell and kind of role; a survey task has several layers."""
+    """Divide specifications into tasks, the longest first: one per cell and kind of role, or several survey layers."""
     parts = study.workers * (1 if study.profile.workers is None else SURVEY_PARTS)
     layers: dict[tuple[str, int], int] = {}  # the part of each surveyed layer of a host
     tasks: dict[tuple, list[SaeSpec]] = {}
@@ -234,7 +234,7 @@ def _tasks(study: Study, specs: list[SaeSpec]) -> list[list[SaeSpec]]:
             place = layers.setdefault((spec.host, spec.layer), number % parts)
         kind = "main" if spec.role.startswith("main") else spec.role
         tasks.setdefault((spec.host, kind, place), []).append(spec)
-    return list(tasks.values())
+    return sorted(tasks.values(), key=lambda task: -sum(x.settings.tokens * x.settings.n_atoms for x in task))
 
 
 def expected(study: Study, spec: SaeSpec) -> str:
