@@ -290,7 +290,8 @@ class OneCell(SmallStudy):
     def __init__(self, host, tokens):
         hosts = {"small": HostSection(path="small", cells=dict(middle=CellRule(layer=1, sigma_ratio=3)))}
         data = dict(window=50, sae_windows=8, heldout_windows=8, firing_windows=8, survey_windows=4)
-        settings = dict(write="added", targets=["state", "write"], main=SETTINGS, survey=SETTINGS, flat=SETTINGS)
+        settings = dict(write="added", targets=["state", "write"], trainings=dict(mean=1))
+        settings |= dict(main=SETTINGS, survey=SETTINGS, flat=SETTINGS)
         whole = Data(**data, first_position=5, batch_windows=4)
         saes = Saes(**settings)
         profile = SmallProfile("small", 42, hosts, whole, saes, dict(atoms=Own(), saes=saes))

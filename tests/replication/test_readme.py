@@ -160,6 +160,23 @@ def test_the_paper_s_protocol_in_words(results):
     assert all(shows(a, b) for a, b in zip(shown, values, strict=True))
 
 
+def test_every_cell_in_words(results):
+    apart, trend = (pd.read_csv(results / f"{name}.csv") for name in ("every_cell", "every_cell_trend"))
+    rows = [row_with(apart, host=host, amplitude="coefficient") for host in HOSTS]
+    text = " ".join(README.split())
+    for target, words in dict(state="the state-trained atom beats deletion", write="the write-trained one").items():
+        rates = re.search(rf"{words} on (\d+)%, (\d+)% and (\d+)%(?: of places)?", text).groups()
+        assert all(shows(a, 100 * row[target]) for a, row in zip(rates, rows, strict=True)), target
+    ahead = [f"{int(row.write_ahead)} of {int(row.n_cells)}" for row in rows]
+    assert "ahead in {}, {} and {} cells".format(*ahead) in text
+    shown = ESTIMATE.findall(re.search(r"on each architecture \(rho (.*?)\)\.", text)[1])
+    assert len(shown) == 3
+    for (value, low, high, _), host in zip(shown, HOSTS, strict=True):
+        row = row_with(trend, host=host, target="state", amplitude="coefficient")
+        ends = row.rho_half_life_median, row.rho_half_life_median_low, row.rho_half_life_median_high
+        assert all(shows(a, b) for a, b in zip((value, low, high), ends, strict=True)), host
+
+
 def test_the_causes(results):
     causes, rows = pd.read_csv(results / "causes.csv"), rows_of("| % of firings or places |")
     assert rows[0][1] == "92.4" and len(rows) == 1 + len(causes)

@@ -135,7 +135,7 @@ def test_replacements_that_cannot_be_are_refused(gated_deltanet, windows):
     firings = ws.find_firings(sae, cell, windows, first=88)
     with pytest.raises(ValueError, match="no firing has two tokens after it"):
         ws.replace_writes(gated_deltanet, windows, sae, firings)
-    with pytest.raises(ValueError, match="no condition or scope 'nothing'"):
+    with pytest.raises(ValueError, match="replacement test has no 'nothing'"):
         ws.replace_writes(gated_deltanet, windows, sae, firings, conditions=("nothing",))
 
 
