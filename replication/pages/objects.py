@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pandas as pd
 
 from replication import statistics as stats
 from replication.classes import write_cosines
 from replication.plots import CENTRE_NAMES
-from replication.study.firings import drawn_positions, encoded_saes, firing_windows, firings_of, run_firings
+from replication.study.firings import drawn_positions, firing_windows, firings_of, run_firings, saes_on
 from replication.study.profile import PAPER_PLACES
 from replication.study.study import Study
 from replication.study.training import main_variants
@@ -35,12 +37,12 @@ def run(study: Study) -> pd.DataFrame:
         cells = [study.cell(name, place) for place in section.cells]
         places = drawn_positions(study, windows, profile.section("objects", name).firings)
         variants = [x for x in main_variants(study, name) if x.centre in CENTRES and x.seed == profile.seed]
-        for variant in variants:
-            for cell_sae in encoded_saes(study, name, cells, variant.role, windows):
-                every = firings_of(study, cell_sae, windows)
-                medians = every.assign(cosine=write_cosines(cell_sae, every)).groupby("atom").cosine.median()
-                firings = firings_at(cell_sae, places)
-                drawn.append((cell_sae, firings.assign(atom_cosine=firings.atom.map(medians))))
+        wanted = [(cell, target, x.role) for x, cell, target in product(variants, cells, profile.saes.targets)]
+        for cell_sae in saes_on(study, name, windows, wanted):
+            every = firings_of(study, cell_sae, windows)
+            medians = every.assign(cosine=write_cosines(cell_sae, every)).groupby("atom").cosine.median()
+            firings = firings_at(cell_sae, places)
+            drawn.append((cell_sae, firings.assign(atom_cosine=firings.atom.map(medians))))
         rows = profile.section("replacement", name).batch_rows
         tables.append(run_firings(study, name, "objects", windows, drawn, replace_objects, batch_rows=rows)[COLUMNS])
     return study.gather("objects", tables)

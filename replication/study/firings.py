@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import product
 
 import numpy as np
@@ -19,33 +19,43 @@ from writesae.text import Windows
 CONDITIONS_OF_SURVEYS = ("delete", "atom", "random", "mean_write")  # of tests with many SAEs
 
 
+Wanted = tuple[Cell, str, str]  # an SAE of a study: its cell, target and role
+
+
+def saes_on(
+    study: Study, host_name: str, windows: Windows, wanted: Sequence[Wanted], flat: Collection[Cell] = ()
+) -> list[CellSAE]:
+    """Return SAEs in the order of `wanted`, applied to the windows, with one harvest of their cells.
+
+    flat: the cells whose main SAE of states gets the flat SAE beside it.
+    """
+    profile, saes = study.profile, []
+    cells = list(dict.fromkeys(cell for cell, _, _ in wanted))
+    factors = harvest(study.host(host_name), windows.tokens, cells, profile.data.batch_windows, progress=False)
+    for cell, target, role in wanted:
+        sae = study.sae(host_name, *cell, target, role)
+        saes.append(encode_cell(cell, target, profile.saes.write, sae, factors[cell]))
+        if role == "main" and target == "state" and cell in flat:
+            saes[-1].flat = study.sae(host_name, *cell, target, "flat")
+            saes[-1].states = factors[cell].history(target)
+    return saes
+
+
 def encoded_saes(study: Study, host_name: str, cells: Iterable[Cell], role: str, windows) -> list[CellSAE]:
     """Return the SAE of each cell and target, with its active atoms on the windows."""
-    profile, saes = study.profile, []
-    with_flat = {study.cell(host_name, place) for place in profile.hosts[host_name].paper_places}
-    factors = harvest(study.host(host_name), windows.tokens, cells, profile.data.batch_windows)
-    for layer, head in cells:
-        for target in profile.saes.targets:
-            sae = study.sae(host_name, layer, head, target, role)
-            cell_sae = encode_cell((layer, head), target, profile.saes.write, sae, factors[layer, head])
-            if role == "main" and target == "state" and (layer, head) in with_flat:
-                cell_sae.flat = study.sae(host_name, layer, head, target, "flat")
-                cell_sae.states = factors[layer, head].history(target)
-            saes.append(cell_sae)
-    return saes
+    flat = {study.cell(host_name, place) for place in study.profile.hosts[host_name].paper_places}
+    wanted = [(cell, target, role) for cell, target in product(cells, study.profile.saes.targets)]
+    return saes_on(study, host_name, windows, wanted, flat)
 
 
 def headline_saes(study: Study, host_name: str, windows: Windows) -> list[CellSAE]:
     """Return the SAEs of all centres and seeds of each chosen cell and target, applied to the windows."""
-    profile, saes = study.profile, []
-    places = {place: study.cell(host_name, place) for place in profile.hosts[host_name].cells}
-    batch = profile.data.batch_windows
-    factors = harvest(study.host(host_name), windows.tokens, places.values(), batch, progress=False)
-    for (place, cell), target in product(places.items(), profile.saes.targets):
-        for variant in main_variants(study, host_name, place):
-            sae = study.sae(host_name, *cell, target, variant.role)
-            saes.append(encode_cell(cell, target, profile.saes.write, sae, factors[cell]))
-    return saes
+    wanted = [
+        (study.cell(host_name, place), target, variant.role)
+        for place, target in product(study.profile.hosts[host_name].cells, study.profile.saes.targets)
+        for variant in main_variants(study, host_name, place)
+    ]
+    return saes_on(study, host_name, windows, wanted)
 
 
 def drawn_positions(study: Study, windows: Windows, count: int) -> pd.DataFrame:
