@@ -5,9 +5,12 @@
 #   PIP_OPTIONS=...     further options for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
 #                       (a torch without CUDA, which is much smaller)
 #   GRID=cells          for `make sweep`: a file in profiles/sweeps/
+#   JOBS=2              notebooks that run at the same time (1 unless the profile is mini or smoke)
 
 .DELETE_ON_ERROR:
+ifndef PARALLEL
 .NOTPARALLEL:
+endif
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 
@@ -16,7 +19,13 @@ export MALLOC_MMAP_MAX_ := 0
 export MALLOC_TRIM_THRESHOLD_ := 2147483647
 export MALLOC_ARENA_MAX := 1
 
+# The processes of one run share its lock.
+ifndef WRITESAE_RUN
+export WRITESAE_RUN := $(shell echo $$PPID-$$(date +%s))
+endif
+
 PROFILE ?= mini
+JOBS ?= $(if $(filter mini smoke,$(PROFILE)),2,1)
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 PY = .venv/bin/python
@@ -27,7 +36,7 @@ STAMPS := build/$(PROFILE)/stamps
 SOURCES := $(shell find writesae replication -name '*.py')
 RECIPES := $(wildcard models/*/recipe.yaml)
 
-.PHONY: help env all figures dryrun test test-unit test-notebooks test-reference verify lint bench hosts browser sweep repeats lab clean always $(NAMES)
+.PHONY: help env all pages figures dryrun test test-unit test-notebooks test-reference verify lint bench hosts browser sweep repeats lab clean always $(NAMES)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s%s\n", $$1, $$2}' Makefile
@@ -43,7 +52,13 @@ env: $(ENV)  ## create the environment in .venv
 	.venv/bin/python -m pip install $(PIP_OPTIONS) -c requirements.lock -e '.[dev]'
 	@touch $@
 
-all: $(addprefix $(STAMPS)/,$(NAMES))  ## run all outdated notebooks: results, figures, and their outputs
+# Threads that wait for work do not spin, because the cores have other notebooks to run.
+PAGES = --no-print-directory -j$(JOBS) PARALLEL=yes OMP_WAIT_POLICY=PASSIVE pages
+
+all:  ## run all outdated notebooks: results, figures, and their outputs
+	@$(MAKE) $(PAGES) $(if $(filter 1,$(JOBS)),,OPTIONS=--log)
+
+pages: $(addprefix $(STAMPS)/,$(NAMES))
 
 figures: all  ## the same as all; redraws missing or outdated figures from stored results
 
@@ -52,12 +67,17 @@ dryrun: $(ENV)  ## test every notebook at the profile's shapes, with random weig
 
 $(NAMES): %: $(STAMPS)/%
 
+RUN_PAGE = $(PY) -m replication run $* --profile $(PROFILE) $(OPTIONS)
+CHECK_PAGE = $(PY) -m pytest -p no:xdist -p no:cacheprovider -x -v --nbval --nbval-current-env \
+    --nbval-cell-timeout 3600 notebooks/$*.ipynb
+PAGE = $(RUN_PAGE)
+
 # A stamp has the time at which its run began, so a source edited during the run is newer. During the run its
 # name contains the process id of this make (bash's PPID), so that a second make, which is refused, cannot
 # change it.
 $(addprefix $(STAMPS)/,$(NAMES)): $(STAMPS)/%: requirements.lock $(SOURCES) profiles/$(PROFILE).yaml | $(ENV)
 	@mkdir -p $(STAMPS) && touch $@.$$PPID
-	@$(PY) -m replication run $* --profile $(PROFILE)
+	@$(PAGE)
 	@mv $@.$$PPID $@
 
 test: test-unit test-notebooks test-reference  ## run unit tests and all notebooks, and compare results
@@ -65,11 +85,9 @@ test: test-unit test-notebooks test-reference  ## run unit tests and all noteboo
 test-unit: $(ENV)  ## run only the unit tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests
 
-test-notebooks: $(ENV)  ## run all notebooks into build/test and compare their committed outputs
+test-notebooks:  ## run all notebooks into build/test and compare their committed outputs
 	rm -rf build/test
-	names="$$($(PY) -I replication/commands/order.py --order)" && \
-	WRITESAE_OUTPUT=build/test $(PY) -m pytest -p no:xdist -x -v --nbval --nbval-current-env \
-	    --nbval-cell-timeout 3600 $$(printf 'notebooks/%s.ipynb ' $$names)
+	WRITESAE_OUTPUT=build/test $(MAKE) $(PAGES) PROFILE=mini STAMPS=build/test/stamps PAGE='$$(CHECK_PAGE)'
 
 test-reference: $(ENV)  ## compare build/test with results/mini of the last commit
 	$(PY) -m pytest -o addopts=--import-mode=importlib tests/reference

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-STAMPS = "build/$(PROFILE)/stamps"
+STAMPS = "$(STAMPS)"
 
 
 class Notebook:

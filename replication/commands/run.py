@@ -10,7 +10,9 @@ import copy
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import TextIO
 
 import nbformat
 from nbformat import NotebookNode
@@ -90,11 +92,11 @@ def _check_writable(folder: Path) -> None:
         raise CommandError(sentence) from error
 
 
-def _execute(path: Path, target: Path, profile: str) -> None:
+def _execute(path: Path, target: Path, profile: str, log: TextIO | None) -> None:
     import papermill  # takes two seconds
 
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # widgets, in a kernel
-    streams = dict(stdout_file=sys.stdout, stderr_file=sys.stderr, log_output=True, progress_bar=False)
+    streams = dict(stdout_file=log or sys.stdout, stderr_file=log or sys.stderr, log_output=True, progress_bar=False)
     try:
         papermill.execute_notebook(path, target, parameters={"profile": profile}, cwd=path.parent, **streams)
     except papermill.PapermillExecutionError as error:
@@ -117,10 +119,10 @@ def find(name: str, profile: str) -> Path:
     return path
 
 
-def run(name: str, profile: str) -> Path:
+def run(name: str, profile: str, log: TextIO | None = None) -> Path:
     """Execute the notebook `name` and publish its outputs. Return the path of the executed notebook.
 
-    Raises CommandError for an unknown name, a read-only folder or a failed cell, LockError if another run is at
+    What its cells print goes to `log`, or to the streams of this process. Raises CommandError for an unknown name, a read-only folder or a failed cell, LockError if another run is at
     work; nothing is published then."""
     path, paths = find(name, profile), Paths(profile)
     written = (paths.build, paths.results, paths.figures)
@@ -132,7 +134,7 @@ def run(name: str, profile: str) -> Path:
         for folder in (*written, path.parent):
             clear_leftovers(folder)
     before = path.read_bytes()
-    _execute(path, target, profile)
+    _execute(path, target, profile, log)
     if profile == PUBLISHED and not os.environ.get("WRITESAE_OUTPUT") and not dry_run():
         publish(path, before, target)
     return target
@@ -141,12 +143,20 @@ def run(name: str, profile: str) -> Path:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="its name, e.g. 05_replacement")
     parser.add_argument("--profile", default=PUBLISHED, help="a file in profiles/ (default: %(default)s)")
+    parser.add_argument("--log", action="store_true", help="write what it prints to build/PROFILE/logs/NAME.log")
 
 
 def main(options: argparse.Namespace) -> int:
-    print(f"{options.name} ({options.profile})", flush=True)
-    find(options.name, options.profile)
-    if not (Paths(options.profile).build / "harvest").is_dir():  # before the first large files are written
+    name, build, began = options.name, Paths(options.profile).build, time.monotonic()
+    print(f"{name} ({options.profile}) begins", flush=True)
+    find(name, options.profile)
+    if not (build / "harvest").is_dir():  # before the first large files are written
         check_disk(options.profile)
-    run(options.name, options.profile)
+    if options.log:
+        (build / "logs").mkdir(parents=True, exist_ok=True)
+        with open(build / "logs" / f"{name}.log", "w", encoding="utf-8") as log:
+            run(name, options.profile, log)
+    else:
+        run(name, options.profile)
+    print(f"{name} ({options.profile}) took {time.monotonic() - began:.0f} s", flush=True)
     return 0

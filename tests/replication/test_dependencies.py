@@ -105,7 +105,7 @@ def test_rules_hold_needs_files_and_outputs(root):
     said = {"needs": ["00_a"], "files": ["models/*.json"], "makes": ["results/{profile}/b.csv"]}
     (root / "notebooks" / "01_b.ipynb").write_text(_notebook("x = 1", "!ls", "%%bash\nls -l", **said))
     rules = order.make_rules(root).splitlines()
-    stamps = "build/$(PROFILE)/stamps"
+    stamps = "$(STAMPS)"
     assert f"{stamps}/00_a: notebooks/00_a.ipynb" in rules
     assert f"{stamps}/01_b: notebooks/01_b.ipynb models/w.json {stamps}/00_a" in rules
     assert f"{stamps}/01_b: $(if $(wildcard results/$(PROFILE)/b.csv),,always)" in rules

@@ -372,7 +372,7 @@ def test_a_killed_run_is_locked_as_long_as_its_kernel_lives_and_no_longer(clone)
     second = _start(clone)
     os.kill(kernel, signal.SIGCONT)
     assert second.wait(60) == 0
-    assert not files._alive(kernel) or (build / "lock.process").read_text() == (clone / "kernel").read_text()
+    assert not files._alive(kernel) or (build / "lock").read_text().split()[0] == (clone / "kernel").read_text()
 
 
 # The lock
@@ -393,6 +393,33 @@ def test_a_process_takes_its_own_lock_again_and_frees_it_at_the_end_of_the_outer
             pool.submit(lambda: writing(Paths("mini")).__exit__(None, None, None)).result()
         assert refused()
     assert not refused()
+
+
+HOLDS = """
+import sys, time
+from replication.study import lock, paths
+lock.writing(paths.Paths('mini'), 0.3)
+print("taken", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_processes_of_one_run_share_the_lock_and_others_do_not(output):
+    def process(run):
+        environment = os.environ | {"PYTHONPATH": str(paths_module.ROOT), "WRITESAE_RUN": run}
+        streams = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        started = subprocess.Popen([sys.executable, "-c", HOLDS], env=environment, **streams)
+        return started, started.stdout.readline() == "taken\n"
+
+    first, second = process("a"), process("a")
+    assert first[1] and second[1]
+    first[0].communicate()
+    refused = [process(run) for run in ("b", "")]
+    assert not any(taken for _, taken in refused)
+    second[0].communicate()
+    other, taken = process("b")
+    assert taken and not process("a")[1]
+    other.communicate()
 
 
 def test_a_worker_of_a_process_that_holds_the_lock_opens_the_suite_without_it(output):

@@ -39,14 +39,17 @@ def clone(tmp_path):
     return tmp_path
 
 
+MAKES = ("PROFILE", "PYTHON", "PARALLEL", "WRITESAE_RUN", "WRITESAE_OUTPUT")
+
+
 def _make(clone, *arguments):
-    command = ["make", "--no-print-directory", "PY=./stub", *arguments]
+    command = ["make", "--no-print-directory", "PY=./stub", "JOBS=1", *arguments]
     return subprocess.run(command, cwd=clone, capture_output=True, text=True, env=_environment(), timeout=60)
 
 
 def _environment():
     """The environment without the variables that an outer make sets."""
-    return {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PROFILE", "PYTHON")}
+    return {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", *MAKES)}
 
 
 def _ran(clone, *arguments):
@@ -91,8 +94,32 @@ def test_one_target_a_notebook_runs_only_what_it_needs(clone):
     assert _ran(clone, "04_shift") == ["00_hosts", "01_harvest", "04_shift"]
 
 
-def test_parallel_make_keeps_one_at_a_time(clone):
-    assert _ran(clone, "-j8", "all") == list(NEEDS)
+def test_two_notebooks_run_at_a_time_each_after_those_that_it_needs(clone):
+    """02_train and 04_shift each wait for the other: alone, neither would end."""
+    other = '[ "$4" = 02_train ] && echo 04_shift || echo 02_train'
+    waits = f'until [ -e "began-$({other})" ]; do sleep 0.02; done'
+    _write(clone / "stub", f'#!/bin/sh\necho "$4" >> ran\ntouch "began-$4"\ncase "$4" in 0[24]*) {waits};; esac\n')
+    ran = _ran(clone, "JOBS=2", "all")
+    assert ran[:2] == list(NEEDS)[:2] and sorted(ran[2:]) == ["02_train", "04_shift"]
+    assert _ran(clone, "JOBS=2", "all") == []
+
+
+def test_all_notebooks_of_one_make_have_one_run_and_another_make_has_another(clone):
+    _write(clone / "stub", '#!/bin/sh\necho "$4 $WRITESAE_RUN" >> ran\n')
+    first, second = _ran(clone, "JOBS=2", "all"), _ran(clone, "JOBS=2", "-B", "all")
+    assert len(set(first[1::2])) == len(set(second[1::2])) == 1
+    assert first[1] != second[1]
+
+
+def test_notebooks_are_checked_from_nothing_in_their_order(clone):
+    _write(clone / "build" / "test" / "stamps" / "00_hosts", "", age=-100)
+    text = _make(clone, "-n", "test-notebooks").stdout
+    assert text.startswith("rm -rf build/test\n")
+    _write(clone / "stub", '#!/bin/sh\necho "$WRITESAE_OUTPUT $@" >> ran\n')
+    assert _make(clone, "test-notebooks").returncode == 0
+    lines = (clone / "ran").read_text().splitlines()
+    assert [line.split("/")[-1].removesuffix(".ipynb") for line in lines] == list(NEEDS)
+    assert all(line.startswith("build/test -m pytest") and " --nbval " in line for line in lines)
 
 
 def test_a_dry_run_names_what_would_run_and_runs_nothing(done):
