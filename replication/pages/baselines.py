@@ -24,6 +24,7 @@ norm), `fitted` (given by the method). PCA subtracts no mean, as the uncentred S
 
 from __future__ import annotations
 
+from itertools import product
 from typing import NamedTuple
 
 import pandas as pd
@@ -35,11 +36,11 @@ from torch import Tensor
 
 from replication import statistics as stats
 from replication.study.fingerprint import Later
-from replication.study.firings import drawn_positions, firing_windows, run_firings
-from replication.study.profile import PAPER_PLACES, Baselines
+from replication.study.firings import by_place, drawn_positions, firing_windows, run_firings, saes_on
+from replication.study.profile import Baselines
 from replication.study.study import Study
 from replication.study.training import SINGLE_ATOM, main_variants, train_single_atoms
-from writesae.evaluate.firings import CellSAE, Places, encode_cell, firings_at
+from writesae.evaluate.firings import CellSAE, Places, firings_at
 from writesae.evaluate.replacement import (
     Terms,
     full_rank,
@@ -51,7 +52,7 @@ from writesae.evaluate.replacement import (
     scaled,
     squared_norm,
 )
-from writesae.harvesting import Cell, harvest
+from writesae.harvesting import Cell
 from writesae.history import History
 from writesae.hosts.base import Host, Run
 from writesae.sae.train import top_singular_pair
@@ -319,22 +320,19 @@ def run(study: Study) -> pd.DataFrame:
 
 def _run_host(study: Study, name: str) -> pd.DataFrame:
     profile, windows = study.profile, firing_windows(study, name)
-    settings, batch = profile.section("baselines", name), profile.data.batch_windows
-    write = profile.saes.write
+    settings, write = profile.section("baselines", name), profile.saes.write
     places = drawn_positions(study, windows, settings.places)
     window, position = (torch.tensor(places[name].to_numpy()) for name in ("window", "position"))
     ids = windows.tokens[window, position].unique()
     training = study.windows(name, "sae").tokens
     cells = [study.cell(name, place) for place in profile.hosts[name].cells]
-    factors, saes, codebooks = harvest(study.host(name), windows.tokens, cells, batch), {}, {}
-    chosen = [(x.role, profile.saes.targets) for x in main_variants(study, name)
-              if x.centre in CENTRES and x.seed == profile.seed]  # fmt: skip
+    roles = [x.role for x in main_variants(study, name) if x.centre in CENTRES and x.seed == profile.seed]
+    kinds = [(target, role) for role in roles for target in profile.saes.targets] + [("write", SINGLE_ATOM)]
+    wanted = [(cell, *kind) for cell, kind in product(cells, kinds)]
+    saes, codebooks = {cell: [] for cell in cells}, {}
+    for cell_sae in saes_on(study, name, windows, wanted):
+        saes[cell_sae.layer, cell_sae.head].append(cell_sae)
     for cell in cells:
-        saes[cell] = [
-            encode_cell(cell, target, write, study.sae(name, *cell, target, role), factors[cell])
-            for role, targets in [*chosen, (SINGLE_ATOM, ["write"])]
-            for target in targets
-        ]
         given = dict(writes=study.harvested(name, *cell).history("write", write), tokens=training, ids=ids)
         given |= dict(entries=saes[cell][0].sae.n_atoms, settings=settings, seed=profile.seed)
         codebooks[cell] = Later(fit_codebooks, **given)
@@ -364,8 +362,7 @@ def summarise(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: in
         numbers |= stats.with_ends("recovered", 1 - part.kl.mean() / part.kl_delete.mean(), ends)
         return numbers | dict(cosine=part.cosine.median())
 
-    named = _by_place(table, cells)
-    return stats.per_group(named, ["host", "cells", *KEYS], row)
+    return stats.per_group(by_place(table, cells), ["host", "cells", *KEYS], row)
 
 
 def contrasts(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
@@ -375,7 +372,7 @@ def contrasts(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: in
     minus that of the method. Both with a bootstrap over passages.
     """
     rows = []
-    for (host, place), part in _by_place(table, cells).groupby(["host", "cells"], sort=False):
+    for (host, place), part in by_place(table, cells).groupby(["host", "cells"], sort=False):
         index = [*PLACE, "passage", "kl_delete"]
         wide = part.pivot(index=index, columns=KEYS, values="kl")
         passage, delete = (wide.index.get_level_values(name) for name in ("passage", "kl_delete"))
@@ -390,13 +387,6 @@ def contrasts(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: in
                 difference = more.mean() / delete.to_numpy().mean()
                 rows.append(row | stats.with_ends("difference", difference, interval))
     return pd.DataFrame(rows)
-
-
-def _by_place(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with a column `cells`, their place; those of the paper's cells also as `pooled`."""
-    keys = ["host", "layer", "head"]
-    named = table.merge(cells[[*keys, "place"]], on=keys).rename(columns=dict(place="cells"))
-    return pd.concat([named[named.cells.isin(PAPER_PLACES)].assign(cells="pooled"), named])
 
 
 # What the notebook shows

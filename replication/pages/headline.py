@@ -14,8 +14,7 @@ import pandas as pd
 
 from replication import statistics as stats
 from replication.plots import CENTRE_NAMES, CONDITION_NAMES
-from replication.study.firings import drawn_positions, firing_windows, firings_of, headline_saes, run_firings
-from replication.study.profile import PAPER_PLACES
+from replication.study.firings import by_place, drawn_positions, firing_windows, firings_of, headline_saes, run_firings
 from replication.study.stages import rows_with
 from replication.study.study import Study
 from writesae.evaluate.firings import atom_names, draw_in_rounds, firings_at
@@ -54,11 +53,10 @@ def summarise(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
     passage, for the draw `atoms` the wider of passage and atom) and, where seeds > 1, trainings. lowest, highest:
     over seeds. KLs in nats. paper: the row nearest to the paper's protocol.
     """
-    named, rows = firings.merge(study.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"]), []
-    for values, group in named.groupby(KEYS, sort=False):
-        where = dict(zip(KEYS, values, strict=True))
-        parts = {"pooled": group[group.place.isin(PAPER_PLACES)]} | dict(iter(group.groupby("place", sort=False)))
-        for (cells, part), condition in product(parts.items(), CONDITIONS):
+    rows = []
+    for values, group in firings.groupby(KEYS, sort=False):
+        where, parts = dict(zip(KEYS, values, strict=True)), by_place(group, study.cells).groupby("cells", sort=False)
+        for (cells, part), condition in product(parts, CONDITIONS):
             if part[f"kl_{condition}"].notna().all():
                 row = where | dict(cells=cells, condition=condition)
                 rows.append(row | dict(paper=PAPER.items() <= row.items()) | _row(part, condition, study))
@@ -96,11 +94,9 @@ def contrasts(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
 
     Pairs have the same place and seed; draw positions. Columns as in `summarise`.
     """
-    named = firings.merge(study.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     keys, rows = ["host", "centre", "amplitude"], []
-    for values, group in named[named.draw == "positions"].groupby(keys, sort=False):
-        parts = {"pooled": group[group.place.isin(PAPER_PLACES)]} | dict(iter(group.groupby("place", sort=False)))
-        for cells, part in parts.items():
+    for values, group in firings[firings.draw == "positions"].groupby(keys, sort=False):
+        for cells, part in by_place(group, study.cells).groupby("cells", sort=False):
             won = [_wide(x, stats.beats(x).astype(float)) for x in (part[part.target == t] for t in ("write", "state"))]
             apart = won[0] - won[1]
             passages = apart.index.get_level_values("passage")

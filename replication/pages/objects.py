@@ -10,8 +10,7 @@ import pandas as pd
 from replication import statistics as stats
 from replication.classes import write_cosines
 from replication.plots import CENTRE_NAMES
-from replication.study.firings import drawn_positions, firing_windows, firings_of, run_firings, saes_on
-from replication.study.profile import PAPER_PLACES
+from replication.study.firings import by_place, drawn_positions, firing_windows, firings_of, run_firings, saes_on
 from replication.study.study import Study
 from replication.study.training import main_variants
 from writesae.evaluate.firings import firings_at
@@ -50,8 +49,8 @@ def run(study: Study) -> pd.DataFrame:
 
 def of_paper_cells(rows: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of the paper's cells, which are pooled; places: cells.csv."""
-    named = rows.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
-    return named[named.place.isin(PAPER_PLACES)]
+    named = by_place(rows, places)
+    return named[named.cells == "pooled"]
 
 
 def summarise(rows: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
@@ -61,9 +60,6 @@ def summarise(rows: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: in
     kl_*: medians in nats; rho: Spearman's, of winning and the cosine, with its bootstrap interval by passage.
     places: cells.csv.
     """
-    named = rows.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
-    pooled = of_paper_cells(rows, places)
-    both = pd.concat([pooled.assign(cells="pooled"), named.assign(cells=named.place)])
 
     def row(part: pd.DataFrame) -> dict:
         numbers = dict(n=len(part), n_passages=part.passage.nunique()) | _win_rate(part, resamples, seed)
@@ -71,7 +67,7 @@ def summarise(rows: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: in
         rho = stats.clustered_spearman(stats.beats(part), part.cosine, part.passage, resamples, seed)
         return numbers | stats.with_ends("rho", rho.value, rho)
 
-    return stats.per_group(both, [KEYS[0], "cells", *KEYS[1:]], row)
+    return stats.per_group(by_place(rows, places), [KEYS[0], "cells", *KEYS[1:]], row)
 
 
 def _win_rate(part: pd.DataFrame, resamples: int, seed: int) -> dict:

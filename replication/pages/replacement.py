@@ -7,6 +7,7 @@ import pandas as pd
 from replication import statistics as stats
 from replication.study.firings import (
     CONDITIONS_OF_SURVEYS,
+    by_place,
     drawn_positions,
     encoded_saes,
     firing_windows,
@@ -65,10 +66,9 @@ def summarise(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed:
     Intervals: Wilson's (ci), bootstraps by atom (boot) and by passage. strict_chain: the share of firings
     with KL(atom) < KL(delete) < KL(random). kl_recovered: the share of the KL of deletion that is
     recovered."""
-    named = firings.merge(places[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     keys, rows = ["host", "target", "amplitude", "read"], []
-    for values, group in named.groupby(keys, sort=False):
-        for cells, part in [("pooled", group), *group.groupby("place", sort=False)]:
+    for values, group in firings.groupby(keys, sort=False):
+        for cells, part in by_place(group, places).groupby("cells", sort=False):
             row = dict(zip(keys, values, strict=True), cells=cells)
             rows.append(row | _summary(part, resamples, seed))
     return pd.DataFrame(rows)

@@ -8,6 +8,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
+from replication.study.profile import PAPER_PLACES
 from replication.study.study import Study
 from replication.study.training import main_variants
 from writesae.evaluate.firings import CellSAE, all_firings, draw_positions, encode_cell
@@ -93,6 +94,16 @@ def _measure(start: int, host: Host, windows, drawn, size, seed, measure, option
 def firing_windows(study: Study, host_name: str) -> Windows:
     """Return the held-out windows that are searched for firings."""
     return study.windows(host_name, "heldout")[: study.profile.data.firing_windows]
+
+
+def by_place(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows with the column `cells`, their place; before them those of the paper's cells, as "pooled".
+
+    cells: cells.csv.
+    """
+    keys = ["host", "layer", "head"]
+    named = table.merge(cells[[*keys, "place"]], on=keys).rename(columns=dict(place="cells"))
+    return pd.concat([named[named.cells.isin(PAPER_PLACES)].assign(cells="pooled"), named])
 
 
 def passage_prompts(study: Study, host_name: str, count: int, tokens: int) -> Windows:

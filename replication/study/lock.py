@@ -59,11 +59,8 @@ def writing(paths: Paths, wait: float = 10.0) -> Lock:
 
 def _locked(path: Path, wait: float) -> TextIO:
     """Return the open file with the lock. The file names a process that holds it, and its run."""
-    file, run, deadline = (
-        open(path, "a+", encoding="utf-8"),
-        os.environ.get("WRITESAE_RUN", ""),
-        time.monotonic() + wait,
-    )
+    run, deadline = os.environ.get("WRITESAE_RUN", ""), time.monotonic() + wait
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115, as long as the lock
     try:
         while not (_lock_file(file, fcntl.LOCK_EX) or run in _holder(file)[1:2] and _lock_file(file, fcntl.LOCK_SH)):
             if time.monotonic() > deadline:
