@@ -142,6 +142,12 @@ class AllWrites(Section):
     survey_windows: PositiveInt  # the same for those of the survey
 
 
+class Attribution(Section):
+    passages: PositiveInt  # held-out passages on which the map of every cell is measured
+    tokens: PositiveInt  # of each passage
+    horizon: PositiveInt  # a write is followed for so many tokens, and reads are measured from this position on
+
+
 class Population(Section):
     place: Place
     atoms: PositiveInt
@@ -272,6 +278,7 @@ class Profile(Section):
     objects: Objects
     baselines: Baselines
     all_writes: AllWrites
+    attribution: Attribution
     population: Population
     atoms: Atoms
     install: Install

@@ -1,0 +1,330 @@
+"""Page 13: who reads what was written, by the exact attention map of a recurrent head.
+
+At token t, the size of the part of the head's read that the write of token s brings is |weight_ts| ||added_s||
+(`writesae.evaluate.attribution`). A *share* is such a size divided by the sum of sizes over all s at that t; parts may
+also point against one another (column opposed).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from replication import statistics as stats
+from replication.classes import alive_atoms
+from replication.plots import HOST
+from replication.study.firings import encoded_saes, firing_windows, firings_of, passage_prompts
+from replication.study.study import Study
+from writesae.evaluate.attribution import logit_parts, overwriters, survival, weights, without_erase
+from writesae.evaluate.cells import state_reads
+from writesae.hosts.base import Host
+from writesae.text import Windows
+
+CELL = ["host", "layer", "head"]
+NEAR = 8  # tokens: the last eight, and what is farther
+FEWEST = 20  # occurrences of a token id whose writes are averaged
+SHARES = ("share_own", "share_last_8", "decay_error", "opposed", "half_distance")
+
+
+def _sizes(factors) -> tuple[Tensor, Tensor]:
+    """Return the map [B, T, T], and the share of each write in the read of each token, [B, T, T]."""
+    found = weights(factors)
+    sizes = found.abs() * factors.added.norm(dim=-1)[:, None]
+    return found, sizes / sizes.sum(-1, keepdim=True)
+
+
+def _distances(length: int) -> Tensor:
+    return torch.arange(length)[:, None] - torch.arange(length)
+
+
+# Every cell
+
+
+def every_cell(study: Study) -> pd.DataFrame:
+    """Write results attribution.csv, one row per passage and cell of every host. Return it.
+
+    Over the tokens from position `horizon` on: share_own, share_last_8: of the token's own write, and of the last NEAR (its own
+    included); half_distance: the distance in tokens within which half of the shares lie; error: largest difference
+    between the map times the writes and the head's own read, relative to the largest read; decay_error: size of the
+    error of the map without erasures, relative to the reads; opposed: the share of the parts, along the read, that
+    points against it.
+    """
+    tables = []
+    for name in study.profile.hosts:
+        section = study.profile.section("attribution", name)
+        windows, host = passage_prompts(study, name, section.passages, section.tokens), study.host(name)
+        given = dict(host=host, windows=windows, horizon=section.horizon)
+        tables.append(study.stage("attribution", name, host.recurrent_layers, of_layer, **given))
+    return study.gather("attribution", tables)
+
+
+def of_layer(layer: int, host: Host, windows: Windows, horizon: int) -> pd.DataFrame:
+    """Return the rows of all heads of a layer."""
+    run, tables = host.run(windows.tokens, upto=layer + 1), []
+    for head in range(host.heads):
+        factors = host.factors(run, layer, head)
+        found, shares = _sizes(factors)
+        read = state_reads(run.records[layer], head).to(found)
+        error = (found @ factors.added - read)[:, horizon:]
+        decayed = ((weights(without_erase(factors)) - found) @ factors.added)[:, horizon:]
+        along = (found * (read @ factors.added.mT))[:, horizon:]
+        near = _distances(shares.shape[1])
+        columns = dict(
+            share_own=shares.diagonal(dim1=1, dim2=2)[:, horizon:].mean(1),
+            share_last_8=(shares * (near < NEAR))[:, horizon:].sum(-1).mean(1),
+            half_distance=_half_distance(shares, horizon),
+            error=error.abs().flatten(1).max(1).values / read[:, horizon:].abs().flatten(1).max(1).values,
+            decay_error=decayed.flatten(1).norm(dim=1) / read[:, horizon:].flatten(1).norm(dim=1),
+            opposed=-along.clamp(max=0).sum((1, 2)) / along.abs().sum((1, 2)),
+        )
+        table = pd.DataFrame({name: x.numpy() for name, x in columns.items()})
+        tables.append(table.assign(host=host.name, layer=layer, head=head, passage=windows.passage.numpy()))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _half_distance(shares: Tensor, horizon: int) -> Tensor:
+    """Return the distance [B] within which half of the mean share lies, over reads from `horizon` on."""
+    profile = torch.stack(
+        [shares.diagonal(-d, 1, 2)[:, max(0, horizon - d) :].sum(1) for d in range(shares.shape[1])], 1
+    )
+    return (profile.cumsum(1) / profile.sum(1, keepdim=True) < 0.5).sum(1)
+
+
+def summarise(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """Return one row per cell: means over passages (half_distance: the median), with bootstrap intervals by passage.
+
+    cells: all_cells.csv, for the half-life. error: the largest of all passages.
+    """
+
+    def row(part: pd.DataFrame) -> dict:
+        numbers = dict(n=len(part), error=part.error.max())
+        for name in SHARES:
+            statistic = np.median if name == "half_distance" else np.mean
+            ends = stats.cluster_bootstrap(part[name], part.passage, statistic, resamples, seed)
+            numbers |= stats.with_ends(name, statistic(part[name]), ends)
+        return numbers
+
+    return stats.per_group(table, CELL, row).merge(cells[[*CELL, "half_life_median"]], on=CELL)
+
+
+def trend(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return per host: medians over cells, and Spearman's rho of the half-distance with the half-life of the decay."""
+
+    def row(part: pd.DataFrame) -> dict:
+        rho = stats.spearman(part.half_distance, part.half_life_median)
+        numbers = {name: part[name].median() for name in SHARES} | dict(cells=len(part), error=part.error.max())
+        return numbers | stats.with_ends("rho", rho.value, rho)
+
+    return stats.per_group(summary, ["host"], row)
+
+
+# The chosen cells
+
+
+def middle_cells(study: Study) -> pd.DataFrame:
+    """Return one row per write of a firing in the middle cell of every host; kept in build/.
+
+    Writes of the held-out windows, of the tokens from first_position on, except for the last `horizon` of a window. token:
+    id. atom, class: of the write-trained SAE's firing there. far: the write's mean share in reads NEAR to `horizon` tokens
+    later. reach: the share of those among all reads of the write, within `horizon` tokens. left: what is left of its key
+    after `horizon` tokens, decay: what the decay alone would leave. erased: the share of its key that one token erased,
+    after `wait` tokens; same_token: whether that token had the same id, by_chance: the share of the later tokens with it.
+    """
+    tables = []
+    for name in study.profile.hosts:
+        windows, cell = firing_windows(study, name), study.cell(name, "middle")
+        (cell_sae,) = [x for x in encoded_saes(study, name, [cell], "main", windows) if x.target == "write"]
+        firings = firings_of(study, cell_sae, windows)
+        classes = alive_atoms(name, cell_sae, firings, study.profile.seed).set_index("atom")["class"]
+        firings = firings.assign(**{"class": firings.atom.map(classes)})
+        size = study.profile.data.batch_windows
+        given = dict(host=study.host(name), windows=windows, cell=cell, firings=firings, size=size)
+        given |= dict(horizon=study.profile.section("attribution", name).horizon)
+        tables.append(study.stage("attribution_writes", name, range(0, len(windows), size), of_windows, **given))
+    return pd.concat(tables, ignore_index=True)
+
+
+def of_windows(
+    start: int, host: Host, windows: Windows, cell, firings: pd.DataFrame, size: int, horizon: int
+) -> pd.DataFrame:
+    """Return the rows of the writes of `size` windows."""
+    part = windows[slice(start, start + size)]
+    factors = host.factors(host.run(part.tokens, upto=cell[0] + 1), *cell)
+    found, shares = _sizes(factors)
+    length = found.shape[1]
+    chosen = firings[firings.window.between(start, start + size - 1) & (firings.position < length - horizon)]
+    row, s = torch.tensor((chosen.window - start).to_numpy()), torch.tensor(chosen.position.to_numpy())
+    later = s[:, None] + torch.arange(horizon)
+    read, share = (x[row[:, None], later, s[:, None]] for x in (found.abs(), shares))
+    columns = dict(
+        token=part.tokens[row, s],
+        far=share[:, NEAR:].mean(1),
+        reach=read[:, NEAR:].sum(1) / read.sum(1),
+        left=survival(factors)[row, s + horizon - 1, s] / factors.key[row, s].norm(dim=-1),
+        decay=survival(without_erase(factors))[row, s + horizon - 1, s] / factors.key[row, s].norm(dim=-1),
+    )
+    if factors.erase is not None:
+        which, erased = overwriters(factors)
+        columns |= dict(erased=erased[row, s], wait=which[row, s] - s)
+        columns["same_token"] = (part.tokens[row, which[row, s]] == columns["token"]).double()
+        same = part.tokens[row] == columns["token"][:, None]
+        after = torch.arange(length) > s[:, None]
+        columns["by_chance"] = (same & after).sum(1) / after.sum(1)
+    table = chosen.assign(**{name: x.numpy() for name, x in columns.items()})
+    return table.assign(host=host.name, layer=cell[0], head=cell[1]).reset_index(drop=True)
+
+
+def remembered(writes: pd.DataFrame, study: Study, count: int = 6) -> pd.DataFrame:
+    """Write results attribution_tokens.csv: per host, the tokens whose writes are read most, and least, much later.
+
+    Token ids with at least FEWEST writes. ratio: the mean of `far` over the writes of the id divided by that over all
+    writes; interval: bootstrap by passage. rank: from the most remembered.
+    """
+    tables = []
+    for name, part in writes.groupby("host", sort=False):
+        often = part[part.groupby("token").token.transform("size") >= FEWEST]
+        ratios = (often.groupby("token").far.mean() / part.far.mean()).sort_values(ascending=False)
+        for rank in sorted({*range(count), *range(len(ratios) - count, len(ratios))} & set(range(len(ratios)))):
+            rows = part[part.token == ratios.index[rank]]
+            ends = stats.cluster_bootstrap(rows.far / part.far.mean(), rows.passage, seed=study.profile.seed)
+            text = repr(study.host(name).tokenizer.decode([int(ratios.index[rank])]))
+            row = dict(host=name, rank=rank + 1, of=len(ratios), token=int(ratios.index[rank]), text=text, n=len(rows))
+            tables.append(row | stats.with_ends("ratio", ratios.iloc[rank], ends))
+    return study.write("attribution_tokens", pd.DataFrame(tables))
+
+
+def fates(writes: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """Return per host what becomes of writes, with bootstrap intervals by passage.
+
+    left, decay, erased, wait: medians (erased, wait: of the token that erased most). all_erased: 1 - mean(left) /
+    mean(decay), what all tokens erased of what the decay left. same_token: the share of writes whose strongest eraser
+    has the same id; by_chance: if it were a random later token. The last five are missing where nothing is erased.
+    """
+
+    def row(part: pd.DataFrame) -> dict:
+        numbers = dict(n=len(part), left=part.left.median(), decay=part.decay.median())
+        if part.erased.isna().all():
+            return numbers
+        kept = stats.ratio_bootstrap(part.left, part.decay, part.passage, resamples, seed)
+        ends = stats.Interval(1 - kept.high, 1 - kept.low)
+        numbers |= stats.with_ends("all_erased", 1 - part.left.mean() / part.decay.mean(), ends)
+        numbers |= dict(erased=part.erased.median(), wait=part.wait.median(), by_chance=part.by_chance.mean())
+        ends = stats.cluster_bootstrap(part.same_token, part.passage, resamples=resamples, seed=seed)
+        return numbers | stats.with_ends("same_token", part.same_token.mean(), ends)
+
+    return stats.per_group(writes, ["host"], row)
+
+
+def by_class(writes: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """Return the reach of the writes of each class of atoms, the mean over atoms; bootstrap by atom.
+
+    within: standard deviation over the atoms of the class, of their means.
+    """
+    atoms = writes.groupby(["host", "class", "atom"], as_index=False).agg(reach=("reach", "mean"), n=("reach", "size"))
+
+    def row(part: pd.DataFrame) -> dict:
+        ends = stats.cluster_bootstrap(part.reach, part.atom, resamples=resamples, seed=seed)
+        numbers = dict(n_atoms=len(part), n=int(part.n.sum()), within=part.reach.std())
+        return numbers | stats.with_ends("reach", part.reach.mean(), ends)
+
+    return stats.per_group(atoms, ["host", "class"], row, sort=True)
+
+
+# A few passages
+
+
+def example(study: Study, host_name: str, tokens: int, number: int = 0) -> tuple[list[str], Tensor, Tensor, Tensor]:
+    """Return one passage's tokens as text, the maps of the middle cell with and without erasures, [T, T] each, in
+    shares that keep the sign, and what each write adds to the logit of the next token, [T].
+    """
+    windows, host = passage_prompts(study, host_name, number + 1, tokens), study.host(host_name)
+    run, cell = host.run(windows.tokens[number:]), study.cell(host_name, "middle")
+    factors, maps = host.factors(run, *cell), []
+    for these in (factors, without_erase(factors)):
+        parts = (weights(these) * these.added.norm(dim=-1)[:, None])[0]
+        maps.append(parts / parts.abs().sum(-1, keepdim=True))
+    top = host.logits(run.final[:, -1]).argmax(-1)
+    text = [host.tokenizer.decode([i]) for i in windows.tokens[number].tolist()]
+    return text, *maps, logit_parts(host, run, *cell, top)[0]
+
+
+# For readers
+
+
+def _share(row, name: str, digits: int = 0) -> str:
+    """Return a share with its interval in percent, or nothing where there is none."""
+    value, low, high = (100 * getattr(row, column) for column in (name, f"{name}_low", f"{name}_high"))
+    return "" if np.isnan(value) else f"{value:.{digits}f}% [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _rho(row) -> str:
+    return f"{row.rho:.2f} [{row.rho_low:.2f}, {row.rho_high:.2f}]"
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """Return `trend` for a reader: medians over the cells of a host."""
+    columns = {"host": table.host.map(HOST), "cells": table.cells, "own write (%)": 100 * table.share_own}
+    columns |= {"last 8 writes (%)": 100 * table.share_last_8, "half within (tokens)": table.half_distance}
+    columns |= {"rank correlation with half-life": [_rho(row) for row in table.itertuples()]}
+    return pd.DataFrame(columns | {"error without erasures": table.decay_error}).set_index("host").round(2)
+
+
+def readable_fates(table: pd.DataFrame) -> pd.DataFrame:
+    """Return `fates` for a reader."""
+    rows = list(table.itertuples())
+    columns = {"host": table.host.map(HOST), "writes": table.n, "left (%)": (100 * table.left).round(1)}
+    columns |= {"left by the decay (%)": (100 * table.decay).round(1)}
+    columns |= {"erased of that": [_share(row, "all_erased") for row in rows]}
+    columns |= {"erased by one token (%)": (100 * table.erased).round(1)}
+    columns |= {"it is the same token": [_share(row, "same_token", 1) for row in rows]}
+    return pd.DataFrame(columns | {"by chance (%)": (100 * table.by_chance).round(1)}).set_index("host")
+
+
+def readable_tokens(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the most and the least remembered tokens of every host, each with the ratio of its share."""
+    shown = [f"{x.text} {x.ratio:.2f} [{x.ratio_low:.2f}, {x.ratio_high:.2f}]" for x in table.itertuples()]
+    ranks = table["rank"].astype(str) + " of " + table.of.astype(str)
+    rows = table.assign(shown=shown, host=table.host.map(HOST), rank=ranks)
+    wide = rows.pivot(index="rank", columns="host", values="shown")
+    return wide.loc[ranks.drop_duplicates()].rename_axis(columns=None)
+
+
+def largest_parts(study: Study, host_name: str, tokens: int, count: int = 6) -> pd.DataFrame:
+    """Return the writes of the example that change the logit most: token, how many tokens ago, and nats."""
+    text, _, _, parts = example(study, host_name, tokens)
+    chosen = parts.abs().topk(count).indices
+    columns = {"token": [repr(text[i]) for i in chosen], "tokens ago": tokens - 1 - chosen.numpy()}
+    return pd.DataFrame(columns | {"part of the logit (millinats)": 1e3 * parts[chosen].numpy()}).round(2)
+
+
+def verdict(table: pd.DataFrame, fate: pd.DataFrame, classes: pd.DataFrame) -> list[str]:
+    """Return what the tables say, in sentences."""
+    lines = []
+    for row in table.itertuples():
+        lines.append(
+            f"{HOST[row.host]}: in the median of {row.cells} cells half of a read comes from the last "
+            f"{row.half_distance + 1:.0f} tokens, and {row.share_own:.0%} from the token's own write. Cells with a longer "
+            f"half-life read farther back (rank correlation {_rho(row)})."
+        )
+        if row.decay_error > 0:
+            lines.append(
+                f"  A map without the erasures is wrong by {row.decay_error:.2f} of the size of the read (median)."
+            )
+    for row in fate[fate.same_token.notna()].itertuples():
+        lines.append(
+            f"{HOST[row.host]}, middle cell: erasures remove {_share(row, 'all_erased')} of what the decay leaves of a "
+            f"write, and the strongest eraser {row.erased:.0%} of the write (median). That eraser is the same token in "
+            f"{_share(row, 'same_token', 1)} of {row.n:,} writes; a random later token is in {row.by_chance:.1%}."
+        )
+    for host, part in classes.groupby("host", sort=False):
+        rows = part.set_index("class")
+        if {"register", "bundle"} <= set(rows.index):
+            one, other = rows.loc["register"], rows.loc["bundle"]
+            apart = one.reach_low > other.reach_high or one.reach_high < other.reach_low
+            lines.append(
+                f"{HOST[host]}: writes of registers reach {one.reach:.3f}, of bundles {other.reach:.3f}. The intervals are "
+                f"{'apart' if apart else 'not apart'}; the atoms of one class differ by {other.within:.3f}."
+            )
+    return lines
