@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import subprocess
 import tarfile
 import tempfile
 import textwrap
@@ -34,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from replication.commands import CommandError
 from replication.study import paths as paths_module
 from replication.study import stages
+from replication.study.git import GitError, git
 from replication.study.stages import read_table
 from writesae.files import ArtifactError, read_sidecar
 from writesae.sae.config import first_problem
@@ -298,16 +298,18 @@ def verify(reference: Path, fresh: Path, tolerances: list[Tolerance], exact: boo
 def committed(profile: str) -> Iterator[tuple[Path, str]]:
     """Yield a temporary folder with results/PROFILE of the last commit, and its name.
 
-    Raises CommandError if the commit does not have it, and outside git."""
-    git = ["git", "-C", str(paths_module.ROOT)]
-    archive = subprocess.run([*git, "archive", "HEAD", f"results/{profile}"], capture_output=True)
-    if archive.returncode:
-        raise CommandError(f"The last commit holds no results/{profile}: name a reference with --reference FOLDER.")
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    Raises CommandError if the commit does not have it, and, with the reason, if git gives no commit."""
+    name, remedy = f"results/{profile}", "name a reference with --reference FOLDER"
+    try:
+        if not git("ls-tree", "HEAD", name):
+            raise CommandError(f"The last commit holds no {name}: {remedy}.")
+        archive, commit = git("archive", "HEAD", name), git("rev-parse", "--short", "HEAD").decode().strip()
+    except GitError as error:
+        raise CommandError(f"There is no last commit to compare with, since {error}: {remedy}.") from error
     with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as content:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as content:
             content.extractall(folder, filter="data")
-        yield Path(folder) / "results" / profile, f"results/{profile} of commit {commit}"
+        yield Path(folder) / name, f"{name} of commit {commit}"
 
 
 def _tables_of(folder: str, profile: str) -> Path:

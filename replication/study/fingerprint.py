@@ -30,7 +30,7 @@ from writesae.hosts.base import Host
 
 PACKAGES = ("writesae", "replication")
 VERSIONS = ("torch", "transformers", "numpy", "scipy", "scikit-learn")  # of packages that decide numbers
-STUDY = ("fingerprint", "lock", "paths", "profile", "stages", "study")
+STUDY = ("fingerprint", "git", "lock", "paths", "profile", "stages", "study")
 LOADERS = {f"replication.study.{name}" for name in STUDY}
 LOADERS |= {"writesae.files", "writesae.hosts.hub", "writesae.hosts.load"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

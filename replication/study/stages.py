@@ -13,7 +13,6 @@ import importlib.metadata
 import platform
 import re
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from joblib import Parallel, delayed
 from pandas.api.types import is_any_real_numeric_dtype, is_bool_dtype
 from tqdm import tqdm
 
-from replication.study.paths import ROOT
+from replication.study.git import GitError, git
 from writesae.files import ArtifactError, _store, read_sidecar, up_to_date
 
 REQUIRED = ("profile", "config", "host", "seed", "seconds")
@@ -35,14 +34,13 @@ KEPT = re.compile(r"(sweep|repeats)-.*\.csv")  # tables of `make sweep` and `mak
 
 
 def git_commit() -> str:
-    """Return the commit of the repository, with `+changes` if files differ from it; `unknown` outside git."""
-    options = dict(cwd=ROOT, capture_output=True, text=True, check=True)
-    status = ["git", "status", "--porcelain", "--", "writesae", "replication", "profiles", "models"]
+    """Return the commit of the checkout, with `+changes` if files differ from it, or `unknown` and why."""
+    status = "status", "--porcelain", "--untracked-files=normal", "--", "writesae", "replication", "profiles", "models"
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
-        return f"{commit}+changes" if subprocess.run(status, **options).stdout else commit
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        commit = git("rev-parse", "HEAD").decode().strip()
+        return f"{commit}+changes" if git(*status) else commit
+    except GitError as error:
+        return f"unknown ({error})"
 
 
 def environment() -> dict[str, Any]:

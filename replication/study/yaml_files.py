@@ -18,5 +18,7 @@ def checked(label: str) -> Iterator[None]:
         yield
     except ValidationError as error:
         raise ValueError(f"{label}: {first_problem(error)}.") from None
-    except (TypeError, UnicodeDecodeError, yaml.YAMLError):
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{label} is not text in UTF-8 (byte {error.start}): save it in that encoding.") from None
+    except (TypeError, yaml.YAMLError):
         raise ValueError(f"{label} is not a YAML mapping of fields to values.") from None
