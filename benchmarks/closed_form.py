@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from common import Case, Comparison, main
+from common import Case, Comparison, main, must_agree
 from replacement import FOLDER, apart, load, logits_after, prefix_cache
 from torch import Tensor
 
@@ -92,10 +92,10 @@ def r_squared(predicted: Tensor, measured: Tensor) -> float:
 def agreement(size: dict[str, int], results: dict[str, Tensor]) -> dict[str, float]:
     """Return the R2 of the prediction in fp32 and fp64, and the difference of the measured ways in fp64.
 
-    Raises AssertionError if that difference exceeds TOLERANCE."""
+    Raises ValueError if that difference exceeds TOLERANCE."""
     predicted, one_at_a_time, in_batch = (case(way, torch.float64, **size)() for way in WAYS)
     difference = apart(in_batch, one_at_a_time)
-    assert difference < TOLERANCE, f"the measured shifts differ by {difference:.1e}: the edits are not the same"
+    must_agree(difference, TOLERANCE, "The measured shifts differ: the edits are not the same")
     r2 = r_squared(results["backward"], results["one by one"])
     return dict(r2=r2, r2_fp64=r_squared(predicted, one_at_a_time), difference_fp64=difference)
 

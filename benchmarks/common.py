@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import re
 import resource
 import subprocess
@@ -40,6 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from replication.study import paths as paths_module
 from replication.study import stages
+from replication.study.study import use_every_core
 
 ROUNDS = 5
 SHORTEST = 0.2  # seconds: in each round, a case repeats until it has taken this long
@@ -85,8 +85,14 @@ def device_name() -> str:
 def _processor() -> str:
     """Return the model name of the CPU."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "cpu")
+
+
+def must_agree(difference: float, tolerance: float, problem: str) -> None:
+    """Raise ValueError, with the problem, unless the relative difference of two cases is below the tolerance."""
+    if not difference < tolerance:
+        raise ValueError(f"{problem} (relative difference {difference:.1e}, allowed {tolerance:.0e}).")
 
 
 def _seconds(run: Callable[[], Any], repeats: int = 1) -> tuple[float, Any]:
@@ -146,7 +152,7 @@ def _largest() -> float:
     """Return the largest resident size of this process in MiB."""
     status = Path("/proc/self/status")
     if status.is_file():  # Linux, where ru_maxrss starts at the value of the parent process
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 1024
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8"))[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -165,7 +171,7 @@ def _peak(number: int, case: str, quick: bool) -> dict[str, float]:
 
     With no such case, the process only does the imports."""
     command = [sys.executable, sys.argv[0], "--peak", str(number), case] + ["--quick"] * quick
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, encoding="utf-8").stdout
     return json.loads(output.splitlines()[-1])
 
 
@@ -174,14 +180,9 @@ def start() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="run at toy size, to check that it runs")
     parser.add_argument("--peak", nargs=2, metavar=("NUMBER", "CASE"), help=argparse.SUPPRESS)
-    set_threads()
+    use_every_core()
     torch.backends.cuda.matmul.allow_tf32 = False
     return parser.parse_args()
-
-
-def set_threads() -> None:
-    """Let torch use OMP_NUM_THREADS threads (default: the number of cores)."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
 
 
 def main(name: str, comparisons: Callable[[bool], list[Comparison]]) -> None:

@@ -38,6 +38,7 @@ from harvest_speed import windows
 from torch import Tensor
 
 from replication.study.paths import ROOT
+from replication.study.study import use_every_core
 from writesae.harvesting import harvest
 from writesae.hosts import load
 from writesae.hosts.base import Host
@@ -47,7 +48,7 @@ from writesae.sae.losses import tf32
 
 PRODUCTS = ("fp32", "tf32", "bf16")
 TOLERANCE = 1e-4  # largest relative difference of a training loss from fp32 that counts as agreement
-MODELS = yaml.safe_load((ROOT / "profiles" / "dryrun" / "hosts.yaml").read_text())
+MODELS = yaml.safe_load((ROOT / "profiles" / "dryrun" / "hosts.yaml").read_text(encoding="utf-8"))
 SHAPES = {
     "qwen3.5-0.8b": dict(
         host=MODELS["Qwen/Qwen3.5-0.8B"]["architecture"],
@@ -265,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("There is no CUDA device here: nothing was measured (--shape tiny --device cpu shows that it runs).")
         return 0
     without_triton()
-    common.set_threads()
+    use_every_core()
     shape = "tiny" if options.quick else options.shape
     common.save("gpu", measure(shape), shape == "tiny", time.monotonic() - began)
     return 0

@@ -22,7 +22,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from common import Case, Comparison, device, main
+from common import Case, Comparison, device, main, must_agree
 from torch import Tensor
 
 from writesae.history import History
@@ -112,14 +112,14 @@ def on_states(kind: str, k: int, silent: int, **sizes: int) -> Callable[[], floa
 def same_losses(results: dict[str, float]) -> dict[str, float]:
     """Return the largest relative difference between a loss on states and the factored loss of the same side.
 
-    Raises AssertionError if it exceeds TOLERANCE."""
+    Raises ValueError if it exceeds TOLERANCE."""
     largest = 0.0
     for name, loss in results.items():
         kind, _, side = name.partition(" ")
         if kind in ("plain", "whole", "dense"):
             wanted = results[f"factored {side}"]
             largest = max(largest, abs(loss - wanted) / abs(wanted))
-    assert largest < TOLERANCE, f"the losses differ by {largest:.1e}: the cases do not do the same work"
+    must_agree(largest, TOLERANCE, "The losses differ: the cases do not do the same work")
     return dict(difference=largest)
 
 

@@ -104,7 +104,7 @@ def _close(place: Path, count: int, host: str) -> None:
             shape = file.get_slice("key").get_shape()
         shards.append(dict(windows=shape[0], length=shape[1], sha256=files.read_sidecar(path)["sha256"]))
     text = json.dumps(dict(format_version=FORMAT_VERSION, host=host, shards=shards), indent=1) + "\n"
-    files.write_atomically(place / "shards.json", lambda partial: partial.write_text(text))
+    files.write_atomically(place / "shards.json", lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 class ShardedHistory:
@@ -137,7 +137,7 @@ class ShardedHistory:
     def _manifest(self) -> tuple[str | None, list[dict]]:
         path = self.place / "shards.json"
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             version, shards = content["format_version"], content["shards"]
         except OSError as error:
             raise files.ArtifactError(f"{path} is missing: no harvest of this cell was completed there.") from error

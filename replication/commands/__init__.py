@@ -20,7 +20,7 @@ def read_yaml(model, path: Path, label: str, **fields):
     """Return a pydantic model of a YAML mapping and further fields. Raises ValueError, about `label`, if the
     file has other content."""
     with checked(label):
-        return model(**yaml.safe_load(path.read_text()), **fields)
+        return model(**yaml.safe_load(path.read_text(encoding="utf-8")), **fields)
 
 
 def last_line(text: str) -> str:
@@ -32,7 +32,7 @@ def check_disk(profile: str) -> None:
 
     The check has its own process, because it imports torch, whose memory this process would keep."""
     command = [sys.executable, "-m", "replication", "disk", "--profile", profile]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
     if done.returncode:
         raise CommandError(last_line(done.stderr).removeprefix("disk failed: "))
     print(done.stderr, end="", file=sys.stderr)  # what is not counted

@@ -36,10 +36,10 @@ SEED = 0
 def padded_tokenizer(vocabulary: int, folder: Path) -> None:
     """Write an embedded host's tokenizer to `folder`, with a vocabulary filled up by unused entries."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = json.loads((TOKENIZER / "tokenizer.json").read_text())
+    content = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
     ids = content["model"]["vocab"]
     ids |= {f"<unused{i}>": i for i in range(len(ids), vocabulary)}
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     shutil.copy(TOKENIZER / "tokenizer_config.json", folder)
 
 
@@ -60,12 +60,12 @@ def make_host(shape: dict, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     padded_tokenizer(shape["architecture"]["vocab_size"], folder)
     model.bfloat16().save_pretrained(folder, max_shard_size="50GB")
-    (folder / "shape.json").write_text(json.dumps(shape))  # last: the folder is complete
+    (folder / "shape.json").write_text(json.dumps(shape), encoding="utf-8")  # last: the folder is complete
 
 
 def make_hosts(profile: str) -> None:
     """Make the random hosts that do not exist yet. Raises ValueError if hosts.yaml lacks a model's shapes."""
-    shapes = yaml.safe_load(SHAPES.read_text())
+    shapes = yaml.safe_load(SHAPES.read_text(encoding="utf-8"))
     content = profile_content(ROOT / "profiles" / f"{profile}.yaml")
     paths = {name: section["path"] for name, section in content["hosts"].items()}
     for name, section in load_profile(profile).hosts.items():
@@ -75,7 +75,7 @@ def make_hosts(profile: str) -> None:
         if shape is None:
             raise ValueError(f"The shapes of {paths[name]} are not known: add them to {SHAPES.relative_to(ROOT)}.")
         stored = folder / "shape.json"
-        if not stored.is_file() or json.loads(stored.read_text()) != shape:
+        if not stored.is_file() or json.loads(stored.read_text(encoding="utf-8")) != shape:
             print(f"{name}: random weights of the shapes of {paths[name]}", flush=True)
             with ProcessPoolExecutor(1, get_context("spawn")) as other:  # its end frees the memory
                 other.submit(make_host, shape, folder).result()

@@ -7,7 +7,6 @@ files in build/<profile>/sweeps/<grid>. The result, results/<profile>/sweep-<gri
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import pandas as pd
-from joblib import Parallel, delayed
+from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from pydantic import Field, NonNegativeInt, ValidationError
 from tqdm import tqdm
@@ -326,7 +325,7 @@ def run_sweep(profile: Profile, grid: Grid, jobs: int | None = None) -> pd.DataF
 
 def _run_all(tasks: list[tuple], what: str, jobs: int | None) -> None:
     """Run tasks in worker processes. Raises CommandError if some failed, after all others are done."""
-    pool = Parallel(jobs or len(os.sched_getaffinity(0)), return_as="generator_unordered", batch_size=1)
+    pool = Parallel(jobs or cpu_count(), return_as="generator_unordered", batch_size=1)
     try:
         results = tqdm(pool(delayed(run_task)(*task) for task in tasks), total=len(tasks), desc=what)
         failures = sorted(sentence for sentences in results for sentence in sentences)

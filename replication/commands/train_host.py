@@ -162,7 +162,7 @@ def export(model, tokenizer: Tokenizer, record: dict, history: list[dict], folde
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     docstrings.write_manifest(folder / "corpus.json")
     pd.DataFrame(history).to_csv(folder / "training.csv", index=False, lineterminator="\r\n")
-    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def read_recipe(path: Path) -> Recipe:

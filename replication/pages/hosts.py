@@ -110,7 +110,7 @@ def describe(study: Study, losses: pd.DataFrame) -> pd.DataFrame:
     for name, section in study.profile.hosts.items():
         host, part = study.host(name), losses[losses.host == name]
         record = Path(study.host_path(name)) / "training.json"
-        trained = json.loads(record.read_text()) if record.is_file() else {}
+        trained = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
         row = dict(host=name, family=host.family, path=section.path)
         row |= dict(parameters=sum(p.numel() for p in host.model.parameters()), heldout_loss=part.loss.mean())
         row |= ci(cluster_bootstrap(part.loss, part.passage, seed=study.profile.seed))

@@ -126,12 +126,12 @@ def manifest() -> Manifest:
 
 
 def write_manifest(path: Path) -> None:
-    path.write_text(json.dumps(asdict(manifest()), indent=2) + "\n")
+    path.write_text(json.dumps(asdict(manifest()), indent=2) + "\n", encoding="utf-8")
 
 
 def check_manifest(path: Path) -> list[str]:
     """Return (and print to stderr) how the installed text differs from the manifest at `path`."""
-    differences = manifest().differences(Manifest(**json.loads(Path(path).read_text())))
+    differences = manifest().differences(Manifest(**json.loads(Path(path).read_text(encoding="utf-8"))))
     if differences:
         sentence = "The corpus is not the reference corpus, so numbers will differ somewhat: "
         print(f"{sentence}{'; '.join(differences)}.", file=sys.stderr)

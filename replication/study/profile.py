@@ -318,7 +318,9 @@ def load_profile(name: str, folder: Path = ROOT / "profiles") -> Profile:
     with checked(f"Profile {name}"):
         content = profile_content(path)
         if dry_run():
-            content = dry(content, yaml.safe_load((ROOT / "profiles/dryrun/overrides.yaml").read_text()))
+            content = dry(
+                content, yaml.safe_load((ROOT / "profiles/dryrun/overrides.yaml").read_text(encoding="utf-8"))
+            )
         return Profile(name=name, **content)
 
 
@@ -327,13 +329,13 @@ def profile_content(path: Path) -> dict:
 
     Raises ValueError if there is no such profile in the same folder.
     """
-    content = {**yaml.safe_load(path.read_text())}
+    content = {**yaml.safe_load(path.read_text(encoding="utf-8"))}
     if "extends" not in content:
         return content
     base = path.with_name(f"{content.pop('extends')}.yaml")
     if not base.is_file():
         raise ValueError(f"Profile {path.stem} extends {base.stem!r}: write {base.name} in the same folder.")
-    return {**yaml.safe_load(base.read_text())} | content
+    return {**yaml.safe_load(base.read_text(encoding="utf-8"))} | content
 
 
 def lay_over(base: Any, over: Any) -> Any:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from joblib import cpu_count
 
 from replication.study import docstrings, fingerprint, paths, stages
 from replication.study.lock import writing
@@ -104,7 +105,7 @@ class Study:
     @property
     def workers(self) -> int:
         """The number of processes that train SAEs at the same time."""
-        return self.profile.workers or len(os.sched_getaffinity(0))
+        return self.profile.workers or cpu_count()
 
     # Tables
 
@@ -256,14 +257,19 @@ def _file_hash(path: Path, changed: int) -> str:
     return file_hash(path)
 
 
+def use_every_core() -> None:
+    """Let torch use OMP_NUM_THREADS threads, or else one per core that this process may use."""
+    if not os.environ.get("OMP_NUM_THREADS"):  # torch itself reads this variable
+        torch.set_num_threads(cpu_count())
+
+
 def open_study(profile: str = "mini", lock: bool = True) -> Study:
     """Open the study of a profile, with as many threads as OMP_NUM_THREADS says, else one per core.
 
     With `lock`, this process holds the lock of the profile until it ends; workers of a process that holds it
     do not need it. Raises ValueError for an unknown profile, LockError if another process holds the lock.
     """
-    if not os.environ.get("OMP_NUM_THREADS"):  # torch itself reads this variable
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+    use_every_core()
     study = Study(load_profile(profile))
     if lock:
         writing(study.paths)

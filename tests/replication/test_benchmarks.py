@@ -48,7 +48,7 @@ def test_steps_on_states_in_parts_have_the_loss_of_the_trainers_step(kind, monke
 
 
 def test_different_losses_are_refused():
-    with pytest.raises(AssertionError, match="do not do the same work"):
+    with pytest.raises(ValueError, match="do not do the same work"):
         training_step.same_losses({"factored 8": 1.0, "plain 8": 1.001})
 
 

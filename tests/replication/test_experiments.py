@@ -3,6 +3,7 @@
 import os
 from types import SimpleNamespace
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -447,8 +448,8 @@ def test_a_suite_takes_the_threads_that_it_is_given(monkeypatch, tmp_path):
         open_study("smoke")
         assert torch.get_num_threads() == 1
         monkeypatch.delenv("OMP_NUM_THREADS")
-        open_study("smoke")
-        assert torch.get_num_threads() == len(os.sched_getaffinity(0))
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # only Linux has it
+        assert open_study("smoke").workers == torch.get_num_threads() == joblib.cpu_count() >= 1
 
 
 class Words:

@@ -109,7 +109,7 @@ def _settings(folder: Path, name: str | Path) -> dict:
         advice = "give a model folder (`make hosts` trains the embedded hosts)"
         raise FileNotFoundError(f"{name} holds no config.json: {advice}.")
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: it is not a JSON object ({error}).") from error
 
@@ -201,4 +201,4 @@ def _check_tokenizer(tokenizer, vocabulary: int, name: str | Path) -> None:
 def host_name(folder: Path) -> str:
     """Return the name in the folder's training.json, or else the folder's name."""
     record = folder / "training.json"
-    return json.loads(record.read_text()).get("name", folder.name) if record.is_file() else folder.name
+    return json.loads(record.read_text(encoding="utf-8")).get("name", folder.name) if record.is_file() else folder.name

@@ -72,7 +72,7 @@ def from_release(folder: str | Path, dtype: torch.dtype = torch.float32):
     from transformers import Mamba2ForCausalLM
 
     folder = Path(folder)
-    config = library_config(json.loads((folder / "config.json").read_text()))
+    config = library_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise FileNotFoundError(f"{folder} holds no weights: one of {', '.join(WEIGHTS)} belongs there.")

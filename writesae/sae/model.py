@@ -173,7 +173,7 @@ class SAE(nn.Module):
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         write_atomically(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         text = json.dumps(self.config.model_dump() | {"sha256": file_hash(weights)}, indent=2) + "\n"
-        write_atomically(Path(folder) / CONFIG, lambda path: path.write_text(text))
+        write_atomically(Path(folder) / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
     def push_to_hub(self, name: str, token: str | None = None, private: bool | None = None) -> None:
         """Upload the SAE and a README to the Hub's repository `name`, which is created if needed."""
@@ -182,7 +182,7 @@ class SAE(nn.Module):
         with TemporaryDirectory() as folder:
             self.save(folder)
             fields = {field: "unknown" if x is None else x for field, x in self.config.model_dump().items()}
-            (Path(folder) / "README.md").write_text(CARD.format(**fields))
+            (Path(folder) / "README.md").write_text(CARD.format(**fields), encoding="utf-8")
             api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a sparse autoencoder")
 
     @classmethod
@@ -227,7 +227,7 @@ def _locate(name: Path | str, revision: str | None, options: dict[str, Any]) -> 
 def _read_config(path: Path) -> tuple[SAEConfig, str | None]:
     """Return the config in a file, and the checksum of the weights or None."""
     try:
-        content = dict(json.loads(path.read_text()))
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: it is not a JSON object ({error}).") from error
     checksum, version = content.pop("sha256", None), content.get("format_version")
