@@ -1,8 +1,12 @@
 """nbval over the notebooks: progress bars and the HTML twin of a table are no part of the comparison."""
 
 import os
+import tempfile
+from pathlib import Path
 
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # in the kernel they would be widgets among the outputs
+from replication.commands.kernel import neutralise
+
+neutralise(os.environ, Path(tempfile.mkdtemp()))
 
 
 def pytest_collectstart(collector):

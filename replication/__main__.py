@@ -7,6 +7,7 @@ import importlib
 import sys
 
 from replication.commands import CommandError
+from replication.study.paths import check_checkout
 
 COMMANDS = {  # name: what it does
     "run": "run one notebook",
@@ -32,7 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
             module.add_arguments(command)
     options = parser.parse_args(arguments)
     label = getattr(options, "name", options.command)
+    for stream in (sys.stdout, sys.stderr):  # pages print characters that the locale may lack
+        stream.reconfigure(errors="backslashreplace")
     try:
+        check_checkout()
         return module.main(options)
     except (CommandError, ValueError, OSError, FloatingPointError) as error:
         print(f"{label} failed: {error}", file=sys.stderr)

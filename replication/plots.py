@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython import get_ipython
 
 from replication.study.paths import dry_run
 from writesae.files import write_atomically
@@ -43,7 +44,11 @@ MARKERS = "osD^"
 
 
 def style() -> None:
-    """Set the style; the first line of every notebook's plotting."""
+    """Set the style, and show figures in a notebook, whatever backend and matplotlibrc the user has."""
+    if shell := get_ipython():
+        shell.run_line_magic("matplotlib", "inline")
+        shell.run_line_magic("config", "InlineBackend.figure_formats = ['png']")
+    plt.rcdefaults()
     options = {"figure.dpi": 110, "savefig.dpi": 200, "figure.constrained_layout.use": True, "pdf.fonttype": 42}
     options |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
     sns.set_theme(context="paper", style="ticks", palette="colorblind", rc=options)

@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import TextIO
+from unittest import mock
 
 import nbformat
 from nbformat import NotebookNode
@@ -77,6 +78,7 @@ def publish(path: Path, before: bytes, executed: Path) -> None:
 
     def write(partial: Path) -> None:
         partial.write_text(text, encoding="utf-8")
+        partial.chmod(times.st_mode)
         os.utime(partial, ns=(times.st_atime_ns, times.st_mtime_ns))
 
     write_atomically(path, write)
@@ -95,10 +97,14 @@ def _check_writable(folder: Path) -> None:
 def _execute(path: Path, target: Path, profile: str, log: TextIO | None) -> None:
     import papermill  # takes two seconds
 
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # widgets, in a kernel
-    streams = dict(stdout_file=log or sys.stdout, stderr_file=log or sys.stderr, log_output=True, progress_bar=False)
+    from replication.commands.kernel import ThisPython, neutralise
+
+    options = dict(stdout_file=log or sys.stdout, stderr_file=log or sys.stderr, log_output=True, progress_bar=False)
+    options |= dict(kernel_name="python3", language="python", kernel_manager_class=ThisPython, cwd=path.parent)
     try:
-        papermill.execute_notebook(path, target, parameters={"profile": profile}, cwd=path.parent, **streams)
+        with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
+            neutralise(os.environ, Path(folder))
+            papermill.execute_notebook(path, target, parameters={"profile": profile}, **options)
     except papermill.PapermillExecutionError as error:
         if error.ename == "OutOfMemoryError":
             from replication.study.study import OUT_OF_MEMORY  # imports torch

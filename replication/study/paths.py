@@ -22,6 +22,17 @@ def output_root() -> Path:
     return ROOT / (os.environ.get("WRITESAE_OUTPUT") or ("build/dryrun" if dry_run() else ""))
 
 
+def check_checkout() -> None:
+    """Raise ValueError if the current folder is in another checkout than the code that runs."""
+    code, here = Path(__file__).resolve().parents[2], Path.cwd()
+    around = (folder for folder in (here, *here.parents) if (folder / "replication/study/paths.py").is_file())
+    if (other := next(around, code)) != code:
+        raise ValueError(
+            f"The current folder is in the checkout {other}, and Python imports the code of {code}: set "
+            f"PYTHONPATH={other}, or use the environment that `make env` makes there."
+        )
+
+
 @dataclass(frozen=True)
 class Paths:
     """The folders of one profile, independent of the current folder."""

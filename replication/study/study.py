@@ -267,8 +267,14 @@ def open_study(profile: str = "mini", lock: bool = True) -> Study:
     """Open the study of a profile, with as many threads as OMP_NUM_THREADS says, else one per core.
 
     With `lock`, this process holds the lock of the profile until it ends; workers of a process that holds it
-    do not need it. Raises ValueError for an unknown profile, LockError if another process holds the lock.
+    do not need it. Torch has its defaults again where settings would change numbers. Raises ValueError for an
+    unknown profile and in the folder of another checkout, LockError if another process holds the lock.
     """
+    paths.check_checkout()
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    torch.set_grad_enabled(True)
+    torch.set_float32_matmul_precision("highest")
     use_every_core()
     study = Study(load_profile(profile))
     if lock:
