@@ -31,9 +31,9 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(FITS)' 2>
 PY = .venv/bin/python
 ENV := $(if $(filter command,$(firstword $(origin PY))),,.venv/.complete)
 
-NAMES := $(sort $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/*.ipynb)))
+NAMES := $(sort $(shell $(or $(PYTHON),python3) -I replication/commands/order.py --order 2>/dev/null))
 STAMPS := build/$(PROFILE)/stamps
-SOURCES := $(shell find writesae replication -name '*.py')
+SOURCES := $(shell find writesae replication -name '[!.]*.py' ! -path '* *')
 RECIPES := $(wildcard models/*/recipe.yaml)
 
 .PHONY: help env all pages figures dryrun test test-unit test-notebooks test-reference verify lint bench hosts browser sweep repeats lab clean always $(NAMES)
@@ -133,7 +133,7 @@ $(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.ya
 endif
 
 # The file is renamed only when it is complete. Otherwise, after a kill, make would use a partial list of rules.
-build/deps.mk: notebooks $(wildcard notebooks/*.ipynb) replication/commands/order.py
+build/deps.mk: notebooks $(NAMES:%=notebooks/%.ipynb) replication/commands/order.py
 	@mkdir -p build
 	@$(or $(PYTHON),python3) -I replication/commands/order.py > $@.$$$$ && mv $@.$$$$ $@ || { rm -f $@.$$$$; exit 2; }
 

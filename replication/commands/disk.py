@@ -8,6 +8,7 @@ import argparse
 import os
 import shutil
 import sys
+from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ def _files_of(profile: Profile, paths: Paths, name: str, shape: Shape) -> list[N
     """Return the harvests and SAEs of a host that do not exist yet."""
 
     def rest(what: str, folder: str, pattern: str, count: int, size: int) -> Need:
-        existing = len(list((paths.build / folder).glob(f"{name}-{pattern}")))
+        existing = len(list((paths.build / folder).glob(f"{escape(name)}-{pattern}")))
         return Need(f"{what} of {name}", paths.build / folder, max(0, count - existing) * size)
 
     section, targets, data = profile.hosts[name], len(profile.saes.targets), profile.data

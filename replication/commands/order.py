@@ -1,7 +1,8 @@
-"""Print the rules for Make of the notebooks, or with `--order` their names in order.
+"""Print the rules for Make of the pages, or with `--order` their names in order.
 
-Make runs this file before the environment exists, with Python 3.9 or later and the standard library only. In
-the metadata of a notebook, `writesae` has the fields
+A page is a notebook whose name is two digits, an underscore and a word, and whose metadata has `writesae`; Make
+passes over all other files in notebooks/. Make runs this file before the environment exists, with Python 3.9 or
+later and the standard library only. The fields of `writesae` are
     needs   the notebooks that must run before it, e.g. ["05_replacement"]
     files   globs of data that it reads from the repository, e.g. ["models/*/config.json"]
     makes   files that it writes, e.g. ["results/{profile}/hosts.csv"]; it runs again if one is missing
@@ -11,32 +12,46 @@ from __future__ import annotations
 
 import graphlib
 import json
+import re
 import sys
 from pathlib import Path
 
+PAGE = re.compile(r"\d\d_\w+")
 ROOT = Path(__file__).resolve().parents[2]
 STAMPS = "$(STAMPS)"
 
 
-class Notebook:
-    """The name and metadata of a notebook. Raises ValueError for a file that is not a notebook."""
+def read_metadata(path: Path) -> dict[str, list[str]] | None:
+    """Return the field `writesae` of a notebook's metadata, None if there is none.
 
-    def __init__(self, path: Path, root: Path):
-        try:
-            metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("writesae", {})
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"notebooks/{path.name} is not a readable notebook.") from error
-        self.name, self.root = path.stem, root
+    Raises ValueError for a file that is not a notebook."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["metadata"].get("writesae")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"notebooks/{path.name} is not a readable notebook.") from error
+
+
+def for_make(path: str) -> str:
+    """Return a path as Make reads it in a rule, with what means something to Make escaped."""
+    return re.sub(r"([\s#:*?\[\]])", r"\\\1", path).replace("$", "$$")
+
+
+class Notebook:
+    """A page: its name and what its metadata says."""
+
+    def __init__(self, name: str, metadata: dict[str, list[str]], root: Path):
+        self.name, self.root = name, root
         self.needs, self.files, self.makes = (list(metadata.get(x, [])) for x in ("needs", "files", "makes"))
 
     def prerequisites(self) -> list[str]:
         """Return the paths of the notebook and its data. Raises ValueError for a glob that finds nothing."""
         paths = [f"notebooks/{self.name}.ipynb"]
         for pattern in self.files:
-            matches = sorted(p.relative_to(self.root).as_posix() for p in self.root.glob(pattern) if p.is_file())
+            found = (path.relative_to(self.root) for path in self.root.glob(pattern) if path.is_file())
+            matches = sorted(path.as_posix() for path in found if not any(part[0] == "." for part in path.parts))
             if not matches:
                 raise ValueError(f"notebooks/{self.name}.ipynb needs {pattern}, and there is no such file.")
-            paths += matches
+            paths += map(for_make, matches)
         return paths
 
     def rules(self) -> str:
@@ -48,13 +63,34 @@ class Notebook:
 
 
 def notebooks(root: Path = ROOT) -> dict[str, Notebook]:
-    """Return the notebooks by name. Raises ValueError if one is damaged or needs an unknown notebook."""
-    pages = {path.stem: Notebook(path, root) for path in sorted((root / "notebooks").glob("*.ipynb"))}
+    """Return the pages by name.
+
+    Raises ValueError if one is damaged or needs an unknown page, and if two make the same file."""
+    paths = sorted(path for path in (root / "notebooks").glob("*.ipynb") if PAGE.fullmatch(path.stem))
+    metadata = {path.stem: read_metadata(path) for path in paths}
+    pages = {name: Notebook(name, said, root) for name, said in metadata.items() if said is not None}
+    makers: dict[str, str] = {}
     for page in pages.values():
+        for path in page.makes:
+            if (other := makers.setdefault(path, page.name)) != page.name:
+                both = f"notebooks/{other}.ipynb and notebooks/{page.name}.ipynb both make"
+                raise ValueError(f"{both} {path}: let one of them make another file, and say so in its metadata.")
         for name in page.needs:
             if name not in pages:
                 raise ValueError(f"notebooks/{page.name}.ipynb needs the notebook {name}, which does not exist.")
     return pages
+
+
+def passed_over(root: Path = ROOT) -> list[str]:
+    """Return a sentence for each notebook that has the metadata of a page, and no name of one."""
+    sentences = []
+    for path in sorted((root / "notebooks").glob("[!.]*.ipynb")):
+        try:
+            if not PAGE.fullmatch(path.stem) and read_metadata(path) is not None:
+                sentences.append(f"notebooks/{path.name} is passed over: pages have names such as 13_mine.ipynb.")
+        except ValueError:  # no notebook, so no page either
+            continue
+    return sentences
 
 
 def make_rules(root: Path = ROOT) -> str:
@@ -78,6 +114,7 @@ def main() -> int:
     """Print the rules or names. Return 2, with one sentence on stderr, after an error."""
     try:
         print(" ".join(order()) if "--order" in sys.argv else make_rules(), end="")
+        print("".join(f"{sentence}\n" for sentence in passed_over()), end="", file=sys.stderr)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2

@@ -120,7 +120,7 @@ def find(name: str, profile: str) -> Path:
     path = NOTEBOOKS / f"{name}.ipynb"
     for file in (path, NOTEBOOKS.parent / "profiles" / f"{profile}.yaml"):
         if not file.is_file():
-            names = ", ".join(sorted(other.stem for other in file.parent.glob(f"*{file.suffix}")))
+            names = ", ".join(sorted(other.stem for other in file.parent.glob(f"[!.]*{file.suffix}")))
             raise CommandError(f"There is no {file.parent.name[:-1]} {file.stem}: choose one of {names}.")
     return path
 

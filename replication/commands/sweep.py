@@ -76,7 +76,7 @@ def load_grid(path: Path | str) -> Grid:
     """Return the grid in a YAML file, named after it. Raises ValueError if the file is missing or wrong."""
     path = Path(path)
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in (paths_module.ROOT / "profiles" / "sweeps").glob("*.yaml")))
+        known = ", ".join(sorted(p.stem for p in (paths_module.ROOT / "profiles" / "sweeps").glob("[!.]*.yaml")))
         raise ValueError(f"There is no grid {path}: profiles/sweeps/ has {known}.")
     return read_yaml(Grid, path, f"Grid {path.name}", name=path.stem)
 

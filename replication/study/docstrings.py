@@ -81,7 +81,7 @@ def _files() -> Iterator[Path]:
             raise ModuleNotFoundError(f"The corpus needs the package {package}: install it with `make env`.")
         roots.append(Path(spec.submodule_search_locations[0]))
     for root in roots:
-        yield from (path for path in root.rglob("*.py") if not LEFT_OUT & set(path.relative_to(root).parts))
+        yield from (path for path in root.rglob("[!.]*.py") if not LEFT_OUT & set(path.relative_to(root).parts))
 
 
 @lru_cache(maxsize=1)

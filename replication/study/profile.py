@@ -311,7 +311,7 @@ def load_profile(name: str, folder: Path = ROOT / "profiles") -> Profile:
     """Return the profile in profiles/NAME.yaml. Raises ValueError for an unknown name or a wrong field."""
     path = folder / f"{name}.yaml"
     if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in folder.glob("*.yaml")))
+        names = ", ".join(sorted(p.stem for p in folder.glob("[!.]*.yaml")))
         raise ValueError(
             f"There is no profile {name!r}: choose one of {names}, or write {path.name} in {folder.name}/."
         )

@@ -48,6 +48,11 @@ def split_windows(host: Host, split: str, length: int, limit: int, text: Corpus 
     return cut_windows(host.tokenizer, text.texts(split), length, limit, f" of {text}, split {split},")
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """Return the files of a folder in order, without those of the system, whose names begin with a dot."""
+    return sorted(path for path in folder.glob("[!.]*") if path.is_file())
+
+
 class Study:
     """A profile with its folders. `study.table(name)` reads a result, `study.stage(...)` computes one."""
 
@@ -83,7 +88,7 @@ class Study:
         """Return what identifies a host: files (or hub id and revision), type, tokenizer, text and code."""
         folder, section = Path(self.host_path(name)), self.profile.hosts[name]
         if folder.exists():
-            files = sorted(path for path in folder.iterdir() if path.suffix in HOST_FILES)
+            files = [path for path in visible_files(folder) if path.suffix in HOST_FILES]
             weights = {path.name: _file_hash(path, path.stat().st_mtime_ns) for path in files}
             module = adapter(family_of(folder)).__module__
         else:
@@ -91,8 +96,7 @@ class Study:
             module = type(self.host(name)).__module__
         tokenizer = section.tokenizer
         if tokenizer and Path(tokenizer).is_dir():
-            files = sorted(path for path in Path(tokenizer).iterdir() if path.is_file())
-            tokenizer = {path.name: file_hash(path) for path in files}
+            tokenizer = {path.name: file_hash(path) for path in visible_files(Path(tokenizer))}
         code, text = fingerprint.code_hash([module]), self.corpus_fingerprint
         return weights | dict(dtype=section.dtype, tokenizer=tokenizer, corpus=text, code=code)
 

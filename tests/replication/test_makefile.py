@@ -213,6 +213,53 @@ def test_a_damaged_notebook_is_one_sentence_and_no_rules(clone):
     assert not (clone / "build" / "deps.mk").exists()
 
 
+def _scratch(path, source="x", **metadata):
+    cells = [{"cell_type": "code", "source": source, "metadata": {}, "outputs": [], "execution_count": None}]
+    path.write_text(json.dumps({"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}))
+
+
+def test_only_pages_are_run_whatever_else_is_in_their_folder(clone):
+    folder, page = clone / "notebooks", (clone / "notebooks" / "04_shift.ipynb").read_text()
+    (folder / "._04_shift.ipynb").write_bytes(b"\x00\x05\x16\x07\xff\xfe")  # macOS
+    (folder / ".#04_shift.ipynb").symlink_to("me@host.1:2")  # Emacs
+    (clone / "writesae" / "._x.py").write_bytes(b"\xff")
+    (clone / "writesae" / ".#x.py").symlink_to("me@host.1:2")
+    (clone / "writesae" / "x copy.py").touch()
+    (folder / "Untitled.ipynb").touch()
+    _scratch(folder / "Untitled1.ipynb", "pd.read_csv?")
+    _scratch(folder / "05_mine.ipynb", "pd.read_csv?")
+    copies = [f"04_shift{rest}.ipynb" for rest in (" (1)", "-Copy1", " copy")]
+    for name in copies:
+        (folder / name).write_text(page)
+    result = _make(clone, "all")
+    assert result.returncode == 0, result.stderr
+    assert (clone / "ran").read_text().split() == list(NEEDS)
+    sentences = [f"notebooks/{name} is passed over: pages have names such as 13_mine.ipynb." for name in copies]
+    assert sorted(result.stderr.strip().splitlines()) == sorted(sentences)
+    assert _ran(clone, "all") == []
+
+
+def test_two_pages_that_make_one_file_are_refused(clone):
+    (clone / "notebooks" / "05_mine.ipynb").write_text((clone / "notebooks" / "04_shift.ipynb").read_text())
+    sentence = "notebooks/04_shift.ipynb and notebooks/05_mine.ipynb both make results/{profile}/04_shift.csv"
+    result = _make(clone, "all")
+    assert result.returncode == 2 and result.stderr.startswith(sentence)
+
+
+def test_data_may_have_any_name(clone):
+    path = clone / "notebooks" / "04_shift.ipynb"
+    content = json.loads(path.read_text())
+    content["metadata"]["writesae"]["files"] = ["models/*/*.json"]
+    _write(path, json.dumps(content))
+    for name in ("a b [2]", "50% $x #1", "a:b"):
+        _write(clone / "models" / name / "config.json", "")
+    _write(clone / "models" / ".ipynb_checkpoints" / "config.json", "")
+    assert _ran(clone, "all") == list(NEEDS) and _ran(clone, "all") == []
+    for path in (clone / "models").glob("*/config.json"):
+        _touch(path)
+        assert _ran(clone, "all") == ([] if path.parent.name[0] == "." else ["04_shift"]), path
+
+
 def test_help_lists_every_target_and_is_the_default(clone):
     text = _make(clone).stdout
     for name in (

@@ -13,7 +13,9 @@ FOLDERS = ("writesae", "replication", "benchmarks", "notebooks")
 
 def code():
     """The source of every module, and of every page without its magics, by path."""
-    modules = {path: path.read_text(encoding="utf-8") for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    modules = {
+        path: path.read_text(encoding="utf-8") for folder in FOLDERS for path in (ROOT / folder).rglob("[!.]*.py")
+    }
     for name in order.notebooks():
         path = ROOT / "notebooks" / f"{name}.ipynb"
         cells = nbformat.read(path, as_version=4).cells

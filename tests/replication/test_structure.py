@@ -9,7 +9,7 @@ from importlinter.cli import lint_imports
 
 from replication.study.paths import ROOT
 
-SOURCES = sorted(path for package in ("writesae", "replication") for path in (ROOT / package).rglob("*.py"))
+SOURCES = sorted(path for package in ("writesae", "replication") for path in (ROOT / package).rglob("[!.]*.py"))
 
 
 def test_imports_go_one_way(monkeypatch):
