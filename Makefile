@@ -26,12 +26,25 @@ endif
 
 PROFILE ?= mini
 JOBS ?= $(if $(filter mini smoke,$(PROFILE)),2,1)
+ifneq ($(words $(PROFILE)),1)
+$(error The name of a profile is one word, not '$(PROFILE)')
+endif
 FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 PY = .venv/bin/python
 ENV := $(if $(filter command,$(firstword $(origin PY))),,.venv/.complete)
 
-NAMES := $(sort $(shell $(or $(PYTHON),python3) -I replication/commands/order.py --order 2>/dev/null))
+# Each value that a user gives is one word of the shell, whatever is in it.
+quoted = '$(subst ','\'',$(1))'
+override PY := $(call quoted,$(PY))
+BASE := $(call quoted,$(or $(PYTHON),python3))
+
+# All processes run the code of this folder and read and write UTF-8, whatever the user's settings are.
+export PYTHONPATH := $(CURDIR)$(if $(ENV),,$(if $(PYTHONPATH),:$(PYTHONPATH)))
+export PYTHONUTF8 := 1
+unexport PYTHONOPTIMIZE PYTHONSTARTUP PYTHONWARNINGS
+
+NAMES := $(sort $(shell $(BASE) -I replication/commands/order.py --order 2>/dev/null))
 STAMPS := build/$(PROFILE)/stamps
 SOURCES := $(shell find writesae replication -name '[!.]*.py' ! -path '* *')
 RECIPES := $(wildcard models/*/recipe.yaml)
@@ -46,10 +59,10 @@ help:  ## list the targets
 env: $(ENV)  ## create the environment in .venv
 
 .venv/.complete: pyproject.toml requirements.lock
-	@$(or $(PYTHON),false) -c '$(FITS)' || { \
+	@$(BASE) -c '$(FITS)' || { \
 	    echo "This project needs Python 3.11 or 3.12: name one with 'make env PYTHON=/path/to/python3.11'." >&2; exit 2; }
-	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install $(PIP_OPTIONS) -c requirements.lock -e '.[dev]'
+	$(BASE) -I -m venv .venv
+	.venv/bin/python -I -m pip install $(PIP_OPTIONS) -c requirements.lock -e '.[dev]'
 	@touch $@
 
 # Threads that wait for work do not spin, because the cores have other notebooks to run.
@@ -93,7 +106,7 @@ test-reference: $(ENV)  ## compare build/test with results/mini of the last comm
 	$(PY) -m pytest -o addopts=--import-mode=importlib tests/reference
 
 verify: $(ENV)  ## compare results/PROFILE (or RUN=folder) with the last commit (EXACT=--exact: bitwise)
-	$(PY) -m replication verify --profile $(PROFILE) $(if $(RUN),--run $(RUN)) $(EXACT)
+	$(PY) -m replication verify --profile $(PROFILE) $(if $(RUN),--run $(call quoted,$(RUN))) $(EXACT)
 
 lint: $(ENV)  ## check style, format and the directions of imports
 	$(PY) -m ruff check .
@@ -112,16 +125,16 @@ browser: $(ENV)  ## write figures/PROFILE/atoms.html, a page with every atom, fr
 GRID ?= cells
 
 sweep: $(ENV)  ## train and test the SAEs of profiles/sweeps/GRID.yaml (resumable)
-	$(PY) -m replication sweep --profile $(PROFILE) --grid profiles/sweeps/$(GRID).yaml
+	$(PY) -m replication sweep --profile $(PROFILE) --grid $(call quoted,profiles/sweeps/$(GRID).yaml)
 
 REPEATS = $(patsubst profiles/%.yaml,%,$(wildcard profiles/$(PROFILE)-[0-9]*.yaml))
 
 repeats: $(ENV)  ## run all with each seed of profiles/PROFILE-*.yaml (hours; RUN=folder adds a run)
 	for profile in $(REPEATS); do $(MAKE) all PROFILE=$$profile || exit 1; done
-	$(PY) -m replication repeats --profile $(PROFILE) $(REPEATS:%=results/%) $(RUN:%=%/results/$(PROFILE))
+	$(PY) -m replication repeats --profile $(PROFILE) $(REPEATS:%=results/%) $(if $(RUN),$(call quoted,$(RUN)/results/$(PROFILE)))
 
 lab: $(ENV)  ## open JupyterLab in the environment
-	$(PY) -m jupyterlab notebooks
+	env -u JUPYTER_PATH JUPYTER_PREFER_ENV_PATH=1 $(PY) -m jupyterlab notebooks
 
 clean:  ## remove build/ (intermediate files and stamps); results and figures stay
 	rm -rf build
@@ -135,7 +148,7 @@ endif
 # The file is renamed only when it is complete. Otherwise, after a kill, make would use a partial list of rules.
 build/deps.mk: notebooks $(NAMES:%=notebooks/%.ipynb) replication/commands/order.py
 	@mkdir -p build
-	@$(or $(PYTHON),python3) -I replication/commands/order.py > $@.$$$$ && mv $@.$$$$ $@ || { rm -f $@.$$$$; exit 2; }
+	@$(BASE) -I replication/commands/order.py > $@.$$$$ && mv $@.$$$$ $@ || { rm -f $@.$$$$; exit 2; }
 
 include build/deps.mk
 endif

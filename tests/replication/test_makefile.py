@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -132,17 +133,17 @@ def test_a_dry_run_names_what_would_run_and_runs_nothing(done):
 
 
 def test_a_sweep_takes_its_grid_by_name(clone):
-    cells = "python -m replication sweep --profile mini --grid profiles/sweeps/cells.yaml"
-    assert _make(clone, "-n", "sweep", "PY=python").stdout.strip() == cells
-    paper = _make(clone, "-n", "sweep", "PY=python", "PROFILE=big", "GRID=paper").stdout.strip()
-    assert paper == "python -m replication sweep --profile big --grid profiles/sweeps/paper.yaml"
+    _write(clone / "stub", '#!/bin/sh\nshift; echo "$@" >> ran\n')
+    _make(clone, "sweep"), _make(clone, "sweep", "PROFILE=big", "GRID=paper")
+    command = "replication sweep --profile {} --grid profiles/sweeps/{}.yaml"
+    assert (clone / "ran").read_text().splitlines() == [command.format("mini", "cells"), command.format("big", "paper")]
 
 
 def test_all_hosts_are_trained_by_one_command(clone):
     for name in ("one", "two"):
         _write(clone / "models" / name / "recipe.yaml", "")
-    trained = _make(clone, "-n", "hosts", "PY=python").stdout.split()
-    assert trained[:4] == ["python", "-m", "replication", "train-host"]
+    trained = shlex.split(_make(clone, "-n", "hosts").stdout)
+    assert trained[:4] == ["./stub", "-m", "replication", "train-host"]
     assert sorted(trained[4:]) == ["models/one", "models/two"]
 
 
@@ -313,6 +314,49 @@ def test_an_unfit_python_is_one_sentence(clone):
     assert result.returncode == 2
     assert "This project needs Python 3.11 or 3.12" in result.stderr
     assert not (clone / ".venv").exists()
+
+
+ARGUMENTS = '#!/bin/sh\nprintf "%s|" "$@" "$PYTHONPATH" "$PYTHONUTF8" "$PYTHONOPTIMIZE" >> ran; echo >> ran\n'
+
+
+def test_every_path_may_have_blanks(clone):
+    place = clone / "my py's [2]"
+    _write(place / "python", ARGUMENTS)
+    (place / "python").chmod(0o755)
+    for arguments in (["verify", "RUN=build/my run [1]"], ["sweep", "GRID=my grid"], ["repeats", "RUN=my run"]):
+        _make(clone, *arguments, f"PY={place}/python", "EXACT=--exact")
+    assert [line.split("|")[:-4] for line in (clone / "ran").read_text().splitlines()] == [
+        ["-m", "replication", "verify", "--profile", "mini", "--run", "build/my run [1]", "--exact"],
+        ["-m", "replication", "sweep", "--profile", "mini", "--grid", "profiles/sweeps/my grid.yaml"],
+        ["-m", "replication", "repeats", "--profile", "mini", "my run/results/mini"],
+    ]
+    assert "The name of a profile is one word, not 'my profile'" in _make(clone, "all", "PROFILE=my profile").stderr
+
+
+def test_a_python_with_blanks_makes_the_environment(clone):
+    _write(clone / "pyproject.toml", "")
+    _write(
+        clone / "my py" / "python3.11",
+        '#!/bin/sh\n[ "$2 $3" = "-m venv" ] && mkdir -p .venv/bin && cp stub .venv/bin/python\nexit 0\n',
+    )
+    (clone / "my py" / "python3.11").chmod(0o755)
+    command = ["make", "env", f"PYTHON={clone}/my py/python3.11", "PIP_OPTIONS=--quiet --no-input"]
+    assert subprocess.run(command, cwd=clone, env=_environment()).returncode == 0
+    assert (clone / ".venv" / ".complete").exists()
+
+
+def test_the_code_of_this_folder_runs_under_any_flags(clone):
+    _write(clone / "stub", ARGUMENTS)
+    other = dict(PYTHONPATH="/other/a b:/c", PYTHONOPTIMIZE="2", PYTHONUTF8="0")
+    command = ["make", "--no-print-directory", "verify", "PY=./stub"]
+    subprocess.run(command, cwd=clone, env=_environment() | other, check=True)
+    (clone / ".venv" / "bin").mkdir(parents=True)
+    shutil.copy(clone / "stub", clone / ".venv" / "bin" / "python")
+    (clone / "pyproject.toml").touch()
+    (clone / ".venv" / ".complete").touch()
+    subprocess.run(command[:-1], cwd=clone, env=_environment() | other, check=True)
+    around = [line.split("|")[-4:-1] for line in (clone / "ran").read_text().splitlines()]
+    assert around == [[f"{clone}:/other/a b:/c", "1", ""], [str(clone), "1", ""]]
 
 
 def test_make_is_here():
