@@ -33,12 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
             module.add_arguments(command)
     options = parser.parse_args(arguments)
     label = getattr(options, "name", options.command)
-    for stream in (sys.stdout, sys.stderr):  # pages print characters that the locale may lack
-        stream.reconfigure(errors="backslashreplace")
     try:
         check_checkout()
         return module.main(options)
-    except (CommandError, ValueError, OSError, FloatingPointError) as error:
+    except (CommandError, ValueError, OSError, FloatingPointError, ImportError, MemoryError) as error:
         print(f"{label} failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -47,4 +45,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    for stream in (sys.stdout, sys.stderr):  # pages print characters that the locale may lack
+        stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

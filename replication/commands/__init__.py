@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,13 @@ def read_yaml(model, path: Path, label: str, **fields):
     file has other content."""
     with checked(label):
         return model(**yaml.safe_load(path.read_text(encoding="utf-8")), **fields)
+
+
+def positive(text: str) -> int:
+    """Return the number of an option. Raises ArgumentTypeError, one sentence, unless it is 1 or more."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
 
 
 def last_line(text: str) -> str:

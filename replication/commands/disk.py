@@ -15,8 +15,7 @@ from typing import NamedTuple
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
 
-from replication.study import paths as paths_module
-from replication.study.paths import Paths
+from replication.study.paths import Paths, in_repository
 from replication.study.profile import Profile, load_profile
 from writesae.hosts.base import Shape
 from writesae.hosts.hub import download_sizes, fetch
@@ -85,7 +84,7 @@ def still_needed(profile: Profile, paths: Paths) -> tuple[list[Need], list[str]]
     config or size of weights can be read neither on this machine nor from the Hub."""
     needs, notes, offline = [Need("tables and figures", paths.root, OTHER)], [], False
     for name, section in profile.hosts.items():
-        local, what = paths_module.ROOT / section.path, name
+        local, what = in_repository(section.path), name
         try:
             if local.exists():
                 needs += _files_of(profile, paths, name, read_shape(local))

@@ -113,8 +113,10 @@ def peak_memory(every: float = 0.2) -> Iterator[Callable[[], float]]:
 def run(profile: str, names: list[str]) -> list[str]:
     """Run the notebooks `names`, or all of them from nothing. Return the names of those that failed.
 
-    Raises ValueError for an unknown profile and as `make_hosts`."""
+    Raises ValueError for an unknown profile, CommandError for an unknown notebook, and as `make_hosts`."""
     load_profile(profile)
+    for name in names:
+        run_notebook.find(name, profile)
     paths, failures = Paths(profile), []
     if not names:
         with writing(paths):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from replication.scorecard.repeats import COLUMNS, gather
+from replication.study.paths import typed
 from replication.study.study import open_study
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="mini", help="a file in profiles/ (default: %(default)s)")
-    parser.add_argument("folders", nargs="+", type=Path, help="tables of whole runs, e.g. results/mini-1001")
+    parser.add_argument("folders", nargs="+", type=typed, help="tables of whole runs, e.g. results/mini-1001")
 
 
 def main(options: argparse.Namespace) -> int:

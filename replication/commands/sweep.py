@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import pandas as pd
+import torch
 from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
 from pydantic import Field, NonNegativeInt, ValidationError
 from tqdm import tqdm
 
-from replication.commands import CommandError, check_disk, read_yaml
+from replication.commands import CommandError, check_disk, positive, read_yaml
 from replication.statistics import wilson
 from replication.study import paths as paths_module
 from replication.study import stages
@@ -28,7 +29,7 @@ from replication.study.fingerprint import fingerprint
 from replication.study.firings import CONDITIONS_OF_SURVEYS, drawn_positions, firings_of
 from replication.study.lock import writing
 from replication.study.profile import Profile, Section, Target, load_profile
-from replication.study.study import Study, threads
+from replication.study.study import OUT_OF_MEMORY, Study, threads
 from replication.study.training import VALIDATION_WINDOWS, SaeSpec, train_one
 from writesae.evaluate.cells import survey_cells
 from writesae.evaluate.firings import CellSAE, draw_in_rounds, encode_cell, firings_at
@@ -73,12 +74,15 @@ class Grid(Section):
 
 
 def load_grid(path: Path | str) -> Grid:
-    """Return the grid in a YAML file, named after it. Raises ValueError if the file is missing or wrong."""
-    path = Path(path)
-    if not path.is_file():
+    """Return the grid in a YAML file, named after it; the name is enough for a file in profiles/sweeps/.
+
+    Raises ValueError if the file is missing or wrong."""
+    grid = paths_module.ROOT / "profiles" / "sweeps" / f"{path}.yaml"
+    file = grid if grid.is_file() else paths_module.typed(path)
+    if not file.is_file():
         known = ", ".join(sorted(p.stem for p in (paths_module.ROOT / "profiles" / "sweeps").glob("[!.]*.yaml")))
         raise ValueError(f"There is no grid {path}: profiles/sweeps/ has {known}.")
-    return read_yaml(Grid, path, f"Grid {path.name}", name=path.stem)
+    return read_yaml(Grid, file, f"Grid {file.name}", name=file.stem)
 
 
 class Point(NamedTuple):
@@ -117,7 +121,7 @@ class Sweep:
         return *point[:3], self.grid.variants[point.variant].target, role
 
     def points(self) -> list[Point]:
-        """Return all SAEs of the grid. Raises ValueError if the profile lacks a host, cell or setting."""
+        """Return all SAEs of the grid. Raises ValueError for no SAE, and if the profile lacks a host or cell."""
         grid, profile = self.grid, self.profile
         named = {"all": list(profile.hosts), "main": [self.study.main]}
         hosts = grid.hosts if isinstance(grid.hosts, list) else named[grid.hosts]
@@ -127,6 +131,8 @@ class Sweep:
                 raise ValueError(f"Profile {profile.name} has no host {name!r}: choose among {known}.")
         cells = [(host, *cell) for host in hosts for cell in self.cells(host)]
         points = [Point(*cell, *rest) for cell in cells for rest in product(grid.variants, grid.seeds)]
+        if not points:
+            raise ValueError(f"Grid {grid.name} has no cell in profile {profile.name}: name layers and heads.")
         for point in points:
             self.settings(point)
         return list(dict.fromkeys(points))
@@ -187,6 +193,8 @@ def run_task(work: Callable, profile: Profile, grid: Grid, host: str, layer: int
             return work(Sweep(profile, grid), host, layer, expected)
     except (ValueError, FloatingPointError) as error:
         return [f"{host}-L{layer}: {error}"]
+    except torch.OutOfMemoryError:
+        return [f"{host}-L{layer}: {OUT_OF_MEMORY}"]
 
 
 def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> list[str]:
@@ -349,8 +357,8 @@ def _table(sweep: Sweep, points: list[Point]) -> pd.DataFrame:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="mini", help="a file in profiles/ (default: %(default)s)")
-    parser.add_argument("--grid", required=True, help="profiles/sweeps/NAME.yaml")
-    parser.add_argument("--jobs", type=int, help="the number of processes (default: one per core)")
+    parser.add_argument("--grid", required=True, help="a name in profiles/sweeps/, or a file")
+    parser.add_argument("--jobs", type=positive, help="the number of processes (default: one per core)")
 
 
 def main(options: argparse.Namespace) -> int:

@@ -1,7 +1,8 @@
 """Train an embedded host from models/NAME/recipe.yaml, on the installed corpus.
 
-An interrupted training continues from the last checkpoint, in build/hosts/NAME. The result is in models/NAME:
-weights (fp16 safetensors), config, tokenizer, and training.csv, the loss curve."""
+An interrupted training continues from the last checkpoint, in build/hosts/NAME-HASH, where HASH is of the recipe,
+the text and the code. The result is in models/NAME: weights (fp16 safetensors), config, tokenizer, and
+training.csv, the loss curve."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from tqdm import tqdm
 
 from replication.commands import read_yaml
 from replication.study import docstrings
-from replication.study.paths import output_root
+from replication.study.fingerprint import fingerprint
+from replication.study.paths import output_root, typed
 from writesae.files import write_atomically
 from writesae.hosts import load
 
@@ -255,11 +257,17 @@ def train(folder: Path, build: Path) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", nargs="+", type=Path, help="models/NAME with a recipe.yaml")
+    parser.add_argument("folders", nargs="+", type=typed, help="models/NAME with a recipe.yaml")
+
+
+def checkpoint_folder(folder: Path) -> Path:
+    """Return where the training of a host keeps its checkpoint. Raises ValueError as `read_recipe` does."""
+    inputs = dict(recipe=read_recipe(folder / "recipe.yaml"), text=docstrings.versions())
+    return output_root() / "build" / "hosts" / f"{folder.name}-{fingerprint([__name__], **inputs)[:12]}"
 
 
 def main(options: argparse.Namespace) -> int:
     for folder in options.folders:
-        loss = train(folder, output_root() / "build" / "hosts" / folder.name)
+        loss = train(folder, checkpoint_folder(folder))
         print(f"{folder}: held-out loss {loss:.3f} nats per token")
     return 0

@@ -312,16 +312,19 @@ def committed(profile: str) -> Iterator[tuple[Path, str]]:
         yield Path(folder) / name, f"{name} of commit {commit}"
 
 
-def _tables_of(folder: str, profile: str) -> Path:
-    """Return FOLDER/results/PROFILE if there is such a folder, else FOLDER; relative to the repository."""
-    inside = paths_module.ROOT / folder / "results" / profile
-    return inside if inside.is_dir() else paths_module.ROOT / folder
+def _tables_of(folder: Path, profile: str) -> Path:
+    """Return FOLDER/results/PROFILE if there is such a folder, else FOLDER."""
+    inside = folder / "results" / profile
+    return inside if inside.is_dir() else folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="mini", help="a file in profiles/ (default: %(default)s)")
-    parser.add_argument("--run", default="", help="the folder of the run, e.g. build/test (default: the repository)")
-    parser.add_argument("--reference", help="a folder to compare with (default: the last commit)")
+    run = "the folder of the run, e.g. build/test (default: the repository)"
+    parser.add_argument("--run", type=paths_module.typed, default=paths_module.ROOT, help=run)
+    parser.add_argument(
+        "--reference", type=paths_module.typed, help="a folder to compare with (default: the last commit)"
+    )
     parser.add_argument("--exact", action="store_true", help=f"bit for bit, apart from {', '.join(TIMES)}")
 
 

@@ -9,6 +9,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def in_repository(path: str | Path) -> Path:
+    """Return a path of a profile or a variable: ~ is the home folder, and others start from the repository."""
+    return ROOT / os.path.expanduser(path)
+
+
+def typed(path: str | Path) -> Path:
+    """Return a path that a user typed: from the current folder if it exists there, else `in_repository`."""
+    here = Path(os.path.expanduser(path))
+    return here.resolve() if here.exists() else in_repository(path)
+
+
 def dry_run() -> bool:
     """Return whether this is a dry run (`python -m replication dryrun`), whose numbers mean nothing."""
     return bool(os.environ.get("WRITESAE_DRY_RUN"))
@@ -19,7 +30,7 @@ def output_root() -> Path:
 
     A dry run without WRITESAE_OUTPUT writes to build/dryrun.
     """
-    return ROOT / (os.environ.get("WRITESAE_OUTPUT") or ("build/dryrun" if dry_run() else ""))
+    return in_repository(os.environ.get("WRITESAE_OUTPUT") or ("build/dryrun" if dry_run() else ""))
 
 
 def check_checkout() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
 
-from replication.study.paths import ROOT, dry_run, output_root
+from replication.study.paths import ROOT, dry_run, in_repository, output_root
 from replication.study.yaml_files import checked
 from writesae.sae.config import Parts, first_problem
 from writesae.sae.train import TrainingSettings
@@ -309,8 +309,9 @@ class Profile(Section):
 
 def load_profile(name: str, folder: Path = ROOT / "profiles") -> Profile:
     """Return the profile in profiles/NAME.yaml. Raises ValueError for an unknown name or a wrong field."""
+    name = str(name)  # papermill turns a name of digits into a number
     path = folder / f"{name}.yaml"
-    if not path.is_file():
+    if Path(name).name != name or not path.is_file():
         names = ", ".join(sorted(p.stem for p in folder.glob("[!.]*.yaml")))
         raise ValueError(
             f"There is no profile {name!r}: choose one of {names}, or write {path.name} in {folder.name}/."
@@ -360,7 +361,7 @@ def dry(content: dict, over: dict) -> dict:
     hosts = {}
     for name, host in content["hosts"].items():
         host = host | dict(overrides=lay_over(host.get("overrides", {}), over), dtype="float32")
-        if not (ROOT / host["path"]).exists():
+        if not in_repository(host["path"]).exists():
             path = str(output_root() / "hosts" / Path(host["path"]).name)
             host |= dict(path=path, revision=None, tokenizer=None)
         hosts[name] = host

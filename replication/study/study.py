@@ -48,6 +48,12 @@ def split_windows(host: Host, split: str, length: int, limit: int, text: Corpus 
     return cut_windows(host.tokenizer, text.texts(split), length, limit, f" of {text}, split {split},")
 
 
+def folder_or_id(name: str) -> str | Path:
+    """Return the folder of a model or tokenizer that a profile names, else the name, which is a Hub id."""
+    folder = paths.in_repository(name)
+    return folder if folder.exists() else name
+
+
 def visible_files(folder: Path) -> list[Path]:
     """Return the files of a folder in order, without those of the system, whose names begin with a dot."""
     return sorted(path for path in folder.glob("[!.]*") if path.is_file())
@@ -67,8 +73,9 @@ class Study:
     def host(self, name: str) -> Host:
         path, section = self.host_path(name), self.profile.hosts[name]
         revision = None if Path(path).exists() else section.revision
+        tokenizer = section.tokenizer and str(folder_or_id(section.tokenizer))
         with LOADING:
-            return _host(name, str(path), revision, section.tokenizer, self.device, section.dtype)
+            return _host(name, str(path), revision, tokenizer, self.device, section.dtype)
 
     @property
     def device(self) -> str:
@@ -81,8 +88,7 @@ class Study:
         if name not in self.profile.hosts:
             names = ", ".join(self.profile.hosts)
             raise ValueError(f"Profile {self.profile.name} has no host {name!r}: choose one of {names}.")
-        local = paths.ROOT / self.profile.hosts[name].path
-        return local if local.exists() else self.profile.hosts[name].path
+        return folder_or_id(self.profile.hosts[name].path)
 
     def host_fingerprint(self, name: str) -> dict:
         """Return what identifies a host: files (or hub id and revision), type, tokenizer, text and code."""
@@ -95,8 +101,8 @@ class Study:
             weights = {"path": section.path, "revision": section.revision}
             module = type(self.host(name)).__module__
         tokenizer = section.tokenizer
-        if tokenizer and Path(tokenizer).is_dir():
-            tokenizer = {path.name: file_hash(path) for path in visible_files(Path(tokenizer))}
+        if tokenizer and (folder := paths.in_repository(tokenizer)).is_dir():
+            tokenizer = {path.name: file_hash(path) for path in visible_files(folder)}
         code, text = fingerprint.code_hash([module]), self.corpus_fingerprint
         return weights | dict(dtype=section.dtype, tokenizer=tokenizer, corpus=text, code=code)
 

@@ -231,7 +231,8 @@ def test_a_page_through_the_real_command(tmp_path):
     kernel = {"kernelspec": {"name": "python3", "language": "python", "display_name": "Python 3"}}
     (tmp_path / "notebooks").mkdir()
     page = tmp_path / "notebooks" / "00_toy.ipynb"
-    page.write_text(nbformat.writes(new_notebook(cells=[parameters, new_code_cell(PAGE)], metadata=kernel)))
+    cells = [parameters, new_code_cell(PAGE)]
+    page.write_text(nbformat.writes(new_notebook(cells=cells, metadata=kernel | {"writesae": {}})))
     before = page.read_bytes()
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WRITESAE")} | dict(PYTHONPATH=str(tmp_path))
     command = [sys.executable, "-m", "replication", "dryrun", "--profile", "small"]

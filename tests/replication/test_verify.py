@@ -31,6 +31,7 @@ def folders(tmp_path, monkeypatch):
     for variable in ("WRITESAE_OUTPUT", "GIT_DIR", "GIT_WORK_TREE"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("replication.study.paths.ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
     for folder in (tmp_path / "results" / "mini", tmp_path / "build" / "test" / "results" / "mini"):
         _write(folder, rates=RATES, firings=FIRINGS, scorecard=SCORES)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]

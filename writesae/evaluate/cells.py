@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import product
 
 import pandas as pd
 import torch
@@ -29,10 +30,12 @@ def survey_cells(host: Host, run: Run, first_position: int, layers: Iterable[int
     """Return one row per cell (of these layers) over a native run.
 
     Columns: the median half-life in tokens (ln 2 / -log alpha); the median over positions of sigma1/sigma2 of
-    its states; the ranks of its added and effective writes, from differences of states in fp64.
+    its states; the ranks of its added and effective writes, from differences of states in fp64. Raises
+    ValueError for a layer that is not recurrent.
     """
-    rows, layers = [], host.recurrent_layers if layers is None else tuple(layers)
-    for layer, head in (cell for cell in host.cells if cell[0] in layers):
+    rows, layers = [], host.recurrent_layers if layers is None else layers
+    for layer, head in product(layers, range(host.heads)):
+        host.check_cell(layer, head)
         f = host.factors(run, layer, head)
         half_life = (math.log(2) / f.log_decay.float().abs()).median()
         few = f.at(slice(4)).map(torch.Tensor.double)

@@ -1,0 +1,161 @@
+"""Every option of every command with a value that is not the default, and paths as users type them."""
+
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+
+from replication.__main__ import main
+from replication.commands import disk, dryrun, repeats, sweep, train_host, verify
+from replication.commands.train_host import checkpoint_folder
+from replication.study import paths
+from replication.study.profile import CellRule, HostSection, load_profile
+from replication.study.study import OUT_OF_MEMORY, Study
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder, and beside it a current folder, both with a blank and a bracket in their paths."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home [1]"))
+    monkeypatch.setenv("WRITESAE_OUTPUT", "~/out put")
+    for name in ("home [1]", "here [2]"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here [2]")
+    return tmp_path / "home [1]"
+
+
+def test_paths_start_at_home_at_the_current_folder_or_at_the_repository(home):
+    (home / "mine").mkdir()
+    (home.parent / "here [2]" / "mine").mkdir()
+    assert paths.typed("~/mine") == paths.in_repository("~/mine") == home / "mine"
+    assert paths.typed("mine") == home.parent / "here [2]" / "mine"
+    assert paths.typed("models/mamba2") == paths.ROOT / "models" / "mamba2"
+    assert paths.in_repository("mine") == paths.ROOT / "mine"
+    assert paths.Paths("smoke").results == home / "out put" / "results" / "smoke"
+
+
+def test_a_profile_finds_models_and_tokenizers_by_the_same_rule(home):
+    shutil.copytree(paths.ROOT / "models" / "mamba2", home / "my mamba")
+    section = dict(path="~/my mamba", tokenizer="models/gated_deltanet", cells=dict(middle=CellRule(layer=1, head=2)))
+    profile = load_profile("smoke").model_copy(update=dict(hosts={"mine": HostSection(**section)}))
+    study = Study(profile)
+    assert study.host_path("mine") == home / "my mamba"
+    tokenizer = study.host("mine").tokenizer  # its ids are those of the other host
+    assert tokenizer.get_vocab() == Study(load_profile("smoke")).host("gated_deltanet").tokenizer.get_vocab()
+    assert "tokenizer.json" in study.host_fingerprint("mine")["tokenizer"]
+    assert not study.provenance("mine").get("revisions")
+    assert not disk.still_needed(profile, study.paths)[1]
+
+
+@pytest.mark.parametrize("name", ["../profiles/smoke", "sweeps/cells", "", "Übung"])
+def test_a_profile_is_named_by_one_word(name):
+    with pytest.raises(ValueError, match="There is no profile .*: choose one of mini, "):
+        load_profile(name)
+
+
+def test_a_profile_may_have_digits_for_a_name(home, tmp_path):
+    shutil.copy(paths.ROOT / "profiles" / "smoke.yaml", tmp_path / "2026.yaml")
+    assert load_profile(2026, tmp_path).name == "2026"
+
+
+# verify --run --reference --exact, repeats FOLDERS
+
+
+def test_verify_compares_two_folders_of_the_user(home, monkeypatch, capsys):
+    for name, rate in (("a run", 0.5), ("other [1]", 0.50001)):
+        Study(load_profile("smoke"))
+        folder = home.parent / "here [2]" / name / "results" / "smoke"
+        monkeypatch.setenv("WRITESAE_OUTPUT", str(folder.parents[1]))
+        Study(load_profile("smoke")).write("rates", pd.DataFrame(dict(host=["a"], rate=[rate])))
+    monkeypatch.setattr(verify, "TOLERANCES", home / "tolerances.yaml")
+    entry = "{file: rates.csv, keys: [host], metric: rate, absolute: 0.1, reason: a test}"
+    (home / "tolerances.yaml").write_text(f"- {entry}")
+    command = ["verify", "--profile", "smoke", "--run", "a run", "--reference", "other [1]/results/smoke"]
+    assert main(command) == 0 and "within tolerance: 1" in capsys.readouterr().out
+    assert main([*command, "--exact"]) == 1 and "moved: 1" in capsys.readouterr().out
+
+
+def test_repeats_takes_folders_from_where_the_user_is(home, monkeypatch):
+    (home.parent / "here [2]" / "run").mkdir()
+    taken = []
+    monkeypatch.setattr(repeats, "gather", lambda folders, profile, kind: taken.append(folders) or pd.DataFrame([[1]]))
+    assert main(["repeats", "--profile", "smoke", "run", "~/run"]) == 0
+    assert taken[0] == [home.parent / "here [2]" / "run", home / "run"]
+
+
+# sweep --grid --jobs, dryrun NAMES, train-host FOLDERS
+
+
+def test_a_grid_is_a_name_or_a_file(home):
+    known = sweep.load_grid("cells")
+    assert known == sweep.load_grid("profiles/sweeps/cells.yaml") and known.name == "cells"
+    shutil.copy(paths.ROOT / "profiles" / "sweeps" / "cells.yaml", "my grid.yaml")
+    assert sweep.load_grid("my grid.yaml") == known.model_copy(update=dict(name="my grid"))
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "two", "1.5", ""])
+def test_a_sweep_has_one_job_or_more(home, capsys, jobs):
+    with pytest.raises(SystemExit):
+        main(["sweep", "--grid", "cells", "--jobs", jobs])
+    assert f"{jobs!r} is not a number of 1 or more" in capsys.readouterr().err
+
+
+def test_a_sweep_runs_as_many_jobs_as_are_asked_for(home, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(sweep, "check_disk", asked.append)
+    monkeypatch.setattr(
+        sweep, "run_sweep", lambda profile, grid, jobs: asked.append((profile.name, grid.name, jobs)) or []
+    )
+    assert main(["sweep", "--profile", "smoke", "--grid", "seeds", "--jobs", "3"]) == 0
+    assert asked == ["smoke", ("smoke", "seeds", 3)]
+
+
+def test_a_grid_without_cells_is_one_sentence(home):
+    rule = dict(middle=CellRule(sigma_ratio=3.0))  # among all layers, so that no layer is a headline
+    profile = load_profile("smoke")
+    section = profile.hosts["mamba2"].model_copy(update=dict(cells=rule))
+    grid = sweep.load_grid("cells").model_copy(update=dict(layers="headline"))
+    with pytest.raises(ValueError, match="Grid cells has no cell in profile smoke: name layers and heads"):
+        sweep.Sweep(profile.model_copy(update=dict(hosts={"mamba2": section})), grid).points()
+
+
+def test_a_gpu_that_is_too_small_for_a_sweep_is_one_sentence(home):
+    def work(*_):
+        raise torch.OutOfMemoryError
+
+    grid = sweep.load_grid("cells")
+    assert sweep.run_task(work, load_profile("smoke"), grid, "mamba2", 3, "") == [f"mamba2-L3: {OUT_OF_MEMORY}"]
+
+
+def test_a_dry_run_knows_its_notebooks_before_it_makes_hosts(home, monkeypatch, capsys):
+    monkeypatch.setattr(dryrun, "make_hosts", None)
+    assert main(["dryrun", "--profile", "smoke", "00_hosts", "99_x"]) == 1
+    assert capsys.readouterr().err.startswith("dryrun failed: There is no notebook 99_x: choose one of 00_hosts, ")
+
+
+def test_checkpoints_are_of_one_recipe(home, monkeypatch):
+    recipe = (paths.ROOT / "models" / "mamba2" / "recipe.yaml").read_text(encoding="utf-8")
+    for name in ("a", "b", "c"):
+        (home / name / "host").mkdir(parents=True)
+        (home / name / "host" / "recipe.yaml").write_text(
+            recipe if name != "b" else recipe.replace("seed: ", "seed: 9")
+        )
+    monkeypatch.chdir(home / "a" / "host")
+    trained = []
+    monkeypatch.setattr(train_host, "train", lambda folder, build: trained.append((folder, build)) or 2.5)
+    assert main(["train-host", ".", "~/b/host", "../../c/host/"]) == 0
+    folders, builds = zip(*trained)
+    assert folders == tuple(home / name / "host" for name in "abc")
+    assert {build.parent for build in builds} == {home / "out put" / "build" / "hosts"}
+    assert builds[0] == builds[2] == checkpoint_folder(folders[0]) != builds[1]
+    assert all(build.name.startswith("host-") for build in builds)
+
+
+def test_a_missing_package_is_one_sentence(home, monkeypatch, capsys):
+    def missing(*_):
+        raise ModuleNotFoundError("The corpus mine needs `pip install datasets`.")
+
+    monkeypatch.setattr(disk, "check", missing)
+    assert main(["disk", "--profile", "mini"]) == 1
+    assert capsys.readouterr().err == "disk failed: The corpus mine needs `pip install datasets`.\n"
