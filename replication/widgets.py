@@ -91,18 +91,6 @@ def installs(study: Study) -> None:
     show(lambda **values: install_page(study, **values), **typed)
 
 
-def one_token(tokenizer, word: str) -> int:
-    """Return the token of a word, preferably after a space. Raises ValueError if it is not one token."""
-    if not word.strip():
-        raise ValueError(f"Type a target word that is one token of the model, such as {TARGET!r}.")
-    for form in [word] if word[0].isspace() else [f" {word}", word]:
-        ids = tokenizer(form, add_special_tokens=False)["input_ids"]
-        if len(ids) == 1:
-            return ids[0]
-    several = f"{word!r} is {len(ids)} ({', '.join(repr(tokenizer.decode([i])) for i in ids)})"
-    raise ValueError(f"The target must be one token, and {several}: type a more common word.")
-
-
 def predicted(host, cell, trial: install.Setting, key, value, magnitude: float) -> dict[str, float]:
     """Return the shift of the target's logit by all writes of one trial, as predicted by the paper (App. A)
     and exactly to first order (x^T Gamma w). Unit key [1, writes, d_k], value [1, writes, d_v]."""
@@ -129,7 +117,7 @@ def install_word(study: Study, prompt: str, word: str, magnitude: float) -> tupl
     ids = host.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not settings.writes <= len(ids) <= room:
         raise ValueError(f"The prompt has {len(ids)} tokens: type one of {settings.writes} to {room}.")
-    targets, write = torch.tensor([[one_token(host.tokenizer, word)]]), study.profile.saes.write
+    targets, write = torch.tensor([[install.word_token(host.tokenizer, word)]]), study.profile.saes.write
     run = host.run(torch.tensor([[host.tokenizer.eos_token_id, *ids]]))
     writes = dict(writes=settings.writes, write=write)
     trial = install.setting(host, run, cell, targets, np.array(["typed"]), settings.writes, **writes)
@@ -154,7 +142,7 @@ def install_page(study: Study, prompt: str, word: str, magnitude: float) -> str:
     """Return the page of an install, with the target marked. Raises as `install_word`."""
     table, texts = install_word(study, prompt, word, magnitude)
     tokenizer, writes = study.host(study.main).tokenizer, study.profile.section("install", study.main).writes
-    token, decode = one_token(tokenizer, word), tokenizer.decode
+    token, decode = install.word_token(tokenizer, word), tokenizer.decode
     shifts = table[["direction", *PREDICTED, "measured"]].rename(columns=PREDICTED)
     shifts["direction"] = shifts.direction.map(NAMES)
     shifts["rank"] = [f"{row.rank_native} → {row.rank_edited}" for row in table.itertuples()]

@@ -16,8 +16,13 @@ def in_repository(path: str | Path) -> Path:
 
 def typed(path: str | Path) -> Path:
     """Return a path that a user typed: from the current folder if it exists there, else `in_repository`."""
-    here = Path(os.path.expanduser(path))
-    return here.resolve() if here.exists() else in_repository(path)
+    here = Path(os.path.abspath(os.path.expanduser(path)))
+    return here if here.exists() else in_repository(path)
+
+
+def shortened(path: Path) -> str:
+    """Return a path as it is written into a sidecar: from the repository if it is inside."""
+    return (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
 
 
 def dry_run() -> bool:

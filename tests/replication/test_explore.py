@@ -213,21 +213,6 @@ def test_text_is_escaped():
 # The page of an install
 
 
-def test_a_word_is_the_token_that_it_is_in_a_text_and_nothing_else():
-    class Two(Words):
-        def __call__(self, text, **_):
-            return dict(input_ids={" the": [7], "the": [8], "The": [9], " The": [5, 9]}.get(text, [1, 2, 3]))
-
-    assert widgets.one_token(Two(), "the") == 7
-    assert widgets.one_token(Two(), " the") == 7
-    assert widgets.one_token(Two(), "The") == 9
-    with pytest.raises(ValueError, match="must be one token, and 'there' is 3"):
-        widgets.one_token(Two(), "there")
-    for empty in ("", "  "):
-        with pytest.raises(ValueError, match="Type a target word"):
-            widgets.one_token(Two(), empty)
-
-
 PROMPT = "w20 w21 w22 w23 w24 w25 w26"
 
 

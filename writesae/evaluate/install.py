@@ -51,6 +51,25 @@ def ranks(logits: Tensor, tokens: Tensor) -> Tensor:
     return (logits > logits.gather(-1, tokens[:, None])).sum(-1) + 1
 
 
+def word_token(tokenizer, word: str) -> int:
+    """Return the token that a word is inside a text: after a space or, if those are several tokens, without one.
+
+    Raises ValueError if the word is several tokens in both places, or only blanks.
+    """
+    if not word.strip():
+        raise ValueError("Type a target word that is one token of the model, such as 'values'.")
+    places = [("a", word)] if word[0].isspace() else [("a", f" {word}"), ("\n", word)]
+    for before, form in places:
+        texts = before, before + form, form
+        start, whole, alone = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+        # not `alone` where it can be helped: sentencepiece tokenizers put a blank before every text
+        ids = whole[len(start) :] if whole[: len(start)] == start else alone
+        if len(ids) == 1:
+            return ids[0]
+    several = f"{word!r} is {len(ids)} ({', '.join(repr(tokenizer.decode([i])) for i in ids)})"
+    raise ValueError(f"The target must be one token, and {several}: type a more common word.")
+
+
 def draw_targets(
     logits: Tensor, rank_classes: Mapping[str, tuple[int, int]], per_class: int, seed: int
 ) -> tuple[Tensor, np.ndarray]:
