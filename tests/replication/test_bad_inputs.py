@@ -249,7 +249,12 @@ CASES = [
     Case("profile: a list", lambda x: profile(x, content="- 1"), ValueError, NO_MAPPING),
     Case("profile: no YAML", lambda x: profile(x, content="{"), ValueError, NO_MAPPING),
     Case("profile: empty", lambda x: profile(x, content=""), ValueError, NO_MAPPING),
-    Case("profile: no text", lambda x: profile(x, content=b"\xff\xfe"), ValueError, NO_MAPPING),
+    Case(
+        "profile: no text",
+        lambda x: profile(x, content=b"\xff\xfe"),
+        ValueError,
+        r"Profile bad is not text in UTF-8 \(byte 0\): save it",
+    ),
     Case(
         "profile: a rate that is NaN",
         lambda x: profile(x, "lr: 0.003", "lr: .nan"),

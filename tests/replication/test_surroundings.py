@@ -1,5 +1,6 @@
 """What lies around a run must not change it: other repositories, other kernels, the user's settings."""
 
+import errno
 import io
 import json
 import os
@@ -219,3 +220,18 @@ def test_a_study_has_the_defaults_of_torch(tmp_path, monkeypatch):
     open_study("smoke")
     assert torch.zeros(1).dtype == torch.float32 and torch.zeros(1).device.type == "cpu"
     assert torch.is_grad_enabled() and torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_named_whatever_it_answers(tmp_path, monkeypatch, capsys, number):
+    def missing(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setenv("WRITESAE_OUTPUT", str(tmp_path))
+    monkeypatch.setattr("fcntl.flock", missing)
+    monkeypatch.setattr(run, "check_disk", lambda profile: None)
+    assert main(["run", "00_hosts", "--profile", "smoke"]) == 1
+    sentence = f"00_hosts failed: {tmp_path}/build/smoke/lock cannot be locked (["
+    error = capsys.readouterr().err
+    assert error.startswith(sentence) and os.strerror(number) in error
+    assert "let WRITESAE_OUTPUT name a folder on a file system with" in error and len(error.splitlines()) == 1
