@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from writesae.hosts.base import Host, Run, check_places
-from writesae.recurrence import Factors
+from writesae.recurrence import Factors, torch_defaults
 from writesae.text import Windows
 
 SCOPES = ("write", "cache")
@@ -46,6 +46,7 @@ class Edit:
             raise ValueError(f"An edit takes {wanted}; got {', '.join(map(str, shapes))}.")
 
     @classmethod
+    @torch_defaults()
     def at(cls, window: int, position: int, key: Vector, value: Vector, scope: str = "write") -> Edit:
         """Return the edit that adds key value^T to the state at one position of one window.
 
@@ -76,7 +77,7 @@ def make_edit(rows: Tensor, position: Tensor, left: Tensor, right: Tensor, scope
     return Edit(rows, positions, left, right, torch.full_like(rows, scope == "write", dtype=torch.bool))
 
 
-@torch.no_grad()
+@torch_defaults()
 def run_edited(host: Host, windows: Windows | Tensor, edit: Edit, *, layer: int, head: int, steps: int) -> Tensor:
     """Return the logits [R, steps, V], fp32, of edited runs from each row's first edited position on.
 
@@ -133,7 +134,7 @@ def _check_fits(factors: Factors, edit: Edit, steps: int) -> None:
     check_places(edit.rows, edit.starts + steps - 1, factors.key)
 
 
-@torch.no_grad()
+@torch_defaults()
 def edited_hidden(host: Host, run: Run, layer: int, head: int, edit: Edit, steps: int) -> Tensor:
     """Return the final hidden states [R, steps, D] of edited runs, from each row's first edit on."""
     change, _ = head_change(host.factors(run, layer, head), edit, steps)
@@ -146,7 +147,7 @@ def kl(native: Tensor, patched: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-@torch.no_grad()
+@torch_defaults()
 def generate(host: Host, run: Run, layer: int, head: int, edit: Edit, count: int) -> tuple[Tensor, Tensor]:
     """Return greedy continuations [R, count] of edited windows, and the logits [R, V] of the first new token.
 

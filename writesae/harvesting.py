@@ -10,13 +10,13 @@ from tqdm import tqdm
 
 from writesae.history import Origin
 from writesae.hosts.base import Host
-from writesae.recurrence import Factors
+from writesae.recurrence import Factors, torch_defaults
 from writesae.text import Windows
 
 Cell = tuple[int, int]  # layer, head
 
 
-@torch.no_grad()
+@torch_defaults()
 def harvest(
     host: Host,
     windows: Windows | Tensor,

@@ -179,7 +179,7 @@ class History(TensorFields):
 
     def energy(self, centre: Tensor | None = None) -> Tensor:
         """Return ||X_t - centre||_F^2, [N, T]; centre [d_k, d_v], by default zero; computed in fp64."""
-        centre = torch.zeros(self.d_k, self.d_v, device=self.key.device) if centre is None else centre
+        centre = self.key.new_zeros(self.d_k, self.d_v) if centre is None else centre
         centre = centre.double()
         parts = []
         for part in (group.double() for group in self.groups()):

@@ -16,6 +16,7 @@ Symbols of the paper (Sec. 2, Eq. 2-3) for one cell; S is always [d_k, d_v] and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Self
 
@@ -25,6 +26,29 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from writesae.history import History, Origin
+
+
+@contextmanager
+def torch_defaults(gradients: bool = False) -> Iterator[None]:
+    """Run with torch's own defaults (fp32 on the CPU, no autocast), and with or without gradients.
+
+    Also a decorator of functions: their results do not depend on what the caller has set globally.
+    """
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    with ExitStack() as stack:
+        if dtype != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        if precision != "highest":
+            torch.set_float32_matmul_precision("highest")
+            stack.callback(torch.set_float32_matmul_precision, precision)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(gradients))
+        yield
 
 
 class Groups:

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from writesae.edit import Edit, head_change, run_of
 from writesae.hosts.base import Host, Run, check_places
-from writesae.recurrence import Factors
+from writesae.recurrence import Factors, torch_defaults
 from writesae.text import Windows
 
 PREDICTORS = ("exact", "transport", "paper")
 
 
+@torch_defaults()
 def predict_shift(
     host: Host,
     windows: Windows | Tensor,
@@ -62,6 +63,7 @@ def _read_by_decay(factors: Factors, edit: Edit, steps: int) -> Tensor:
     return (read[..., None] * edit.right).sum(1)
 
 
+@torch_defaults(gradients=True)
 def logit_gradient(
     host: Host, run: Run, layer: int, head: int, rows: Tensor, starts: Tensor, steps: int, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -76,7 +78,7 @@ def logit_gradient(
     with torch.enable_grad():
         final, _ = host.branch(run, layer, head, rows, starts, change)
         logits = host.logits(final[:, -1])
-        chosen = logits.gather(-1, tokens[:, None]).sum()
+        chosen = logits.gather(-1, tokens[:, None].clone()).sum()  # autograd refuses a tensor of inference mode
     return torch.autograd.grad(chosen, change)[0], logits.detach()
 
 
@@ -85,6 +87,7 @@ def _check_count(tokens: Tensor, rows: Tensor) -> None:
         raise ValueError(f"Each row takes the logit of one token: {len(rows)} rows, tokens {list(tokens.shape)}.")
 
 
+@torch_defaults()
 def gamma(factors: Factors, rows: Tensor, starts: Tensor, gradient: Tensor) -> Tensor:
     """Return Gamma [R, steps, d_k, d_v] of writes (scope "write") at every position from starts[r] on.
 

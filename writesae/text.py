@@ -19,6 +19,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from writesae.recurrence import torch_defaults
+
 SPLITS = {"sae": range(0, 80), "heldout": range(80, 100)}  # buckets of the hash of a text
 
 
@@ -206,6 +208,7 @@ class Windows:
         return Windows(self.tokens[:, :length], self.passage)
 
 
+@torch_defaults()
 def cut_windows(tokenizer, texts: Iterable[str], length: int, limit: int | None = None, of: str = "") -> Windows:
     """Cut each text into windows of `length` tokens; the first window of a text begins with end-of-text.
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from writesae.evaluate.firings import encode, trained_on
 from writesae.history import History
 from writesae.hosts.base import Host, Run
-from writesae.recurrence import Factors
+from writesae.recurrence import Factors, torch_defaults
 from writesae.sae.model import SAE
 from writesae.text import Windows
 
@@ -172,7 +172,7 @@ def window_losses(host: Host, final: Tensor, tokens: Tensor) -> Tensor:
     )
 
 
-@torch.no_grad()
+@torch_defaults()
 def replace_all_writes(
     host: Host,
     windows: Windows,

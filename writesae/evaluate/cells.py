@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from writesae.hosts.base import Host, Run
 from writesae.hosts.layers import wide
 from writesae.hosts.past import Record
-from writesae.recurrence import step_states
+from writesae.recurrence import step_states, torch_defaults
 
 EVERY = 8  # tokens from one singular value decomposition to the next
 RANK_TOLERANCE = 1e-5  # relative to the largest singular value
@@ -25,7 +25,7 @@ def numerical_rank(matrices: torch.Tensor) -> int:
     return int((values > RANK_TOLERANCE * values[:, :1]).sum(1).max())
 
 
-@torch.no_grad()
+@torch_defaults()
 def survey_cells(host: Host, run: Run, first_position: int, layers: Iterable[int] | None = None) -> pd.DataFrame:
     """Return one row per cell (of these layers) over a native run.
 
@@ -57,7 +57,7 @@ def write_ranks(factors) -> tuple[int, int]:
     return numerical_rank(after - (decayed - erased)), numerical_rank(after - decayed)
 
 
-@torch.no_grad()
+@torch_defaults()
 def cost_of_no_writes(host: Host, run: Run, cells: Iterable[tuple[int, int]]) -> pd.DataFrame:
     """Return what each cell is worth: the loss of a run in which nothing is written in it, minus native.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from writesae.history import History
-from writesae.recurrence import Factors
+from writesae.recurrence import Factors, torch_defaults
 from writesae.sae.model import SAE
 from writesae.sae.sparsity import Active
 from writesae.text import Windows
@@ -54,13 +54,14 @@ def encode_cell(cell: tuple[int, int], target: str, write: str, sae: SAE, factor
     return CellSAE(*cell, target, write, sae, *active, factors.history("write", write))
 
 
-@torch.no_grad()
+@torch_defaults()
 def encode(sae: SAE, history: History, batch: int = 16) -> Active:
     """Return the active atoms at every position, [N, T, slots], `batch` windows at a time."""
     parts = [sae.encode_history(history[rows]) for rows in torch.arange(len(history.key)).split(batch)]
     return Active(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
+@torch_defaults()
 def all_firings(active: Active | CellSAE, passage: Tensor, first: int, last: int) -> pd.DataFrame:
     """Return all firings at first <= t < last: window, passage, position, atom, coefficient."""
     coefficient, slot = active.coefficients[:, first:last].max(-1)
@@ -93,6 +94,7 @@ def draw_positions(passage: Tensor, first: int, last: int, count: int, seed: int
     return pd.DataFrame(dict(window=window, passage=passage.numpy()[window], position=first + drawn % length))
 
 
+@torch_defaults()
 def find_firings(
     sae: SAE,
     cell: Factors,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from writesae.edit import Edit, edited_hidden, generate
 from writesae.hosts.base import Host, Run
+from writesae.recurrence import torch_defaults
 from writesae.shift import gamma, logit_gradient
 
 DIRECTIONS = ("paper", "gamma")
@@ -90,6 +91,7 @@ def draw_targets(
     return torch.cat(columns, 1), np.array(labels)
 
 
+@torch_defaults()
 def setting(
     host: Host,
     run: Run,
@@ -128,6 +130,7 @@ def setting(
     return Setting(run, prompt, target, ranks(native, target), label, start, gradient, norms[prompt])
 
 
+@torch_defaults()
 def directions(host: Host, cell: tuple[int, int], trial: Setting, name: str) -> tuple[Tensor, Tensor]:
     """Return unit keys [R, writes, d_k] and values [R, writes, d_v]. ValueError for an unknown name."""
     factors, writes = host.factors(trial.run, *cell), trial.norms.shape[1]
@@ -143,6 +146,7 @@ def directions(host: Host, cell: tuple[int, int], trial: Setting, name: str) -> 
     raise ValueError(f"There is no install direction {name!r}: choose one of {', '.join(DIRECTIONS)}.")
 
 
+@torch_defaults()
 def write_edit(trial: Setting, key: Tensor, value: Tensor, magnitude: Tensor, pick=slice(None)) -> Edit:
     """Return the writes of the picked trials as an edit. magnitude [R]: in native write norms."""
     rows = trial.prompt[pick]
@@ -151,7 +155,7 @@ def write_edit(trial: Setting, key: Tensor, value: Tensor, magnitude: Tensor, pi
     return Edit(rows, positions, key[pick], value[pick] * size, torch.ones(len(rows), dtype=torch.bool))
 
 
-@torch.no_grad()
+@torch_defaults()
 def first_logits(host: Host, cell: tuple[int, int], trial: Setting, edit: Edit, batch_rows: int = 512) -> Tensor:
     """Return the logits [R, V] at the end of the prompt under the edit."""
     steps = trial.run.tokens.shape[1] - trial.start
@@ -159,6 +163,7 @@ def first_logits(host: Host, cell: tuple[int, int], trial: Setting, edit: Edit, 
     return torch.cat([host.logits(final[:, -1]) for final in hidden])
 
 
+@torch_defaults()
 def trials(
     host: Host,
     cell: tuple[int, int],
@@ -190,6 +195,7 @@ def trials(
     return pd.concat(rows, ignore_index=True)
 
 
+@torch_defaults()
 def doses(
     host: Host, cell: tuple[int, int], trial: Setting, *, grid: Sequence[float], bisections: int, batch_rows: int = 512
 ) -> pd.DataFrame:
@@ -216,7 +222,7 @@ def doses(
     return pd.concat(rows, ignore_index=True)
 
 
-@torch.no_grad()
+@torch_defaults()
 def native_continuations(host: Host, run: Run, new_tokens: int) -> Tensor:
     """Return the unedited greedy continuations [prompts, new_tokens]."""
     count, length = run.tokens.shape

@@ -26,7 +26,7 @@ from writesae.edit import head_change, kl, make_edit
 from writesae.evaluate.firings import CellSAE, Places
 from writesae.evaluate.replacement import STEPS, full_rank, patched_logits, replacements
 from writesae.hosts.base import Host, Run
-from writesae.recurrence import Factors
+from writesae.recurrence import Factors, torch_defaults
 
 CONDITIONS = ("atom", "delete", "random")
 OBJECTS = ("write", "state", "reconstruction")
@@ -67,7 +67,7 @@ def edited_head(factors: Factors, places: Places, edits: Tensor) -> Tensor:
     return head_change(factors, edit, STEPS)[0].unflatten(0, (-1, count))
 
 
-@torch.no_grad()
+@torch_defaults()
 def replace_objects(
     host: Host,
     run: Run,

@@ -16,6 +16,7 @@ import torch
 
 from writesae.edit import head_change, make_edit
 from writesae.hosts.base import Host, Run
+from writesae.recurrence import torch_defaults
 from writesae.sae.model import SAE
 from writesae.shift import direct_path, reads
 from writesae.text import Windows
@@ -24,6 +25,7 @@ KINDS = ("paper", "exact", "measured")
 HORIZON = 1  # tokens from the write to the logits
 
 
+@torch_defaults()
 def token_shifts(
     host: Host, run: Run, cell: tuple[int, int], write: str, rows, position, key, value
 ) -> dict[str, torch.Tensor]:
@@ -48,7 +50,7 @@ def token_shifts(
     return {kind: (x - x.mean(-1, keepdim=True)).detach() for kind, x in shifts.items()}
 
 
-@torch.no_grad()
+@torch_defaults()
 def mean_shifts(
     host: Host, windows: Windows, saes: list[tuple[tuple, SAE, pd.DataFrame]], write: str, batch: int
 ) -> list[dict[str, torch.Tensor]]:

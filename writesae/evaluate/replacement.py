@@ -35,7 +35,7 @@ from writesae.edit import SCOPES, head_change, kl, make_edit
 from writesae.evaluate.firings import CellSAE, Places, encode_cell, trained_on
 from writesae.harvesting import harvest
 from writesae.hosts.base import Host, Run
-from writesae.recurrence import Factors
+from writesae.recurrence import Factors, torch_defaults
 from writesae.sae.model import SAE
 from writesae.sae.parts import RankOneDecoder
 from writesae.sae.train import top_singular_pair
@@ -165,7 +165,7 @@ def patched_logits(host: Host, run: Run, cell_sae: CellSAE, places: Places, chan
     return host.logits(hidden[:, -1]).unflatten(0, change.shape[:2])
 
 
-@torch.no_grad()
+@torch_defaults()
 def measure_terms(
     host: Host,
     run: Run,
@@ -197,7 +197,7 @@ def measure_terms(
     return pd.DataFrame(torch.cat(parts).numpy(), columns=names)[list(put_in)]
 
 
-@torch.no_grad()
+@torch_defaults()
 def replace(
     host: Host,
     run: Run,
@@ -324,6 +324,7 @@ def measure_group(
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"host": []})
 
 
+@torch_defaults()
 def replace_writes(
     host: Host,
     windows: Windows,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from writesae.edit import head_change, make_edit
 from writesae.hosts.base import Host
+from writesae.recurrence import torch_defaults
 from writesae.shift import cache_gamma, direct_path, logit_gradient, reads
 from writesae.text import Windows
 
@@ -31,6 +32,7 @@ def draw_positions(count: int, first: int, last: int, seed: int) -> Tensor:
     return torch.tensor(np.random.default_rng(seed).integers(first, last, count))
 
 
+@torch_defaults()
 def measure_shifts(
     host: Host,
     windows: Windows,

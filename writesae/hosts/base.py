@@ -21,7 +21,7 @@ from torch import Tensor
 
 from writesae.hosts.layers import slow_decays
 from writesae.hosts.past import Past, Prefix, Record, extend
-from writesae.recurrence import Factors, Groups, states_before
+from writesae.recurrence import Factors, Groups, states_before, torch_defaults
 
 KEPT_NUMBERS = 2**22  # maximum size of what a record keeps for the next edited run
 
@@ -65,6 +65,7 @@ class Host(ABC):
         _, self.heads, self.d_k, self.d_v, _ = self.shape(model.config)
 
     @classmethod
+    @torch_defaults()
     def build(cls, architecture: dict) -> torch.nn.Module:
         """Return a model with random weights and slow decays. architecture: fields of its config."""
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -169,7 +170,7 @@ class Host(ABC):
             hidden = self.finish(layer, records[-1], None)
         return records, hidden
 
-    @torch.no_grad()
+    @torch_defaults()
     def run(self, tokens: Tensor, upto: int | None = None) -> Run:
         """Run the model over tokens [B, T], or only the layers below `upto` (`final` is then its input).
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from writesae.hosts import mamba2_release, rwkv7_tokenizer
 from writesae.hosts.base import Host, Shape
 from writesae.hosts.hub import fetch
+from writesae.recurrence import torch_defaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -47,6 +48,7 @@ def without_triton() -> None:
             sys.modules.setdefault(name, None)
 
 
+@torch_defaults()
 def load_host(
     name_or_path: str | Path,
     device: str | None = None,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from writesae.files import file_hash, write_atomically
 from writesae.history import History
 from writesae.hosts.hub import fetch
+from writesae.recurrence import torch_defaults
 from writesae.sae.config import FORMAT_VERSION, Architecture, SAEConfig, first_problem
 from writesae.sae.parts import RankOneDecoder, make_parts
 from writesae.sae.sparsity import ACTIVATIONS, Active
@@ -57,6 +58,7 @@ class SAE(nn.Module):
     SAE and, if known, its training data. A new SAE is in evaluation mode.
     """
 
+    @torch_defaults()
     def __init__(self, architecture: Architecture, d_k: int, d_v: int) -> None:
         super().__init__()
         fields = architecture.model_dump(include=set(SAEConfig.model_fields))

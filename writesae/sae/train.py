@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from writesae.files import write_atomically
 from writesae.history import History
+from writesae.recurrence import torch_defaults
 from writesae.sae.config import Architecture, SAEConfig
 from writesae.sae.losses import loss_of, tf32
 from writesae.sae.model import SAE
@@ -101,6 +102,7 @@ def _generator(seed: int, purpose: str, number: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+@torch_defaults(gradients=True)
 def train(
     history: History,
     settings: TrainingSettings,
