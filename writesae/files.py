@@ -14,7 +14,7 @@ import os
 import pickle
 import platform
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,45 @@ PARTIAL = f".partial-{platform.node()}-"  # prefix of the files that a process o
 
 class ArtifactError(ValueError):
     """A stored file is missing, damaged, of another format version, or cannot be written."""
+
+
+@contextlib.contextmanager
+def reading(
+    what: str,
+    advice: str = "",
+    known: Callable[[Exception], Exception | None] = lambda error: None,
+    done: str = "read",
+) -> Iterator[None]:
+    """Turn whatever a library raises while it reads `what` into one sentence, with the error as its cause.
+
+    known: returns the exception to raise for an error whose cause is certain, else None. Raises
+    FileNotFoundError, PermissionError or ConnectionError for an error of that kind, and ValueError, with the
+    advice, for any other.
+    """
+    try:
+        yield
+    except Exception as error:  # libraries raise what they like, and change it with their versions
+        kinds = (FileNotFoundError, PermissionError, ConnectionError)
+        kind = next((kind for kind in kinds if isinstance(error, kind)), ValueError)
+        ending = f": {advice}." if advice and kind is ValueError else "."
+        raise known(error) or kind(f"{what} cannot be {done} ({said(error)}){ending}") from error
+
+
+def said(error: Exception) -> str:
+    """Return the type of an exception and its message, on one line."""
+    message = str(error).rpartition("WeightsUnpickler error:")[2]  # before it, torch advises to run code
+    return ": ".join(filter(None, [type(error).__name__, " ".join(message.split())])).rstrip(".")
+
+
+def local_path(name: Path | str) -> Path:
+    """Return the path of a file or folder of this machine; ~ is the home folder."""
+    return Path(os.path.expanduser(name))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON object's file. Raises FileNotFoundError, or ValueError for another content."""
+    with reading(str(path), "it may be damaged, or is no JSON object"):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -173,7 +212,8 @@ def load_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     record = read_sidecar(path)
     if "metadata" not in record:
         raise ArtifactError(f"{path} holds no tensors: save_tensors writes those.")
-    return load_file(path), record["metadata"]
+    with reading(str(path)):
+        return load_file(path), record["metadata"]
 
 
 def read_pickle(path: Path) -> Any:
@@ -183,17 +223,32 @@ def read_pickle(path: Path) -> Any:
     """
     import torch
 
-    try:
+    with reading(str(path), "it may be damaged or cut short, or not from torch.save", holds_code(path)):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors and plain values, and was not loaded, since a pickle can run code: "
+
+
+def holds_code(name: Path | str) -> Callable[[Exception], Exception | None]:
+    """Return the argument `known` of `reading` for pickles that hold more than tensors and plain values."""
+
+    def known(error: Exception) -> Exception | None:
+        if not isinstance(error, pickle.UnpicklingError) or "Unsupported operand" in str(error):
+            return None
+        return ValueError(
+            f"{name} holds more than tensors and plain values, and was not loaded, since a pickle can run code: "
             "save its tensors alone, if you trust it."
-        ) from error
-    except (RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ValueError(f"{path} is damaged or was cut short, or torch.save did not write it: {error}") from error
+        )
+
+    return known
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """Return {name: shape} of the tensors that `read_weights` reads; of .safetensors only the header is read."""
+    from safetensors import safe_open
+
+    if path.suffix != ".safetensors":
+        return {name: list(x.shape) for name, x in read_weights(path).items()}
+    with reading(str(path), "it may be damaged or cut short"), safe_open(path, framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -201,10 +256,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     import torch
     from safetensors.torch import load_file
 
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else read_pickle(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or was cut short: {error}") from error
+    if path.suffix == ".safetensors":
+        with reading(str(path), "it may be damaged or cut short"):
+            return load_file(path)
+    state = read_pickle(path)
     if not isinstance(state, dict) or not all(isinstance(x, torch.Tensor) for x in state.values()):
         raise ValueError(f"{path} holds no state dict, but a {type(state).__name__} of other things.")
     return state

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ SHARD_WINDOWS = 256
 
 def cell_folder(folder: Path | str, cell: Cell) -> Path:
     """Return the folder of a cell's shards: safetensors files, and shards.json once all are written."""
-    return Path(folder) / f"L{cell[0]}-H{cell[1]}"
+    return files.local_path(folder) / f"L{cell[0]}-H{cell[1]}"
 
 
 def harvest_shards(
@@ -58,7 +59,8 @@ def harvest_shards(
     count = 0
     for count, tokens in enumerate(_stacked(windows, shard_windows), 1):
         paths = {cell: _shard(places[cell], count - 1) for cell in cells}
-        expected = hashlib.sha256(base.encode() + tokens.numpy().tobytes()).hexdigest()
+        content = f"{base} {list(tokens.shape)}".encode() + tokens.numpy().tobytes()
+        expected = hashlib.sha256(content).hexdigest()
         if not files.up_to_date(paths.values(), expected):
             _store(host, tokens, paths, batch, expected)
     if not count:
@@ -100,7 +102,7 @@ def _close(place: Path, count: int, host: str) -> None:
         files.sidecar(path).unlink(missing_ok=True)
     shards = []
     for path in (_shard(place, number) for number in range(count)):
-        with safe_open(path, framework="pt") as file:
+        with files.reading(str(path)), safe_open(path, framework="pt") as file:
             shape = file.get_slice("key").get_shape()
         shards.append(dict(windows=shape[0], length=shape[1], sha256=files.read_sidecar(path)["sha256"]))
     text = json.dumps(dict(format_version=FORMAT_VERSION, host=host, shards=shards), indent=1) + "\n"
@@ -123,7 +125,7 @@ class ShardedHistory:
             raise ValueError(f"{limit} windows are asked for and {self.place} has {total}.")
         self.windows, self.length, self.per_shard = limit or total, shards[0]["length"], shards[0]["windows"]
         self._identity = str((self.windows, target, write, [shard["sha256"] for shard in shards]))
-        with safe_open(_shard(self.place, 0), framework="pt") as file:
+        with self._reading(), safe_open(_shard(self.place, 0), framework="pt") as file:
             stored = set(file.keys())
         state = ["added", "log_decay", "erase", "taken"] if "taken" in stored else ["effective", "log_decay"]
         self.names = ["key", *{"write": [write], "state": state}.get(target, [])]
@@ -133,6 +135,9 @@ class ShardedHistory:
         self.factored, self.d_k, self.d_v = first.factored, first.d_k, first.d_v
         self._per_window = sum(x.numel() for x in first.tensors().values())
         self.key = first.key[:0]  # for dtype and device
+
+    def _reading(self) -> AbstractContextManager[None]:
+        return files.reading(f"The harvest in {self.place}", "harvest it again")
 
     def _manifest(self) -> tuple[str | None, list[dict]]:
         path = self.place / "shards.json"
@@ -168,11 +173,12 @@ class ShardedHistory:
         index = [index] if isinstance(index, int) else index
         chosen = torch.arange(self.windows)[index]
         read = {name: [None] * len(chosen) for name in self.names}
-        for rows, places, file in self._files(chosen):
-            for name in self.names:
-                part = file.get_slice(name)
-                for row, place in zip(rows, places):
-                    read[name][place] = part[row : row + 1]
+        with self._reading():
+            for rows, places, file in self._files(chosen):
+                for name in self.names:
+                    part = file.get_slice(name)
+                    for row, place in zip(rows, places):
+                        read[name][place] = part[row : row + 1]
         required = dict.fromkeys(("query", "key", "added", "log_decay"))
         factors = Factors(**required | {name: torch.cat(parts) for name, parts in read.items()})
         return factors.history(self.target, self.write, self.origin)
@@ -188,12 +194,13 @@ class ShardedHistory:
     def factors_at(self, window: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Return key [M, d_k] and value [M, d_v] at chosen places: window [M], position [M] (int64)."""
         key, value = (self.key.new_empty(len(window), d) for d in (self.d_k, self.d_v))
-        for rows, places, file in self._files(window):
-            for name, out in zip(self.names[:2], (key, value)):
-                part = file.get_slice(name)
-                for row, place in zip(rows, places):
-                    at = int(position[place])
-                    out[place] = part[row : row + 1, at : at + 1].flatten()
+        with self._reading():
+            for rows, places, file in self._files(window):
+                for name, out in zip(self.names[:2], (key, value)):
+                    part = file.get_slice(name)
+                    for row, place in zip(rows, places):
+                        at = int(position[place])
+                        out[place] = part[row : row + 1, at : at + 1].flatten()
         return key, value
 
     def groups(self, windows: int = GROUP) -> Iterator[History]:

@@ -18,8 +18,8 @@ from huggingface_hub.utils import disable_progress_bars
 from replication.study.paths import Paths, in_repository
 from replication.study.profile import Profile, load_profile
 from writesae.hosts.base import Shape
-from writesae.hosts.hub import download_sizes, fetch
-from writesae.hosts.load import MODEL_FILES, PICKLED_FILES, read_shape
+from writesae.hosts.hub import MODEL_FILES, PICKLED_FILES, download_sizes, fetch
+from writesae.hosts.load import read_shape
 from writesae.sae.model import WEIGHTS
 from writesae.sae.train import TrainingSettings
 

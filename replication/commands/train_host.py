@@ -25,7 +25,7 @@ from replication.commands import read_yaml
 from replication.study import docstrings
 from replication.study.fingerprint import fingerprint
 from replication.study.paths import output_root, typed
-from writesae.files import write_atomically
+from writesae.files import read_pickle, reading, write_atomically
 from writesae.hosts import load
 
 
@@ -114,6 +114,7 @@ def optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optim
 
 def stream(tokenizer: Tokenizer, split: str) -> torch.Tensor:
     """Return the tokens of a split as an int64 vector, with an end-of-text token (0) before each passage."""
+    tokenizer.encode_special_tokens = True  # what spells <|endoftext|> in a text is text
     return torch.cat([torch.tensor([0, *e.ids]) for e in tokenizer.encode_batch(docstrings.texts(split))])
 
 
@@ -184,7 +185,7 @@ class Training:
         self.optimizers = optimizers(self.model, recipe)
         self.start, self.history, seconds = 0, [], 0.0
         if checkpoint.exists():
-            saved = torch.load(checkpoint, weights_only=True)
+            saved = read_pickle(checkpoint)
             self.model.load_state_dict(saved["model"])
             for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
@@ -228,7 +229,8 @@ def train(folder: Path, build: Path) -> float:
     if not tokenizer_file.exists():
         trained = docstrings.train_tokenizer(docstrings.texts("host"), recipe.vocabulary)
         write_atomically(tokenizer_file, lambda path: trained.save(str(path)))
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    with reading(str(tokenizer_file), "remove it to train it again"):
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
     tokens, heldout = (stream(tokenizer, split) for split in ("host", "heldout"))
     training, running = Training(recipe, build / "checkpoint.pt"), math.nan
     steps = range(training.start, recipe.steps)

@@ -318,7 +318,12 @@ CASES = [
         FileNotFoundError,
         "no folder a/b/c, and it is no hub",
     ),
-    Case("host: a device", lambda x: load_host(x.path, "abacus"), ValueError, "no device 'abacus' here: choose cpu"),
+    Case(
+        "host: a device",
+        lambda x: load_host(x.path, "abacus"),
+        ValueError,
+        "device 'abacus' cannot be used .*: choose cpu",
+    ),
     Case(
         "host: weights that are NaN",
         broken_host,
@@ -331,7 +336,12 @@ CASES = [
         ValueError,
         "holds more than tensors and plain values, and was",
     ),
-    Case("RWKV-7 release: damaged", lambda x: from_pth(a_file(x, b"")), ValueError, "file is damaged or was cut short"),
+    Case(
+        "RWKV-7 release: damaged",
+        lambda x: from_pth(a_file(x, b"")),
+        ValueError,
+        "file cannot be read .*may be damaged",
+    ),
     Case("RWKV-7 release: no dict", lambda x: released(x, torch.ones(2)), ValueError, "no state dict, but a Tensor"),
     Case(
         "host family",
@@ -404,7 +414,7 @@ CASES = [
     Case(
         "checkpoint: NaN", load_with_nan, ValueError, r"safetensors holds values .* not finite, first in decoder\.value"
     ),
-    Case("checkpoint: no text", load_other_text, ValueError, r"config\.json is damaged: it is not a JSON object"),
+    Case("checkpoint: no text", load_other_text, ValueError, r"config\.json cannot be read .*or is no JSON object"),
     Case(
         "checkpoint: k in words",
         lambda x: load_changed(x, k="three"),
@@ -421,7 +431,7 @@ CASES = [
         "published: a folder",
         lambda x: load_authors_sae(x.path, "host"),
         ValueError,
-        "damaged or was cut short, or torch.save did not",
+        "IsADirectoryError.*or not from torch.save",
     ),
     Case(
         "published: NaN",
@@ -582,7 +592,10 @@ CASES = [
     ),
     Case("windows: empty text", lambda x: cut_windows(Words(), [""], 5), ValueError, "1 passages give 0 windows"),
     Case(
-        "windows: too long", lambda x: cut_windows(Words(), ["1 2"], 5), ValueError, "passages shorter than the window"
+        "windows: too long",
+        lambda x: cut_windows(Words(), ["1 2"], 5),
+        ValueError,
+        "passages shorter than the window",
     ),
     Case(
         "windows: too many",
@@ -746,7 +759,7 @@ CASES = [
         "train: a checkpoint of text",
         lambda x: trained(a_file(x)),
         ValueError,
-        "file is damaged .*remove it to start again",
+        "file cannot be read .*remove it to start again",
     ),
     Case("train: a folder as checkpoint", lambda x: trained(x.path), ValueError, "is a folder"),
     # Statistics

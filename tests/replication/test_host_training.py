@@ -125,3 +125,12 @@ def test_the_rate_warms_up_and_falls_to_zero():
 def test_a_recipe_with_an_unknown_field_is_refused():
     with pytest.raises(ValidationError, match="speed"):
         train_host.Recipe(**RECIPE, speed=3)
+
+
+def test_a_text_that_spells_end_of_text_is_text(monkeypatch):
+    text = f"a {docstrings.END_OF_TEXT} b" * 3
+    monkeypatch.setattr(docstrings, "texts", lambda split: [text, "more words"])
+    tokenizer = docstrings.train_tokenizer(["some words and more words"] * 3, 270)
+    tokens = train_host.stream(tokenizer, "host").tolist()
+    assert tokens.count(0) == 2 and tokens[0] == 0
+    assert tokenizer.decode(tokens, skip_special_tokens=False).count(docstrings.END_OF_TEXT) == 2 + 3

@@ -13,8 +13,8 @@ from helpers import FakeHub, Malicious, assert_close
 from safetensors.torch import load_file, save_file
 
 from writesae.hosts.base import Shape
-from writesae.hosts.hub import download_sizes, fetch
-from writesae.hosts.load import MODEL_FILES, adapter, load_host, read_shape
+from writesae.hosts.hub import MODEL_FILES, download_sizes, fetch
+from writesae.hosts.load import adapter, load_host, read_shape
 
 TOKENS = torch.randint(0, 300, (2, 30), generator=torch.Generator().manual_seed(1))
 
@@ -64,7 +64,9 @@ def test_a_model_of_another_class_is_told_which_there_are(folder):
 @pytest.mark.parametrize("content", ["{", "[1]", ""])
 def test_a_damaged_config_is_refused(folder, content):
     (folder / "config.json").write_text(content)
-    with pytest.raises(ValueError, match=r"config\.json is damaged: it is not a JSON object"):
+    with pytest.raises(
+        ValueError, match=r"config\.json cannot be read \(\w+: .*\): it may be damaged, or is no JSON object"
+    ):
         load_host(folder)
 
 
@@ -93,13 +95,15 @@ def test_missing_extra_and_misshapen_weights_are_named(folder, change, says):
 def test_damaged_and_missing_weights_are_refused(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="weights of .* are damaged"):
+    with pytest.raises(
+        ValueError, match=r"weights of .* cannot be read \(SafetensorError: .*\): they may be damaged, cut short"
+    ):
         load_host(folder)
     weights.unlink()
     with pytest.raises(FileNotFoundError, match="holds no weights"):
         load_host(folder)
     torch.save({"x": Malicious(folder / "ran")}, folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="or a pickle with code in it"):
+    with pytest.raises(ValueError, match="holds more than tensors and plain values, and was not loaded"):
         load_host(folder)
     assert not (folder / "ran").exists()
 
@@ -250,7 +254,7 @@ def test_a_gated_model_says_where_to_ask(hub):
 
 def test_without_a_network_the_cache_and_the_wanted_files_are_named(hub, tmp_path):
     hub.answers["/"] = hub.httpx.ConnectError("no network")
-    says = r"not \(wholly\) in the cache .*cache, and https://huggingface\.co cannot be reached: its .*model\*\.safetensors would"
+    says = r"not \(wholly\) in the cache .*cache, and https://.* cannot be reached \(Conn.*\): its .*model\*\.safetensors would"
     with pytest.raises(ConnectionError, match=says):
         load_host("someone/model")
 

@@ -146,7 +146,7 @@ def test_damaged_releases_are_refused(tmp_path):
         from_release(tmp_path)
     path = written(tmp_path, settings, tensors_of(settings)) / "pytorch_model.bin"
     path.write_bytes(path.read_bytes()[:-500])
-    with pytest.raises(ValueError, match="damaged or was cut short"):
+    with pytest.raises(ValueError, match="may be damaged or cut short"):
         from_release(tmp_path)
     torch.save({"x": Malicious(tmp_path / "ran")}, path)
     with pytest.raises(ValueError, match="more than tensors and plain values, and was not loaded"):

@@ -13,7 +13,7 @@ from writesae.edit import edited_hidden, make_edit
 from writesae.hosts.load import adapter, load_host
 from writesae.hosts.past import Past, extend
 from writesae.hosts.rwkv7 import RWKV7
-from writesae.hosts.rwkv7_model import CHUNK, RWKV7Config, from_pth, release_name
+from writesae.hosts.rwkv7_model import CHUNK, RWKV7Config, check, from_pth, release_name
 from writesae.recurrence import Groups, diagonal_delta_chunks, step_states
 from writesae.shift import direct_path
 
@@ -214,7 +214,7 @@ def test_a_new_model_is_the_identity_with_slow_decays(tokens):
 )
 def test_other_architectures_are_refused(fields, says):
     with pytest.raises(ValueError, match=says):
-        RWKV7Config(**SMALL["rwkv7"] | fields)
+        check(RWKV7Config(**SMALL["rwkv7"] | fields))
 
 
 def test_a_cache_is_refused(host, tokens):

@@ -237,3 +237,24 @@ def test_peak_memory_does_not_grow_with_the_corpus(tmp_path):
 
 def test_the_default_shard_is_a_round_number_of_batches():
     assert shards.SHARD_WINDOWS % 16 == 0, "so that a shard's batches are those of one long harvest"
+
+
+def test_a_shard_that_is_lost_or_damaged_after_the_opening_is_one_sentence(gated_deltanet, tokens, tmp_path):
+    stored(gated_deltanet, tokens, tmp_path)
+    disk = ShardedHistory(tmp_path, CELLS[0], "state")
+    path = sorted(disk.place.glob("*.safetensors"))[0]
+    path.write_bytes(path.read_bytes()[:-7])
+    for read in (lambda: disk[0], lambda: disk.factors_at(torch.tensor([0]), torch.tensor([3]))):
+        with pytest.raises(
+            ValueError, match=r"The harvest in .* cannot be read \(SafetensorError: .*\): harvest it again"
+        ):
+            read()
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="The harvest in .* cannot be read"):
+        disk[0]
+
+
+def test_the_same_tokens_in_windows_of_another_length_are_harvested_again(gated_deltanet, tokens, tmp_path):
+    for length in (30, 15):
+        stored(gated_deltanet, tokens[:2, :30].reshape(-1, length), tmp_path, shard_windows=9)
+        assert ShardedHistory(tmp_path, CELLS[0], "state").length == length

@@ -31,6 +31,8 @@ class GatedDeltaNet(Host):
 
     @staticmethod
     def shape(config) -> Shape:
+        if config.hidden_act != "silu":
+            raise ValueError(f"A Gated DeltaNet host has the activation silu, and this one {config.hidden_act}.")
         layers, heads = config.layer_types.count("linear_attention"), config.linear_num_value_heads
         return Shape(layers, heads, config.linear_key_head_dim, config.linear_value_head_dim)
 

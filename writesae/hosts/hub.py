@@ -1,12 +1,33 @@
-"""Model folders of the Hugging Face Hub: download, sizes, and one sentence for each error."""
+"""Model folders: their files, downloads from the Hugging Face Hub, and one sentence for each error."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import DryRunFileInfo, constants, errors, snapshot_download, try_to_load_from_cache
+
+from writesae.files import local_path, reading, said
+
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "vocab*")
+WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # those of the first kind that there is are read
+MODEL_FILES, PICKLED_FILES = ((*TOKENIZER_FILES, pattern) for pattern in WEIGHT_FILES)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weights of a folder: safetensors, else pickles. Raises FileNotFoundError if there are none."""
+    for pattern in WEIGHT_FILES:
+        if files := sorted(folder.glob(pattern)):
+            return files
+    raise FileNotFoundError(f"{folder} holds no weights: {' or '.join(WEIGHT_FILES)} belong there.")
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Return the files of a folder that a host or a tokenizer may be read from, in order."""
+    patterns = {*MODEL_FILES, *PICKLED_FILES}
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
 def fetch(name: str | Path, files: Sequence[str], revision: str | None = None, **options) -> Path:
@@ -15,12 +36,13 @@ def fetch(name: str | Path, files: Sequence[str], revision: str | None = None, *
     files: patterns of the files to download. options: of huggingface_hub.snapshot_download (token, ...).
 
     Raises FileNotFoundError if there is no such folder, model or revision, PermissionError for a gated model,
-    ConnectionError if the Hub does not answer, ValueError if a revision is given for a folder."""
-    if not Path(name).exists():
+    ConnectionError if the Hub does not answer, ValueError if a revision is given for a folder, and for any other
+    error of huggingface_hub."""
+    if not local_path(name).exists():
         return Path(_snapshot(str(name), files, revision, **options))
     if revision is not None:
         raise ValueError(f"{name} is a folder here, and a folder has no revision {revision}: leave revision out.")
-    return Path(name)
+    return local_path(name)
 
 
 def download_sizes(name: str, files: Sequence[str], revision: str | None = None) -> dict[str, int]:
@@ -37,41 +59,45 @@ def download_sizes(name: str, files: Sequence[str], revision: str | None = None)
 
 def _snapshot(name: str, files: Sequence[str], revision: str | None, **options) -> str | list[DryRunFileInfo]:
     """Call snapshot_download, and raise its errors as `fetch` does."""
-    page = f"{constants.ENDPOINT}/{name}"
-    try:
+    with reading(f"The model {name} of the Hub", known=partial(_refusal, name, files, revision, options)):
         return snapshot_download(name, revision=revision, allow_patterns=list(files), **options)
-    except errors.HFValidationError as error:
-        raise FileNotFoundError(
-            f"There is no folder {name}, and it is no hub id either: give a folder, or owner/name."
-        ) from error
-    except errors.GatedRepoError as error:
-        raise PermissionError(
-            f"{name} is gated: accept its terms at {page} and log in with `hf auth login`."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"There is no folder {name}, and no model of that name at {page}, or it is private: give another name, "
-            "or log in with `hf auth login`."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name} has no revision {revision}: give a branch, tag or commit of {page}/commits/main."
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.DryRunError) as error:
-        cache = options.get("cache_dir") or constants.HF_HUB_CACHE
-        raise ConnectionError(
-            f"{name} is no folder here and not (wholly) in the cache {cache}, and {_reason(error, options)}: its "
-            f"{', '.join(files)} would be downloaded; allow that, or copy them into a folder and give its path."
-        ) from error
-    except errors.HfHubHTTPError as error:
-        raise ConnectionError(
-            f"The Hub answered {error.response.status_code} when asked for {name}: see {page}, or try again later."
-        ) from error
+
+
+def _refusal(name: str, files: Sequence[str], revision: str | None, options: dict, error: Exception) -> OSError | None:
+    """Return what `fetch` raises for an error of huggingface_hub whose cause is certain, else None."""
+    page = f"{constants.ENDPOINT}/{name}"
+    match error:
+        case errors.HFValidationError():
+            return FileNotFoundError(
+                f"There is no folder {name}, and it is no hub id either: give a folder, or owner/name."
+            )
+        case errors.GatedRepoError():
+            return PermissionError(f"{name} is gated: accept its terms at {page} and log in with `hf auth login`.")
+        case errors.RepositoryNotFoundError():
+            return FileNotFoundError(
+                f"There is no folder {name}, and no model of that name at {page}, or it is private: give another "
+                "name, or log in with `hf auth login`."
+            )
+        case errors.RevisionNotFoundError():
+            return FileNotFoundError(
+                f"{name} has no revision {revision}: give a branch, tag or commit of {page}/commits/main."
+            )
+        case errors.LocalEntryNotFoundError() | errors.DryRunError():
+            cache = options.get("cache_dir") or constants.HF_HUB_CACHE
+            return ConnectionError(
+                f"{name} is no folder here and not (wholly) in the cache {cache}, and {_reason(error, options)}: its "
+                f"{', '.join(files)} would be downloaded; allow that, or copy them into a folder and give its path."
+            )
+        case errors.HfHubHTTPError():
+            return ConnectionError(
+                f"The Hub answered {error.response.status_code} when asked for {name}: see {page}, or try again later."
+            )
 
 
 def commit(name: str | Path, revision: str | None = None) -> str | None:
     """Return the commit of a Hub model's cached copy, without asking the Hub; None if there is no copy."""
-    config = try_to_load_from_cache(str(name), "config.json", revision=revision)
+    with reading(f"The cached copy of {name}"):
+        config = try_to_load_from_cache(str(name), "config.json", revision=revision)
     return Path(config).parent.name if isinstance(config, str) else None
 
 
@@ -82,4 +108,4 @@ def _reason(error: Exception, options: dict) -> str:
         return "local_files_only forbids a download"
     if isinstance(error.__cause__, errors.HfHubHTTPError):
         return f"the Hub answered {error.__cause__.response.status_code}"
-    return f"{constants.ENDPOINT} cannot be reached"
+    return f"{constants.ENDPOINT} cannot be reached ({said(error.__cause__ or error)})"

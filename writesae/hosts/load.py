@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import json
-import pickle
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
 
-from writesae.hosts import mamba2_release, rwkv7_tokenizer
+from writesae.files import holds_code, local_path, read_json, reading
+from writesae.hosts import hub, mamba2_release, rwkv7_tokenizer
 from writesae.hosts.base import Host, Shape
-from writesae.hosts.hub import fetch
 from writesae.recurrence import torch_defaults
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
-PICKLED_FILES = (*TOKENIZER_FILES, "pytorch_model*.bin")
 KERNEL_PACKAGES = ("fla", "mamba_ssm", "causal_conv1d")
+QUANTISED = ("quantization_config", "compression_config", "quantization")  # fields of config.json
 FAMILIES = {  # module and class of each family's adapter
     "gated_deltanet": "writesae.hosts.gated_deltanet:GatedDeltaNet",
     "mamba2": "writesae.hosts.mamba2:Mamba2",
@@ -73,24 +68,22 @@ def load_host(
             f"{name_or_path} is one file of weights: read it with writesae.hosts.rwkv7_model.from_pth, save "
             "the model to a folder with save_pretrained, and put its tokenizer into the same folder."
         )
-    folder = fetch(name_or_path, MODEL_FILES, revision)
-    if not any(folder.glob("*.safetensors")):  # older models have pickles only
-        folder = fetch(name_or_path, PICKLED_FILES, revision)
+    folder = hub.fetch(name_or_path, hub.MODEL_FILES, revision)
+    if not any(folder.glob(hub.WEIGHT_FILES[0])):  # older models have pickles only
+        folder = hub.fetch(name_or_path, hub.PICKLED_FILES, revision)
     family, model = _model(folder, name_or_path, dtype)
     damaged = next((key for key, x in model.named_parameters() if not torch.isfinite(x).all()), None)
     if damaged is not None:
         raise ValueError(f"The weights of {name_or_path} are damaged: {damaged} is not finite.")
     tokenizer = _tokenizer(folder, name_or_path, tokenizer)
     _check_tokenizer(tokenizer, model.config.vocab_size, name_or_path)
-    return adapter(family)(model.to(device), tokenizer, host_name(Path(name_or_path)))
+    return adapter(family)(model.to(device), tokenizer, host_name(local_path(name_or_path)))
 
 
 def _checked_device(device: str | None) -> str:
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with reading(f"The device {chosen!r}", "choose cpu, or cuda where there is a GPU", done="used"):
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"There is no device {device!r} here: choose cpu, or cuda with a GPU.") from error
     return chosen
 
 
@@ -106,14 +99,19 @@ def family_of(folder: Path) -> str:
 
 
 def _settings(folder: Path, name: str | Path) -> dict:
+    """Return the content of config.json. Raises ValueError for a quantised model."""
     path = folder / "config.json"
     if not path.is_file():
         advice = "give a model folder (`make hosts` trains the embedded hosts)"
         raise FileNotFoundError(f"{name} holds no config.json: {advice}.")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: it is not a JSON object ({error}).") from error
+    settings = read_json(path)
+    for part in (settings, settings.get("text_config") or {}):
+        for quantised in filter(None, map(part.get, QUANTISED)):
+            raise ValueError(
+                f"{name} is quantised ({quantised.get('quant_method', 'unknown method')}), and hosts are read from "
+                "plain weights: give the model that it was made from."
+            )
+    return settings
 
 
 def _family(folder: Path, name: str | Path) -> tuple[str, type[torch.nn.Module] | None, PreTrainedConfig]:
@@ -125,33 +123,33 @@ def _family(folder: Path, name: str | Path) -> tuple[str, type[torch.nn.Module] 
         return "mamba2", None, mamba2_release.library_config(settings)
     classes = {family: adapter(family).model_classes for family in FAMILIES}  # importing registers classes
     choices = "; ".join(f"{', '.join(names)} ({family})" for family, names in classes.items())
-    try:
+    if (kind := settings.get("model_type")) not in transformers.CONFIG_MAPPING:
+        raise ValueError(
+            f"{name} is a {kind}, which transformers does not know, and no host family has that class: {choices}."
+        )
+    with reading(f"The config.json of {name}"):
         config = transformers.AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError) as error:
-        problem = f"{name} is not a model that transformers knows, and no host family has that class"
-        raise ValueError(f"{problem}: {choices}.") from error
-    text = config.get_text_config()
+        text = config.get_text_config()
     auto = transformers.AutoModelForCausalLM._model_mapping
     model_class = auto.get(type(text), None) or auto.get(type(config), None)
     class_name = getattr(model_class, "__name__", type(config).__name__)
     family = next((family for family in FAMILIES if class_name in classes[family]), None)
     if family is None:
         raise ValueError(f"{name} is a {class_name}, and no host family has that class: {choices}.")
-    text.tie_word_embeddings |= config.tie_word_embeddings  # multimodal configs may say it at the top only
+    # multimodal configs may say it at the top only
+    text.tie_word_embeddings = bool(text.tie_word_embeddings or config.tie_word_embeddings)
+    adapter(family).shape(text)  # refuses what the family does not implement
     return family, model_class, text
 
 
 def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, torch.nn.Module]:
     family, model_class, text = _family(folder, name)
+    hub.weight_files(folder)  # there are some
     if model_class is None:
         return family, mamba2_release.from_release(folder, dtype)
     options = dict(config=text, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
-    try:
+    with reading(f"The weights of {name}", "they may be damaged, cut short or incomplete", holds_code(name)):
         model, info = model_class.from_pretrained(folder, **options)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"The weights of {name} are damaged or a pickle with code in it: {error}") from error
-    except OSError as error:
-        raise FileNotFoundError(f"{name} holds no weights, or only a part of them: {error}") from error
     _check_weights(model, info, name)
     return family, model
 
@@ -176,20 +174,20 @@ def _tokenizer(folder: Path, name: str | Path, given: str | Path | PreTrainedTok
 
     if given is not None and not isinstance(given, (str, Path)):
         return given
-    place = folder if given is None else fetch(given, TOKENIZER_FILES)
+    place = folder if given is None else hub.fetch(given, hub.TOKENIZER_FILES)
     world = next(place.glob(rwkv7_tokenizer.VOCABULARY), None)
     if world is not None and not (place / "tokenizer.json").is_file():
         return rwkv7_tokenizer.WorldTokenizer(world)
-    patterns = "tokenizer*", "vocab*", "*.model"
-    if not any(path.match(pattern) for path in place.iterdir() for pattern in patterns):
+    if not any(
+        path.name.startswith(("tokenizer", "vocab")) or path.suffix == ".model" for path in hub.model_files(place)
+    ):
         raise FileNotFoundError(
             f"{given or name} holds no tokenizer: put its files there, or pass tokenizer= (the Mamba-2 "
             f"releases of its authors take {mamba2_release.TOKENIZER!r})."
         )
-    try:
+    advice = "pass another (tokenizer=); where it is of a newer release of tokenizers, install that"
+    with reading(f"The tokenizer of {given or name}", advice):
         return transformers.AutoTokenizer.from_pretrained(place)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"The tokenizer of {given or name} is damaged (pass tokenizer=): {error}") from error
 
 
 def _check_tokenizer(tokenizer, vocabulary: int, name: str | Path) -> None:
@@ -203,4 +201,4 @@ def _check_tokenizer(tokenizer, vocabulary: int, name: str | Path) -> None:
 def host_name(folder: Path) -> str:
     """Return the name in the folder's training.json, or else the folder's name."""
     record = folder / "training.json"
-    return json.loads(record.read_text(encoding="utf-8")).get("name", folder.name) if record.is_file() else folder.name
+    return read_json(record).get("name", folder.name) if record.is_file() else folder.name

@@ -6,17 +6,16 @@ tensors have the names of transformers, except for the embedding. It has no toke
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from writesae.files import read_weights
+from writesae.files import local_path, read_json, read_weights, reading
+from writesae.hosts.hub import weight_files
 
 TOKENIZER = "EleutherAI/gpt-neox-20b"  # the one that the models were trained with
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 # fields of ssm_cfg that may vary: their names in Mamba2Config, and mamba_ssm's defaults
 NAMES = dict(d_state="state_size", d_conv="conv_kernel", expand="expand", headdim="head_dim", ngroups="n_groups")
 NAMES |= dict(chunk_size="chunk_size", dt_limit="time_step_limit", bias="use_bias", conv_bias="use_conv_bias")
@@ -40,8 +39,9 @@ def library_config(settings: dict[str, Any]):
 
     if not is_release(settings):
         raise ValueError("This is no config.json of mamba_ssm, which has d_model, n_layer and ssm_cfg.")
-    ssm = settings["ssm_cfg"]
-    fixed = {"layer": "Mamba1"} | {k: x for k, x in (settings | ssm).items() if k in FIXED and x is not None}
+    settings = {name: value for name, value in settings.items() if value is not None}  # null is the default
+    ssm = {name: value for name, value in settings.get("ssm_cfg", {}).items() if value is not None}
+    fixed = {"layer": "Mamba1"} | {k: x for k, x in (settings | ssm).items() if k in FIXED}
     for name, value in fixed.items():
         if value != FIXED[name]:
             raise ValueError(f"This Mamba release has {name} = {value}, and only {FIXED[name]} can be read.")
@@ -49,18 +49,19 @@ def library_config(settings: dict[str, Any]):
     if unknown:
         raise ValueError(f"This Mamba release has the unknown settings {', '.join(sorted(unknown))}.")
     fields = {NAMES[name]: ssm.get(name, default) for name, default in DEFAULTS.items()}
-    fields["time_step_limit"] = tuple(map(float, fields["time_step_limit"]))
     multiple = settings.get("pad_vocab_size_multiple", 8)
-    return Mamba2Config(
-        **fields,
-        hidden_size=settings["d_model"],
-        num_heads=settings["d_model"] * fields["expand"] // fields["head_dim"],
-        num_hidden_layers=settings["n_layer"],
-        vocab_size=-(-settings["vocab_size"] // multiple) * multiple,
-        residual_in_fp32=settings.get("residual_in_fp32", True),
-        tie_word_embeddings=settings.get("tie_embeddings", True),
-        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
-    )
+    with reading("The config.json of this Mamba release"):
+        fields["time_step_limit"] = tuple(map(float, fields["time_step_limit"]))
+        return Mamba2Config(
+            **fields,
+            hidden_size=settings["d_model"],
+            num_heads=settings["d_model"] * fields["expand"] // fields["head_dim"],
+            num_hidden_layers=settings["n_layer"],
+            vocab_size=-(-settings["vocab_size"] // multiple) * multiple,
+            residual_in_fp32=settings.get("residual_in_fp32", True),
+            tie_word_embeddings=settings.get("tie_embeddings", True),
+            **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0),
+        )
 
 
 def from_release(folder: str | Path, dtype: torch.dtype = torch.float32):
@@ -71,23 +72,22 @@ def from_release(folder: str | Path, dtype: torch.dtype = torch.float32):
     """
     from transformers import Mamba2ForCausalLM
 
-    folder = Path(folder)
-    config = library_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"{folder} holds no weights: one of {', '.join(WEIGHTS)} belongs there.")
-    weights = read_weights(path)
+    folder = local_path(folder)
+    config = library_config(read_json(folder / "config.json"))
+    weights = {}
+    for path in weight_files(folder):
+        weights |= read_weights(path)
     weights = {name.replace("backbone.embedding.", "backbone.embeddings."): x for name, x in weights.items()}
     embedding, head = "backbone.embeddings.weight", "lm_head.weight"
     if config.tie_word_embeddings:
         if {head, embedding} <= weights.keys() and not torch.equal(weights[head], weights[embedding]):
-            raise ValueError(f"{path} has a {head} of its own, and its config says that it is the embedding.")
+            raise ValueError(f"{folder} has a {head} of its own, and its config says that it is the embedding.")
         weights[head] = weights.get(embedding, weights.get(head))
     with torch.device("meta"):
         model = Mamba2ForCausalLM(config)
     problem = _difference(weights, {name: x.shape for name, x in model.state_dict().items()})
     if problem:
-        raise ValueError(f"{path} is not the Mamba-2 that its config describes: {problem}.")
+        raise ValueError(f"{folder} is not the Mamba-2 that its config describes: {problem}.")
     model.load_state_dict({name: x.to(dtype) for name, x in weights.items()}, assign=True)
     model.tie_weights()
     return model.eval()

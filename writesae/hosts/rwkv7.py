@@ -24,6 +24,7 @@ class RWKV7(Host):
 
     @staticmethod
     def shape(config) -> Shape:
+        rwkv7_model.check(config)
         d_v = config.value_dim[0] // config.num_heads
         return Shape(config.num_hidden_layers, config.num_heads, config.head_dim, d_v, vector_decay=True)
 

@@ -24,19 +24,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from writesae.files import read_weights
+from writesae.files import local_path, read_weights, tensor_shapes
+from writesae.hosts.hub import weight_files
 from writesae.hosts.layers import PlainCausalLM, PlainConfig, split_heads
 from writesae.recurrence import diagonal_delta_chunks
 
 CHUNK = 32
 MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
+LOW_RANKS = dict(decay_low_rank_dim="w", a_low_rank_dim="a", v_low_rank_dim="v", gate_low_rank_dim="g")
 
 
 class RWKV7Config(PlainConfig):
     """The fields of flash-linear-attention's RWKV7Config that change the model.
 
     head_dim: d_k. value_dim: d_v times the number of heads, or a list with this number for each layer.
-    Raises ValueError for models that are not implemented here.
+    Ranks that are None are those of the tensors that `from_pretrained` reads.
     """
 
     model_type = "rwkv7"
@@ -45,28 +47,32 @@ class RWKV7Config(PlainConfig):
     num_heads: int | None = None
     value_dim: int | list[int] | None = None
     hidden_act: str = "sqrelu"
-    decay_low_rank_dim: int = 64
-    a_low_rank_dim: int = 64
-    v_low_rank_dim: int = 16
-    gate_low_rank_dim: int = 128
+    decay_low_rank_dim: int | None = 64
+    a_low_rank_dim: int | None = 64
+    v_low_rank_dim: int | None = 16
+    gate_low_rank_dim: int | None = 128
     norm_first: bool = True
     norm_bias: bool = True
     norm_eps: float = 1e-5
     attn: dict | None = None
 
     def __post_init__(self, **kwargs):
-        self.head_dim = self.head_dim or self.hidden_size // self.num_heads
+        self.head_dim = self.head_dim or (self.hidden_size // self.num_heads if self.num_heads else 64)
         self.num_heads = self.hidden_size // self.head_dim
         if not isinstance(self.value_dim, list):
             self.value_dim = [self.value_dim or self.hidden_size] * self.num_hidden_layers
         if self.intermediate_size is None:
             self.intermediate_size = math.ceil(int(self.hidden_size * (self.hidden_ratio or 4)) / 32) * 32
-        if self.attn or self.hidden_act != "sqrelu" or len(set(self.value_dim)) != 1:
-            raise ValueError("An RWKV-7 host has no attention layers, the activation sqrelu, one value_dim.")
-        if self.num_heads * self.head_dim != self.hidden_size or self.value_dim[0] % self.num_heads:
-            widths = f"hidden_size {self.hidden_size} and value_dim {self.value_dim[0]}"
-            raise ValueError(f"Heads of {self.head_dim} do not divide {widths}.")
         super().__post_init__(**kwargs)
+
+
+def check(config: RWKV7Config) -> None:
+    """Raise ValueError for a config of a model that is not implemented here."""
+    if config.attn or config.hidden_act != "sqrelu" or len(set(config.value_dim)) != 1:
+        raise ValueError("An RWKV-7 host has no attention layers, the activation sqrelu, one value_dim.")
+    if config.num_heads * config.head_dim != config.hidden_size or config.value_dim[0] % config.num_heads:
+        widths = f"hidden_size {config.hidden_size} and value_dim {config.value_dim[0]}"
+        raise ValueError(f"Heads of {config.head_dim} do not divide {widths}.")
 
 
 def shifted(x: Tensor, before: Tensor | None) -> Tensor:
@@ -192,9 +198,21 @@ def embed(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 class RWKV7ForCausalLM(PlainCausalLM):
+    """The language model. Raises ValueError for a config that `check` refuses."""
+
     config_class = RWKV7Config
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, config: RWKV7Config | None = None, **options):
+        """As in transformers, from a local folder; ranks that the config leaves out are read off the tensors."""
+        config = config or cls.config_class.from_pretrained(folder)
+        for field, letter in LOW_RANKS.items():
+            if getattr(config, field) is None:
+                setattr(config, field, rank_in(local_path(folder), letter))
+        return super().from_pretrained(folder, config=config, **options)
+
     def __init__(self, config: RWKV7Config):
+        check(config)
         super().__init__(config, lambda layer: RWKV7Block(config, layer), layer_norm(config))
 
     def final_hidden(self, input_ids: Tensor) -> Tensor:
@@ -244,6 +262,15 @@ def init_mix(module: RWKV7Attention | RWKV7FeedForward, config: RWKV7Config) -> 
     init.zeros_(module.r_k)
 
 
+def rank_in(folder: Path, letter: str) -> int:
+    """Return the rank of the modules {letter}_lora in a folder's weights, [rank, D]; 1 if there are none."""
+    for path in weight_files(folder):
+        for name, shape in tensor_shapes(path).items():
+            if name.endswith(f"{letter}_lora.lora.0.weight"):
+                return shape[0]
+    return 1
+
+
 RELEASE_NAMES = """
     model.embeddings=emb model.layers=blocks model.norm=ln_out lm_head=head pre_norm=ln0 attn_norm=ln1
     ffn_norm=ln2 .attn.=.att. r_proj=receptance k_proj=key v_proj=value o_proj=output g_norm=ln_x
@@ -269,7 +296,7 @@ def from_pth(path: str | Path, dtype: torch.dtype = torch.float32) -> RWKV7ForCa
         def __missing__(self, name):
             raise ValueError(f"{path} is not an RWKV-7 release: it lacks the tensor {name}.")
 
-    tensors = Tensors(read_weights(Path(path)))
+    tensors = Tensors(read_weights(local_path(path)))
     with torch.device("meta"):
         model = RWKV7ForCausalLM(_release_config(tensors))
     weights = {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from writesae.files import local_path, reading
+
 VOCABULARY = "rwkv_vocab*.txt"
 
 
@@ -19,7 +21,9 @@ class WorldTokenizer:
 
     def __init__(self, path: str | Path):
         self.tokens: dict[int, bytes] = {}
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        with reading(f"The RWKV vocabulary {path}"):
+            lines = local_path(path).read_text(encoding="utf-8").splitlines()
+        for number, line in enumerate(lines, 1):
             try:
                 token_id, rest = line.split(" ", 1)
                 literal, length = rest.rsplit(" ", 1)

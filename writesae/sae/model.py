@@ -20,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from writesae.files import file_hash, write_atomically
+from writesae.files import file_hash, local_path, read_json, read_weights, reading, write_atomically
 from writesae.history import History
 from writesae.hosts.hub import fetch
 from writesae.recurrence import torch_defaults
@@ -171,21 +170,27 @@ class SAE(nn.Module):
 
     def save(self, folder: Path | str) -> None:
         """Write model.safetensors and config.json (SAEConfig and the sha256), each atomically."""
-        weights = Path(folder) / WEIGHTS
+        folder = local_path(folder)
+        weights = folder / WEIGHTS
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         write_atomically(weights, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         text = json.dumps(self.config.model_dump() | {"sha256": file_hash(weights)}, indent=2) + "\n"
-        write_atomically(Path(folder) / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+        write_atomically(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
     def push_to_hub(self, name: str, token: str | None = None, private: bool | None = None) -> None:
-        """Upload the SAE and a README to the Hub's repository `name`, which is created if needed."""
-        api = HfApi(token=token)
-        api.create_repo(name, private=private, exist_ok=True)
+        """Upload the SAE and a README to the Hub's repository `name`, which is created if needed.
+
+        Raises ValueError, PermissionError or ConnectionError with what the Hub said.
+        """
         with TemporaryDirectory() as folder:
             self.save(folder)
             fields = {field: "unknown" if x is None else x for field, x in self.config.model_dump().items()}
             (Path(folder) / "README.md").write_text(CARD.format(**fields), encoding="utf-8")
-            api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a sparse autoencoder")
+            advice = "log in (`hf auth login`) with a token that may write there"
+            with reading(f"The SAE in {name} on the Hub", advice, done="written"):
+                api = HfApi(token=token)
+                api.create_repo(name, private=private, exist_ok=True)
+                api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a sparse autoencoder")
 
     @classmethod
     def load(
@@ -204,10 +209,9 @@ class SAE(nn.Module):
         if checksum not in (None, file_hash(weights)):
             raise ValueError(f"{weights} is damaged or was cut short: its sha256 is not the one in {description.name}.")
         sae = cls(config, config.d_k, config.d_v)
+        tensors = read_weights(weights)
         try:
-            sae.load_state_dict(load_file(weights))
-        except SafetensorError as error:
-            raise ValueError(f"{weights} is damaged or was cut short: {error}") from error
+            sae.load_state_dict(tensors)
         except RuntimeError as error:
             message = f"{weights} does not hold the tensors that {description.name} describes: {error}"
             raise ValueError(message) from error
@@ -216,8 +220,8 @@ class SAE(nn.Module):
 
 
 def _locate(name: Path | str, revision: str | None, options: dict[str, Any]) -> tuple[Path, Path]:
-    pair = Path(f"{name}.json"), Path(f"{name}.safetensors")
-    if not Path(name).is_dir() and all(path.is_file() for path in pair):
+    pair = local_path(f"{name}.json"), local_path(f"{name}.safetensors")
+    if not local_path(name).is_dir() and all(path.is_file() for path in pair):
         return pair
     folder = fetch(name, [CONFIG, WEIGHTS], revision, **options)
     for path in (folder / CONFIG, folder / WEIGHTS):
@@ -228,10 +232,7 @@ def _locate(name: Path | str, revision: str | None, options: dict[str, Any]) -> 
 
 def _read_config(path: Path) -> tuple[SAEConfig, str | None]:
     """Return the config in a file, and the checksum of the weights or None."""
-    try:
-        content = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: it is not a JSON object ({error}).") from error
+    content = read_json(path)
     checksum, version = content.pop("sha256", None), content.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}.")

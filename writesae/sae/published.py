@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import Tensor
 
-from writesae.files import read_pickle
+from writesae.files import local_path, read_pickle
 from writesae.sae.config import SAEConfig, first_problem
 from writesae.sae.model import SAE, refuse_not_finite
 
@@ -40,7 +40,8 @@ def load_authors_sae(path: Path | str, host: str, *, transposed: bool = False, *
     and plain values (its pickle is not executed), missing, extra or misshapen tensors, a config that lacks a
     field or contradicts the tensors or `given`, rank above 1, and BatchTopK.
     """
-    state, config = _read(Path(path))
+    path = local_path(path)
+    state, config = _read(path)
     kind = _kind(path, state, config)
     encoder, decoder, _ = KINDS[kind]
     d_1, d_2 = ("d_v", "d_k") if transposed else ("d_k", "d_v")

@@ -17,12 +17,12 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from writesae.files import write_atomically
+from writesae.files import local_path, reading, write_atomically
 from writesae.history import History
 from writesae.recurrence import torch_defaults
 from writesae.sae.config import Architecture, SAEConfig
@@ -119,7 +119,7 @@ def train(
     """
     if len(history) < settings.batch_windows:
         raise ValueError(f"A batch takes {settings.batch_windows} windows, the history has {len(history)}.")
-    checkpoint = Path(checkpoint) if checkpoint else None
+    checkpoint = local_path(checkpoint) if checkpoint else None
     if checkpoint and checkpoint.is_dir():
         raise ValueError(f"The checkpoint {checkpoint} is a folder: give the path of a file.")
     run = _Run(history, settings)
@@ -261,12 +261,9 @@ class _Run:
 
     def restore(self, path: Path, identity: str) -> None:
         """Continue from a file of `save`. Raises ValueError for other settings or data, and damage."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); remove it to start again.") from error
+        with reading(str(path), "remove it to start again"), safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         if metadata.get("identity") != identity:
             raise ValueError(f"{path} is the checkpoint of a run with other settings or other data; remove it.")
         self.sae.load_state_dict({n[4:]: x for n, x in tensors.items() if n.startswith("sae.")})
