@@ -23,6 +23,7 @@ from writesae.edit import generate
 from writesae.evaluate import install
 from writesae.evaluate.atoms import ATOM_KEYS
 from writesae.shift import direct_path, gamma, reads
+from writesae.text import end_of_text, token_ids
 
 CONTEXTS = 5  # per atom
 TOKENS = 5  # promoted and demoted tokens of each kind
@@ -114,11 +115,11 @@ def install_word(study: Study, prompt: str, word: str, magnitude: float) -> tupl
         raise ValueError(f"The magnitude is {magnitude:g}: give one above 0, in native write norms.")
     host, settings = study.host(study.main), study.profile.section("install", study.main)
     cell, room = study.cell(study.main, settings.place), study.profile.data.window - settings.new_tokens - 1
-    ids = host.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = token_ids(host.tokenizer, prompt)
     if not settings.writes <= len(ids) <= room:
         raise ValueError(f"The prompt has {len(ids)} tokens: type one of {settings.writes} to {room}.")
     targets, write = torch.tensor([[install.word_token(host.tokenizer, word)]]), study.profile.saes.write
-    run = host.run(torch.tensor([[host.tokenizer.eos_token_id, *ids]]))
+    run = host.run(torch.tensor([[end_of_text(host.tokenizer), *ids]]))
     writes = dict(writes=settings.writes, write=write)
     trial = install.setting(host, run, cell, targets, np.array(["typed"]), settings.writes, **writes)
     native = host.logits(run.final[:, -1])

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from glob import glob
+from glob import escape, glob, has_magic
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from writesae.files import local_path, reading, said
 from writesae.recurrence import torch_defaults
 
 SPLITS = {"sae": range(0, 80), "heldout": range(80, 100)}  # buckets of the hash of a text
+# tokens between documents in training; the end-of-sequence token of a chat tokenizer ends a turn instead
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|rwkv_tokenizer_end_of_text|>")
 
 
 def split_of(sha256: str, splits: dict[str, range]) -> str:
@@ -33,7 +38,8 @@ def split_of(sha256: str, splits: dict[str, range]) -> str:
 class Corpus(BaseModel):
     """Where documents come from: a `path`, or a `dataset` that the library `datasets` reads.
 
-    path: a .jsonl or .parquet file, a folder of .txt files, or a pattern such as docs/**/*.md.
+    path: a .jsonl or .parquet file, a folder of .txt files, or a pattern such as docs/**/*.md. Only the part of
+        a path that does not exist is a pattern; patterns and folders skip hidden files and follow links.
     dataset: an id of the Hub, or a folder in the Hub's format; revision, config, split: the part to read.
         Scripts are never run; data sets with a script usually have the revision refs/convert/parquet.
     column: the field or column that has the text.
@@ -69,17 +75,23 @@ class Corpus(BaseModel):
     @property
     def place(self) -> Path:
         """The local file, folder or pattern; it does not exist for a data set of the Hub."""
-        return self.root / Path(str(self)).expanduser()
+        return self.root / local_path(str(self))
+
+    def _pattern(self) -> tuple[Path, str]:
+        """Return the part of `place` that exists, and the rest, which is a pattern; "." if all of it exists."""
+        existing = next(path for path in (self.place, *self.place.parents) if path.exists())
+        return existing, str(self.place.relative_to(existing))
 
     def files(self) -> list[Path]:
-        """Return the local files of the corpus, in order; none for a data set of the Hub."""
-        if self.place.is_file():
-            return [self.place]
-        if self.path and "*" in self.path:
-            paths = map(Path, glob(str(self.place), recursive=True))
-        else:
-            paths = self.place.rglob("*.txt" if self.path else "*")
-        return sorted(path for path in paths if path.is_file())
+        """Return the local files of the corpus, each once, in order; none for a data set of the Hub."""
+        existing, pattern = self._pattern()
+        if existing.is_file():
+            return [existing] if pattern == "." else []
+        if pattern == ".":
+            pattern = "**/*.txt" if self.path else "**/*"
+        paths = (existing / name for name in glob(pattern, root_dir=existing, recursive=True))
+        paths = sorted((path for path in paths if path.is_file()), reverse=True)
+        return sorted({os.path.realpath(path): path for path in paths}.values())  # a link may name a file again
 
     def identity(self) -> dict:
         """Return what identifies the text in a fingerprint: the fields, and the content of local files."""
@@ -97,30 +109,42 @@ class Corpus(BaseModel):
             empty = False
             yield text
         if empty:
-            raise ValueError(f"The corpus {self} is empty: it holds no document.")
+            raise ValueError(f"The corpus {self} is empty: it holds no document, in {len(self.files())} files.")
 
     def texts(self, split: str) -> Iterator[str]:
-        """Yield the documents of a split, `sae` or `heldout`, without repeats. Raises as `documents`."""
+        """Yield the documents of a split, `sae` or `heldout`, without repeats.
+
+        Raises ValueError for an unknown split and if no document is in the split, and as `documents`.
+        """
         if split not in SPLITS:
             raise ValueError(f"The corpus {self} has no split {split!r}: choose one of {', '.join(SPLITS)}.")
-        seen = set()
+        seen, total = set(), 0
         for text in self.documents():
+            total += 1
             sha256 = hashlib.sha256(text.encode()).digest()
             if sha256 not in seen and split_of(sha256.hex(), SPLITS) == split:
                 seen.add(sha256)
                 yield text
+        if not seen:
+            raise ValueError(
+                f"The corpus {self} has {total} documents, and none of them is in the split {split}: whole documents "
+                "are split, by their hash, so give more documents, or cut large ones into several."
+            )
 
     def _read(self) -> Iterator[str]:
         if self.dataset:
-            name = str(self.place) if self.place.exists() else self.dataset
+            name = str(self.place.resolve()) if self.place.exists() else self.dataset
+            if has_magic(name):
+                raise ValueError(f"The library datasets reads no folder with any of *?[ in its path: rename {name}.")
             return self._rows(name, name=self.config, revision=self.revision, split=self.split or "train")
-        if not self.place.exists() and "*" not in self.path:
+        existing, pattern = self._pattern()
+        if pattern != "." and not (existing.is_dir() and has_magic(pattern)):
             raise FileNotFoundError(f"There is no file or folder {self.place}: give the corpus another path.")
         files = self.files()
         if self.place.suffix == ".jsonl":
             return chain.from_iterable(_json_lines(path, self.column) for path in files)
         if self.place.suffix == ".parquet" and files:
-            return self._rows("parquet", data_files=list(map(str, files)), split="train")
+            return self._rows("parquet", data_files=[escape(str(path.absolute())) for path in files], split="train")
         if self.place.is_file():
             raise ValueError(f"{self.place} is not a corpus: give a folder of .txt files, a pattern, a .jsonl.")
         return _text_files(files)
@@ -129,32 +153,36 @@ class Corpus(BaseModel):
         for number, row in enumerate(self._stream(*which, **options), start=1):
             if self.column not in row:
                 raise ValueError(f"The corpus {self} has no column {self.column!r}: it has {', '.join(row)}.")
-            yield _checked(row[self.column], f"{self}, row {number}")
+            yield as_text(row[self.column], f"{self}, row {number}")
 
     def _stream(self, *which, **options) -> Iterator[dict]:
         try:
             import datasets
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"The corpus {self} needs `pip install datasets`.") from error
-        try:
+            raise ModuleNotFoundError(f"The corpus {self} needs `pip install {error.name}`.") from error
+
+        def known(error: Exception) -> OSError | None:
+            if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+                return FileNotFoundError(f"{error} Give another dataset or revision, or log in (`hf auth login`).")
+            if isinstance(error, (ConnectionError, TimeoutError)):
+                advice = "go online, or copy its files into a folder and give that as the corpus"
+                return ConnectionError(f"The data set {self} cannot be reached ({said(error)}): {advice}.")
+            return None
+
+        with reading(f"The corpus {self}", known=known):
             rows = datasets.load_dataset(*which, streaming=True, **options)
             has_column = self.column in (rows.column_names or ())
             yield from rows.select_columns([self.column]) if has_column else rows
-        except datasets.exceptions.DatasetNotFoundError as error:
-            advice = "Give another dataset or revision, or log in (`hf auth login`)."
-            raise FileNotFoundError(f"{error} {advice}") from error
-        except (ConnectionError, TimeoutError) as error:
-            advice = "go online, or copy its files into a folder and give that as the corpus"
-            raise ConnectionError(f"The data set {self} cannot be reached ({error}): {advice}.") from error
-        except ValueError as error:  # an unknown config or split, a damaged file
-            raise ValueError(f"The corpus {self} cannot be read: {error}") from error
 
 
-def _checked(text: Any, place: str) -> str:
-    """Return the text, or an empty text for None. Raises ValueError for a value of another type."""
-    if not isinstance(text, str | None):
-        raise ValueError(f"{place}: the text is a {type(text).__name__}, not a string.")
-    return text or ""
+def as_text(value: Any, place: str) -> str:
+    """Return a string with U+FFFD for each half of a surrogate pair, which is no character, or "" for None.
+
+    Raises ValueError for a value of another type; place: where it is, for the message.
+    """
+    if not isinstance(value, str | None):
+        raise ValueError(f"{place}: the text is a {type(value).__name__}, not a string.")
+    return re.sub("[\ud800-\udfff]", "\ufffd", value or "")
 
 
 def _text_files(files: list[Path]) -> Iterator[str]:
@@ -178,7 +206,7 @@ def _json_lines(path: Path, field: str) -> Iterator[str]:
             if not isinstance(row, dict) or field not in row:
                 content = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
                 raise ValueError(f"{place} has no field {field!r}: {content}.")
-            yield _checked(row[field], place)
+            yield as_text(row[field], place)
 
 
 @dataclass
@@ -221,10 +249,11 @@ def cut_windows(tokenizer, texts: Iterable[str], length: int, limit: int | None 
     counted = texts if isinstance(texts, str) else (text for text, _ in zip(texts, numbers))
     windows = list(islice(each_window(tokenizer, counted, length), limit))
     if len(windows) < (limit or 1):
-        wanted = f"{limit} are" if limit else "at least one is"
+        wanted, read = f"{limit} are" if limit else "at least one is", next(numbers)
+        advice = "lower the window or the number, or give more text" if read else "give some text"
         raise ValueError(
-            f"{next(numbers)} passages{of} give {len(windows)} windows of {length} tokens where {wanted} "
-            "asked for: passages shorter than the window give none; lower the window or the number."
+            f"{read} passages{of} give {len(windows)} windows of {length} tokens where {wanted} asked for, and "
+            f"{read - len({number for number, _ in windows})} passages are shorter than a window: {advice}."
         )
     passage, tokens = zip(*windows, strict=True)
     return Windows(torch.tensor(tokens), torch.tensor(passage))
@@ -233,15 +262,39 @@ def cut_windows(tokenizer, texts: Iterable[str], length: int, limit: int | None 
 def each_window(tokenizer, texts: Iterable[str], length: int) -> Iterator[tuple[int, list[int]]]:
     """Yield (number of the text, `length` token ids) for every whole window, cut as in `cut_windows`.
 
-    Raises ValueError for a length below 1, for one text instead of several, and without an end-of-text token.
+    Raises ValueError for a length below 1, for one text instead of several, and as `end_of_text` and `token_ids`.
     """
     if length < 1:
         raise ValueError(f"A window takes at least one token, not {length}.")
     if isinstance(texts, str):
         raise ValueError("Windows are cut from a list of texts, and this is one text: put it into a list.")
-    if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no end-of-text token to begin windows with: set its eos_token.")
+    separator = end_of_text(tokenizer)
     for number, text in enumerate(texts):
-        ids = [tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+        ids = [separator, *token_ids(tokenizer, text)]
         for start in range(0, len(ids) - length + 1, length):
             yield number, ids[start : start + length]
+
+
+def end_of_text(tokenizer) -> int:
+    """Return the id of the token that separates documents, with which the first window of a text begins.
+
+    This is the end-of-sequence token, or the first of SEPARATORS that the tokenizer has if the end-of-sequence
+    token is none of them, as in chat models. Raises ValueError for a tokenizer with neither.
+    """
+    own = getattr(tokenizer, "eos_token", None)
+    added = {str(token): i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    usual = None if own in SEPARATORS else next((added[name] for name in SEPARATORS if name in added), None)
+    separator = tokenizer.eos_token_id if usual is None else usual
+    if separator is None:
+        raise ValueError("The tokenizer has no end-of-text token to begin windows with: set its eos_token.")
+    return separator
+
+
+def token_ids(tokenizer, text: str) -> list[int]:
+    """Return the ids of a text, without end-of-text; what spells a control token is text as well.
+
+    Raises ValueError for a value that is no string, and for a text that the tokenizer refuses.
+    """
+    text = as_text(text, "A text for the tokenizer")
+    with reading("A text", done="tokenized"):
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]

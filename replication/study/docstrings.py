@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from writesae.text import split_of
+from writesae.text import as_text, split_of
 
 PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "sklearn", "sympy", "networkx", "statsmodels")
 SPLITS = {"host": range(0, 78), "sae": range(78, 92), "heldout": range(92, 100)}
@@ -91,7 +91,8 @@ def passages() -> dict[str, str]:
 
     gc.disable()  # with so many nodes, the search for reference cycles takes as long as the parsing
     try:
-        texts = {text for path in _files() for text in _docstrings(path) if len(text) >= MIN_CHARACTERS}
+        found = ((text, path) for path in _files() for text in _docstrings(path) if len(text) >= MIN_CHARACTERS)
+        texts = {as_text(text, str(path)) for text, path in found}
     finally:
         gc.enable()
     texts.update(map(inspect.cleandoc, topics.values()))

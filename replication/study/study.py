@@ -27,7 +27,7 @@ from writesae.hosts.hub import commit
 from writesae.hosts.load import adapter, family_of, load_host
 from writesae.recurrence import Factors
 from writesae.sae.model import SAE
-from writesae.text import Corpus, Windows, cut_windows
+from writesae.text import Corpus, Windows, cut_windows, end_of_text
 
 HOST_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # of a model folder, by suffix
 MOST_WORKERS = 4  # because each holds the activations of a group in memory
@@ -209,7 +209,8 @@ class Study:
                 kept = f"{windows.kept():.0%} of documents hold {data.window} tokens"
                 print(f"{corpus}, split {split}: {kept}", file=sys.stderr)
             tensors = dict(tokens=windows.tokens, passage=windows.passage)
-            save_tensors(path, tensors, {"fingerprint": expected})
+            separator = end_of_text(self.host(host).tokenizer)
+            save_tensors(path, tensors, {"fingerprint": expected, "end_of_text": separator})
         return Windows(**load_tensors(path)[0])
 
     @cached_property

@@ -595,7 +595,7 @@ CASES = [
         "windows: too long",
         lambda x: cut_windows(Words(), ["1 2"], 5),
         ValueError,
-        "passages shorter than the window",
+        "1 passages are shorter than a window",
     ),
     Case(
         "windows: too many",

@@ -468,7 +468,7 @@ def test_windows_never_cross_passages_and_short_ones_give_none():
     found = cut_windows(Words(), texts, 5)
     assert found.tokens.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [0, 30, 31, 32, 33]]
     assert found.passage.tolist() == [0, 0, 2]
-    with pytest.raises(ValueError, match="passages shorter than the window give none"):
+    with pytest.raises(ValueError, match="passages are shorter than a window: lower the window"):
         cut_windows(Words(), ["1 2", "3"], 5)
 
 

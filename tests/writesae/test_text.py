@@ -11,7 +11,9 @@ from helpers import FakeHub
 from replication.study import paths
 from replication.study.profile import load_profile
 from replication.study.study import Study, split_windows
-from writesae.text import SPLITS, Corpus, cut_windows
+from writesae.files import read_sidecar
+from writesae.hosts.rwkv7_tokenizer import WorldTokenizer
+from writesae.text import SEPARATORS, SPLITS, Corpus, as_text, cut_windows, end_of_text, token_ids
 
 LENGTH = 8
 # each word names its document and place
@@ -109,7 +111,7 @@ def test_a_stream_reads_no_further_file(folder):
     parquet(folder / "openwebtext/plain_text/partial-train/0001.parquet", TEXTS[100:]).write_bytes(b"damaged")
     corpus = corpora(folder)["openwebtext"]
     assert len(split_windows(HOST, "sae", LENGTH, 20, corpus)) == 20
-    with pytest.raises(ValueError, match="openwebtext cannot be read: .*Parquet"):
+    with pytest.raises(ValueError, match=r"openwebtext cannot be read \(ArrowInvalid: .*Parquet"):
         list(corpus.documents())
 
 
@@ -184,8 +186,8 @@ SHA = FakeHub.SHA
                     content=b"1",
                 ),
             },
-            RuntimeError,
-            "scripts are no longer supported",
+            ValueError,
+            r"owner/text cannot be read \(RuntimeError: .*scripts are no longer supported",
         ),
     ],
     ids=["no data set", "no revision", "gated", "script"],
@@ -250,6 +252,8 @@ def test_windows_are_cut_again_where_the_text_has_changed(folder, monkeypatch, c
         return study.windows("gated_deltanet", "sae").tokens
 
     kept = windows(Corpus(path=str(path)))
+    stored = Study(smoke)._windows_path("gated_deltanet", "sae")
+    assert read_sidecar(stored)["metadata"]["end_of_text"] == Words.eos_token_id
     assert "documents hold 8 tokens" in capsys.readouterr().err
     assert windows(Corpus(path=str(path))).equal(kept) and not capsys.readouterr().err
     path.write_text("\n".join(path.read_text().splitlines()[50:]))
@@ -271,3 +275,205 @@ def test_the_docstrings_packages_and_the_corpus_are_in_every_fingerprint(folder,
     monkeypatch.setattr("replication.study.docstrings.versions", lambda: dict(python="3.11", numpy="another"))
     seen.append(fingerprint())
     assert len({str(x) for x in seen}) == len(seen)
+
+
+# The files of a corpus: patterns, hidden files, links
+
+
+@pytest.fixture
+def odd(tmp_path, monkeypatch):
+    """The same twenty documents below folders whose names look like patterns, and the current folder there."""
+    folder = tmp_path / "papers [2026] (a*b?)"
+    (folder / "notes [x]" / "sub").mkdir(parents=True)
+    for n, text in enumerate(TEXTS[:20]):
+        (folder / "notes [x]" / ("sub" if n % 2 else "") / f"{n:02d}.txt").write_text(text)
+    parquet(folder / "one [1].parquet", TEXTS[:20])
+    lines = "".join(json.dumps(dict(text=text)) + "\n" for text in TEXTS[:20])
+    (folder / "lines [1].jsonl").write_text(lines)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["notes [x]", "notes [x]/**/*.txt", "notes [x]/**/??.txt", "notes [x]/**/[01][0-9].txt", "lines [1].jsonl"]
+    + ["lines*.jsonl", "lines ?1?.jsonl", "one [1].parquet", "*.parquet", "one [[]1].parquet"],
+)
+@pytest.mark.parametrize("absolute", [True, False])
+def test_only_the_part_of_a_path_that_does_not_exist_is_a_pattern(odd, path, absolute):
+    corpora = Corpus(path=str(odd / path) if absolute else path), Corpus(path=path, root=odd)
+    for corpus in corpora:
+        assert sorted(corpus.documents()) == sorted(TEXTS[:20])
+        assert corpus.files() and all(file.is_file() for file in corpus.files())
+
+
+def test_a_corpus_below_the_home_folder_needs_no_full_path(odd, monkeypatch):
+    monkeypatch.setenv("HOME", str(odd))
+    for path in ("~/notes [x]", "~/notes [x]/**/*.txt", "~/lines [1].jsonl"):
+        assert sorted(Corpus(path=path).documents()) == sorted(TEXTS[:20])
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        list(Corpus(path="~nobody-here/notes").documents())
+
+
+@pytest.mark.parametrize("path", ["nowhere [x]", "lines [1].jsonl/*.txt", "notes [x]/none.txt", "lines [1].jsonl/x"])
+def test_what_is_no_pattern_and_does_not_exist_is_missing(odd, path):
+    if path == "nowhere [x]":  # a pattern that matches nothing
+        with pytest.raises(ValueError, match="is empty: it holds no document, in 0 files"):
+            list(Corpus(path=path).documents())
+    else:
+        with pytest.raises(FileNotFoundError, match="There is no file or folder"):
+            list(Corpus(path=path).documents())
+
+
+def test_a_data_set_below_brackets_is_refused_in_one_sentence(odd):
+    parquet(odd / "set [1]" / "train.parquet", TEXTS)
+    with pytest.raises(
+        ValueError, match=r"datasets reads no folder with any of \*\?\[ in its path: rename .*set \[1\]"
+    ):
+        list(Corpus(dataset="set [1]").documents())
+
+
+def test_hidden_files_are_skipped_and_links_are_followed_once(tmp_path):
+    folder, elsewhere = tmp_path / "notes", tmp_path / "elsewhere"
+    for place in (folder, elsewhere, folder / ".git"):
+        place.mkdir()
+        (place / "a.txt").write_text(f"text of {place.name}")
+    (folder / "._a.txt").write_bytes(b"\x00\x05\x16\x07\xff")  # what macOS adds
+    (folder / ".#b.txt").symlink_to("nobody@nowhere.123")  # what Emacs adds
+    (folder / "more").symlink_to(elsewhere)
+    (folder / "again.txt").symlink_to(folder / "a.txt")
+    (folder / "loop").symlink_to(folder)
+    for path in (folder, folder / "**" / "*.txt", folder / "**" / "*"):
+        corpus = Corpus(path=str(path))
+        assert sorted(corpus.documents()) == ["text of elsewhere", "text of notes"], path
+    assert [path.name for path in Corpus(dataset=str(folder)).files()] == ["a.txt", "a.txt"]
+
+
+def test_a_pattern_may_name_hidden_files(tmp_path):
+    (tmp_path / ".notes").mkdir()
+    (tmp_path / ".notes" / "a.txt").write_text("a note")
+    for path in (".notes", ".notes/*.txt", ".no*/*.txt"):
+        assert list(Corpus(path=str(tmp_path / path)).documents()) == ["a note"]
+
+
+# Text that is not what it seems
+
+
+def test_half_an_emoji_is_the_replacement_character(tmp_path):
+    path = tmp_path / "scraped.jsonl"
+    path.write_bytes(b'{"text": "cut here \\ud83d"}\n{"text": "whole \\ud83d\\ude00"}\n{"text": "\\udc00 first"}\n')
+    assert list(Corpus(path=str(path)).documents()) == ["cut here \ufffd", "whole \U0001f600", "\ufffd first"]
+    assert len([*Corpus(path=str(path)).texts("sae"), *Corpus(path=str(path)).texts("heldout")]) == 3
+    assert as_text("plain \ufffd and \U0001f600", "here") == "plain \ufffd and \U0001f600"
+    tokenizer = tokenizers()["byte-level"]
+    assert token_ids(tokenizer, "a\ud83db") == token_ids(tokenizer, "a\ufffdb")
+    for wrong in (7, b"bytes", ["a list"]):
+        with pytest.raises(ValueError, match="the text is a .*, not a string"):
+            token_ids(tokenizer, wrong)
+
+
+def tokenizers() -> dict:
+    """One tokenizer of each kind that hosts have."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import AddedToken, PreTrainedTokenizerFast
+
+    from replication.study import docstrings
+
+    text = ["some words </s> and <|endoftext|> more <|im_end|> words"] * 3
+    trained = docstrings.train_tokenizer(text, 300)
+    byte_level = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=docstrings.END_OF_TEXT)
+    blanks = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))  # as converted from sentencepiece
+    blanks.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    blanks.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    blanks.train_from_iterator(text, trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False))
+    sentencepiece = PreTrainedTokenizerFast(tokenizer_object=blanks, eos_token="</s>", unk_token="<unk>")
+    chat = PreTrainedTokenizerFast(tokenizer_object=docstrings.train_tokenizer(text, 300), pad_token="<|endoftext|>")
+    chat.add_special_tokens(dict(eos_token=AddedToken("<|im_end|>", special=True)))
+    return {"byte-level": byte_level, "sentencepiece": sentencepiece, "chat": chat}
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "chat"])
+def test_what_spells_a_control_token_in_a_text_is_text(kind):
+    tokenizer = tokenizers()[kind]
+    text = "words </s> and <|endoftext|> more <|im_end|> some <s> words "
+    ids = token_ids(tokenizer, text)
+    assert not set(ids) & {*tokenizer.all_special_ids, end_of_text(tokenizer)}
+    assert tokenizer.decode(ids).strip() == text.strip()
+    windows = cut_windows(tokenizer, [text * 5, text * 3], 16)
+    begins = windows.tokens[:, 0] == end_of_text(tokenizer)
+    assert (windows.tokens == end_of_text(tokenizer)).sum() == begins.sum() == 2
+    assert tokenizer("</s>", add_special_tokens=False)["input_ids"]  # and it still parses them for others
+    plain = "some words and more words"
+    assert token_ids(tokenizer, plain) == tokenizer(plain, add_special_tokens=False)["input_ids"]
+
+
+def test_the_world_tokenizer_knows_no_control_tokens(tmp_path):
+    path = tmp_path / "rwkv_vocab_v1.txt"
+    path.write_text("".join(f"{i + 1} {bytes([i])!r} 1\n" for i in range(256)))
+    tokenizer = WorldTokenizer(path)
+    ids = token_ids(tokenizer, "a<|endoftext|>b\ud83d")
+    assert end_of_text(tokenizer) == 0 not in ids
+    assert tokenizer.decode(ids) == "a<|endoftext|>b\ufffd"
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "wanted"),
+    [
+        ("<|endoftext|>", ["<|im_end|>", "</s>"], "<|endoftext|>"),
+        ("</s>", ["<|endoftext|>"], "</s>"),
+        ("<|im_end|>", ["<|endoftext|>"], "<|endoftext|>"),
+        ("<|eot_id|>", ["<|begin_of_text|>", "<|end_of_text|>"], "<|end_of_text|>"),
+        ("<end_of_turn>", ["<eos>"], "<eos>"),
+        ("<|im_end|>", ["</s>", "<|im_start|>"], "</s>"),
+        ("<document>", ["<|im_end|>"], "<document>"),
+        (None, ["<|endoftext|>"], "<|endoftext|>"),
+    ],
+)
+def test_documents_are_separated_by_end_of_text_and_not_by_the_end_of_a_turn(own, others, wanted):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["some", *others, *([own] if own else [])])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words)), eos_token=own)
+    tokenizer.add_special_tokens(dict(additional_special_tokens=others))
+    assert end_of_text(tokenizer) == words[wanted]
+    assert tokenizer.eos_token == own  # the tokenizer itself is not changed
+    assert len(set(SEPARATORS)) == len(SEPARATORS)
+
+
+def test_a_tokenizer_without_any_separator_is_refused():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(dict(some=0))))
+    with pytest.raises(ValueError, match="no end-of-text token to begin windows with: set its eos_token"):
+        end_of_text(tokenizer)
+
+
+@pytest.mark.parametrize("count", [1, 6])
+def test_a_split_without_documents_is_named(tmp_path, count):
+    """One book, or six notes whose hashes are all on one side."""
+    texts = [text for text in TEXTS if text not in [*Corpus(path=write(tmp_path, TEXTS)).texts("heldout")]][:count]
+    corpus = Corpus(path=write(tmp_path, texts))
+    assert sorted(corpus.texts("sae")) == sorted(texts)
+    with pytest.raises(
+        ValueError, match=rf"has {count} documents, and none of them is in the split heldout: whole doc"
+    ):
+        cut_windows(Words(), corpus.texts("heldout"), LENGTH)
+
+
+def write(folder, texts) -> str:
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps(dict(text=text)) + "\n" for text in texts))
+    return str(path)
+
+
+def test_too_few_windows_are_told_from_no_text():
+    texts = ["1.1 1.2 1.3 1.4 1.5 1.6 1.7 1.8 1.9", "2.1", "3.1 3.2"]
+    with pytest.raises(
+        ValueError, match="3 passages give 1 windows of 8 tokens .* and 2 passages are shorter than a win"
+    ):
+        cut_windows(Words(), texts, 8, limit=2)
+    with pytest.raises(ValueError, match="0 passages give 0 windows of 8 tokens .*: give some text"):
+        cut_windows(Words(), [], 8)
