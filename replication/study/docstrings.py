@@ -113,6 +113,17 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | packages
 
 
+def identity() -> dict[str, str]:
+    """Return what identifies the text without reading it: `versions`, and a hash of the files' names and sizes."""
+    return versions() | {"files": _sizes()}
+
+
+@lru_cache(maxsize=1)
+def _sizes() -> str:
+    files = sorted(f"{path.name} {path.stat().st_size}" for path in _files())
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()
+
+
 def manifest() -> Manifest:
     """Return the manifest of the installed text."""
     counts = Counter(split_of(sha, SPLITS) for sha in passages())

@@ -29,7 +29,7 @@ from writesae.files import file_hash
 from writesae.hosts.base import Host
 
 PACKAGES = ("writesae", "replication")
-VERSIONS = ("torch", "transformers", "numpy", "scipy", "scikit-learn")  # of packages that decide numbers
+VERSIONS = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-learn")  # these decide numbers
 STUDY = ("fingerprint", "git", "lock", "paths", "profile", "stages", "study")
 LOADERS = {f"replication.study.{name}" for name in STUDY}
 LOADERS |= {"writesae.files", "writesae.hosts.hub", "writesae.hosts.load"}

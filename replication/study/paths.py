@@ -6,17 +6,19 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from writesae.files import local_path
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def in_repository(path: str | Path) -> Path:
     """Return a path of a profile or a variable: ~ is the home folder, and others start from the repository."""
-    return ROOT / os.path.expanduser(path)
+    return ROOT / local_path(path)
 
 
 def typed(path: str | Path) -> Path:
     """Return a path that a user typed: from the current folder if it exists there, else `in_repository`."""
-    here = Path(os.path.abspath(os.path.expanduser(path)))
+    here = Path(os.path.abspath(local_path(path)))
     return here if here.exists() else in_repository(path)
 
 

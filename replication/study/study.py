@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 
 import pandas as pd
@@ -23,13 +23,12 @@ from replication.study.profile import Profile, load_profile
 from writesae.files import file_hash, load_tensors, read_sidecar, save_tensors, up_to_date
 from writesae.history import Origin
 from writesae.hosts.base import Host
-from writesae.hosts.hub import commit
+from writesae.hosts.hub import commit, model_files
 from writesae.hosts.load import adapter, family_of, load_host
 from writesae.recurrence import Factors
 from writesae.sae.model import SAE
 from writesae.text import Corpus, Windows, cut_windows, end_of_text
 
-HOST_FILES = (".safetensors", ".json", ".txt", ".model", ".jinja")  # of a model folder, by suffix
 MOST_WORKERS = 4  # because each holds the activations of a group in memory
 OUT_OF_MEMORY = (
     "The GPU's memory is too small: in the profile, lower data.batch_windows, replacement.batch_rows or "
@@ -54,11 +53,6 @@ def folder_or_id(name: str) -> str | Path:
     return folder if folder.exists() else name
 
 
-def visible_files(folder: Path) -> list[Path]:
-    """Return the files of a folder in order, without those of the system, whose names begin with a dot."""
-    return sorted(path for path in folder.glob("[!.]*") if path.is_file())
-
-
 class Study:
     """A profile with its folders. `study.table(name)` reads a result, `study.stage(...)` computes one."""
 
@@ -71,11 +65,11 @@ class Study:
         return next(iter(self.profile.hosts))
 
     def host(self, name: str) -> Host:
-        path, section = self.host_path(name), self.profile.hosts[name]
-        revision = None if Path(path).exists() else section.revision
-        tokenizer = section.tokenizer and str(folder_or_id(section.tokenizer))
+        section, places = self.profile.hosts[name], self._places(name)
+        revision = None if isinstance(places[0], Path) else section.revision
+        content = str([_content(place) for place in places if isinstance(place, Path)])
         with LOADING:
-            return _host(name, str(path), revision, tokenizer, self.device, section.dtype)
+            return _host(name, *places, revision, self.device, section.dtype, content)
 
     @property
     def device(self) -> str:
@@ -88,29 +82,27 @@ class Study:
         if name not in self.profile.hosts:
             names = ", ".join(self.profile.hosts)
             raise ValueError(f"Profile {self.profile.name} has no host {name!r}: choose one of {names}.")
-        return folder_or_id(self.profile.hosts[name].path)
+        return self._places(name)[0]
+
+    def _places(self, name: str) -> list[str | Path | None]:
+        """Return the folders, or else hub ids, of a host and of its tokenizer; None: that of the host."""
+        named = self.profile.hosts[name].path, self.profile.hosts[name].tokenizer
+        return [x and folder_or_id(x) for x in named]
 
     def host_fingerprint(self, name: str) -> dict:
-        """Return what identifies a host: files (or hub id and revision), type, tokenizer, text and code."""
-        folder, section = Path(self.host_path(name)), self.profile.hosts[name]
-        if folder.exists():
-            files = [path for path in visible_files(folder) if path.suffix in HOST_FILES]
-            weights = {path.name: _file_hash(path, path.stat().st_mtime_ns) for path in files}
-            module = adapter(family_of(folder)).__module__
-        else:
-            weights = {"path": section.path, "revision": section.revision}
-            module = type(self.host(name)).__module__
-        tokenizer = section.tokenizer
-        if tokenizer and (folder := paths.in_repository(tokenizer)).is_dir():
-            tokenizer = {path.name: file_hash(path) for path in visible_files(folder)}
-        code, text = fingerprint.code_hash([module]), self.corpus_fingerprint
-        return weights | dict(dtype=section.dtype, tokenizer=tokenizer, corpus=text, code=code)
+        """Return what identifies a host: files (or hub id and commit), type, tokenizer, text and code."""
+        place, section = self.host_path(name), self.profile.hosts[name]
+        local = isinstance(place, Path)
+        family = adapter(family_of(place)) if local else type(self.host(name))  # once it is loaded, it has a commit
+        model, tokenizer = _content(place, section.revision), _content(self._places(name)[1])
+        code, text = fingerprint.code_hash([family.__module__]), self.corpus_fingerprint
+        return dict(model=model, dtype=section.dtype, tokenizer=tokenizer, corpus=text, code=code)
 
     @cached_property
     def corpus_fingerprint(self) -> str:
-        """A hash of what the text depends on: versions of the packages, or the profile's own corpus."""
+        """A hash of what the text depends on: the installed packages, or the profile's own corpus."""
         corpus = self.profile.corpus
-        return fingerprint.fingerprint(corpus=corpus.identity() if corpus else docstrings.versions())
+        return fingerprint.fingerprint(corpus=corpus.identity() if corpus else docstrings.identity())
 
     @property
     def workers(self) -> int:
@@ -192,7 +184,7 @@ class Study:
         """Return a hash of the windows of a split ("sae", "heldout")."""
         self.windows(host, split)
         path = self._windows_path(host, split)
-        return _file_hash(path, path.stat().st_mtime_ns)
+        return _hash(path)
 
     def _windows_path(self, host: str, split: str) -> Path:
         return self.paths.build / "windows" / f"{host}-{split}.safetensors"
@@ -256,15 +248,36 @@ def threads(count: int) -> Iterator[None]:
 
 
 @lru_cache(maxsize=4)
-def _host(name: str, path: str, revision: str | None, tokenizer: str | None, device: str, dtype: str) -> Host:
+def _host(
+    name: str,
+    path: str | Path,
+    tokenizer: str | Path | None,
+    revision: str | None,
+    device: str,
+    dtype: str,
+    content: str,
+) -> Host:
+    """Load a host; `content`, that of its local files, makes it be loaded again when they have changed."""
     host = load_host(path, device, getattr(torch, dtype), revision=revision, tokenizer=tokenizer)
     host.name = name  # the name in the profile and in all tables
     return host
 
 
-@lru_cache
-def _file_hash(path: Path, changed: int) -> str:
-    """Return the hash of a file, which is read once per time of change, because weights are large."""
+def _content(place: str | Path | None, revision: str | None = None) -> dict[str, str | None] | None:
+    """Return {name: hash} of the files of a model's or tokenizer's folder, or {hub id: revision or commit}."""
+    if isinstance(place, Path):
+        return {path.name: _hash(path) for path in model_files(place)}
+    return place and {place: commit(place, revision) or revision}
+
+
+def _hash(path: Path) -> str:
+    status = path.stat()
+    return _file_hash(path, status.st_mtime_ns, status.st_size)
+
+
+@cache
+def _file_hash(path: Path, changed: int, size: int) -> str:
+    """Return the hash of a file, which is read once per time of change and size, because weights are large."""
     return file_hash(path)
 
 

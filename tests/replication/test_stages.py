@@ -1,19 +1,23 @@
 """Which changes rerun a stage. Each test failed when the inputs of a stage were listed by hand."""
 
 import dataclasses
+import os
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from helpers import SmallStudy
+from safetensors.torch import load_file, save_file
 
 from replication.pages import install, multiverse, population, replacement, selectivity
-from replication.study import fingerprint
+from replication.study import docstrings, fingerprint
 from replication.study.firings import run_firings
 from replication.study.paths import ROOT
 from replication.study.profile import HostSection, load_profile
 from replication.study.study import Study
+from writesae.hosts.load import load_host
 
 HOST = "gated_deltanet"
 
@@ -169,17 +173,110 @@ def test_a_later_value_counts_by_what_it_is_made_of_and_is_made_once(study):
 # The fingerprint of a host
 
 
-def test_type_and_tokenizer_of_a_local_host_count(tmp_path):
-    def identity(**changes):
-        profile = load_profile("smoke")
-        section = profile.hosts[HOST].model_copy(update=changes)
-        return Study(profile.model_copy(update=dict(hosts={HOST: section}))).host_fingerprint(HOST)
+def study_of(**changes):
+    """The study of profile smoke with one host, whose section is changed."""
+    profile = load_profile("smoke")
+    section = profile.hosts[HOST].model_copy(update=changes)
+    return Study(profile.model_copy(update=dict(hosts={HOST: section})))
 
+
+def identity(**changes):
+    return study_of(**changes).host_fingerprint(HOST)
+
+
+def test_type_and_tokenizer_of_a_local_host_count(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     same, typed, tokenized = identity(), identity(dtype="bfloat16"), identity(tokenizer=str(tmp_path))
     assert identity() == same and same != typed and same != tokenized
     (tmp_path / "tokenizer.json").write_text("[]")
     assert identity(tokenizer=str(tmp_path)) != tokenized
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(ROOT / "models" / HOST, tmp_path / "models [1]" / HOST)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors", "pytorch_model.bin"]
+    + ["model-00002-of-00002.safetensors", "model.safetensors.index.json", "rwkv_vocab_v1.txt", "tokenizer.model.v3"],
+)
+def test_every_file_that_a_host_is_read_from_counts(folder, name):
+    seen = [identity(path=str(folder))]
+    for end in (b" ", b"\n "):
+        with open(folder / name, "ab") as file:
+            file.write(end)
+        seen.append(identity(path=str(folder)))
+    assert len({str(x) for x in seen}) == 3
+    (folder / "README.md").write_text("no part of the model")
+    assert identity(path=str(folder)) == seen[-1]
+
+
+def test_a_host_whose_files_have_changed_is_loaded_again(folder):
+    study = study_of(path=str(folder))
+    first = study.host(HOST)
+    assert study.host(HOST) is first
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("A_log"))
+    save_file(weights | {name: weights[name] * 2}, folder / "model.safetensors", metadata={"format": "pt"})
+    again = study.host(HOST)
+    assert again is not first and study.host(HOST) is again
+    assert torch.equal(again.model.state_dict()[name], first.model.state_dict()[name] * 2)
+
+
+def test_a_file_of_another_size_counts_though_its_time_is_the_same(folder):
+    path, before = folder / "config.json", identity(path=str(folder))
+    times = path.stat()
+    path.write_text(path.read_text() + " ")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert identity(path=str(folder)) != before
+
+
+@pytest.mark.parametrize("place", ["models/mamba2", "~/models/mamba2"])
+def test_a_model_and_a_tokenizer_are_found_by_the_same_rule(place, tmp_path, monkeypatch):
+    """Relative to the repository, whatever the current folder is, and below the home folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(ROOT))
+    host = study_of(path=place, tokenizer=place).host(HOST)
+    assert host.family == "mamba2" and len(host.tokenizer) == host.vocabulary
+    assert identity(path=place, tokenizer=place)["tokenizer"] == identity(path="models/mamba2")["model"]
+
+
+def test_a_model_in_shards_can_stand_in_a_profile(folder):
+    expected = study_of(path=str(folder)).host(HOST).model.state_dict()
+    load_host(folder).model.save_pretrained(folder, max_shard_size="4MB")
+    (folder / "model.safetensors").unlink()
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    study = study_of(path=str(folder))
+    assert all(torch.equal(x, expected[name]) for name, x in study.host(HOST).model.state_dict().items())
+    assert len(study.host_fingerprint(HOST)["model"]) > 5
+
+
+def test_the_commit_of_a_hub_model_and_of_a_hub_tokenizer_count(monkeypatch):
+    class Loaded:
+        __module__ = "writesae.hosts.mamba2"
+
+    commits = dict(model="a", tokenizer="b")
+    monkeypatch.setattr(Study, "host", lambda study, name: Loaded())
+    monkeypatch.setattr("replication.study.study.commit", lambda name, revision: commits[name.partition("/")[2]])
+    seen = [identity(path="owner/model", tokenizer="owner/tokenizer")]
+    for name in commits:
+        commits[name] = "c"
+        seen.append(identity(path="owner/model", tokenizer="owner/tokenizer"))
+    assert len({str(x) for x in seen}) == 3
+
+
+def test_an_installed_package_that_was_edited_in_place_counts(tmp_path, monkeypatch):
+    (tmp_path / "a.py").write_text('"""A docstring."""')
+    monkeypatch.setattr(docstrings, "_files", lambda: tmp_path.glob("*.py"))
+    seen = []
+    for text in ('"""A docstring."""', '"""A longer docstring."""'):
+        (tmp_path / "a.py").write_text(text)
+        docstrings._sizes.cache_clear()
+        seen.append(identity()["corpus"])
+    docstrings._sizes.cache_clear()
+    assert seen[0] != seen[1]
 
 
 # The code that a fingerprint covers
