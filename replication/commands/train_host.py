@@ -1,8 +1,7 @@
 """Train an embedded host from models/NAME/recipe.yaml, on the installed corpus.
 
-An interrupted training continues from the last checkpoint, in build/hosts/NAME-HASH, where HASH is of the recipe,
-the text and the code. The result is in models/NAME: weights (fp16 safetensors), config, tokenizer, and
-training.csv, the loss curve."""
+An interrupted training continues from the last checkpoint, below build/hosts/NAME, if recipe and text are the same.
+The result is in models/NAME: weights (fp16 safetensors), config, tokenizer, and training.csv, the loss curve."""
 
 from __future__ import annotations
 
@@ -219,10 +218,12 @@ class Training:
 
 
 def train(folder: Path, build: Path) -> float:
-    """Train the host of a folder, or continue. Return its held-out loss in nats per token.
+    """Train the host of a folder, or continue if recipe and text are the same. Return its held-out loss in nats
+    per token.
 
     Raises ValueError as `read_recipe` does, FloatingPointError if the loss is not finite."""
     recipe = read_recipe(folder / "recipe.yaml")
+    build = build / fingerprint(recipe=recipe, text=docstrings.identity())[:8]
     build.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(recipe.seed)
     tokenizer_file = build / "tokenizer.json"
@@ -262,14 +263,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=typed, help="models/NAME with a recipe.yaml")
 
 
-def checkpoint_folder(folder: Path) -> Path:
-    """Return where the training of a host keeps its checkpoint. Raises ValueError as `read_recipe` does."""
-    inputs = dict(recipe=read_recipe(folder / "recipe.yaml"), text=docstrings.versions())
-    return output_root() / "build" / "hosts" / f"{folder.name}-{fingerprint([__name__], **inputs)[:12]}"
-
-
 def main(options: argparse.Namespace) -> int:
     for folder in options.folders:
-        loss = train(folder, checkpoint_folder(folder))
+        loss = train(folder, output_root() / "build" / "hosts" / folder.name)
         print(f"{folder}: held-out loss {loss:.3f} nats per token")
     return 0

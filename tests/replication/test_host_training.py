@@ -74,6 +74,17 @@ def test_a_killed_training_goes_on_to_the_same_weights(folder, tmp_path, monkeyp
     assert load_host(folder).vocabulary == 512
 
 
+def test_another_recipe_begins_anew(folder, tmp_path):
+    train_host.train(folder, tmp_path / "build")
+    for changes in (dict(seed=5), dict(vocabulary=520)):
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | changes))
+        train_host.train(folder, tmp_path / "fresh" / str(changes))
+        fresh = load_file(folder / "model.safetensors")
+        train_host.train(folder, tmp_path / "build")
+        again = load_file(folder / "model.safetensors")
+        assert all(torch.equal(fresh[name], again[name]) for name in fresh)
+
+
 def test_pieces_of_a_batch_give_the_gradient_of_the_whole(folder):
     from writesae.hosts.load import adapter
 
