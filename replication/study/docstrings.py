@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from writesae.files import reading
 from writesae.text import as_text, split_of
 
 PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "sklearn", "sympy", "networkx", "statsmodels")
@@ -109,7 +110,8 @@ def texts(split: str) -> list[str]:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of PACKAGES, without reading the text."""
     distribution = {"sklearn": "scikit-learn"}
-    packages = {p: importlib.metadata.version(distribution.get(p, p)) for p in PACKAGES}
+    with reading("The versions of the text's packages", "install them with `make env`"):
+        packages = {p: importlib.metadata.version(distribution.get(p, p)) for p in PACKAGES}
     return {"python": platform.python_version()} | packages
 
 

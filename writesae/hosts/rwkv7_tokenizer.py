@@ -24,7 +24,7 @@ class WorldTokenizer:
         with reading(f"The RWKV vocabulary {path}"):
             lines = local_path(path).read_text(encoding="utf-8").splitlines()
         for number, line in enumerate(lines, 1):
-            try:
+            with reading(f"Line {number} of {path}", "an RWKV vocabulary has an id, a token and its number of bytes"):
                 token_id, rest = line.split(" ", 1)
                 literal, length = rest.rsplit(" ", 1)
                 token = ast.literal_eval(literal)
@@ -32,11 +32,6 @@ class WorldTokenizer:
                 if len(token) != int(length) or not token:
                     raise ValueError(f"{len(token)} bytes")
                 self.tokens[int(token_id)] = token
-            except (ValueError, SyntaxError, TypeError) as error:
-                raise ValueError(
-                    f"{path} is no RWKV vocabulary: line {number} is not an id, a token and its number of "
-                    f"bytes ({error})."
-                ) from None
         self.ids = {token: i for i, token in self.tokens.items()}
         missing = [byte for byte in range(256) if bytes([byte]) not in self.ids]
         if missing:
