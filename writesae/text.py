@@ -156,23 +156,23 @@ class Corpus(BaseModel):
             yield as_text(row[self.column], f"{self}, row {number}")
 
     def _stream(self, *which, **options) -> Iterator[dict]:
-        try:
+        with reading(f"The corpus {self}", known=self._refusal):
             import datasets
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"The corpus {self} needs `pip install {error.name}`.") from error
 
-        def known(error: Exception) -> OSError | None:
-            if isinstance(error, datasets.exceptions.DatasetNotFoundError):
-                return FileNotFoundError(f"{error} Give another dataset or revision, or log in (`hf auth login`).")
-            if isinstance(error, (ConnectionError, TimeoutError)):
-                advice = "go online, or copy its files into a folder and give that as the corpus"
-                return ConnectionError(f"The data set {self} cannot be reached ({said(error)}): {advice}.")
-            return None
-
-        with reading(f"The corpus {self}", known=known):
             rows = datasets.load_dataset(*which, streaming=True, **options)
             has_column = self.column in (rows.column_names or ())
             yield from rows.select_columns([self.column]) if has_column else rows
+
+    def _refusal(self, error: Exception) -> Exception | None:
+        """Return what `documents` raises for an error of `datasets` whose cause is certain, else None."""
+        if isinstance(error, ModuleNotFoundError):
+            return ModuleNotFoundError(f"The corpus {self} needs `pip install {error.name}`.")
+        if type(error).__name__ == "DatasetNotFoundError":
+            return FileNotFoundError(f"{error} Give another dataset or revision, or log in (`hf auth login`).")
+        if isinstance(error, (ConnectionError, TimeoutError)):
+            advice = "go online, or copy its files into a folder and give that as the corpus"
+            return ConnectionError(f"The data set {self} cannot be reached ({said(error)}): {advice}.")
+        return None
 
 
 def as_text(value: Any, place: str) -> str:

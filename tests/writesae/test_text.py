@@ -215,6 +215,15 @@ def test_without_the_library_its_name_is_said(folder, monkeypatch):
         list(Corpus(path=str(folder / "one.parquet")).documents())
 
 
+def test_a_library_that_cannot_be_imported_is_one_sentence(folder, monkeypatch):
+    """As where another version of pyarrow is installed than the one that `datasets` needs."""
+    (folder / "datasets.py").write_text("raise AttributeError('pyarrow has no attribute Something')")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "datasets")
+    with pytest.raises(ValueError, match=r"one.parquet cannot be read \(AttributeError: pyarrow has no"):
+        list(Corpus(path=str(folder / "one.parquet")).documents())
+
+
 def test_a_profile_names_its_corpus(tmp_path):
     text = (paths.ROOT / "profiles" / "smoke.yaml").read_text()
     assert load_profile("smoke").corpus is None
