@@ -188,10 +188,15 @@ def ratio_bootstrap(a, b, clusters: Sequence, resamples: int, seed: int) -> Inte
 
 
 def difference_bootstrap(a, b, clusters: tuple[Sequence, Sequence], resamples: int, seed: int) -> Interval:
-    """Return the percentile interval of mean(a) - mean(b); clusters are drawn independently in a and b."""
+    """Return the percentile interval of mean(a) - mean(b); clusters are drawn independently in a and b.
+
+    Both ends are nan for a single cluster in a or in b.
+    """
     generator, means = np.random.default_rng(seed), []
     for values, labels in zip((a, b), clusters, strict=True):
         codes, count = _codes(labels)
+        if count < 2:
+            return Interval(np.nan, np.nan)
         means.append(_means(_vector(values), codes, _draws(count, resamples, generator)))
     return _percentiles(means[0] - means[1])
 
@@ -325,13 +330,16 @@ def spearman(a, b) -> Correlation:
 def clustered_spearman(a, b, clusters: Sequence, resamples: int, seed: int) -> Correlation:
     """Spearman's rho, with the percentile interval of a bootstrap over clusters.
 
-    The ranks are those of the whole sample. All nan as in `pearson`; the ends are nan if a resample is constant.
+    The ranks are those of the whole sample. All nan as in `pearson`; the ends are nan if a resample is constant,
+    and for a single cluster.
     """
     rho, (a, b) = spearman(a, b), _pair(a, b)
     if np.isnan(rho.value):
         return rho
     x, y = (stats.zscore(stats.rankdata(side)) for side in (a, b))
     codes, count = _codes(clusters)
+    if count < 2:
+        return rho._replace(low=np.nan, high=np.nan)
     sums = np.zeros((count, 6))
     np.add.at(sums, codes, np.stack([np.ones_like(x), x, y, x * x, y * y, x * y], 1))
     n, sum_x, sum_y, xx, yy, xy = (_draws(count, resamples, np.random.default_rng(seed)) @ sums).T

@@ -235,3 +235,14 @@ def test_a_ratio_over_trainings_is_a_mean_of_ratios():
     assert statistics.over_trainings(values, [0, 1], per, resamples=50)[0] == pytest.approx((2 + 2) / 2)
     same = statistics.over_trainings(per, [0, 1], per, resamples=50)
     assert same == (1.0, (1.0, 1.0))
+
+
+def test_a_single_document_gives_no_interval_and_not_one_of_no_width():
+    values, several, one = [0.1, 0.5, 0.2, 0.9], ["a", "b", "c", "d"], ["a"] * 4
+    for clusters in ((one, several), (several, one), (one, one)):
+        assert np.isnan(statistics.difference_bootstrap(values, values[::-1], clusters, 50, 0)).all()
+    assert np.isfinite(statistics.difference_bootstrap(values, values[::-1], (several, several), 50, 0)).all()
+    rho = statistics.clustered_spearman(values, [1, 2, 4, 3], one, 50, 0)
+    assert np.isnan([rho.low, rho.high]).all() and np.isfinite(rho.value)
+    assert np.isnan(statistics.ratio_bootstrap(values, values, one, 50, 0)).all()
+    assert np.isnan(statistics.cluster_bootstrap(values, one)).all()
