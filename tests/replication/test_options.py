@@ -8,7 +8,6 @@ import torch
 
 from replication.__main__ import main
 from replication.commands import disk, dryrun, repeats, sweep, train_host, verify
-from replication.commands.train_host import checkpoint_folder
 from replication.study import paths
 from replication.study.profile import CellRule, HostSection, load_profile
 from replication.study.study import OUT_OF_MEMORY, Study
@@ -134,22 +133,16 @@ def test_a_dry_run_knows_its_notebooks_before_it_makes_hosts(home, monkeypatch, 
     assert capsys.readouterr().err.startswith("dryrun failed: There is no notebook 99_x: choose one of 00_hosts, ")
 
 
-def test_checkpoints_are_of_one_recipe(home, monkeypatch):
-    recipe = (paths.ROOT / "models" / "mamba2" / "recipe.yaml").read_text(encoding="utf-8")
+def test_hosts_are_trained_from_folders_as_they_are_typed(home, monkeypatch):
     for name in ("a", "b", "c"):
         (home / name / "host").mkdir(parents=True)
-        (home / name / "host" / "recipe.yaml").write_text(
-            recipe if name != "b" else recipe.replace("seed: ", "seed: 9")
-        )
     monkeypatch.chdir(home / "a" / "host")
     trained = []
     monkeypatch.setattr(train_host, "train", lambda folder, build: trained.append((folder, build)) or 2.5)
     assert main(["train-host", ".", "~/b/host", "../../c/host/"]) == 0
     folders, builds = zip(*trained)
     assert folders == tuple(home / name / "host" for name in "abc")
-    assert {build.parent for build in builds} == {home / "out put" / "build" / "hosts"}
-    assert builds[0] == builds[2] == checkpoint_folder(folders[0]) != builds[1]
-    assert all(build.name.startswith("host-") for build in builds)
+    assert set(builds) == {home / "out put" / "build" / "hosts" / "host"}
 
 
 def test_a_missing_package_is_one_sentence(home, monkeypatch, capsys):
