@@ -101,6 +101,22 @@ def test_what_edited_runs_from_the_same_places_share_changes_no_bit(host, run, m
     assert all(torch.equal(a, b) for a, b in zip(kept, anew, strict=True))
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_branch_is_the_edited_layer_and_the_layers_above(host, run, layer):
+    """Without a change the layer's output is the next layer's input; a change moves no earlier output."""
+    rows, starts = torch.tensor([0, 2, 1]), torch.tensor([30, 50, 0])
+    change = torch.zeros(3, 5, host.d_v, dtype=torch.float64)
+    native, _ = host.edited_layer(run, layer, 1, rows, starts, change)
+    wanted = run.records[layer + 1].hidden[rows[:, None], starts[:, None] + torch.arange(5)]
+    assert_close(native, wanted, "output of the layer", 1e-12)
+    change[:, 2] = torch.randn(3, host.d_v, generator=torch.Generator().manual_seed(5)).double()
+    hidden, _ = host.edited_layer(run, layer, 1, rows, starts, change)
+    moved = (hidden - native).norm(dim=-1) > 1e-12  # [3, 5]
+    assert not moved[:, :2].any() and moved[:, 2].all() and not moved[:, 4].any()
+    final, _ = host.layers_above(run, layer, rows, starts, hidden)
+    assert torch.equal(final, host.branch(run, layer, 1, rows, starts, change)[0])
+
+
 def test_branch_isolates_rows(host, run):
     rows, starts = torch.tensor([0, 0, 2]), torch.tensor([30, 30, 50])
     change = torch.zeros(3, 5, host.d_v, dtype=torch.float64)

@@ -265,19 +265,48 @@ class Host(ABC):
         and, with `keep`, the pasts after the last step: of the layer itself (its state is not edited) and of
         each layer above. Raises ValueError for arguments that do not fit.
         """
+        hidden, pasts = self.edited_layer(run, layer, head, rows, starts, change, keep)
+        final, above = self.layers_above(run, layer, rows, starts, hidden, keep)
+        return final, pasts + above
+
+    def edited_layer(
+        self,
+        run: Run,
+        layer: int,
+        head: int | Sequence[int],
+        rows: Tensor,
+        starts: Tensor,
+        change: Tensor,
+        keep: bool = False,
+    ) -> tuple[Tensor, list[Past]]:
+        """Return the output [R, steps, D] of an edited layer, differentiable in `change`, and its past.
+
+        Arguments and errors are those of `branch`. A layer's output at a position depends on the change there
+        and, in families with a token shift, at the position before. Without `keep`, the list of pasts is empty.
+        """
         self._check_branch(run, layer, head, rows, starts, change)
         heads, change = (head, change) if isinstance(head, Sequence) else ([head], change[:, :, None])
         rows, starts, change = (x.to(self.device) for x in (rows, starts, change))
-        steps = change.shape[1]
-        positions = starts[:, None] + torch.arange(steps, device=starts.device)
-        native = run.records[layer]
-        edited = _edited(native, rows[:, None], positions, heads, change)
+        steps, native = change.shape[1], run.records[layer]
+        edited = _edited(native, rows[:, None], _from(starts, steps), heads, change)
         past = Past(windows=self.windows_at(native, rows, starts))
-        hidden, pasts = self.finish(layer, edited, past), []
-        if keep:
-            after = self.past_at(native, rows, starts + steps)
-            after.windows |= extend(past, edited).windows
-            pasts.append(after)
+        hidden = self.finish(layer, edited, past)
+        if not keep:
+            return hidden, []
+        after = self.past_at(native, rows, starts + steps)
+        after.windows |= extend(past, edited).windows
+        return hidden, [after]
+
+    def layers_above(
+        self, run: Run, layer: int, rows: Tensor, starts: Tensor, hidden: Tensor, keep: bool = False
+    ) -> tuple[Tensor, list[Past]]:
+        """Run the layers above `layer` on its outputs `hidden` [R, steps, D] from starts[r] of window rows[r] on.
+
+        Returns the last hidden states [R, steps, D], differentiable in `hidden`, and, with `keep`, each layer's
+        past after the last step.
+        """
+        rows, starts, pasts = rows.to(self.device), starts.to(self.device), []
+        positions = _from(starts, hidden.shape[1])
         for above in range(layer + 1, self.layers):
             past = self.past_at(run.records[above], rows, starts)
             past.last = not keep
@@ -322,6 +351,11 @@ class Host(ABC):
                 pasts[layer] = extend(pasts[layer], record)
             chosen.append(self.logits(hidden[:, -1]).argmax(-1))
         return torch.stack(chosen, 1)
+
+
+def _from(starts: Tensor, steps: int) -> Tensor:
+    """Return the positions [R, steps] from each start on."""
+    return starts[:, None] + torch.arange(steps, device=starts.device)
 
 
 def _edited(native: Record, rows, positions, heads: Sequence[int], change: Tensor) -> Record:
