@@ -3,22 +3,30 @@
 - paper:      prod alpha . <x, q_t> . <W_O w, W_U[token]>, the direct path with the decay alone;
 - transport:  <x_t, q_t> . <W_O w, W_U[token]>, x_t moved by the host's own transition matrices;
 - exact:      x^T Gamma w, Gamma = sum_s (A_{t0+1}^T ... A_s^T q_s) r_s^T, where r_s is the gradient of the
-              logit with respect to the head's output at s: every path to first order, one backward pass.
+              logit with respect to the head's output at s: every path to first order, one backward pass;
+- through_layer: sum_s <G_s, layer(o_s + do_s) - layer(o_s)>, where G_s is the gradient of the logit with respect
+              to the output of the edited layer at s, and do_s = <x_s, q_s> w.
+
+through_layer is exact in the cell and in the edited layer (norm, gate, output projection, MLP, residual), and
+linear only in the layers above and the final norm. One backward pass serves all writes of all sizes at a place,
+and each write takes one pass of the edited layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from writesae.edit import Edit, head_change, run_of
 from writesae.hosts.base import Host, Run, check_places
+from writesae.hosts.layers import wide
 from writesae.recurrence import Factors, torch_defaults
 from writesae.text import Windows
 
-PREDICTORS = ("exact", "transport", "paper")
+PREDICTORS = ("through_layer", "exact", "transport", "paper")
 
 
 @torch_defaults()
@@ -31,7 +39,7 @@ def predict_shift(
     layer: int,
     head: int,
     steps: int,
-    by: str = "exact",
+    by: str = "through_layer",
 ) -> Tensor:
     """Return the predicted change [R] of a logit at the last of the `steps` tokens of `run_edited`.
 
@@ -45,9 +53,13 @@ def predict_shift(
     tokens = tokens.expand(len(edit.rows)) if tokens.dim() == 0 else tokens
     _check_count(tokens, edit.rows)
     change, _ = head_change(factors, edit, steps)
-    if by == "exact":
-        gradient, _ = logit_gradient(host, run, layer, head, edit.rows, edit.starts, steps, tokens)
-        return (change * gradient).sum((1, 2))
+    if by in ("through_layer", "exact"):
+        at = run, layer, head, edit.rows, edit.starts
+        slopes = logit_gradients(host, *at, steps, tokens[:, None])
+        if by == "exact":
+            return (change * slopes.head[:, 0]).sum((1, 2))
+        with torch.no_grad():
+            return slopes.through(host.edited_layer(*at, change)[0])[:, 0]
     last = change[:, -1] if by == "transport" else _read_by_decay(factors, edit, steps)
     return (last * direct_path(host, layer, head, torch.eye(host.d_v), tokens).to(last)).sum(-1)
 
@@ -63,7 +75,60 @@ def _read_by_decay(factors: Factors, edit: Edit, steps: int) -> Tensor:
     return (read[..., None] * edit.right).sum(1)
 
 
+class Gradients(NamedTuple):
+    """Gradients of m numbers per row of the native logits [R, V] at the last of some steps.
+
+    head [R, m, steps, d_v]: with respect to the head's output at each step. layer [R, m, steps, D]: with respect
+    to `output` [R, steps, D], the native output of its layer; both are on the model's device.
+    """
+
+    head: Tensor
+    layer: Tensor
+    output: Tensor
+    logits: Tensor
+
+    def through(self, edited: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Return the changes [n, m] that outputs `edited` [n, steps, D] of the layer make, for rows [n] of these."""
+        rows = rows.to(edited.device) if isinstance(rows, Tensor) else rows
+        return torch.einsum("nsd,nmsd->nm", wide(edited - self.output[rows]), wide(self.layer[rows])).cpu()
+
+
 @torch_defaults(gradients=True)
+def gradients(
+    host: Host,
+    run: Run,
+    layer: int,
+    head: int,
+    rows: Tensor,
+    starts: Tensor,
+    steps: int,
+    numbers: Callable[[Tensor], Tensor],
+) -> Gradients:
+    """Return the gradients of `numbers`, which takes logits [R, V] to [R, m], by m backward passes.
+
+    The logits are those at the last of `steps` positions from starts[r] on. Raises ValueError as `Host.branch`.
+    """
+    change = torch.zeros(len(rows), steps, host.d_v, requires_grad=True)
+    with torch.enable_grad():
+        output, _ = host.edited_layer(run, layer, head, rows, starts, change)
+        logits = host.logits(host.layers_above(run, layer, rows, starts, output)[0][:, -1])
+        sums = numbers(logits).sum(0)
+    of_head, of_layer = zip(*(torch.autograd.grad(x, (change, output), retain_graph=True) for x in sums), strict=True)
+    return Gradients(torch.stack(of_head, 1), torch.stack(of_layer, 1), output.detach(), logits.detach())
+
+
+def logit_gradients(
+    host: Host, run: Run, layer: int, head: int, rows: Tensor, starts: Tensor, steps: int, tokens: Tensor
+) -> Gradients:
+    """Return the gradients of each row's logits of tokens [R, m].
+
+    Raises ValueError for unknown tokens or another number of rows, and as `Host.branch`.
+    """
+    host.check_tokens(tokens)
+    _check_count(tokens[:, 0], rows)
+    return gradients(host, run, layer, head, rows, starts, steps, lambda logits: logits.gather(-1, tokens))
+
+
 def logit_gradient(
     host: Host, run: Run, layer: int, head: int, rows: Tensor, starts: Tensor, steps: int, tokens: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -72,14 +137,8 @@ def logit_gradient(
     The logit is at the last of `steps` positions from starts[r] on; the gradient is with respect to the
     head's output at each. Raises ValueError for unknown tokens or not one per row, and as `Host.branch`.
     """
-    host.check_tokens(tokens)
-    _check_count(tokens, rows)
-    change = torch.zeros(len(rows), steps, host.d_v, requires_grad=True)
-    with torch.enable_grad():
-        final, _ = host.branch(run, layer, head, rows, starts, change)
-        logits = host.logits(final[:, -1])
-        chosen = logits.gather(-1, tokens[:, None].clone()).sum()  # autograd refuses a tensor of inference mode
-    return torch.autograd.grad(chosen, change)[0], logits.detach()
+    slopes = logit_gradients(host, run, layer, head, rows, starts, steps, tokens[:, None])
+    return slopes.head[:, 0], slopes.logits
 
 
 def _check_count(tokens: Tensor, rows: Tensor) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import assert_close
 
+from writesae import predict_shift
 from writesae.edit import edited_hidden, make_edit
 from writesae.recurrence import step_states
 from writesae.shift import cache_gamma, direct_path, gamma, logit_gradient, reads
@@ -56,6 +57,92 @@ def test_gamma_at_later_positions_is_gamma_from_there(host, run):
     gradient, _ = logit_gradient(host, run, LAYER, HEAD, ROWS, T0, STEPS, token)
     later, _ = logit_gradient(host, run, LAYER, HEAD, ROWS, T0 + 2, STEPS - 2, token)
     assert_close(gamma(factors, ROWS, T0, gradient)[:, 2], gamma(factors, ROWS, T0 + 2, later)[:, 0], "Gamma", 1e-6)
+
+
+TOKENS = torch.tensor([7, 100, 250])
+
+
+def write(host, size, scope="write"):
+    """An edit of three rows with two terms, of different positions, of the given size."""
+    generator = torch.Generator().manual_seed(4)
+    left, right = (torch.randn(3, 2, d, generator=generator).double() for d in (host.d_k, host.d_v))
+    unit = torch.nn.functional.normalize
+    return make_edit(ROWS, torch.stack([T0, T0 + 2], 1), unit(left, dim=-1), size * unit(right, dim=-1), scope)
+
+
+def predicted(host, tokens, edit, **options):
+    return predict_shift(host, tokens, edit, TOKENS, layer=LAYER, head=HEAD, steps=STEPS, **options)
+
+
+def shift(host, run, edit):
+    """The measured shift [R] of TOKENS, in fp64."""
+    final = edited_hidden(host, run, LAYER, HEAD, edit, STEPS)[:, -1]
+    return (host.unembed(final) - host.unembed(run.final[ROWS, T0 + STEPS - 1])).gather(-1, TOKENS[:, None])[:, 0]
+
+
+def read_change(factors, edit):
+    """The change [R, STEPS, d_v] of the head's output, by step loops over whole states with and without the edit."""
+    changes = []
+    for r, t0 in zip(ROWS, T0, strict=True):
+        now = factors.at(slice(r, r + 1), slice(t0, t0 + STEPS))
+        dense = torch.zeros(1, factors.key.shape[-1], factors.added.shape[-1], dtype=torch.float64)
+        states, outputs = [dense, dense], []
+        for step in range(STEPS):
+            one = now.at(slice(None), slice(step, step + 1))
+            states = [step_states(one, state)[:, -1] for state in states]
+            entering = (edit.positions[r] == t0 + step)[:, None] * edit.left[r]
+            edited = states[1] + torch.einsum("jk,jv->kv", entering, edit.right[r])
+            seen = torch.where(edit.reads_write[r], edited, states[1]) - states[0]
+            outputs.append(torch.einsum("k,kv->v", one.query[0, 0], seen[0]))
+            states[1] = edited
+        changes.append(torch.stack(outputs))
+    return torch.stack(changes)
+
+
+@pytest.mark.parametrize("scope", ["write", "cache"])
+def test_through_the_layer_is_the_slope_of_the_layers_above(host, run, tokens, scope):
+    """The layer's output with the change from step loops, and central differences along that output's change."""
+    edit = write(host, 3.0, scope)
+    at = run, LAYER, HEAD, ROWS, T0
+    change = read_change(host.factors(run, LAYER, HEAD), edit)
+    native, edited = (host.edited_layer(*at, x)[0] for x in (0 * change, change))
+
+    def logits(amount):
+        final, _ = host.layers_above(run, LAYER, ROWS, T0, native + amount * (edited - native))
+        return host.unembed(final[:, -1]).gather(-1, TOKENS[:, None])[:, 0]
+
+    slope = (logits(1e-5) - logits(-1e-5)) / 2e-5
+    assert_close(predicted(host, tokens, edit, by="through_layer"), slope, "shift through the layer", 1e-7)
+
+
+def test_through_the_layer_is_of_second_order_and_first_order_in_the_limit(host, run, tokens):
+    """Its error falls by four with the size; the difference to the first-order form too."""
+    edits = [write(host, size) for size in (1e-4, 5e-5)]
+    ours, exact = ([predicted(host, tokens, edit, by=by) for edit in edits] for by in ("through_layer", "exact"))
+    measured = [shift(host, run, edit) for edit in edits]
+    assert_close(ours[1], measured[1], "shift through the layer", 1e-2)
+    assert_close(ours[1], exact[1], "first-order shift", 1e-2)
+    for other in (measured, exact):
+        errors = [(a - b).norm() for a, b in zip(ours, other, strict=True)]
+        assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.parametrize("size", [0.1, 30.0])
+def test_through_the_layer_is_exact_where_all_above_is_linear(host, tokens, monkeypatch, size):
+    """The edited layer is made the last one, and the final norm is left out: then only the layer is not linear."""
+    monkeypatch.setattr(host, "layers", LAYER + 1)
+    monkeypatch.setattr(host, "unembed", lambda final: final @ host.unembedding().double().T)
+    edit, run = write(host, size), host.run(tokens)
+    measured, ours = shift(host, run, edit), predicted(host, tokens, edit)
+    assert_close(ours, measured, "shift through the layer", 1e-6)
+    assert (predicted(host, tokens, edit, by="exact") - measured).norm() > 1e-4 * measured.norm()
+
+
+def test_through_the_layer_is_the_default(gated_deltanet, tokens):
+    edit = write(gated_deltanet, 1.0)
+    ours = predicted(gated_deltanet, tokens, edit)
+    named, exact = (predicted(gated_deltanet, tokens, edit, by=by) for by in ("through_layer", "exact"))
+    assert torch.equal(ours, named) and (ours - exact).norm() > 1e-3
 
 
 def test_native_logits_come_with_the_gradient(host, run):
