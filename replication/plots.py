@@ -33,6 +33,14 @@ CONDITION_NAMES = dict(
     delete="nothing",
 )
 PREDICTOR = dict(paper=COLOURS[3], paper_fitted=COLOURS[1], transport=COLOURS[9], exact=COLOURS[0])
+PREDICTOR["through_layer"] = COLOURS[2]
+PREDICTOR_NAMES = dict(
+    paper="the paper's formula",
+    paper_fitted="the same, fitted",
+    transport="exact state, direct path",
+    exact="first order",
+    through_layer="through the layer",
+)
 DIRECTION = dict(paper=COLOURS[3], gamma=COLOURS[0])
 FAMILY = {"SAEs": COLOURS[0], "raw writes": COLOURS[1], "means of writes": COLOURS[2]}
 FAMILY |= {"principal components": COLOURS[4], "floor and ceiling": COLOURS[7]}
@@ -141,7 +149,7 @@ def r2_curves(axes: plt.Axes, summary: pd.DataFrame, value: str, low: str, high:
     for shift, (name, part) in zip(dodge(len(groups), 0.12), groups, strict=True):
         eps, colour = part.eps * 10**shift, PREDICTOR[name]
         middle, bottom, top = (part[column].clip(lower=floor) for column in (value, low, high))
-        axes.plot(eps, middle, "o-", markersize=4, linewidth=1, color=colour, label=name)
+        axes.plot(eps, middle, "o-", markersize=4, linewidth=1, color=colour, label=PREDICTOR_NAMES[name])
         axes.fill_between(eps, bottom, top, alpha=0.15, color=colour)
     axes.set(xscale="log", xlabel="size of the edit (native write norms)")
 

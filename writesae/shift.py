@@ -4,12 +4,12 @@
 - transport:  <x_t, q_t> . <W_O w, W_U[token]>, x_t moved by the host's own transition matrices;
 - exact:      x^T Gamma w, Gamma = sum_s (A_{t0+1}^T ... A_s^T q_s) r_s^T, where r_s is the gradient of the
               logit with respect to the head's output at s: every path to first order, one backward pass;
-- through_layer: sum_s <G_s, layer(o_s + do_s) - layer(o_s)>, where G_s is the gradient of the logit with respect
-              to the output of the edited layer at s, and do_s = <x_s, q_s> w.
+- through_layer: sum_s <G_s, layer(o_s + do_s) - layer(o_s)>, where do_s = <x_s, q_s> w, and G_s is the
+              gradient of the logit with respect to the output of the edited layer at s.
 
 through_layer is exact in the cell and in the edited layer (norm, gate, output projection, MLP, residual), and
-linear only in the layers above and the final norm. One backward pass serves all writes of all sizes at a place,
-and each write takes one pass of the edited layer.
+linear only in the layers above and the final norm. One backward pass serves all writes of all sizes at a
+place, and each write takes one pass of the edited layer.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def _read_by_decay(factors: Factors, edit: Edit, steps: int) -> Tensor:
 class Gradients(NamedTuple):
     """Gradients of m numbers per row of the native logits [R, V] at the last of some steps.
 
-    head [R, m, steps, d_v]: with respect to the head's output at each step. layer [R, m, steps, D]: with respect
-    to `output` [R, steps, D], the native output of its layer; both are on the model's device.
+    head [R, m, steps, d_v]: with respect to the head's output at each step. layer [R, m, steps, D]: with
+    respect to `output` [R, steps, D], the native output of its layer; both are on the model's device.
     """
 
     head: Tensor
@@ -88,7 +88,7 @@ class Gradients(NamedTuple):
     logits: Tensor
 
     def through(self, edited: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Return the changes [n, m] that outputs `edited` [n, steps, D] of the layer make, for rows [n] of these."""
+        """Return the changes [n, m] that outputs `edited` [n, steps, D] of the layer make in rows [n]."""
         rows = rows.to(edited.device) if isinstance(rows, Tensor) else rows
         return torch.einsum("nsd,nmsd->nm", wide(edited - self.output[rows]), wide(self.layer[rows])).cpu()
 
@@ -106,15 +106,16 @@ def gradients(
 ) -> Gradients:
     """Return the gradients of `numbers`, which takes logits [R, V] to [R, m], by m backward passes.
 
-    The logits are those at the last of `steps` positions from starts[r] on. Raises ValueError as `Host.branch`.
+    The logits are those at the last of `steps` positions from starts[r] on. Raises as `Host.branch`.
     """
     change = torch.zeros(len(rows), steps, host.d_v, requires_grad=True)
     with torch.enable_grad():
         output, _ = host.edited_layer(run, layer, head, rows, starts, change)
         logits = host.logits(host.layers_above(run, layer, rows, starts, output)[0][:, -1])
         sums = numbers(logits).sum(0)
-    of_head, of_layer = zip(*(torch.autograd.grad(x, (change, output), retain_graph=True) for x in sums), strict=True)
-    return Gradients(torch.stack(of_head, 1), torch.stack(of_layer, 1), output.detach(), logits.detach())
+    slopes = [torch.autograd.grad(x, (change, output), retain_graph=True) for x in sums]
+    of_head, of_layer = (torch.stack(x, 1) for x in zip(*slopes, strict=True))
+    return Gradients(of_head, of_layer, output.detach(), logits.detach())
 
 
 def logit_gradients(

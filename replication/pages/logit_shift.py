@@ -10,7 +10,15 @@ from replication.statistics import ci, cluster_bootstrap, r2
 from replication.study.firings import encoded_saes, firings_of
 from replication.study.study import Study
 from writesae.evaluate.firings import draw_atoms
-from writesae.evaluate.shifts import ATOM_WINDOWS, GROUP, PREDICTORS, draw_positions, fit_paper_scalar, measure_shifts
+from writesae.evaluate.shifts import (
+    ATOM_WINDOWS,
+    GROUP,
+    PAPER_EPS,
+    PREDICTORS,
+    draw_positions,
+    fit_paper_scalar,
+    measure_shifts,
+)
 
 
 def score(shifts: pd.DataFrame) -> pd.DataFrame:
@@ -43,9 +51,11 @@ def summarise(scores: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_rank(points: pd.DataFrame) -> pd.DataFrame:
-    """Return the median R2 over (atom, eps) per (host, predictor, native rank of the token), as in App. A."""
+    """Return the median R2 over (atom, eps) per (host, predictor, native rank of the token), as in App. A.
+
+    Only the eps of the paper count."""
     rows = []
-    for (host, rank), part in points.groupby(["host", "rank"]):
+    for (host, rank), part in points[points.eps.isin(PAPER_EPS)].groupby(["host", "rank"]):
         for name, group in score(part).groupby("predictor", sort=False):
             row = dict(host=host, predictor=name, rank=rank, n=len(group), n_prompts=part.prompt.nunique())
             rows.append(row | _median(group))

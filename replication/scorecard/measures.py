@@ -18,6 +18,7 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 from replication.statistics import beats, cluster_bootstrap, pearson, wider, wilson
 from replication.study.stages import rows_with
 from writesae.evaluate.firings import atom_names
+from writesae.evaluate.shifts import PAPER_EPS
 
 FEWEST_ATOMS = 5  # per class: an interval over fewer means nothing, so the claim is "not run"
 CHOICES = dict(target="state", amplitude="coefficient")  # those of the paper
@@ -234,14 +235,16 @@ def sigma_decrease(tables: Tables, host: str) -> Answer | None:
 
 
 def logit_r2(tables: Tables, host: str, predictor: str) -> Answer:
-    """Median R2 of a predictor over (atom, eps), bootstrap over atoms."""
+    """Median R2 of a predictor over (atom, eps), for the eps of the paper; bootstrap over atoms."""
     part = rows_with(tables("logit_shift"), host=host, predictor=predictor)
+    part = part[part.eps.isin(PAPER_EPS)]
     return _bootstrapped(part.r2, part.atom, np.median, resamples=500)
 
 
 def sign_agreement(tables: Tables, host: str) -> Answer:
     """Share of shifts that have the sign of the paper's formula, with Wilson's interval."""
     part = rows_with(tables("logit_shift_summary"), host=host, predictor="paper")
+    part = part[part.eps.isin(PAPER_EPS)]
     n = int(part.n_fits.iloc[0] * part.n_prompts.iloc[0])
     agree = round(part.sign_agreement.mean() * n)
     return Answer(agree / n, *wilson(agree, n), n)

@@ -105,7 +105,7 @@ class LogitShift(Section):
     place: Place
     target: Target
     atoms: PositiveInt
-    eps: list[float]
+    eps: list[float]  # in native write norms; only those of the paper enter its fit
     prompts: PositiveInt
     prompt_tokens: PositiveInt
     horizon: PositiveInt

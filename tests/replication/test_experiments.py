@@ -23,6 +23,7 @@ from writesae.evaluate import replacement as replacement_module
 from writesae.evaluate.replacement import AMPLITUDES, CONDITIONS
 from writesae.harvesting import harvest
 from writesae.sae.train import TrainingSettings, train
+from writesae.shift import predict_shift
 from writesae.text import Windows, cut_windows
 
 CELL = (1, 2)
@@ -230,6 +231,8 @@ def test_measured_shifts_are_edited_runs(single, tokens):
         token = single.logits(run.final[r, t + 4])[0].argsort(descending=True)[row.rank - 1]
         shift = single.logits(edited_hidden(single, run, *CELL, edit, 5)[:, -1]) - single.logits(run.final[r, t + 4])
         assert row.measured == pytest.approx(shift[0, token].item(), rel=1e-3, abs=2e-6)
+        one = predict_shift(single, tokens, edit, token, layer=CELL[0], head=CELL[1], steps=5)
+        assert row.through_layer == pytest.approx(one.item(), rel=1e-3, abs=2e-6)
     small = table[table.eps == 0.02]
     assert set(small["rank"]) == {1, 3}
     np.testing.assert_allclose(small.exact, small.measured, rtol=0.05, atol=2e-5)  # one gradient per token
@@ -248,6 +251,14 @@ def test_the_fitted_scalar_is_least_squares_and_only_tests_linearity():
     frame["measured"] = eps**2
     slope = np.linalg.lstsq(frame.paper.to_numpy()[:, None], frame.measured.to_numpy(), rcond=None)[0][0]
     np.testing.assert_allclose(shifts.fit_paper_scalar(frame), slope * frame.paper)
+
+
+def test_sizes_that_the_paper_has_not_do_not_enter_its_fit():
+    eps = np.array([0.1, 0.3, 1.0, 3.0, 10.0])
+    frame = pd.DataFrame(dict(host="h", prompt=0, atom=0, rank=1, eps=eps, paper=0.5 * eps, measured=eps**2))
+    fitted = shifts.fit_paper_scalar(frame)
+    assert fitted[:4].tolist() == shifts.fit_paper_scalar(frame[:4]).tolist()
+    assert fitted[4] == pytest.approx(10 / 3 * fitted[3])
 
 
 # Classes of atoms and installs

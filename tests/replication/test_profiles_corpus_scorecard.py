@@ -12,6 +12,7 @@ from replication.scorecard import claims, criteria, measures
 from replication.scorecard import table as table_module
 from replication.study import docstrings, paths
 from replication.study.profile import load_profile
+from writesae.evaluate.shifts import PAPER_EPS
 from writesae.hosts import load
 from writesae.text import split_of
 
@@ -26,7 +27,7 @@ def test_mini_keeps_the_papers_counts():
     install = mini.install
     targets = install.targets_per_class * len(install.rank_classes)
     assert install.prompts * len(install.distances) * targets * len(install.magnitudes) == 3600
-    assert mini.logit_shift.atoms * len(mini.logit_shift.eps) == 200
+    assert mini.logit_shift.eps == [*PAPER_EPS, 10.0] and mini.logit_shift.atoms * len(PAPER_EPS) == 200
     assert mini.logit_shift.prompts == 500
 
 

@@ -1,7 +1,7 @@
 """The closed-form logit shift (the paper's Sec. 2, App. A): predicted and measured shifts of a token's logit.
 
 Per prompt, eps native write norms of each atom are added to the state at t0, and logits are read `horizon`
-tokens later. `paper_fitted` fits one scalar over the eps per (prompt, atom, token); the others fit nothing.
+tokens later. `paper_fitted` fits one scalar over the paper's eps per (prompt, atom, token); the others fit nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor
 from writesae.edit import head_change, make_edit
 from writesae.hosts.base import Host
 from writesae.recurrence import torch_defaults
-from writesae.shift import cache_gamma, direct_path, logit_gradient, reads
+from writesae.shift import Gradients, cache_gamma, direct_path, logit_gradients, reads
 from writesae.text import Windows
 
 GROUP = 20  # prompts run together
 ATOM_WINDOWS = 64  # held-out windows on which an atom must fire to be drawn
-PREDICTORS = ("paper", "paper_fitted", "transport", "exact")
+PREDICTORS = ("paper", "paper_fitted", "transport", "exact", "through_layer")
+PAPER_EPS = (0.1, 0.3, 1.0, 3.0)  # the sizes of the paper: only these enter the fit
 
 
 def draw_positions(count: int, first: int, last: int, seed: int) -> Tensor:
@@ -58,28 +59,28 @@ def measure_shifts(
     with torch.no_grad():
         native = host.logits(run.final[rows, t0 + horizon])
     tokens = native.topk(max(ranks)).indices[:, torch.tensor(ranks) - 1]  # [B, ranks]
-    unit = _predicted(host, run, factors, cell, rows, t0, horizon, key, value, tokens)
+    slopes = logit_gradients(host, run, *cell, rows, t0 + 1, horizon, tokens)
+    unit = _predicted(host, factors, cell, rows, t0, horizon, key, value, tokens, slopes.head)
     amount = native_norm[:, None, None] * torch.tensor(eps, dtype=native_norm.dtype)  # [B, 1, eps]
     changes = _head_changes(factors, rows, t0, horizon, key, value, amount)
-    measured = _measured(host, run, cell, rows, t0, changes, tokens, native, batch_rows)
+    measured, through_layer = _measured(host, run, cell, rows, t0, changes, tokens, native, slopes, batch_rows)
     axes = rows, torch.arange(len(key)), torch.arange(len(eps)), torch.arange(len(ranks))
     prompt, atom, which, rank = (x.flatten().numpy() for x in torch.meshgrid(*axes, indexing="ij"))
     frame = pd.DataFrame(dict(row=prompt, atom=atom, eps=np.array(eps)[which], rank=np.array(ranks)[rank]))
     frame["measured"] = measured.flatten().double().numpy()
     for name, prediction in unit.items():
         frame[name] = (prediction[:, :, None] * amount[..., None]).flatten().double().numpy()
-    return frame
+    return frame.assign(through_layer=through_layer.flatten().double().numpy())
 
 
-def _predicted(host, run, factors, cell, rows, t0, horizon, key, value, tokens) -> dict[str, Tensor]:
-    """Return the predictions for unit atoms, [B, n, ranks]."""
-    with torch.no_grad():
-        by_decay, by_transport = reads(factors, rows, t0, horizon, key)
+@torch.no_grad()
+def _predicted(host, factors, cell, rows, t0, horizon, key, value, tokens, gradient) -> dict[str, Tensor]:
+    """Return the predictions that are linear in the write, for unit atoms, [B, n, ranks]."""
+    by_decay, by_transport = reads(factors, rows, t0, horizon, key)
     unit = dict(paper=[], transport=[], exact=[])  # of each rank [B, n]
-    for token in tokens.unbind(1):
+    for rank, token in enumerate(tokens.unbind(1)):
         direct = direct_path(host, *cell, value, token)
-        gradient, _ = logit_gradient(host, run, *cell, rows, t0 + 1, horizon, token)
-        influence = cache_gamma(factors, rows, t0, gradient)
+        influence = cache_gamma(factors, rows, t0, gradient[:, rank])
         unit["paper"].append(by_decay * direct)
         unit["transport"].append(by_transport * direct)
         unit["exact"].append(torch.einsum("nk,rkv,nv->rn", key, influence, value))
@@ -98,21 +99,32 @@ def _head_changes(factors, rows, t0, horizon, key, value, amount) -> Tensor:
 
 
 @torch.no_grad()
-def _measured(host, run, cell, rows, t0, changes, tokens, native, batch_rows) -> Tensor:
-    """Return the shifts [B, n, eps, ranks] of tokens [B, ranks] in edited runs."""
+def _measured(
+    host, run, cell, rows, t0, changes, tokens, native, slopes: Gradients, batch_rows
+) -> tuple[Tensor, Tensor]:
+    """Return the shifts [B, n, eps, ranks] of tokens [B, ranks] in edited runs, and those through the layer.
+
+    The edited layer is run once for both.
+    """
     repeat = changes.shape[1] * changes.shape[2]
     row, start = (x.repeat_interleave(repeat) for x in (rows, t0 + 1))
-    change, shifts = changes.flatten(0, 2), []
+    change, measured, through_layer = changes.flatten(0, 2), [], []
     for piece in torch.arange(len(change)).split(batch_rows):
-        final, _ = host.branch(run, *cell, row[piece], start[piece], change[piece])
+        output, _ = host.edited_layer(run, *cell, row[piece], start[piece], change[piece])
+        through_layer.append(slopes.through(output, row[piece]))
+        final, _ = host.layers_above(run, cell[0], row[piece], start[piece], output)
         shift = host.logits(final[:, -1]) - native[row[piece]]
-        shifts.append(shift.gather(-1, tokens[row[piece]]))
-    return torch.cat(shifts).view(*changes.shape[:3], -1)
+        measured.append(shift.gather(-1, tokens[row[piece]]))
+    return tuple(torch.cat(shifts).view(*changes.shape[:3], -1) for shifts in (measured, through_layer))
 
 
 def fit_paper_scalar(shifts: pd.DataFrame) -> pd.Series:
-    """Return the paper's formula times one scalar per (host, prompt, atom, token), by least squares."""
+    """Return the paper's formula times one scalar per (host, prompt, atom, token).
+
+    The fit is by least squares over the sizes of the paper, PAPER_EPS; at other sizes it is an extrapolation.
+    """
     groups = [shifts[name] for name in ("host", "prompt", "atom", "rank")]
-    product = (shifts.paper * shifts.measured).groupby(groups).transform("sum")
-    square = (shifts.paper**2).groupby(groups).transform("sum")
+    fitted = shifts.paper.where(shifts.eps.isin(PAPER_EPS), 0.0)
+    product = (fitted * shifts.measured).groupby(groups).transform("sum")
+    square = (fitted**2).groupby(groups).transform("sum")
     return (product / square.clip(lower=np.finfo(float).tiny)) * shifts.paper

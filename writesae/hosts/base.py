@@ -282,7 +282,7 @@ class Host(ABC):
         """Return the output [R, steps, D] of an edited layer, differentiable in `change`, and its past.
 
         Arguments and errors are those of `branch`. A layer's output at a position depends on the change there
-        and, in families with a token shift, at the position before. Without `keep`, the list of pasts is empty.
+        and, in families with a token shift, at the position before. Without `keep` there is no past.
         """
         self._check_branch(run, layer, head, rows, starts, change)
         heads, change = (head, change) if isinstance(head, Sequence) else ([head], change[:, :, None])
@@ -300,10 +300,10 @@ class Host(ABC):
     def layers_above(
         self, run: Run, layer: int, rows: Tensor, starts: Tensor, hidden: Tensor, keep: bool = False
     ) -> tuple[Tensor, list[Past]]:
-        """Run the layers above `layer` on its outputs `hidden` [R, steps, D] from starts[r] of window rows[r] on.
+        """Run the layers above `layer` on its outputs `hidden` [R, steps, D], from starts[r] of window rows[r].
 
-        Returns the last hidden states [R, steps, D], differentiable in `hidden`, and, with `keep`, each layer's
-        past after the last step.
+        Returns the last hidden states [R, steps, D], differentiable in `hidden`, and, with `keep`, each
+        layer's past after the last step.
         """
         rows, starts, pasts = rows.to(self.device), starts.to(self.device), []
         positions = _from(starts, hidden.shape[1])
