@@ -33,13 +33,14 @@ CONDITION_NAMES = dict(
     delete="nothing",
 )
 PREDICTOR = dict(paper=COLOURS[3], paper_fitted=COLOURS[1], transport=COLOURS[9], exact=COLOURS[0])
-PREDICTOR["through_layer"] = COLOURS[2]
+PREDICTOR |= dict(through_layer=COLOURS[2], through_norm=COLOURS[4])
 PREDICTOR_NAMES = dict(
     paper="the paper's formula",
     paper_fitted="the same, fitted",
     transport="exact state, direct path",
     exact="first order",
     through_layer="through the layer",
+    through_norm="through layer and final norm",
 )
 DIRECTION = dict(paper=COLOURS[3], gamma=COLOURS[0])
 FAMILY = {"SAEs": COLOURS[0], "raw writes": COLOURS[1], "means of writes": COLOURS[2]}

@@ -5,28 +5,32 @@
 - exact:      x^T Gamma w, Gamma = sum_s (A_{t0+1}^T ... A_s^T q_s) r_s^T, where r_s is the gradient of the
               logit with respect to the head's output at s: every path to first order, one backward pass;
 - through_layer: sum_s <G_s, layer(o_s + do_s) - layer(o_s)>, where do_s = <x_s, q_s> w, and G_s is the
-              gradient of the logit with respect to the output of the edited layer at s.
+              gradient of the logit with respect to the output of the edited layer at s;
+- through_norm: the logit of an estimated last hidden state (`Gradients.last_hidden`), minus the native logit.
 
 through_layer is exact in the cell and in the edited layer (norm, gate, output projection, MLP, residual), and
-linear only in the layers above and the final norm. One backward pass serves all writes of all sizes at a
-place, and each write takes one pass of the edited layer.
+linear in the layers above and the final norm. through_norm is exact in the final norm and the unembedding too:
+of the layers between it takes the residual stream and the linear change of this one logit. Both take one
+backward pass for all writes of all sizes at a place, and one pass of the edited layer per write. The same
+estimate of the last hidden state predicts the KL of an edit without a run (`predict_kl`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from writesae.edit import Edit, head_change, run_of
+from writesae.edit import Edit, head_change, kl, run_of
 from writesae.hosts.base import Host, Run, check_places
 from writesae.hosts.layers import wide
 from writesae.recurrence import Factors, torch_defaults
 from writesae.text import Windows
 
-PREDICTORS = ("through_layer", "exact", "transport", "paper")
+PREDICTORS = ("through_layer", "through_norm", "exact", "transport", "paper")
 
 
 @torch_defaults()
@@ -53,13 +57,17 @@ def predict_shift(
     tokens = tokens.expand(len(edit.rows)) if tokens.dim() == 0 else tokens
     _check_count(tokens, edit.rows)
     change, _ = head_change(factors, edit, steps)
-    if by in ("through_layer", "exact"):
+    if by in ("through_layer", "through_norm", "exact"):
         at = run, layer, head, edit.rows, edit.starts
         slopes = logit_gradients(host, *at, steps, tokens[:, None])
         if by == "exact":
             return (change * slopes.head[:, 0]).sum((1, 2))
         with torch.no_grad():
-            return slopes.through(host.edited_layer(*at, change)[0])[:, 0]
+            edited, _ = host.edited_layer(*at, change)
+            if by == "through_layer":
+                return slopes.through_layer(edited)[:, 0].cpu()
+            shift = host.logits(slopes.last_hidden(edited)) - slopes.logits
+            return shift.gather(-1, tokens[:, None])[:, 0]
     last = change[:, -1] if by == "transport" else _read_by_decay(factors, edit, steps)
     return (last * direct_path(host, layer, head, torch.eye(host.d_v), tokens).to(last)).sum(-1)
 
@@ -76,21 +84,39 @@ def _read_by_decay(factors: Factors, edit: Edit, steps: int) -> Tensor:
 
 
 class Gradients(NamedTuple):
-    """Gradients of m numbers per row of the native logits [R, V] at the last of some steps.
+    """Gradients of m numbers per row, functions of the native logits at the last of some steps.
 
-    head [R, m, steps, d_v]: with respect to the head's output at each step. layer [R, m, steps, D]: with
-    respect to `output` [R, steps, D], the native output of its layer; both are on the model's device.
+    head [R, m, steps, d_v], layer [R, m, steps, D], last [R, m, D]: with respect to the head's output, the output
+    of its layer, and the last hidden state. output [R, steps, D], hidden [R, D], logits [R, V]: the native
+    values. Those of layer, last, output and hidden are on the model's device.
     """
 
     head: Tensor
     layer: Tensor
+    last: Tensor
     output: Tensor
+    hidden: Tensor
     logits: Tensor
 
-    def through(self, edited: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Return the changes [n, m] that outputs `edited` [n, steps, D] of the layer make in rows [n]."""
-        rows = rows.to(edited.device) if isinstance(rows, Tensor) else rows
-        return torch.einsum("nsd,nmsd->nm", wide(edited - self.output[rows]), wide(self.layer[rows])).cpu()
+    def through_layer(self, edited: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Return the linear changes [n, m] of the numbers under outputs `edited` [n, steps, D] of the layer.
+
+        rows [n]: the row of each output; by default there is one output per row.
+        """
+        return torch.einsum("nsd,nmsd->nm", wide(edited - self.output[rows]), wide(self.layer[rows]))
+
+    def last_hidden(self, edited: Tensor, rows: Tensor | slice = slice(None), numbers=slice(None)) -> Tensor:
+        """Return estimates [n, D] of the last hidden states under outputs `edited` [n, steps, D] of the layer.
+
+        The residual stream carries the change of the layer's last output on to the last hidden state. To this is
+        added the smallest change with which the chosen `numbers` change as in `through_layer`.
+        """
+        slopes, places = wide(self.last[:, numbers]), self.hidden.shape[-1]
+        carried = wide(edited - self.output[rows])[:, -1, :places]
+        missing = self.through_layer(edited, rows)[:, numbers] - torch.einsum("nmd,nd->nm", slopes[rows], carried)
+        inverse = torch.linalg.pinv(slopes, rtol=1e-3)[rows]  # [n, D, m]
+        change = carried + (inverse @ missing[..., None])[..., 0]
+        return (self.hidden[rows] + change).to(self.hidden.dtype)
 
 
 @torch_defaults(gradients=True)
@@ -111,11 +137,43 @@ def gradients(
     change = torch.zeros(len(rows), steps, host.d_v, requires_grad=True)
     with torch.enable_grad():
         output, _ = host.edited_layer(run, layer, head, rows, starts, change)
-        logits = host.logits(host.layers_above(run, layer, rows, starts, output)[0][:, -1])
+        hidden = host.layers_above(run, layer, rows, starts, output)[0][:, -1]
+        logits = host.logits(hidden)
         sums = numbers(logits).sum(0)
-    slopes = [torch.autograd.grad(x, (change, output), retain_graph=True) for x in sums]
-    of_head, of_layer = (torch.stack(x, 1) for x in zip(*slopes, strict=True))
-    return Gradients(of_head, of_layer, output.detach(), logits.detach())
+    slopes = [torch.autograd.grad(x, (change, output, hidden), retain_graph=True) for x in sums]
+    slopes = (torch.stack(x, 1) for x in zip(*slopes, strict=True))
+    return Gradients(*slopes, output.detach(), hidden.detach(), logits.detach())
+
+
+def predict_kl(
+    host: Host,
+    windows: Windows | Tensor,
+    edit: Edit,
+    *,
+    layer: int,
+    head: int,
+    steps: int,
+    readings: int = 1,
+) -> Tensor:
+    """Return the predicted KL(native, edited) [R] in nats at the last of the `steps` tokens of `run_edited`.
+
+    It is the KL at the estimated last hidden state (`Gradients.last_hidden`), on which the log-probabilities of
+    the `readings` native top tokens change linearly with the layer's output: one backward pass each, for all
+    edits at a place. Raises ValueError for less than one reading, and as `run_edited`.
+    """
+    if not 1 <= readings <= host.vocabulary:
+        raise ValueError(f"A KL is predicted from 1 to {host.vocabulary} readings, not from {readings}.")
+    run, edit = run_of(host, windows, edit, layer, head)
+    change, _ = head_change(host.factors(run, layer, head), edit, steps)
+    at = run, layer, head, edit.rows, edit.starts
+    slopes = gradients(host, *at, steps, partial(top_log_probabilities, count=readings))
+    with torch.no_grad():
+        return kl(slopes.logits, host.logits(slopes.last_hidden(host.edited_layer(*at, change)[0])))
+
+
+def top_log_probabilities(logits: Tensor, count: int) -> Tensor:
+    """Return the `count` largest log-probabilities [R, count] of logits [R, V]."""
+    return logits.log_softmax(-1).topk(count).values
 
 
 def logit_gradients(

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from replication.plots import PREDICTOR_NAMES
 from replication.statistics import ci, cluster_bootstrap, r2
 from replication.study.firings import encoded_saes, firings_of
 from replication.study.study import Study
@@ -105,3 +106,11 @@ def tables(study: Study, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFra
     results = dict(logit_shift=pd.concat(scores), logit_shift_summary=pd.concat(summaries))
     results["logit_shift_ranks"] = by_rank(points)
     return tuple(study.write(name, table.reset_index(drop=True)) for name, table in results.items())
+
+
+def shown(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the median R2 with its interval for a reader: predictors down, sizes across."""
+    cells = [f"{r.r2_median:.3f} [{r.ci_low:.3f}, {r.ci_high:.3f}]" for r in summary.itertuples()]
+    table = summary.assign(shown=cells, predictor=summary.predictor.map(PREDICTOR_NAMES))
+    order = [PREDICTOR_NAMES[name] for name in PREDICTORS]
+    return table.pivot(index="predictor", columns="eps", values="shown").loc[order]

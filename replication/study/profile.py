@@ -101,6 +101,21 @@ class Saes(Section):
     flat: TrainingSettings
 
 
+class PredictedKL(Section):
+    firings: PositiveInt  # uniform over positions
+    atoms: PositiveInt  # put in the place of the native write at every firing
+    readings: list[int]  # numbers of backward passes per firing
+
+
+class ShiftCells(Section):
+    """Predicted shifts in the cells of a host; the atoms are native writes at other positions."""
+
+    every: PositiveInt  # every n-th recurrent cell
+    eps: list[float]
+    prompts: PositiveInt
+    atoms: PositiveInt
+
+
 class LogitShift(Section):
     place: Place
     target: Target
@@ -110,6 +125,8 @@ class LogitShift(Section):
     prompt_tokens: PositiveInt
     horizon: PositiveInt
     ranks: list[PositiveInt]  # of the tokens whose logits are read; 1 is the native top token
+    predicted_kl: PredictedKL
+    cells: ShiftCells
 
 
 class Replacement(Section):

@@ -231,8 +231,9 @@ def test_measured_shifts_are_edited_runs(single, tokens):
         token = single.logits(run.final[r, t + 4])[0].argsort(descending=True)[row.rank - 1]
         shift = single.logits(edited_hidden(single, run, *CELL, edit, 5)[:, -1]) - single.logits(run.final[r, t + 4])
         assert row.measured == pytest.approx(shift[0, token].item(), rel=1e-3, abs=2e-6)
-        one = predict_shift(single, tokens, edit, token, layer=CELL[0], head=CELL[1], steps=5)
-        assert row.through_layer == pytest.approx(one.item(), rel=1e-3, abs=2e-6)
+        for by in ("through_layer", "through_norm"):
+            one = predict_shift(single, tokens, edit, token, layer=CELL[0], head=CELL[1], steps=5, by=by)
+            assert getattr(row, by) == pytest.approx(one.item(), rel=1e-3, abs=2e-6)
     small = table[table.eps == 0.02]
     assert set(small["rank"]) == {1, 3}
     np.testing.assert_allclose(small.exact, small.measured, rtol=0.05, atol=2e-5)  # one gradient per token

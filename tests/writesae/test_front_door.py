@@ -21,7 +21,7 @@ from writesae.edit import edited_hidden, make_edit
 from writesae.evaluate.firings import Places, encode, encode_cell
 from writesae.evaluate.replacement import replace
 from writesae.recurrence import step_states
-from writesae.shift import cache_gamma, direct_path, gamma, logit_gradient, reads
+from writesae.shift import PREDICTORS, cache_gamma, direct_path, gamma, logit_gradient, reads
 from writesae.text import Windows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -166,13 +166,13 @@ def test_edits_out_of_place_are_refused(gated_deltanet, windows):
         ws.Edit.at(0, 3, key, value, "later")
     with pytest.raises(ValueError, match="no window 3: it has 0 to 2"):
         ws.run_edited(gated_deltanet, windows, ws.Edit.at(3, 3, key, value), layer=LAYER, head=HEAD, steps=2)
-    with pytest.raises(ValueError, match="no predictor 'guess': choose one of through_layer, exact, transport, paper"):
+    with pytest.raises(ValueError, match="no predictor 'guess': choose one of through_layer, through_norm, exact"):
         ws.predict_shift(gated_deltanet, windows, ws.Edit.at(0, 3, key, value), 5, layer=1, head=2, steps=2, by="guess")
     with pytest.raises(ValueError, match="no token 300"):
         ws.predict_shift(gated_deltanet, windows, ws.Edit.at(0, 3, key, value), 300, layer=1, head=2, steps=2)
 
 
-@pytest.mark.parametrize("by", ["through_layer", "exact", "transport", "paper"])
+@pytest.mark.parametrize("by", PREDICTORS)
 @pytest.mark.parametrize("several", [[11], [11, 12, 13]])
 def test_predictions_take_one_token_per_row(gated_deltanet, windows, by, several):
     key, value = (side.expand(2, 1, -1).to(torch.float64) for side in sides(gated_deltanet))
@@ -219,7 +219,7 @@ def test_small_shifts_are_those_of_edited_runs(host, run, windows):
 
 def test_a_term_that_nobody_has_read_predicts_nothing(gated_deltanet, windows):
     edit = ws.Edit.at(0, 20, *sides(gated_deltanet), scope="cache")
-    for by in ("through_layer", "exact", "transport", "paper"):
+    for by in PREDICTORS:
         assert predicted(gated_deltanet, windows, edit, 5, 1, by).tolist() == [0.0]
 
 

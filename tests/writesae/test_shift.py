@@ -1,13 +1,22 @@
 """Each predictor against its definition: edited runs, finite differences and brute force."""
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_close
 
-from writesae import predict_shift
-from writesae.edit import edited_hidden, make_edit
+from writesae.edit import edited_hidden, kl, make_edit
 from writesae.recurrence import step_states
-from writesae.shift import cache_gamma, direct_path, gamma, logit_gradient, reads
+from writesae.shift import (
+    cache_gamma,
+    direct_path,
+    gamma,
+    gradients,
+    logit_gradient,
+    predict_kl,
+    predict_shift,
+    reads,
+)
 
 LAYER, HEAD = 1, 2
 ROWS, T0, STEPS = torch.tensor([0, 1, 2]), torch.tensor([20, 50, 70]), 6
@@ -59,7 +68,7 @@ def test_gamma_at_later_positions_is_gamma_from_there(host, run):
     assert_close(gamma(factors, ROWS, T0, gradient)[:, 2], gamma(factors, ROWS, T0 + 2, later)[:, 0], "Gamma", 1e-6)
 
 
-TOKENS = torch.tensor([7, 100, 250])
+TOKENS, PLACE = torch.tensor([7, 100, 250]), dict(layer=LAYER, head=HEAD, steps=STEPS)
 
 
 def write(host, size, scope="write"):
@@ -71,7 +80,7 @@ def write(host, size, scope="write"):
 
 
 def predicted(host, tokens, edit, **options):
-    return predict_shift(host, tokens, edit, TOKENS, layer=LAYER, head=HEAD, steps=STEPS, **options)
+    return predict_shift(host, tokens, edit, TOKENS, **PLACE, **options)
 
 
 def shift(host, run, edit):
@@ -115,14 +124,15 @@ def test_through_the_layer_is_the_slope_of_the_layers_above(host, run, tokens, s
     assert_close(predicted(host, tokens, edit, by="through_layer"), slope, "shift through the layer", 1e-7)
 
 
-def test_through_the_layer_is_of_second_order_and_first_order_in_the_limit(host, run, tokens):
-    """Its error falls by four with the size; the difference to the first-order form too."""
+def test_through_the_layer_is_of_second_order_and_first_order_in_the_limit(host, run, tokens, monkeypatch):
+    """The error is a quarter at half the size; so is the difference to the first-order form."""
+    monkeypatch.setattr(host, "logits", host.unembed)  # in fp64
     edits = [write(host, size) for size in (1e-4, 5e-5)]
-    ours, exact = ([predicted(host, tokens, edit, by=by) for edit in edits] for by in ("through_layer", "exact"))
+    names = "through_layer", "through_norm", "exact"
+    layer, norm, exact = ([predicted(host, tokens, edit, by=by) for edit in edits] for by in names)
     measured = [shift(host, run, edit) for edit in edits]
-    assert_close(ours[1], measured[1], "shift through the layer", 1e-2)
-    assert_close(ours[1], exact[1], "first-order shift", 1e-2)
-    for other in (measured, exact):
+    for ours, other in ((layer, measured), (layer, exact), (norm, measured), (norm, exact)):
+        assert_close(ours[1], other[1], "shift", 1e-2)
         errors = [(a - b).norm() for a, b in zip(ours, other, strict=True)]
         assert errors[0] / errors[1] == pytest.approx(4, rel=0.05)
 
@@ -136,6 +146,49 @@ def test_through_the_layer_is_exact_where_all_above_is_linear(host, tokens, monk
     measured, ours = shift(host, run, edit), predicted(host, tokens, edit)
     assert_close(ours, measured, "shift through the layer", 1e-6)
     assert (predicted(host, tokens, edit, by="exact") - measured).norm() > 1e-4 * measured.norm()
+
+
+@pytest.mark.parametrize("size", [0.1, 30.0])
+def test_through_the_norm_is_exact_in_the_last_layer(host, tokens, monkeypatch, size):
+    """The edited layer is made the last one: only the final norm is above it. The KL is exact too."""
+    monkeypatch.setattr(host, "layers", LAYER + 1)
+    edit, run = write(host, size), host.run(tokens)
+    measured = shift(host, run, edit)
+    assert_close(predicted(host, tokens, edit, by="through_norm"), measured, "shift through the norm", 1e-4)
+    assert (predicted(host, tokens, edit) - measured).norm() > 1e-4 * measured.norm()
+    last = edited_hidden(host, run, LAYER, HEAD, edit, STEPS)[:, -1]
+    divergence = kl(host.logits(run.final[ROWS, T0 + STEPS - 1]), host.logits(last))
+    assert_close(predict_kl(host, tokens, edit, **PLACE), divergence, "KL", 1e-3)
+
+
+def test_the_last_hidden_state_is_the_least_that_fits_the_readings(host, run):
+    """Against lstsq of numpy, for rows in another order than those of the gradients, and some of the readings."""
+    at = run, LAYER, HEAD, ROWS, T0
+    slopes = gradients(host, *at, STEPS, lambda logits: logits[:, [7, 100, 250]])
+    rows, change = torch.tensor([2, 0, 2, 1]), read_change(host.factors(run, LAYER, HEAD), write(host, 3.0))
+    edited, _ = host.edited_layer(run, LAYER, HEAD, ROWS[rows], T0[rows], change[rows])
+    wanted, readings = slopes.through_layer(edited, rows), [0, 2]
+    last, moved = slopes.last_hidden(edited, rows, readings), edited - slopes.output[rows]
+    for i, row in enumerate(rows):
+        native, carried = run.final[row, T0[row] + STEPS - 1], moved[i, -1, : host.model.config.hidden_size]
+        left, right = slopes.last[row, readings], wanted[i, readings]
+        least = np.linalg.lstsq(left.numpy(), (right - left @ carried).numpy(), rcond=None)[0]
+        assert_close(last[i] - native, carried + torch.tensor(least), "change of the last hidden state", 1e-6)
+
+
+def test_a_kl_from_as_many_readings_as_dimensions_is_that_of_a_small_edit(gated_deltanet, tokens):
+    host, run = gated_deltanet, gated_deltanet.run(tokens)
+    edit = write(host, 0.002)
+    final = edited_hidden(host, run, LAYER, HEAD, edit, STEPS)[:, -1]
+    measured = kl(host.logits(run.final[ROWS, T0 + STEPS - 1]), host.logits(final))
+    few, all_of_them = (predict_kl(host, tokens, edit, **PLACE, readings=count) for count in (1, 48))
+    assert_close(all_of_them, measured, "KL", 0.03)
+    assert (few - measured).norm() > (all_of_them - measured).norm()
+
+
+def test_a_kl_needs_a_reading(gated_deltanet, tokens):
+    with pytest.raises(ValueError, match="from 1 to 300 readings, not from 0"):
+        predict_kl(gated_deltanet, tokens, write(gated_deltanet, 1.0), **PLACE, readings=0)
 
 
 def test_through_the_layer_is_the_default(gated_deltanet, tokens):

@@ -21,7 +21,7 @@ from writesae.text import Windows
 
 GROUP = 20  # prompts run together
 ATOM_WINDOWS = 64  # held-out windows on which an atom must fire to be drawn
-PREDICTORS = ("paper", "paper_fitted", "transport", "exact", "through_layer")
+PREDICTORS = ("paper", "paper_fitted", "transport", "exact", "through_layer", "through_norm")
 PAPER_EPS = (0.1, 0.3, 1.0, 3.0)  # the sizes of the paper: only these enter the fit
 
 
@@ -63,14 +63,12 @@ def measure_shifts(
     unit = _predicted(host, factors, cell, rows, t0, horizon, key, value, tokens, slopes.head)
     amount = native_norm[:, None, None] * torch.tensor(eps, dtype=native_norm.dtype)  # [B, 1, eps]
     changes = _head_changes(factors, rows, t0, horizon, key, value, amount)
-    measured, through_layer = _measured(host, run, cell, rows, t0, changes, tokens, native, slopes, batch_rows)
+    shifts = _measured(host, run, cell, rows, t0, changes, tokens, native, slopes, batch_rows)
     axes = rows, torch.arange(len(key)), torch.arange(len(eps)), torch.arange(len(ranks))
     prompt, atom, which, rank = (x.flatten().numpy() for x in torch.meshgrid(*axes, indexing="ij"))
     frame = pd.DataFrame(dict(row=prompt, atom=atom, eps=np.array(eps)[which], rank=np.array(ranks)[rank]))
-    frame["measured"] = measured.flatten().double().numpy()
-    for name, prediction in unit.items():
-        frame[name] = (prediction[:, :, None] * amount[..., None]).flatten().double().numpy()
-    return frame.assign(through_layer=through_layer.flatten().double().numpy())
+    shifts |= {name: prediction[:, :, None] * amount[..., None] for name, prediction in unit.items()}
+    return frame.assign(**{name: shift.flatten().double().numpy() for name, shift in shifts.items()})
 
 
 @torch.no_grad()
@@ -99,23 +97,24 @@ def _head_changes(factors, rows, t0, horizon, key, value, amount) -> Tensor:
 
 
 @torch.no_grad()
-def _measured(
-    host, run, cell, rows, t0, changes, tokens, native, slopes: Gradients, batch_rows
-) -> tuple[Tensor, Tensor]:
-    """Return the shifts [B, n, eps, ranks] of tokens [B, ranks] in edited runs, and those through the layer.
+def _measured(host, run, cell, rows, t0, changes, tokens, native, slopes: Gradients, batch_rows) -> dict[str, Tensor]:
+    """Return the shifts [B, n, eps, ranks] of tokens [B, ranks] in edited runs, and as predicted from slopes.
 
-    The edited layer is run once for both.
+    The edited layer is run once for all of them.
     """
     repeat = changes.shape[1] * changes.shape[2]
     row, start = (x.repeat_interleave(repeat) for x in (rows, t0 + 1))
-    change, measured, through_layer = changes.flatten(0, 2), [], []
+    change, shifts = changes.flatten(0, 2), dict(measured=[], through_layer=[], through_norm=[])
     for piece in torch.arange(len(change)).split(batch_rows):
-        output, _ = host.edited_layer(run, *cell, row[piece], start[piece], change[piece])
-        through_layer.append(slopes.through(output, row[piece]))
-        final, _ = host.layers_above(run, cell[0], row[piece], start[piece], output)
-        shift = host.logits(final[:, -1]) - native[row[piece]]
-        measured.append(shift.gather(-1, tokens[row[piece]]))
-    return tuple(torch.cat(shifts).view(*changes.shape[:3], -1) for shifts in (measured, through_layer))
+        at, token = row[piece], tokens[row[piece]]
+        output, _ = host.edited_layer(run, *cell, at, start[piece], change[piece])
+        final, _ = host.layers_above(run, cell[0], at, start[piece], output)
+        shifts["measured"].append((host.logits(final[:, -1]) - native[at]).gather(-1, token))
+        shifts["through_layer"].append(slopes.through_layer(output, at).cpu())
+        estimates = (slopes.last_hidden(output, at, [rank]) for rank in range(tokens.shape[1]))
+        logits = torch.cat([host.logits(x).gather(-1, token[:, [i]]) for i, x in enumerate(estimates)], 1)
+        shifts["through_norm"].append(logits - slopes.logits[at].gather(-1, token))
+    return {name: torch.cat(parts).view(*changes.shape[:3], -1) for name, parts in shifts.items()}
 
 
 def fit_paper_scalar(shifts: pd.DataFrame) -> pd.Series:
