@@ -1,12 +1,13 @@
-"""Exact edits of single writes: rank-1 terms that are added to a cell's state at chosen positions.
+"""Exact edits of single writes: rank-1 terms that are added to the states of cells at chosen positions.
 
 A term left_j right_j^T moves on as dS_t = sum_j x_{j,t} right_j^T with x_{j,t} = A_t x_{j,t-1} (the paper's
-Eq. 3, without its approximations), and changes the head's output by dS_t^T q_t.
+Eq. 3, without its approximations), and changes the head's output by dS_t^T q_t. An edited layer changes the
+queries, keys and gates of the layers above. Where these are edited too, q_t and A_t are those of the edited run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from writesae.hosts.base import Host, Run, check_places
+from writesae.hosts.past import Past, Record
 from writesae.recurrence import Factors, torch_defaults
 from writesae.text import Windows
 
@@ -77,26 +79,66 @@ def make_edit(rows: Tensor, position: Tensor, left: Tensor, right: Tensor, scope
     return Edit(rows, positions, left, right, torch.full_like(rows, scope == "write", dtype=torch.bool))
 
 
+Edits = Mapping[tuple[int, int], Edit]  # (layer, head) -> an edit of that cell; all are of the same rows
+
+
 @torch_defaults()
-def run_edited(host: Host, windows: Windows | Tensor, edit: Edit, *, layer: int, head: int, steps: int) -> Tensor:
+def run_edited(
+    host: Host,
+    windows: Windows | Tensor,
+    edit: Edit | Edits,
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    steps: int,
+) -> Tensor:
     """Return the logits [R, steps, V], fp32, of edited runs from each row's first edited position on.
 
-    windows: the windows that the edit's rows number, or their tokens [N, T]; only the edited ones are run.
-    Raises ValueError for places outside the windows, sides of another size, and values that are not finite.
+    windows: the windows that the edit's rows number, or their tokens [N, T]; only the edited ones are run. edit: an
+    edit of the cell (layer, head), or {(layer, head): edit} for several cells at once, with the same rows in each.
+    Raises ValueError for places outside the windows, sides of another size, values that are not finite, rows that
+    differ between cells, and unknown cells.
     """
-    run, edit = run_of(host, windows, edit, layer, head)
-    return host.logits(edited_hidden(host, run, layer, head, edit, steps))
+    several = isinstance(edit, Mapping)
+    if [layer is None, head is None] != [several, several]:
+        raise ValueError("An edit of one cell takes layer and head; edits of several, {(layer, head): edit}, neither.")
+    run, edits = run_under(host, windows, edit if several else {(layer, head): edit})
+    return host.logits(hidden_under(host, run, edits, steps)[0])
+
+
+def run_under(host: Host, windows: Windows | Tensor, edits: Edits) -> tuple[Run, Edits]:
+    """Return a native run of the edited windows, and the edits with their rows in that run and in its dtype."""
+    tokens, rows = windows if isinstance(windows, Tensor) else windows.tokens, _rows(edits)
+    for cell, edit in edits.items():
+        host.check_cell(*cell)
+        check_places(rows, edit.positions, tokens)  # before the run, which has other rows
+    chosen, rows = rows.unique(return_inverse=True)
+    run = host.run(tokens[chosen])
+    dtype = host.factors(run, *next(iter(edits))).key.dtype
+    sides = {cell: dict(left=edit.left.to(dtype), right=edit.right.to(dtype)) for cell, edit in edits.items()}
+    return run, {cell: replace(edit, rows=rows, **sides[cell]) for cell, edit in edits.items()}
 
 
 def run_of(host: Host, windows: Windows | Tensor, edit: Edit, layer: int, head: int) -> tuple[Run, Edit]:
-    """Return a native run of the edited windows, and the edit with its rows in that run and in its dtype."""
-    tokens = windows if isinstance(windows, Tensor) else windows.tokens
-    host.check_cell(layer, head)
-    check_places(edit.rows, edit.positions, tokens)
-    chosen, rows = edit.rows.unique(return_inverse=True)
-    run = host.run(tokens[chosen])
-    dtype = host.factors(run, layer, head).key.dtype
-    return run, replace(edit, rows=rows, left=edit.left.to(dtype), right=edit.right.to(dtype))
+    """Return what `run_under` does, for an edit of one cell."""
+    run, edits = run_under(host, windows, {(layer, head): edit})
+    return run, edits[layer, head]
+
+
+def _rows(edits: Edits) -> Tensor:
+    """Return the rows [R] of edits. Raises ValueError for no edits, and for edits of different rows."""
+    if not edits:
+        raise ValueError("There is no edit: give {(layer, head): edit} with at least one cell.")
+    (first, edit), *others = edits.items()
+    for cell, other in others:
+        if not torch.equal(edit.rows, other.rows):
+            raise ValueError(f"Edits that run together have the same rows: those of {first} and {cell} differ.")
+    return edit.rows
+
+
+def _starts(edits: Edits) -> Tensor:
+    """Return the first edited position of each row in any cell, [R]."""
+    return torch.stack([edit.starts for edit in edits.values()]).min(0).values
 
 
 def head_change(factors: Factors, edit: Edit, steps: int) -> tuple[Tensor, Tensor]:
@@ -105,8 +147,13 @@ def head_change(factors: Factors, edit: Edit, steps: int) -> tuple[Tensor, Tenso
     factors: the cell's, over the run's [B, T]; the key sides are [R, r, d_k]. Raises ValueError for places
     outside the run, sides of another size or dtype than the cell's, and values that are not finite.
     """
-    _check_fits(factors, edit, steps)
-    starts, moved, changes = edit.starts, torch.zeros_like(edit.left), []
+    _check_fits(factors, edit, edit.starts, steps)
+    return _move(factors, edit, edit.starts, steps)
+
+
+def _move(factors: Factors, edit: Edit, starts: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Return the change of the head's output [R, steps, d_v] from `starts` [R] on, and the last key sides."""
+    moved, changes = torch.zeros_like(edit.left), []
     for step in range(steps):
         now = factors.at(edit.rows, starts + step)
         enters = (edit.positions == (starts + step)[:, None])[..., None]
@@ -116,7 +163,7 @@ def head_change(factors: Factors, edit: Edit, steps: int) -> tuple[Tensor, Tenso
     return torch.stack(changes, 1), moved
 
 
-def _check_fits(factors: Factors, edit: Edit, steps: int) -> None:
+def _check_fits(factors: Factors, edit: Edit, starts: Tensor, steps: int) -> None:
     dtype = factors.key.dtype
     states, sides = (
         f"{x.shape[-1]} x {y.shape[-1]}" for x, y in ((factors.key, factors.added), (edit.left, edit.right))
@@ -131,14 +178,60 @@ def _check_fits(factors: Factors, edit: Edit, steps: int) -> None:
     if steps < 1:
         raise ValueError(f"An edited run takes at least one token, not {steps}.")
     check_places(edit.rows, edit.positions, factors.key)
-    check_places(edit.rows, edit.starts + steps - 1, factors.key)
+    check_places(edit.rows, starts + steps - 1, factors.key)
+
+
+def hidden_under(host: Host, run: Run, edits: Edits, steps: int, keep: bool = False) -> tuple[Tensor, list[Past]]:
+    """Return the final hidden states [R, steps, D] of runs under edits, from each row's first edit in any cell on.
+
+    They are differentiable in the sides of the edits. With `keep`, also the pasts after the last step, with edited
+    states, of the lowest edited layer and of each layer above. Raises ValueError as `run_edited`.
+    """
+    rows, starts = _rows(edits), _starts(edits)
+    lowest = min(layer for layer, _ in edits)
+    heads = [head for layer, head in edits if layer == lowest]
+    factors = {head: host.factors(run, lowest, head) for head in heads}
+    for cell, edit in edits.items():
+        host.check_cell(*cell)
+        _check_fits(factors[heads[0]], edit, starts, steps)
+    moves = [_move(factors[head], edits[lowest, head], starts, steps) for head in heads]
+    change = torch.stack([change for change, _ in moves], 2)
+    alter = _alteration(host, edits, starts, steps)
+    hidden, pasts = host.branch(run, lowest, heads, rows, starts, change, keep, alter)
+    if keep:
+        past = pasts[0]
+        past.states, past.groups = past.state, None
+        for head, (_, moved) in zip(heads, moves, strict=True):
+            past.states[:, head] += (moved.mT @ edits[lowest, head].right).to(past.states.device)
+    return hidden, pasts
+
+
+def _alteration(host: Host, edits: Edits, starts: Tensor, steps: int) -> Callable[[int, Record], None]:
+    """Return what edits each layer in a run that has a row per edited row and begins at `starts`."""
+    rows, begin = torch.arange(len(starts), device=host.device), torch.zeros_like(starts, device=host.device)
+    local = {}
+    for cell, edit in edits.items():
+        edit = Edit(*(x.to(host.device) for x in vars(edit).values()))
+        local[cell] = replace(edit, rows=rows, positions=edit.positions - starts.to(host.device)[:, None])
+
+    def alter(layer: int, record: Record) -> None:
+        heads = [head for edited, head in local if edited == layer]
+        if not heads:
+            return
+        moves = [_move(host.cell_factors(record, head), local[layer, head], begin, steps) for head in heads]
+        change, places = torch.stack([change for change, _ in moves], 2), torch.tensor(heads, device=host.device)
+        record.outputs = record.outputs.to(change.dtype).index_add(2, places, change)
+        if record.end is not None:
+            for head, (_, moved) in zip(heads, moves, strict=True):
+                record.end[:, head] += moved.mT @ local[layer, head].right
+
+    return alter
 
 
 @torch_defaults()
 def edited_hidden(host: Host, run: Run, layer: int, head: int, edit: Edit, steps: int) -> Tensor:
     """Return the final hidden states [R, steps, D] of edited runs, from each row's first edit on."""
-    change, _ = head_change(host.factors(run, layer, head), edit, steps)
-    return host.branch(run, layer, head, edit.rows, edit.starts, change)[0]
+    return hidden_under(host, run, {(layer, head): edit}, steps)[0]
 
 
 def kl(native: Tensor, patched: Tensor) -> Tensor:
@@ -147,24 +240,26 @@ def kl(native: Tensor, patched: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-@torch_defaults()
 def generate(host: Host, run: Run, layer: int, head: int, edit: Edit, count: int) -> tuple[Tensor, Tensor]:
+    """Return what `generate_under` does, for an edit of one cell."""
+    return generate_under(host, run, {(layer, head): edit}, count)
+
+
+@torch_defaults()
+def generate_under(host: Host, run: Run, edits: Edits, count: int) -> tuple[Tensor, Tensor]:
     """Return greedy continuations [R, count] of edited windows, and the logits [R, V] of the first new token.
 
     Raises ValueError for rows with different starting positions, and a count below 1.
     """
-    if count < 1 or not len(edit.rows):
-        raise ValueError(f"There is nothing to generate: {count} tokens for {len(edit.rows)} rows were asked for.")
-    starts, length = edit.starts, run.tokens.shape[1]
+    rows, length = _rows(edits), run.tokens.shape[1]
+    if count < 1 or not len(rows):
+        raise ValueError(f"There is nothing to generate: {count} tokens for {len(rows)} rows were asked for.")
+    starts = _starts(edits)
     if (starts != starts[0]).any():
         raise ValueError("Rows that generate together must start at one position: group them by position first.")
-    steps = length - int(starts[0])
-    change, moved = head_change(host.factors(run, layer, head), edit, steps)
-    final, pasts_from_layer = host.branch(run, layer, head, edit.rows, starts, change, keep=True)
+    final, pasts_above = hidden_under(host, run, edits, length - int(starts[0]), keep=True)
     end = torch.full_like(starts, length)
-    pasts = [host.past_at(run.records[below], edit.rows, end) for below in range(layer)] + pasts_from_layer
-    past = pasts[layer]
-    past.states, past.groups = past.state, None
-    past.states[:, head] += (moved.transpose(1, 2) @ edit.right).to(past.states.device)
+    below = run.records[: host.layers - len(pasts_above)]
+    pasts = [host.past_at(record, rows, end) for record in below] + pasts_above
     first = host.logits(final[:, -1])
     return host.decode(pasts, first.argmax(-1), length, count - 1), first

@@ -172,6 +172,13 @@ def generated(x, count: int):
     return edit.generate(x.host, x.run, *CELL, made, count)
 
 
+def under(x, edits, **cell):
+    """A run under edits of the cells given, each of one term at position 40 of a window."""
+    sides = torch.ones(1, 1, 12), torch.ones(1, 1, 20)
+    edits = {cell: edit.make_edit(torch.tensor([row]), PLACE, *sides) for cell, row in edits.items()}
+    return edit.run_edited(x.host, x.tokens, edits, steps=2, **cell)
+
+
 def gradient(x, token, rows=ROW, starts=PLACE, steps=3):
     return shift.logit_gradient(x.host, x.run, *CELL, rows, starts, steps, torch.tensor(token))
 
@@ -660,6 +667,22 @@ CASES = [
     ),
     Case("edit: tokens too many", lambda x: edited(x, steps=51), ValueError, "no position 90"),
     Case("edit: no tokens", lambda x: edited(x, steps=0), ValueError, "at least one token, not 0"),
+    Case("edits: no cell", lambda x: under(x, {}), ValueError, "no edit: give .* with at least one cell"),
+    Case(
+        "edits: other rows",
+        lambda x: under(x, {(1, 2): 0, (0, 3): 1}),
+        ValueError,
+        r"have the same rows: those of \(1, 2\) and \(0, 3\) differ",
+    ),
+    Case("edits: no such head", lambda x: under(x, {(1, 2): 0, (0, 4): 0}), ValueError, "small has no head 4"),
+    Case("edits: of an attention layer", lambda x: under(x, {(2, 1): 0}), ValueError, "Layer 2 .* is not recurrent"),
+    Case("edits: and a layer", lambda x: under(x, {(1, 2): 0}, layer=1), ValueError, "edits of several, .*, neither"),
+    Case(
+        "edit: without its head",
+        lambda x: edit.run_edited(x.host, x.tokens, edit.Edit.at(0, 4, [1.0] * 12, [1.0] * 20), layer=1, steps=2),
+        ValueError,
+        "An edit of one cell takes layer and head",
+    ),
     Case("generate: no tokens", lambda x: generated(x, 0), ValueError, "nothing to generate: 0 tokens for 1 rows"),
     Case("logit: no such token", lambda x: gradient(x, [300]), ValueError, "small has no token 300"),
     Case(

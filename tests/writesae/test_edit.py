@@ -6,7 +6,17 @@ import pytest
 import torch
 from helpers import assert_close
 
-from writesae.edit import Edit, edited_hidden, generate, head_change, kl, make_edit
+from writesae.edit import (
+    Edit,
+    edited_hidden,
+    generate,
+    generate_under,
+    head_change,
+    hidden_under,
+    kl,
+    make_edit,
+    run_edited,
+)
 from writesae.recurrence import step_states
 
 LAYER, HEAD = 1, 2
@@ -141,6 +151,115 @@ def test_generation_goes_on_from_the_edited_state(host, tokens, position):
     assert_close(host.logits(final)[:, 59 - position], first, "logits of the first new token", 1e-6)
     _, native = generate(host, run, LAYER, HEAD, make_edit(rows, at, left, 0 * right), 6)
     assert (first - native).norm() > 1e-2
+
+
+# Several cells at once
+
+CELLS = [(3, 1), (1, 2), (3, 3), (1, 0)]  # in the Gated DeltaNet, layer 2 is an attention layer
+
+
+def several_edits(host, positions, scope="write", size=3.0):
+    """Two terms in each of four cells; positions[i] [R, 2] are those of the i-th cell, rows 0 to R - 1."""
+    generator, edits = torch.Generator().manual_seed(4), {}
+    for cell, places in zip(CELLS, positions, strict=True):
+        left, right = (torch.randn(len(places), 2, d, generator=generator).double() for d in (host.d_k, host.d_v))
+        edits[cell] = make_edit(torch.arange(len(places)), torch.tensor(places), left, size * right, scope)
+    return edits
+
+
+def stepped_logits(host, tokens, edits, row, start, steps):
+    """Logits [steps, V] of one edited window from `start` on; the states of edited cells are looped from there."""
+    window = tokens[row : row + 1, : start + steps]
+    hidden, positions = host.embed(window), torch.arange(window.shape[1])[None]
+    for layer in range(host.layers):
+        record = host.mix(layer, hidden, None, positions)
+        for head in [head for edited, head in edits if edited == layer]:
+            factors, edit = host.cell_factors(record, head), edits[layer, head]
+            native = step_states(factors)
+            state = native[:, start - 1]
+            for t in range(start, start + steps):
+                state = before = step_states(factors.at(slice(None), slice(t, t + 1)), state)[:, 0]
+                for term in torch.nonzero(edit.positions[row] == t):
+                    state = state + edit.left[row, term].T @ edit.right[row, term]
+                read = state if edit.reads_write[row] else before
+                record.outputs[:, t, head] += (read - native[:, t])[0].T @ factors.query[0, t]
+        hidden = host.finish(layer, record, None)
+    return host.unembed(hidden)[0, start:]
+
+
+PLACES = [
+    [[40, 43], [20, 21], [70, 70]],
+    [[41, 41], [20, 22], [71, 69]],
+    [[45, 40], [23, 24], [75, 72]],
+    [[42, 80], [25, 20], [70, 89]],  # terms after the last of the 8 tokens do not count yet
+]
+
+
+@pytest.mark.parametrize("scope", ["write", "cache"])
+def test_edits_of_several_cells_are_a_step_loop(host, tokens, run, scope):
+    edits = several_edits(host, PLACES, scope)
+    starts = [40, 20, 69]
+    ours = host.unembed(hidden_under(host, run, edits, 8)[0])
+    for row, start in enumerate(starts):
+        wanted = stepped_logits(host, tokens, edits, row, start, 8)
+        native = host.unembed(run.final[row, start : start + 8])
+        assert_close(ours[row] - native, wanted - native, f"change of the logits of row {row}", 1e-9)
+        assert (wanted - native).norm() > 0.1
+    front = run_edited(host, tokens, edits, steps=8)
+    assert_close(front, ours.float(), "logits of run_edited", 1e-5)
+
+
+def test_edits_above_an_edit_are_moved_by_the_edited_run(host, run):
+    """With the native queries and keys above, the answer is another one; the order of cells does not matter."""
+    edits = several_edits(host, PLACES)
+    together, _ = hidden_under(host, run, edits, 8)
+    turned, _ = hidden_under(host, run, dict(reversed(edits.items())), 8)
+    assert_close(turned, together, "other order of cells", 1e-12)
+    rows, starts, moves = torch.arange(3), torch.tensor([40, 20, 69]), {}
+    for cell, edit in edits.items():
+        padded = make_edit(rows, torch.cat([edit.positions, starts[:, None]], 1), *both_sides_padded(edit))
+        moves[cell] = head_change(host.factors(run, *cell), padded, 8)[0]
+
+    def native_moves(layer, record):
+        for (edited, head), change in moves.items():
+            if edited == layer:
+                record.outputs[:, :, head] += change
+
+    lowest = torch.stack([moves[1, 2], moves[1, 0]], 2)
+    wrong, _ = host.branch(run, 1, [2, 0], rows, starts, lowest, alter=native_moves)
+    assert (wrong - together).norm() > 1e-3 * together.norm()
+
+
+def both_sides_padded(edit):
+    """The sides of an edit, with a third term that is zero."""
+    return (torch.cat([x, torch.zeros_like(x[:, :1])], 1) for x in (edit.left, edit.right))
+
+
+def test_an_edit_of_one_cell_has_the_same_bits_in_both_forms(host, run, tokens):
+    cell, edit = next(iter(several_edits(host, PLACES).items()))
+    one = edited_hidden(host, run, *cell, edit, 8)
+    assert torch.equal(one, hidden_under(host, run, {cell: edit}, 8)[0])
+    named = run_edited(host, tokens, edit, layer=cell[0], head=cell[1], steps=8)
+    assert torch.equal(named, run_edited(host, tokens, {cell: edit}, steps=8))
+    zeros = {other: make_edit(edit.rows, edit.positions, edit.left, 0 * edit.right) for other in CELLS}
+    beside, _ = hidden_under(host, run, zeros | {cell: edit}, 8)
+    assert_close(beside, one, "other cells with edits of zero", 1e-12)
+
+
+def test_generation_goes_on_from_all_edited_states(host, tokens):
+    """Against one edited run over prompt and continuation."""
+    prompt = tokens[:, :60]
+    places = [[[50, 51]] * 3, [[52, 50]] * 3, [[59, 50]] * 3, [[51, 53]] * 3]
+    edits = several_edits(host, places, size=6.0)
+    made, first = generate_under(host, host.run(prompt), edits, 6)
+    final, _ = hidden_under(host, host.run(torch.cat([prompt, made], 1)), edits, 16)
+    assert torch.equal(host.logits(final).argmax(-1)[:, 9:-1], made)
+    assert_close(host.logits(final)[:, 9], first, "logits of the first new token", 1e-6)
+    (cell, edit), *_ = edits.items()
+    for ours, theirs in zip(
+        generate(host, host.run(prompt), *cell, edit, 6), generate_under(host, host.run(prompt), {cell: edit}, 6)
+    ):
+        assert torch.equal(ours, theirs)
 
 
 def test_generation_refuses_rows_of_different_starts(host, run):

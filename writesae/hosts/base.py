@@ -10,7 +10,7 @@ Arguments and results are on the CPU; the records and hidden states of a run are
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
@@ -257,16 +257,18 @@ class Host(ABC):
         starts: Tensor,
         change: Tensor,
         keep: bool = False,
+        alter: Callable[[int, Record], None] | None = None,
     ) -> tuple[Tensor, list[Past]]:
         """Run the layers from `layer` on again, with `change` [R, steps, d_v] added to the head's output.
 
         head: one, or several different ones, with change [R, steps, heads, d_v]. Row r begins at position
-        starts[r] of window rows[r]. Returns the last hidden states [R, steps, D], differentiable in `change`,
-        and, with `keep`, the pasts after the last step: of the layer itself (its state is not edited) and of
-        each layer above. Raises ValueError for arguments that do not fit.
+        starts[r] of window rows[r]. alter(layer, record): called for each layer above, between `mix` and `finish`;
+        it may change the record. Returns the last hidden states [R, steps, D], differentiable in `change`, and,
+        with `keep`, the pasts after the last step: of the layer itself (its state is not edited) and of each layer
+        above. Raises ValueError for arguments that do not fit.
         """
         hidden, pasts = self.edited_layer(run, layer, head, rows, starts, change, keep)
-        final, above = self.layers_above(run, layer, rows, starts, hidden, keep)
+        final, above = self.layers_above(run, layer, rows, starts, hidden, keep, alter)
         return final, pasts + above
 
     def edited_layer(
@@ -298,12 +300,19 @@ class Host(ABC):
         return hidden, [after]
 
     def layers_above(
-        self, run: Run, layer: int, rows: Tensor, starts: Tensor, hidden: Tensor, keep: bool = False
+        self,
+        run: Run,
+        layer: int,
+        rows: Tensor,
+        starts: Tensor,
+        hidden: Tensor,
+        keep: bool = False,
+        alter: Callable[[int, Record], None] | None = None,
     ) -> tuple[Tensor, list[Past]]:
         """Run the layers above `layer` on its outputs `hidden` [R, steps, D], from starts[r] of window rows[r].
 
-        Returns the last hidden states [R, steps, D], differentiable in `hidden`, and, with `keep`, each
-        layer's past after the last step.
+        alter: as for `branch`. Returns the last hidden states [R, steps, D], differentiable in `hidden`, and, with
+        `keep`, each layer's past after the last step.
         """
         rows, starts, pasts = rows.to(self.device), starts.to(self.device), []
         positions = _from(starts, hidden.shape[1])
@@ -311,6 +320,8 @@ class Host(ABC):
             past = self.past_at(run.records[above], rows, starts)
             past.last = not keep
             record = self.mix(above, hidden, past, positions)
+            if alter:
+                alter(above, record)
             hidden = self.finish(above, record, past)
             if keep:
                 pasts.append(extend(past, record))
