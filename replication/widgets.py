@@ -19,10 +19,11 @@ from replication.pages import promoted
 from replication.study.firings import firing_windows
 from replication.study.stages import rows_with
 from replication.study.study import Study
-from writesae.edit import generate
+from writesae.edit import Edit, generate_under
 from writesae.evaluate import install
 from writesae.evaluate.atoms import ATOM_KEYS
-from writesae.shift import direct_path, gamma, reads
+from writesae.evaluate.steering import Goal, directions
+from writesae.shift import direct_path, gamma, logit_gradient, reads
 from writesae.text import end_of_text, token_ids
 
 CONTEXTS = 5  # per atom
@@ -92,18 +93,18 @@ def installs(study: Study) -> None:
     show(lambda **values: install_page(study, **values), **typed)
 
 
-def predicted(host, cell, trial: install.Setting, key, value, magnitude: float) -> dict[str, float]:
+def predicted(host, cell, goal: Goal, edit: Edit) -> dict[str, float]:
     """Return the shift of the target's logit by all writes of one trial, as predicted by the paper (App. A)
-    and exactly to first order (x^T Gamma w). Unit key [1, writes, d_k], value [1, writes, d_v]."""
-    factors, count = host.factors(trial.run, *cell), key.shape[1]
-    starts, size = torch.full_like(trial.prompt, trial.start), magnitude * trial.norms[0]
-    influence = gamma(factors, trial.prompt, starts, trial.gradient)[0, :count]
-    exact = size * torch.einsum("wk,wkv,wv->w", key[0], influence, value[0])
-    distance, decayed = trial.run.tokens.shape[1] - 1 - trial.start, []
-    for w in range(count):
-        decayed.append(reads(factors, trial.prompt, starts + w, distance - w, key[0, w : w + 1])[0][0, 0])
-    direct = direct_path(host, *cell, value[0], trial.target)[0]
-    return dict(paper=float((size * torch.stack(decayed) * direct).sum()), exact=float(exact.sum()))
+    and exactly to first order (x^T Gamma w)."""
+    factors, starts, steps = host.factors(goal.run, *cell), goal.starts, goal.steps
+    key, value = edit.left[0], edit.right[0]
+    gradient, _ = logit_gradient(host, goal.run, *cell, goal.rows, starts, steps, goal.tokens)
+    influence = gamma(factors, goal.rows, starts, gradient)[0, : goal.writes]
+    exact, decayed = torch.einsum("wk,wkv,wv->w", key, influence, value), []
+    for w in range(goal.writes):
+        decayed.append(reads(factors, goal.rows, starts + w, steps - 1 - w, key[w : w + 1])[0][0, 0])
+    direct = direct_path(host, *cell, value, goal.tokens)[0]
+    return dict(paper=float((torch.stack(decayed) * direct).sum()), exact=float(exact.sum()))
 
 
 def install_word(study: Study, prompt: str, word: str, magnitude: float) -> tuple[pd.DataFrame, dict]:
@@ -121,20 +122,20 @@ def install_word(study: Study, prompt: str, word: str, magnitude: float) -> tupl
     targets, write = torch.tensor([[install.word_token(host.tokenizer, word)]]), study.profile.saes.write
     run = host.run(torch.tensor([[end_of_text(host.tokenizer), *ids]]))
     writes = dict(writes=settings.writes, write=write)
-    trial = install.setting(host, run, cell, targets, np.array(["typed"]), settings.writes, **writes)
+    trial = install.setting(host, run, targets, np.array(["typed"]), settings.writes, **writes)
+    goal = trial.goal
     native = host.logits(run.final[:, -1])
     texts, rows = dict(unedited=install.native_continuations(host, run, settings.new_tokens)[0].tolist()), []
-    for name in install.DIRECTIONS:
-        key, value = install.directions(host, cell, trial, name)
-        edit = install.write_edit(trial, key, value, torch.tensor([float(magnitude)]))
-        tokens, edited = generate(host, run, *cell, edit, settings.new_tokens)
+    for name in install.ONE_CELL:
+        edits = directions(host, goal, [cell], name, magnitude)
+        tokens, edited = generate_under(host, run, edits, settings.new_tokens)
         texts[name] = tokens[0].tolist()
-        shifts = predicted(host, cell, trial, key, value, magnitude)
+        shifts = predicted(host, cell, goal, edits[cell])
         row = dict(direction=name) | {f"predicted_{kind}": shift for kind, shift in shifts.items()}
-        row["measured"] = float((edited - native)[0, trial.target[0]])
+        row["measured"] = float((edited - native)[0, goal.tokens[0]])
         for when, logits in (("native", native), ("edited", edited)):
-            row[f"rank_{when}"] = int(install.ranks(logits, trial.target))
-            row[f"log_p_{when}"] = float(F.log_softmax(logits, -1)[0, trial.target[0]])
+            row[f"rank_{when}"] = int(install.ranks(logits, goal.tokens))
+            row[f"log_p_{when}"] = float(F.log_softmax(logits, -1)[0, goal.tokens[0]])
         rows.append(row)
     return pd.DataFrame(rows), texts
 

@@ -66,9 +66,9 @@ class Edit:
         """The first edited position of each row, [R]."""
         return self.positions.min(1).values
 
-    def split(self, size: int) -> list[Edit]:
-        """Return the edit in pieces of at most `size` rows."""
-        return [Edit(*part) for part in zip(*(x.split(size) for x in vars(self).values()), strict=True)]
+    def part(self, which: Tensor) -> Edit:
+        """Return the edit of some of its rows. which: their numbers, or bool [R]."""
+        return Edit(*(x[which] for x in vars(self).values()))
 
 
 def make_edit(rows: Tensor, position: Tensor, left: Tensor, right: Tensor, scope: str = "write") -> Edit:
@@ -148,10 +148,10 @@ def head_change(factors: Factors, edit: Edit, steps: int) -> tuple[Tensor, Tenso
     outside the run, sides of another size or dtype than the cell's, and values that are not finite.
     """
     _check_fits(factors, edit, edit.starts, steps)
-    return _move(factors, edit, edit.starts, steps)
+    return transport(factors, edit, edit.starts, steps)
 
 
-def _move(factors: Factors, edit: Edit, starts: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+def transport(factors: Factors, edit: Edit, starts: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """Return the change of the head's output [R, steps, d_v] from `starts` [R] on, and the last key sides."""
     moved, changes = torch.zeros_like(edit.left), []
     for step in range(steps):
@@ -194,9 +194,9 @@ def hidden_under(host: Host, run: Run, edits: Edits, steps: int, keep: bool = Fa
     for cell, edit in edits.items():
         host.check_cell(*cell)
         _check_fits(factors[heads[0]], edit, starts, steps)
-    moves = [_move(factors[head], edits[lowest, head], starts, steps) for head in heads]
+    moves = [transport(factors[head], edits[lowest, head], starts, steps) for head in heads]
     change = torch.stack([change for change, _ in moves], 2)
-    alter = _alteration(host, edits, starts, steps)
+    alter = alteration(host, edits, starts, steps)
     hidden, pasts = host.branch(run, lowest, heads, rows, starts, change, keep, alter)
     if keep:
         past = pasts[0]
@@ -206,8 +206,11 @@ def hidden_under(host: Host, run: Run, edits: Edits, steps: int, keep: bool = Fa
     return hidden, pasts
 
 
-def _alteration(host: Host, edits: Edits, starts: Tensor, steps: int) -> Callable[[int, Record], None]:
-    """Return what edits each layer in a run that has a row per edited row and begins at `starts`."""
+def alteration(host: Host, edits: Edits, starts: Tensor, steps: int) -> Callable[[int, Record], None]:
+    """Return a function that edits the record of a layer, for `Host.branch`.
+
+    The record has one row per edited row, and begins at `starts` [R].
+    """
     rows, begin = torch.arange(len(starts), device=host.device), torch.zeros_like(starts, device=host.device)
     local = {}
     for cell, edit in edits.items():
@@ -218,7 +221,7 @@ def _alteration(host: Host, edits: Edits, starts: Tensor, steps: int) -> Callabl
         heads = [head for edited, head in local if edited == layer]
         if not heads:
             return
-        moves = [_move(host.cell_factors(record, head), local[layer, head], begin, steps) for head in heads]
+        moves = [transport(host.cell_factors(record, head), local[layer, head], begin, steps) for head in heads]
         change, places = torch.stack([change for change, _ in moves], 2), torch.tensor(heads, device=host.device)
         record.outputs = record.outputs.to(change.dtype).index_add(2, places, change)
         if record.end is not None:

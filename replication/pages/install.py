@@ -52,7 +52,7 @@ def _trials(distance: int, host, prompts, cell, write, settings, seed, dose: boo
     with torch.no_grad():
         native = host.logits(run.final[:, -1])
     targets, labels = draw_targets(native, settings.rank_classes, settings.targets_per_class, seed)
-    trial = setting(host, run, cell, targets, labels, distance, writes=settings.writes, write=write)
+    trial = setting(host, run, targets, labels, distance, writes=settings.writes, write=write)
     if dose:
         rows = doses(host, cell, trial, grid=settings.doses, bisections=settings.bisections)
     else:

@@ -26,7 +26,7 @@ from replication.study import fingerprint, stages
 from replication.study.profile import Install, load_profile
 from replication.study.study import open_study, split_windows
 from writesae import edit, files, shift
-from writesae.evaluate import install
+from writesae.evaluate import install, steering
 from writesae.files import ArtifactError
 from writesae.harvesting import harvest
 from writesae.history import History
@@ -200,7 +200,12 @@ INSTALL = Install(
 
 def installed(x, targets, distance=5):
     targets = torch.as_tensor(targets)
-    return install.setting(x.host, x.run, CELL, targets, np.array(["top"]), distance, writes=3)
+    return install.setting(x.host, x.run, targets, np.array(["top"]), distance, writes=3)
+
+
+def steered(x, name="gamma", cells=(CELL,), steps=1):
+    goal = installed(x, [[5]] * 3).goal
+    return steering.refine(x.host, goal, steering.directions(x.host, goal, cells, name), steps)
 
 
 def suite_with(x, cells: dict, **changes):
@@ -734,6 +739,12 @@ CASES = [
     Case(
         "install: writes", lambda x: installed(x, [[5]] * 3, 2), ValueError, "3 writes do not fit in the last 2 tokens"
     ),
+    Case(
+        "steering: no such direction", lambda x: steered(x, "up"), ValueError, "no direction 'up': choose one of paper"
+    ),
+    Case("steering: no cell", lambda x: steered(x, cells=[]), ValueError, "need at least one cell"),
+    Case("steering: no such cell", lambda x: steered(x, cells=[(1, 4)]), ValueError, "small has no head 4"),
+    Case("steering: no steps", lambda x: steered(x, steps=0), ValueError, "takes at least one step, not 0"),
     Case(
         "install: a class beyond the vocabulary",
         lambda x: install.draw_targets(torch.randn(3, 300), dict(far=(301, 999)), 2, 0),

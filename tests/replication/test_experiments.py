@@ -18,7 +18,7 @@ from replication.study.profile import HostSection, load_profile
 from replication.study.study import Study, open_study, threads
 from writesae.edit import edited_hidden, kl, make_edit
 from writesae.evaluate import cells as cells_module
-from writesae.evaluate import firings, install, shifts
+from writesae.evaluate import firings, install, shifts, steering
 from writesae.evaluate import replacement as replacement_module
 from writesae.evaluate.replacement import AMPLITUDES, CONDITIONS
 from writesae.harvesting import harvest
@@ -290,7 +290,7 @@ RANK_CLASSES, DOSES = dict(top=(2, 10), far=(100, 9999)), [1, 4, 16, 64, 256]
 def trial(single, tokens):
     run = single.run(tokens[:, :40])
     targets, labels = install.draw_targets(single.logits(run.final[:, -1]), RANK_CLASSES, 2, seed=0)
-    return install.setting(single, run, CELL, targets, labels, 5, writes=3)
+    return install.setting(single, run, targets, labels, 5, writes=3)
 
 
 def test_targets_have_the_ranks_of_their_class(trial):
@@ -299,51 +299,32 @@ def test_targets_have_the_ranks_of_their_class(trial):
         assert low <= rank <= min(high, 300)
 
 
-def test_gamma_is_the_best_of_all_unit_writes_to_first_order(single, trial):
-    """Compares the target's logit after a small write along gamma with the paper's and random directions."""
-    lifts = {}
-    native = single.logits(trial.run.final[:, -1])[trial.prompt].gather(-1, trial.target[:, None])
-    small = torch.full((len(trial.prompt),), 0.02)
-    generator = torch.Generator().manual_seed(0)
-    random = [
-        torch.nn.functional.normalize(torch.randn(len(small), 3, d, generator=generator), dim=-1)
-        for d in (single.d_k, single.d_v)
-    ]
-    for name in ("paper", "gamma", "random"):
-        key, value = random if name == "random" else install.directions(single, CELL, trial, name)
-        logits = install.first_logits(single, CELL, trial, install.write_edit(trial, key, value, small))
-        lifts[name] = (logits.gather(-1, trial.target[:, None]) - native)[:, 0]
-    assert (lifts["gamma"] > 0).all()
-    assert (lifts["gamma"] >= lifts["paper"]).all()
-    assert (lifts["gamma"] > lifts["random"]).all()
+def logits_at(single, trial, name, magnitude):
+    """Logits at the end of the prompts under writes in CELL of these sizes [R], in native norms."""
+    edits = steering.directions(single, trial.goal, [CELL], name)
+    return steering.end_logits(single, trial.goal, steering.scaled(edits, magnitude))
 
 
 def test_a_dose_is_where_the_target_first_comes_next(single, trial):
-    table = install.doses(single, CELL, trial, grid=DOSES, bisections=3)
+    table, target = install.doses(single, CELL, trial, grid=DOSES, bisections=3), trial.goal.tokens
     for name, part in table.groupby("direction"):
-        key, value = install.directions(single, CELL, trial, name)
         dose = torch.tensor(part.dose.to_numpy())
         won = torch.nonzero(dose.isfinite())[:, 0]
         at = torch.where(dose.isfinite(), dose, 1.0).float()
-        logits = install.first_logits(single, CELL, trial, install.write_edit(trial, key, value, at))
-        assert (logits.argmax(-1)[won] == trial.target[won]).all()
+        logits = logits_at(single, trial, name, at)
+        assert (logits.argmax(-1)[won] == target[won]).all()
         for grid in DOSES:  # smaller doses of the grid do not suffice
-            logits = install.first_logits(
-                single, CELL, trial, install.write_edit(trial, key, value, torch.full_like(at, grid))
-            )
-            assert not ((logits.argmax(-1) == trial.target) & (grid < dose)).any()
+            logits = logits_at(single, trial, name, torch.full_like(at, grid))
+            assert not ((logits.argmax(-1) == target) & (grid < dose)).any()
 
 
 def test_trials_say_what_was_generated(single, trial):
-    native = install.native_continuations(single, trial.run, 4)
+    native = install.native_continuations(single, trial.goal.run, 4)
     table = install.trials(single, CELL, trial, native, magnitudes=[3.0], new_tokens=4)
-    assert len(table) == len(install.DIRECTIONS) * len(trial.prompt)
+    assert len(table) == len(install.ONE_CELL) * len(trial.label)
     part = table[table.direction == "gamma"].reset_index(drop=True)
-    key, value = install.directions(single, CELL, trial, "gamma")
-    logits = install.first_logits(
-        single, CELL, trial, install.write_edit(trial, key, value, torch.full((len(key),), 3.0))
-    )
-    ranks = 1 + (logits > logits.gather(-1, trial.target[:, None])).sum(-1)
+    logits = logits_at(single, trial, "gamma", torch.full((len(part),), 3.0))
+    ranks = 1 + (logits > logits.gather(-1, trial.goal.tokens[:, None])).sum(-1)
     assert part.edited_rank.tolist() == ranks.tolist()
     assert ((part.edited_rank > 1) | (part.included_edited == 1)).all()
 

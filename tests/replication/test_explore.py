@@ -263,7 +263,7 @@ def test_ranks_and_texts_are_those_of_the_runs(study):
     host = study.host("small")
     native = host.logits(host.run(torch.tensor([[0, 20, 21, 22, 23, 24, 25, 26]])).final[:, -1])
     assert (table.rank_native == int((native > native[0, 7]).sum()) + 1).all()
-    assert set(texts) == {"unedited", *install.DIRECTIONS}
+    assert set(texts) == {"unedited", *install.ONE_CELL}
     assert texts["unedited"][0] == int(native.argmax()) and {len(x) for x in texts.values()} == {INSTALL.new_tokens}
     for row in table.itertuples():
         assert (row.rank_edited == 1) == (texts[row.direction][0] == 7)

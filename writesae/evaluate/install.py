@@ -1,8 +1,7 @@
 """Install (the paper's Sec. 4, App. I.6): write a direction at some positions so that the model says a token.
 
-The directions are "paper", the native key with the value W_O[head]^T W_U[target], and "gamma", the top
-singular pair of Gamma, the first-order influence on the target's logit; their norm is m native write norms.
-Inclusion: the target is in the greedy continuation. Dose: the smallest m for which it is the next token.
+The directions are those of writesae.evaluate.steering; their norm is m native write norms. Inclusion: the target is
+in the greedy continuation. Dose: the smallest m for which it is the next token.
 """
 
 from __future__ import annotations
@@ -16,34 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from writesae.edit import Edit, edited_hidden, generate
+from writesae.edit import generate_under
+from writesae.evaluate.steering import Cell, Goal, directions, end_logits, part, scaled
 from writesae.hosts.base import Host, Run
 from writesae.recurrence import torch_defaults
-from writesae.shift import gamma, logit_gradient
+from writesae.text import token_ids
 
-DIRECTIONS = ("paper", "gamma")
+ONE_CELL = ("paper", "gamma")  # the directions of the paper's test in one cell
 
 
 @dataclass
 class Setting:
-    """A run of prompts, and R trials: each has a prompt, a target and native writes from `start` on.
+    """R trials: what their writes are for, the target's native rank [R], and the names of its class [R]."""
 
-    prompt, target, native_rank [R]; label [R]: the target's class; gradient [R, steps, d_v]: of the target's
-    logit with respect to the head's output from start on; norms [R, writes]: of the native writes.
-    """
-
-    run: Run
-    prompt: Tensor
-    target: Tensor
+    goal: Goal
     native_rank: Tensor
     label: np.ndarray
-    start: int
-    gradient: Tensor
-    norms: Tensor
 
     def table(self, direction: str, **columns) -> pd.DataFrame:
         """Return one row per trial, with these columns."""
-        trial = dict(prompt=self.prompt.numpy(), position=self.start, target=self.target.numpy())
+        goal = self.goal
+        trial = dict(prompt=goal.rows.numpy(), position=goal.start, target=goal.tokens.numpy())
         return pd.DataFrame(trial | dict(target_class=self.label, direction=direction) | columns)
 
 
@@ -62,7 +54,7 @@ def word_token(tokenizer, word: str) -> int:
     places = [("a", word)] if word[0].isspace() else [("a", f" {word}"), ("\n", word)]
     for before, form in places:
         texts = before, before + form, form
-        start, whole, alone = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+        start, whole, alone = (token_ids(tokenizer, text) for text in texts)
         # not `alone` where it can be helped: sentencepiece tokenizers put a blank before every text
         ids = whole[len(start) :] if whole[: len(start)] == start else alone
         if len(ids) == 1:
@@ -95,7 +87,6 @@ def draw_targets(
 def setting(
     host: Host,
     run: Run,
-    cell: tuple[int, int],
     targets: Tensor,
     labels: Sequence[str],
     distance: int,
@@ -113,60 +104,31 @@ def setting(
         shapes = f"[prompts, targets] with {count} prompts here; got {list(targets.shape)}"
         raise ValueError(f"Targets are single tokens, {shapes}.")
     host.check_tokens(targets)
-    start = length - distance
-    if start < 0:
+    if distance > length:
         problem = f"A prompt of {length} tokens has no place {distance} tokens before its end"
         raise ValueError(f"{problem}: lower the distance.")
     if writes > distance:
         raise ValueError(f"{writes} writes do not fit in the last {distance} tokens: raise the distance.")
-    prompt = torch.arange(len(targets)).repeat_interleave(targets.shape[1])
-    target = targets.flatten()
-    starts = torch.full_like(prompt, start)
-    gradient, native = logit_gradient(host, run, *cell, prompt, starts, distance, target)
-    factors = host.factors(run, *cell)
-    places = start + torch.arange(writes)
-    norms = factors.key[:, places].norm(dim=-1) * factors.write(write)[:, places].norm(dim=-1)
-    label = np.tile(labels, len(targets))
-    return Setting(run, prompt, target, ranks(native, target), label, start, gradient, norms[prompt])
+    prompt = torch.arange(count).repeat_interleave(targets.shape[1])
+    goal = Goal(run, prompt, targets.flatten(), length - distance, writes, write)
+    return Setting(goal, ranks(_native(host, goal), goal.tokens), np.tile(labels, count))
 
 
 @torch_defaults()
-def directions(host: Host, cell: tuple[int, int], trial: Setting, name: str) -> tuple[Tensor, Tensor]:
-    """Return unit keys [R, writes, d_k] and values [R, writes, d_v]. ValueError for an unknown name."""
-    factors, writes = host.factors(trial.run, *cell), trial.norms.shape[1]
-    if name == "paper":
-        value = F.normalize(host.unembedding()[trial.target] @ host.output_projection(*cell), dim=-1)
-        key = F.normalize(factors.key[trial.prompt, trial.start : trial.start + writes], dim=-1)
-        return key, value[:, None].expand(-1, writes, -1)
-    if name == "gamma":
-        starts = torch.full_like(trial.prompt, trial.start)
-        influence = gamma(factors, trial.prompt, starts, trial.gradient)[:, :writes]
-        u, _, vh = torch.linalg.svd(influence, full_matrices=False)
-        return u[..., 0], vh[..., 0, :]
-    raise ValueError(f"There is no install direction {name!r}: choose one of {', '.join(DIRECTIONS)}.")
+def _native(host: Host, goal: Goal) -> Tensor:
+    """Return the native logits [R, V] at the end of the prompts."""
+    return host.logits(goal.run.final[:, -1])[goal.rows]
 
 
-@torch_defaults()
-def write_edit(trial: Setting, key: Tensor, value: Tensor, magnitude: Tensor, pick=slice(None)) -> Edit:
-    """Return the writes of the picked trials as an edit. magnitude [R]: in native write norms."""
-    rows = trial.prompt[pick]
-    positions = (trial.start + torch.arange(key.shape[1])).expand(len(rows), -1)
-    size = (trial.norms[pick] * magnitude[:, None])[..., None]
-    return Edit(rows, positions, key[pick], value[pick] * size, torch.ones(len(rows), dtype=torch.bool))
-
-
-@torch_defaults()
-def first_logits(host: Host, cell: tuple[int, int], trial: Setting, edit: Edit, batch_rows: int = 512) -> Tensor:
-    """Return the logits [R, V] at the end of the prompt under the edit."""
-    steps = trial.run.tokens.shape[1] - trial.start
-    hidden = (edited_hidden(host, trial.run, *cell, piece, steps) for piece in edit.split(batch_rows))
-    return torch.cat([host.logits(final[:, -1]) for final in hidden])
+def log_p(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Return the log-probability [R] of tokens [R] in logits [R, V]."""
+    return F.log_softmax(logits, -1).gather(-1, tokens[:, None])[:, 0]
 
 
 @torch_defaults()
 def trials(
     host: Host,
-    cell: tuple[int, int],
+    cell: Cell,
     trial: Setting,
     native: Tensor,
     *,
@@ -178,37 +140,35 @@ def trials(
 
     native: the unedited continuations [prompts, new_tokens].
     """
-    target, rows = trial.target[:, None], []
-    native_log_p = F.log_softmax(host.logits(trial.run.final[:, -1]), -1)[trial.prompt].gather(-1, target)[:, 0]
-    included_native = (native[trial.prompt] == target).any(1).int().numpy()
-    for name in DIRECTIONS:
-        key, value = directions(host, cell, trial, name)
+    goal, rows = trial.goal, []
+    before, target = log_p(_native(host, goal), goal.tokens), goal.tokens[:, None]
+    included_native = (native[goal.rows] == target).any(1).int().numpy()
+    for name in ONE_CELL:
+        edits = directions(host, goal, [cell], name)
         for magnitude in magnitudes:
-            edit = write_edit(trial, key, value, torch.full((len(key),), magnitude))
-            pieces = [generate(host, trial.run, *cell, piece, new_tokens) for piece in edit.split(batch_rows)]
+            larger = scaled(edits, torch.full((len(target),), magnitude))
+            pieces = [part(larger, which) for which in torch.arange(len(target)).split(batch_rows)]
+            pieces = [generate_under(host, goal.run, piece, new_tokens) for piece in pieces]
             tokens, logits = (torch.cat(x) for x in zip(*pieces, strict=True))
-            log_p = F.log_softmax(logits, -1).gather(-1, target)[:, 0]
             columns = dict(magnitude=magnitude, native_rank=trial.native_rank.numpy())
-            columns |= dict(edited_rank=ranks(logits, trial.target).numpy(), included_native=included_native)
+            columns |= dict(edited_rank=ranks(logits, goal.tokens).numpy(), included_native=included_native)
             columns |= dict(included_edited=(tokens == target).any(1).int().numpy())
-            rows.append(trial.table(name, **columns, first_step_lift=(log_p - native_log_p).numpy()))
+            rows.append(trial.table(name, **columns, first_step_lift=(log_p(logits, goal.tokens) - before).numpy()))
     return pd.concat(rows, ignore_index=True)
 
 
-@torch_defaults()
-def doses(
-    host: Host, cell: tuple[int, int], trial: Setting, *, grid: Sequence[float], bisections: int, batch_rows: int = 512
-) -> pd.DataFrame:
+def doses(host: Host, cell: Cell, trial: Setting, *, grid: Sequence[float], bisections: int) -> pd.DataFrame:
     """Return one row per trial and direction: its dose on the grid, refined by bisection, or infinity."""
-    rows = []
-    for name in DIRECTIONS:
-        key, value = directions(host, cell, trial, name)
+    goal, rows = trial.goal, []
+    for name in ONE_CELL:
+        edits = directions(host, goal, [cell], name)
 
-        def succeeds(pick, magnitude, key=key, value=value):
-            logits = first_logits(host, cell, trial, write_edit(trial, key, value, magnitude, pick), batch_rows)
-            return logits.argmax(-1) == trial.target[pick]
+        @torch_defaults()
+        def succeeds(which, magnitude, edits=edits):
+            logits = end_logits(host, goal.part(which), scaled(part(edits, which), magnitude))
+            return logits.argmax(-1) == goal.tokens[which]
 
-        low, high = torch.zeros(len(key)), torch.full((len(key),), torch.inf)
+        low, high = torch.zeros(len(goal.rows)), torch.full((len(goal.rows),), torch.inf)
         for dose in map(float, grid):
             waiting = torch.nonzero(high.isinf())[:, 0]
             won = succeeds(waiting, torch.full((len(waiting),), dose)) if len(waiting) else waiting.bool()

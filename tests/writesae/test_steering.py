@@ -1,0 +1,168 @@
+"""Directions of installs against finite differences, full matrices and one-cell formulas."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import assert_close
+
+from writesae.edit import edited_hidden, hidden_under
+from writesae.evaluate.install import log_p
+from writesae.evaluate.steering import (
+    DIRECTIONS,
+    Goal,
+    directions,
+    end_logits,
+    gamma_pairs,
+    logit_gradients,
+    part,
+    refine,
+    scaled,
+)
+from writesae.shift import direct_path, gamma, logit_gradient
+
+CELLS = [(3, 1), (1, 2), (1, 0), (0, 3)]
+START = 30
+
+
+@pytest.fixture(scope="module")
+def goal(host, tokens):
+    run = host.run(tokens[:, :36])
+    return Goal(run, torch.tensor([2, 0, 1, 2]), torch.tensor([7, 100, 250, 30]), START, 3)
+
+
+def last_logit(host, goal, edits):
+    hidden, _ = hidden_under(host, goal.run, edits, goal.steps)
+    return host.unembed(hidden[:, -1]).gather(-1, goal.tokens[:, None])[:, 0]  # fp64
+
+
+def test_one_backward_has_the_gradients_of_every_cell(host, goal):
+    heads, _ = logit_gradients(host, goal, 0)
+    for layer, head in host.cells:
+        one, _ = logit_gradient(host, goal.run, layer, head, goal.rows, goal.starts, goal.steps, goal.tokens)
+        assert_close(heads[layer][:, :, head], one, f"gradient of {layer}.{head}", 1e-5)
+
+
+def test_pairs_are_the_top_singular_pairs_of_gamma(host, goal):
+    pairs, _ = gamma_pairs(host, goal, host.cells), torch.manual_seed(0)
+    heads, _ = logit_gradients(host, goal, 0)
+    for layer, head in host.cells:
+        key, value, gain = pairs[layer, head]
+        factors = host.factors(goal.run, layer, head)
+        whole = gamma(factors, goal.rows, goal.starts, heads[layer][:, :, head])[:, :3]
+        assert_close(gain, torch.linalg.svdvals(whole)[..., 0], "singular value", 1e-9)
+        assert_close(torch.einsum("rwk,rwkv,rwv->rw", key, whole, value), gain, "gain of the pair", 1e-9)
+        assert_close(key.norm(dim=-1), torch.ones(4, 3), "norm of the key", 1e-6)
+
+
+def test_gamma_predicts_small_writes_in_all_cells(host, goal):
+    """The sum of the cells' gains against central differences of runs that are edited in all of them."""
+    pairs, sizes = gamma_pairs(host, goal, CELLS), {cell: goal.sizes(host, cell) for cell in CELLS}
+    predicted = sum((pairs[cell][2] * sizes[cell]).sum(1) for cell in CELLS)
+    edits, small = directions(host, goal, CELLS, "gamma"), torch.full((4,), 1e-5).double()
+    ahead, behind = (last_logit(host, goal, scaled(edits, sign * small)) for sign in (1, -1))
+    assert_close((ahead - behind) / 2e-5, predicted, "change of the logit", 1e-4)
+    other = directions(host, goal, CELLS, "random", seed=3)
+    ahead, behind = (last_logit(host, goal, scaled(other, sign * small)) for sign in (1, -1))
+    assert ((ahead - behind) / 2e-5 < predicted).all()
+
+
+@pytest.mark.parametrize("name", DIRECTIONS)
+def test_writes_have_the_native_sizes_and_places(host, goal, name):
+    edits = directions(host, goal, CELLS, name, 0.3)
+    assert set(edits) == set(CELLS)
+    for cell, edit in edits.items():
+        factors = host.factors(goal.run, *cell)
+        for row, window in enumerate(goal.rows):
+            for write in range(3):
+                native = torch.outer(factors.key[window, START + write], factors.added[window, START + write])
+                ours = torch.outer(edit.left[row, write], edit.right[row, write])
+                assert_close(ours.norm(), 0.3 * native.norm(), "size", 1e-6)
+        assert edit.positions.tolist() == [[30, 31, 32]] * 4
+    if name == "random":
+        assert not torch.equal(directions(host, goal, CELLS, name, seed=1)[CELLS[0]].left, edits[CELLS[0]].left)
+
+
+def test_the_papers_direction_is_its_formula(host, goal):
+    (cell, edit), *_ = directions(host, goal, CELLS, "paper").items()
+    direct = direct_path(host, *cell, torch.eye(host.d_v), goal.tokens)
+    assert_close(
+        edit.right[:, 1] / edit.right[:, 1].norm(dim=-1, keepdim=True),
+        direct / direct.norm(dim=1)[:, None],
+        "value",
+        1e-6,
+    )
+    key = host.factors(goal.run, *cell).key[goal.rows, 31]
+    assert_close(edit.left[:, 1], unit(key), "key", 1e-9)
+
+
+def test_layerwise_directions_in_one_layer_are_those_of_gamma(host, goal):
+    cells = [(1, 2), (1, 0)]
+    ours, theirs = (directions(host, goal, cells, name) for name in ("layerwise", "gamma"))
+    assert_close(last_logit(host, goal, ours), last_logit(host, goal, theirs), "logit", 1e-9)
+
+
+def test_layerwise_directions_are_those_of_gamma_in_the_run_edited_below(host, goal):
+    """In a layer above, with the layers above it linearised at the native run: by finite differences."""
+    edits = directions(host, goal, CELLS, "layerwise", 2.0)
+    below, top = {cell: edit for cell, edit in edits.items() if cell[0] < 3}, (3, 1)
+    _, above = logit_gradients(host, goal, 0)
+
+    def local(edits):
+        """The layer's output under edits times the gradient of the native run there."""
+        kept, finish = {}, host.finish
+        host.finish = lambda layer, record, past: kept.setdefault(layer, finish(layer, record, past))
+        try:
+            hidden_under(host, goal.run, edits, goal.steps)
+        finally:
+            del host.finish
+        return (kept[3] * above[3]).sum((1, 2))
+
+    def slope(edit, size=1e-5):
+        ahead, behind = (local(below | {top: replace(edit, right=sign * size * edit.right)}) for sign in (1, -1))
+        return (ahead - behind) / (2 * size)
+
+    best = slope(edits[top])
+    for seed in range(3):
+        other = directions(host, goal, [top], "random", 2.0, seed)[top]
+        mixed = replace(edits[top], left=unit(edits[top].left + 0.3 * other.left))
+        assert (slope(mixed) < best).all()
+        turned = replace(
+            edits[top], right=unit(unit(edits[top].right) + 0.3 * unit(other.right)) * norm(edits[top].right)
+        )
+        assert (slope(turned) < best).all()
+    native = slope(directions(host, goal, [top], "gamma", 2.0)[top])
+    assert (native < best).all()
+
+
+def norm(x):
+    return x.norm(dim=-1, keepdim=True)
+
+
+def unit(x):
+    return x / norm(x)
+
+
+def test_a_refinement_raises_the_log_probability_and_keeps_the_sizes(host, goal):
+    for name in ("gamma", "random"):
+        edits = directions(host, goal, CELLS, name, 0.5)
+        better = refine(host, goal, edits, steps=4)
+        before, after = (log_p(end_logits(host, goal, x), goal.tokens) for x in (edits, better))
+        assert (after > before).all()
+        for cell in CELLS:
+            old, new = (norm(x[cell].left) * norm(x[cell].right) for x in (edits, better))
+            assert_close(new, old, "size", 1e-9)
+            assert (better[cell].left - edits[cell].left).norm() > 1e-3
+
+
+def test_rows_are_refined_apart(host, goal):
+    edits, few = directions(host, goal, CELLS[:2], "gamma"), torch.tensor([3, 1])
+    whole, some = refine(host, goal, edits, 2), refine(host, goal.part(few), part(edits, few), 2)
+    for cell in CELLS[:2]:
+        assert_close(some[cell].right, whole[cell].right[few], f"row of {cell}", 1e-6)
+
+
+def test_one_cell_is_the_one_cell_path(host, goal):
+    edits = directions(host, goal, [(1, 2)], "gamma", 3.0)
+    logits = host.logits(edited_hidden(host, goal.run, 1, 2, edits[1, 2], goal.steps)[:, -1])
+    assert torch.equal(end_logits(host, goal, edits), logits)

@@ -1,0 +1,245 @@
+"""Writes that raise the logit of a token at the end of a window: in one cell, in a layer, or in all cells.
+
+To first order a write x w^T raises the logit by x^T Gamma w (writesae.shift). One backward pass has the Gamma of
+every cell, and the best unit write of a cell is the top singular pair of its Gamma. Each write is as large as the
+native one at its place, times a magnitude. Directions:
+
+- paper:     the native key with the value W_O^T W_U[token] of the head (the paper's Sec. 4);
+- gamma:     the top singular pairs in the native run;
+- layerwise: going up the edited run, the pairs of each layer come from its own queries, keys and gates, and from
+             the gradient through this layer at its edited input. Only the layers above are linearised at the
+             native run, so that one backward pass of the model is enough;
+- random:    Gaussian keys and values.
+
+`refine` improves any of them by gradient steps that keep the sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from writesae.edit import Edit, Edits, alteration, hidden_under
+from writesae.hosts.base import Host, Run
+from writesae.hosts.past import Past, Record
+from writesae.recurrence import Factors, torch_defaults
+
+DIRECTIONS = ("paper", "gamma", "layerwise", "random")
+
+Cell = tuple[int, int]  # layer, head
+
+
+@dataclass
+class Goal:
+    """What R rows of writes are for: the logit of tokens[r] at the end of window rows[r].
+
+    run: native. rows, tokens [R]. start: the position of the first of `writes` consecutive writes. write: the
+    definition of the native write, whose norm is the unit of size.
+    """
+
+    run: Run
+    rows: Tensor
+    tokens: Tensor
+    start: int
+    writes: int
+    write: str = "added"
+
+    @property
+    def steps(self) -> int:
+        """The number of tokens from the first write to the end of the window."""
+        return self.run.tokens.shape[1] - self.start
+
+    @property
+    def starts(self) -> Tensor:
+        return torch.full_like(self.rows, self.start)
+
+    def part(self, which: Tensor) -> Goal:
+        """Return the goal of some rows. which: their numbers, or bool [R]."""
+        return replace(self, rows=self.rows[which], tokens=self.tokens[which])
+
+    def sizes(self, host: Host, cell: Cell) -> Tensor:
+        """Return the norms [R, writes] of the native writes of a cell."""
+        places = self.start + torch.arange(self.writes)
+        factors = host.factors(self.run, *cell).at(slice(None), places)
+        return (factors.key.norm(dim=-1) * factors.write(self.write).norm(dim=-1))[self.rows]
+
+    def edit(self, key: Tensor, value: Tensor, size: Tensor) -> Edit:
+        """Return the edit with unit keys [R, writes, d_k] and values [R, writes, d_v] times size [R, writes]."""
+        positions = (self.start + torch.arange(self.writes)).expand(len(self.rows), -1)
+        seen = torch.ones(len(self.rows), dtype=torch.bool)
+        return Edit(self.rows, positions, key.to(size), (value * size[..., None]).to(size), seen)
+
+
+def directions(
+    host: Host, goal: Goal, cells: Sequence[Cell], name: str, magnitude: float = 1.0, seed: int = 0
+) -> Edits:
+    """Return the edit of each cell in one of DIRECTIONS, `magnitude` native norms large; seed: of random ones.
+
+    Raises ValueError for another name, no cells, and cells that the host does not have.
+    """
+    if name not in DIRECTIONS:
+        raise ValueError(f"There is no direction {name!r}: choose one of {', '.join(DIRECTIONS)}.")
+    if not cells:
+        raise ValueError("Writes that raise a logit need at least one cell.")
+    for cell in cells:
+        host.check_cell(*cell)
+    if name == "layerwise":
+        return _layerwise(host, goal, cells, magnitude)
+    if name == "gamma":
+        pairs = {cell: pair[:2] for cell, pair in gamma_pairs(host, goal, cells).items()}
+    elif name == "paper":
+        pairs = {cell: _paper(host, goal, cell) for cell in cells}
+    else:
+        shape, generator = (len(goal.rows), goal.writes), torch.Generator().manual_seed(seed)
+        pairs = {
+            cell: tuple(F.normalize(torch.randn(*shape, d, generator=generator), dim=-1) for d in (host.d_k, host.d_v))
+            for cell in cells
+        }
+    return {cell: goal.edit(*pair, magnitude * goal.sizes(host, cell)) for cell, pair in pairs.items()}
+
+
+def _paper(host: Host, goal: Goal, cell: Cell) -> tuple[Tensor, Tensor]:
+    value = F.normalize(host.unembedding()[goal.tokens] @ host.output_projection(*cell), dim=-1)
+    key = host.factors(goal.run, *cell).key[goal.rows, goal.start : goal.start + goal.writes]
+    return F.normalize(key, dim=-1), value[:, None].expand(-1, goal.writes, -1)
+
+
+def gamma_pairs(host: Host, goal: Goal, cells: Sequence[Cell]) -> dict[Cell, tuple[Tensor, Tensor, Tensor]]:
+    """Return `top_pairs` of every cell in the native run, from one backward pass."""
+    heads, _ = logit_gradients(host, goal, min(layer for layer, _ in cells))
+    return {
+        (layer, head): top_pairs(
+            host.factors(goal.run, layer, head), goal.rows, goal.starts, heads[layer][:, :, head], goal.writes
+        )
+        for layer, head in cells
+    }
+
+
+def top_pairs(factors: Factors, rows: Tensor, starts: Tensor, gradient: Tensor, writes: int) -> tuple[Tensor, ...]:
+    """Return the top singular pair of Gamma at the first `writes` positions from starts[r] of row rows[r] on.
+
+    Its key [R, writes, d_k] and value [R, writes, d_v], and the singular value [R, writes]: the gain of the logit by
+    a unit write, to first order. gradient: [R, steps, d_v], of the logit with respect to the head's output. Gamma is
+    a sum over steps of (query, moved back to the write) (gradient)^T, so its pairs are those of small matrices.
+    """
+    steps, queries = gradient.shape[1], []
+    moved = gradient.new_zeros(len(rows), factors.query.shape[-1], steps)  # one column per query
+    for step in reversed(range(steps)):
+        if step + 1 < steps:
+            moved = factors.at(rows, starts + step + 1).transition_transposed(moved)
+        moved[:, :, step] = factors.query[rows, starts + step]
+        queries.append(moved)
+    left, of_queries = torch.linalg.qr(torch.stack(queries[::-1][:writes], 1))
+    right, of_gradient = torch.linalg.qr(gradient.mT[:, None])
+    u, sigma, vh = torch.linalg.svd(of_queries @ of_gradient.mT)
+    return (left @ u[..., :1])[..., 0], (right @ vh[..., :1, :].mT)[..., 0], sigma[..., 0]
+
+
+@torch_defaults(gradients=True)
+def logit_gradients(host: Host, goal: Goal, lowest: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Return the gradients of each row's logit in the native run, by recurrent layer from `lowest` on.
+
+    With respect to the outputs of the heads [R, steps, H, d_v] (on the CPU), and of the layers [R, steps, D].
+    """
+    outputs, hidden = {}, {}
+    with torch.enable_grad():
+        for layer, record, output in _upward(host, goal, lowest):
+            outputs[layer], hidden[layer] = record.outputs, output
+        chosen = host.logits(output[:, -1]).gather(-1, goal.tokens[:, None])
+        layers = [layer for layer in outputs if layer in host.recurrent_layers]
+        wanted = [outputs[layer] for layer in layers] + [hidden[layer] for layer in layers]
+        gradients = torch.autograd.grad(chosen.sum(), wanted)
+    heads = {layer: gradient.cpu() for layer, gradient in zip(layers, gradients)}
+    return heads, dict(zip(layers, gradients[len(layers) :]))
+
+
+def _upward(
+    host: Host, goal: Goal, lowest: int, change: Callable[[int, Record, Past], None] | None = None
+) -> Iterator[tuple[int, Record, Tensor]]:
+    """Run the layers from `lowest` on again; yield each layer, its record and its output [R, steps, D].
+
+    change(layer, record, past): called between `mix` and `finish`; it may change the record's outputs.
+    """
+    positions = goal.starts[:, None] + torch.arange(goal.steps)
+    hidden = goal.run.records[lowest].hidden[goal.rows[:, None], positions].requires_grad_()
+    for layer in range(lowest, host.layers):
+        past = host.past_at(goal.run.records[layer], goal.rows, goal.starts)
+        past.last = True
+        record = host.mix(layer, hidden, past, positions.to(host.device))
+        if change:
+            change(layer, record, past)
+        hidden = host.finish(layer, record, past)
+        yield layer, record, hidden
+
+
+@torch_defaults()
+def _layerwise(host: Host, goal: Goal, cells: Sequence[Cell], magnitude: float) -> Edits:
+    lowest, edits = min(layer for layer, _ in cells), {}
+    _, above = logit_gradients(host, goal, lowest)
+    rows, starts = torch.arange(len(goal.rows)), torch.zeros_like(goal.rows)
+
+    def change(layer: int, record: Record, past: Past) -> None:
+        here = [cell for cell in cells if cell[0] == layer]
+        if not here:
+            return
+        with torch.enable_grad():
+            outputs = record.outputs.detach().requires_grad_()
+            output = host.finish(layer, replace(record, outputs=outputs), past)
+            gradient = torch.autograd.grad(output, outputs, above[layer])[0].cpu()
+        for cell in here:
+            factors = host.cell_factors(record, cell[1]).to("cpu")
+            key, value, _ = top_pairs(factors, rows, starts, gradient[:, :, cell[1]], goal.writes)
+            edits[cell] = goal.edit(key, value, magnitude * goal.sizes(host, cell))
+        alteration(host, {cell: edits[cell] for cell in here}, goal.starts, goal.steps)(layer, record)
+
+    for _ in _upward(host, goal, lowest, change):
+        pass
+    return edits
+
+
+@torch_defaults(gradients=True)
+def refine(host: Host, goal: Goal, edits: Edits, steps: int = 5, rate: float = 0.05) -> Edits:
+    """Return edits of the same sizes in better directions: `steps` of Adam for the tokens' log-probability.
+
+    The sides of the terms are unit vectors that Adam moves with learning rate `rate`. Raises ValueError for less
+    than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"A refinement takes at least one step, not {steps}.")
+    sizes = {cell: (edit.left.norm(dim=-1) * edit.right.norm(dim=-1))[..., None] for cell, edit in edits.items()}
+    sides = {
+        cell: [F.normalize(x, dim=-1).requires_grad_() for x in (edit.left, edit.right)] for cell, edit in edits.items()
+    }
+
+    def sized() -> Edits:
+        unit = {cell: [F.normalize(x, dim=-1) for x in pair] for cell, pair in sides.items()}
+        return {c: replace(edit, left=unit[c][0], right=unit[c][1] * sizes[c]) for c, edit in edits.items()}
+
+    adam = torch.optim.Adam([x for pair in sides.values() for x in pair], lr=rate)
+    for _ in range(steps):
+        with torch.enable_grad():
+            loss = F.cross_entropy(end_logits(host, goal, sized()), goal.tokens, reduction="sum")
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    with torch.no_grad():
+        return sized()
+
+
+def end_logits(host: Host, goal: Goal, edits: Edits) -> Tensor:
+    """Return the logits [R, V], fp32, at the end of the windows under edits, differentiable in their sides."""
+    return host.logits(hidden_under(host, goal.run, edits, goal.steps)[0][:, -1])
+
+
+def scaled(edits: Edits, factor: Tensor) -> Edits:
+    """Return edits with each row's writes times factor [R]."""
+    return {cell: replace(edit, right=edit.right * factor[:, None, None]) for cell, edit in edits.items()}
+
+
+def part(edits: Edits, which: Tensor) -> Edits:
+    """Return edits of some of their rows. which: their numbers, or bool [R]."""
+    return {cell: edit.part(which) for cell, edit in edits.items()}
