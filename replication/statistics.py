@@ -7,6 +7,7 @@ raise ValueError for empty input, for values that are not finite, and for pairs 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +23,26 @@ class Interval(NamedTuple):
 
     low: float
     high: float
+
+
+class Estimate(NamedTuple):
+    """A value with its standard error and degrees of freedom.
+
+    n: number of values per training; trainings: number of SAEs that it is a mean over (1 also if there is no SAE);
+    between_seeds: the standard deviation of the trainings' estimates, nan for one.
+    """
+
+    value: float
+    error: float
+    df: float
+    n: int
+    trainings: int = 1
+    between_seeds: float = np.nan
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """Return Student's interval at a level."""
+        reach = stats.t.ppf((1 + level) / 2, self.df) * self.error
+        return Interval(float(self.value - reach), float(self.value + reach))
 
 
 class Correlation(NamedTuple):
@@ -104,11 +125,17 @@ def _draws(count: int, resamples: int, rng: np.random.Generator, draw: str = "mu
     return np.stack([np.bincount(x, minlength=count) for x in rng.integers(0, count, (resamples, count))])
 
 
+@lru_cache(maxsize=8)
+def _kept_draws(count: int, resamples: int, seed: int) -> np.ndarray:
+    """Return `_draws`, kept because many rows of a table take the same ones."""
+    return _draws(count, resamples, np.random.default_rng(seed))
+
+
 def _means(values: np.ndarray, codes: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """Return the means of bootstrap samples, [resamples] for values [n] and [m, resamples] for [n, m]."""
     sums = np.zeros((draws.shape[1], *values.shape[1:]))
     np.add.at(sums, codes, values)
-    return (draws @ sums).T / (draws @ np.bincount(codes))
+    return (draws @ sums).T / (draws @ np.bincount(codes, minlength=draws.shape[1]))
 
 
 def cluster_bootstrap(
@@ -145,33 +172,92 @@ def cluster_bootstrap(
 
 
 def over_trainings(
-    values, clusters: Sequence, per=None, resamples: int = 2000, seed: int = 0
-) -> tuple[float, Interval]:
-    """Return the mean over trainings of mean(values) / mean(per), and its interval, which covers retraining.
+    values, clusters: Sequence[Sequence], trainings: Sequence | None = None, resamples: int = 2000, seed: int = 0
+) -> Estimate:
+    """Return the mean over trainings of a statistic, with a standard error that covers retraining.
 
-    values, per: [n, m], n places in `clusters`, each measured with m trainings; per: 1 by default. The variance
-    is that of the mean over these trainings when clusters are drawn again (from the width of its percentile
-    interval, because a ratio can have far outliers), plus the variance of the m estimates divided by m. The
-    quantile is Student's t, with Satterthwaite's degrees of freedom. With one training the interval covers the
-    places only.
+    values: a vector [n], for its mean; a matrix [n, 2], for the mean of the first column over that of the second;
+    or a function of row numbers. clusters: one or two lists of n labels (passages; atoms, whose labels name the
+    training). trainings: n labels; by default there is one training.
+
+    Trainings that are measured at the same places share the sampling error of the places. The error has two
+    parts: what m trainings share, and the variance of their estimates divided by m, which is at least the
+    sampling variance that they do not share. The second part alone is the interval of Hartung and Knapp with
+    equal weights (t with m - 1 degrees of freedom); with both, the degrees of freedom are Satterthwaite's. The
+    error is nan for a single cluster.
     """
-    values = _finite(values)
-    per = np.ones_like(values) if per is None else _finite(per)
-    codes, count = _codes(clusters)
-    estimates = values.mean(0) / per.mean(0)
-    draws = _draws(count, resamples, np.random.default_rng(seed))
-    drawn = (_means(values, codes, draws) / _means(per, codes, draws)).mean(0)
-    trainings, mean = values.shape[1], float(estimates.mean())
-    low, high = _percentiles(drawn)
-    parts, freedom = [((high - low) / (2 * stats.norm.ppf(0.975))) ** 2], [count - 1]
-    if trainings > 1:
-        parts, freedom = [*parts, estimates.var(ddof=1) / trainings], [*freedom, trainings - 1]
-    total = sum(parts)
-    if total == 0:
-        return mean, Interval(mean, mean)
-    degrees = total**2 / sum(part**2 / f for part, f in zip(parts, freedom, strict=True))
-    reach = stats.t.ppf(0.975, degrees) * np.sqrt(total)
-    return mean, Interval(float(mean - reach), float(mean + reach))
+    values = values if callable(values) else _finite(values)
+    labels = np.zeros(len(clusters[0])) if trainings is None else np.asarray(trainings)
+    rows = [np.flatnonzero(labels == label) for label in dict.fromkeys(labels.tolist())]
+    estimates, count = np.array([_of_rows(values, part) for part in rows]), len(rows)
+    shared, pooled, degrees = _sampling_variance(values, clusters, rows, resamples, seed)
+    apart, between, freedom = 0.0, np.nan, degrees
+    if count > 1:
+        within, between = shared, float(estimates.std(ddof=1))
+        shared = np.clip((count * pooled - within) / (count - 1), 0, within)
+        apart = max(between**2, within - shared) / count
+        if shared + apart > 0:
+            freedom = (shared + apart) ** 2 / (shared**2 / degrees + apart**2 / (count - 1))
+    error = float(np.sqrt(shared + apart))
+    return Estimate(float(estimates.mean()), error, float(freedom), len(labels) // count, count, between)
+
+
+def _of_rows(values, rows: np.ndarray) -> float:
+    if callable(values):
+        return values(rows)
+    mean = values[rows].mean(0)
+    return mean[0] / mean[1] if values.ndim == 2 else mean
+
+
+def _sampling_variance(values, clusters, rows: list[np.ndarray], resamples: int, seed: int) -> tuple:
+    """Return the variance of one training's estimate (mean over trainings), that of the mean over trainings
+    measured at the same draws, and the degrees of freedom.
+
+    Two kinds of clusters are combined as by Cameron, Gelbach and Miller (2011): the sum of the variances minus
+    that of a bootstrap over pairs of labels; not less than the larger of the two.
+    """
+    kinds = [_codes(labels) for labels in clusters]
+    if min(count for _, count in kinds) < 2:
+        return np.nan, np.nan, np.nan
+    if len(kinds) == 2:
+        (one, _), (other, size) = kinds
+        kinds.append(_codes(one * size + other))
+    variances = []
+    for codes, count in kinds:
+        draws = _kept_draws(count, resamples, seed)
+        samples = np.stack([_resampled(values, part, codes, draws) for part in rows])
+        variances.append(((deviation(samples) ** 2).mean(), deviation(samples.mean(0)) ** 2))
+    single = np.array(variances[: len(clusters)])
+    total = np.maximum(single.sum(0) - np.array(variances[len(clusters) :]).sum(0), single.max(0))
+    counts = np.array([count - 1 for _, count in kinds[: len(clusters)]])
+    parts = (single[:, 0] ** 2 / counts).sum()
+    return *total, single[:, 0].sum() ** 2 / parts if parts else counts.min()
+
+
+def _resampled(values, rows: np.ndarray, codes: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Return the statistic [resamples] of one training's rows. codes: cluster of every row of the table."""
+    if callable(values):
+        return np.array([values(np.repeat(rows, row[codes[rows]])) for row in draws])
+    means = _means(values[rows], codes[rows], draws)
+    return means[0] / means[1] if values.ndim == 2 else means
+
+
+def deviation(samples: np.ndarray) -> np.ndarray:
+    """Return the standard deviation by the width of the central 95%, because a ratio can have far outliers."""
+    low, high = np.quantile(samples, [0.025, 0.975], axis=-1)
+    return (high - low) / (2 * stats.norm.ppf(0.975))
+
+
+def rarely(estimate: Estimate, events: int, clusters: int) -> Estimate:
+    """Return the estimate of a share, or of a change, with the error of a zero count if there are no `events`.
+
+    A bootstrap of zeros has no width. The error is then such that the one-sided 95% end is Clopper and
+    Pearson's for 0 of so many clusters (prompts).
+    """
+    if events:
+        return estimate
+    bound = proportion_confint(0, clusters, alpha=0.1, method="beta")[1]
+    return estimate._replace(error=max(estimate.error, float(bound / stats.t.ppf(0.95, estimate.df))))
 
 
 def ratio_bootstrap(a, b, clusters: Sequence, resamples: int, seed: int) -> Interval:

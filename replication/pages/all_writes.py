@@ -186,12 +186,16 @@ def pooled(losses: pd.DataFrame, tokens: int, resamples: int, seed: int) -> pd.D
     none = losses[losses.condition == "none"].set_index("window")
 
     def row(part: pd.DataFrame) -> dict:
-        wide = part.pivot(index="window", columns="sae", values="loss").loc[none.index]
-        change, cost = (x.sub(none.loss_native, axis=0) for x in (wide, wide.apply(lambda _: none.loss)))
-        options = dict(clusters=none.passage, resamples=resamples, seed=seed)
-        ratio = stats.over_trainings(change, per=cost, **options)
+        own = none.loc[part.window]
+        change = part.loss.to_numpy() - own.loss_native.to_numpy()
+        cost, options = own.loss.to_numpy() - own.loss_native.to_numpy(), dict(resamples=resamples, seed=seed)
+        change, ratio = (
+            stats.over_trainings(values, [own.passage], part.sae, **options)
+            for values in (change, np.stack([change, cost], 1))
+        )
         numbers = dict(role=POOLED, seed=np.nan) | _losses(part, none, tokens)
-        return numbers | stats.with_ends("change", *stats.over_trainings(change, **options)) | _share(*ratio)
+        numbers |= stats.with_ends("change", change.value, change.interval())
+        return numbers | _share(ratio.value, ratio.interval())
 
     by_sae = losses[losses.sae != ""]
     return stats.per_group(by_sae, ["target", "centre", "condition"], row)

@@ -22,8 +22,10 @@ from writesae.evaluate.firings import atom_names, draw_in_rounds, firings_at
 PAPER = dict(target="state", centre="mean", draw="atoms", condition="atom", amplitude="coefficient")
 CONDITIONS = ("atom", "atom_and_mean", "reconstruction", "random", "native_rescaled")
 MEASURED = dict(coefficient=CONDITIONS, projection=("atom", "random"))
-PLACE = ["layer", "head", "window", "position", "passage"]
+PLACE = ["layer", "head", "window", "position", "passage", "seed"]
 KEYS = ["host", "target", "centre", "draw", "amplitude"]
+CELL = ["host", "layer", "head"]
+KLS = ["kl_delete", "kl_atom", "kl_random"]
 
 
 def measure(study: Study) -> pd.DataFrame:
@@ -50,8 +52,8 @@ def summarise(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
 
     win_rate: the share of firings at which the condition has a lower KL than deletion; a position at which no
     atom is active counts as lost. recovered: 1 - mean KL / mean KL(delete). Intervals cover places (clustered by
-    passage, for the draw `atoms` the wider of passage and atom) and, where seeds > 1, trainings. lowest, highest:
-    over seeds. KLs in nats. paper: the row nearest to the paper's protocol.
+    passage, for the draw `atoms` by passage and atom) and, where seeds > 1, trainings. lowest, highest: over seeds;
+    between_seeds: standard deviation. KLs in nats. paper: the row nearest to the paper's protocol.
     """
     rows = []
     for values, group in firings.groupby(KEYS, sort=False):
@@ -63,27 +65,33 @@ def summarise(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
     return study.write("headline", pd.DataFrame(rows))
 
 
-def _wide(part: pd.DataFrame, values: pd.Series) -> pd.DataFrame:
-    """Return values as [places, seeds]; for the draw `atoms` there is one seed."""
-    return part.assign(value=values).pivot(index=PLACE, columns="seed", values="value")
+def paper_places(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
+    """Write results headline_places.csv: the SAEs of the paper, of all trainings, at the places drawn by position.
+
+    One row per place and training, in the cells that are pooled; KLs in nats. The scorecard reads it.
+    """
+    where = PAPER | dict(draw="positions")
+    part = rows_with(firings, **{name: where[name] for name in KEYS[1:]}).merge(study.cells[[*CELL, "place"]], on=CELL)
+    columns = [*CELL, "place", "seed", "window", "passage", "position", "atom", "coefficient", "cosine"]
+    return study.write("headline_places", part[part.place.isin(PAPER_PLACES)][[*columns, *KLS]])
+
+
+def _over_trainings(part: pd.DataFrame, values, study: Study) -> stats.Estimate:
+    """Return the mean of `values` over places and trainings; a firing of the draw `atoms` is of an atom drawn."""
+    clusters = [part.passage, atom_names(part)] if part.draw.iloc[0] == "atoms" else [part.passage]
+    return stats.over_trainings(values, clusters, part.seed, study.profile.replacement.bootstrap, study.profile.seed)
 
 
 def _row(part: pd.DataFrame, condition: str, study: Study) -> dict:
-    resamples, seed = study.profile.replacement.bootstrap, study.profile.seed
-    won = _wide(part, stats.beats(part, condition).astype(float))
-    lost, deleted = (_wide(part, part[f"kl_{name}"]) for name in (condition, "delete"))
-    clusters = [won.index.get_level_values("passage")]
-    if part.draw.iloc[0] == "atoms":
-        clusters.append(part.set_index(PLACE).loc[won.index].pipe(lambda x: atom_names(x.reset_index())))
-    row = dict(n=len(won), seeds=won.shape[1], n_passages=part.passage.nunique())
-    for name, values, per in (("win_rate", won, None), ("kl_share", lost, deleted)):
-        found = [stats.over_trainings(values, labels, per, resamples, seed) for labels in clusters]
-        ends = stats.wider(*(interval for _, interval in found))
-        row |= stats.with_ends(name, found[0][0], ends)
-    means = won.mean()
-    row |= dict(lowest=means.min(), highest=means.max())
-    row["recovered"] = 1 - row.pop("kl_share")
-    row["recovered_high"], row["recovered_low"] = 1 - row.pop("kl_share_low"), 1 - row.pop("kl_share_high")
+    won = stats.beats(part, condition).astype(float)
+    rate = _over_trainings(part, won, study)
+    row = dict(n=rate.n, seeds=rate.trainings, n_passages=part.passage.nunique())
+    row |= stats.with_ends("win_rate", rate.value, rate.interval())
+    lost = _over_trainings(part, part[[f"kl_{condition}", "kl_delete"]], study)
+    row |= dict(recovered=1 - lost.value)
+    row |= dict(zip(("recovered_high", "recovered_low"), (1 - end for end in lost.interval())))
+    means = won.groupby(part.seed).mean()
+    row |= dict(lowest=means.min(), highest=means.max(), between_seeds=rate.between_seeds)
     row |= dict(kl_median=part[f"kl_{condition}"].median(), kl_delete_median=part.kl_delete.median())
     row |= dict(kl_mean=part[f"kl_{condition}"].mean(), kl_delete_mean=part.kl_delete.mean())
     return row | dict(cosine_below_zero=(part.cosine < 0).mean(), silent=(part.coefficient == 0).mean())
@@ -92,18 +100,17 @@ def _row(part: pd.DataFrame, condition: str, study: Study) -> dict:
 def contrasts(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
     """Write results headline_contrasts.csv: win rate of write- minus state-trained atoms, paired.
 
-    Pairs have the same place and seed; draw positions. Columns as in `summarise`.
+    Pairs have the same place and seed; draw `positions`. Columns as in `summarise`.
     """
     keys, rows = ["host", "centre", "amplitude"], []
     for values, group in firings[firings.draw == "positions"].groupby(keys, sort=False):
         for cells, part in by_place(group, study.cells).groupby("cells", sort=False):
-            won = [_wide(x, stats.beats(x).astype(float)) for x in (part[part.target == t] for t in ("write", "state"))]
-            apart = won[0] - won[1]
-            passages = apart.index.get_level_values("passage")
+            won = part.assign(win=stats.beats(part).astype(float)).pivot(index=PLACE, columns="target", values="win")
+            pairs = won.reset_index()
             options = dict(resamples=study.profile.replacement.bootstrap, seed=study.profile.seed)
-            difference, ends = stats.over_trainings(apart, passages, **options)
-            row = dict(zip(keys, values, strict=True), cells=cells, n=len(apart), seeds=apart.shape[1])
-            rows.append(row | stats.with_ends("difference", difference, ends))
+            found = stats.over_trainings(pairs["write"] - pairs["state"], [pairs.passage], pairs.seed, **options)
+            row = dict(zip(keys, values, strict=True), cells=cells, n=found.n, seeds=found.trainings)
+            rows.append(row | stats.with_ends("difference", found.value, found.interval()))
     return study.write("headline_contrasts", pd.DataFrame(rows))
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from replication.plots import PREDICTOR_NAMES
-from replication.statistics import ci, cluster_bootstrap, r2
+from replication.statistics import Estimate, ci, cluster_bootstrap, deviation, r2
 from replication.study.firings import encoded_saes, firings_of
 from replication.study.study import Study
 from writesae.evaluate.firings import draw_atoms
@@ -57,10 +57,40 @@ def by_rank(points: pd.DataFrame) -> pd.DataFrame:
     Only the eps of the paper count."""
     rows = []
     for (host, rank), part in points[points.eps.isin(PAPER_EPS)].groupby(["host", "rank"]):
-        for name, group in score(part).groupby("predictor", sort=False):
-            row = dict(host=host, predictor=name, rank=rank, n=len(group), n_prompts=part.prompt.nunique())
-            rows.append(row | _median(group))
+        for name in PREDICTORS:
+            found = median_r2(part, name)
+            row = dict(host=host, predictor=name, rank=rank, n=found.n, n_prompts=part.prompt.nunique())
+            rows.append(row | dict(r2_median=found.value) | ci(found.interval()))
     return pd.DataFrame(rows)
+
+
+def median_r2(points: pd.DataFrame, predictor: str, resamples: int = 500, seed: int = 0) -> Estimate:
+    """Return the median over (atom, eps) of R2 over prompts, when prompts and atoms are drawn again.
+
+    The variances of the two draws are added, minus that of prompts drawn for each atom by itself (Cameron, Gelbach
+    and Miller 2011).
+    """
+    grid = points.pivot(index=["atom", "eps"], columns="prompt", values=["measured", predictor])
+    measured, predicted = grid["measured"].to_numpy(), grid[predictor].to_numpy()
+    atoms = grid.index.get_level_values("atom").to_numpy()
+
+    def scores(weights: np.ndarray) -> np.ndarray:
+        """Return R2 [draws, fits] with weights [draws, prompts]."""
+        total = weights.sum(1, keepdims=True)
+        spread = weights @ (measured**2).T - (weights @ measured.T) ** 2 / total
+        return 1 - weights @ ((measured - predicted) ** 2).T / spread
+
+    generator, count = np.random.default_rng(seed), measured.shape[1]
+    value = scores(np.ones((1, count)))[0]
+    drawn = scores(generator.multinomial(count, np.full(count, 1 / count), resamples))
+    labels, codes = np.unique(atoms, return_inverse=True)
+    shuffled = generator.permuted(np.tile(np.arange(resamples), (len(labels), 1)), axis=1)
+    apart = drawn[shuffled[codes].T, range(len(value))]
+    picks = generator.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), resamples)
+    of_atoms = np.array([np.median(np.repeat(value, row[codes])) for row in picks])
+    prompts, alone, others = (deviation(x) ** 2 for x in (np.median(drawn, 1), np.median(apart, 1), of_atoms))
+    error = np.sqrt(max(prompts + others - alone, prompts, others))
+    return Estimate(float(np.median(value)), float(error), len(labels) - 1, len(value))
 
 
 def run(study: Study) -> pd.DataFrame:

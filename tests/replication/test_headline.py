@@ -68,10 +68,19 @@ def test_rates_are_means_over_places_and_seeds(table, firings):
     assert [row.lowest, row.highest] == pytest.approx(
         [won.groupby(part.seed).mean().min(), won.groupby(part.seed).mean().max()]
     )
+    assert row.between_seeds == pytest.approx(won.groupby(part.seed).mean().std())
     shares = part.groupby("seed").kl_atom.mean() / part.groupby("seed").kl_delete.mean()
     assert row.recovered == pytest.approx(1 - shares.mean())
     assert row.recovered_low < row.recovered < row.recovered_high
     assert row.cosine_below_zero == pytest.approx((part.cosine < 0).mean())
+
+
+def test_the_paper_s_saes_at_every_place_and_training(firings):
+    table = headline.paper_places(SmallStudy(), firings)
+    where = dict(target="state", centre="mean", draw="positions", amplitude="coefficient", layer=4)
+    wanted = firings[(firings[list(where)] == pd.Series(where)).all(axis=1)]
+    assert set(table.place) == {"middle"} and len(table) == 60 * 3 == len(wanted)
+    assert table.kl_atom.tolist() == wanted.kl_atom.tolist() and table.seed.tolist() == wanted.seed.tolist()
 
 
 def test_only_the_paper_s_places_are_pooled(table):
