@@ -15,6 +15,7 @@ import pandas as pd
 import torch.nn.functional as F
 from scipy import stats
 from scipy.special import logsumexp
+from sklearn.mixture import GaussianMixture
 
 from replication.statistics import Mixture, cluster_bootstrap, fit_mixture, gaussian_mixture_bic, wilson
 from writesae.evaluate.atoms import CLASSES, sides
@@ -87,16 +88,20 @@ def thresholds(cosines: pd.Series, taus: Iterable[float]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def classify(cosines: pd.Series, seed: int) -> pd.Series:
-    """Return "register" or "bundle" for each alive atom, by a mixture of two Gaussians (Sec. 3.1).
+def registers(cosines: np.ndarray, mixture: GaussianMixture) -> np.ndarray:
+    """Return which atoms [n] are registers by their cosines [n] and a mixture of two Gaussians (Sec. 3.1).
 
     Registers belong to the component with the higher mean, and are above the lower mean. Without the second
     condition, atoms of very low cosine could be registers, because they belong to the wider component.
     """
-    values = cosines.to_numpy()[:, None]
-    mixture = fit_mixture(values, 2, seed)
-    register = mixture.predict(values) == np.argmax(mixture.means_[:, 0])
-    register &= values[:, 0] > mixture.means_.min()
+    means = mixture.means_[:, 0]
+    return (mixture.predict(cosines[:, None]) == np.argmax(means)) & (cosines > means.min())
+
+
+def classify(cosines: pd.Series, seed: int) -> pd.Series:
+    """Return "register" or "bundle" for each alive atom, by `registers` and the mixture of their cosines."""
+    values = cosines.to_numpy()
+    register = registers(values, fit_mixture(values[:, None], 2, seed))
     return pd.Series(np.where(register, "register", "bundle"), index=cosines.index, name="class")
 
 

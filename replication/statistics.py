@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -118,11 +118,9 @@ def _codes(clusters) -> tuple[np.ndarray, int]:
     return codes, int(codes.max()) + 1
 
 
-def _draws(count: int, resamples: int, rng: np.random.Generator, draw: str = "multinomial") -> np.ndarray:
+def _draws(count: int, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Return [resamples, count]: how often each cluster is in each bootstrap sample."""
-    if draw == "multinomial":
-        return rng.multinomial(count, np.full(count, 1 / count), size=resamples)
-    return np.stack([np.bincount(x, minlength=count) for x in rng.integers(0, count, (resamples, count))])
+    return rng.multinomial(count, np.full(count, 1 / count), size=resamples)
 
 
 @lru_cache(maxsize=8)
@@ -144,14 +142,12 @@ def cluster_bootstrap(
     statistic: Callable = np.mean,
     resamples: int = 2000,
     seed: int = 0,
-    draw: Literal["multinomial", "integers"] = "multinomial",
 ) -> Interval:
     """Return the percentile interval of a statistic when whole clusters are drawn with replacement.
 
     values: a vector [n]; a matrix [n, m], for the means of all columns from the same draws (`statistic` is
     the mean, the ends are [m]); or a function of row numbers, for a statistic of several columns. clusters:
-    one label per row. draw: "multinomial" draws the counts of clusters, "integers" their numbers. Both ends
-    are nan for a single cluster. Raises ValueError also for resamples < 1.
+    one label per row. Both ends are nan for a single cluster. Raises ValueError also for resamples < 1.
     """
     if resamples < 1:
         raise ValueError(f"A bootstrap takes at least one resample, not {resamples}.")
@@ -165,7 +161,7 @@ def cluster_bootstrap(
     if count < 2:
         unknown = np.full(values.shape[1:], np.nan) if values.ndim > 1 else np.nan
         return Interval(unknown, unknown)
-    draws = _draws(count, resamples, np.random.default_rng(seed), draw)
+    draws = _draws(count, resamples, np.random.default_rng(seed))
     if statistic is np.mean:
         return _percentiles(_means(values, codes, draws))
     return _percentiles(np.array([statistic(np.repeat(values, row[codes])) for row in draws]))

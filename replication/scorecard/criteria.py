@@ -1,4 +1,4 @@
-"""The criteria of the claims: paper/criteria.yaml, which was written before any run."""
+"""The criteria of the claims: paper/criteria.yaml, which was written before the run that is judged by it."""
 
 from __future__ import annotations
 
@@ -8,33 +8,47 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from replication.scorecard.claims import CLAIMS
-from replication.scorecard.measures import MEASURES, Answer
+from replication.scorecard.measures import MEASURES
+from replication.scorecard.verdicts import Borders, Claimed
+from replication.statistics import Estimate
 from replication.study.paths import ROOT
 from writesae.sae.config import first_problem
+
+GROUPS = ("headline", "supporting", "bookkeeping", "cannot_fail")
+STRICT = dict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Criterion(BaseModel):
     """How a claim is judged: `measure`, with `arguments`, should be above, below or equal to `indifference`.
 
     A claim about one architecture has its `family`; a claim about one size has its `model`, a path in
-    hosts.csv. The claim is not tested on other hosts.
+    hosts.csv. The claim is not asked of other hosts. On hosts of a family in `same_as` (or "any") another
+    claim has the same value and counts in its place. `was` and `because`: the criterion before, and why not.
     """
 
-    model_config = dict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = STRICT
 
+    claim: str = Field(min_length=1)
+    group: Literal["headline", "supporting", "bookkeeping", "cannot_fail"]
     criterion: str = Field(min_length=1)
     notebook: str
+    effect: str
     indifference: float
-    claimed: Literal["above", "below", "equal"]
+    claimed: Claimed
     measure: str
     arguments: dict[str, Any] = {}
+    trained: bool = True
     family: str = ""
     model: str = ""
+    same_as: dict[str, str] = {}
+    was: str = ""
+    because: str = ""
 
     @model_validator(mode="after")
     def _can_be_measured(self) -> Criterion:
@@ -44,40 +58,91 @@ class Criterion(BaseModel):
             inspect.signature(MEASURES[self.measure]).bind("tables", "host", **self.arguments)
         except TypeError as error:
             raise ValueError(f"measure {self.measure}: {error}") from None
+        if bool(self.was) != bool(self.because):
+            raise ValueError("a criterion has both `was` and `because`, or neither")
         return self
 
     def asks(self, host: pd.Series) -> bool:
         """Return whether the claim is about this host, a row of hosts.csv."""
         return self.family in ("", host.family) and self.model in ("", host.path)
 
-    def answer(self, tables: Callable[[str], pd.DataFrame], host: str) -> Answer | None:
-        """Return our number for the claim, or None if the host has no rows, or too few atoms."""
+    def counted_as(self, family: str) -> str:
+        """Return the claim that counts in this one's place on hosts of a family, or ""."""
+        return self.same_as.get(family, self.same_as.get("any", ""))
+
+    def answer(self, tables: Callable[[str], pd.DataFrame], host: str) -> Estimate | None:
+        """Return our number for the claim, or None if the host has no rows, or too few atoms.
+
+        Ratios are returned as logarithms.
+        """
         return MEASURES[self.measure](tables, host, **self.arguments)
 
-    def status(self, answer: Answer) -> str:
-        """Return the verdict: is the interval above, below or across the point of indifference?"""
-        above, below = answer.low > self.indifference, answer.high < self.indifference
-        if self.claimed == "equal":
-            return "opposite" if above or below else "same direction"
-        if not (above or below):
-            return "no effect"
-        return "same direction" if above == (self.claimed == "above") else "opposite"
+
+class Criteria(BaseModel):
+    """The file: smallest effects and factors by kind, the variance of another training, and the claims.
+
+    `experiments`: the experiment of each claim, from claims.csv.
+    """
+
+    model_config = STRICT
+
+    smallest_effects: dict[str, float]
+    smallest_factors: dict[str, float]
+    another_training: dict[str, float]
+    claims: dict[str, Criterion]
+    experiments: dict[str, str] = {}
+
+    @model_validator(mode="after")
+    def _have_a_smallest_effect(self) -> Criteria:
+        kinds = self.smallest_effects | self.smallest_factors
+        for name, criterion in self.claims.items():
+            if criterion.effect not in kinds:
+                raise ValueError(f"claims.{name}: no smallest effect {criterion.effect!r}: use {', '.join(kinds)}")
+        return self
+
+    def is_ratio(self, name: str) -> bool:
+        """Return whether a claim is about a ratio, whose estimate and borders are logarithms."""
+        return self.claims[name].effect in self.smallest_factors
+
+    def borders(self, name: str) -> Borders:
+        """Return the borders of a claim: its indifference minus and plus the smallest effect."""
+        criterion, middle = self.claims[name], self.claims[name].indifference
+        if self.is_ratio(name):
+            middle, smallest = np.log(middle), np.log(self.smallest_factors[criterion.effect])
+        else:
+            smallest = self.smallest_effects[criterion.effect]
+        return Borders(criterion.claimed, middle - smallest, middle + smallest)
+
+    def covering_training(self, name: str, estimate: Estimate) -> Estimate:
+        """Return an estimate of one training with the variance that another training adds."""
+        if not self.claims[name].trained:
+            return estimate._replace(trainings=0)
+        if estimate.trainings > 1:
+            return estimate
+        between = estimate.error * np.sqrt(self.another_training[self.experiments[name]])
+        return estimate._replace(error=float(np.hypot(estimate.error, between)), between_seeds=float(between))
 
 
 @cache
-def read_criteria(path: Path = ROOT / "paper/criteria.yaml", claims: Path = CLAIMS) -> dict[str, Criterion]:
-    """Return the criteria of all claims by id, in the order of claims.csv.
+def read_criteria(path: Path = ROOT / "paper/criteria.yaml", claims: Path = CLAIMS) -> Criteria:
+    """Return the criteria, with the claims in the order of claims.csv.
 
     Raises ValueError for a claim without criterion, a criterion without claim, and a missing or unknown
-    field, measure or argument.
+    field, measure, argument, kind of effect, or experiment of another training.
     """
-    content, ids = yaml.safe_load(Path(path).read_text(encoding="utf-8")), pd.read_csv(claims).id
+    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    listed = pd.read_csv(claims)
     try:
-        criteria = TypeAdapter(dict[str, Criterion]).validate_python(content)
+        criteria = Criteria.model_validate(content)
     except ValidationError as error:
         raise ValueError(f"{path}: {first_problem(error)}.") from None
-    if missing := [name for name in ids if name not in criteria]:
+    if missing := [name for name in listed.id if name not in criteria.claims]:
         raise ValueError(f"{path}: claim {missing[0]} has no criterion.")
-    if unknown := [name for name in criteria if name not in set(ids)]:
+    if unknown := [name for name in criteria.claims if name not in set(listed.id)]:
         raise ValueError(f"{path}: claims.csv has no claim {unknown[0]}.")
-    return {name: criteria[name] for name in ids}
+    claimed, experiments = criteria.claims, dict(zip(listed.id, listed.experiment, strict=True))
+    trained = {experiments[name] for name, criterion in claimed.items() if criterion.trained}
+    if unknown := sorted(trained - set(criteria.another_training)):
+        raise ValueError(f"{path}: another_training lacks the experiment {unknown[0]}.")
+    ordered = {name: claimed[name] for name in listed.id}
+    return criteria.model_copy(update=dict(claims=ordered, experiments=experiments))

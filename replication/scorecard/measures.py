@@ -1,39 +1,37 @@
-"""The measures of the scorecard: our number for a claim, with its interval and count.
+"""The measures of the scorecard: our number for a claim, with its standard error.
 
 Each public function is a measure of paper/criteria.yaml. It takes `tables` (tables(NAME) returns
 results/PROFILE/NAME.csv), a host, and the arguments given there. It returns None if the host has no rows for
-the claim, or too few atoms.
+the claim, or too few atoms. Measures of ratios return logarithms.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import pandas as pd
+from scipy import stats
+from sklearn.mixture import GaussianMixture
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from replication.statistics import beats, cluster_bootstrap, pearson, wider, wilson
+from replication.classes import registers
+from replication.scorecard.claims import papers_table13
+from replication.statistics import Estimate, beats, fit_mixture, over_trainings, rarely
 from replication.study.stages import rows_with
 from writesae.evaluate.firings import atom_names
 from writesae.evaluate.shifts import PAPER_EPS
 
-FEWEST_ATOMS = 5  # per class: an interval over fewer means nothing, so the claim is "not run"
+FEWEST_ATOMS = 5  # per class: an interval over fewer means nothing, so the claim is not asked
 CHOICES = dict(target="state", amplitude="coefficient")  # those of the paper
-MIDDLE = dict(place="middle", target="state", role="main")  # the SAE of the paper's claims
+MIDDLE = dict(place="middle", target="state")  # the SAEs of the paper's claims about atoms
+RESAMPLES = 500
+REFITS = 200  # resamples in which a mixture is fitted
+WIDTH = 2 * stats.norm.ppf(0.975)  # of a 95% interval, in standard errors
 
 Tables = Callable[[str], pd.DataFrame]
-
-
-class Answer(NamedTuple):
-    """Our number for a claim, with its 95% interval and count."""
-
-    value: float
-    low: float
-    high: float
-    n: int
 
 
 def _row(table: pd.DataFrame, **where) -> pd.Series:
@@ -44,172 +42,296 @@ def _row(table: pd.DataFrame, **where) -> pd.Series:
     return rows.iloc[0]
 
 
-def _bootstrapped(values, clusters, statistic=np.mean, resamples: int = 1000) -> Answer:
-    values = np.asarray(values, dtype=float)
-    return Answer(statistic(values), *cluster_bootstrap(values, clusters, statistic, resamples), len(values))
+def _mean(values, *clusters: Sequence) -> Estimate:
+    return over_trainings(np.asarray(values, dtype=float), clusters, resamples=RESAMPLES)
 
 
-def _by_atom_and_passage(values, part: pd.DataFrame, statistic=np.mean, resamples: int = 500) -> Answer:
-    """Return a statistic over firings with the wider of the bootstraps by atom and by passage."""
-    by = [_bootstrapped(values, x, statistic, resamples) for x in (atom_names(part), part.passage)]
-    return Answer(by[0].value, *wider(*by), len(part))
-
-
-def _difference_of_means(a: pd.Series, b: pd.Series) -> Answer:
-    gap, reach = a.mean() - b.mean(), 1.96 * np.sqrt(a.var() / len(a) + b.var() / len(b))
-    return Answer(gap, gap - reach, gap + reach, len(a) + len(b))
+def _over_atoms(statistic: Callable, part: pd.DataFrame, resamples: int = RESAMPLES) -> Estimate:
+    """Return a statistic of row numbers when the atoms of one SAE, one row each, are drawn."""
+    return over_trainings(statistic, [range(len(part))], resamples=resamples)
 
 
 # Rows of summary tables
 
 
-def summary(tables: Tables, host: str, table: str, value: str, where: dict, **columns) -> Answer | None:
-    """Return the numbers in one row of a summary table; `columns` are those of `_answer`."""
+def summary(tables: Tables, host: str, table: str, value: str, where: dict, **columns) -> Estimate | None:
+    """Return the number in one row of a summary table; `columns` are those of `_of_row`."""
     rows = rows_with(tables(table), host=host, **where)
-    return None if rows.empty else _answer(_row(rows, host=host), value, **columns)
+    return None if rows.empty else _of_row(_row(rows, host=host), value, **columns)
 
 
-def _answer(row: pd.Series, value: str, low="ci_low", high="ci_high", n="n", atoms=()) -> Answer | None:
-    """Return the Answer in these columns (the sum of several n), or None if a count in `atoms` is low."""
-    enough = all(row[name] >= FEWEST_ATOMS for name in atoms)
-    return Answer(row[value], row[low], row[high], np.sum(row[n])) if enough else None
+def _of_row(row: pd.Series, value: str, low="ci_low", high="ci_high", n=("n",), atoms=()) -> Estimate | None:
+    """Return the estimate in these columns, or None if a count in `atoms` is low.
 
-
-def win_rate(tables: Tables, host: str, cells: str) -> Answer | None:
-    """Win rate of the atom over deletion, with the wider of the bootstraps by atom and by passage."""
-    rows = rows_with(tables("replacement_summary"), host=host, cells=cells)
-    if rows.empty:
+    The standard error is that of the interval's width; n: columns of the counts of units.
+    """
+    if any(row[name] < FEWEST_ATOMS for name in atoms):
         return None
-    row = _row(rows, read="write", **CHOICES)
-    low, high = min(row.boot_low, row.passage_low), max(row.boot_high, row.passage_high)
-    return Answer(row.win_rate, low, high, row.n)
+    counts = [int(row[name]) for name in n]
+    error = (row[high] - row[low]) / WIDTH
+    return Estimate(float(row[value]), float(error), sum(counts) - len(counts), sum(counts))
 
 
-def population(tables: Tables, host: str, atoms: str) -> Answer | None:
-    """Mean over the atoms of a class (or all) of their win rates."""
-    columns = dict(n="n_atoms", atoms=["n_atoms"], where=CHOICES | {"class": atoms})
-    return summary(tables, host, "population_summary", "mean_win_rate", **columns)
-
-
-def class_axis(tables: Tables, host: str, axis: str) -> Answer | None:
+def class_axis(tables: Tables, host: str, axis: str) -> Estimate | None:
     """Cliff's delta of registers against bundles on an axis of the paper's Table 17, over the drawn atoms."""
     counts = ["n_register", "n_bundle"]
     columns = dict(n=counts, atoms=counts, where=CHOICES | dict(axis=axis))
     return summary(tables, host, "population_axes", "cliffs_delta", **columns)
 
 
-def lowest_bin(tables: Tables, host: str) -> Answer | None:
-    """The lowest win rate of the cosine bins that have enough atoms."""
-    part = rows_with(tables("population_by_cosine"), host=host, **CHOICES)
-    part = part[part.n_atoms >= FEWEST_ATOMS]
-    return None if part.empty else _answer(part.loc[part.win_rate.idxmin()], "win_rate", n="n_firings")
-
-
-def contrast(tables: Tables, host: str, variant: str, quantity: str, place: str = "middle") -> Answer | None:
+def contrast(tables: Tables, host: str, variant: str, quantity: str, place: str = "middle") -> Estimate | None:
     """A variant of the state-trained SAE against the bilinear SAE of rank 1."""
     where = dict(target="state", variant=variant, quantity=quantity, place=place)
-    return summary(tables, host, "ablation_contrasts", "value", where)
+    found = summary(tables, host, "ablation_contrasts", "value", where)
+    return _log(found) if found and quantity == "fvu_ratio" else found
 
 
-# The replacement test
+def _log(estimate: Estimate) -> Estimate:
+    """Return the logarithm of an estimate, by the delta method."""
+    return estimate._replace(value=float(np.log(estimate.value)), error=estimate.error / estimate.value)
 
 
-def _firings(tables: Tables, host: str, **where) -> pd.DataFrame:
-    return rows_with(tables("replacement"), host=host, read="write", **CHOICES | where)
+def logit_r2(tables: Tables, host: str, predictor: str, rank: int) -> Estimate | None:
+    """Median R2 of a predictor over (atom, eps), for the token of a rank."""
+    return summary(tables, host, "logit_shift_ranks", "r2_median", dict(predictor=predictor, rank=rank))
 
 
-def strict_chain(tables: Tables, host: str) -> Answer:
-    """Share of firings with KL(atom) < KL(deletion) < KL(random)."""
-    part = _firings(tables, host)
-    return _by_atom_and_passage(beats(part) & beats(part, "delete", "random"), part)
+def sign_agreement(tables: Tables, host: str) -> Estimate:
+    """Share of shifts that have the sign of the paper's formula, with the error of as many trials as atoms."""
+    part = rows_with(tables("logit_shift_summary"), host=host, predictor="paper")
+    part = part[part.eps.isin(PAPER_EPS)]
+    return _share(part.sign_agreement.mean(), int(part.n_fits.iloc[0]))
 
 
-def median_of_ratios(tables: Tables, host: str, control: str) -> Answer:
-    """Median over firings of the KL of a control over the atom's."""
-    part = _firings(tables, host)
-    return _by_atom_and_passage(part[f"kl_{control}"] / part.kl_atom, part, np.median)
+def _share(share: float, n: int) -> Estimate:
+    """Return a share of n with its binomial error; the exact bound if it is 0 or 1."""
+    estimate = Estimate(float(share), float(np.sqrt(share * (1 - share) / n)), n - 1, n)
+    return rarely(estimate, estimate.error > 0, n)
 
 
-def ratio_of_medians(tables: Tables, host: str, control: str) -> Answer:
-    """Median KL of a control over the median KL of the atom, bootstrap by passage."""
-    part = _firings(tables, host)
+# The replacement test, by position
+
+
+def _places(tables: Tables, host: str, cells: str = "pooled") -> pd.DataFrame:
+    part = rows_with(tables("headline_places"), host=host)
+    return part if cells == "pooled" else part[part.place == cells]
+
+
+def _over_places(values, part: pd.DataFrame) -> Estimate:
+    """Return the mean of values, or a statistic of row numbers, over places and trainings.
+
+    The places are drawn by passage. Atoms are not drawn here: another training has others, and is another
+    estimate.
+    """
+    return over_trainings(values, [part.passage], part.seed, RESAMPLES)
+
+
+def win_rate(tables: Tables, host: str, cells: str) -> Estimate | None:
+    """Share of places at which the atom beats deletion. A single place is asked only of hosts with several."""
+    part = _places(tables, host, cells)
+    if part.empty or (cells != "pooled" and _places(tables, host).place.nunique() == 1):
+        return None
+    return _over_places(beats(part), part)
+
+
+def kl_ratio(tables: Tables, host: str, control: str, median: str) -> Estimate:
+    """Log of the KL of a control over the atom's: the ratio of their medians, or the median of their ratios."""
+    part = _places(tables, host)
     atom, other = part.kl_atom.to_numpy(), part[f"kl_{control}"].to_numpy()
 
-    def ratio(rows: np.ndarray) -> float:
-        return np.median(other[rows]) / np.median(atom[rows])
+    def of_each(rows: np.ndarray) -> float:
+        return np.log(np.median(other[rows]) / np.median(atom[rows]))
 
-    interval = cluster_bootstrap(ratio, part.passage, resamples=500, draw="integers")
-    return Answer(ratio(slice(None)), *interval, len(part))
+    def of_ratios(rows: np.ndarray) -> float:
+        return np.log(np.median(other[rows] / atom[rows]))
 
-
-def failure_gap(tables: Tables, host: str) -> Answer:
-    """Failure rate in the lowest quartile of KL(deletion) minus that in the highest."""
-    part = _firings(tables, host)
-    failed, quartile = part.kl_atom >= part.kl_delete, pd.qcut(part.kl_delete, 4, labels=False)
-    return _difference_of_means(failed[quartile == 0], failed[quartile == 3])
+    return _over_places(dict(of_each=of_each, of_ratios=of_ratios)[median], part)
 
 
-def against_flat(tables: Tables, host: str) -> Answer:
+def chains(tables: Tables, host: str) -> Estimate:
+    """Share of places with KL(atom) < KL(deletion) < KL(random), minus that with the order reversed."""
+    part = _places(tables, host)
+    order = beats(part) & beats(part, "delete", "random")
+    mirrored = beats(part, "random", "delete") & beats(part, "delete", "atom")
+    return _over_places(order.astype(float) - mirrored, part)
+
+
+def failures(tables: Tables, host: str) -> Estimate:
+    """How much more the atom fails where KL(deletion) is low than where it is high, minus a random atom's.
+
+    Low and high are the lowest and the highest quarter of the places.
+    """
+    part = _places(tables, host)
+    deleted = part.kl_delete.to_numpy()
+    worse = (beats(part, "random").astype(float) - beats(part)).to_numpy()  # failed by the atom, not by the other
+
+    def gap(rows: np.ndarray) -> float:
+        lowest, highest = np.quantile(deleted[rows], [0.25, 0.75])
+        return worse[rows[deleted[rows] <= lowest]].mean() - worse[rows[deleted[rows] >= highest]].mean()
+
+    return _over_places(gap, part)
+
+
+def against_flat(tables: Tables, host: str) -> Estimate:
     """Win rate of the atom minus that of the flat SAE's top singular pair at matched norm, in points."""
     cell = _row(tables("cells"), host=host, place="middle")
-    part = _firings(tables, host, layer=cell.layer, head=cell["head"], amplitude="matched_norm")
+    where = dict(layer=cell.layer, head=cell["head"], read="write", target="state", amplitude="matched_norm")
+    part = rows_with(tables("replacement"), host=host, **where)
     gap = 100.0 * (beats(part).astype(float) - beats(part, "flat_svd"))
-    by = [_bootstrapped(gap, clusters) for clusters in (part.atom, part.passage)]
-    return Answer(by[0].value, *wider(*by), len(part))
+    return _mean(gap, part.passage, atom_names(part))
 
 
 # Atoms and their classes
 
 
-def class_difference(tables: Tables, host: str) -> Answer | None:
+def _population(tables: Tables, host: str, atoms: str = "all") -> pd.DataFrame:
+    part = rows_with(tables("population"), host=host, **CHOICES)
+    return part if atoms == "all" else part[part["class"] == atoms]
+
+
+def population(tables: Tables, host: str, atoms: str) -> Estimate | None:
+    """Mean over the atoms of a class (or all) of their win rates."""
+    part = _population(tables, host, atoms)
+    return _mean(part.win_rate, part.atom) if len(part) >= FEWEST_ATOMS else None
+
+
+def class_difference(tables: Tables, host: str) -> Estimate | None:
     """Mean win rate of registers minus that of bundles."""
-    part = rows_with(tables("population"), host=host, **CHOICES)
-    registers, bundles = (part[part["class"] == name].win_rate for name in ("register", "bundle"))
-    enough = min(len(registers), len(bundles)) >= FEWEST_ATOMS
-    return _difference_of_means(registers, bundles) if enough else None
+    sides = [_population(tables, host, name).win_rate for name in ("register", "bundle")]
+    return _difference_of_means(*sides) if min(map(len, sides)) >= FEWEST_ATOMS else None
 
 
-def cosine_correlation(tables: Tables, host: str) -> Answer:
+def _difference_of_means(a: pd.Series, b: pd.Series) -> Estimate:
+    """Return mean(a) - mean(b) with Welch's standard error and degrees of freedom."""
+    result = stats.ttest_ind(a, b, equal_var=False)
+    gap = a.mean() - b.mean()
+    error = np.sqrt(a.var() / len(a) + b.var() / len(b))
+    return Estimate(float(gap), float(error), float(result.df), len(a) + len(b))
+
+
+def cosine_correlation(tables: Tables, host: str) -> Estimate:
     """Pearson's r, over atoms, of the cosine to the native write with the win rate."""
-    part = rows_with(tables("population"), host=host, **CHOICES)
-    value, low, high, _, n = pearson(part.cosine, part.win_rate)
-    return Answer(value, low, high, n)
+    part = _population(tables, host)
+    pairs = part[["cosine", "win_rate"]].to_numpy()
+    return _over_atoms(lambda rows: np.corrcoef(pairs[rows].T)[0, 1], part)
 
 
-def register_cosine(tables: Tables, host: str) -> Answer | None:
-    """Median over register atoms of their median cosine to the native write."""
-    part = rows_with(tables("alive_atoms"), host=host, target="state", **{"class": "register"})
-    return _bootstrapped(part.cosine, part.atom, np.median) if len(part) >= FEWEST_ATOMS else None
+def lowest_bin(tables: Tables, host: str) -> Estimate | None:
+    """The lowest win rate of the paper's cosine bins that have enough atoms, found anew in every resample."""
+    atom = ["host", "layer", "head", "target", "atom"]
+    alive = tables("alive_atoms")[[*atom, "cosine"]].rename(columns=dict(cosine="atom_cosine"))
+    part = _population(tables, host).merge(alive, on=atom)
+    bins = np.digitize(part.atom_cosine, papers_table13().cosine_low[1:])
+    kept = np.flatnonzero(np.bincount(bins) >= FEWEST_ATOMS)
+    wins, firings = (part.win_rate * part.firings).to_numpy(), part.firings.to_numpy()
+
+    def lowest(rows: np.ndarray) -> float:
+        return min(wins[x].sum() / firings[x].sum() for x in (rows[bins[rows] == name] for name in kept) if len(x))
+
+    return _over_atoms(lowest, part) if len(kept) else None
 
 
-def class_share(tables: Tables, host: str, of: str, among: str) -> Answer:
-    """One count of atoms as a share of another (columns of atom_partition), with Wilson's interval."""
-    row = _row(tables("atom_partition"), host=host, **MIDDLE)
-    return Answer(row[of] / row[among], *wilson(int(row[of]), int(row[among])), row[among])
+def alive_share(tables: Tables, host: str) -> Estimate:
+    """Alive atoms as a share of all atoms."""
+    row = _row(tables("atom_partition"), host=host, role="main", **MIDDLE)
+    return _share(row.alive / row.n_atoms, int(row.n_atoms))
 
 
-def busiest_register(tables: Tables, host: str) -> Answer | None:
-    """Share of held-out tokens at which the most frequent register fires, with Wilson's interval."""
-    part = rows_with(tables("atoms"), host=host, **MIDDLE, **{"class": "register"})
+def _alive(tables: Tables, host: str) -> pd.DataFrame:
+    return rows_with(tables("atoms"), host=host, role="main", **MIDDLE)
+
+
+@cache
+def _mixture(cosines: bytes, components: int) -> GaussianMixture:
+    return fit_mixture(np.frombuffer(cosines)[:, None], components, 0)
+
+
+def _registers(cosines: np.ndarray) -> np.ndarray:
+    """Return which atoms are registers by the mixture of these cosines, which is fitted once per sample."""
+    return registers(cosines, _mixture(cosines.tobytes(), 2))
+
+
+def class_share(tables: Tables, host: str, of: str) -> Estimate:
+    """Registers (or bundles) as a share of the alive atoms."""
+    part = _alive(tables, host)
+    cosines = part.cosine.to_numpy()
+    return _over_atoms(lambda rows: (_registers(cosines[rows]) == (of == "register")).mean(), part, REFITS)
+
+
+def mixture_gain(tables: Tables, host: str) -> Estimate:
+    """BIC of the mixture of two Gaussians minus that of one, for the cosines of the alive atoms."""
+    part = _alive(tables, host)
+    cosines = part.cosine.to_numpy()
+
+    def gain(rows: np.ndarray) -> float:
+        sample = cosines[rows]
+        one, two = (_mixture(sample.tobytes(), count).bic(sample[:, None]) for count in (1, 2))
+        return two - one
+
+    return _over_atoms(gain, part, REFITS)
+
+
+def busiest_register(tables: Tables, host: str) -> Estimate | None:
+    """Share of held-out tokens at which the most frequent register fires."""
+    part = _alive(tables, host)
+    cosines, rates = part.cosine.to_numpy(), part.rate.to_numpy()
+    if not _registers(cosines).any():
+        return None
+    return _over_atoms(lambda rows: rates[rows][_registers(cosines[rows])].max(initial=0), part, REFITS)
+
+
+def _register_cosine(part: pd.DataFrame) -> Estimate | None:
+    """Return the median cosine of an SAE's registers to the native write; None if they are few."""
+    cosines = part.cosine.to_numpy()
+    if _registers(cosines).sum() < FEWEST_ATOMS:
+        return None
+    return _over_atoms(lambda rows: np.median(cosines[rows][_registers(cosines[rows])]), part, REFITS)
+
+
+def _gap(one: Estimate | None, other: Estimate | None) -> Estimate | None:
+    """Return the difference of two independent estimates."""
+    if one is None or other is None:
+        return None
+    error, df = np.hypot(one.error, other.error), min(one.df, other.df)
+    return Estimate(one.value - other.value, float(error), df, one.n + other.n)
+
+
+def register_gap(tables: Tables, host: str, other: str) -> Estimate | None:
+    """Median cosine of registers to the native write minus that of another host (its family or path)."""
+    hosts = tables("hosts")
+    others = hosts[((hosts.family == other) | (hosts.path == other)) & (hosts.host != host)].host
+    if len(others) != 1:
+        return None
+    return _gap(*(_register_cosine(_alive(tables, name)) for name in (host, others.iloc[0])))
+
+
+def variant_gap(tables: Tables, host: str, variant: str, other: str) -> Estimate | None:
+    """Median cosine of registers to the native write of one ablated SAE minus that of another."""
+    part = rows_with(tables("ablation_atoms"), host=host, **MIDDLE)
+    sides = [part[part.variant == name] for name in (variant, other)]
+    return None if min(map(len, sides)) == 0 else _gap(*map(_register_cosine, sides))
+
+
+def recurring(tables: Tables, host: str) -> Estimate | None:
+    """Share of (alive atom, other seed) pairs with a cosine above 0.9 in that seed's SAE."""
+    part = rows_with(tables("atom_matches"), host=host, target="state")
     if part.empty:
         return None
-    row = part.loc[part.firings.idxmax()]
-    scanned = round(row.firings / row.rate)
-    return Answer(row.rate, *wilson(int(row.firings), scanned), scanned)
+    atom = part.seed.astype(str) + "." + part.atom.astype(str)
+    matched = part.best > 0.9
+    found = over_trainings(matched.astype(float).to_numpy(), [atom], part.seed, RESAMPLES)
+    return rarely(found, int(matched.sum()), atom.nunique())
 
 
-def threshold_ratio(tables: Tables, host: str) -> Answer:
-    """Registers at a threshold of 0.02 over those at 0.10, bootstrap over atoms."""
-
-    def ratio(cosines: np.ndarray) -> float:
-        return (cosines >= 0.02).sum() / max(1, (cosines >= 0.10).sum())
-
-    cosines = rows_with(tables("atoms"), host=host, **MIDDLE).cosine
-    return _bootstrapped(cosines, range(len(cosines)), ratio)
+def threshold_ratio(tables: Tables, host: str) -> Estimate:
+    """Log of the number of registers at a threshold of 0.02 over that at 0.10."""
+    part = _alive(tables, host)
+    cosines = part.cosine.to_numpy()
+    return _over_atoms(lambda rows: np.log((cosines[rows] >= 0.02).sum() / (cosines[rows] >= 0.10).sum()), part)
 
 
-def alive_by_k(tables: Tables, host: str) -> Answer | None:
-    """Share of alive atoms at the largest k minus that at the smallest, with Newcombe's interval."""
+def alive_by_k(tables: Tables, host: str) -> Estimate | None:
+    """Share of alive atoms at the largest k minus that at the smallest, with Newcombe's error."""
     part = rows_with(tables("atom_partition"), host=host, target="state")
     part = part[part.role != "main"].sort_values("k")
     if part.k.nunique() < 2:
@@ -217,11 +339,20 @@ def alive_by_k(tables: Tables, host: str) -> Answer | None:
     shared = set.intersection(*part.groupby("k").seed.apply(set))
     part = part[part.seed == min(shared)]  # the one seed that every k was trained with
     few, many = ((int(row.alive), int(row.n_atoms)) for row in (part.iloc[0], part.iloc[-1]))
-    interval = confint_proportions_2indep(*many, *few, method="newcomb")
-    return Answer(many[0] / many[1] - few[0] / few[1], *interval, many[1] + few[1])
+    low, high = confint_proportions_2indep(*many, *few, method="newcomb")
+    n = many[1] + few[1]
+    return Estimate(many[0] / many[1] - few[0] / few[1], float(high - low) / WIDTH, n - 2, n)
 
 
-def sigma_decrease(tables: Tables, host: str) -> Answer | None:
+def heads(tables: Tables, host: str) -> Estimate | None:
+    """Mean over the heads of a layer of the win rate, with Student's error over heads."""
+    rates = rows_with(tables("heads"), host=host, **CHOICES).win_rate
+    if rates.empty:
+        return None
+    return Estimate(float(rates.mean()), float(rates.sem()), len(rates) - 1, len(rates))
+
+
+def sigma_decrease(tables: Tables, host: str) -> Estimate | None:
     """Mean log sigma1/sigma2 of all heads of the early cell's layer minus that of the late cell's layer."""
     cells, chosen = (rows_with(tables(name), host=host) for name in ("all_cells", "cells"))
     layers = chosen.set_index("place").layer
@@ -231,48 +362,95 @@ def sigma_decrease(tables: Tables, host: str) -> Answer | None:
     return _difference_of_means(*sides)
 
 
-# Logit shifts and the install
+# Edits, newlines and the install
 
 
-def logit_r2(tables: Tables, host: str, predictor: str) -> Answer:
-    """Median R2 of a predictor over (atom, eps), for the eps of the paper; bootstrap over atoms."""
-    part = rows_with(tables("logit_shift"), host=host, predictor=predictor)
-    part = part[part.eps.isin(PAPER_EPS)]
-    return _bootstrapped(part.r2, part.atom, np.median, resamples=500)
+def _erased(tables: Tables, host: str, condition: str) -> pd.Series:
+    """Return the rise of the loss per passage, in bits per token."""
+    part = rows_with(tables("register_erase"), host=host, target="state", condition=condition)
+    return part.set_index("window").rise
 
 
-def sign_agreement(tables: Tables, host: str) -> Answer:
-    """Share of shifts that have the sign of the paper's formula, with Wilson's interval."""
-    part = rows_with(tables("logit_shift_summary"), host=host, predictor="paper")
-    part = part[part.eps.isin(PAPER_EPS)]
-    n = int(part.n_fits.iloc[0] * part.n_prompts.iloc[0])
-    agree = round(part.sign_agreement.mean() * n)
-    return Answer(agree / n, *wilson(agree, n), n)
+def erased_registers(tables: Tables, host: str) -> Estimate | None:
+    """Rise of the loss by deletion at all register firings, as a share of what no writes in the cell cost.
+
+    None if no writes cost nothing certain. The error is that of a ratio of independent estimates.
+    """
+    cell = _row(tables("cells"), host=host, place="middle")
+    if cell.cost_low <= 0:
+        return None
+    rise = _erased(tables, host, "delete") * np.log(2)
+    found = _mean(rise, rise.index)
+    share, spread = found.value / cell.cost, (cell.cost_high - cell.cost_low) / WIDTH
+    error = np.hypot(found.error, share * spread) / cell.cost
+    return found._replace(value=float(share), error=float(error))
+
+
+def random_excess(tables: Tables, host: str) -> Estimate:
+    """Loss of matched-norm random writes at all register firings minus that of deletion, nats per token."""
+    excess = (_erased(tables, host, "random") - _erased(tables, host, "delete")) * np.log(2)
+    return _mean(excess, excess.index)
+
+
+def erased(tables: Tables, host: str, where: str, condition: str, dose: float) -> Estimate:
+    """Median change of log p of the atoms' preferred tokens, which were found in other text."""
+    chosen = dict(target="state", token_from="other", where=where, condition=condition, dose=dose)
+    part = rows_with(tables("cache_erase"), host=host, **chosen)
+    change = part.change.to_numpy()
+    return over_trainings(lambda rows: np.median(change[rows]), [part.passage, part.atom], resamples=RESAMPLES)
+
+
+def raised(tables: Tables, host: str) -> Estimate:
+    """Share of single writes along the paper's direction that raise the target's logit."""
+    part = rows_with(tables("single_write"), host=host, direction="paper")
+    return _mean(part.measured > 0, part.passage)
 
 
 def _trials(tables: Tables, host: str, targets: str, magnitude: float = 3.0) -> pd.DataFrame:
     part = rows_with(tables("install"), host=host, direction="paper", magnitude=magnitude)
-    return part if targets == "all" else part[part.target_class == targets]
+    part = part if targets == "all" else part[part.target_class == targets]
+    return part.sort_values(["prompt", "position", "target"])
 
 
-def installed(tables: Tables, host: str, targets: str) -> Answer:
-    """Inclusion at 3x with the paper's direction minus native inclusion, paired, bootstrap by prompt."""
+def _change(change, prompts: pd.Series) -> Estimate:
+    """Return a mean change of inclusion by prompt; with the exact bound of a zero count if there is none."""
+    change = np.asarray(change, dtype=float)
+    return rarely(_mean(change, prompts), np.count_nonzero(change), prompts.nunique())
+
+
+def installed(tables: Tables, host: str, targets: str) -> Estimate:
+    """Inclusion at 3x with the paper's direction minus native inclusion, paired."""
     part = _trials(tables, host, targets)
-    return _bootstrapped(part.included_edited - part.included_native, part.prompt)
+    return _change(part.included_edited - part.included_native, part.prompt)
 
 
-def native_inclusion(tables: Tables, host: str) -> Answer:
-    """Share of targets of native rank 101 to 1,000 that come without an edit, bootstrap by prompt."""
+def native_inclusion(tables: Tables, host: str) -> Estimate:
+    """Share of targets of native rank 101 to 1,000 that come without an edit."""
     part = _trials(tables, host, "middle")
-    return _bootstrapped(part.included_native, part.prompt)
+    return rarely(_mean(part.included_native, part.prompt), int(part.included_native.sum()), part.prompt.nunique())
 
 
-def saturation(tables: Tables, host: str) -> Answer:
-    """Inclusion at 3x minus inclusion at 6x, with the paper's direction, bootstrap by prompt."""
-    order = ["prompt", "position", "target"]
-    three, six = (_trials(tables, host, "all", magnitude).sort_values(order) for magnitude in (3.0, 6.0))
-    change = three.included_edited.to_numpy(dtype=float) - six.included_edited.to_numpy(dtype=float)
-    return _bootstrapped(change, three.prompt)
+def saturation(tables: Tables, host: str) -> Estimate:
+    """Inclusion at 3x minus inclusion at 6x, with the paper's direction, paired."""
+    three, six = (_trials(tables, host, "all", magnitude) for magnitude in (3.0, 6.0))
+    return _change(three.included_edited.to_numpy() - six.included_edited.to_numpy(), three.prompt)
+
+
+def _newlines(tables: Tables, host: str, **where) -> pd.Series:
+    return rows_with(tables("newlines"), host=host, **where).set_index("prompt").newlines
+
+
+def newlines(tables: Tables, host: str) -> Estimate:
+    """Newlines per 400 tokens without an edit."""
+    baseline = _newlines(tables, host, role="baseline")
+    return _mean(baseline, baseline.index)
+
+
+def newline_change(tables: Tables, host: str) -> Estimate:
+    """Newlines per 400 tokens at 5x minus those without an edit, same prompts."""
+    edited = _newlines(tables, host, mode="offset", role="boundary", dose=5.0)
+    change = edited - _newlines(tables, host, role="baseline")
+    return _mean(change, change.index)
 
 
 MEASURES = {name: x for name, x in list(globals().items()) if inspect.isfunction(x) and name[0] != "_"}

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from replication.scorecard.verdicts import NOT_ASKED
 from replication.statistics import cluster_bootstrap
 from replication.study.profile import load_profile
 from replication.study.stages import read_table, rows_with
@@ -35,11 +36,11 @@ class RepeatsError(ValueError):
 
 
 def _answered(scorecard: pd.DataFrame) -> pd.DataFrame:
-    return scorecard[scorecard.status != "not run"]
+    return scorecard[scorecard.status != NOT_ASKED]
 
 
 def read_run(folder: Path, profile: str, kind: str) -> pd.DataFrame:
-    """Return a table of a run (`kind`: a key of COLUMNS) with the columns RUN, without claims not run.
+    """Return a table of a run (`kind`: a key of COLUMNS) with the columns RUN, without claims that are not asked.
 
     Raises ArtifactError if the table is missing or damaged, RepeatsError if the profile of the run differs
     from `profile` in more than its seed.

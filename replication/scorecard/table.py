@@ -1,8 +1,8 @@
 """The scorecard: each claim of paper/claims.csv and our numbers, by its criterion in paper/criteria.yaml.
 
-Our result is in the *same direction* as the claim, in the *opposite* direction, or shows *no effect* (its
-interval contains the point of indifference). Claims that no host can answer are *not run*. A result on an
-embedded host never replicates a number of another model.
+A claim is supported, contradicted, equivalent (no effect worth the name) or unsettled (`verdicts`). Claims that
+no host can answer are not asked; claims that cannot fail have a value and no verdict. A result on an embedded
+host never replicates a number of another model.
 """
 
 from __future__ import annotations
@@ -10,41 +10,69 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+import numpy as np
 import pandas as pd
 
 from replication.scorecard.claims import CLAIMS
-from replication.scorecard.criteria import read_criteria
+from replication.scorecard.criteria import GROUPS, Criteria, read_criteria
+from replication.scorecard.verdicts import NOT_ASKED, VERDICTS, holm
+from replication.statistics import Estimate
 
-DIRECTION = {"same direction": 1, "opposite": -1, "no effect": 0}
-STATUSES = (*DIRECTION, "not run")
-COLUMNS = ["id", "experiment", "paper_value", "host", "value", "ci_low", "ci_high", "n"]
-COLUMNS += ["status", "direction", "criterion", "notebook", "note"]
+STATUSES = (*VERDICTS, NOT_ASKED)
+COLUMNS = ["id", "group", "claim", "experiment", "paper_value", "host", "value", "ci_low", "ci_high", "n"]
+COLUMNS += ["trainings", "between_seeds", "status", "repeat_probability", "p", "holm", "counts", "same_as"]
+COLUMNS += ["standard_error", "df", "criterion", "notebook", "note"]
 
 
 def scorecard(read_table: Callable[[str], pd.DataFrame], hosts: list[str]) -> pd.DataFrame:
     """Return one row per claim and host that it is about, and one per claim that is about none of the hosts.
 
-    read_table(name) returns a result table; it is called once per table that a measure needs. Raises
-    ValueError for a host that is not in hosts.csv, KeyError if a table has several rows for a claim.
+    read_table(name) returns a result table; it is called once per table that a measure needs. Columns:
+    value with its 95% interval; trainings (0: no SAE has a part in it; 1: the interval is widened by what another
+    training adds); between_seeds, the standard deviation between trainings; status; repeat_probability, that of
+    the same status in a repeat with other seeds; p and holm, the level of the status and its adjustment within
+    the host over the claims that count; counts; same_as, the claim that counts in this one's place;
+    standard_error and df, of the logarithm for ratios. Raises ValueError for a host that is not in hosts.csv,
+    KeyError if a table has several rows for a claim.
     """
-    tables = cache(read_table)
-    listed, rows = tables("hosts").set_index("host"), []
+    tables, criteria, rows = cache(read_table), read_criteria(), []
+    listed = tables("hosts").set_index("host")
     if unknown := [host for host in hosts if host not in listed.index]:
         raise ValueError(f"hosts.csv has no host {unknown[0]!r}: choose one of {', '.join(listed.index)}.")
-    criteria = read_criteria()
     for claim in pd.read_csv(CLAIMS).itertuples():
-        row = dict(id=claim.id, experiment=claim.experiment, paper_value=claim.value, note=claim.metric)
-        criterion = criteria[claim.id]
+        criterion = criteria.claims[claim.id]
+        row = dict(id=claim.id, group=criterion.group, claim=criterion.claim, experiment=claim.experiment)
+        row |= dict(paper_value=claim.value, note=claim.metric, status=NOT_ASKED, counts=False)
         asked = [host for host in hosts if criterion.asks(listed.loc[host])]
         if not asked:
-            rows.append(row | dict(host=claim.host, status="not run", criterion="", notebook=""))
+            rows.append(row | dict(host=claim.host, criterion="", notebook=""))
         row |= dict(criterion=criterion.criterion, notebook=criterion.notebook)
         for host in asked:
-            answer, status = criterion.answer(tables, host), "not run"
-            line = row | dict(host=host)
-            if answer is not None:
-                line |= dict(value=answer.value, ci_low=answer.low, ci_high=answer.high, n=int(answer.n))
-                status = criterion.status(answer)
-            rows.append(line | dict(status=status))
-    table = pd.DataFrame(rows)
-    return table.assign(direction=table.status.map(DIRECTION))[COLUMNS]
+            line = row | dict(host=host, same_as=criterion.counted_as(listed.family[host]))
+            answer = criterion.answer(tables, host)
+            rows.append(line if answer is None else line | _judged(criteria, line, answer))
+    table = pd.DataFrame(rows).reindex(columns=[x for x in COLUMNS if x != "holm"])
+    return table.assign(holm=holm(table))[COLUMNS].astype(dict(n="Int64", trainings="Int64"))
+
+
+def _judged(criteria: Criteria, line: dict, answer: Estimate) -> dict:
+    """Return the columns of an answered claim."""
+    name = line["id"]
+    estimate = criteria.covering_training(name, answer)
+    shown = np.exp if criteria.is_ratio(name) else np.asarray
+    value, (low, high) = shown(estimate.value), map(shown, estimate.interval())
+    columns = dict(value=value, ci_low=low, ci_high=high, n=estimate.n, trainings=estimate.trainings)
+    columns |= dict(between_seeds=estimate.between_seeds, standard_error=estimate.error, df=estimate.df)
+    if line["group"] == "cannot_fail":
+        return columns
+    borders = criteria.borders(name)
+    columns |= dict(status=borders.verdict(estimate), p=borders.p(estimate), counts=not line["same_as"])
+    return columns | dict(repeat_probability=borders.repeat_probability(estimate))
+
+
+def counts(table: pd.DataFrame) -> pd.DataFrame:
+    """Return how many claims that count have each verdict, per host and group."""
+    kept = table[table.counts.astype(bool)]
+    wide = pd.crosstab([kept.host, kept.group], kept.status)
+    order = pd.MultiIndex.from_product([kept.host.unique(), GROUPS], names=["host", "group"])
+    return wide.reindex(index=order.intersection(wide.index), columns=list(VERDICTS), fill_value=0)

@@ -17,13 +17,11 @@ from writesae.files import ArtifactError
 PROFILE = load_profile("smoke")
 
 
-def scorecard(values, status="no effect", half=1.0, host="a") -> pd.DataFrame:
+def scorecard(values, status="unsettled", half=1.0, host="a") -> pd.DataFrame:
     """A scorecard of one host with claims C0, C1, ...; each interval is the value plus or minus `half`."""
     values = np.asarray(values, float)
     ends = dict(value=values, ci_low=values - half, ci_high=values + half)
-    table = pd.DataFrame(
-        dict(id=[f"C{i}" for i in range(len(values))], host=host, status=status, n=9, direction=0, **ends)
-    )
+    table = pd.DataFrame(dict(id=[f"C{i}" for i in range(len(values))], host=host, status=status, n=9, **ends))
     return table.reindex(columns=COLUMNS)
 
 
@@ -34,8 +32,8 @@ def run(values, seed, **more) -> pd.DataFrame:
 
 
 def test_stability_by_hand():
-    own = scorecard([0.0, 1.0, 2.0], status=["no effect", "opposite", "not run"])
-    others = pd.concat([run([0.5, 1.1, 3], 1), run([-2, 1], 2, status=["no effect", "opposite"])])
+    own = scorecard([0.0, 1.0, 2.0], status=["unsettled", "contradicted", "not asked"])
+    others = pd.concat([run([0.5, 1.1, 3], 1), run([-2, 1], 2, status=["unsettled", "contradicted"])])
     found = repeats.stability(own, others).set_index("id")
     assert list(found.index) == ["C0", "C1"]
     assert found[["runs", "agree"]].values.tolist() == [[3, 3], [3, 2]]
@@ -47,7 +45,7 @@ def test_stability_by_hand():
 
 def test_what_no_repeat_answers_stands_alone_and_other_hosts_do_not_count():
     own = pd.concat([scorecard([0.0]), scorecard([5.0], host="b", half=0)])
-    found = repeats.stability(own, run([0.2], 1, status="opposite")).set_index("host")
+    found = repeats.stability(own, run([0.2], 1, status="contradicted")).set_index("host")
     assert found.loc["a", ["runs", "agree"]].tolist() == [2, 1]
     assert found.loc["b", ["runs", "agree"]].tolist() == [1, 1] and not found.turned["b"]
     assert np.isnan(found.z_most["b"])
@@ -97,7 +95,7 @@ def runs(tmp_path, monkeypatch):
         folders.append(tmp_path / f"run{seed}")
         provenance = dict(profile="smoke", config="", host="all", seed=seed, seconds=0.0)
         tables = dict(
-            scorecard=scorecard([0.1, seed], status=["opposite", "not run"]), replacement_summary=rates(seed / 4)
+            scorecard=scorecard([0.1, seed], status=["contradicted", "not asked"]), replacement_summary=rates(seed / 4)
         )
         for name, table in tables.items():
             stages.write_table(table, folders[-1] / f"{name}.csv", provenance)
@@ -107,7 +105,7 @@ def runs(tmp_path, monkeypatch):
 def test_runs_are_gathered_into_one_table(runs, capsys):
     assert main(["repeats", "--profile", "smoke", *map(str, runs)]) == 0
     table, summary = (Study(PROFILE).kept_table(f"repeats-{kind}") for kind in ("scorecard", "replacement"))
-    assert table[["seed", "id", "status"]].values.tolist() == [[1, "C0", "opposite"], [2, "C0", "opposite"]]
+    assert table[["seed", "id", "status"]].values.tolist() == [[1, "C0", "contradicted"], [2, "C0", "contradicted"]]
     assert summary[["seed", "cells", "win_rate"]].values.tolist() == [[1, "c0", 0.25], [2, "c0", 0.5]]
     assert {*table.device, *summary.device} == {stages.environment()["device"]}
     assert all(stages.KEPT.match(path.name) for path in Study(PROFILE).paths.results.glob("[!.]*.csv"))

@@ -58,15 +58,6 @@ def test_bootstrap_of_means_is_the_loop_over_resampled_values():
     assert fast == pytest.approx(slow, abs=1e-12)
 
 
-def test_a_bootstrap_of_integers_is_the_loop_over_drawn_clusters():
-    labels = np.arange(30) % 7
-    drawn = statistics.cluster_bootstrap(A, labels, np.median, resamples=100, seed=5, draw="integers")
-    generator, medians = np.random.default_rng(5), []
-    for _ in range(100):
-        medians.append(np.median(np.concatenate([A[labels == c] for c in generator.integers(0, 7, 7)])))
-    assert drawn == tuple(np.quantile(medians, [0.025, 0.975]))
-
-
 def test_a_bootstrap_of_a_function_of_rows_is_that_of_the_values():
     labels = RNG.integers(0, 7, size=30)
     rows = statistics.cluster_bootstrap(lambda rows: np.median(A[rows]), labels, resamples=100, seed=5)

@@ -1,0 +1,83 @@
+"""What a value says about a claim, how sure that is, and whether another run would say it again.
+
+A claim has two borders, on both sides of the value that supports neither it nor its opposite. A verdict compares
+a value, its standard error and its degrees of freedom (Student's t) with the borders:
+
+- supported or contradicted: the 95% interval lies beyond the border on the claim's side, or on the other side;
+- equivalent: the 90% interval lies between the borders (two one-sided tests). For a claim of no difference this is
+  what the claim says: it is supported;
+- unsettled: none of these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from replication.statistics import Estimate
+
+VERDICTS = ("supported", "contradicted", "equivalent", "unsettled")
+NOT_ASKED = "not asked"
+Claimed = Literal["above", "below", "equal"]
+DRAWS = 4000  # of repeats, for a probability
+
+
+@dataclass(frozen=True)
+class Borders:
+    """The borders of a claim, and the side on which the claim is."""
+
+    claimed: Claimed
+    low: float
+    high: float
+
+    def verdicts(self, value, error, df) -> np.ndarray:
+        """Return the verdicts [n] on values, standard errors and degrees of freedom [n]."""
+        reach, short = (stats.t.ppf(level, df) * error for level in (0.975, 0.95))
+        above, below = value - reach > self.high, value + reach < self.low
+        inside = (value - short > self.low) & (value + short < self.high)
+        supported = {"above": above, "below": below, "equal": inside}[self.claimed]
+        cases = [supported, above | below, inside]
+        return np.select(cases, VERDICTS[:3], VERDICTS[3])
+
+    def verdict(self, estimate: Estimate) -> str:
+        """Return the verdict on one estimate."""
+        return str(self.verdicts(*map(np.asarray, estimate[:3])))
+
+    def p(self, estimate: Estimate) -> float:
+        """Return the level at which the verdict would be reached: below 0.05 unless it is "unsettled".
+
+        The three hypotheses (below, between and above the borders) exclude each other, so at most one verdict
+        is wrong, and the smaller of the two-sided p of lying outside and the p of lying between is a p-value.
+        """
+        value, error, df = estimate[:3]
+        if error == 0:
+            return float(self.verdict(estimate) == "unsettled")
+        above, below = (stats.t.sf(sign * (value - x) / error, df) for sign, x in ((1, self.high), (-1, self.low)))
+        inside = max(stats.t.sf((value - self.low) / error, df), stats.t.sf((self.high - value) / error, df))
+        return float(min(1.0, 2 * above, 2 * below, inside))
+
+    def repeat_probability(self, estimate: Estimate, seed: int = 0) -> float:
+        """Return the probability that a repeat of the same design, with other seeds, has the same verdict.
+
+        The true error is drawn from its posterior given the estimated one and its degrees of freedom, the true
+        value around the estimate, and the repeat's value and error around these.
+        """
+        generator = np.random.default_rng(seed)
+        value, error, df = estimate[:3]
+        true_error = error / np.sqrt(generator.chisquare(df, DRAWS) / df)
+        repeated = value + np.sqrt(2) * true_error * generator.standard_normal(DRAWS)
+        its_error = true_error * np.sqrt(generator.chisquare(df, DRAWS) / df)
+        return float((self.verdicts(repeated, its_error, df) == self.verdict(estimate)).mean())
+
+
+def holm(scorecard: pd.DataFrame) -> pd.Series:
+    """Return Holm's p-values within each host, over the claims that count; nan for others."""
+    adjusted = pd.Series(np.nan, index=scorecard.index)
+    for _, part in scorecard[scorecard.counts].groupby("host"):
+        p = part.p.sort_values()
+        adjusted[p.index] = (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
+    return adjusted
