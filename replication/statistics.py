@@ -29,7 +29,8 @@ class Estimate(NamedTuple):
     """A value with its standard error and degrees of freedom.
 
     n: number of values per training; trainings: number of SAEs that it is a mean over (1 also if there is no SAE);
-    between_seeds: the standard deviation of the trainings' estimates, nan for one.
+    between_seeds: the standard deviation of the trainings' estimates, nan for one; shared: the part of the error
+    that is the same for other trainings at the same places.
     """
 
     value: float
@@ -38,6 +39,7 @@ class Estimate(NamedTuple):
     n: int
     trainings: int = 1
     between_seeds: float = np.nan
+    shared: float = 0.0
 
     def interval(self, level: float = 0.95) -> Interval:
         """Return Student's interval at a level."""
@@ -168,34 +170,48 @@ def cluster_bootstrap(
 
 
 def over_trainings(
-    values, clusters: Sequence[Sequence], trainings: Sequence | None = None, resamples: int = 2000, seed: int = 0
+    values,
+    places: Sequence | None = None,
+    atoms: Sequence | None = None,
+    trainings: Sequence | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Estimate:
     """Return the mean over trainings of a statistic, with a standard error that covers retraining.
 
     values: a vector [n], for its mean; a matrix [n, 2], for the mean of the first column over that of the second;
-    or a function of row numbers. clusters: one or two lists of n labels (passages; atoms, whose labels name the
-    training). trainings: n labels; by default there is one training.
+    or a function of row numbers. places, atoms: n labels of the clusters that are drawn again. Places (passages,
+    prompts) are the same for all trainings, atoms belong to their training. trainings: n labels; by default there
+    is one training.
 
-    Trainings that are measured at the same places share the sampling error of the places. The error has two
-    parts: what m trainings share, and the variance of their estimates divided by m, which is at least the
-    sampling variance that they do not share. The second part alone is the interval of Hartung and Knapp with
-    equal weights (t with m - 1 degrees of freedom); with both, the degrees of freedom are Satterthwaite's. The
-    error is nan for a single cluster.
+    The error has two parts: the sampling error of the places, which m trainings share, and the variance of their
+    estimates divided by m, which is at least the sampling variance that they do not share. The second part alone
+    is the interval of Hartung and Knapp with equal weights (t with m - 1 degrees of freedom); with both, the
+    degrees of freedom are Satterthwaite's. The error is nan for a single cluster.
     """
     values = values if callable(values) else _finite(values)
-    labels = np.zeros(len(clusters[0])) if trainings is None else np.asarray(trainings)
-    rows = [np.flatnonzero(labels == label) for label in dict.fromkeys(labels.tolist())]
-    estimates, count = np.array([_of_rows(values, part) for part in rows]), len(rows)
-    shared, pooled, degrees = _sampling_variance(values, clusters, rows, resamples, seed)
-    apart, between, freedom = 0.0, np.nan, degrees
+    n = len(atoms if places is None else places)
+    training, count = _codes(np.zeros(n) if trainings is None else trainings)
+    rows = [np.flatnonzero(training == number) for number in range(count)]
+    kinds = {} if places is None else dict(places=_codes(places))
+    if atoms is not None:
+        kinds["atoms"] = _codes(_codes(atoms)[0] * count + training)
+    estimates = np.array([_of_rows(values, part) for part in rows])
+    single, pooled, shared, freedom = _sampling_variance(values, kinds, rows, resamples, seed)
+    own, between = max(single - shared, 0.0), np.nan
     if count > 1:
-        within, between = shared, float(estimates.std(ddof=1))
-        shared = np.clip((count * pooled - within) / (count - 1), 0, within)
-        apart = max(between**2, within - shared) / count
-        if shared + apart > 0:
-            freedom = (shared + apart) ** 2 / (shared**2 / degrees + apart**2 / (count - 1))
-    error = float(np.sqrt(shared + apart))
-    return Estimate(float(estimates.mean()), error, float(freedom), len(labels) // count, count, between)
+        shared = np.clip((count * pooled - single) / (count - 1), 0, single)
+        between = float(estimates.std(ddof=1))
+        own = max(between**2, single - shared) / count
+        freedom = float(satterthwaite(shared, freedom, own, count - 1))
+    error = float(np.sqrt(shared + own))
+    return Estimate(float(estimates.mean()), error, float(freedom), n // count, count, between, float(np.sqrt(shared)))
+
+
+def satterthwaite(one, its_df, other, other_df) -> np.ndarray:
+    """Return the degrees of freedom of the sum of two estimated variances; those of the first if both are 0."""
+    parts = np.square(one) / its_df + np.square(other) / other_df
+    return np.where(parts > 0, np.square(np.add(one, other)) / np.where(parts > 0, parts, 1), its_df)
 
 
 def _of_rows(values, rows: np.ndarray) -> float:
@@ -205,29 +221,30 @@ def _of_rows(values, rows: np.ndarray) -> float:
     return mean[0] / mean[1] if values.ndim == 2 else mean
 
 
-def _sampling_variance(values, clusters, rows: list[np.ndarray], resamples: int, seed: int) -> tuple:
-    """Return the variance of one training's estimate (mean over trainings), that of the mean over trainings
-    measured at the same draws, and the degrees of freedom.
+def _sampling_variance(values, kinds: dict, rows: list[np.ndarray], resamples: int, seed: int) -> tuple:
+    """Return the sampling variance of one training's estimate (mean over trainings), that of the mean over
+    trainings, that of one training when places alone are drawn again, and the degrees of freedom.
 
-    Two kinds of clusters are combined as by Cameron, Gelbach and Miller (2011): the sum of the variances minus
-    that of a bootstrap over pairs of labels; not less than the larger of the two.
+    kinds: `_codes` of places and atoms. Two kinds are combined as by Cameron, Gelbach and Miller (2011): the sum of
+    the variances minus that of a bootstrap over pairs of labels; not less than the larger of the two.
     """
-    kinds = [_codes(labels) for labels in clusters]
-    if min(count for _, count in kinds) < 2:
-        return np.nan, np.nan, np.nan
+    if min(count for _, count in kinds.values()) < 2:
+        return np.nan, np.nan, np.nan, np.nan
+    pairs = []
     if len(kinds) == 2:
-        (one, _), (other, size) = kinds
-        kinds.append(_codes(one * size + other))
+        (one, _), (other, size) = kinds.values()
+        pairs = [_codes(one * size + other)]
     variances = []
-    for codes, count in kinds:
+    for codes, count in [*kinds.values(), *pairs]:
         draws = _kept_draws(count, resamples, seed)
         samples = np.stack([_resampled(values, part, codes, draws) for part in rows])
         variances.append(((deviation(samples) ** 2).mean(), deviation(samples.mean(0)) ** 2))
-    single = np.array(variances[: len(clusters)])
-    total = np.maximum(single.sum(0) - np.array(variances[len(clusters) :]).sum(0), single.max(0))
-    counts = np.array([count - 1 for _, count in kinds[: len(clusters)]])
-    parts = (single[:, 0] ** 2 / counts).sum()
-    return *total, single[:, 0].sum() ** 2 / parts if parts else counts.min()
+    each = np.array(variances[: len(kinds)])
+    single, pooled = np.maximum(each.sum(0) - np.array(variances[len(kinds) :]).sum(0), each.max(0))
+    shared = min(each[0, 0], single) if "places" in kinds else 0.0
+    counts = np.array([count - 1 for _, count in kinds.values()])
+    parts = (each[:, 0] ** 2 / counts).sum()
+    return single, pooled, shared, each[:, 0].sum() ** 2 / parts if parts else counts.min()
 
 
 def _resampled(values, rows: np.ndarray, codes: np.ndarray, draws: np.ndarray) -> np.ndarray:

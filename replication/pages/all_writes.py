@@ -190,7 +190,7 @@ def pooled(losses: pd.DataFrame, tokens: int, resamples: int, seed: int) -> pd.D
         change = part.loss.to_numpy() - own.loss_native.to_numpy()
         cost, options = own.loss.to_numpy() - own.loss_native.to_numpy(), dict(resamples=resamples, seed=seed)
         change, ratio = (
-            stats.over_trainings(values, [own.passage], part.sae, **options)
+            stats.over_trainings(values, own.passage, trainings=part.sae, **options)
             for values in (change, np.stack([change, cost], 1))
         )
         numbers = dict(role=POOLED, seed=np.nan) | _losses(part, none, tokens)

@@ -77,9 +77,10 @@ def paper_places(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
 
 
 def _over_trainings(part: pd.DataFrame, values, study: Study) -> stats.Estimate:
-    """Return the mean of `values` over places and trainings; a firing of the draw `atoms` is of an atom drawn."""
-    clusters = [part.passage, atom_names(part)] if part.draw.iloc[0] == "atoms" else [part.passage]
-    return stats.over_trainings(values, clusters, part.seed, study.profile.replacement.bootstrap, study.profile.seed)
+    """Return the mean of `values` over places and trainings; for the draw `atoms`, also over the atoms drawn."""
+    atoms = atom_names(part) if part.draw.iloc[0] == "atoms" else None
+    options = dict(resamples=study.profile.replacement.bootstrap, seed=study.profile.seed)
+    return stats.over_trainings(values, part.passage, atoms, part.seed, **options)
 
 
 def _row(part: pd.DataFrame, condition: str, study: Study) -> dict:
@@ -108,7 +109,8 @@ def contrasts(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
             won = part.assign(win=stats.beats(part).astype(float)).pivot(index=PLACE, columns="target", values="win")
             pairs = won.reset_index()
             options = dict(resamples=study.profile.replacement.bootstrap, seed=study.profile.seed)
-            found = stats.over_trainings(pairs["write"] - pairs["state"], [pairs.passage], pairs.seed, **options)
+            apart = pairs["write"] - pairs["state"]
+            found = stats.over_trainings(apart, pairs.passage, trainings=pairs.seed, **options)
             row = dict(zip(keys, values, strict=True), cells=cells, n=found.n, seeds=found.trainings)
             rows.append(row | stats.with_ends("difference", found.value, found.interval()))
     return study.write("headline_contrasts", pd.DataFrame(rows))

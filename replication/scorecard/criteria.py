@@ -21,6 +21,8 @@ from replication.study.paths import ROOT
 from writesae.sae.config import first_problem
 
 GROUPS = ("headline", "supporting", "bookkeeping", "cannot_fail")
+RATIO, R2 = (np.log, np.exp), (lambda x: -np.log1p(-x), lambda x: -np.expm1(-x))
+PLAIN = (np.asarray, np.asarray)
 STRICT = dict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
@@ -73,7 +75,7 @@ class Criterion(BaseModel):
     def answer(self, tables: Callable[[str], pd.DataFrame], host: str) -> Estimate | None:
         """Return our number for the claim, or None if the host has no rows, or too few atoms.
 
-        Ratios are returned as logarithms.
+        It is on the scale of `Criteria.scale`.
         """
         return MEASURES[self.measure](tables, host, **self.arguments)
 
@@ -100,23 +102,29 @@ class Criteria(BaseModel):
                 raise ValueError(f"claims.{name}: no smallest effect {criterion.effect!r}: use {', '.join(kinds)}")
         return self
 
-    def is_ratio(self, name: str) -> bool:
-        """Return whether a claim is about a ratio, whose estimate and borders are logarithms."""
-        return self.claims[name].effect in self.smallest_factors
+    def scale(self, name: str) -> tuple[Callable, Callable]:
+        """Return the function to the scale on which a claim is judged, and its inverse.
+
+        Ratios are judged by their logarithm, R2 by minus the logarithm of the share that is not explained: a value
+        of -300 has no symmetric interval.
+        """
+        effect = self.claims[name].effect
+        return RATIO if effect in self.smallest_factors else R2 if effect == "r2" else PLAIN
 
     def borders(self, name: str) -> Borders:
-        """Return the borders of a claim: its indifference minus and plus the smallest effect."""
-        criterion, middle = self.claims[name], self.claims[name].indifference
-        if self.is_ratio(name):
-            middle, smallest = np.log(middle), np.log(self.smallest_factors[criterion.effect])
+        """Return the borders of a claim on its scale: its indifference minus and plus the smallest effect."""
+        criterion, judged = self.claims[name], self.scale(name)[0]
+        if factor := self.smallest_factors.get(criterion.effect):
+            ends = criterion.indifference / factor, criterion.indifference * factor
         else:
             smallest = self.smallest_effects[criterion.effect]
-        return Borders(criterion.claimed, middle - smallest, middle + smallest)
+            ends = criterion.indifference - smallest, criterion.indifference + smallest
+        return Borders(criterion.claimed, *(float(judged(end)) for end in ends))
 
     def covering_training(self, name: str, estimate: Estimate) -> Estimate:
         """Return an estimate of one training with the variance that another training adds."""
         if not self.claims[name].trained:
-            return estimate._replace(trainings=0)
+            return estimate._replace(trainings=0, shared=estimate.error)
         if estimate.trainings > 1:
             return estimate
         between = estimate.error * np.sqrt(self.another_training[self.experiments[name]])

@@ -2,7 +2,7 @@
 
 Each public function is a measure of paper/criteria.yaml. It takes `tables` (tables(NAME) returns
 results/PROFILE/NAME.csv), a host, and the arguments given there. It returns None if the host has no rows for
-the claim, or too few atoms. Measures of ratios return logarithms.
+the claim, or too few atoms. Measures of ratios return logarithms, those of R2 -log(1 - R2).
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def _row(table: pd.DataFrame, **where) -> pd.Series:
     return rows.iloc[0]
 
 
-def _mean(values, *clusters: Sequence) -> Estimate:
-    return over_trainings(np.asarray(values, dtype=float), clusters, resamples=RESAMPLES)
+def _mean(values, places: Sequence, atoms: Sequence | None = None) -> Estimate:
+    return over_trainings(np.asarray(values, dtype=float), places, atoms, resamples=RESAMPLES)
 
 
 def _over_atoms(statistic: Callable, part: pd.DataFrame, resamples: int = RESAMPLES) -> Estimate:
     """Return a statistic of row numbers when the atoms of one SAE, one row each, are drawn."""
-    return over_trainings(statistic, [range(len(part))], resamples=resamples)
+    return over_trainings(statistic, atoms=range(len(part)), resamples=resamples)
 
 
 # Rows of summary tables
@@ -92,8 +92,10 @@ def _log(estimate: Estimate) -> Estimate:
 
 
 def logit_r2(tables: Tables, host: str, predictor: str, rank: int) -> Estimate | None:
-    """Median R2 of a predictor over (atom, eps), for the token of a rank."""
-    return summary(tables, host, "logit_shift_ranks", "r2_median", dict(predictor=predictor, rank=rank))
+    """Median R2 of a predictor over (atom, eps), for the token of a rank: -log(1 - R2), by the delta method."""
+    found = summary(tables, host, "logit_shift_ranks", "r2_median", dict(predictor=predictor, rank=rank))
+    rest = found and max(1 - found.value, 1e-6)  # tables have six digits
+    return found and found._replace(value=float(-np.log(rest)), error=found.error / rest)
 
 
 def sign_agreement(tables: Tables, host: str) -> Estimate:
@@ -123,7 +125,7 @@ def _over_places(values, part: pd.DataFrame) -> Estimate:
     The places are drawn by passage. Atoms are not drawn here: another training has others, and is another
     estimate.
     """
-    return over_trainings(values, [part.passage], part.seed, RESAMPLES)
+    return over_trainings(values, part.passage, trainings=part.seed, resamples=RESAMPLES)
 
 
 def win_rate(tables: Tables, host: str, cells: str) -> Estimate | None:
@@ -192,7 +194,8 @@ def _population(tables: Tables, host: str, atoms: str = "all") -> pd.DataFrame:
 def population(tables: Tables, host: str, atoms: str) -> Estimate | None:
     """Mean over the atoms of a class (or all) of their win rates."""
     part = _population(tables, host, atoms)
-    return _mean(part.win_rate, part.atom) if len(part) >= FEWEST_ATOMS else None
+    rates = part.win_rate.to_numpy()
+    return _over_atoms(lambda rows: rates[rows].mean(), part) if len(part) >= FEWEST_ATOMS else None
 
 
 def class_difference(tables: Tables, host: str) -> Estimate | None:
@@ -319,7 +322,8 @@ def recurring(tables: Tables, host: str) -> Estimate | None:
         return None
     atom = part.seed.astype(str) + "." + part.atom.astype(str)
     matched = part.best > 0.9
-    found = over_trainings(matched.astype(float).to_numpy(), [atom], part.seed, RESAMPLES)
+    values = matched.astype(float).to_numpy()
+    found = over_trainings(values, atoms=atom, trainings=part.seed, resamples=RESAMPLES)
     return rarely(found, int(matched.sum()), atom.nunique())
 
 
@@ -327,7 +331,12 @@ def threshold_ratio(tables: Tables, host: str) -> Estimate:
     """Log of the number of registers at a threshold of 0.02 over that at 0.10."""
     part = _alive(tables, host)
     cosines = part.cosine.to_numpy()
-    return _over_atoms(lambda rows: np.log((cosines[rows] >= 0.02).sum() / (cosines[rows] >= 0.10).sum()), part)
+
+    def ratio(rows: np.ndarray) -> float:
+        low, high = ((cosines[rows] >= tau).sum() for tau in (0.02, 0.10))
+        return np.log(max(1, low) / max(1, high))
+
+    return _over_atoms(ratio, part)
 
 
 def alive_by_k(tables: Tables, host: str) -> Estimate | None:
@@ -383,7 +392,7 @@ def erased_registers(tables: Tables, host: str) -> Estimate | None:
     found = _mean(rise, rise.index)
     share, spread = found.value / cell.cost, (cell.cost_high - cell.cost_low) / WIDTH
     error = np.hypot(found.error, share * spread) / cell.cost
-    return found._replace(value=float(share), error=float(error))
+    return found._replace(value=float(share), error=float(error), shared=float(error))
 
 
 def random_excess(tables: Tables, host: str) -> Estimate:
@@ -397,7 +406,7 @@ def erased(tables: Tables, host: str, where: str, condition: str, dose: float) -
     chosen = dict(target="state", token_from="other", where=where, condition=condition, dose=dose)
     part = rows_with(tables("cache_erase"), host=host, **chosen)
     change = part.change.to_numpy()
-    return over_trainings(lambda rows: np.median(change[rows]), [part.passage, part.atom], resamples=RESAMPLES)
+    return over_trainings(lambda rows: np.median(change[rows]), part.passage, part.atom, resamples=RESAMPLES)
 
 
 def raised(tables: Tables, host: str) -> Estimate:

@@ -7,10 +7,9 @@ host never replicates a number of another model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 
-import numpy as np
 import pandas as pd
 
 from replication.scorecard.claims import CLAIMS
@@ -21,18 +20,22 @@ from replication.statistics import Estimate
 STATUSES = (*VERDICTS, NOT_ASKED)
 COLUMNS = ["id", "group", "claim", "experiment", "paper_value", "host", "value", "ci_low", "ci_high", "n"]
 COLUMNS += ["trainings", "between_seeds", "status", "repeat_probability", "p", "holm", "counts", "same_as"]
-COLUMNS += ["standard_error", "df", "criterion", "notebook", "note"]
+COLUMNS += ["standard_error", "shared_error", "df", "criterion", "notebook", "note"]
 
 
-def scorecard(read_table: Callable[[str], pd.DataFrame], hosts: list[str]) -> pd.DataFrame:
+def scorecard(
+    read_table: Callable[[str], pd.DataFrame], hosts: list[str], measures: Collection[str] = ()
+) -> pd.DataFrame:
     """Return one row per claim and host that it is about, and one per claim that is about none of the hosts.
 
-    read_table(name) returns a result table; it is called once per table that a measure needs. Columns:
+    read_table(name) returns a result table; it is called once per table that a measure needs. measures: only the
+    claims with these measures; by default all. Columns:
     value with its 95% interval; trainings (0: no SAE has a part in it; 1: the interval is widened by what another
     training adds); between_seeds, the standard deviation between trainings; status; repeat_probability, that of
     the same status in a repeat with other seeds; p and holm, the level of the status and its adjustment within
     the host over the claims that count; counts; same_as, the claim that counts in this one's place;
-    standard_error and df, of the logarithm for ratios. Raises ValueError for a host that is not in hosts.csv,
+    standard_error, shared_error (its part that other trainings at the same places share) and df, on the scale of
+    `Criteria.scale`. Raises ValueError for a host that is not in hosts.csv,
     KeyError if a table has several rows for a claim.
     """
     tables, criteria, rows = cache(read_table), read_criteria(), []
@@ -41,6 +44,8 @@ def scorecard(read_table: Callable[[str], pd.DataFrame], hosts: list[str]) -> pd
         raise ValueError(f"hosts.csv has no host {unknown[0]!r}: choose one of {', '.join(listed.index)}.")
     for claim in pd.read_csv(CLAIMS).itertuples():
         criterion = criteria.claims[claim.id]
+        if measures and criterion.measure not in measures:
+            continue
         row = dict(id=claim.id, group=criterion.group, claim=criterion.claim, experiment=claim.experiment)
         row |= dict(paper_value=claim.value, note=claim.metric, status=NOT_ASKED, counts=False)
         asked = [host for host in hosts if criterion.asks(listed.loc[host])]
@@ -59,10 +64,11 @@ def _judged(criteria: Criteria, line: dict, answer: Estimate) -> dict:
     """Return the columns of an answered claim."""
     name = line["id"]
     estimate = criteria.covering_training(name, answer)
-    shown = np.exp if criteria.is_ratio(name) else np.asarray
-    value, (low, high) = shown(estimate.value), map(shown, estimate.interval())
+    shown = criteria.scale(name)[1]
+    value, low, high = (float(shown(x)) for x in (estimate.value, *estimate.interval()))
     columns = dict(value=value, ci_low=low, ci_high=high, n=estimate.n, trainings=estimate.trainings)
-    columns |= dict(between_seeds=estimate.between_seeds, standard_error=estimate.error, df=estimate.df)
+    columns |= dict(between_seeds=estimate.between_seeds, df=estimate.df)
+    columns |= dict(standard_error=estimate.error, shared_error=estimate.shared)
     if line["group"] == "cannot_fail":
         return columns
     borders = criteria.borders(name)

@@ -23,7 +23,7 @@ from replication.statistics import Estimate
 VERDICTS = ("supported", "contradicted", "equivalent", "unsettled")
 NOT_ASKED = "not asked"
 Claimed = Literal["above", "below", "equal"]
-DRAWS = 4000  # of repeats, for a probability
+DRAWS = 2000  # of repeats, for a probability
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Borders:
         is wrong, and the smaller of the two-sided p of lying outside and the p of lying between is a p-value.
         """
         value, error, df = estimate[:3]
-        if error == 0:
+        if not error > 0:
             return float(self.verdict(estimate) == "unsettled")
         above, below = (stats.t.sf(sign * (value - x) / error, df) for sign, x in ((1, self.high), (-1, self.low)))
         inside = max(stats.t.sf((value - self.low) / error, df), stats.t.sf((self.high - value) / error, df))
@@ -68,6 +68,8 @@ class Borders:
         """
         generator = np.random.default_rng(seed)
         value, error, df = estimate[:3]
+        if not error > 0:
+            return 1.0
         true_error = error / np.sqrt(generator.chisquare(df, DRAWS) / df)
         repeated = value + np.sqrt(2) * true_error * generator.standard_normal(DRAWS)
         its_error = true_error * np.sqrt(generator.chisquare(df, DRAWS) / df)

@@ -62,7 +62,7 @@ def test_pooled_rows_are_means_over_trainings():
     assert row.change == pytest.approx((0.5 * cost + change).mean() / 2)
     assert row.loss == pytest.approx(native.mean() + row.change) and row.n == 12 * 255
     pairs, passages = np.stack([np.r_[0.5 * cost, change], np.r_[cost, cost]], 1), np.tile(np.arange(12) // 2, 2)
-    wanted = statistics.over_trainings(pairs, [passages], np.repeat([0, 1], 12), 100, 1).interval()
+    wanted = statistics.over_trainings(pairs, passages, None, np.repeat([0, 1], 12), 100, 1).interval()
     assert (row.ci_low, row.ci_high) == (pytest.approx(1 - wanted.high), pytest.approx(1 - wanted.low))
 
 

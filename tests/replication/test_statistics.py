@@ -220,7 +220,7 @@ def test_intervals_over_trainings_cover_both_sources_of_variance():
     generator = np.random.default_rng(3)
     places, shifts = generator.normal(size=(500, 1)), np.array([[-0.3, 0.0, 0.3]])
     values, labels, trainings = long(places + shifts)
-    found = statistics.over_trainings(values, [labels], trainings, resamples=4000)
+    found = statistics.over_trainings(values, labels, trainings=trainings, resamples=4000)
     sampling, between = places.var(ddof=1) / 500, shifts.var(ddof=1) / 3
     degrees = (sampling + between) ** 2 / (sampling**2 / 499 + between**2 / 2)
     assert (found.value, found.n, found.trainings) == (pytest.approx(places.mean()), 500, 3)
@@ -228,7 +228,7 @@ def test_intervals_over_trainings_cover_both_sources_of_variance():
     assert (found.df, found.between_seeds) == (pytest.approx(degrees, rel=0.05), pytest.approx(0.3))
     low, high = found.interval()
     assert (high - low) / 2 == pytest.approx(scipy_stats.t.ppf(0.975, degrees) * np.sqrt(sampling + between), rel=0.05)
-    alone = statistics.over_trainings(places.ravel(), [range(500)], resamples=4000)
+    alone = statistics.over_trainings(places.ravel(), range(500), resamples=4000)
     assert (alone.trainings, alone.df) == (1, pytest.approx(499)) and np.isnan(alone.between_seeds)
     assert alone.error == pytest.approx(np.sqrt(sampling), rel=0.05)
 
@@ -237,21 +237,23 @@ def test_trainings_that_share_no_places_give_the_interval_of_hartung_and_knapp()
     generator, m, n = np.random.default_rng(0), 6, 300
     values = generator.normal(size=(n, m)) + generator.normal(scale=0.5, size=m)
     flat, _, trainings = long(values)
-    found = statistics.over_trainings(flat, [range(n * m)], trainings, resamples=1000)
+    found = statistics.over_trainings(flat, atoms=range(n * m), trainings=trainings, resamples=1000)
     other = combine_effects(values.mean(0), values.var(0, ddof=1) / n, method_re="iterated")
     assert found.value == pytest.approx(values.mean())
     assert found.error == pytest.approx(other.sd_eff_w_re_hksj, rel=0.03)
     assert found.df == pytest.approx(m - 1, rel=0.03)
+    assert found.shared < 0.1 * found.error
 
 
 def test_two_kinds_of_clusters_are_combined_as_in_statsmodels():
     generator, n = np.random.default_rng(1), 3000
     passage, atom = generator.integers(0, 60, n), generator.integers(0, 40, n)
     values = generator.normal(size=60)[passage] + generator.normal(size=40)[atom] + generator.normal(size=n)
-    found = statistics.over_trainings(values, [passage, atom], resamples=3000)
+    found = statistics.over_trainings(values, passage, atom, resamples=3000)
     wanted = cov_cluster_2groups(OLS(values, np.ones(n)).fit(), passage, atom, use_correction=False)[0]
     assert found.error == pytest.approx(np.sqrt(wanted.item()), rel=0.05)
-    either = [statistics.over_trainings(values, [labels], resamples=3000).error for labels in (passage, atom)]
+    assert found.shared == pytest.approx(statistics.over_trainings(values, passage, resamples=3000).error)
+    either = [statistics.over_trainings(values, labels, resamples=3000).error for labels in (passage, atom)]
     assert found.error > 1.2 * max(either)
 
 
@@ -264,7 +266,7 @@ def test_intervals_over_trainings_hold_the_truth(between):
         of_place = (generator.normal(scale=0.4, size=30)[passages] + generator.normal(size=150))[:, None]
         values = of_place + generator.normal(scale=between, size=3) + generator.normal(scale=0.5, size=(150, 3))
         flat, labels, trainings = long(values, passages)
-        found = statistics.over_trainings(flat, [labels], trainings, resamples=200)
+        found = statistics.over_trainings(flat, labels, trainings=trainings, resamples=200)
         held.append(found.interval().low < 0 < found.interval().high)
         reach = scipy_stats.t.ppf(0.975, 2) * values.mean(0).std(ddof=1) / np.sqrt(3)
         apart.append(abs(values.mean()) < reach)
@@ -275,9 +277,9 @@ def test_intervals_over_trainings_hold_the_truth(between):
 def test_a_ratio_over_trainings_is_a_mean_of_ratios():
     above, below = np.array([[1.0, 2.0], [3.0, 6.0]]), np.array([[1.0, 1.0], [1.0, 3.0]])
     pairs, trainings = np.stack([above.ravel(), below.ravel()], 1), [0, 1, 0, 1]
-    found = statistics.over_trainings(pairs, [[0, 0, 1, 1]], trainings, resamples=50)
+    found = statistics.over_trainings(pairs, [0, 0, 1, 1], trainings=trainings, resamples=50)
     assert found.value == pytest.approx((2 + 2) / 2)
-    same = statistics.over_trainings(pairs[:, [0, 0]], [[0, 0, 1, 1]], trainings, resamples=50)
+    same = statistics.over_trainings(pairs[:, [0, 0]], [0, 0, 1, 1], trainings=trainings, resamples=50)
     assert same.interval() == (1.0, 1.0)
 
 
@@ -290,25 +292,25 @@ def test_a_function_of_rows_is_the_same_as_the_mean_and_the_ratio():
         (pairs, lambda rows: pairs[rows, 0].mean() / pairs[rows, 1].mean()),
     ):
         fast, slow = (
-            statistics.over_trainings(x, [labels, atoms], trainings, resamples=200, seed=4) for x in (values, function)
+            statistics.over_trainings(x, labels, atoms, trainings, resamples=200, seed=4) for x in (values, function)
         )
         assert slow == pytest.approx(fast)
 
 
 def test_one_cluster_says_nothing_about_the_error():
-    found = statistics.over_trainings([1.0, 2.0, 4.0], [[0, 0, 0]])
+    found = statistics.over_trainings([1.0, 2.0, 4.0], [0, 0, 0])
     assert found.value == pytest.approx(7 / 3) and np.isnan(found.error)
     with pytest.raises(ValueError, match="1 of 2 values are not finite"):
-        statistics.over_trainings([1.0, np.nan], [[0, 1]])
+        statistics.over_trainings([1.0, np.nan], [0, 1])
 
 
 def test_a_zero_count_has_the_exact_bound_over_prompts():
     prompts = np.repeat(np.arange(30), 10)
-    zero = statistics.over_trainings(np.zeros(300), [prompts])
+    zero = statistics.over_trainings(np.zeros(300), prompts)
     assert zero.interval() == (0, 0)
     exact = statistics.rarely(zero, 0, 30)
     assert exact.interval(0.9).high == pytest.approx(1 - 0.05 ** (1 / 30))
-    one = statistics.over_trainings((np.arange(300) == 7).astype(float), [prompts])
+    one = statistics.over_trainings((np.arange(300) == 7).astype(float), prompts)
     assert statistics.rarely(one, 1, 30) == one
 
 
