@@ -15,6 +15,7 @@ import pandas as pd
 from replication import statistics as stats
 from replication.plots import CENTRE_NAMES, CONDITION_NAMES
 from replication.study.firings import by_place, drawn_positions, firing_windows, firings_of, headline_saes, run_firings
+from replication.study.profile import PAPER_PLACES
 from replication.study.stages import rows_with
 from replication.study.study import Study
 from writesae.evaluate.firings import atom_names, draw_in_rounds, firings_at
