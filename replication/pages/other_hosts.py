@@ -6,9 +6,13 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import torch
+import torch.nn.functional as F
 
-from replication.statistics import beats, cluster_bootstrap
+from replication.statistics import beats, cluster_bootstrap, per_group, r2, wilson, with_ends
 from replication.study.study import Study
+from writesae.evaluate.shifts import draw_positions, measure_shifts
+from writesae.harvesting import harvest
 
 PLACE = "middle"
 MAGNITUDE = 3.0  # of the install, in native write norms, as in the paper's Table 3
@@ -72,3 +76,81 @@ def side_by_side(study: Study) -> pd.DataFrame:
     ]
     rows += installs(study.table("install")) + cosines(study.table("alive_atoms"))
     return study.write("other_hosts", pd.DataFrame(rows))
+
+
+# Predicted shifts in every cell
+
+CLOSED_FORMS = ("exact", "through_layer", "through_norm")
+
+
+def shifts_by_cell(study: Study) -> pd.DataFrame:
+    """Write and return results shift_by_cell.csv: one row per (cell, eps), medians over atoms.
+
+    The atoms are native writes at other positions of the same prompts, so no SAE is needed.
+    """
+    tables = []
+    for name in study.profile.hosts:
+        profile, settings = study.profile, study.profile.section("logit_shift", name)
+        count, length = settings.cells.prompts, settings.prompt_tokens
+        windows = study.windows(name, "heldout")[slice(0, count)].beginnings(length)
+        t0 = draw_positions(count, profile.data.first_position, length - settings.horizon, profile.seed)
+        drawn = np.random.default_rng(profile.seed).integers((0, 0), (count, length), (settings.cells.atoms, 2))
+        options = dict(eps=settings.cells.eps, horizon=settings.horizon, write=profile.saes.write)
+        given = dict(windows=windows, t0=t0, places=torch.from_numpy(drawn), options=options)
+        cells = study.host(name).cells[:: settings.cells.every]
+        tables.append(study.stage("shift_by_cell", name, cells, _in_cell, host=study.host(name), **given))
+    return study.gather("shift_by_cell", tables)
+
+
+def _in_cell(cell: tuple[int, int], host, windows, t0, places, options) -> pd.DataFrame:
+    factors = harvest(host, windows.tokens, [cell], len(windows), progress=False)[cell]
+    rows, positions = places.unbind(1)
+    writes = factors.key[rows, positions], factors.write(options["write"])[rows, positions]
+    points = measure_shifts(host, windows, t0, cell, *(F.normalize(x, dim=-1) for x in writes), **options)
+    medians = per_group(points, ["eps", "atom"], _parts).groupby("eps").median().drop(columns="atom").reset_index()
+    return medians.assign(host=host.name, layer=cell[0], head=cell[1], n_atoms=len(places), n_prompts=len(windows))
+
+
+def _parts(points: pd.DataFrame) -> dict:
+    """Return R2 over prompts, and the errors of linear parts as shares of the shift's variance.
+
+    linear_layer: of a linear edited layer; linear_above: of linear layers above and a linear final norm; rest: what
+    remains when that norm is exact. cosine: between the first two; first order makes both, and they can cancel.
+    """
+    layer, above = points.through_layer - points.exact, points.measured - points.through_layer
+    size = ((points.measured - points.measured.mean()) ** 2).sum()
+    row = {name: r2(points.measured, points[name]) for name in CLOSED_FORMS}
+    row |= dict(linear_layer=(layer**2).sum() / size, linear_above=(above**2).sum() / size)
+    return row | dict(
+        rest=1 - row["through_norm"], cosine=(layer * above).sum() / np.sqrt((layer**2).sum() * (above**2).sum())
+    )
+
+
+def summarise_cells(study: Study, cells: pd.DataFrame) -> pd.DataFrame:
+    """Write and return results shift_by_cell_summary.csv: one row per (host, eps), medians over cells.
+
+    layer_ahead, norm_ahead: share of cells in which these predictors have a higher R2 than first order, with
+    Wilson's intervals. cosine_behind: median cosine in the cells in which through_layer has the lower one."""
+
+    def row(part: pd.DataFrame) -> dict:
+        numbers = (
+            dict(n_cells=len(part)) | part[[*CLOSED_FORMS, "linear_layer", "linear_above", "rest"]].median().to_dict()
+        )
+        for name in ("layer", "norm"):
+            ahead = part[f"through_{name}"] > part.exact
+            numbers |= with_ends(f"{name}_ahead", ahead.mean(), wilson(int(ahead.sum()), len(part)))
+        return numbers | dict(cosine_behind=part.cosine[part.through_layer < part.exact].median())
+
+    return study.write("shift_by_cell_summary", per_group(cells, ["host", "eps"], row))
+
+
+def shown_cells(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the summary for a reader: errors in percent of the shift's variance."""
+    names = dict(linear_layer="linear layer (%)", linear_above="linear above (%)", rest="the same, norm exact (%)")
+    errors = (100 * summary[list(names)]).round(2).rename(columns=names)
+    ahead = {
+        f"{what} ahead": [f"{share * n:.0f} of {n}" for share, n in zip(summary[f"{name}_ahead"], summary.n_cells)]
+        for name, what in (("layer", "through layer"), ("norm", "through norm"))
+    }
+    cosine = summary.cosine_behind.round(2)
+    return errors.assign(**ahead, **{"cosine where behind": cosine}).set_index([summary.host, summary.eps])
