@@ -153,6 +153,8 @@ def r2_curves(axes: plt.Axes, summary: pd.DataFrame, value: str, low: str, high:
         axes.plot(eps, middle, "o-", markersize=4, linewidth=1, color=colour, label=PREDICTOR_NAMES[name])
         axes.fill_between(eps, bottom, top, alpha=0.15, color=colour)
     axes.set(xscale="log", xlabel="size of the edit (native write norms)")
+    axes.set_xticks(sizes := sorted(summary.eps.unique()), [f"{size:g}" for size in sizes])
+    axes.minorticks_off()
 
 
 def densities(axes: plt.Axes, table: pd.DataFrame, value: str, by: str, colours: Mapping[str, str]) -> None:

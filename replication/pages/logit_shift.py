@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import torch
 
-from replication.plots import PREDICTOR_NAMES
 from replication.statistics import Estimate, ci, cluster_bootstrap, deviation, r2
 from replication.study.firings import encoded_saes, firings_of
 from replication.study.study import Study
@@ -141,6 +140,4 @@ def tables(study: Study, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFra
 def shown(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the median R2 with its interval for a reader: predictors down, sizes across."""
     cells = [f"{r.r2_median:.3f} [{r.ci_low:.3f}, {r.ci_high:.3f}]" for r in summary.itertuples()]
-    table = summary.assign(shown=cells, predictor=summary.predictor.map(PREDICTOR_NAMES))
-    order = [PREDICTOR_NAMES[name] for name in PREDICTORS]
-    return table.pivot(index="predictor", columns="eps", values="shown").loc[order]
+    return summary.assign(shown=cells).pivot(index="predictor", columns="eps", values="shown").loc[list(PREDICTORS)]

@@ -36,7 +36,7 @@ def by_firing(candidates: pd.DataFrame) -> pd.DataFrame:
     A way is a number of backward passes, the second-order form (fisher), or the cosine to the native write. rho:
     Spearman's, of its score with the measured KL over the drawn atoms. kl_chosen: of the atom with the best
     score; kl_best: the smallest; kl_own: of the firing's atom; kl_delete: of deletion. agrees: whether the scores
-    say, as the KLs do, which of the firing's atom and deletion is nearer; the cosine does not say.
+    say, as the KLs do, which of the firing's atom and deletion is nearer (cosine: the atom, if it is positive).
     """
     ways = [name for name in candidates if name.startswith("kl_")] + ["fisher", "cosine"]
     scores, rows = candidates.assign(cosine=-candidates.cosine), []
@@ -80,7 +80,7 @@ def shown(summary: pd.DataFrame) -> pd.DataFrame:
         numbers = summary[[name, f"{name}_low", f"{name}_high"]].to_numpy() * scale
         return [f"{x:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" for x, low, high in numbers]
 
-    columns = {"SAE of": summary.target, "atoms scored by": ways, "firings": summary.n}
+    columns = {"atoms scored by": ways, "firings": summary.n}
     columns |= {"Spearman with the KL": ends("rho", 1, 3), "KL of the chosen / smallest": ends("excess", 1, 2)}
     columns |= {"chosen beats deletion (%)": ends("chosen_beats", 100, 0)}
     columns |= {"firing's atom does (%)": ends("own_beats", 100, 0), "predicted rightly (%)": ends("agrees", 100, 0)}

@@ -102,7 +102,7 @@ def test_predictors_of_one_value_do_not_hide_one_another(axes):
     curves = [line.get_data() for line in axes.lines]
     assert all(y == pytest.approx([-1, -1]) for _, y in curves)  # clipped at the floor
     starts = np.log10([x[0] for x, _ in curves])
-    assert np.diff(starts) == pytest.approx([0.03] * 4) and starts.mean() == pytest.approx(-1)
+    assert np.diff(starts) == pytest.approx([0.024] * 5) and starts.mean() == pytest.approx(-1)
 
 
 def test_levels_mark_the_lines_that_have_them(axes):

@@ -121,4 +121,4 @@ def test_the_summary_is_of_both_firings():
     assert one.excess == 1.5 and (one.excess_low, one.excess_high) == (1.0, 2.0)
     assert (one.own_beats, one.chosen_beats, one.agrees) == (0.5, 0.5, 0.5)
     shown = predicted_kl.shown(summary.reset_index())
-    assert shown.shape == (3, 8) and shown["atoms scored by"].tolist()[0] == "1 backward pass"
+    assert shown.shape == (3, 7) and shown["atoms scored by"].tolist()[0] == "1 backward pass"
