@@ -65,7 +65,6 @@ class Host(ABC):
         _, self.heads, self.d_k, self.d_v, _ = self.shape(model.config)
 
     @classmethod
-    @torch_defaults()
     def build(cls, architecture: dict) -> torch.nn.Module:
         """Return a model with random weights and slow decays. architecture: fields of its config."""
         from transformers import AutoConfig, AutoModelForCausalLM
