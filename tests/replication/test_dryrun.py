@@ -28,7 +28,7 @@ from replication.study.paths import ROOT, Paths, dry_run
 from replication.study.profile import CellRule, HostSection, lay_over, load_profile
 from writesae.hosts import load
 
-PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("*.yaml"))
+PROFILES = sorted(path.stem for path in (ROOT / "profiles").glob("[!.]*.yaml"))
 
 
 @pytest.fixture

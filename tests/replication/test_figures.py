@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from replication import plots
+from replication.commands import order
 
 ROOT = Path(__file__).resolve().parents[2]
 INDEX = ROOT / "figures" / "README.md"
@@ -129,7 +130,7 @@ def test_the_same_figure_gives_the_same_files(tmp_path):
 def saved():
     """notebook -> (names of the figures it saves, whether it sets the plot style)."""
     found = {}
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+    for path in (ROOT / "notebooks" / f"{name}.ipynb" for name in order.notebooks()):
         code = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
         found[path.name] = re.findall(r'plots\.save\(figure, "(\w+)"', code), "plots.style()" in code
     return found

@@ -40,8 +40,11 @@ def _notebook(folder, *sources):
 
 def test_outputs_are_published_and_nothing_else_changes(notebooks):
     path = _notebook(notebooks, PRINTS, "1 + 1")
+    path.chmod(0o664)
     source = nbformat.read(path, as_version=4)
+    umask = os.umask(0o077)
     run.run("00_toy", "mini")
+    os.umask(umask)
     first = path.read_bytes()
     published = nbformat.reads(first.decode(), as_version=4)
     assert [cell.get("execution_count") for cell in published.cells] == [None, 1, 2, 3]
@@ -51,7 +54,7 @@ def test_outputs_are_published_and_nothing_else_changes(notebooks):
     for cell in published.cells[1:]:
         cell.update(execution_count=None, outputs=[])
     assert published == source
-    assert path.stat().st_mtime == 1_000_000_000
+    assert path.stat().st_mtime == 1_000_000_000 and path.stat().st_mode & 0o777 == 0o664
     run.run("00_toy", "mini")
     assert path.read_bytes() == first
 

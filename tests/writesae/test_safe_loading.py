@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from replication.commands import order
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("writesae", "replication", "benchmarks", "notebooks")
-SOURCES = sorted(path for name in FOLDERS for path in (ROOT / name).rglob("*.py"))
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOURCES = sorted(path for name in FOLDERS for path in (ROOT / name).rglob("[!.]*.py"))
+NOTEBOOKS = [ROOT / "notebooks" / f"{name}.ipynb" for name in order.notebooks()]
 UNPICKLERS = {"load", "loads", "Unpickler"}
 FORBIDDEN = {f"{module}.{name}" for module in ("pickle", "_pickle", "dill", "cloudpickle") for name in UNPICKLERS}
 FORBIDDEN |= {"joblib.load", "marshal.load", "marshal.loads", "shelve.open", "pandas.read_pickle"}
