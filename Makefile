@@ -39,6 +39,11 @@ quoted = '$(subst ','\'',$(1))'
 override PY := $(call quoted,$(PY))
 BASE := $(call quoted,$(or $(PYTHON),python3))
 
+# These are given to one call of Make; a variable of the environment that has the name is another one.
+RUN :=
+EXACT :=
+BENCH :=
+
 # All processes run the code of this folder and read and write UTF-8, whatever the user's settings are.
 export PYTHONPATH := $(CURDIR)$(if $(ENV),,$(if $(PYTHONPATH),:$(PYTHONPATH)))
 export PYTHONUTF8 := 1
@@ -47,7 +52,7 @@ unexport PYTHONOPTIMIZE PYTHONSTARTUP PYTHONWARNINGS
 NAMES := $(sort $(shell $(BASE) -I replication/commands/order.py --order 2>/dev/null))
 STAMPS := build/$(PROFILE)/stamps
 SOURCES := $(shell find writesae replication -name '[!.]*.py' ! -path '* *')
-RECIPES := $(wildcard models/*/recipe.yaml)
+RECIPES := $(filter models/%/recipe.yaml,$(wildcard models/*/recipe.yaml))
 
 .PHONY: help env all pages figures dryrun test test-unit test-notebooks test-reference verify lint bench hosts browser sweep repeats lab clean always $(NAMES)
 
@@ -127,7 +132,7 @@ GRID ?= cells
 sweep: $(ENV)  ## train and test the SAEs of profiles/sweeps/GRID.yaml (resumable)
 	$(PY) -m replication sweep --profile $(PROFILE) --grid $(call quoted,profiles/sweeps/$(GRID).yaml)
 
-REPEATS = $(patsubst profiles/%.yaml,%,$(wildcard profiles/$(PROFILE)-[0-9]*.yaml))
+REPEATS = $(patsubst profiles/%.yaml,%,$(filter profiles/%.yaml,$(wildcard profiles/$(PROFILE)-[0-9]*.yaml)))
 
 repeats: $(ENV)  ## run all with each seed of profiles/PROFILE-*.yaml (hours; RUN=folder adds a run)
 	for profile in $(REPEATS); do $(MAKE) all PROFILE=$$profile || exit 1; done

@@ -168,7 +168,9 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         record = json.loads(sidecar(path).read_text(encoding="utf-8"))
         version, checksum = record["format_version"], record["sha256"]
     except OSError as error:
-        raise ArtifactError(f"{sidecar(path)}, which vouches for the file, is missing: {AGAIN}.") from error
+        raise ArtifactError(
+            f"{sidecar(path)}, which vouches for the file, is missing or cannot be read: {AGAIN}."
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ArtifactError(f"{sidecar(path)} is damaged: {AGAIN}.") from error
     if version != FORMAT_VERSION:

@@ -7,10 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-
 from replication.study.paths import ROOT
-from replication.study.yaml_files import checked
+from replication.study.yaml_files import checked, read_mapping
 
 
 class CommandError(RuntimeError):
@@ -20,8 +18,9 @@ class CommandError(RuntimeError):
 def read_yaml(model, path: Path, label: str, **fields):
     """Return a pydantic model of a YAML mapping and further fields. Raises ValueError, about `label`, if the
     file has other content."""
+    content = read_mapping(path, label)
     with checked(label):
-        return model(**yaml.safe_load(path.read_text(encoding="utf-8")), **fields)
+        return model(**content, **fields)
 
 
 def positive(text: str) -> int:
@@ -32,7 +31,7 @@ def positive(text: str) -> int:
 
 
 def last_line(text: str) -> str:
-    return text.strip().splitlines()[-1].strip()
+    return text.strip().rpartition("\n")[2].strip()
 
 
 def check_disk(profile: str) -> None:
@@ -42,5 +41,6 @@ def check_disk(profile: str) -> None:
     command = [sys.executable, "-m", "replication", "disk", "--profile", profile]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8")
     if done.returncode:
-        raise CommandError(last_line(done.stderr).removeprefix("disk failed: "))
+        died = f"the check of the disk ended with exit status {done.returncode}"
+        raise CommandError(last_line(done.stderr).removeprefix("disk failed: ") or died)
     print(done.stderr, end="", file=sys.stderr)  # what is not counted

@@ -264,7 +264,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         path = write(open_study(options.profile))
     except FileNotFoundError as error:
-        remedy = f"`make 02_train_saes PROFILE={options.profile}` makes it"
-        raise CommandError(f"a trained SAE is missing ({error}): {remedy}.") from error
+        remedy = f"`make 02_train_saes PROFILE={options.profile}` makes the SAEs"
+        raise CommandError(f"a file is missing ({error}): {remedy}.") from error
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -20,13 +20,13 @@ from pathlib import Path
 from unittest import mock
 
 import psutil
-import yaml
 
 from replication.commands import CommandError, check_disk, order
 from replication.commands import run as run_notebook
 from replication.study.lock import LockError, writing
 from replication.study.paths import ROOT, Paths, output_root
 from replication.study.profile import load_profile, profile_content
+from replication.study.yaml_files import read_mapping
 
 SHAPES = ROOT / "profiles" / "dryrun" / "hosts.yaml"
 TOKENIZER = ROOT / "models" / "gated_deltanet"  # each random host has these ids, then unused ones
@@ -65,7 +65,7 @@ def make_host(shape: dict, folder: Path) -> None:
 
 def make_hosts(profile: str) -> None:
     """Make the random hosts that do not exist yet. Raises ValueError if hosts.yaml lacks a model's shapes."""
-    shapes = yaml.safe_load(SHAPES.read_text(encoding="utf-8"))
+    shapes = read_mapping(SHAPES, SHAPES.name)
     content = profile_content(ROOT / "profiles" / f"{profile}.yaml")
     paths = {name: section["path"] for name, section in content["hosts"].items()}
     for name, section in load_profile(profile).hosts.items():

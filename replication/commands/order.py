@@ -27,7 +27,7 @@ def read_metadata(path: Path) -> dict[str, list[str]] | None:
     Raises ValueError for a file that is not a notebook."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))["metadata"].get("writesae")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"notebooks/{path.name} is not a readable notebook.") from error
 
 

@@ -82,6 +82,8 @@ def load_grid(path: Path | str) -> Grid:
     if not file.is_file():
         known = ", ".join(sorted(p.stem for p in (paths_module.ROOT / "profiles" / "sweeps").glob("[!.]*.yaml")))
         raise ValueError(f"There is no grid {path}: profiles/sweeps/ has {known}.")
+    if file != grid and (same := grid.with_name(file.name)).is_file() and not same.samefile(file):
+        raise ValueError(f"{file} and {same} would write the same tables: give your grid another name.")
     return read_yaml(Grid, file, f"Grid {file.name}", name=file.stem)
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from replication.study.paths import ROOT, dry_run, in_repository, output_root
-from replication.study.yaml_files import checked
+from replication.study.yaml_files import checked, read_mapping
 from writesae.sae.config import Parts, first_problem
 from writesae.sae.train import TrainingSettings
 from writesae.text import Corpus
@@ -333,27 +332,25 @@ def load_profile(name: str, folder: Path = ROOT / "profiles") -> Profile:
         raise ValueError(
             f"There is no profile {name!r}: choose one of {names}, or write {path.name} in {folder.name}/."
         )
+    content = profile_content(path)
     with checked(f"Profile {name}"):
-        content = profile_content(path)
         if dry_run():
-            content = dry(
-                content, yaml.safe_load((ROOT / "profiles/dryrun/overrides.yaml").read_text(encoding="utf-8"))
-            )
+            content = dry(content, read_mapping(ROOT / "profiles/dryrun/overrides.yaml", "overrides.yaml"))
         return Profile(name=name, **content)
 
 
 def profile_content(path: Path) -> dict:
     """Return the fields of a profile's file, on top of those of the profile that it `extends`, if any.
 
-    Raises ValueError if there is no such profile in the same folder.
+    Raises ValueError if there is no such profile in the same folder, and as `read_mapping`.
     """
-    content = {**yaml.safe_load(path.read_text(encoding="utf-8"))}
+    content = read_mapping(path, f"Profile {path.stem}")
     if "extends" not in content:
         return content
     base = path.with_name(f"{content.pop('extends')}.yaml")
     if not base.is_file():
         raise ValueError(f"Profile {path.stem} extends {base.stem!r}: write {base.name} in the same folder.")
-    return {**yaml.safe_load(base.read_text(encoding="utf-8"))} | content
+    return read_mapping(base, f"Profile {base.stem}") | content
 
 
 def lay_over(base: Any, over: Any) -> Any:
@@ -379,7 +376,7 @@ def dry(content: dict, over: dict) -> dict:
     for name, host in content["hosts"].items():
         host = host | dict(overrides=lay_over(host.get("overrides", {}), over), dtype="float32")
         if not in_repository(host["path"]).exists():
-            path = str(output_root() / "hosts" / Path(host["path"]).name)
+            path = str(output_root() / "hosts" / host["path"].replace("/", "--"))
             host |= dict(path=path, revision=None, tokenizer=None)
         hosts[name] = host
     return content | dict(hosts=hosts)

@@ -303,7 +303,7 @@ def test_failures_are_one_sentence(study, without, monkeypatch, capsys):
     monkeypatch.setattr(browser, "TOKENS", 3)  # promoted tokens are computed again
     try:
         assert main(["browser", "--profile", "small"]) == 1
-        assert "`make 02_train_saes PROFILE=small` makes it." in capsys.readouterr().err.splitlines()[-1]
+        assert "`make 02_train_saes PROFILE=small` makes the SAEs." in capsys.readouterr().err.splitlines()[-1]
     finally:
         config.with_suffix(".away").rename(config)
 

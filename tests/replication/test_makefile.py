@@ -347,7 +347,7 @@ def test_a_python_with_blanks_makes_the_environment(clone):
 
 def test_the_code_of_this_folder_runs_under_any_flags(clone):
     _write(clone / "stub", ARGUMENTS)
-    other = dict(PYTHONPATH="/other/a b:/c", PYTHONOPTIMIZE="2", PYTHONUTF8="0")
+    other = dict(PYTHONPATH="/other/a b:/c", PYTHONOPTIMIZE="2", PYTHONUTF8="0", RUN="of somebody", EXACT="yes")
     command = ["make", "--no-print-directory", "verify", "PY=./stub"]
     subprocess.run(command, cwd=clone, env=_environment() | other, check=True)
     (clone / ".venv" / "bin").mkdir(parents=True)
@@ -355,8 +355,9 @@ def test_the_code_of_this_folder_runs_under_any_flags(clone):
     (clone / "pyproject.toml").touch()
     (clone / ".venv" / ".complete").touch()
     subprocess.run(command[:-1], cwd=clone, env=_environment() | other, check=True)
-    around = [line.split("|")[-4:-1] for line in (clone / "ran").read_text().splitlines()]
-    assert around == [[f"{clone}:/other/a b:/c", "1", ""], [str(clone), "1", ""]]
+    called = [line.split("|")[:-1] for line in (clone / "ran").read_text().splitlines()]
+    assert all(arguments[:-3] == ["-m", "replication", "verify", "--profile", "mini"] for arguments in called)
+    assert [arguments[-3:] for arguments in called] == [[f"{clone}:/other/a b:/c", "1", ""], [str(clone), "1", ""]]
 
 
 def test_make_is_here():

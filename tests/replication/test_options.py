@@ -5,11 +5,12 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+import yaml
 
 from replication.__main__ import main
-from replication.commands import disk, dryrun, repeats, sweep, train_host, verify
+from replication.commands import CommandError, check_disk, disk, dryrun, repeats, sweep, train_host, verify
 from replication.study import paths
-from replication.study.profile import CellRule, HostSection, load_profile
+from replication.study.profile import CellRule, HostSection, dry, load_profile
 from replication.study.study import OUT_OF_MEMORY, Study
 
 
@@ -152,3 +153,32 @@ def test_a_missing_package_is_one_sentence(home, monkeypatch, capsys):
     monkeypatch.setattr(disk, "check", missing)
     assert main(["disk", "--profile", "mini"]) == 1
     assert capsys.readouterr().err == "disk failed: The corpus mine needs `pip install datasets`.\n"
+
+
+def test_a_grid_with_the_name_of_another_is_refused(home):
+    shutil.copy(paths.ROOT / "profiles" / "sweeps" / "cells.yaml", "cells.yaml")
+    with pytest.raises(
+        ValueError, match=r"here \[2\]/cells.yaml and .*profiles/sweeps/cells.yaml would write the same"
+    ):
+        sweep.load_grid("cells.yaml")
+
+
+def test_a_check_of_the_disk_that_dies_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("replication.commands.sys.executable", "false")
+    with pytest.raises(CommandError, match="^the check of the disk ended with exit status 1$"):
+        check_disk("smoke")
+
+
+@pytest.mark.parametrize("content", ["seed: 2026-13-45", "- 1", "{", "[1]: 2"])
+def test_no_mapping_is_one_sentence_whatever_yaml_says(tmp_path, content):
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(ValueError, match="^Profile bad is not a YAML mapping of fields to values.$"):
+        load_profile("bad", tmp_path)
+
+
+def test_hosts_of_a_dry_run_are_kept_apart(home):
+    hosts = {name: dict(path=f"{name}/same", cells=dict(middle=dict(layer=1, head=0))) for name in ("one", "two")}
+    content = yaml.safe_load((paths.ROOT / "profiles" / "smoke.yaml").read_text(encoding="utf-8"))
+    over = yaml.safe_load((paths.ROOT / "profiles/dryrun/overrides.yaml").read_text(encoding="utf-8"))
+    made = dry(content | dict(hosts=hosts), over)["hosts"]
+    assert [made[name]["path"] for name in hosts] == [f"{home}/out put/hosts/{name}--same" for name in hosts]
