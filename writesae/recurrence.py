@@ -34,14 +34,11 @@ def torch_defaults(gradients: bool = False) -> Iterator[None]:
 
     Also a decorator of functions: their results do not depend on what the caller has set globally.
     """
-    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    dtype = torch.get_default_dtype()
     with ExitStack() as stack:
         if dtype != torch.float32:
             torch.set_default_dtype(torch.float32)
             stack.callback(torch.set_default_dtype, dtype)
-        if precision != "highest":
-            torch.set_float32_matmul_precision("highest")
-            stack.callback(torch.set_float32_matmul_precision, precision)
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for device in filter(torch.is_autocast_enabled, ("cpu", "cuda")):

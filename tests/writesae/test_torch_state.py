@@ -19,21 +19,19 @@ CELL = dict(layer=1, head=2)
 
 
 def state() -> tuple:
-    kinds = torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision()
-    return *kinds, torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+    return torch.get_default_dtype(), torch.get_default_device(), *modes
 
 
 @contextmanager
-def defaults(dtype=torch.float32, device="cpu", precision="highest"):
+def defaults(dtype=torch.float32, device="cpu"):
     torch.set_default_dtype(dtype)
     torch.set_default_device(device)
-    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
-        torch.set_float32_matmul_precision("highest")
 
 
 STATES = dict(
@@ -42,7 +40,6 @@ STATES = dict(
     float64=lambda: defaults(torch.float64),
     bfloat16=lambda: defaults(torch.bfloat16),
     device=lambda: defaults(device="meta"),  # a tensor without values, so that any use of it fails
-    products=lambda: defaults(precision="medium"),
     autocast=lambda: torch.autocast("cpu", torch.bfloat16),
 )
 
@@ -139,7 +136,7 @@ def test_defaults_come_back_after_an_error():
     def fails():
         raise ZeroDivisionError(str(torch.zeros(()).dtype))
 
-    with defaults(torch.float64, precision="high"), torch.no_grad():
+    with defaults(torch.float64), torch.no_grad():
         within = state()
         with pytest.raises(ZeroDivisionError, match="float32"):
             fails()
