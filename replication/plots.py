@@ -116,8 +116,8 @@ def panel(
     """Draw points with intervals at the categories of column `x`, the groups side by side.
 
     by: columns that define the groups; the first sets the colour, a second one the marker. interval: columns
-    value, low and high. order: categories to draw (default: all). label: format of a group's names. width: from
-    first to last group (a category has width 1). step: between points of one group and category."""
+    value, low and high. order: categories to draw (default: all). label: format of a group's names. width:
+    from first to last group (a category has width 1). step: between points of one group and category."""
     by = list(by) if isinstance(by, (list, tuple)) else [by]
     order = list(dict.fromkeys(table[x]) if order is None else order)
     markers = dict(zip(dict.fromkeys(table[by[1]]), MARKERS)) if len(by) > 1 else {}

@@ -28,10 +28,9 @@ class Interval(NamedTuple):
 class Estimate(NamedTuple):
     """A value with its standard error and degrees of freedom.
 
-    n: number of values per training; trainings: number of SAEs that it is a mean over (1 also if there is no SAE);
-    between_seeds: the standard deviation of the trainings' estimates, nan for one; shared: the part of the error
-    that is the same for other trainings at the same places.
-    """
+    n: number of values per training; trainings: number of SAEs that it is a mean over (1 also if there is no
+    SAE); between_seeds: the standard deviation of the trainings' estimates, nan for one; shared: the part of
+    the error that is the same for other trainings at the same places."""
 
     value: float
     error: float
@@ -179,16 +178,15 @@ def over_trainings(
 ) -> Estimate:
     """Return the mean over trainings of a statistic, with a standard error that covers retraining.
 
-    values: a vector [n], for its mean; a matrix [n, 2], for the mean of the first column over that of the second;
-    or a function of row numbers. places, atoms: n labels of the clusters that are drawn again. Places (passages,
-    prompts) are the same for all trainings, atoms belong to their training. trainings: n labels; by default there
-    is one training.
+    values: a vector [n], for its mean; a matrix [n, 2], for the mean of the first column over that of the
+    second; or a function of row numbers. places, atoms: n labels of the clusters that are drawn again. Places
+    (passages, prompts) are the same for all trainings, atoms belong to their training. trainings: n labels;
+    by default there is one training.
 
-    The error has two parts: the sampling error of the places, which m trainings share, and the variance of their
-    estimates divided by m, which is at least the sampling variance that they do not share. The second part alone
-    is the interval of Hartung and Knapp with equal weights (t with m - 1 degrees of freedom); with both, the
-    degrees of freedom are Satterthwaite's. The error is nan for a single cluster.
-    """
+    The error has two parts: the sampling error of the places, which m trainings share, and the variance of
+    their estimates divided by m, which is at least the sampling variance that they do not share. The second
+    part alone is the interval of Hartung and Knapp with equal weights (t with m - 1 degrees of freedom); with
+    both, the degrees of freedom are Satterthwaite's. The error is nan for a single cluster."""
     values = values if callable(values) else _finite(values)
     n = len(atoms if places is None else places)
     training, count = _codes(np.zeros(n) if trainings is None else trainings)
@@ -209,7 +207,8 @@ def over_trainings(
 
 
 def satterthwaite(one, its_df, other, other_df) -> np.ndarray:
-    """Return the degrees of freedom of the sum of two estimated variances; those of the first if both are 0."""
+    """Return the degrees of freedom of the sum of two estimated variances; those of the first if both are
+    0."""
     parts = np.square(one) / its_df + np.square(other) / other_df
     return np.where(parts > 0, np.square(np.add(one, other)) / np.where(parts > 0, parts, 1), its_df)
 
@@ -225,8 +224,8 @@ def _sampling_variance(values, kinds: dict, rows: list[np.ndarray], resamples: i
     """Return the sampling variance of one training's estimate (mean over trainings), that of the mean over
     trainings, that of one training when places alone are drawn again, and the degrees of freedom.
 
-    kinds: `_codes` of places and atoms. Two kinds are combined as by Cameron, Gelbach and Miller (2011): the sum of
-    the variances minus that of a bootstrap over pairs of labels; not less than the larger of the two.
+    kinds: `_codes` of places and atoms. Two kinds are combined as by Cameron, Gelbach and Miller (2011): the
+    sum of the variances minus that of a bootstrap over pairs of labels; not less than the larger of the two.
     """
     if min(count for _, count in kinds.values()) < 2:
         return np.nan, np.nan, np.nan, np.nan
@@ -256,13 +255,15 @@ def _resampled(values, rows: np.ndarray, codes: np.ndarray, draws: np.ndarray) -
 
 
 def deviation(samples: np.ndarray) -> np.ndarray:
-    """Return the standard deviation by the width of the central 95%, because a ratio can have far outliers."""
+    """Return the standard deviation by the width of the central 95%, because a ratio can have far
+    outliers."""
     low, high = np.quantile(samples, [0.025, 0.975], axis=-1)
     return (high - low) / (2 * stats.norm.ppf(0.975))
 
 
 def rarely(estimate: Estimate, events: int, clusters: int) -> Estimate:
-    """Return the estimate of a share, or of a change, with the error of a zero count if there are no `events`.
+    """Return the estimate of a share, or of a change, with the error of a zero count if there are no
+    `events`.
 
     A bootstrap of zeros has no width. The error is then such that the one-sided 95% end is Clopper and
     Pearson's for 0 of so many clusters (prompts).
@@ -429,9 +430,8 @@ def spearman(a, b) -> Correlation:
 def clustered_spearman(a, b, clusters: Sequence, resamples: int, seed: int) -> Correlation:
     """Spearman's rho, with the percentile interval of a bootstrap over clusters.
 
-    The ranks are those of the whole sample. All nan as in `pearson`; the ends are nan if a resample is constant,
-    and for a single cluster.
-    """
+    The ranks are those of the whole sample. All nan as in `pearson`; the ends are nan if a resample is
+    constant, and for a single cluster."""
     rho, (a, b) = spearman(a, b), _pair(a, b)
     if np.isnan(rho.value):
         return rho

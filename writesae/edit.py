@@ -2,8 +2,8 @@
 
 A term left_j right_j^T moves on as dS_t = sum_j x_{j,t} right_j^T with x_{j,t} = A_t x_{j,t-1} (the paper's
 Eq. 3, without its approximations), and changes the head's output by dS_t^T q_t. An edited layer changes the
-queries, keys and gates of the layers above. Where these are edited too, q_t and A_t are those of the edited run.
-"""
+queries, keys and gates of the layers above. Where these are edited too, q_t and A_t are those of the edited
+run."""
 
 from __future__ import annotations
 
@@ -94,11 +94,10 @@ def run_edited(
 ) -> Tensor:
     """Return the logits [R, steps, V], fp32, of edited runs from each row's first edited position on.
 
-    windows: the windows that the edit's rows number, or their tokens [N, T]; only the edited ones are run. edit: an
-    edit of the cell (layer, head), or {(layer, head): edit} for several cells at once, with the same rows in each.
-    Raises ValueError for places outside the windows, sides of another size, values that are not finite, rows that
-    differ between cells, and unknown cells.
-    """
+    windows: the windows that the edit's rows number, or their tokens [N, T]; only the edited ones are run.
+    edit: an edit of the cell (layer, head), or {(layer, head): edit} for several cells at once, with the same
+    rows in each. Raises ValueError for places outside the windows, sides of another size, values that are not
+    finite, rows that differ between cells, and unknown cells."""
     several = isinstance(edit, Mapping)
     if [layer is None, head is None] != [several, several]:
         raise ValueError("An edit of one cell takes layer and head; edits of several, {(layer, head): edit}, neither.")
@@ -107,7 +106,8 @@ def run_edited(
 
 
 def run_under(host: Host, windows: Windows | Tensor, edits: Edits) -> tuple[Run, Edits]:
-    """Return a native run of the edited windows, and the edits with their rows in that run and in its dtype."""
+    """Return a native run of the edited windows, and the edits with their rows in that run and in its
+    dtype."""
     tokens, rows = windows if isinstance(windows, Tensor) else windows.tokens, _rows(edits)
     for cell, edit in edits.items():
         host.check_cell(*cell)
@@ -182,11 +182,11 @@ def _check_fits(factors: Factors, edit: Edit, starts: Tensor, steps: int) -> Non
 
 
 def hidden_under(host: Host, run: Run, edits: Edits, steps: int, keep: bool = False) -> tuple[Tensor, list[Past]]:
-    """Return the final hidden states [R, steps, D] of runs under edits, from each row's first edit in any cell on.
+    """Return the final hidden states [R, steps, D] of runs under edits, from each row's first edit in any
+    cell on.
 
-    They are differentiable in the sides of the edits. With `keep`, also the pasts after the last step, with edited
-    states, of the lowest edited layer and of each layer above. Raises ValueError as `run_edited`.
-    """
+    They are differentiable in the sides of the edits. With `keep`, also the pasts after the last step, with
+    edited states, of the lowest edited layer and of each layer above. Raises ValueError as `run_edited`."""
     rows, starts = _rows(edits), _starts(edits)
     lowest = min(layer for layer, _ in edits)
     heads = [head for layer, head in edits if layer == lowest]

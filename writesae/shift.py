@@ -9,11 +9,10 @@
 - through_norm: the logit of an estimated last hidden state (`Gradients.last_hidden`), minus the native logit.
 
 through_layer is exact in the cell and in the edited layer (norm, gate, output projection, MLP, residual), and
-linear in the layers above and the final norm. through_norm is exact in the final norm and the unembedding too:
-of the layers between it takes the residual stream and the linear change of this one logit. Both take one
+linear in the layers above and the final norm. through_norm is exact in the final norm and the unembedding
+too: of the layers between it takes the residual stream and the linear change of this one logit. Both take one
 backward pass for all writes of all sizes at a place, and one pass of the edited layer per write. The same
-estimate of the last hidden state predicts the KL of an edit without a run (`predict_kl`).
-"""
+estimate of the last hidden state predicts the KL of an edit without a run (`predict_kl`)."""
 
 from __future__ import annotations
 
@@ -86,10 +85,9 @@ def _read_by_decay(factors: Factors, edit: Edit, steps: int) -> Tensor:
 class Gradients(NamedTuple):
     """Gradients of m numbers per row, functions of the native logits at the last of some steps.
 
-    head [R, m, steps, d_v], layer [R, m, steps, D], last [R, m, D]: with respect to the head's output, the output
-    of its layer, and the last hidden state. output [R, steps, D], hidden [R, D], logits [R, V]: the native
-    values. Those of layer, last, output and hidden are on the model's device.
-    """
+    head [R, m, steps, d_v], layer [R, m, steps, D], last [R, m, D]: with respect to the head's output, the
+    output of its layer, and the last hidden state. output [R, steps, D], hidden [R, D], logits [R, V]: the
+    native values. Those of layer, last, output and hidden are on the model's device."""
 
     head: Tensor
     layer: Tensor
@@ -106,11 +104,11 @@ class Gradients(NamedTuple):
         return torch.einsum("nsd,nmsd->nm", wide(edited - self.output[rows]), wide(self.layer[rows]))
 
     def last_hidden(self, edited: Tensor, rows: Tensor | slice = slice(None), numbers=slice(None)) -> Tensor:
-        """Return estimates [n, D] of the last hidden states under outputs `edited` [n, steps, D] of the layer.
+        """Return estimates [n, D] of the last hidden states under outputs `edited` [n, steps, D] of the
+        layer.
 
-        The residual stream carries the change of the layer's last output on to the last hidden state. To this is
-        added the smallest change with which the chosen `numbers` change as in `through_layer`.
-        """
+        The residual stream carries the change of the layer's last output on to the last hidden state. To this
+        is added the smallest change with which the chosen `numbers` change as in `through_layer`."""
         slopes, places = wide(self.last[:, numbers]), self.hidden.shape[-1]
         carried = wide(edited - self.output[rows])[:, -1, :places]
         missing = self.through_layer(edited, rows)[:, numbers] - torch.einsum("nmd,nd->nm", slopes[rows], carried)
@@ -157,10 +155,9 @@ def predict_kl(
 ) -> Tensor:
     """Return the predicted KL(native, edited) [R] in nats at the last of the `steps` tokens of `run_edited`.
 
-    It is the KL at the estimated last hidden state (`Gradients.last_hidden`), on which the log-probabilities of
-    the `readings` native top tokens change linearly with the layer's output: one backward pass each, for all
-    edits at a place. Raises ValueError for less than one reading, and as `run_edited`.
-    """
+    It is the KL at the estimated last hidden state (`Gradients.last_hidden`), on which the log-probabilities
+    of the `readings` native top tokens change linearly with the layer's output: one backward pass each, for
+    all edits at a place. Raises ValueError for less than one reading, and as `run_edited`."""
     if not 1 <= readings <= host.vocabulary:
         raise ValueError(f"A KL is predicted from 1 to {host.vocabulary} readings, not from {readings}.")
     run, edit = run_of(host, windows, edit, layer, head)

@@ -38,7 +38,8 @@ def split_of(sha256: str, splits: dict[str, range]) -> str:
 class Corpus(BaseModel):
     """Where documents come from: a `path`, or a `dataset` that the library `datasets` reads.
 
-    path: a .jsonl or .parquet file, a folder of .txt files, or a pattern such as docs/**/*.md. Only the part of
+    path: a .jsonl or .parquet file, a folder of .txt files, or a pattern such as docs/**/*.md. Only the part
+    of
         a path that does not exist is a pattern; patterns and folders skip hidden files and follow links.
     dataset: an id of the Hub, or a folder in the Hub's format; revision, config, split: the part to read.
         Scripts are never run; data sets with a script usually have the revision refs/convert/parquet.
@@ -78,7 +79,8 @@ class Corpus(BaseModel):
         return self.root / local_path(str(self))
 
     def _pattern(self) -> tuple[Path, str]:
-        """Return the part of `place` that exists, and the rest, which is a pattern; "." if all of it exists."""
+        """Return the part of `place` that exists, and the rest, which is a pattern; "." if all of it
+        exists."""
         existing = next(path for path in (self.place, *self.place.parents) if path.exists())
         return existing, str(self.place.relative_to(existing))
 
@@ -262,8 +264,8 @@ def cut_windows(tokenizer, texts: Iterable[str], length: int, limit: int | None 
 def each_window(tokenizer, texts: Iterable[str], length: int) -> Iterator[tuple[int, list[int]]]:
     """Yield (number of the text, `length` token ids) for every whole window, cut as in `cut_windows`.
 
-    Raises ValueError for a length below 1, for one text instead of several, and as `end_of_text` and `token_ids`.
-    """
+    Raises ValueError for a length below 1, for one text instead of several, and as `end_of_text` and
+    `token_ids`."""
     if length < 1:
         raise ValueError(f"A window takes at least one token, not {length}.")
     if isinstance(texts, str):
@@ -278,8 +280,8 @@ def each_window(tokenizer, texts: Iterable[str], length: int) -> Iterator[tuple[
 def end_of_text(tokenizer) -> int:
     """Return the id of the token that separates documents, with which the first window of a text begins.
 
-    This is the end-of-sequence token, or the first of SEPARATORS that the tokenizer has if the end-of-sequence
-    token is none of them, as in chat models. Raises ValueError for a tokenizer with neither.
+    This is the end-of-sequence token, or the first of SEPARATORS that the tokenizer has if the
+    end-of-sequence token is none of them, as in chat models. Raises ValueError for a tokenizer with neither.
     """
     own = getattr(tokenizer, "eos_token", None)
     added = {str(token): i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}

@@ -1,8 +1,8 @@
 """Print the rules for Make of the pages, or with `--order` their names in order.
 
-A page is a notebook whose name is two digits, an underscore and a word, and whose metadata has `writesae`; Make
-passes over all other files in notebooks/. Make runs this file before the environment exists, with Python 3.9 or
-later and the standard library only. The fields of `writesae` are
+A page is a notebook whose name is two digits, an underscore and a word, and whose metadata has `writesae`;
+Make passes over all other files in notebooks/. Make runs this file before the environment exists, with Python
+3.9 or later and the standard library only. The fields of `writesae` are
     needs   the notebooks that must run before it, e.g. ["05_replacement"]
     files   globs of data that it reads from the repository, e.g. ["models/*/config.json"]
     makes   files that it writes, e.g. ["results/{profile}/hosts.csv"]; it runs again if one is missing

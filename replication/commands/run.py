@@ -128,8 +128,9 @@ def find(name: str, profile: str) -> Path:
 def run(name: str, profile: str, log: TextIO | None = None) -> Path:
     """Execute the notebook `name` and publish its outputs. Return the path of the executed notebook.
 
-    What its cells print goes to `log`, or to the streams of this process. Raises CommandError for an unknown name,
-    a read-only folder or a failed cell, LockError if another run is at work; nothing is published then."""
+    What its cells print goes to `log`, or to the streams of this process. Raises CommandError for an unknown
+    name, a read-only folder or a failed cell, LockError if another run is at work; nothing is published
+    then."""
     path, paths = find(name, profile), Paths(profile)
     written = (paths.build, paths.results, paths.figures)
     for folder in written:

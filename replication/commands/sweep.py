@@ -58,9 +58,8 @@ class Variant(Section):
 class Grid(Section):
     """A file in profiles/sweeps/; keep: whether SAEs stay in build/.
 
-    firings: tested per SAE (0: no test). draw: "positions" takes them at places that are uniform over positions
-    and the same for all SAEs of a host; "atoms" takes equally many of every atom.
-    """
+    firings: tested per SAE (0: no test). draw: "positions" takes them at places that are uniform over
+    positions and the same for all SAEs of a host; "atoms" takes equally many of every atom."""
 
     name: str
     hosts: Literal["all", "main"] | list[str] = Field(min_length=1)
@@ -123,7 +122,8 @@ class Sweep:
         return *point[:3], self.grid.variants[point.variant].target, role
 
     def points(self) -> list[Point]:
-        """Return all SAEs of the grid. Raises ValueError for no SAE, and if the profile lacks a host or cell."""
+        """Return all SAEs of the grid. Raises ValueError for no SAE, and if the profile lacks a host or
+        cell."""
         grid, profile = self.grid, self.profile
         named = {"all": list(profile.hosts), "main": [self.study.main]}
         hosts = grid.hosts if isinstance(grid.hosts, list) else named[grid.hosts]
@@ -200,8 +200,8 @@ def run_task(work: Callable, profile: Profile, grid: Grid, host: str, layer: int
 
 
 def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> list[str]:
-    """Store the factors of a layer's cells (shards for training, one held-out file per cell), and half-lives and
-    spectra of all its cells."""
+    """Store the factors of a layer's cells (shards for training, one held-out file per cell), and half-lives
+    and spectra of all its cells."""
     study, data = sweep.study, sweep.profile.data
     cells = [cell for cell in sweep.cells(host) if cell[0] == layer]
     files, memory = {cell: sweep.heldout(host, *cell) for cell in cells}, sweep.memory(host, layer)
@@ -280,7 +280,8 @@ def draw_test(sweep: Sweep, point: Point) -> tuple[Windows, CellSAE, pd.DataFram
 
 
 def replacement_scores(sweep: Sweep, tests: dict[Point, tuple]) -> dict[Point, dict]:
-    """Return the columns of the replacement tests at the next token. tests: from `draw_test`, of one layer."""
+    """Return the columns of the replacement tests at the next token. tests: from `draw_test`, of one
+    layer."""
     if not tests:
         return {}
     first = next(iter(tests))

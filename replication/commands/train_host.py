@@ -1,7 +1,8 @@
 """Train an embedded host from models/NAME/recipe.yaml, on the installed corpus.
 
-An interrupted training continues from the last checkpoint, below build/hosts/NAME, if recipe and text are the same.
-The result is in models/NAME: weights (fp16 safetensors), config, tokenizer, and training.csv, the loss curve."""
+An interrupted training continues from the last checkpoint, below build/hosts/NAME, if recipe and text are the
+same. The result is in models/NAME: weights (fp16 safetensors), config, tokenizer, and training.csv, the loss
+curve."""
 
 from __future__ import annotations
 
@@ -218,8 +219,8 @@ class Training:
 
 
 def train(folder: Path, build: Path) -> float:
-    """Train the host of a folder, or continue if recipe and text are the same. Return its held-out loss in nats
-    per token.
+    """Train the host of a folder, or continue if recipe and text are the same. Return its held-out loss in
+    nats per token.
 
     Raises ValueError as `read_recipe` does, FloatingPointError if the loss is not finite."""
     recipe = read_recipe(folder / "recipe.yaml")

@@ -1,4 +1,5 @@
-"""Notebook 05_all_writes: the loss when all writes of a cell, or of all heads of a layer, are replaced at once."""
+"""Notebook 05_all_writes: the loss when all writes of a cell, or of all heads of a layer, are replaced at
+once."""
 
 from __future__ import annotations
 
@@ -71,14 +72,14 @@ class Case:
 
 
 def all_writes(study: Study) -> pd.DataFrame:
-    """Write results all_writes.csv: a row per (host, cell or layer, SAE, condition); without an SAE, target is empty.
+    """Write results all_writes.csv: a row per (host, cell or layer, SAE, condition); without an SAE, target
+    is empty.
 
-    loss, loss_native, loss_none: nats per token; change: loss - loss_native; recovered: 1 - change / (loss_none
-    - loss_native). Intervals (change_low, change_high; ci_low, ci_high): bootstrap by passage. windows, passages
-    and n, the predicted tokens. head is empty where all heads of the layer are replaced together. Rows of the
-    role "pooled" are means over the trainings (seeds) of a cell, target and centre; their intervals cover
-    retraining.
-    """
+    loss, loss_native, loss_none: nats per token; change: loss - loss_native; recovered: 1 - change /
+    (loss_none - loss_native). Intervals (change_low, change_high; ci_low, ci_high): bootstrap by passage.
+    windows, passages and n, the predicted tokens. head is empty where all heads of the layer are replaced
+    together. Rows of the role "pooled" are means over the trainings (seeds) of a cell, target and centre;
+    their intervals cover retraining."""
     tables, seed = [], study.profile.seed
     for name in study.profile.hosts:
         cases = headline_cases(study, name)
@@ -182,7 +183,8 @@ def recovered(losses: pd.DataFrame, tokens: int, resamples: int, seed: int) -> p
 
 
 def pooled(losses: pd.DataFrame, tokens: int, resamples: int, seed: int) -> pd.DataFrame:
-    """Return a row per target, centre and condition, of all trainings together; arguments as for `recovered`."""
+    """Return a row per target, centre and condition, of all trainings together; arguments as for
+    `recovered`."""
     none = losses[losses.condition == "none"].set_index("window")
 
     def row(part: pd.DataFrame) -> dict:
@@ -225,7 +227,8 @@ def _described(name: str, saes: dict[str, dict[int, SAE]], role: str) -> dict:
 
 
 def labelled(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of the figure's conditions and trainings, with their names (columns training, shown)."""
+    """Return the rows of the figure's conditions and trainings, with their names (columns training,
+    shown)."""
     names = [TRAININGS.get(pair) for pair in zip(table.target, table.centre)]
     training_names = pd.Series(names, index=table.index).where(table.target.notna(), NO_SAE)
     table = table.assign(training=training_names, shown=table.condition.map(CONDITIONS))
@@ -233,7 +236,8 @@ def labelled(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the pooled rows of the chosen cells and those without an SAE, with the cell's name (column cell)."""
+    """Return the pooled rows of the chosen cells and those without an SAE, with the cell's name (column
+    cell)."""
     rows = labelled(table[(table.role == POOLED) | (table.role == "main") & table.target.isna()])
     rows = rows.merge(cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     return rows.assign(cell=rows.host.map(lambda name: plots.HOST.get(name, name)) + ", " + rows.place)
@@ -242,8 +246,8 @@ def headline(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 def surveyed(table: pd.DataFrame, all_cells: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of single surveyed cells, with the cell's half-life and the cost of writing nothing.
 
-    cost: of the cell, in nats per token; counts: whether its interval is above 0, so that a share makes sense.
-    """
+    cost: of the cell, in nats per token; counts: whether its interval is above 0, so that a share makes
+    sense."""
     cell = ["host", "layer", "head"]
     rows = labelled(table[(table.role == SURVEY) & table["head"].notna()])
     none = table[(table.role == SURVEY) & (table.condition == "none")].rename(columns=dict(change="cost"))

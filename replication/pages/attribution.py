@@ -1,9 +1,8 @@
 """Page 13: who reads what was written, by the exact attention map of a recurrent head.
 
-At token t, the size of the part of the head's read that the write of token s brings is |weight_ts| ||added_s||
-(`writesae.evaluate.attribution`). A *share* is such a size divided by the sum of sizes over all s at that t; parts may
-also point against one another (column opposed).
-"""
+At token t, the size of the part of the head's read that the write of token s brings is |weight_ts|
+||added_s|| (`writesae.evaluate.attribution`). A *share* is such a size divided by the sum of sizes over all s
+at that t; parts may also point against one another (column opposed)."""
 
 from __future__ import annotations
 
@@ -45,12 +44,11 @@ def _distances(length: int) -> Tensor:
 def every_cell(study: Study) -> pd.DataFrame:
     """Write results attribution.csv, one row per passage and cell of every host. Return it.
 
-    Over the tokens from position `horizon` on: share_own, share_last_8: of the token's own write, and of the last NEAR (its own
-    included); half_distance: the distance in tokens within which half of the shares lie; error: largest difference
-    between the map times the writes and the head's own read, relative to the largest read; decay_error: size of the
-    error of the map without erasures, relative to the reads; opposed: the share of the parts, along the read, that
-    points against it.
-    """
+    Over the tokens from position `horizon` on: share_own, share_last_8: of the token's own write, and of the
+    last NEAR (its own included); half_distance: the distance in tokens within which half of the shares lie;
+    error: largest difference between the map times the writes and the head's own read, relative to the
+    largest read; decay_error: size of the error of the map without erasures, relative to the reads; opposed:
+    the share of the parts, along the read, that points against it."""
     tables = []
     for name in study.profile.hosts:
         section = study.profile.section("attribution", name)
@@ -93,7 +91,8 @@ def _half_distance(shares: Tensor, horizon: int) -> Tensor:
 
 
 def summarise(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per cell: means over passages (half_distance: the median), with bootstrap intervals by passage.
+    """Return one row per cell: means over passages (half_distance: the median), with bootstrap intervals by
+    passage.
 
     cells: all_cells.csv, for the half-life. error: the largest of all passages.
     """
@@ -110,7 +109,8 @@ def summarise(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: in
 
 
 def trend(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return per host: medians over cells, and Spearman's rho of the half-distance with the half-life of the decay."""
+    """Return per host: medians over cells, and Spearman's rho of the half-distance with the half-life of the
+    decay."""
 
     def row(part: pd.DataFrame) -> dict:
         rho = stats.spearman(part.half_distance, part.half_life_median)
@@ -126,12 +126,12 @@ def trend(summary: pd.DataFrame) -> pd.DataFrame:
 def middle_cells(study: Study) -> pd.DataFrame:
     """Return one row per write of a firing in the middle cell of every host; kept in build/.
 
-    Writes of the held-out windows, of the tokens from first_position on, except for the last `horizon` of a window. token:
-    id. atom, class: of the write-trained SAE's firing there. far: the write's mean share in reads NEAR to `horizon` tokens
-    later. reach: the share of those among all reads of the write, within `horizon` tokens. left: what is left of its key
-    after `horizon` tokens, decay: what the decay alone would leave. erased: the share of its key that one token erased,
-    after `wait` tokens; same_token: whether that token had the same id, by_chance: the share of the later tokens with it.
-    """
+    Writes of the held-out windows, of the tokens from first_position on, except for the last `horizon` of a
+    window. token: id. atom, class: of the write-trained SAE's firing there. far: the write's mean share in
+    reads NEAR to `horizon` tokens later. reach: the share of those among all reads of the write, within
+    `horizon` tokens. left: what is left of its key after `horizon` tokens, decay: what the decay alone would
+    leave. erased: the share of its key that one token erased, after `wait` tokens; same_token: whether that
+    token had the same id, by_chance: the share of the later tokens with it."""
     tables = []
     for name in study.profile.hosts:
         windows, cell = firing_windows(study, name), study.cell(name, "middle")
@@ -177,11 +177,11 @@ def of_windows(
 
 
 def remembered(writes: pd.DataFrame, study: Study, count: int = 6) -> pd.DataFrame:
-    """Write results attribution_tokens.csv: per host, the tokens whose writes are read most, and least, much later.
+    """Write results attribution_tokens.csv: per host, the tokens whose writes are read most, and least, much
+    later.
 
-    Token ids with at least FEWEST writes. ratio: the mean of `far` over the writes of the id divided by that over all
-    writes; interval: bootstrap by passage. rank: from the most remembered.
-    """
+    Token ids with at least FEWEST writes. ratio: the mean of `far` over the writes of the id divided by that
+    over all writes; interval: bootstrap by passage. rank: from the most remembered."""
     tables = []
     for name, part in writes.groupby("host", sort=False):
         often = part[part.groupby("token").token.transform("size") >= FEWEST]
@@ -198,10 +198,10 @@ def remembered(writes: pd.DataFrame, study: Study, count: int = 6) -> pd.DataFra
 def fates(writes: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return per host what becomes of writes, with bootstrap intervals by passage.
 
-    left, decay, erased, wait: medians (erased, wait: of the token that erased most). all_erased: 1 - mean(left) /
-    mean(decay), what all tokens erased of what the decay left. same_token: the share of writes whose strongest eraser
-    has the same id; by_chance: if it were a random later token. The last five are missing where nothing is erased.
-    """
+    left, decay, erased, wait: medians (erased, wait: of the token that erased most). all_erased: 1 -
+    mean(left) / mean(decay), what all tokens erased of what the decay left. same_token: the share of writes
+    whose strongest eraser has the same id; by_chance: if it were a random later token. The last five are
+    missing where nothing is erased."""
 
     def row(part: pd.DataFrame) -> dict:
         numbers = dict(n=len(part), left=part.left.median(), decay=part.decay.median())
@@ -236,9 +236,8 @@ def by_class(writes: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
 
 
 def example(study: Study, host_name: str, tokens: int, number: int = 0) -> tuple[list[str], Tensor, Tensor, Tensor]:
-    """Return one passage's tokens as text, the maps of the middle cell with and without erasures, [T, T] each, in
-    shares that keep the sign, and what each write adds to the logit of the next token, [T].
-    """
+    """Return one passage's tokens as text, the maps of the middle cell with and without erasures, [T, T]
+    each, in shares that keep the sign, and what each write adds to the logit of the next token, [T]."""
     windows, host = passage_prompts(study, host_name, number + 1, tokens), study.host(host_name)
     run, cell = host.run(windows.tokens[number:]), study.cell(host_name, "middle")
     factors, maps = host.factors(run, *cell), []

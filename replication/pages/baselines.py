@@ -92,8 +92,8 @@ CENTRES = dict(mean="centred", none="uncentred")
 class Method(NamedTuple):
     """A replacement; stored: numbers in its codebook, once per cell; per_write: numbers that name one write.
 
-    target, centre: what its codebook was fitted on, and whether minus the mean. size: entries in the codebook.
-    """
+    target, centre: what its codebook was fitted on, and whether minus the mean. size: entries in the
+    codebook."""
 
     method: str
     target: str
@@ -107,12 +107,11 @@ class Method(NamedTuple):
 class Codebooks(NamedTuple):
     """What is fitted on the training writes of a cell.
 
-    key [m, d_k], value [m, d_v]: unit sides of writes drawn at random; the codebooks of raw writes are the first
-    `sizes` of them. centroids [c, d_k, d_v]. components [r, d_k, d_v]: orthonormal, the largest first. key_axes
-    [d_k, d_k], value_axes [d_v, d_v]: orthonormal columns, the largest first. mean [d_k, d_v]: of all writes.
-    token_ids [u], token_means [u, d_k, d_v]: mean write at a token, for a token without training writes the
-    mean of all. tokens: the number of different tokens with training writes.
-    """
+    key [m, d_k], value [m, d_v]: unit sides of writes drawn at random; the codebooks of raw writes are the
+    first `sizes` of them. centroids [c, d_k, d_v]. components [r, d_k, d_v]: orthonormal, the largest first.
+    key_axes [d_k, d_k], value_axes [d_v, d_v]: orthonormal columns, the largest first. mean [d_k, d_v]: of
+    all writes. token_ids [u], token_means [u, d_k, d_v]: mean write at a token, for a token without training
+    writes the mean of all. tokens: the number of different tokens with training writes."""
 
     sizes: list[int]
     key: Tensor
@@ -133,7 +132,8 @@ class Codebooks(NamedTuple):
 def fit_codebooks(
     writes: History, tokens: Tensor, ids: Tensor, entries: int, settings: Baselines, seed: int
 ) -> Codebooks:
-    """Return the Codebooks of training writes [N, T]; tokens [N, T]: theirs; ids [u]: tokens that need a mean.
+    """Return the Codebooks of training writes [N, T]; tokens [N, T]: theirs; ids [u]: tokens that need a
+    mean.
 
     ids is ascending. entries: the SAE's number of atoms, which is also the number of centroids.
     """
@@ -177,7 +177,8 @@ def token_means(key: Tensor, value: Tensor, tokens: Tensor, ids: Tensor, mean: T
 
 
 def nearest(key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Return the entry [n] with the largest abs(<n, a>): writes key, value [n, d], entries keys, values [m, d]."""
+    """Return the entry [n] with the largest abs(<n, a>): writes key, value [n, d], entries keys, values [m,
+    d]."""
     return ((key @ keys.T) * (value @ values.T)).abs().argmax(1)
 
 
@@ -285,8 +286,8 @@ def compare(
 ) -> pd.DataFrame:
     """Return one row per place and Method: kl, kl_delete (nats at t + 1), cosine with the native write.
 
-    firings, places: the drawn places, as for `replace`, with the firings of `cell_sae`, the first of the cell's.
-    """
+    firings, places: the drawn places, as for `replace`, with the firings of `cell_sae`, the first of the
+    cell's."""
     cell = cell_sae.layer, cell_sae.head
     factors, books = host.factors(run, *cell), codebooks[cell]()
     native = factors.at(places.row, places.position)
@@ -348,8 +349,8 @@ def _run_host(study: Study, name: str) -> pd.DataFrame:
 def summarise(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per host, cell (or the paper's pooled) and method; intervals: bootstrap over passages.
 
-    win_rate: the share of places where the method's KL is below that of deletion. recovered: 1 - mean KL / mean
-    KL of deletion. kl_median, kl_delete_median: nats. cosine: the median of that with the native write.
+    win_rate: the share of places where the method's KL is below that of deletion. recovered: 1 - mean KL /
+    mean KL of deletion. kl_median, kl_delete_median: nats. cosine: the median of that with the native write.
     """
 
     def row(part: pd.DataFrame) -> dict:
@@ -368,9 +369,8 @@ def summarise(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: in
 def contrasts(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return each of REFERENCES at its projection against every other method, at the same places.
 
-    atom_closer: the share of places where the reference has the lower KL. difference: its share of recovered KL
-    minus that of the method. Both with a bootstrap over passages.
-    """
+    atom_closer: the share of places where the reference has the lower KL. difference: its share of recovered
+    KL minus that of the method. Both with a bootstrap over passages."""
     rows = []
     for (host, place), part in by_place(table, cells).groupby(["host", "cells"], sort=False):
         index = [*PLACE, "passage", "kl_delete"]
@@ -415,9 +415,8 @@ def at_projection(summary: pd.DataFrame) -> pd.DataFrame:
 def by_cell(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of `at_projection` for each cell of every host, of replacements of rank one.
 
-    `cell`: host and place in words. `kind`: the method in words, the same on all hosts, in order of the mean KL
-    recovered over the cells. Of the SAEs only the uncentred ones of writes.
-    """
+    `cell`: host and place in words. `kind`: the method in words, the same on all hosts, in order of the mean
+    KL recovered over the cells. Of the SAEs only the uncentred ones of writes."""
     parts = []
     for (host, place), rows in summary[summary.cells != "pooled"].groupby(["host", "cells"], sort=False):
         best = at_projection(rows)

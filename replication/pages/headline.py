@@ -1,10 +1,10 @@
 """Page 05: the replacement test under each draw of firings, and for SAEs with and without the data's mean.
 
-The paper pools some 270 firings of each of 18 features, puts in the atom at its activation, and its text centres
-the states. The row nearest to that protocol is target state, centre mean, draw atoms, condition atom, amplitude
-coefficient: `PAPER`. This repository's headline is by position, since "on which share of positions" asks for
-that, and without the mean, since a write-trained atom that stands for "minus the mean" is no stand-in for a write.
-"""
+The paper pools some 270 firings of each of 18 features, puts in the atom at its activation, and its text
+centres the states. The row nearest to that protocol is target state, centre mean, draw atoms, condition atom,
+amplitude coefficient: `PAPER`. This repository's headline is by position, since "on which share of positions"
+asks for that, and without the mean, since a write-trained atom that stands for "minus the mean" is no
+stand-in for a write."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ KLS = ["kl_delete", "kl_atom", "kl_random"]
 
 
 def measure(study: Study) -> pd.DataFrame:
-    """Return one row per firing and amplitude, for every cell, target, centre, seed and draw; kept in build/."""
+    """Return one row per firing and amplitude, for every cell, target, centre, seed and draw; kept in
+    build/."""
     return pd.concat([_of_host(study, name) for name in study.profile.hosts], ignore_index=True)
 
 
@@ -49,13 +50,14 @@ def _of_host(study: Study, name: str) -> pd.DataFrame:
 
 
 def summarise(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
-    """Write results headline.csv: each condition against deletion, per cell and pooled over the paper's cells.
+    """Write results headline.csv: each condition against deletion, per cell and pooled over the paper's
+    cells.
 
     win_rate: the share of firings at which the condition has a lower KL than deletion; a position at which no
-    atom is active counts as lost. recovered: 1 - mean KL / mean KL(delete). Intervals cover places (clustered by
-    passage, for the draw `atoms` by passage and atom) and, where seeds > 1, trainings. lowest, highest: over seeds;
-    between_seeds: standard deviation. KLs in nats. paper: the row nearest to the paper's protocol.
-    """
+    atom is active counts as lost. recovered: 1 - mean KL / mean KL(delete). Intervals cover places (clustered
+    by passage, for the draw `atoms` by passage and atom) and, where seeds > 1, trainings. lowest, highest:
+    over seeds; between_seeds: standard deviation. KLs in nats. paper: the row nearest to the paper's
+    protocol."""
     rows = []
     for values, group in firings.groupby(KEYS, sort=False):
         where, parts = dict(zip(KEYS, values, strict=True)), by_place(group, study.cells).groupby("cells", sort=False)
@@ -67,7 +69,8 @@ def summarise(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
 
 
 def paper_places(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
-    """Write results headline_places.csv: the SAEs of the paper, of all trainings, at the places drawn by position.
+    """Write results headline_places.csv: the SAEs of the paper, of all trainings, at the places drawn by
+    position.
 
     One row per place and training, in the cells that are pooled; KLs in nats. The scorecard reads it.
     """
@@ -78,7 +81,8 @@ def paper_places(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
 
 
 def _over_trainings(part: pd.DataFrame, values, study: Study) -> stats.Estimate:
-    """Return the mean of `values` over places and trainings; for the draw `atoms`, also over the atoms drawn."""
+    """Return the mean of `values` over places and trainings; for the draw `atoms`, also over the atoms
+    drawn."""
     atoms = atom_names(part) if part.draw.iloc[0] == "atoms" else None
     options = dict(resamples=study.profile.replacement.bootstrap, seed=study.profile.seed)
     return stats.over_trainings(values, part.passage, atoms, part.seed, **options)

@@ -156,7 +156,8 @@ def _survey(layer: int, host: Host, run: Later, heldout: Later, passage, first, 
 
 
 def _cost(windows: pd.DataFrame, passage: torch.Tensor, seed: int) -> dict:
-    """Return a cell's mean cost in nats per token, and its interval over passages. windows: a row for each."""
+    """Return a cell's mean cost in nats per token, and its interval over passages. windows: a row for
+    each."""
     interval = cluster_bootstrap(windows.cost, passage.numpy()[windows.window], seed=seed)
     ends = dict(cost_low=interval.low, cost_high=interval.high)
     return dict(cost=windows.cost.mean()) | ends | dict(cost_windows=len(windows))

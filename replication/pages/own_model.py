@@ -1,8 +1,8 @@
 """Page 90: a model, a text, a cell and a word of the reader's choice.
 
-The page's own choice (DEFAULTS) writes into the folders of the profile. Every other choice has folders of its own,
-results/own_models/NAME and figures/own_models/NAME; NAME is the model, the cell and a hash of the whole choice.
-"""
+The page's own choice (DEFAULTS) writes into the folders of the profile. Every other choice has folders of its
+own, results/own_models/NAME and figures/own_models/NAME; NAME is the model, the cell and a hash of the whole
+choice."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class Choice:
 def choose(profile, *, model, tokenizer, text, layer, head, word) -> Choice:
     """Load what the parameters of page 90 name, and take the lock of the folders that the page writes.
 
-    A number may be given as text and text as a number, as papermill does; paths are as `paths.typed` reads them.
-    Raises ValueError for a value that does not fit, before anything is computed, and what `open_study` and
-    `load_host` raise."""
+    A number may be given as text and text as a number, as papermill does; paths are as `paths.typed` reads
+    them. Raises ValueError for a value that does not fit, before anything is computed, and what `open_study`
+    and `load_host` raise."""
     study = open_study(profile, lock=False)
     chosen = dict(model=local_or_id(model), tokenizer=local_or_id(tokenizer), text=place(text), word=str(word))
     chosen |= dict(layer=whole_number(layer, "layer"), head=whole_number(head, "head"))
@@ -91,7 +91,8 @@ def whole_number(value, name: str) -> int:
 
 
 def local_or_id(value) -> str | None:
-    """Return a parameter that names a folder or a Hub id: the path of a folder, else the id; None for none."""
+    """Return a parameter that names a folder or a Hub id: the path of a folder, else the id; None for
+    none."""
     if value in (None, ""):
         return None
     folder = paths.typed(str(value))

@@ -33,11 +33,11 @@ def run(study: Study) -> pd.DataFrame:
 def by_firing(candidates: pd.DataFrame) -> pd.DataFrame:
     """Return one row per (host, target, firing, way of scoring the atoms).
 
-    A way is a number of backward passes, the second-order form (fisher), or the cosine to the native write. rho:
-    Spearman's, of its score with the measured KL over the drawn atoms. kl_chosen: of the atom with the best
-    score; kl_best: the smallest; kl_own: of the firing's atom; kl_delete: of deletion. agrees: whether the scores
-    say, as the KLs do, which of the firing's atom and deletion is nearer (cosine: the atom, if it is positive).
-    """
+    A way is a number of backward passes, the second-order form (fisher), or the cosine to the native write.
+    rho: Spearman's, of its score with the measured KL over the drawn atoms. kl_chosen: of the atom with the
+    best score; kl_best: the smallest; kl_own: of the firing's atom; kl_delete: of deletion. agrees: whether
+    the scores say, as the KLs do, which of the firing's atom and deletion is nearer (cosine: the atom, if it
+    is positive)."""
     ways = [name for name in candidates if name.startswith("kl_")] + ["fisher", "cosine"]
     scores, rows = candidates.assign(cosine=-candidates.cosine), []
     for values, part in scores.groupby(FIRING, sort=False):
@@ -54,10 +54,9 @@ def by_firing(candidates: pd.DataFrame) -> pd.DataFrame:
 def summarise(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
     """Write and return results predicted_kl_summary.csv: one row per (host, target, way of scoring).
 
-    rho, and excess (KL of the chosen atom over the smallest): medians over firings. own_beats, chosen_beats: shares
-    of firings at which the firing's atom, or the chosen one, is nearer than deletion. agrees: as in `by_firing`.
-    All intervals: bootstrap by passage.
-    """
+    rho, and excess (KL of the chosen atom over the smallest): medians over firings. own_beats, chosen_beats:
+    shares of firings at which the firing's atom, or the chosen one, is nearer than deletion. agrees: as in
+    `by_firing`. All intervals: bootstrap by passage."""
 
     def row(part: pd.DataFrame) -> dict:
         numbers = dict(n=len(part), n_passages=part.passage.nunique(), n_atoms=part.n_atoms.iloc[0])

@@ -1,9 +1,9 @@
-"""Why the paper's 92.4% is not reached here: the win rate under each difference from the paper, one at a time.
+"""Why the paper's 92.4% is not reached here: the win rate under each difference from the paper, one at a
+time.
 
-Everything is read from tables of other pages, for the main host. The lines are not cumulative after A (by position,
-without the mean): each that begins with A changes one thing of A. The lines about single choices of the
-multiverse are differences, averaged over all other choices.
-"""
+Everything is read from tables of other pages, for the main host. The lines are not cumulative after A (by
+position, without the mean): each that begins with A changes one thing of A. The lines about single choices of
+the multiverse are differences, averaged over all other choices."""
 
 from __future__ import annotations
 

@@ -105,9 +105,8 @@ class Criteria(BaseModel):
     def scale(self, name: str) -> tuple[Callable, Callable]:
         """Return the function to the scale on which a claim is judged, and its inverse.
 
-        Ratios are judged by their logarithm, R2 by minus the logarithm of the share that is not explained: a value
-        of -300 has no symmetric interval.
-        """
+        Ratios are judged by their logarithm, R2 by minus the logarithm of the share that is not explained: a
+        value of -300 has no symmetric interval."""
         effect = self.claims[name].effect
         return RATIO if effect in self.smallest_factors else R2 if effect == "r2" else PLAIN
 

@@ -92,14 +92,16 @@ def _log(estimate: Estimate) -> Estimate:
 
 
 def logit_r2(tables: Tables, host: str, predictor: str, rank: int) -> Estimate | None:
-    """Median R2 of a predictor over (atom, eps), for the token of a rank: -log(1 - R2), by the delta method."""
+    """Median R2 of a predictor over (atom, eps), for the token of a rank: -log(1 - R2), by the delta
+    method."""
     found = summary(tables, host, "logit_shift_ranks", "r2_median", dict(predictor=predictor, rank=rank))
     rest = found and max(1 - found.value, 1e-6)  # tables have six digits
     return found and found._replace(value=float(-np.log(rest)), error=found.error / rest)
 
 
 def sign_agreement(tables: Tables, host: str) -> Estimate:
-    """Share of shifts that have the sign of the paper's formula, with the error of as many trials as atoms."""
+    """Share of shifts that have the sign of the paper's formula, with the error of as many trials as
+    atoms."""
     part = rows_with(tables("logit_shift_summary"), host=host, predictor="paper")
     part = part[part.eps.isin(PAPER_EPS)]
     return _share(part.sign_agreement.mean(), int(part.n_fits.iloc[0]))
@@ -129,7 +131,8 @@ def _over_places(values, part: pd.DataFrame) -> Estimate:
 
 
 def win_rate(tables: Tables, host: str, cells: str) -> Estimate | None:
-    """Share of places at which the atom beats deletion. A single place is asked only of hosts with several."""
+    """Share of places at which the atom beats deletion. A single place is asked only of hosts with
+    several."""
     part = _places(tables, host, cells)
     if part.empty or (cells != "pooled" and _places(tables, host).place.nunique() == 1):
         return None
@@ -137,7 +140,8 @@ def win_rate(tables: Tables, host: str, cells: str) -> Estimate | None:
 
 
 def kl_ratio(tables: Tables, host: str, control: str, median: str) -> Estimate:
-    """Log of the KL of a control over the atom's: the ratio of their medians, or the median of their ratios."""
+    """Log of the KL of a control over the atom's: the ratio of their medians, or the median of their
+    ratios."""
     part = _places(tables, host)
     atom, other = part.kl_atom.to_numpy(), part[f"kl_{control}"].to_numpy()
 

@@ -40,7 +40,8 @@ def _answered(scorecard: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_run(folder: Path, profile: str, kind: str) -> pd.DataFrame:
-    """Return a table of a run (`kind`: a key of COLUMNS) with the columns RUN, without claims that are not asked.
+    """Return a table of a run (`kind`: a key of COLUMNS) with the columns RUN, without claims that are not
+    asked.
 
     Raises ArtifactError if the table is missing or damaged, RepeatsError if the profile of the run differs
     from `profile` in more than its seed.

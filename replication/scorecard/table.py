@@ -1,9 +1,8 @@
 """The scorecard: each claim of paper/claims.csv and our numbers, by its criterion in paper/criteria.yaml.
 
-A claim is supported, contradicted, equivalent (no effect worth the name) or unsettled (`verdicts`). Claims that
-no host can answer are not asked; claims that cannot fail have a value and no verdict. A result on an embedded
-host never replicates a number of another model.
-"""
+A claim is supported, contradicted, equivalent (no effect worth the name) or unsettled (`verdicts`). Claims
+that no host can answer are not asked; claims that cannot fail have a value and no verdict. A result on an
+embedded host never replicates a number of another model."""
 
 from __future__ import annotations
 
@@ -28,16 +27,14 @@ def scorecard(
 ) -> pd.DataFrame:
     """Return one row per claim and host that it is about, and one per claim that is about none of the hosts.
 
-    read_table(name) returns a result table; it is called once per table that a measure needs. measures: only the
-    claims with these measures; by default all. Columns:
-    value with its 95% interval; trainings (0: no SAE has a part in it; 1: the interval is widened by what another
-    training adds); between_seeds, the standard deviation between trainings; status; repeat_probability, that of
-    the same status in a repeat with other seeds; p and holm, the level of the status and its adjustment within
-    the host over the claims that count; counts; same_as, the claim that counts in this one's place;
-    standard_error, shared_error (its part that other trainings at the same places share) and df, on the scale of
-    `Criteria.scale`. Raises ValueError for a host that is not in hosts.csv,
-    KeyError if a table has several rows for a claim.
-    """
+    read_table(name) returns a result table; it is called once per table that a measure needs. measures: only
+    the claims with these measures; by default all. Columns: value with its 95% interval; trainings (0: no SAE
+    has a part in it; 1: the interval is widened by what another training adds); between_seeds, the standard
+    deviation between trainings; status; repeat_probability, that of the same status in a repeat with other
+    seeds; p and holm, the level of the status and its adjustment within the host over the claims that count;
+    counts; same_as, the claim that counts in this one's place; standard_error, shared_error (its part that
+    other trainings at the same places share) and df, on the scale of `Criteria.scale`. Raises ValueError for
+    a host that is not in hosts.csv, KeyError if a table has several rows for a claim."""
     tables, criteria, rows = cache(read_table), read_criteria(), []
     listed = tables("hosts").set_index("host")
     if unknown := [host for host in hosts if host not in listed.index]:

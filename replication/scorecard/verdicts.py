@@ -1,10 +1,11 @@
 """What a value says about a claim, how sure that is, and whether another run would say it again.
 
-A claim has two borders, on both sides of the value that supports neither it nor its opposite. A verdict compares
-a value, its standard error and its degrees of freedom (Student's t) with the borders:
+A claim has two borders, on both sides of the value that supports neither it nor its opposite. A verdict
+compares a value, its standard error and its degrees of freedom (Student's t) with the borders:
 
-- supported or contradicted: the 95% interval lies beyond the border on the claim's side, or on the other side;
-- equivalent: the 90% interval lies between the borders (two one-sided tests). For a claim of no difference this is
+- supported or contradicted: the 95% interval lies beyond the border on the claim's side, or on the other
+side; - equivalent: the 90% interval lies between the borders (two one-sided tests). For a claim of no
+difference this is
   what the claim says: it is supported;
 - unsettled: none of these.
 """
@@ -63,9 +64,8 @@ class Borders:
     def repeat_probability(self, estimate: Estimate, seed: int = 0) -> float:
         """Return the probability that a repeat of the same design, with other seeds, has the same verdict.
 
-        The true error is drawn from its posterior given the estimated one and its degrees of freedom, the true
-        value around the estimate, and the repeat's value and error around these.
-        """
+        The true error is drawn from its posterior given the estimated one and its degrees of freedom, the
+        true value around the estimate, and the repeat's value and error around these."""
         generator = np.random.default_rng(seed)
         value, error, df = estimate[:3]
         if not error > 0:

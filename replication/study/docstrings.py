@@ -116,7 +116,8 @@ def versions() -> dict[str, str]:
 
 
 def identity() -> dict[str, str]:
-    """Return what identifies the text without reading it: `versions`, and a hash of the files' names and sizes."""
+    """Return what identifies the text without reading it: `versions`, and a hash of the files' names and
+    sizes."""
     return versions() | {"files": _sizes()}
 
 

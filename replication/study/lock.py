@@ -1,8 +1,7 @@
 """One run at a time writes a profile's files: its processes hold the lock of the build folder.
 
-A run is one process, or all processes with the same WRITESAE_RUN (`make all` sets it: it has several notebooks
-at work). The processes of a run share the lock.
-"""
+A run is one process, or all processes with the same WRITESAE_RUN (`make all` sets it: it has several
+notebooks at work). The processes of a run share the lock."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def in_repository(path: str | Path) -> Path:
-    """Return a path of a profile or a variable: ~ is the home folder, and others start from the repository."""
+    """Return a path of a profile or a variable: ~ is the home folder, and others start from the
+    repository."""
     return ROOT / local_path(path)
 
 

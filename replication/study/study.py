@@ -158,7 +158,8 @@ class Study:
         return self.write(name, table, seconds=round(sum(record["seconds"] for record in records), 3))
 
     def write(self, name: str, frame: pd.DataFrame, host: str = "all", seconds: float = 0.0, **more) -> pd.DataFrame:
-        """Write results/<profile>/NAME.csv, and return it as it is read back. more: fields of its provenance."""
+        """Write results/<profile>/NAME.csv, and return it as it is read back. more: fields of its
+        provenance."""
         path = self.paths.results / f"{name}.csv"
         stages.write_table(frame, path, self.provenance(host, seconds=seconds, **more))
         return stages.read_table(path)
@@ -264,7 +265,8 @@ def _host(
 
 
 def _content(place: str | Path | None, revision: str | None = None) -> dict[str, str | None] | None:
-    """Return {name: hash} of the files of a model's or tokenizer's folder, or {hub id: revision or commit}."""
+    """Return {name: hash} of the files of a model's or tokenizer's folder, or {hub id: revision or
+    commit}."""
     if isinstance(place, Path):
         return {path.name: _hash(path) for path in model_files(place)}
     return place and {place: commit(place, revision) or revision}
@@ -277,7 +279,8 @@ def _hash(path: Path) -> str:
 
 @cache
 def _file_hash(path: Path, changed: int, size: int) -> str:
-    """Return the hash of a file, which is read once per time of change and size, because weights are large."""
+    """Return the hash of a file, which is read once per time of change and size, because weights are
+    large."""
     return file_hash(path)
 
 

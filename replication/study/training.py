@@ -84,9 +84,8 @@ def _settings(study: Study, host: str, role: str) -> TrainingSettings:
 def main_variants(study: Study, host: str, place: str = "middle") -> list[MainVariant]:
     """Return the variants of the SAEs of a chosen cell: those of `saes.trainings`, with seeds 1,000 apart.
 
-    The SAEs with the data's mean and the profile's seed have the role "main"; all pages use these. Places that
-    are not the paper's have the profile's seed only, and no learnt bias.
-    """
+    The SAEs with the data's mean and the profile's seed have the role "main"; all pages use these. Places
+    that are not the paper's have the profile's seed only, and no learnt bias."""
     seed, variants = study.profile.seed, []
     trainings = study.profile.section("saes", host).trainings
     if place not in PAPER_PLACES:
@@ -223,7 +222,8 @@ def train_all(study: Study, specs: list[SaeSpec]) -> pd.DataFrame:
 
 
 def _tasks(study: Study, specs: list[SaeSpec]) -> list[list[SaeSpec]]:
-    """Divide specifications into tasks, the longest first: one per cell and kind of role, or several survey layers."""
+    """Divide specifications into tasks, the longest first: one per cell and kind of role, or several survey
+    layers."""
     parts = study.workers * (1 if study.profile.workers is None else SURVEY_PARTS)
     layers: dict[tuple[str, int], int] = {}  # the part of each surveyed layer of a host
     tasks: dict[tuple, list[SaeSpec]] = {}
@@ -324,8 +324,8 @@ def train_saes(study: Study) -> pd.DataFrame:
 def train_single_atoms(study: Study) -> pd.DataFrame:
     """Train the SAEs of notebook 06 and write baseline_saes.csv.
 
-    They are of the writes of the headline's cells, without the mean and with k = 1, else with the main settings.
-    """
+    They are of the writes of the headline's cells, without the mean and with k = 1, else with the main
+    settings."""
     specs = []
     for host, section in study.profile.hosts.items():
         settings = _settings(study, host, "main").model_copy(update=dict(k=1, centre="none"))

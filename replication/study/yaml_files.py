@@ -14,7 +14,8 @@ from writesae.sae.config import first_problem
 
 
 def read_mapping(path: Path, label: str) -> dict[str, Any]:
-    """Return the mapping in a YAML file. Raises ValueError, one sentence about `label`, for any other content."""
+    """Return the mapping in a YAML file. Raises ValueError, one sentence about `label`, for any other
+    content."""
     try:
         return {**yaml.safe_load(path.read_text(encoding="utf-8"))}
     except UnicodeDecodeError as error:

@@ -166,7 +166,8 @@ def _changes(
 
 
 def window_losses(host: Host, final: Tensor, tokens: Tensor) -> Tensor:
-    """Return the mean loss [N] per predicted token, in nats, of last hidden states [N, T, D] over tokens [N, T]."""
+    """Return the mean loss [N] per predicted token, in nats, of last hidden states [N, T, D] over tokens [N,
+    T]."""
     return torch.stack(
         [F.cross_entropy(host.logits(x[:-1]), following[1:]) for x, following in zip(final, tokens, strict=True)]
     )

@@ -46,7 +46,8 @@ def without_erase(factors: Factors) -> Factors:
 
 
 def survival(factors: Factors) -> Tensor:
-    """Return ||A_t ... A_{s+1} key_s|| [B, T, T]: what is left at token t (dim 1) of the key of token s (dim 2)."""
+    """Return ||A_t ... A_{s+1} key_s|| [B, T, T]: what is left at token t (dim 1) of the key of token s (dim
+    2)."""
     count, length, d_k = factors.key.shape
     moved, rows = factors.key.new_zeros(count, length, d_k), []
     for t in range(length):
@@ -60,9 +61,9 @@ def survival(factors: Factors) -> Tensor:
 def overwriters(factors: Factors) -> tuple[Tensor, Tensor]:
     """Return which token erased most of each write, [B, T] int64, and how much of it, [B, T].
 
-    The share is of the write's key at the start: the length that the erasure of one token takes, beyond the decay.
-    A write of which nothing is erased has the share 0. Raises ValueError for a host that erases nothing.
-    """
+    The share is of the write's key at the start: the length that the erasure of one token takes, beyond the
+    decay. A write of which nothing is erased has the share 0. Raises ValueError for a host that erases
+    nothing."""
     if factors.erase is None or not factors.erase.any():
         raise ValueError("The states of this host only decay: no token erases what another wrote.")
     count, length, d_k = factors.key.shape
@@ -83,10 +84,10 @@ def overwriters(factors: Factors) -> tuple[Tensor, Tensor]:
 def logit_parts(host: Host, run: Run, layer: int, head: int, tokens: Tensor) -> Tensor:
     """Return what each write of a head adds to a logit at the last position, to first order, [B, T].
 
-    tokens [B]: the logit of each window. A write counts at every position that reads it: the sum over t of weight_ts
-    <added_s, r_t>, with r_t the gradient of the logit with respect to the head's output at t (one backward pass). The
-    parts add up to the sum over t of <S_t^T q_t, r_t>. Raises ValueError as `logit_gradient`.
-    """
+    tokens [B]: the logit of each window. A write counts at every position that reads it: the sum over t of
+    weight_ts <added_s, r_t>, with r_t the gradient of the logit with respect to the head's output at t (one
+    backward pass). The parts add up to the sum over t of <S_t^T q_t, r_t>. Raises ValueError as
+    `logit_gradient`."""
     count, length = run.tokens.shape
     rows, factors = torch.arange(count), host.factors(run, layer, head)
     gradient, _ = logit_gradient(host, run, layer, head, rows, torch.zeros_like(rows), length, tokens)

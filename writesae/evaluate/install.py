@@ -1,8 +1,7 @@
 """Install (the paper's Sec. 4, App. I.6): write a direction at some positions so that the model says a token.
 
-The directions are those of writesae.evaluate.steering; their norm is m native write norms. Inclusion: the target is
-in the greedy continuation. Dose: the smallest m for which it is the next token.
-"""
+The directions are those of writesae.evaluate.steering; their norm is m native write norms. Inclusion: the
+target is in the greedy continuation. Dose: the smallest m for which it is the next token."""
 
 from __future__ import annotations
 
@@ -45,7 +44,8 @@ def ranks(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def word_token(tokenizer, word: str) -> int:
-    """Return the token that a word is inside a text: after a space or, if those are several tokens, without one.
+    """Return the token that a word is inside a text: after a space or, if those are several tokens, without
+    one.
 
     Raises ValueError if the word is several tokens in both places, or only blanks.
     """

@@ -1,9 +1,8 @@
 """Which atom to put in a write's place: the KL of replacements, predicted without a run and measured.
 
-At each firing, atoms replace the native write at its norm (read scope "write"), one at a time. The KL at t + 1
-is predicted from gradients of the log-probabilities of the native top tokens, which are the same for all atoms
-(`writesae.shift.Gradients.last_hidden`).
-"""
+At each firing, atoms replace the native write at its norm (read scope "write"), one at a time. The KL at t +
+1 is predicted from gradients of the log-probabilities of the native top tokens, which are the same for all
+atoms (`writesae.shift.Gradients.last_hidden`)."""
 
 from __future__ import annotations
 
@@ -40,10 +39,9 @@ def predict_replacements(
     """Return one row per (firing, candidate): `kl` in nats as measured, its predictions, and the cosine.
 
     The candidates are the firing's atom (`own`), `atoms` alive atoms, the same at all firings, and DELETION.
-    kl_M: predicted from M readings, which take M backward passes for all candidates; with none, the change of the
-    layer's output goes straight to the final norm. fisher: the second-order form, from as many readings as there
-    are at most. cosine: of the atom to the native write. Other arguments: as for `replace`.
-    """
+    kl_M: predicted from M readings, which take M backward passes for all candidates; with none, the change of
+    the layer's output goes straight to the final norm. fisher: the second-order form, from as many readings
+    as there are at most. cosine: of the atom to the native write. Other arguments: as for `replace`."""
     cell, alive = (cell_sae.layer, cell_sae.head), cell_sae.alive
     drawn = alive[torch.from_numpy(np.random.default_rng(seed).permutation(len(alive))[:atoms])]
     put_in = torch.cat([places.atom[:, None], drawn.expand(len(firings), -1)], 1)  # [n, 1 + atoms]

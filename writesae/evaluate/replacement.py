@@ -16,9 +16,9 @@ at t + 1, and the loss there, on token t + 2; for native, delete and atom also t
 | flat_svd        | the top singular pair of a flat SAE's reconstruction of the state (App. F.4)          |
 | whole_atom      | the firing's atom itself, where its rank is above 1 (only on request)                 |
 
-At the amplitude "coefficient" the norm is the atom's coefficient, and the reconstruction and atom_and_mean keep
-their own. At "matched_norm" it is the Frobenius norm of the native write. At "projection" each replacement has
-the amplitude that brings it nearest to the native write in that norm, which may be negative.
+At the amplitude "coefficient" the norm is the atom's coefficient, and the reconstruction and atom_and_mean
+keep their own. At "matched_norm" it is the Frobenius norm of the native write. At "projection" each
+replacement has the amplitude that brings it nearest to the native write in that norm, which may be negative.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ def measure_terms(
 ) -> pd.DataFrame:
     """Return KL(native, patched) in nats at t + 1 with other matrices in the native write's place.
 
-    One row per place, one column per name in `put_in`; the terms are put in at their own norm. cell_sae: gives
-    the cell and the definition of its write. places: as for `replace`. batch_rows: edited rows per run.
+    One row per place, one column per name in `put_in`; the terms are put in at their own norm. cell_sae:
+    gives the cell and the definition of its write. places: as for `replace`. batch_rows: edited rows per run.
     """
     factors, by_rank = host.factors(run, cell_sae.layer, cell_sae.head), {}
     for name, (left, _) in put_in.items():

@@ -1,12 +1,12 @@
 """Writes that raise the logit of a token at the end of a window: in one cell, in a layer, or in all cells.
 
-To first order a write x w^T raises the logit by x^T Gamma w (writesae.shift). One backward pass has the Gamma of
-every cell, and the best unit write of a cell is the top singular pair of its Gamma. Each write is as large as the
-native one at its place, times a magnitude. Directions:
+To first order a write x w^T raises the logit by x^T Gamma w (writesae.shift). One backward pass has the Gamma
+of every cell, and the best unit write of a cell is the top singular pair of its Gamma. Each write is as large
+as the native one at its place, times a magnitude. Directions:
 
-- paper:     the native key with the value W_O^T W_U[token] of the head (the paper's Sec. 4);
-- gamma:     the top singular pairs in the native run;
-- layerwise: going up the edited run, the pairs of each layer come from its own queries, keys and gates, and from
+- paper:     the native key with the value W_O^T W_U[token] of the head (the paper's Sec. 4); - gamma:     the
+top singular pairs in the native run; - layerwise: going up the edited run, the pairs of each layer come from
+its own queries, keys and gates, and from
              the gradient through this layer at its edited input. Only the layers above are linearised at the
              native run, so that one backward pass of the model is enough;
 - random:    Gaussian keys and values.
@@ -68,7 +68,8 @@ class Goal:
         return (factors.key.norm(dim=-1) * factors.write(self.write).norm(dim=-1))[self.rows]
 
     def edit(self, key: Tensor, value: Tensor, size: Tensor) -> Edit:
-        """Return the edit with unit keys [R, writes, d_k] and values [R, writes, d_v] times size [R, writes]."""
+        """Return the edit with unit keys [R, writes, d_k] and values [R, writes, d_v] times size [R,
+        writes]."""
         positions = (self.start + torch.arange(self.writes)).expand(len(self.rows), -1)
         seen = torch.ones(len(self.rows), dtype=torch.bool)
         return Edit(self.rows, positions, key.to(size), (value * size[..., None]).to(size), seen)
@@ -77,7 +78,8 @@ class Goal:
 def directions(
     host: Host, goal: Goal, cells: Sequence[Cell], name: str, magnitude: float = 1.0, seed: int = 0
 ) -> Edits:
-    """Return the edit of each cell in one of DIRECTIONS, `magnitude` native norms large; seed: of random ones.
+    """Return the edit of each cell in one of DIRECTIONS, `magnitude` native norms large; seed: of random
+    ones.
 
     Raises ValueError for another name, no cells, and cells that the host does not have.
     """
@@ -122,10 +124,10 @@ def gamma_pairs(host: Host, goal: Goal, cells: Sequence[Cell]) -> dict[Cell, tup
 def top_pairs(factors: Factors, rows: Tensor, starts: Tensor, gradient: Tensor, writes: int) -> tuple[Tensor, ...]:
     """Return the top singular pair of Gamma at the first `writes` positions from starts[r] of row rows[r] on.
 
-    Its key [R, writes, d_k] and value [R, writes, d_v], and the singular value [R, writes]: the gain of the logit by
-    a unit write, to first order. gradient: [R, steps, d_v], of the logit with respect to the head's output. Gamma is
-    a sum over steps of (query, moved back to the write) (gradient)^T, so its pairs are those of small matrices.
-    """
+    Its key [R, writes, d_k] and value [R, writes, d_v], and the singular value [R, writes]: the gain of the
+    logit by a unit write, to first order. gradient: [R, steps, d_v], of the logit with respect to the head's
+    output. Gamma is a sum over steps of (query, moved back to the write) (gradient)^T, so its pairs are those
+    of small matrices."""
     steps, queries = gradient.shape[1], []
     moved = gradient.new_zeros(len(rows), factors.query.shape[-1], steps)  # one column per query
     for step in reversed(range(steps)):
@@ -205,9 +207,8 @@ def _layerwise(host: Host, goal: Goal, cells: Sequence[Cell], magnitude: float) 
 def refine(host: Host, goal: Goal, edits: Edits, steps: int = 5, rate: float = 0.05) -> Edits:
     """Return edits of the same sizes in better directions: `steps` of Adam for the tokens' log-probability.
 
-    The sides of the terms are unit vectors that Adam moves with learning rate `rate`. Raises ValueError for less
-    than one step.
-    """
+    The sides of the terms are unit vectors that Adam moves with learning rate `rate`. Raises ValueError for
+    less than one step."""
     if steps < 1:
         raise ValueError(f"A refinement takes at least one step, not {steps}.")
     sizes = {cell: (edit.left.norm(dim=-1) * edit.right.norm(dim=-1))[..., None] for cell, edit in edits.items()}
@@ -231,7 +232,8 @@ def refine(host: Host, goal: Goal, edits: Edits, steps: int = 5, rate: float = 0
 
 
 def end_logits(host: Host, goal: Goal, edits: Edits) -> Tensor:
-    """Return the logits [R, V], fp32, at the end of the windows under edits, differentiable in their sides."""
+    """Return the logits [R, V], fp32, at the end of the windows under edits, differentiable in their
+    sides."""
     return host.logits(hidden_under(host, goal.run, edits, goal.steps)[0][:, -1])
 
 

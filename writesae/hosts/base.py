@@ -212,7 +212,8 @@ class Host(ABC):
         return past
 
     def _shared(self, record: Record, rows: Tensor, starts: Tensor) -> tuple[Tensor, ...]:
-        """Return the states before position starts[u] of window rows[u], or the keys, values and which exist."""
+        """Return the states before position starts[u] of window rows[u], or the keys, values and which
+        exist."""
         if record.keys is None:
             return (self.state_at(record, rows, starts),)
         longest = int(starts.max())
@@ -261,11 +262,10 @@ class Host(ABC):
         """Run the layers from `layer` on again, with `change` [R, steps, d_v] added to the head's output.
 
         head: one, or several different ones, with change [R, steps, heads, d_v]. Row r begins at position
-        starts[r] of window rows[r]. alter(layer, record): called for each layer above, between `mix` and `finish`;
-        it may change the record. Returns the last hidden states [R, steps, D], differentiable in `change`, and,
-        with `keep`, the pasts after the last step: of the layer itself (its state is not edited) and of each layer
-        above. Raises ValueError for arguments that do not fit.
-        """
+        starts[r] of window rows[r]. alter(layer, record): called for each layer above, between `mix` and
+        `finish`; it may change the record. Returns the last hidden states [R, steps, D], differentiable in
+        `change`, and, with `keep`, the pasts after the last step: of the layer itself (its state is not
+        edited) and of each layer above. Raises ValueError for arguments that do not fit."""
         hidden, pasts = self.edited_layer(run, layer, head, rows, starts, change, keep)
         final, above = self.layers_above(run, layer, rows, starts, hidden, keep, alter)
         return final, pasts + above
@@ -308,11 +308,11 @@ class Host(ABC):
         keep: bool = False,
         alter: Callable[[int, Record], None] | None = None,
     ) -> tuple[Tensor, list[Past]]:
-        """Run the layers above `layer` on its outputs `hidden` [R, steps, D], from starts[r] of window rows[r].
+        """Run the layers above `layer` on its outputs `hidden` [R, steps, D], from starts[r] of window
+        rows[r].
 
-        alter: as for `branch`. Returns the last hidden states [R, steps, D], differentiable in `hidden`, and, with
-        `keep`, each layer's past after the last step.
-        """
+        alter: as for `branch`. Returns the last hidden states [R, steps, D], differentiable in `hidden`, and,
+        with `keep`, each layer's past after the last step."""
         rows, starts, pasts = rows.to(self.device), starts.to(self.device), []
         positions = _from(starts, hidden.shape[1])
         for above in range(layer + 1, self.layers):
@@ -369,7 +369,8 @@ def _from(starts: Tensor, steps: int) -> Tensor:
 
 
 def _edited(native: Record, rows, positions, heads: Sequence[int], change: Tensor) -> Record:
-    """Return a layer's record at positions [R, steps] of windows rows [R, 1], with changed outputs of heads."""
+    """Return a layer's record at positions [R, steps] of windows rows [R, 1], with changed outputs of
+    heads."""
     outputs, places = native.outputs[rows, positions], torch.tensor(heads, device=change.device)
     changed = outputs[:, :, places] + change
     outputs = outputs.to(changed.dtype).index_copy(2, places, changed)

@@ -17,7 +17,8 @@ MODEL_FILES, PICKLED_FILES = ((*TOKENIZER_FILES, pattern) for pattern in WEIGHT_
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the weights of a folder: safetensors, else pickles. Raises FileNotFoundError if there are none."""
+    """Return the weights of a folder: safetensors, else pickles. Raises FileNotFoundError if there are
+    none."""
     for pattern in WEIGHT_FILES:
         if files := sorted(folder.glob(pattern)):
             return files
@@ -36,8 +37,8 @@ def fetch(name: str | Path, files: Sequence[str], revision: str | None = None, *
     files: patterns of the files to download. options: of huggingface_hub.snapshot_download (token, ...).
 
     Raises FileNotFoundError if there is no such folder, model or revision, PermissionError for a gated model,
-    ConnectionError if the Hub does not answer, ValueError if a revision is given for a folder, and for any other
-    error of huggingface_hub."""
+    ConnectionError if the Hub does not answer, ValueError if a revision is given for a folder, and for any
+    other error of huggingface_hub."""
     if not local_path(name).exists():
         return Path(_snapshot(str(name), files, revision, **options))
     if revision is not None:

@@ -17,9 +17,9 @@ class Record:
     hidden [B, T, D]: the layer's input. outputs [B, T, heads, d]: of the heads. beside: what else
     `Host.finish` needs, each [B, T, ...]. Recurrent layers have factors, each [B, T, ...], and the last state
     end [B, H, d_k, d_v]; attention layers have keys and values [B, H_kv, T, d]. windows: the inputs of short
-    convolutions and token shifts, name -> ([B, T, C], number of positions they look back). kept: the places of
-    the last `Host.past_at`, and the states or prefixes there, for further edited runs from the same places.
-    """
+    convolutions and token shifts, name -> ([B, T, C], number of positions they look back). kept: the places
+    of the last `Host.past_at`, and the states or prefixes there, for further edited runs from the same
+    places."""
 
     hidden: Tensor
     outputs: Tensor

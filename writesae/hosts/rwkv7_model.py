@@ -204,7 +204,8 @@ class RWKV7ForCausalLM(PlainCausalLM):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, config: RWKV7Config | None = None, **options):
-        """As in transformers, from a local folder; ranks that the config leaves out are read off the tensors."""
+        """As in transformers, from a local folder; ranks that the config leaves out are read off the
+        tensors."""
         config = config or cls.config_class.from_pretrained(folder)
         for field, letter in LOW_RANKS.items():
             if getattr(config, field) is None:

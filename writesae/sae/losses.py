@@ -1,10 +1,9 @@
 """The loss of a sparse autoencoder of matrices: without states where the parts allow it, else on states.
 
 With x = (X - mean) / scale, atoms v_i w_i^T, coefficients c and G_ij = (v_i . v_j)(w_i . w_j), the error is
-||x - sum_i c_i v_i w_i^T||^2 = ||x||^2 - 2 sum_i c_i <v_i w_i^T, x> + c^T G c. A learnt bias B takes the place of
-x by x - B there. The mean error is the fraction of variance unexplained (FVU), about the SAE's own mean. The
-dead-atom loss is that of Gao et al. 2024, App. A.2.
-"""
+||x - sum_i c_i v_i w_i^T||^2 = ||x||^2 - 2 sum_i c_i <v_i w_i^T, x> + c^T G c. A learnt bias B takes the
+place of x by x - B there. The mean error is the fraction of variance unexplained (FVU), about the SAE's own
+mean. The dead-atom loss is that of Gao et al. 2024, App. A.2."""
 
 from __future__ import annotations
 

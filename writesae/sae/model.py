@@ -5,9 +5,8 @@ With x = (X - mean) / scale, of mean ||x||_F^2 = 1, and the parts bilinear + ran
     p_i = enc_key_i^T x enc_value_i + bias_i   c = ReLU(TopK_k(p))   xhat = sum_i c_i dec_key_i dec_value_i^T
 
 The paper's Table 10 has no encoder bias; ours is learnt from zero. `centre` says what the atoms are added to:
-the data's mean; nothing, and then mean = 0 above; or a bias B that the decoder learns, xhat = B + sum_i ..., with
-mean = 0. Returned coefficients are in raw units, c_i * scale.
-"""
+the data's mean; nothing, and then mean = 0 above; or a bias B that the decoder learns, xhat = B + sum_i ...,
+with mean = 0. Returned coefficients are in raw units, c_i * scale."""
 
 from __future__ import annotations
 
@@ -53,9 +52,8 @@ indices, coefficients = sae.encode(matrices)  # matrices: [..., {d_k}, {d_v}]
 class SAE(nn.Module):
     """A sparse autoencoder of [d_k, d_v] matrices; buffers mean [d_k, d_v] and scale (a scalar), fp32.
 
-    The parameter bias [d_k, d_v], in units of the scale, is None unless centre is "bias". `config` describes the
-    SAE and, if known, its training data. A new SAE is in evaluation mode.
-    """
+    The parameter bias [d_k, d_v], in units of the scale, is None unless centre is "bias". `config` describes
+    the SAE and, if known, its training data. A new SAE is in evaluation mode."""
 
     @torch_defaults()
     def __init__(self, architecture: Architecture, d_k: int, d_v: int) -> None:

@@ -1,13 +1,16 @@
 """Amplify the atoms of line ends during generation (the paper's Table 4, Fig. 6).
 
-| mode   | heads                       | what is added at each new token          | which tokens read it       |
+| mode   | heads                       | what is added at each new token          | which tokens read it
+|
 |--------|-----------------------------|------------------------------------------|----------------------------|
-| offset | the cell                    | dose x the atoms' mean at line ends      | this token                 |
-| scale  | the cell                    | (dose - 1) x the atoms' own coefficients | this token and later ones  |
-| kept   | each of the layer with SAEs | dose x the atoms' mean at line ends      | later ones                 |
+| offset | the cell                    | dose x the atoms' mean at line ends      | this token
+| | scale  | the cell                    | (dose - 1) x the atoms' own coefficients | this token and later
+ones  | | kept   | each of the layer with SAEs | dose x the atoms' mean at line ends      | later ones
+|
 
-`kept` is the edit of the author's code: the cache is changed after each token, in every head, and the next token
-continues from the changed cache. What one token adds decays like any write, and each token adds it again."""
+`kept` is the edit of the author's code: the cache is changed after each token, in every head, and the next
+token continues from the changed cache. What one token adds decays like any write, and each token adds it
+again."""
 
 from __future__ import annotations
 
@@ -97,8 +100,8 @@ def choose(logits: torch.Tensor, prompt: torch.Tensor, temperature: float, gener
 class Generated(NamedTuple):
     """Continuations, tokens [R, count], and what was edited.
 
-    written [R, count - 1, ...]: what the plan's `write_on` returned at each token that is read (nothing reads the
-    last one). states [R, heads, d_k, d_v]: of the edited layer, after the last token that is read."""
+    written [R, count - 1, ...]: what the plan's `write_on` returned at each token that is read (nothing reads
+    the last one). states [R, heads, d_k, d_v]: of the edited layer, after the last token that is read."""
 
     tokens: torch.Tensor
     written: torch.Tensor
@@ -156,8 +159,8 @@ def conditions(modes, doses) -> list[tuple[str, str, float]]:
 def generations(modes, doses) -> dict[str, list[tuple[str, str, float]]]:
     """Return the conditions (mode, role, dose) of each generation, by its name.
 
-    single: `conditions` of the modes that edit the cell; controls: random atoms at the other doses of `offset`;
-    kept: boundary and random atoms at all doses."""
+    single: `conditions` of the modes that edit the cell; controls: random atoms at the other doses of
+    `offset`; kept: boundary and random atoms at all doses."""
     lists = dict(single=conditions([mode for mode in modes if mode != "kept"], doses))
     if "kept" in modes:
         lists["controls"] = [("offset", "random", dose) for dose in doses if dose < max(doses)]
@@ -201,8 +204,8 @@ def kept_offsets(
 ) -> KeptOffsets:
     """Return every condition with every prompt, for a layer with `heads` heads.
 
-    saes: by head; atoms: rows of `choose_boundary` with a column head. Random atoms are written with the amounts
-    of the boundary atoms of their head."""
+    saes: by head; atoms: rows of `choose_boundary` with a column head. Random atoms are written with the
+    amounts of the boundary atoms of their head."""
     by_head, extra = dict(list(atoms.groupby("head"))), []
     for _, role, dose in wanted:
         sums = {head: dose * at_line_ends(sae, by_head[head], role) for head, sae in saes.items()}
@@ -221,8 +224,8 @@ def surface(text: str) -> dict:
 def summarise_newlines(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return newlines per 400 tokens and their change from the baseline per (host, mode, role, dose).
 
-    beyond_random: boundary atoms minus random ones of the same mode and dose, for those that have such a control.
-    Bootstrap intervals by prompt; paired Wilcoxon p, Cohen's d; means of the surface measures."""
+    beyond_random: boundary atoms minus random ones of the same mode and dose, for those that have such a
+    control. Bootstrap intervals by prompt; paired Wilcoxon p, Cohen's d; means of the surface measures."""
     rows, keys = [], ["mode", "role", "dose"]
     for host, of_host in table.groupby("host", sort=False):
         baseline = of_host[of_host.role == "baseline"].set_index("prompt").newlines
