@@ -11,6 +11,7 @@ from writesae.evaluate.install import log_p
 from writesae.evaluate.steering import (
     DIRECTIONS,
     Goal,
+    ceilings,
     directions,
     end_logits,
     gamma_pairs,
@@ -19,6 +20,7 @@ from writesae.evaluate.steering import (
     refine,
     scaled,
 )
+from writesae.hosts.past import Past
 from writesae.shift import direct_path, gamma, logit_gradient
 
 CELLS = [(3, 1), (1, 2), (1, 0), (0, 3)]
@@ -166,3 +168,76 @@ def test_one_cell_is_the_one_cell_path(host, goal):
     edits = directions(host, goal, [(1, 2)], "gamma", 3.0)
     logits = host.logits(edited_hidden(host, goal.run, 1, 2, edits[1, 2], goal.steps)[:, -1])
     assert torch.equal(end_logits(host, goal, edits), logits)
+
+
+# The ceiling of a cell
+
+
+def projected(host, layer, record, outputs):
+    """What the output projection of a layer reads if its heads give these outputs."""
+    seen = []
+    hook = host.behind_heads(layer).register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    windows = {name: torch.zeros_like(x[:, :reach]) for name, (x, reach) in record.windows.items()}
+    host.finish(
+        layer, replace(record, outputs=outputs), Past(windows=windows | dict(ffn=record.hidden[:, :1, : width(host)]))
+    )
+    hook.remove()
+    return seen[0].unflatten(-1, (host.heads, -1))
+
+
+def width(host):
+    return host.unembedding().shape[1]
+
+
+def test_normed_heads_are_what_the_output_projection_reads(host, goal):
+    for layer in host.recurrent_layers:
+        record, generator = goal.run.records[layer], torch.Generator().manual_seed(layer)
+        outputs = 30 * torch.randn(record.outputs.shape, generator=generator).double()
+        normed, scale = host.normed_heads(layer, record)
+        larger, same = host.normed_heads(layer, replace(record, outputs=outputs))
+        change = projected(host, layer, record, outputs) - projected(host, layer, record, record.outputs)
+        assert_close(scale * (larger - normed), change, "change of what is read", 1e-9)
+        assert_close(same, scale, "factor", 1e-12)
+        together = larger.unflatten(2, (-1, host.normed_together))
+        assert together.square().mean((-1, -2)).max() <= 1 + 1e-9
+        assert larger.mean(-1).abs().max() < 1e-9 or not host.norm_centres
+
+
+def test_a_ceiling_is_the_largest_gain_of_the_linearised_rest(host, goal):
+    """Against gradient ascent over the outputs of one head, from a thousand times their native size."""
+    (layer, head), steps = (1, 2), goal.steps
+    ceiling = ceilings(host, goal, [(layer, head)])[layer, head]
+    whole = ceilings(host, goal, host.cells)[layer, head]
+    assert_close(whole, ceiling, "ceiling beside all other cells", 1e-6)
+    places = goal.rows[:, None], START + torch.arange(steps)
+    record = goal.run.records[layer]
+    parts = {name: x[places] for name, x in record.beside.items()}
+    record = replace(record, hidden=record.hidden[places], outputs=record.outputs[places], beside=parts, windows={})
+    zero = torch.zeros(4, steps, host.heads, host.d_v, dtype=torch.float64, requires_grad=True)
+    seen = []
+    hook = host.behind_heads(layer).register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    final, _ = host.branch(goal.run, layer, list(range(host.heads)), goal.rows, goal.starts, zero)
+    hook.remove()
+    chosen = host.unembed(final[:, -1]).gather(-1, goal.tokens[:, None])
+    (slope,) = torch.autograd.grad(chosen.sum(), seen[0])
+    normed, scale = host.normed_heads(layer, record)
+
+    def gain(outputs):
+        changed = record.outputs.clone()
+        changed[:, :, head] = outputs
+        moved, _ = host.normed_heads(layer, replace(record, outputs=changed))
+        return (slope.unflatten(-1, (host.heads, -1)) * scale * (moved - normed)).sum((2, 3))
+
+    best = torch.full((4, steps), -torch.inf, dtype=torch.float64)
+    for seed in range(6):
+        generator = torch.Generator().manual_seed(seed)
+        outputs = 10 ** (seed - 2) * torch.randn(4, steps, host.d_v, generator=generator).double()
+        outputs.requires_grad_()
+        adam = torch.optim.Adam([outputs], lr=0.1 * 10 ** (seed - 2))
+        for _ in range(80):
+            adam.zero_grad()
+            (-gain(outputs).sum()).backward()
+            adam.step()
+        best = torch.maximum(best, gain(outputs).detach())
+    assert (best.sum(1) <= ceiling + 1e-6).all()
+    assert_close(best.sum(1), ceiling, "largest gain", 0.02)

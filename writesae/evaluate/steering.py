@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -147,16 +148,18 @@ def logit_gradients(host: Host, goal: Goal, lowest: int) -> tuple[dict[int, Tens
 
     With respect to the outputs of the heads [R, steps, H, d_v] (on the CPU), and of the layers [R, steps, D].
     """
-    outputs, hidden = {}, {}
     with torch.enable_grad():
-        for layer, record, output in _upward(host, goal, lowest):
-            outputs[layer], hidden[layer] = record.outputs, output
-        chosen = host.logits(output[:, -1]).gather(-1, goal.tokens[:, None])
-        layers = [layer for layer in outputs if layer in host.recurrent_layers]
-        wanted = [outputs[layer] for layer in layers] + [hidden[layer] for layer in layers]
-        gradients = torch.autograd.grad(chosen.sum(), wanted)
+        ran = {layer: (record.outputs, output) for layer, record, output in _upward(host, goal, lowest)}
+        layers = [layer for layer in ran if layer in host.recurrent_layers]
+        wanted = [ran[layer][0] for layer in layers] + [ran[layer][1] for layer in layers]
+        gradients = torch.autograd.grad(_chosen(host, goal, ran[host.layers - 1][1]), wanted)
     heads = {layer: gradient.cpu() for layer, gradient in zip(layers, gradients)}
     return heads, dict(zip(layers, gradients[len(layers) :]))
+
+
+def _chosen(host: Host, goal: Goal, final: Tensor) -> Tensor:
+    """Return the sum of the tokens' logits at the end of hidden states final [R, steps, D]."""
+    return host.logits(final[:, -1]).gather(-1, goal.tokens[:, None]).sum()
 
 
 def _upward(
@@ -201,6 +204,53 @@ def _layerwise(host: Host, goal: Goal, cells: Sequence[Cell], magnitude: float) 
     for _ in _upward(host, goal, lowest, change):
         pass
     return edits
+
+
+@torch_defaults(gradients=True)
+def ceilings(host: Host, goal: Goal, cells: Sequence[Cell]) -> dict[Cell, Tensor]:
+    """Return the largest gain [R] of the logit over all writes of any size in each cell, from goal.start on.
+
+    The norm behind the heads bounds what a head can add to the residual stream at a token: scale * n with ||n|| <=
+    sqrt(d_v), whatever is written. This is exact. The path from there to the logit is linearised at the native run,
+    so that runs can exceed the ceiling where it is curved. The maximum is taken at each token separately.
+    """
+    inputs, hooks = {}, []
+    lowest = min(layer for layer, _ in cells)
+    for layer in sorted({layer for layer, _ in cells}):
+        keep = partial(_keep_input, inputs, layer)
+        hooks.append(host.behind_heads(layer).register_forward_pre_hook(keep))
+    try:
+        with torch.enable_grad():
+            ran = {layer: (record, output) for layer, record, output in _upward(host, goal, lowest)}
+            gradients = torch.autograd.grad(_chosen(host, goal, ran[host.layers - 1][1]), list(inputs.values()))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    gains = {layer: _largest_gains(host, layer, ran[layer][0], x) for layer, x in zip(inputs, gradients)}
+    return {(layer, head): gains[layer][..., head].sum(1).cpu() for layer, head in cells}
+
+
+def _keep_input(inputs: dict, layer: int, _module, arguments: tuple) -> None:
+    inputs[layer] = arguments[0]
+
+
+@torch_defaults()
+def _largest_gains(host: Host, layer: int, record: Record, gradient: Tensor) -> Tensor:
+    """Return the largest gain by each head at each token, [R, steps, H].
+
+    gradient [R, steps, H d_v]: of the logit with respect to the input of `behind_heads`. Of the heads that share a
+    norm, a large write in one shrinks the others together: n = (c n_others, n_head), ||n||^2 <= m, c >= 0.
+    """
+    normed, scale = host.normed_heads(layer, record)
+    slope = scale * gradient.unflatten(-1, (host.heads, -1))
+    if host.norm_centres:
+        slope = slope - slope.mean(-1, keepdim=True)
+    of_heads = (slope * normed).sum(-1), normed.square().sum(-1), slope.norm(dim=-1)
+    native, squares, by_head = (x.unflatten(2, (-1, host.normed_together)) for x in of_heads)
+    others, size = native.sum(-1, keepdim=True) - native, (squares.sum(-1, keepdim=True) - squares).clamp(min=0).sqrt()
+    by_others = (others / size.clamp(min=1e-12)).clamp(min=0)  # 0 for a head that has its norm alone
+    reach = (host.normed_together * host.d_v) ** 0.5
+    return (reach * torch.hypot(by_head, by_others) - native.sum(-1, keepdim=True)).flatten(2)
 
 
 @torch_defaults(gradients=True)

@@ -53,6 +53,8 @@ class Host(ABC):
     model_classes: tuple[str, ...]  # names of the model classes that this adapter takes
     decay_parameters: tuple[str, ...]  # name parts of the parameters that set the decays
     scalar_decay: bool  # True: a state is a decayed sum of rank-1 writes, so SAEs train without states
+    normed_together: int = 1  # consecutive heads whose outputs share a norm
+    norm_centres: bool = False  # True: the norm behind the heads also subtracts the mean
 
     def __init__(self, model: torch.nn.Module, tokenizer, name: str):
         self.model = model.eval().requires_grad_(False)
@@ -104,6 +106,14 @@ class Host(ABC):
     @abstractmethod
     def behind_heads(self, layer: int) -> torch.nn.Linear:
         """Return the output projection of a recurrent layer, from [..., H d_v] to [..., D]."""
+
+    @abstractmethod
+    def normed_heads(self, layer: int, record: Record) -> tuple[Tensor, Tensor]:
+        """Return the heads' outputs after the norm behind them, and the factor on them before `behind_heads`.
+
+        Both are [B, T, H, d_v] or broadcast to it. The former have a root mean square of at most 1 over each head,
+        or over `normed_together` heads.
+        """
 
     def cell_factors(self, record: Record, head: int) -> Factors:
         """Return the factors of one head of a recorded recurrent layer."""

@@ -10,11 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from writesae.hosts import fla_models
 from writesae.hosts.base import Host, Shape
 from writesae.hosts.fla_models import rms
+from writesae.hosts.layers import normalized, split_heads, wide
 from writesae.hosts.past import Past, Record
 from writesae.recurrence import Factors, decay_until
 
@@ -33,6 +35,12 @@ class FLAHost(Host):
 
     def behind_heads(self, layer: int) -> torch.nn.Linear:
         return self.blocks[layer].attn.o_proj
+
+    def normed_heads(self, layer: int, record: Record) -> tuple[Tensor, Tensor]:
+        mixer, gate = self.blocks[layer].attn, record.beside.get("gate")
+        norm = mixer.o_norm if gate is None else mixer.g_norm_swish_gate
+        scale = wide(norm.weight) if gate is None else norm.weight * F.silu(split_heads(gate, self.heads))
+        return normalized(record.outputs, norm.eps), scale
 
     def finish(self, layer: int, record: Record, past: Past | None) -> Tensor:
         block = self.blocks[layer]

@@ -47,6 +47,16 @@ class GatedDeltaNet(Host):
     def behind_heads(self, layer: int) -> torch.nn.Linear:
         return self.blocks[layer].linear_attn.out_proj
 
+    def normed_heads(self, layer: int, record: Record) -> tuple[Tensor, Tensor]:
+        mixer = self.blocks[layer].linear_attn
+        normed = normalized(record.outputs, mixer.norm.variance_epsilon)
+        return normed, wide(mixer.norm.weight) * F.silu(wide(self._gate(layer, record.hidden)))
+
+    def _gate(self, layer: int, hidden: Tensor) -> Tensor:
+        """Return the gate [B, T, H, d_v] of the heads' outputs, before its SiLU."""
+        block = self.blocks[layer]
+        return block.linear_attn.in_proj_z(rms_norm(hidden, block.input_layernorm)).unflatten(-1, (-1, self.d_v))
+
     def mix(self, layer: int, hidden: Tensor, past: Past | None, positions: Tensor) -> Record:
         block = self.blocks[layer]
         normed = rms_norm(hidden, block.input_layernorm)
@@ -97,8 +107,7 @@ class GatedDeltaNet(Host):
     def finish(self, layer: int, record: Record, past: Past | None) -> Tensor:
         block, hidden, outputs = self.blocks[layer], record.hidden, record.outputs
         if layer in self.recurrent_layers:
-            mixer = block.linear_attn
-            gate = mixer.in_proj_z(rms_norm(hidden, block.input_layernorm)).unflatten(-1, (-1, self.d_v))
+            mixer, gate = block.linear_attn, self._gate(layer, hidden)
             gated = plain_rms_norm(outputs.to(gate.dtype), mixer.norm) * F.silu(wide(gate))
             update = mixer.out_proj(gated.to(gate.dtype).flatten(-2))
         else:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from writesae.hosts.base import Host, Shape
-from writesae.hosts.layers import rms_norm, short_convolution, split_heads, wide
+from writesae.hosts.layers import normalized, rms_norm, short_convolution, split_heads, wide
 from writesae.hosts.past import Past, Record
 from writesae.recurrence import decayed_chunks
 
@@ -37,12 +37,22 @@ class Mamba2(Host):
     def shape(config) -> Shape:
         return Shape(config.num_hidden_layers, config.num_heads, config.state_size, config.head_dim)
 
+    def __init__(self, model: torch.nn.Module, tokenizer, name: str):
+        super().__init__(model, tokenizer, name)
+        self.normed_together = self.heads // model.config.n_groups
+
     def unembed(self, final: Tensor) -> Tensor:
         normed = rms_norm(final, self.model.backbone.norm_f)
         return self.model.lm_head(normed.to(self.model.lm_head.weight.dtype))
 
     def behind_heads(self, layer: int) -> torch.nn.Linear:
         return self.blocks[layer].mixer.out_proj
+
+    def normed_heads(self, layer: int, record: Record) -> tuple[Tensor, Tensor]:
+        mixer, gate = self.blocks[layer].mixer, record.beside["gate"]
+        gated = record.outputs.flatten(-2) * F.silu(wide(gate))
+        normed = normalized(gated, mixer.norm.variance_epsilon, mixer.n_groups)
+        return split_heads(normed, self.heads), split_heads(mixer.norm.weight, self.heads)
 
     def mix(self, layer: int, hidden: Tensor, past: Past | None, positions: Tensor) -> Record:
         norm, mixer = self.blocks[layer].norm, self.blocks[layer].mixer

@@ -8,10 +8,12 @@ the gate bypass the state, in `Record.beside`. All layers use the values of laye
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from writesae.hosts import rwkv7_model
 from writesae.hosts.base import Host, Shape
+from writesae.hosts.layers import split_heads
 from writesae.hosts.past import Past, Record
 from writesae.hosts.rwkv7_model import CHUNK
 
@@ -21,6 +23,7 @@ class RWKV7(Host):
     scalar_decay = False
     model_classes = ("RWKV7ForCausalLM",)
     decay_parameters = ("w_lora",)
+    norm_centres = True
 
     @staticmethod
     def shape(config) -> Shape:
@@ -40,6 +43,11 @@ class RWKV7(Host):
 
     def behind_heads(self, layer: int) -> torch.nn.Linear:
         return self.blocks[layer].attn.o_proj
+
+    def normed_heads(self, layer: int, record: Record) -> tuple[Tensor, Tensor]:
+        norm, outputs = self.blocks[layer].attn.g_norm, record.outputs
+        normed = F.layer_norm(outputs, outputs.shape[-1:], eps=norm.eps)
+        return normed, split_heads(norm.weight, self.heads) * split_heads(record.beside["gate"], self.heads)
 
     def mix(self, layer: int, hidden: Tensor, past: Past | None, positions: Tensor) -> Record:
         """As `Host.mix`; above layer 0, hidden is [B, T, D + H d_v], with the values of layer 0 appended."""
