@@ -14,6 +14,8 @@ from replication.scorecard import table as table_module
 from replication.scorecard.verdicts import NOT_ASKED, VERDICTS, Borders, holm
 from replication.statistics import Estimate
 from replication.study import paths
+from replication.study.profile import load_profile
+from replication.study.training import ablation_variants
 from writesae.hosts import load
 
 QWEN, QWEN_4B, QWEN_27B = "Qwen/Qwen3.5-0.8B", "Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-27B"
@@ -38,6 +40,17 @@ def test_every_claim_has_a_criterion_that_can_be_asked():
     used = {criterion.effect for criterion in asked}
     assert used == {*CRITERIA.smallest_effects, *CRITERIA.smallest_factors}, "no smallest effect that nothing uses"
     assert set(CRITERIA.another_training) == {CRITERIA.experiments[x] for x, c in CRITERIA.claims.items() if c.trained}
+
+
+def test_every_ablation_that_is_judged_is_trained():
+    named = {
+        x
+        for c in CRITERIA.claims.values()
+        for key, x in c.arguments.items()
+        if c.measure in ("contrast", "variant_gap")
+    }
+    trained = {settings.variant for *_, settings in ablation_variants(load_profile("mini").ablations, 42)}
+    assert {x for x in named if "+" in x} <= trained
 
 
 def test_a_claim_that_counts_for_another_counts_itself():
@@ -288,6 +301,24 @@ def test_a_table_is_read_once_and_only_where_a_measure_asks_for_it(monkeypatch):
     assert reads == ["hosts", "install_summary"]
     assert found.loc["I4", ["value", "n", "status", "trainings"]].tolist() == [0.7, 9, "supported", 0]
     assert found.loc["R1", "status"] == NOT_ASKED and found.loc["R1", "criterion"] == ""
+
+
+def test_what_a_reader_sees(monkeypatch):
+    monkeypatch.setattr(criteria.Criterion, "answer", lambda self, *_: Estimate(0.7, 0.01, 9, 7))
+    table = table_module.scorecard(lambda _: HOSTS, ["mamba2", "rwkv7"])
+    rows = table_module.shown(table)
+    assert rows.shape[1] <= 8 and rows.notna().all(axis=None)
+    row = rows[rows.host == "RWKV-7"].loc["R1"]
+    assert row[["paper", "n", "verdict"]].tolist() == ["0.924", 7, "supported"]
+    assert row.here.startswith("0.7 [0.6") and row.trainings == "one"
+    assert (
+        set(rows.verdict[rows.index == "N1"]) == {"cannot fail"} and rows.loc["I2"].trainings.tolist() == ["no SAE"] * 2
+    )
+    lines = table_module.sentences(table)
+    assert lines[0].startswith(f"{table.counts.sum()} verdicts count: ") and len(lines) == 4
+    assert "Headline claims, Mamba-2: " in lines[2] and "X1, atoms beat deletion on Mamba-2: supported" in lines[2]
+    changed = criteria.changed()
+    assert len(changed) == sum(bool(x.was) for x in CRITERIA.claims.values()) and changed.notna().all(axis=None)
 
 
 # The measures
