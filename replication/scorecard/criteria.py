@@ -153,3 +153,10 @@ def read_criteria(path: Path = ROOT / "paper/criteria.yaml", claims: Path = CLAI
         raise ValueError(f"{path}: another_training lacks the experiment {unknown[0]}.")
     ordered = {name: claimed[name] for name in listed.id}
     return criteria.model_copy(update=dict(claims=ordered, experiments=experiments))
+
+
+def changed() -> pd.DataFrame:
+    """Return the criteria that were changed: what they were, what they are, and why."""
+    rows = {name: x for name, x in read_criteria().claims.items() if x.was}
+    columns = dict(was=[x.was for x in rows.values()], now=[x.criterion for x in rows.values()])
+    return pd.DataFrame(columns | dict(because=[x.because for x in rows.values()]), index=pd.Index(rows, name="id"))

@@ -1,9 +1,8 @@
 """Comparison of whole runs with other seeds or on other machines, for notebook 12.
 
-Intervals of the scorecard are over the atoms, passages or prompts of one run. Another seed changes SAEs,
-firings and prompts; another processor changes the order of sums, which training amplifies to other atoms.
-`make repeats` (`replication.commands.repeats`) gathers the scorecards and the replacement_summary.csv of such
-runs.
+`make repeats` (`replication.commands.repeats`) gathers the scorecards and the replacement_summary.csv of whole runs.
+Another seed changes SAEs, places and prompts; another processor changes the order of sums, which training amplifies
+to other atoms. The values of other runs are judged with the standard errors of this one.
 """
 
 from __future__ import annotations
@@ -13,14 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
+from replication.scorecard.criteria import read_criteria
 from replication.scorecard.verdicts import NOT_ASKED
-from replication.statistics import cluster_bootstrap
+from replication.statistics import Estimate, cluster_bootstrap
 from replication.study.profile import load_profile
 from replication.study.stages import read_table, rows_with
 from writesae.files import read_sidecar
 
-WIDTH = 2 * 1.959964  # of a 95% interval, in standard errors
 EXPECTED = 0.834  # share of repeats in a correct interval: |z| < 1.96 / sqrt(2), since both are estimates
 RUN = ["seed", "device", "commit"]
 KEYS = ["host", "cells", "target", "amplitude", "write", "read", "kl_direction"]  # of replacement_summary
@@ -35,7 +35,8 @@ class RepeatsError(ValueError):
     """A run that cannot be compared with the others."""
 
 
-def _answered(scorecard: pd.DataFrame) -> pd.DataFrame:
+def answered(scorecard: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a scorecard that have a verdict."""
     return scorecard[scorecard.status != NOT_ASKED]
 
 
@@ -52,7 +53,7 @@ def read_run(folder: Path, profile: str, kind: str) -> pd.DataFrame:
     settings, wanted = (load_profile(x).model_dump(exclude={"name", "seed"}) for x in (name, profile))
     if settings != wanted:
         raise RepeatsError(f"{folder} is a run of {name}, which differs from {profile} not only in its seed.")
-    table = _answered(table) if kind == "scorecard" else table
+    table = answered(table) if kind == "scorecard" else table
     return table.assign(**{name: record[name] for name in RUN})[[*RUN, *COLUMNS[kind]]]
 
 
@@ -74,40 +75,69 @@ def gather(folders: list[Path], profile: str, kind: str) -> pd.DataFrame:
     return table
 
 
+# Whole runs
+
+
+def judged(scorecard: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
+    """Return the values of other runs with this run's verdict on each, as if they had its standard error.
+
+    Columns of both: id, host, status (of the other run's value), z (its distance from this run's value in
+    standard errors), and this run's value, status and so on with the suffix _here. Claims of one run only and
+    values without an error are left out.
+    """
+    criteria, here = read_criteria(), answered(scorecard)
+    table = repeats.merge(here[here.standard_error > 0], on=["id", "host"], suffixes=("", "_here"))
+    scales = [criteria.scale(name)[0] for name in table.id]
+    values, own = ([float(f(x)) for f, x in zip(scales, table[name])] for name in ("value", "value_here"))
+    rows = zip(table.id, values, table.standard_error, table.df, strict=True)
+    verdicts = [criteria.borders(name).verdict(Estimate(*numbers, 1)) for name, *numbers in rows]
+    return table.assign(status=verdicts, z=(np.array(values) - own) / table.standard_error)
+
+
 def stability(scorecard: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per claim and host that the scorecard of this run answers.
+    """Return one row per claim and host that the scorecard of this run answers and that counts.
 
     runs: number of runs that answer the claim, including this one; agree: number with this run's verdict;
-    turned: whether any run has another verdict; least, most: range of values; standard_error: from this run's
-    interval; z_most: largest distance of a repeat from this run, in standard errors (nan if these are 0).
+    turned: whether any run has another verdict; least, most: range of values; z_most: largest distance of a
+    repeat from this run, in standard errors of this run; repeat_probability: as stated by this run.
     """
-    rows = []
-    for line in _answered(scorecard).itertuples():
-        others = rows_with(repeats, id=line.id, host=line.host)
-        values, same = others.value.to_numpy(), int((others.status == line.status).sum())
-        error = (line.ci_high - line.ci_low) / WIDTH
-        farthest = np.abs(values - line.value).max(initial=0) / error if error > 0 else np.nan
-        row = dict(id=line.id, host=line.host, status=line.status, runs=len(others) + 1, agree=same + 1)
-        row |= dict(turned=same < len(others), value=line.value, least=min([line.value, *values]))
-        rows.append(row | dict(most=max([line.value, *values]), standard_error=error, z_most=farthest))
+    rows, others = [], judged(scorecard, repeats)
+    for line in answered(scorecard[scorecard.counts]).itertuples():
+        own = rows_with(others, id=line.id, host=line.host)
+        same = int((own.status == line.status).sum())
+        row = dict(id=line.id, host=line.host, group=line.group, status=line.status, runs=len(own) + 1, agree=same + 1)
+        row |= dict(turned=same < len(own), value=line.value, least=min([line.value, *own.value]))
+        row |= dict(most=max([line.value, *own.value]), z_most=own.z.abs().max())
+        rows.append(row | dict(repeat_probability=line.repeat_probability))
     return pd.DataFrame(rows)
+
+
+def by_seed(scorecard: pd.DataFrame, seed: int, repeats: pd.DataFrame) -> list[pd.DataFrame]:
+    """Return the judged values of each seed that count: one run per seed, this one for its own."""
+    kept = scorecard[scorecard.counts & (scorecard.standard_error > 0)]
+    runs = {seed: answered(kept).assign(z=0.0)}
+    for other, part in judged(kept, repeats).groupby("seed"):
+        runs.setdefault(other, part.drop_duplicates(["id", "host"]))
+    return list(runs.values())
+
+
+def pairs_of(runs: list[pd.DataFrame]) -> pd.DataFrame:
+    """Return the claims that both runs of a pair answer, for all ordered pairs; the second's have _other."""
+    pairs = itertools.permutations(runs, 2)
+    both = [one.merge(other, on=["id", "host"], suffixes=("", "_other")) for one, other in pairs]
+    return pd.concat(both, ignore_index=True)
 
 
 def held(scorecard: pd.DataFrame, seed: int, repeats: pd.DataFrame) -> pd.DataFrame:
     """Return how often the interval of one run contains the value of another, per host and for all hosts.
 
     It compares ordered pairs of runs with different seeds, since runs of one seed draw the same firings and
-    prompts. Intervals of width 0 are left out. n counts the claims of all pairs; the interval of share is a
-    bootstrap over claims; expected is the share for correct intervals.
+    prompts; all have the standard errors of this run. n counts the claims of all pairs; the interval of share is
+    a bootstrap over claims; expected is the share for correct intervals.
     """
-    pairs, runs = [], {seed: _answered(scorecard)}
-    for other, run in repeats.groupby("seed"):
-        runs.setdefault(other, run.drop_duplicates(["id", "host"]))
-    for one, other in itertools.permutations(runs.values(), 2):
-        both = one.merge(other, on=["id", "host"], suffixes=("", "_other"))
-        pairs.append(both[both.ci_high > both.ci_low])
-    table, rows = pd.concat(pairs, ignore_index=True), []
-    table["inside"] = table.value_other.between(table.ci_low, table.ci_high).astype(float)
+    table, rows = pairs_of(by_seed(scorecard, seed, repeats)), []
+    reach = stats.t.ppf(0.975, table.df)
+    table["inside"] = ((table.z - table.z_other).abs() < reach).astype(float)
     for host, part in [*table.groupby("host", sort=False), ("all", table)]:
         low, high = cluster_bootstrap(part.inside, part.id)
         rows.append(dict(host=host, share=part.inside.mean(), ci_low=low, ci_high=high, n=len(part)))

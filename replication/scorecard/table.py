@@ -11,6 +11,7 @@ from functools import cache
 
 import pandas as pd
 
+from replication.plots import HOST
 from replication.scorecard.claims import CLAIMS
 from replication.scorecard.criteria import GROUPS, Criteria, read_criteria
 from replication.scorecard.verdicts import NOT_ASKED, VERDICTS, holm
@@ -73,9 +74,42 @@ def _judged(criteria: Criteria, line: dict, answer: Estimate) -> dict:
     return columns | dict(repeat_probability=borders.repeat_probability(estimate))
 
 
+# For readers
+
+
 def counts(table: pd.DataFrame) -> pd.DataFrame:
     """Return how many claims that count have each verdict, per host and group."""
     kept = table[table.counts.astype(bool)]
     wide = pd.crosstab([kept.host, kept.group], kept.status)
     order = pd.MultiIndex.from_product([kept.host.unique(), GROUPS], names=["host", "group"])
     return wide.reindex(index=order.intersection(wide.index), columns=list(VERDICTS), fill_value=0)
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Return answered rows for a reader: claim, the paper's number and ours, and the verdict."""
+    rows = table[table.value.notna()]
+    here = [f"{x.value:.3g} [{x.ci_low:.3g}, {x.ci_high:.3g}]" for x in rows.itertuples()]
+    trainings = rows.trainings.map(lambda count: {0: "no SAE", 1: "one"}.get(count, str(count)))
+    columns = dict(host=rows.host.map(lambda name: HOST.get(name, name)), claim=rows.claim)
+    columns |= dict(paper=rows.paper_value.map("{:g}".format, na_action="ignore").fillna(""), here=here, n=rows.n)
+    columns |= dict(trainings=trainings, verdict=rows.status.where(rows.group != "cannot_fail", "cannot fail"))
+    again = (100 * rows.repeat_probability).map("{:.0f}".format, na_action="ignore").fillna("")
+    return pd.DataFrame(columns | {"said again (%)": again}).set_index(rows.id)
+
+
+def sentences(table: pd.DataFrame) -> list[str]:
+    """Return what the scorecard says, in sentences."""
+    kept = table[table.counts.astype(bool)]
+    words = ", ".join(f"{(kept.status == name).sum()} {name}" for name in VERDICTS)
+    settled = kept[kept.status != "unsettled"]
+    alone = (kept.trainings == 1).sum()
+    lines = [
+        f"{len(kept)} verdicts count: {words}. {(settled.holm <= 0.05).sum()} of the {len(settled)} that are settled "
+        "are so after Holm's adjustment within their host.",
+        f"{alone} rest on one training, and their intervals are widened by what another training adds.",
+    ]
+    headline = dict(list(kept[kept.group == "headline"].groupby("host")))
+    for host in table.host[table.host.isin(headline)].unique():
+        said = "; ".join(f"{x.id}, {x.claim}: {x.status}" for x in headline[host].itertuples())
+        lines.append(f"Headline claims, {HOST.get(host, host)}: {said}.")
+    return lines

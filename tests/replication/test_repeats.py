@@ -7,6 +7,7 @@ from scipy.stats import norm
 
 from replication.__main__ import main
 from replication.scorecard import repeats
+from replication.scorecard.criteria import read_criteria
 from replication.scorecard.repeats import RepeatsError
 from replication.scorecard.table import COLUMNS
 from replication.study import paths, stages
@@ -17,56 +18,71 @@ from writesae.files import ArtifactError
 PROFILE = load_profile("smoke")
 
 
+CRITERIA = read_criteria()
+CLAIMS = [name for name in CRITERIA.claims if CRITERIA.scale(name)[0] is np.asarray]  # neither ratios nor R2
+HALF = norm.ppf(0.975)  # of an interval, in standard errors
+
+
 def scorecard(values, status="unsettled", half=1.0, host="a") -> pd.DataFrame:
-    """A scorecard of one host with claims C0, C1, ...; each interval is the value plus or minus `half`."""
+    """A scorecard of one host, of as many claims as values; each interval is the value plus or minus `half`."""
     values = np.asarray(values, float)
-    ends = dict(value=values, ci_low=values - half, ci_high=values + half)
-    table = pd.DataFrame(dict(id=[f"C{i}" for i in range(len(values))], host=host, status=status, n=9, **ends))
-    return table.reindex(columns=COLUMNS)
+    ends = dict(value=values, ci_low=values - half, ci_high=values + half, standard_error=half / HALF, df=1e9)
+    more = dict(status=status, n=9, counts=True, group="headline", repeat_probability=0.7)
+    return pd.DataFrame(dict(id=CLAIMS[: len(values)], host=host) | ends | more).reindex(columns=COLUMNS)
 
 
 def run(values, seed, **more) -> pd.DataFrame:
-    return scorecard(values, **more).assign(seed=seed, device="cpu (AVX2)", commit="c")[
-        [*repeats.RUN, *repeats.COLUMNS["scorecard"]]
-    ]
+    columns = [*repeats.RUN, *repeats.COLUMNS["scorecard"]]
+    return scorecard(values, **more).assign(seed=seed, device="cpu (AVX2)", commit="c")[columns]
+
+
+def test_values_of_other_runs_are_judged_with_the_errors_of_this_one():
+    """R1 is above 0.55 for sure, or not; the verdict that the other run had stored does not matter."""
+    own = scorecard([0.5], half=0.1).assign(id="R1")
+    found = repeats.judged(own, run([0.66, 0.64, 0.4], 1).assign(id="R1", host="a", status="contradicted"))
+    assert found.status.tolist() == ["supported", "unsettled", "unsettled"]
+    assert found.z.tolist() == pytest.approx(np.array([0.16, 0.14, -0.1]) * HALF / 0.1)
+    ratio = scorecard([2.0], half=0.3).assign(id="R5")
+    assert repeats.judged(ratio, run([4.0], 1).assign(id="R5")).z.tolist() == pytest.approx([np.log(2) * HALF / 0.3])
 
 
 def test_stability_by_hand():
-    own = scorecard([0.0, 1.0, 2.0], status=["unsettled", "contradicted", "not asked"])
-    others = pd.concat([run([0.5, 1.1, 3], 1), run([-2, 1], 2, status=["unsettled", "contradicted"])])
+    own = scorecard([0.5, 0.9, 2.0], status=["unsettled", "supported", "not asked"], half=0.1)
+    others = pd.concat([run([0.52, 0.5, 3], 1), run([0.49, 0.95], 2)])
     found = repeats.stability(own, others).set_index("id")
-    assert list(found.index) == ["C0", "C1"]
+    assert list(found.index) == CLAIMS[:2] == ["R1", "R2"]
     assert found[["runs", "agree"]].values.tolist() == [[3, 3], [3, 2]]
     assert found.turned.tolist() == [False, True]
-    assert found[["least", "value", "most"]].values.tolist() == [[-2, 0, 0.5], [1, 1, 1.1]]
-    assert found.standard_error.tolist() == pytest.approx([1 / 1.959964] * 2)
-    assert found.z_most.tolist() == pytest.approx([2 * 1.959964, 0.1 * 1.959964])
+    assert found[["least", "value", "most"]].values.tolist() == [[0.49, 0.5, 0.52], [0.5, 0.9, 0.95]]
+    assert found.z_most.tolist() == pytest.approx([0.2 * HALF, 4 * HALF])
 
 
 def test_what_no_repeat_answers_stands_alone_and_other_hosts_do_not_count():
-    own = pd.concat([scorecard([0.0]), scorecard([5.0], host="b", half=0)])
-    found = repeats.stability(own, run([0.2], 1, status="contradicted")).set_index("host")
-    assert found.loc["a", ["runs", "agree"]].tolist() == [2, 1]
+    own = pd.concat([scorecard([0.5]), scorecard([5.0], host="b", half=0), scorecard([1.0], host="c")])
+    own.loc[own.host == "c", "counts"] = False
+    found = repeats.stability(own, run([0.2], 1)).set_index("host")
+    assert found.loc["a", ["runs", "agree"]].tolist() == [2, 2]
     assert found.loc["b", ["runs", "agree"]].tolist() == [1, 1] and not found.turned["b"]
-    assert np.isnan(found.z_most["b"])
+    assert np.isnan(found.z_most["b"]) and "c" not in found.index
 
 
 @pytest.mark.parametrize("between", [0.0, 2.0])
 def test_right_intervals_hold_another_run_in_83_of_100(between):
     """Compares the share with the normal formula. The intervals ignore the spread between runs."""
-    generator = np.random.default_rng(0)
-    truth = generator.normal(size=6000)
-    values = [truth + generator.normal(scale=np.hypot(1, between), size=6000) for _ in range(3)]
-    own, others = scorecard(values[0], half=1.959964), [run(x, s, half=1.959964) for s, x in enumerate(values[1:], 1)]
+    generator, hosts = np.random.default_rng(0), [f"h{i}" for i in range(40)]
+    truth = generator.normal(size=(40, len(CLAIMS)))
+    values = [truth + generator.normal(scale=np.hypot(1, between), size=truth.shape) for _ in range(3)]
+    own = pd.concat([scorecard(x, half=HALF, host=host) for x, host in zip(values[0], hosts)])
+    others = [run(x, s, half=HALF, host=h) for s in (1, 2) for x, h in zip(values[s], hosts)]
     found = repeats.held(own, 0, pd.concat(others)).set_index("host")
-    assert found.n.tolist() == [36000, 36000]
-    wanted = 2 * norm.cdf(1.959964 / np.sqrt(2 * (1 + between**2))) - 1
+    assert found.n["all"] == 6 * truth.size
+    wanted = 2 * norm.cdf(HALF / np.sqrt(2 * (1 + between**2))) - 1
     assert between or wanted == pytest.approx(repeats.EXPECTED, abs=1e-3)
-    assert found.share["all"] == pytest.approx(wanted, abs=0.01)
-    assert found.ci_low["all"] < wanted < found.ci_high["all"] and found.ci_high["all"] - found.ci_low["all"] < 0.03
+    assert found.share["all"] == pytest.approx(wanted, abs=0.015)
+    assert found.ci_low["all"] < wanted < found.ci_high["all"] and found.ci_high["all"] - found.ci_low["all"] < 0.05
 
 
-def test_pairs_are_of_different_seeds_and_of_intervals_with_a_width():
+def test_pairs_are_of_different_seeds_and_of_values_with_an_error():
     own = pd.concat([scorecard([0.0, 0.0]), scorecard([1.0], half=0, host="b")])
     others = pd.concat([run([0.5, 3.0], 1), run([1.0], 1, half=0, host="b"), run([9.0, 9.0], 0)])
     found = repeats.held(own, 0, others).set_index("host")
@@ -105,7 +121,7 @@ def runs(tmp_path, monkeypatch):
 def test_runs_are_gathered_into_one_table(runs, capsys):
     assert main(["repeats", "--profile", "smoke", *map(str, runs)]) == 0
     table, summary = (Study(PROFILE).kept_table(f"repeats-{kind}") for kind in ("scorecard", "replacement"))
-    assert table[["seed", "id", "status"]].values.tolist() == [[1, "C0", "contradicted"], [2, "C0", "contradicted"]]
+    assert table[["seed", "id", "status"]].values.tolist() == [[1, "R1", "contradicted"], [2, "R1", "contradicted"]]
     assert summary[["seed", "cells", "win_rate"]].values.tolist() == [[1, "c0", 0.25], [2, "c0", 0.5]]
     assert {*table.device, *summary.device} == {stages.environment()["device"]}
     assert all(stages.KEPT.match(path.name) for path in Study(PROFILE).paths.results.glob("[!.]*.csv"))
