@@ -182,7 +182,7 @@ def logit_gradients(
     """
     host.check_tokens(tokens)
     _check_count(tokens[:, 0], rows)
-    return gradients(host, run, layer, head, rows, starts, steps, lambda logits: logits.gather(-1, tokens))
+    return gradients(host, run, layer, head, rows, starts, steps, lambda logits: logits.gather(-1, tokens.clone()))
 
 
 def logit_gradient(

@@ -99,7 +99,7 @@ def _execute(path: Path, target: Path, profile: str, log: TextIO | None) -> None
 
     from replication.commands.kernel import ThisPython, neutralise
 
-    options = dict(stdout_file=log or sys.stdout, stderr_file=log or sys.stderr, log_output=True, progress_bar=False)
+    options = dict(stdout_file=log or sys.stdout, stderr_file=log or sys.stderr, progress_bar=False)
     options |= dict(kernel_name="python3", language="python", kernel_manager_class=ThisPython, cwd=path.parent)
     try:
         with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):

@@ -159,7 +159,7 @@ def logit_gradients(host: Host, goal: Goal, lowest: int) -> tuple[dict[int, Tens
 
 def _chosen(host: Host, goal: Goal, final: Tensor) -> Tensor:
     """Return the sum of the tokens' logits at the end of hidden states final [R, steps, D]."""
-    return host.logits(final[:, -1]).gather(-1, goal.tokens[:, None]).sum()
+    return host.logits(final[:, -1]).gather(-1, goal.tokens[:, None].clone()).sum()
 
 
 def _upward(
