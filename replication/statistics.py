@@ -30,7 +30,8 @@ class Estimate(NamedTuple):
 
     n: number of values per training; trainings: number of SAEs that it is a mean over (1 also if there is no
     SAE); between_seeds: the standard deviation of the trainings' estimates, nan for one; shared: the part of
-    the error that is the same for other trainings at the same places."""
+    the error that is the same for other trainings at the same places.
+    """
 
     value: float
     error: float
@@ -186,7 +187,8 @@ def over_trainings(
     The error has two parts: the sampling error of the places, which m trainings share, and the variance of
     their estimates divided by m, which is at least the sampling variance that they do not share. The second
     part alone is the interval of Hartung and Knapp with equal weights (t with m - 1 degrees of freedom); with
-    both, the degrees of freedom are Satterthwaite's. The error is nan for a single cluster."""
+    both, the degrees of freedom are Satterthwaite's. The error is nan for a single cluster.
+    """
     values = values if callable(values) else _finite(values)
     n = len(atoms if places is None else places)
     training, count = _codes(np.zeros(n) if trainings is None else trainings)
@@ -202,13 +204,12 @@ def over_trainings(
         between = float(estimates.std(ddof=1))
         own = max(between**2, single - shared) / count
         freedom = float(satterthwaite(shared, freedom, own, count - 1))
-    error = float(np.sqrt(shared + own))
-    return Estimate(float(estimates.mean()), error, float(freedom), n // count, count, between, float(np.sqrt(shared)))
+    value, error, shared = (float(x) for x in (estimates.mean(), np.sqrt(shared + own), np.sqrt(shared)))
+    return Estimate(value, error, float(freedom), n // count, count, between, shared)
 
 
 def satterthwaite(one, its_df, other, other_df) -> np.ndarray:
-    """Return the degrees of freedom of the sum of two estimated variances; those of the first if both are
-    0."""
+    """Return the degrees of freedom of a sum of two estimated variances; those of the first if both are 0."""
     parts = np.square(one) / its_df + np.square(other) / other_df
     return np.where(parts > 0, np.square(np.add(one, other)) / np.where(parts > 0, parts, 1), its_df)
 
@@ -255,15 +256,13 @@ def _resampled(values, rows: np.ndarray, codes: np.ndarray, draws: np.ndarray) -
 
 
 def deviation(samples: np.ndarray) -> np.ndarray:
-    """Return the standard deviation by the width of the central 95%, because a ratio can have far
-    outliers."""
+    """Return the standard deviation by the width of the central 95%, since a ratio can have far outliers."""
     low, high = np.quantile(samples, [0.025, 0.975], axis=-1)
     return (high - low) / (2 * stats.norm.ppf(0.975))
 
 
 def rarely(estimate: Estimate, events: int, clusters: int) -> Estimate:
-    """Return the estimate of a share, or of a change, with the error of a zero count if there are no
-    `events`.
+    """Return the estimate of a share or of a change, with the error of a zero count if there are no `events`.
 
     A bootstrap of zeros has no width. The error is then such that the one-sided 95% end is Clopper and
     Pearson's for 0 of so many clusters (prompts).
@@ -431,7 +430,8 @@ def clustered_spearman(a, b, clusters: Sequence, resamples: int, seed: int) -> C
     """Spearman's rho, with the percentile interval of a bootstrap over clusters.
 
     The ranks are those of the whole sample. All nan as in `pearson`; the ends are nan if a resample is
-    constant, and for a single cluster."""
+    constant.
+    """
     rho, (a, b) = spearman(a, b), _pair(a, b)
     if np.isnan(rho.value):
         return rho

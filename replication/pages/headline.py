@@ -4,7 +4,8 @@ The paper pools some 270 firings of each of 18 features, puts in the atom at its
 centres the states. The row nearest to that protocol is target state, centre mean, draw atoms, condition atom,
 amplitude coefficient: `PAPER`. This repository's headline is by position, since "on which share of positions"
 asks for that, and without the mean, since a write-trained atom that stands for "minus the mean" is no
-stand-in for a write."""
+stand-in for a write.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def summarise(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
     atom is active counts as lost. recovered: 1 - mean KL / mean KL(delete). Intervals cover places (clustered
     by passage, for the draw `atoms` by passage and atom) and, where seeds > 1, trainings. lowest, highest:
     over seeds; between_seeds: standard deviation. KLs in nats. paper: the row nearest to the paper's
-    protocol."""
+    protocol.
+    """
     rows = []
     for values, group in firings.groupby(KEYS, sort=False):
         where, parts = dict(zip(KEYS, values, strict=True)), by_place(group, study.cells).groupby("cells", sort=False)
@@ -69,20 +71,19 @@ def summarise(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
 
 
 def paper_places(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
-    """Write results headline_places.csv: the SAEs of the paper, of all trainings, at the places drawn by
-    position.
+    """Write results headline_places.csv: all trainings of the paper's SAEs, at the places drawn by position.
 
     One row per place and training, in the cells that are pooled; KLs in nats. The scorecard reads it.
     """
     where = PAPER | dict(draw="positions")
-    part = rows_with(firings, **{name: where[name] for name in KEYS[1:]}).merge(study.cells[[*CELL, "place"]], on=CELL)
+    part = rows_with(firings, **{name: where[name] for name in KEYS[1:]})
+    part = part.merge(study.cells[[*CELL, "place"]], on=CELL)
     columns = [*CELL, "place", "seed", "window", "passage", "position", "atom", "coefficient", "cosine"]
     return study.write("headline_places", part[part.place.isin(PAPER_PLACES)][[*columns, *KLS]])
 
 
 def _over_trainings(part: pd.DataFrame, values, study: Study) -> stats.Estimate:
-    """Return the mean of `values` over places and trainings; for the draw `atoms`, also over the atoms
-    drawn."""
+    """Return the mean of `values` over places and trainings; for the draw `atoms`, over the atoms as well."""
     atoms = atom_names(part) if part.draw.iloc[0] == "atoms" else None
     options = dict(resamples=study.profile.replacement.bootstrap, seed=study.profile.seed)
     return stats.over_trainings(values, part.passage, atoms, part.seed, **options)

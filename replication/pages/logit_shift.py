@@ -67,7 +67,8 @@ def median_r2(points: pd.DataFrame, predictor: str, resamples: int = 500, seed: 
     """Return the median over (atom, eps) of R2 over prompts, when prompts and atoms are drawn again.
 
     The variances of the two draws are added, minus that of prompts drawn for each atom by itself (Cameron,
-    Gelbach and Miller 2011)."""
+    Gelbach and Miller 2011).
+    """
     grid = points.pivot(index=["atom", "eps"], columns="prompt", values=["measured", predictor])
     measured, predicted = grid["measured"].to_numpy(), grid[predictor].to_numpy()
     atoms = grid.index.get_level_values("atom").to_numpy()

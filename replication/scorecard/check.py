@@ -1,8 +1,8 @@
-"""Do two sets of trainings say the same, and is the stated probability right? A simulation, and what was observed.
+"""Do two sets of trainings say the same, and is the stated probability right? Simulated, and observed.
 
-The simulation takes the values and variances of the scorecard for the truth: for each claim it draws pairs of sets of
-trainings and judges both. Observed are the whole runs of `make repeats`, and disjoint sets of the trainings that
-headline_places.csv has, which are measured at the same places.
+The simulation takes the values and variances of the scorecard for the truth: for each claim it draws pairs of
+sets of trainings and judges both. Observed are the whole runs of `make repeats`, and disjoint sets of the
+trainings that headline_places.csv has, which are measured at the same places.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ def named(size: int, same_places: bool) -> str:
 def simulated(scorecard: pd.DataFrame, size: int, same_places: bool, seed: int = 0) -> pd.DataFrame:
     """Return PAIRS simulated pairs of sets of trainings per claim that counts.
 
-    Columns: id, host, status and status_other (the verdicts of a pair), stated (the probability of the first, for
-    STATED pairs).
+    Columns: id, host, status and status_other (the verdicts of a pair), stated (the probability of the first,
+    for STATED pairs).
     """
     criteria, generator, parts = read_criteria(), np.random.default_rng(seed), []
     for line in answered(scorecard[scorecard.counts & (scorecard.standard_error > 0)]).itertuples():
         borders, value = criteria.borders(line.id), float(criteria.scale(line.id)[0](line.value))
-        places = [generator.standard_normal(PAIRS)] * 2 if same_places else generator.standard_normal((2, PAIRS))
+        places = generator.standard_normal((2, PAIRS))
+        places = places[[0, 0]] if same_places else places
         one, other = (_estimates(line, value, drawn, size, generator) for drawn in places)
         some = enumerate(islice(zip(*one), STATED))
         stated = pd.Series([borders.repeat_probability(Estimate(*numbers, 1), at) for at, numbers in some])
@@ -51,8 +52,8 @@ def simulated(scorecard: pd.DataFrame, size: int, same_places: bool, seed: int =
 def _estimates(line, value: float, places: np.ndarray, size: int, generator: np.random.Generator) -> tuple:
     """Return values [n], their standard errors and degrees of freedom for n sets of simulated trainings.
 
-    line: a row of the scorecard; value: on its scale; places [n]: the errors of the places, in standard errors. The
-    error of a set is estimated as by `statistics.over_trainings`.
+    line: a row of the scorecard; value: on its scale; places [n]: the errors of the places, in standard
+    errors. The error of a set is estimated as by `statistics.over_trainings`.
     """
     here, shared = max(line.trainings, 1), line.shared_error**2
     own = max(here * (line.standard_error**2 - shared), 0.0)  # of a single training
@@ -88,7 +89,8 @@ def of_sets(read_table: Callable, hosts: list[str], size: int) -> list[pd.DataFr
 def agreement(pairs: pd.DataFrame) -> dict:
     """Return how often the verdicts of a pair differ, and how often one supports what the other contradicts.
 
-    The interval of `differ` is a bootstrap over claims; stated: the share that the stated probabilities expect.
+    The interval of `differ` is a bootstrap over claims; stated: the share that the stated probabilities
+    expect.
     """
     differ = (pairs.status != pairs.status_other).astype(float)
     low, high = cluster_bootstrap(differ, pairs.id + pairs.host)
@@ -99,15 +101,16 @@ def agreement(pairs: pd.DataFrame) -> dict:
 
 
 def calibration(pairs: pd.DataFrame) -> pd.DataFrame:
-    """Return the mean stated probability of the same verdict and its real share, per bin of the stated one."""
+    """Return the mean stated probability of the same verdict and its real share, per bin of the former."""
     bins = pd.cut(pairs.stated, BINS, include_lowest=True, labels=BINS[1:])
     same = (pairs.status == pairs.status_other).astype(float)
     groups = pairs.assign(up_to=bins, repeated=same).groupby("up_to", observed=True)
-    return groups.agg(n=("stated", "size"), stated=("stated", "mean"), repeated=("repeated", "mean")).reset_index()
+    columns = dict(n=("stated", "size"), stated=("stated", "mean"), repeated=("repeated", "mean"))
+    return groups.agg(**columns).reset_index()
 
 
 def check(read_table: Callable, hosts: list[str], seed: int, others: pd.DataFrame | None) -> tuple:
-    """Return the tables verdict_repeats, a row per comparison, and verdict_calibration, per comparison and bin.
+    """Return the tables verdict_repeats (per comparison) and verdict_calibration (per comparison and bin).
 
     kind: simulated or observed. simulated: for an observed comparison, the share of other verdicts that the
     simulation gives for its claims. others: repeats-scorecard.csv; seed: that of this run.
@@ -134,9 +137,8 @@ def check(read_table: Callable, hosts: list[str], seed: int, others: pd.DataFram
 
 def shown(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the comparisons for a reader, in percent of the verdicts."""
-    percent = (
-        rows.set_index("compared")[["differ", "differ_low", "differ_high", "stated", "simulated", "opposed"]] * 100
-    )
+    names = ["differ", "differ_low", "differ_high", "stated", "simulated", "opposed"]
+    percent = rows.set_index("compared")[names] * 100
     interval = [f"{x.differ:.1f} [{x.differ_low:.1f}, {x.differ_high:.1f}]" for x in percent.itertuples()]
     columns = dict(kind=rows.kind.to_numpy(), claims=rows.claims.to_numpy(), pairs=rows.pairs.to_numpy())
     table = pd.DataFrame(columns, index=percent.index).assign(**{"differ (%)": interval})
@@ -147,25 +149,24 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
 
 def sentences(rows: pd.DataFrame, bins: pd.DataFrame) -> list[str]:
     """Return what the comparisons say, in sentences."""
-    lines = []
+    lines, found = [], {(x.compared, x.kind): x for x in rows.itertuples()}
     for size in (1, 5):
-        same, other = (
-            rows[(rows.compared == named(size, places)) & (rows.kind == "simulated")].iloc[0]
-            for places in (True, False)
-        )
+        same, other = (found[named(size, places), "simulated"] for places in (True, False))
         lines.append(
-            f"Simulated, {named(size, True)}: {same.differ:.1%} [{same.differ_low:.1%}, {same.differ_high:.1%}] of "
-            f"{same.claims} verdicts differ ({other.differ:.1%} at other places), and {same.opposed:.2%} "
-            f"({other.opposed:.2%}) go from supported to contradicted."
+            f"Simulated, {named(size, True)}: {_interval(same)} of {same.claims} verdicts differ ({other.differ:.1%} "
+            f"at other places), and {same.opposed:.2%} ({other.opposed:.2%}) go from supported to contradicted."
         )
     for row in rows[rows.kind == "observed"].itertuples():
         lines.append(
-            f"Observed, {row.compared}: {row.differ:.1%} [{row.differ_low:.1%}, {row.differ_high:.1%}] of the verdicts on "
-            f"{row.claims} claims differ; the stated probabilities expect {row.stated:.1%}, the simulation {row.simulated:.1%}."
+            f"Observed, {row.compared}: {_interval(row)} of the verdicts on {row.claims} claims differ; the stated "
+            f"probabilities expect {row.stated:.1%}, the simulation {row.simulated:.1%}."
         )
-    off = bins.assign(off=(bins.stated - bins.repeated).abs() * bins.n).groupby("compared")[["off", "n"]].sum()
+    off = bins.assign(off=(bins.stated - bins.repeated).abs() * bins.n)
+    off = off.groupby("compared")[["off", "n"]].sum().pipe(lambda x: x.off / x.n)
     for name in off.index.intersection([named(5, False), WHOLE]):
-        lines.append(
-            f"The stated probability is off by {off.off[name] / off.n[name]:.1%} in the mean over pairs: {name}."
-        )
+        lines.append(f"The stated probability is off by {off[name]:.1%} in the mean over pairs: {name}.")
     return lines
+
+
+def _interval(row) -> str:
+    return f"{row.differ:.1%} [{row.differ_low:.1%}, {row.differ_high:.1%}]"

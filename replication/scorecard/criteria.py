@@ -99,14 +99,16 @@ class Criteria(BaseModel):
         kinds = self.smallest_effects | self.smallest_factors
         for name, criterion in self.claims.items():
             if criterion.effect not in kinds:
-                raise ValueError(f"claims.{name}: no smallest effect {criterion.effect!r}: use {', '.join(kinds)}")
+                names = ", ".join(kinds)
+                raise ValueError(f"claims.{name}: no smallest effect {criterion.effect!r}: use {names}")
         return self
 
     def scale(self, name: str) -> tuple[Callable, Callable]:
         """Return the function to the scale on which a claim is judged, and its inverse.
 
         Ratios are judged by their logarithm, R2 by minus the logarithm of the share that is not explained: a
-        value of -300 has no symmetric interval."""
+        value of -300 has no symmetric interval.
+        """
         effect = self.claims[name].effect
         return RATIO if effect in self.smallest_factors else R2 if effect == "r2" else PLAIN
 
@@ -158,5 +160,5 @@ def read_criteria(path: Path = ROOT / "paper/criteria.yaml", claims: Path = CLAI
 def changed() -> pd.DataFrame:
     """Return the criteria that were changed: what they were, what they are, and why."""
     rows = {name: x for name, x in read_criteria().claims.items() if x.was}
-    columns = dict(was=[x.was for x in rows.values()], now=[x.criterion for x in rows.values()])
-    return pd.DataFrame(columns | dict(because=[x.because for x in rows.values()]), index=pd.Index(rows, name="id"))
+    columns = {name: [getattr(x, name) for x in rows.values()] for name in ("was", "criterion", "because")}
+    return pd.DataFrame(columns, index=pd.Index(rows, name="id")).rename(columns=dict(criterion="now"))

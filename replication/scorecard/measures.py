@@ -79,7 +79,7 @@ def class_axis(tables: Tables, host: str, axis: str) -> Estimate | None:
     return summary(tables, host, "population_axes", "cliffs_delta", **columns)
 
 
-def contrast(tables: Tables, host: str, variant: str, quantity: str, place: str = "middle") -> Estimate | None:
+def contrast(tables: Tables, host: str, variant: str, quantity: str, place="middle") -> Estimate | None:
     """A variant of the state-trained SAE against the bilinear SAE of rank 1."""
     where = dict(target="state", variant=variant, quantity=quantity, place=place)
     found = summary(tables, host, "ablation_contrasts", "value", where)
@@ -92,16 +92,14 @@ def _log(estimate: Estimate) -> Estimate:
 
 
 def logit_r2(tables: Tables, host: str, predictor: str, rank: int) -> Estimate | None:
-    """Median R2 of a predictor over (atom, eps), for the token of a rank: -log(1 - R2), by the delta
-    method."""
+    """Median R2 of a predictor over (atom, eps), for the token of a rank, as -log(1 - R2)."""
     found = summary(tables, host, "logit_shift_ranks", "r2_median", dict(predictor=predictor, rank=rank))
     rest = found and max(1 - found.value, 1e-6)  # tables have six digits
     return found and found._replace(value=float(-np.log(rest)), error=found.error / rest)
 
 
 def sign_agreement(tables: Tables, host: str) -> Estimate:
-    """Share of shifts that have the sign of the paper's formula, with the error of as many trials as
-    atoms."""
+    """Share of shifts with the sign of the paper's formula, with the error of as many trials as atoms."""
     part = rows_with(tables("logit_shift_summary"), host=host, predictor="paper")
     part = part[part.eps.isin(PAPER_EPS)]
     return _share(part.sign_agreement.mean(), int(part.n_fits.iloc[0]))
@@ -131,8 +129,7 @@ def _over_places(values, part: pd.DataFrame) -> Estimate:
 
 
 def win_rate(tables: Tables, host: str, cells: str) -> Estimate | None:
-    """Share of places at which the atom beats deletion. A single place is asked only of hosts with
-    several."""
+    """Share of places at which the atom beats deletion. One cell is asked only of hosts with several."""
     part = _places(tables, host, cells)
     if part.empty or (cells != "pooled" and _places(tables, host).place.nunique() == 1):
         return None
@@ -140,8 +137,7 @@ def win_rate(tables: Tables, host: str, cells: str) -> Estimate | None:
 
 
 def kl_ratio(tables: Tables, host: str, control: str, median: str) -> Estimate:
-    """Log of the KL of a control over the atom's: the ratio of their medians, or the median of their
-    ratios."""
+    """Log KL of a control over the atom's: the ratio of their medians, or the median of their ratios."""
     part = _places(tables, host)
     atom, other = part.kl_atom.to_numpy(), part[f"kl_{control}"].to_numpy()
 
@@ -169,7 +165,7 @@ def failures(tables: Tables, host: str) -> Estimate:
     """
     part = _places(tables, host)
     deleted = part.kl_delete.to_numpy()
-    worse = (beats(part, "random").astype(float) - beats(part)).to_numpy()  # failed by the atom, not by the other
+    worse = (beats(part, "random").astype(float) - beats(part)).to_numpy()  # the atom failed, the other did not
 
     def gap(rows: np.ndarray) -> float:
         lowest, highest = np.quantile(deleted[rows], [0.25, 0.75])
@@ -233,7 +229,8 @@ def lowest_bin(tables: Tables, host: str) -> Estimate | None:
     wins, firings = (part.win_rate * part.firings).to_numpy(), part.firings.to_numpy()
 
     def lowest(rows: np.ndarray) -> float:
-        return min(wins[x].sum() / firings[x].sum() for x in (rows[bins[rows] == name] for name in kept) if len(x))
+        parts = (rows[bins[rows] == name] for name in kept)
+        return min(wins[part].sum() / firings[part].sum() for part in parts if len(part))
 
     return _over_atoms(lowest, part) if len(kept) else None
 
@@ -440,7 +437,8 @@ def installed(tables: Tables, host: str, targets: str) -> Estimate:
 def native_inclusion(tables: Tables, host: str) -> Estimate:
     """Share of targets of native rank 101 to 1,000 that come without an edit."""
     part = _trials(tables, host, "middle")
-    return rarely(_mean(part.included_native, part.prompt), int(part.included_native.sum()), part.prompt.nunique())
+    found = _mean(part.included_native, part.prompt)
+    return rarely(found, int(part.included_native.sum()), part.prompt.nunique())
 
 
 def saturation(tables: Tables, host: str) -> Estimate:

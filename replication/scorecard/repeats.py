@@ -1,8 +1,8 @@
 """Comparison of whole runs with other seeds or on other machines, for notebook 12.
 
-`make repeats` (`replication.commands.repeats`) gathers the scorecards and the replacement_summary.csv of whole runs.
-Another seed changes SAEs, places and prompts; another processor changes the order of sums, which training amplifies
-to other atoms. The values of other runs are judged with the standard errors of this one.
+`make repeats` (`replication.commands.repeats`) gathers the scorecards and the replacement_summary.csv of
+whole runs. Another seed changes SAEs, places and prompts; another processor changes the order of sums, which
+training amplifies to other atoms. The values of other runs are judged with the standard errors of this one.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ def answered(scorecard: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_run(folder: Path, profile: str, kind: str) -> pd.DataFrame:
-    """Return a table of a run (`kind`: a key of COLUMNS) with the columns RUN, without claims that are not
-    asked.
+    """Return a table of a run (`kind`: a key of COLUMNS) with the columns RUN, without claims not asked.
 
     Raises ArtifactError if the table is missing or damaged, RepeatsError if the profile of the run differs
     from `profile` in more than its seed.
@@ -105,7 +104,8 @@ def stability(scorecard: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
     for line in answered(scorecard[scorecard.counts]).itertuples():
         own = rows_with(others, id=line.id, host=line.host)
         same = int((own.status == line.status).sum())
-        row = dict(id=line.id, host=line.host, group=line.group, status=line.status, runs=len(own) + 1, agree=same + 1)
+        row = dict(id=line.id, host=line.host, group=line.group, status=line.status)
+        row |= dict(runs=len(own) + 1, agree=same + 1)
         row |= dict(turned=same < len(own), value=line.value, least=min([line.value, *own.value]))
         row |= dict(most=max([line.value, *own.value]), z_most=own.z.abs().max())
         rows.append(row | dict(repeat_probability=line.repeat_probability))
@@ -132,8 +132,8 @@ def held(scorecard: pd.DataFrame, seed: int, repeats: pd.DataFrame) -> pd.DataFr
     """Return how often the interval of one run contains the value of another, per host and for all hosts.
 
     It compares ordered pairs of runs with different seeds, since runs of one seed draw the same firings and
-    prompts; all have the standard errors of this run. n counts the claims of all pairs; the interval of share is
-    a bootstrap over claims; expected is the share for correct intervals.
+    prompts; all have the standard errors of this run. n counts the claims of all pairs; the interval of share
+    is a bootstrap over claims; expected is the share for correct intervals.
     """
     table, rows = pairs_of(by_seed(scorecard, seed, repeats)), []
     reach = stats.t.ppf(0.975, table.df)

@@ -2,7 +2,8 @@
 
 A claim is supported, contradicted, equivalent (no effect worth the name) or unsettled (`verdicts`). Claims
 that no host can answer are not asked; claims that cannot fail have a value and no verdict. A result on an
-embedded host never replicates a number of another model."""
+embedded host never replicates a number of another model.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def scorecard(
     seeds; p and holm, the level of the status and its adjustment within the host over the claims that count;
     counts; same_as, the claim that counts in this one's place; standard_error, shared_error (its part that
     other trainings at the same places share) and df, on the scale of `Criteria.scale`. Raises ValueError for
-    a host that is not in hosts.csv, KeyError if a table has several rows for a claim."""
+    a host that is not in hosts.csv, KeyError if a table has several rows for a claim.
+    """
     tables, criteria, rows = cache(read_table), read_criteria(), []
     listed = tables("hosts").set_index("host")
     if unknown := [host for host in hosts if host not in listed.index]:
@@ -91,9 +93,11 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     here = [f"{x.value:.3g} [{x.ci_low:.3g}, {x.ci_high:.3g}]" for x in rows.itertuples()]
     trainings = rows.trainings.map(lambda count: {0: "no SAE", 1: "one"}.get(count, str(count)))
     columns = dict(host=rows.host.map(lambda name: HOST.get(name, name)), claim=rows.claim)
-    columns |= dict(paper=rows.paper_value.map("{:g}".format, na_action="ignore").fillna(""), here=here, n=rows.n)
-    columns |= dict(trainings=trainings, verdict=rows.status.where(rows.group != "cannot_fail", "cannot fail"))
-    again = (100 * rows.repeat_probability).map("{:.0f}".format, na_action="ignore").fillna("")
+    paper, again = rows.paper_value, 100 * rows.repeat_probability
+    columns |= dict(paper=paper.map("{:g}".format, na_action="ignore").fillna(""), here=here, n=rows.n)
+    columns |= dict(trainings=trainings)
+    columns |= dict(verdict=rows.status.where(rows.group != "cannot_fail", "cannot fail"))
+    again = again.map("{:.0f}".format, na_action="ignore").fillna("")
     return pd.DataFrame(columns | {"said again (%)": again}).set_index(rows.id)
 
 
@@ -104,8 +108,8 @@ def sentences(table: pd.DataFrame) -> list[str]:
     settled = kept[kept.status != "unsettled"]
     alone = (kept.trainings == 1).sum()
     lines = [
-        f"{len(kept)} verdicts count: {words}. {(settled.holm <= 0.05).sum()} of the {len(settled)} that are settled "
-        "are so after Holm's adjustment within their host.",
+        f"{len(kept)} verdicts count: {words}. {(settled.holm <= 0.05).sum()} of the {len(settled)} that are "
+        "settled are so after Holm's adjustment within their host.",
         f"{alone} rest on one training, and their intervals are widened by what another training adds.",
     ]
     headline = dict(list(kept[kept.group == "headline"].groupby("host")))

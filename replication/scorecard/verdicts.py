@@ -3,10 +3,9 @@
 A claim has two borders, on both sides of the value that supports neither it nor its opposite. A verdict
 compares a value, its standard error and its degrees of freedom (Student's t) with the borders:
 
-- supported or contradicted: the 95% interval lies beyond the border on the claim's side, or on the other
-side; - equivalent: the 90% interval lies between the borders (two one-sided tests). For a claim of no
-difference this is
-  what the claim says: it is supported;
+- supported or contradicted: the 95% interval lies beyond the border on the claim's side, or on the other;
+- equivalent: the 90% interval lies between the borders (two one-sided tests). A claim of no difference says
+  this, and is then supported;
 - unsettled: none of these.
 """
 
@@ -57,15 +56,17 @@ class Borders:
         value, error, df = estimate[:3]
         if not error > 0:
             return float(self.verdict(estimate) == "unsettled")
-        above, below = (stats.t.sf(sign * (value - x) / error, df) for sign, x in ((1, self.high), (-1, self.low)))
-        inside = max(stats.t.sf((value - self.low) / error, df), stats.t.sf((self.high - value) / error, df))
-        return float(min(1.0, 2 * above, 2 * below, inside))
+        low, high = (value - self.low) / error, (value - self.high) / error
+        outside = 2 * min(stats.t.sf(high, df), stats.t.cdf(low, df))
+        inside = max(stats.t.sf(low, df), stats.t.cdf(high, df))
+        return float(min(1.0, outside, inside))
 
     def repeat_probability(self, estimate: Estimate, seed: int = 0) -> float:
         """Return the probability that a repeat of the same design, with other seeds, has the same verdict.
 
         The true error is drawn from its posterior given the estimated one and its degrees of freedom, the
-        true value around the estimate, and the repeat's value and error around these."""
+        true value around the estimate, and the repeat's value and error around these.
+        """
         generator = np.random.default_rng(seed)
         value, error, df = estimate[:3]
         if not error > 0:
