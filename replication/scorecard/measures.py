@@ -47,8 +47,8 @@ def _mean(values, places: Sequence, atoms: Sequence | None = None) -> Estimate:
 
 
 def _over_atoms(statistic: Callable, part: pd.DataFrame, resamples: int = RESAMPLES) -> Estimate:
-    """Return a statistic of row numbers when the atoms of one SAE, one row each, are drawn."""
-    return over_trainings(statistic, atoms=range(len(part)), resamples=resamples)
+    """Return a statistic of row numbers when atoms are drawn, one per row; column `seed`: the training."""
+    return over_trainings(statistic, None, range(len(part)), part.get("seed"), resamples)
 
 
 # Rows of summary tables
@@ -165,7 +165,7 @@ def failures(tables: Tables, host: str) -> Estimate:
     """
     part = _places(tables, host)
     deleted = part.kl_delete.to_numpy()
-    worse = (beats(part, "random").astype(float) - beats(part)).to_numpy()  # the atom failed, the other did not
+    worse = (beats(part, "random").astype(float) - beats(part)).to_numpy()  # than the random atom
 
     def gap(rows: np.ndarray) -> float:
         lowest, highest = np.quantile(deleted[rows], [0.25, 0.75])
@@ -242,7 +242,9 @@ def alive_share(tables: Tables, host: str) -> Estimate:
 
 
 def _alive(tables: Tables, host: str) -> pd.DataFrame:
-    return rows_with(tables("atoms"), host=host, role="main", **MIDDLE)
+    """Return the alive atoms of all trainings of the paper's SAE that atoms.csv has."""
+    part = rows_with(tables("atoms"), host=host, **MIDDLE)
+    return part[part.role.str.fullmatch(r"main(-mean-\d+)?")]
 
 
 @cache

@@ -418,6 +418,17 @@ def test_classes_are_fitted_again_in_every_resample(monkeypatch):
     assert gain.value < -20 and gain.error > 3
 
 
+def test_several_trainings_are_averaged_and_others_are_left_out():
+    shares = {"main": 10, "main-mean-1042": 20, "main-none-42": 0, "k16-seed1": 0}
+    parts = [
+        atoms([0.05] * few + [0.5] * (100 - few), role=role, seed=seed)
+        for seed, (role, few) in enumerate(shares.items())
+    ]
+    found = measures.threshold_ratio(lambda name: pd.concat(parts), "h")
+    assert found.trainings == 2 and found.n == 100
+    assert np.exp(found.value) == pytest.approx(np.sqrt(100 / 90 * 100 / 80))
+
+
 def test_registers_of_two_hosts_are_compared(monkeypatch):
     monkeypatch.setattr(measures, "REFITS", 60)
     generator, tables = np.random.default_rng(0), {}
