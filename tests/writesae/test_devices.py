@@ -21,7 +21,7 @@ from writesae.evaluate.firings import Places, encode_cell
 from writesae.harvesting import harvest
 from writesae.sae.config import Architecture
 from writesae.sae.model import SAE
-from writesae.shift import gamma, logit_gradient
+from writesae.shift import gamma, logit_gradient, predict_kl, predict_shift
 
 ELSEWHERE = torch.device("cuda", 0)
 INDEXING = ("__getitem__", "__setitem__", "index_put", "index_put_")  # CUDA accepts index tensors on the CPU
@@ -47,6 +47,11 @@ class Elsewhere(TorchFunctionMode):
         there = any(hasattr(x, "elsewhere") for x in tensors([args, kwargs]))
         if name == "__get__" and getattr(function, "__self__", None) is torch.Tensor.device:
             return ELSEWHERE if there else torch.device("cpu")
+        if name == "grad":  # each gradient is where its input is, whatever the other inputs
+            made = function(*args, **kwargs)
+            for x in (x for x, source in zip(made, args[1]) if hasattr(source, "elsewhere")):
+                x.elsewhere = True
+            return made
         if name == "numpy" and there:
             raise TypeError("can't convert a tensor that is elsewhere to numpy")
         places = [x for x in itertools.chain(args, kwargs.values()) if isinstance(x, (str, torch.device))]
@@ -91,6 +96,9 @@ def asked(host, tokens, dtype=torch.float64):
     key, value = (torch.randn(3, d, generator=generator, dtype=torch.float64).to(dtype) for d in (host.d_k, host.d_v))
     continued, first = generate(host, run, *cell, make_edit(rows, position, key[:, None], value[:, None]), 3)
     gradient, native = logit_gradient(host, run, *cell, rows, position, 4, torch.tensor([5, 6, 7]))
+    place = dict(layer=cell[0], head=cell[1], steps=4)
+    edit = make_edit(rows, position, key[:, None], value[:, None])
+    closed = {by: predict_shift(host, tokens, edit, 5, **place, by=by) for by in ("through_layer", "through_norm")}
     nothing = torch.zeros(3, 1, dtype=dtype)
     watched = newlines.Amplifier(rows, key[:, None], value[:, None], nothing[:, 0], nothing + 2, rows > 0, rows[:1])
     site = Site(host, run, *cell, "added")
@@ -100,18 +108,23 @@ def asked(host, tokens, dtype=torch.float64):
     firings = pd.DataFrame(dict(position=[20, 30], host="h", atom=0, coefficient=1.0, window=[0, 2]))
     heard = readers.readers(site, (key[0], value[0]), firings, 3, 2, seed=0)
     harvested = harvest(host, tokens, [cell], 2, progress=False)[cell]
-    return harvested.tensors() | dict(
-        continued=continued,
-        first=first,
-        influence=gamma(factors, rows, position, gradient),
-        native=native,
-        amplified=amplified,
-        amounts=amounts,
-        kept_tokens=kept.tokens,
-        kept_norms=kept.written,
-        kept_states=kept.states,
-        heard=torch.from_numpy(heard[["signal", "baseline"]].to_numpy()),
-        direct=host.unembedding() @ host.output_projection(*cell),
+    return (
+        harvested.tensors()
+        | closed
+        | dict(
+            divergence=predict_kl(host, tokens, edit, **place, readings=2),
+            continued=continued,
+            first=first,
+            influence=gamma(factors, rows, position, gradient),
+            native=native,
+            amplified=amplified,
+            amounts=amounts,
+            kept_tokens=kept.tokens,
+            kept_norms=kept.written,
+            kept_states=kept.states,
+            heard=torch.from_numpy(heard[["signal", "baseline"]].to_numpy()),
+            direct=host.unembedding() @ host.output_projection(*cell),
+        )
     )
 
 
