@@ -10,9 +10,10 @@
 
 through_layer is exact in the cell and in the edited layer (norm, gate, output projection, MLP, residual), and
 linear in the layers above and the final norm. through_norm is exact in the final norm and the unembedding
-too: of the layers between it takes the residual stream and the linear change of this one logit. Both take one
-backward pass for all writes of all sizes at a place, and one pass of the edited layer per write. The same
-estimate of the last hidden state predicts the KL of an edit without a run (`predict_kl`)."""
+too: of the layers between it takes the residual stream and the linear change of this one logit. In bf16 it is
+rounded as the model's logits are. Both take one backward pass for all writes of all sizes at a place, and one
+pass of the edited layer per write. The same estimate predicts the KL of an edit without a run (`predict_kl`).
+"""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ class Gradients(NamedTuple):
 
     head [R, m, steps, d_v], layer [R, m, steps, D], last [R, m, D]: with respect to the head's output, the
     output of its layer, and the last hidden state. output [R, steps, D], hidden [R, D], logits [R, V]: the
-    native values. Those of layer, last, output and hidden are on the model's device."""
+    native values. layer, last, output and hidden are on the model's device.
+    """
 
     head: Tensor
     layer: Tensor
@@ -97,18 +99,18 @@ class Gradients(NamedTuple):
     logits: Tensor
 
     def through_layer(self, edited: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
-        """Return the linear changes [n, m] of the numbers under outputs `edited` [n, steps, D] of the layer.
+        """Return the linear changes [n, m] of the numbers under layer outputs `edited` [n, steps, D].
 
         rows [n]: the row of each output; by default there is one output per row.
         """
         return torch.einsum("nsd,nmsd->nm", wide(edited - self.output[rows]), wide(self.layer[rows]))
 
     def last_hidden(self, edited: Tensor, rows: Tensor | slice = slice(None), numbers=slice(None)) -> Tensor:
-        """Return estimates [n, D] of the last hidden states under outputs `edited` [n, steps, D] of the
-        layer.
+        """Return estimates [n, D] of the last hidden states under layer outputs `edited` [n, steps, D].
 
         The residual stream carries the change of the layer's last output on to the last hidden state. To this
-        is added the smallest change with which the chosen `numbers` change as in `through_layer`."""
+        is added the smallest change with which the chosen `numbers` change as in `through_layer`.
+        """
         slopes, places = wide(self.last[:, numbers]), self.hidden.shape[-1]
         carried = wide(edited - self.output[rows])[:, -1, :places]
         missing = self.through_layer(edited, rows)[:, numbers] - torch.einsum("nmd,nd->nm", slopes[rows], carried)
@@ -155,9 +157,10 @@ def predict_kl(
 ) -> Tensor:
     """Return the predicted KL(native, edited) [R] in nats at the last of the `steps` tokens of `run_edited`.
 
-    It is the KL at the estimated last hidden state (`Gradients.last_hidden`), on which the log-probabilities
-    of the `readings` native top tokens change linearly with the layer's output: one backward pass each, for
-    all edits at a place. Raises ValueError for less than one reading, and as `run_edited`."""
+    It is the KL at the estimated last hidden state (`Gradients.last_hidden`), where the log-probabilities of
+    the `readings` native top tokens change linearly with the layer's output: one backward pass each, for all
+    edits at a place. Raises ValueError for less than one reading, and as `run_edited`.
+    """
     if not 1 <= readings <= host.vocabulary:
         raise ValueError(f"A KL is predicted from 1 to {host.vocabulary} readings, not from {readings}.")
     run, edit = run_of(host, windows, edit, layer, head)

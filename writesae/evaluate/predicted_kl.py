@@ -40,8 +40,9 @@ def predict_replacements(
 
     The candidates are the firing's atom (`own`), `atoms` alive atoms, the same at all firings, and DELETION.
     kl_M: predicted from M readings, which take M backward passes for all candidates; with none, the change of
-    the layer's output goes straight to the final norm. fisher: the second-order form, from as many readings
-    as there are at most. cosine: of the atom to the native write. Other arguments: as for `replace`."""
+    the layer's output goes straight to the final norm. fisher: the second-order form, from the largest number
+    of readings. cosine: of the atom to the native write. Other arguments: as for `replace`.
+    """
     cell, alive = (cell_sae.layer, cell_sae.head), cell_sae.alive
     drawn = alive[torch.from_numpy(np.random.default_rng(seed).permutation(len(alive))[:atoms])]
     put_in = torch.cat([places.atom[:, None], drawn.expand(len(firings), -1)], 1)  # [n, 1 + atoms]
@@ -60,8 +61,9 @@ def predict_replacements(
     columns = dict(candidate=F.pad(put_in, (0, 1), value=DELETION), cosine=cosine)
     columns["own"] = (torch.arange(count) == 0).expand(len(firings), -1)
     table = firings.loc[firings.index.repeat(count)].reset_index(drop=True)
-    table = table.assign(**{name: x.flatten().numpy() for name, x in columns.items()}, **kls.reset_index(drop=True))
-    return table.assign(host=host.name, layer=cell[0], head=cell[1], target=cell_sae.target)
+    table = table.assign(**{name: x.flatten().numpy() for name, x in columns.items()})
+    where = dict(host=host.name, layer=cell[0], head=cell[1], target=cell_sae.target)
+    return table.assign(**kls.reset_index(drop=True), **where)
 
 
 @torch.no_grad()

@@ -2,7 +2,8 @@
 
 Per prompt, eps native write norms of each atom are added to the state at t0, and logits are read `horizon`
 tokens later. `paper_fitted` fits one scalar over the paper's eps per (prompt, atom, token); the others fit
-nothing."""
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -97,8 +98,8 @@ def _head_changes(factors, rows, t0, horizon, key, value, amount) -> Tensor:
 
 
 @torch.no_grad()
-def _measured(host, run, cell, rows, t0, changes, tokens, native, slopes: Gradients, batch_rows) -> dict[str, Tensor]:
-    """Return the shifts [B, n, eps, ranks] of tokens [B, ranks] in edited runs, and as predicted from slopes.
+def _measured(host, run, cell, rows, t0, changes, tokens, native, slopes: Gradients, batch_rows) -> dict:
+    """Return the shifts [B, n, eps, ranks] of tokens [B, ranks], in edited runs and as predicted from slopes.
 
     The edited layer is run once for all of them.
     """
