@@ -90,7 +90,7 @@ def _processor() -> str:
 
 
 def must_agree(difference: float, tolerance: float, problem: str) -> None:
-    """Raise ValueError, with the problem, unless the relative difference of two cases is below the tolerance."""
+    """Raise ValueError, with the problem, unless a relative difference is below the tolerance."""
     if not difference < tolerance:
         raise ValueError(f"{problem} (relative difference {difference:.1e}, allowed {tolerance:.0e}).")
 

@@ -11,7 +11,8 @@ from jupyter_client.kernelspec import KernelSpec
 
 from replication.study.paths import ROOT
 
-DROPPED = ("PYTHONSTARTUP", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "MPLBACKEND", "MATPLOTLIBRC")  # change what a page does
+# These change what a page does.
+DROPPED = ("PYTHONSTARTUP", "PYTHONOPTIMIZE", "PYTHONWARNINGS", "MPLBACKEND", "MATPLOTLIBRC")
 DROPPED += ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")  # change products on a GPU
 FOLDERS = ("HF_HOME", "HF_HUB_CACHE")  # a kernel has another current folder
 

@@ -73,8 +73,8 @@ def notebooks(root: Path = ROOT) -> dict[str, Notebook]:
     for page in pages.values():
         for path in page.makes:
             if (other := makers.setdefault(path, page.name)) != page.name:
-                both = f"notebooks/{other}.ipynb and notebooks/{page.name}.ipynb both make"
-                raise ValueError(f"{both} {path}: let one of them make another file, and say so in its metadata.")
+                both = f"notebooks/{other}.ipynb and notebooks/{page.name}.ipynb"
+                raise ValueError(f"{both} both make {path}: let one make another file, as its metadata says.")
         for name in page.needs:
             if name not in pages:
                 raise ValueError(f"notebooks/{page.name}.ipynb needs the notebook {name}, which does not exist.")
@@ -87,7 +87,8 @@ def passed_over(root: Path = ROOT) -> list[str]:
     for path in sorted((root / "notebooks").glob("[!.]*.ipynb")):
         try:
             if not PAGE.fullmatch(path.stem) and read_metadata(path) is not None:
-                sentences.append(f"notebooks/{path.name} is passed over: pages have names such as 13_mine.ipynb.")
+                remedy = "pages have names such as 13_mine.ipynb"
+                sentences.append(f"notebooks/{path.name} is passed over: {remedy}.")
         except ValueError:  # no notebook, so no page either
             continue
     return sentences

@@ -76,12 +76,13 @@ def load_grid(path: Path | str) -> Grid:
     """Return the grid in a YAML file, named after it; the name is enough for a file in profiles/sweeps/.
 
     Raises ValueError if the file is missing or wrong."""
-    grid = paths_module.ROOT / "profiles" / "sweeps" / f"{path}.yaml"
+    folder = paths_module.ROOT / "profiles" / "sweeps"
+    grid = folder / f"{path}.yaml"
     file = grid if grid.is_file() else paths_module.typed(path)
     if not file.is_file():
-        known = ", ".join(sorted(p.stem for p in (paths_module.ROOT / "profiles" / "sweeps").glob("[!.]*.yaml")))
+        known = ", ".join(sorted(path.stem for path in folder.glob("[!.]*.yaml")))
         raise ValueError(f"There is no grid {path}: profiles/sweeps/ has {known}.")
-    if file != grid and (same := grid.with_name(file.name)).is_file() and not same.samefile(file):
+    if file != grid and (same := folder / file.name).is_file() and not same.samefile(file):
         raise ValueError(f"{file} and {same} would write the same tables: give your grid another name.")
     return read_yaml(Grid, file, f"Grid {file.name}", name=file.stem)
 
@@ -122,8 +123,7 @@ class Sweep:
         return *point[:3], self.grid.variants[point.variant].target, role
 
     def points(self) -> list[Point]:
-        """Return all SAEs of the grid. Raises ValueError for no SAE, and if the profile lacks a host or
-        cell."""
+        """Return all SAEs of the grid. Raises ValueError for none, and if the profile lacks a host or cell."""
         grid, profile = self.grid, self.profile
         named = {"all": list(profile.hosts), "main": [self.study.main]}
         hosts = grid.hosts if isinstance(grid.hosts, list) else named[grid.hosts]

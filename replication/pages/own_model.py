@@ -1,8 +1,8 @@
 """Page 90: a model, a text, a cell and a word of the reader's choice.
 
 The page's own choice (DEFAULTS) writes into the folders of the profile. Every other choice has folders of its
-own, results/own_models/NAME and figures/own_models/NAME; NAME is the model, the cell and a hash of the whole
-choice."""
+own, results/own_models/NAME and figures/own_models/NAME; NAME is the model, the cell and a hash of the choice.
+"""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class Choice:
 def choose(profile, *, model, tokenizer, text, layer, head, word) -> Choice:
     """Load what the parameters of page 90 name, and take the lock of the folders that the page writes.
 
-    A number may be given as text and text as a number, as papermill does; paths are as `paths.typed` reads
-    them. Raises ValueError for a value that does not fit, before anything is computed, and what `open_study`
-    and `load_host` raise."""
+    A number may be given as text and text as a number, as papermill does; paths are read by `paths.typed`.
+    Raises ValueError for a value that does not fit, before anything is computed, and what `open_study` and
+    `load_host` raise."""
     study = open_study(profile, lock=False)
     chosen = dict(model=local_or_id(model), tokenizer=local_or_id(tokenizer), text=place(text), word=str(word))
     chosen |= dict(layer=whole_number(layer, "layer"), head=whole_number(head, "head"))
@@ -91,8 +91,7 @@ def whole_number(value, name: str) -> int:
 
 
 def local_or_id(value) -> str | None:
-    """Return a parameter that names a folder or a Hub id: the path of a folder, else the id; None for
-    none."""
+    """Return the path of a folder that a parameter names, else the Hub id; None for none."""
     if value in (None, ""):
         return None
     folder = paths.typed(str(value))
@@ -135,8 +134,8 @@ def verdict(table: pd.DataFrame) -> str:
     return (
         f"The edited run {'reads' if exact.value > 0.9 else 'does not read'} what was predicted: R2 is "
         f"{exact.value:.3f} at {exact.name.rpartition(' ')[2]} native write norms (n = {int(exact.n)}).\n"
-        f"At the native write's norm the atom beats deletion on {atom} of {int(shares['atom'].n)} firings, and a random "
-        f"atom on {random}.\n"
-        f"Three writes along gamma change the log-probability of the word by {lift.value:+.2f}{interval} nats in the "
-        f"mean over {int(lift.n)} prompts."
+        f"At the native write's norm the atom beats deletion on {atom} of {int(shares['atom'].n)} firings, and a "
+        f"random atom on {random}.\n"
+        f"Three writes along gamma change the log-probability of the word by {lift.value:+.2f}{interval} nats in "
+        f"the mean over {int(lift.n)} prompts."
     )

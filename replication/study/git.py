@@ -7,7 +7,8 @@ import subprocess
 
 from replication.study import paths
 
-CHOOSE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY")  # a repository
+# These choose a repository; git sets them for its hooks.
+CHOOSE = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY")
 
 
 class GitError(OSError):
@@ -23,7 +24,7 @@ def git(*arguments: str) -> bytes:
 
 
 def _run(*arguments: str) -> bytes:
-    environment = {name: value for name, value in os.environ.items() if name not in CHOOSE}  # set in git's hooks
+    environment = {name: value for name, value in os.environ.items() if name not in CHOOSE}
     command = ["git", "--no-optional-locks", "-C", str(paths.ROOT), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, env=environment)

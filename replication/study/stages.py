@@ -35,7 +35,8 @@ KEPT = re.compile(r"(sweep|repeats)-.*\.csv")  # tables of `make sweep` and `mak
 
 def git_commit() -> str:
     """Return the commit of the checkout, with `+changes` if files differ from it, or `unknown` and why."""
-    status = "status", "--porcelain", "--untracked-files=normal", "--", "writesae", "replication", "profiles", "models"
+    status = ["status", "--porcelain", "--untracked-files=normal", "--"]
+    status += ["writesae", "replication", "profiles", "models"]
     try:
         commit = git("rev-parse", "HEAD").decode().strip()
         return f"{commit}+changes" if git(*status) else commit

@@ -157,9 +157,8 @@ class Study:
         records = [read_sidecar(self._part(name, host)) for host in table.host.unique()]
         return self.write(name, table, seconds=round(sum(record["seconds"] for record in records), 3))
 
-    def write(self, name: str, frame: pd.DataFrame, host: str = "all", seconds: float = 0.0, **more) -> pd.DataFrame:
-        """Write results/<profile>/NAME.csv, and return it as it is read back. more: fields of its
-        provenance."""
+    def write(self, name: str, frame: pd.DataFrame, host: str = "all", seconds=0.0, **more) -> pd.DataFrame:
+        """Write results/<profile>/NAME.csv and return it as it is read back. more: fields of its provenance."""
         path = self.paths.results / f"{name}.csv"
         stages.write_table(frame, path, self.provenance(host, seconds=seconds, **more))
         return stages.read_table(path)

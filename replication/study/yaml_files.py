@@ -14,12 +14,11 @@ from writesae.sae.config import first_problem
 
 
 def read_mapping(path: Path, label: str) -> dict[str, Any]:
-    """Return the mapping in a YAML file. Raises ValueError, one sentence about `label`, for any other
-    content."""
+    """Return the mapping in a YAML file. Raises ValueError, a sentence about `label`, for other content."""
     try:
         return {**yaml.safe_load(path.read_text(encoding="utf-8"))}
     except UnicodeDecodeError as error:
-        raise ValueError(f"{label} is not text in UTF-8 (byte {error.start}): save it in that encoding.") from None
+        raise ValueError(f"{label} is not text in UTF-8 (byte {error.start}): save it as UTF-8.") from None
     except (TypeError, ValueError, yaml.YAMLError):  # ValueError: a date that there is not
         raise ValueError(f"{label} is not a YAML mapping of fields to values.") from None
 

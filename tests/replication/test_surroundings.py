@@ -108,7 +108,7 @@ def test_files_are_utf_8_in_every_locale(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
     assert done.stdout == "own\n", done.stderr
-    assert done.stderr.endswith("Profile latin is not text in UTF-8 (byte 3): save it in that encoding.\n")
+    assert done.stderr.endswith("Profile latin is not text in UTF-8 (byte 3): save it as UTF-8.\n")
 
 
 # The kernel

@@ -44,10 +44,9 @@ def ranks(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def word_token(tokenizer, word: str) -> int:
-    """Return the token that a word is inside a text: after a space or, if those are several tokens, without
-    one.
+    """Return the token that a word is inside a text: after a space or, if it is several there, without one.
 
-    Raises ValueError if the word is several tokens in both places, or only blanks.
+    Raises ValueError for several tokens in both places, and for blanks.
     """
     if not word.strip():
         raise ValueError("Type a target word that is one token of the model, such as 'values'.")

@@ -28,7 +28,8 @@ def weight_files(folder: Path) -> list[Path]:
 def model_files(folder: Path) -> list[Path]:
     """Return the files of a folder that a host or a tokenizer may be read from, in order."""
     patterns = {*MODEL_FILES, *PICKLED_FILES}
-    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+    found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    return sorted(path for path in found if path.name[0] != ".")  # macOS puts ._* files beside others
 
 
 def fetch(name: str | Path, files: Sequence[str], revision: str | None = None, **options) -> Path:
