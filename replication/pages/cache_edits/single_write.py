@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from replication.pages.cache_edits.site import Site, interval
 from replication.statistics import ci, r2, wider, wilson, with_ends
 from writesae.edit import head_change, make_edit
-from writesae.evaluate.install import DIRECTIONS, ranks
+from writesae.evaluate.install import ONE_CELL, ranks
 from writesae.shift import cache_gamma, logit_gradient
 
 PREDICTORS = ("paper", "transport", "exact")
@@ -35,7 +35,7 @@ def single_writes(site: Site, rows, t0, targets: torch.Tensor, magnitude: float,
         pull = (site.host.unembedding()[token] @ site.host.output_projection(*cell)).to(gradient)
         size = magnitude * site.native(rows, t0)[2]
         decay = sum(factors.log_decay[rows, t0 + step] for step in range(1, horizon + 1)).exp()
-        for direction in DIRECTIONS:
+        for direction in ONE_CELL:
             if direction == "paper":
                 key, value = (F.normalize(x, dim=-1) for x in (factors.key[rows, t0], pull))
             else:
