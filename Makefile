@@ -8,7 +8,7 @@
 #   JOBS=2              notebooks that run at the same time (1 unless the profile is mini or smoke)
 
 .DELETE_ON_ERROR:
-ifndef PARALLEL
+ifneq ($(origin PARALLEL),command line)
 .NOTPARALLEL:
 endif
 .DEFAULT_GOAL := help
@@ -85,6 +85,7 @@ dryrun: $(ENV)  ## test every notebook at the profile's shapes, with random weig
 
 $(NAMES): %: $(STAMPS)/%
 
+OPTIONS :=
 RUN_PAGE = $(PY) -m replication run $* --profile $(PROFILE) $(OPTIONS)
 CHECK_PAGE = $(PY) -m pytest -p no:xdist -p no:cacheprovider -x -v --nbval --nbval-current-env \
     --nbval-cell-timeout 3600 notebooks/$*.ipynb

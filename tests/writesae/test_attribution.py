@@ -82,7 +82,7 @@ def test_parts_of_a_logit_are_its_change_when_one_write_is_scaled(host, run, tok
     shifts = []
     for sign in (size, -size):
         edit = make_edit(rows, s, factors.key[rows, s][:, None], sign * factors.added[rows, s][:, None], "write")
-        for row, part in enumerate(edit.split(1)):
+        for row, part in enumerate(edit.part(torch.tensor([number])) for number in range(3)):
             final = edited_hidden(host, run, LAYER, HEAD, part, tokens.shape[1] - int(s[row]))[0, -1]
             shifts.append(host.unembed(final)[chosen[row]])  # fp64; host.logits would give fp32
     measured = (torch.stack(shifts[:3]) - torch.stack(shifts[3:])) / (2 * size)
