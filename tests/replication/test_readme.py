@@ -220,3 +220,25 @@ def test_what_it_costs(bench):
             parts = [text] if isinstance(text, str) else text[:3]
             values = [row.ratio, row.low, row.high][: len(parts)]
             assert all(shows(a, b) for a, b in zip(parts, values, strict=True)), (text, values)
+
+
+def test_the_closed_form_through_the_layer(results):
+    table = pd.read_csv(results / "logit_shift_summary.csv").set_index(["host", "predictor", "eps"]).r2_median
+    text = " ".join(README.split())
+
+    def numbers(predictor, eps, digits=3):
+        return ", ".join(f"{table[host, predictor, eps]:.{digits}f}" for host in HOSTS)
+
+    assert f"{numbers('through_layer', 1.0)} at one native norm and {numbers('through_layer', 3.0)} at three" in text
+    assert f"(first order: {numbers('exact', 3.0, 2)})" in text
+    assert f"final norm exactly too: {numbers('through_norm', 10.0)} at ten" in text
+
+
+def test_the_attention_map(results):
+    error = pd.read_csv(results / "attribution_summary.csv").error
+    medians, fates = (pd.read_csv(results / f"attribution_{x}.csv").set_index("host") for x in ("trend", "fates"))
+    text, main = " ".join(README.split()), "gated_deltanet"
+    assert error.max() < 2e-6 and f"to 2e-6 of the largest read in all {len(error)} cells" in text
+    wrong = f"wrong by {medians.decay_error[main]:.2f} of the size of the read on the Gated DeltaNet and by "
+    assert wrong + f"{medians.decay_error['rwkv7']:.1f} on RWKV-7" in text
+    assert f"erasures take {fates.all_erased[main]:.0%} of what the decay leaves of a write" in text
