@@ -46,6 +46,17 @@ def test_topk_by_a_loop():
         assert got.tolist() == [max(row[i].item(), 0.0) if i in kept else 0.0 for i in range(N)]
 
 
+@pytest.mark.parametrize("n", [5, 64, 1025])
+def test_the_largest_of_a_row_are_those_of_a_sort_also_with_equal_values(n):
+    rows = torch.randn(3, 4, n, generator=torch.Generator().manual_seed(10))
+    rows[0, 1] = 0.5  # equal values leave a choice: any k of them are right
+    rows[2, 3, : n // 2] = 9.0
+    for k in (1, 3, n):
+        values = rows.gather(-1, sparsity.largest(rows, k)).sort(descending=True).values
+        assert torch.equal(values, rows.sort(descending=True).values[..., :k])
+        assert all(len(set(row)) == k for row in sparsity.largest(rows, k).flatten(0, 1).tolist())
+
+
 def test_batch_topk_keeps_k_a_token_on_average_in_training():
     rule, pre = rule_of("batch_topk"), pre_of(3, 5).requires_grad_()
     got = rule.coefficients(pre, None)

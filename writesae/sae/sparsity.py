@@ -15,9 +15,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+PARTITIONED = 1024  # TopK: maximum length of rows that NumPy partitions
 FOLLOW = 0.01  # BatchTopK: weight of one batch in the running mean of the threshold
 WIDTH = 0.05  # JumpReLU: width of the kernel that gives thresholds their gradient
 PACE = 10.0  # JumpReLU: speed of log thresholds relative to other parameters, since runs are short
@@ -72,13 +74,26 @@ def batch_threshold(pre: Tensor, k: int) -> Tensor:
     return values.topk(k * (values.numel() // pre.shape[-1])).values[-1].clamp_min(0)
 
 
+def largest(pre: Tensor, k: int) -> Tensor:
+    """Return the indices of the k largest of each row of [..., n], in no order: [..., k].
+
+    On a CPU, NumPy partitions short rows in a fraction of the time of torch.topk."""
+    rows, n = pre.flatten(0, -2), pre.shape[-1]
+    if rows.device.type == "cpu" and k < n <= PARTITIONED and rows.dtype in (torch.float32, torch.float64):
+        least = torch.from_numpy(np.partition(rows.numpy(), n - k, axis=-1)[:, n - k, None])
+        indices = (rows >= least).nonzero()[:, 1]
+        if len(indices) == len(rows) * k:  # no row has equal values at its threshold
+            return indices.view(*pre.shape[:-1], k)
+    return pre.topk(k, dim=-1, sorted=False).indices
+
+
 class TopK(Activation):
     """The k largest pre-activations of a token after ReLU."""
 
     every = False
 
     def forward(self, pre: Tensor, bias: Tensor, ordered: bool = True) -> Active:
-        indices = pre.detach().topk(self.k, dim=-1, sorted=ordered).indices
+        indices = pre.detach().topk(self.k, dim=-1).indices if ordered else largest(pre.detach(), self.k)
         return Active(indices, pre.gather(-1, indices).relu())
 
 
