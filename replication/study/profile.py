@@ -182,6 +182,10 @@ class Atoms(Section):
     contexts: PositiveInt
 
 
+class Recurrence(Section):
+    atoms: PositiveInt  # per dictionary and training, whose firings are detected from the text
+
+
 class Erase(Section):
     atoms: PositiveInt
     positions: PositiveInt
@@ -297,6 +301,7 @@ class Profile(Section):
     attribution: Attribution
     population: Population
     atoms: Atoms
+    recurrence: Recurrence
     install: Install
     cache_edits: CacheEdits
     multiverse: Multiverse

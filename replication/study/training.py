@@ -30,6 +30,7 @@ VALIDATION_WINDOWS = 64  # held-out windows on which the FVU of an SAE is measur
 CHECK_WINDOWS = 8  # training windows of an ablation on which its FVU is measured instead
 SURVEY_PARTS = 4  # survey tasks per worker and host, if the profile limits the workers
 SINGLE_ATOM = "k1"  # the role of SAEs with one active atom per token
+TIED = "tied"  # the first part of the role of SAEs whose encoder is the decoder
 NEED_NO_STATES = [("bilinear", "rank1", 1), ("tied", "rank1", 1)]
 
 
@@ -332,6 +333,23 @@ def train_single_atoms(study: Study) -> pd.DataFrame:
         cells = [study.cell(host, place) for place in section.cells]
         specs += _specs(study, host, cells, SINGLE_ATOM, settings, targets=["write"])
     return study.write("baseline_saes", train_all(study, specs))
+
+
+def tied_specs(study: Study, host: str, place: str) -> list[SaeSpec]:
+    """Return the uncentred SAEs of writes of a cell with a tied encoder, one per seed of the others."""
+    settings, specs = _settings(study, host, "main"), []
+    for variant in main_variants(study, host, place):
+        if variant.centre == "none" and "write" in study.profile.saes.targets:
+            changed = settings.model_copy(update=dict(encoder="tied", centre="none", seed=variant.seed))
+            role = f"{TIED}-{variant.seed}"
+            specs += _specs(study, host, [study.cell(host, place)], role, changed, targets=["write"])
+    return specs
+
+
+def train_tied(study: Study) -> pd.DataFrame:
+    """Train the SAEs of notebook 16, of the main host, and write tied_saes.csv."""
+    place = study.profile.section("atoms", study.main).place
+    return study.write("tied_saes", train_all(study, tied_specs(study, study.main, place)))
 
 
 def train_variants(study: Study) -> pd.DataFrame:

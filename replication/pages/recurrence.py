@@ -1,0 +1,233 @@
+"""Page 16: do the atoms of another training come back, and do their firings follow from the text?
+
+Each dictionary of the middle cell is fitted several times: SAEs with other seeds (initial atoms, order of the
+data), codebooks on other writes. An entry *fires* where an SAE's coefficient is the largest, or, for a
+codebook, where its absolute cosine with the native write is the largest.
+
+| dictionary  | entries                                                              |
+|-------------|----------------------------------------------------------------------|
+| sae         | atoms of an SAE of states or writes, centred or not                  |
+| tied        | atoms of an SAE whose encoder is the decoder (<encoder, decoder> = 1) |
+| kmeans      | centroids of normalised writes: matrices of any rank                 |
+| raw         | writes of the SAE split, drawn at random                             |
+| random      | pairs of random unit vectors                                         |
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from sklearn.cluster import MiniBatchKMeans
+from torch import Tensor
+
+from replication import statistics as stats
+from replication.study.firings import firing_windows
+from replication.study.profile import Centre, Target
+from replication.study.study import Study
+from replication.study.training import TIED, main_variants, tied_specs, train_tied
+from writesae.evaluate.atoms import MATCH
+from writesae.evaluate.detection import detect
+from writesae.evaluate.firings import encode
+from writesae.harvesting import harvest
+from writesae.history import History
+from writesae.recurrence import Factors
+from writesae.sae.model import SAE
+from writesae.text import Windows
+
+KMEANS = dict(batch_size=1024, max_iter=5, n_init=1, init="random")
+FITTED = 8192  # training writes of k-means
+NAMES = {
+    ("sae", "write", "none"): "SAE of writes",
+    ("sae", "write", "mean"): "SAE of writes, centred",
+    ("sae", "state", "none"): "SAE of states",
+    ("sae", "state", "mean"): "SAE of states, centred",
+    ("tied", "write", "none"): "SAE of writes, tied encoder",
+    ("kmeans", "write", "none"): "k-means of writes",
+    ("raw", "write", "none"): "raw writes",
+    ("random", "write", "none"): "random pairs",
+}
+KIND = ["dictionary", "target", "centre"]
+
+
+class Kind(NamedTuple):
+    """A way to fit a dictionary of a cell."""
+
+    dictionary: str
+    target: Target
+    centre: Centre
+
+
+def run(study: Study) -> pd.DataFrame:
+    """Write results recurrence.csv, one row per entry that fires, of all dictionaries. Return it."""
+    train_tied(study)
+    return study.gather("recurrence", [_run_host(study, name) for name in study.profile.hosts])
+
+
+def _run_host(study: Study, name: str) -> pd.DataFrame:
+    profile = study.profile
+    place, settings = profile.section("atoms", name).place, profile.section("recurrence", name)
+    cell, windows = study.cell(name, place), firing_windows(study, name)
+    saes: dict[Kind, dict[int, SAE]] = {}
+    variants = [x for x in main_variants(study, name, place) if x.centre in ("none", "mean")]
+    for target, variant in product(profile.saes.targets, variants):
+        sae = study.sae(name, *cell, target, variant.role)
+        saes.setdefault(Kind("sae", target, variant.centre), {})[variant.seed] = sae
+    for spec in tied_specs(study, name, place) if name == study.main else ():
+        sae = study.sae(name, *cell, "write", f"{TIED}-{spec.settings.seed}")
+        saes.setdefault(Kind("tied", "write", "none"), {})[spec.settings.seed] = sae
+    seeds = list(saes[Kind("sae", profile.saes.targets[0], "none")])
+    kinds = [*saes, *(Kind(dictionary, "write", "none") for dictionary in ("kmeans", "raw", "random"))]
+    given = dict(saes=saes, seeds=seeds, windows=windows, write=profile.saes.write, atoms=settings.atoms)
+    given |= dict(training=study.harvested(name, *cell), first=profile.data.first_position, seed=profile.seed)
+    tokens, batch = windows.tokens, profile.data.batch_windows
+    given["factors"] = harvest(study.host(name), tokens, [cell], batch, progress=False)[cell]
+    table = study.stage("recurrence", name, kinds, examine, **given)
+    return table.assign(host=name, place=place, layer=cell[0], head=cell[1])
+
+
+def examine(
+    kind: Kind,
+    saes: dict[Kind, dict[int, SAE]],
+    seeds: list[int],
+    training: Factors,
+    factors: Factors,
+    windows: Windows,
+    write: str,
+    atoms: int,
+    first: int,
+    seed: int,
+) -> pd.DataFrame:
+    """Return one row per entry that fires on the windows: KIND, seed, atom, firings, best, recurs, auc_VIEW.
+
+    best: largest abs(cosine) with an entry of another training, the mean over the other trainings; recurs:
+    the share of other trainings where it exceeds MATCH. auc_VIEW (`detect`): of at most `atoms` random
+    entries per training. factors: of the windows; training: of the SAE split."""
+    sizes = next(iter(saes.values()))[seeds[0]].n_atoms
+    books = {
+        s: saes[kind][s] if kind in saes else codebook(kind, training.history("write", write), sizes, s) for s in seeds
+    }
+    matrices = {s: _matrices(x) if isinstance(x, SAE) else x for s, x in books.items()}
+    fit = fitting(windows.passage, seed)
+    rows = []
+    for number, book in books.items():
+        history = factors.history(kind.target if isinstance(book, SAE) else "write", write)
+        labels = fires(book, history)
+        alive, firings = labels[:, first:][labels[:, first:] >= 0].unique(return_counts=True)
+        own = F.normalize(matrices[number].flatten(1)[alive], dim=-1)
+        others = [F.normalize(x.flatten(1), dim=-1) for other, x in matrices.items() if other != number]
+        best = torch.stack([(own @ x.T).abs().amax(1) for x in others])
+        table = dict(seed=number, atom=alive, firings=firings, best=best.mean(0))
+        table = pd.DataFrame({k: v if isinstance(v, int) else v.numpy() for k, v in table.items()})
+        table["recurs"] = (best > MATCH).float().mean(0).numpy()
+        drawn = np.random.default_rng(seed).permutation(alive.numpy())[:atoms]
+        rows.append(table.merge(detect(labels, windows.tokens, fit, np.sort(drawn), first), how="left", on="atom"))
+    return pd.concat(rows).assign(**kind._asdict())
+
+
+def fitting(passage: Tensor, seed: int) -> Tensor:
+    """Return which windows are for fitting, [N] bool: those of a random half of the passages."""
+    different = passage.unique()
+    order = torch.randperm(len(different), generator=torch.Generator().manual_seed(seed))
+    return torch.isin(passage, different[order[: len(different) // 2]])
+
+
+def codebook(kind: Kind, writes: History, entries: int, seed: int) -> Tensor:
+    """Return the matrices [entries, d_k, d_v] of a codebook of training writes."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind.dictionary == "random":
+        key, value = (torch.randn(entries, d, generator=generator) for d in (writes.d_k, writes.d_v))
+        return key[:, :, None] * value[:, None]
+    key, value = (F.normalize(x.flatten(0, 1), dim=-1) for x in (writes.key, writes.value))
+    drawn = torch.randperm(len(key), generator=generator)[: entries if kind.dictionary == "raw" else FITTED]
+    matrices = key[drawn][:, :, None] * value[drawn][:, None]
+    if kind.dictionary == "raw":
+        return matrices
+    kmeans = MiniBatchKMeans(entries, random_state=seed, **KMEANS).fit(matrices.flatten(1).numpy())
+    return torch.from_numpy(kmeans.cluster_centers_).float().view(-1, writes.d_k, writes.d_v)
+
+
+def _matrices(sae: SAE) -> Tensor:
+    key, value = sae.atoms()
+    return key[:, :, None] * value[:, None]
+
+
+def fires(book: SAE | Tensor, history: History) -> Tensor:
+    """Return the entry that fires at each place of a history, [N, T] int64; -1: none is active."""
+    if isinstance(book, SAE):
+        active = encode(book, history)
+        largest, slot = active.coefficients.max(-1)
+        return torch.where(largest > 0, active.indices.gather(-1, slot[..., None])[..., 0], -1)
+    unit = F.normalize(book.flatten(1), dim=-1)
+    rows = []
+    for key, value in zip(history.key, history.value):
+        rows.append(((key[:, :, None] * value[:, None]).flatten(1) @ unit.T).abs().argmax(1))
+    return torch.stack(rows)
+
+
+def summarise(table: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
+    """Return one row per host and dictionary, with 95% intervals that cover retraining.
+
+    recurs: share of entries that come back; recurs_by_firing: the same per firing; best: mean; auc_VIEW: mean
+    over the examined entries. n, examined: entries per training."""
+
+    def row(part: pd.DataFrame) -> dict:
+        examined, numbers = part[part.auc_all.notna()], dict(trainings=part.seed.nunique())
+        by_firing = np.column_stack([part.recurs * part.firings, part.firings])
+        values = dict(recurs=(part, part.recurs), recurs_by_firing=(part, by_firing), best=(part, part.best))
+        values |= {name: (examined, examined[name]) for name in ("auc_position", "auc_token", "auc_pair", "auc_all")}
+        for name, (rows, value) in values.items():
+            made = stats.over_trainings(value, atoms=rows.atom, trainings=rows.seed, resamples=resamples, seed=seed)
+            numbers |= stats.with_ends(name, made.value, made.interval())
+        per_training = dict(n=len(part), examined=len(examined))
+        return numbers | {name: count // numbers["trainings"] for name, count in per_training.items()}
+
+    return stats.per_group(table, ["host", *KIND], row)
+
+
+# What the notebook shows
+
+
+def in_order(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the summary of one host in the order of NAMES, with `name` and its number `row`."""
+    kinds = list(summary[KIND].itertuples(index=False, name=None))
+    made = summary.assign(name=[NAMES[kind] for kind in kinds], row=[list(NAMES).index(kind) for kind in kinds])
+    return made.sort_values("row")
+
+
+def readable(summary: pd.DataFrame, host: str) -> pd.DataFrame:
+    """Return a table of one host for the notebook."""
+    made = in_order(summary[summary.host == host]).set_index("name")
+    shown = {"entries": made.n.map("{:,}".format)}
+    for column, heading in dict(recurs="come back", recurs_by_firing="come back, per firing").items():
+        ends = zip(made[column], made[f"{column}_low"], made[f"{column}_high"])
+        shown[heading] = [percent(*x) for x in ends]
+    headings = dict(best="mean best cosine", auc_token="AUC, token", auc_pair="AUC, pair", auc_all="AUC, all")
+    return pd.DataFrame(shown | {heading: made[column].round(2) for column, heading in headings.items()})
+
+
+def percent(value: float, low: float, high: float) -> str:
+    return f"{value:.0%} [{max(low, 0):.0%}, {min(high, 1):.0%}]"
+
+
+def verdict(summary: pd.DataFrame, host: str) -> list[str]:
+    """Return the answers to the two questions, for one host."""
+    rows = summary[summary.host == host].set_index(KIND)
+
+    def value(column: str, dictionary: str) -> str:
+        row = rows.loc[dictionary, "write", "none"]
+        ends = row[column], row[f"{column}_low"], row[f"{column}_high"]
+        return "{:.2f} [{:.2f}, {:.2f}]".format(*ends) if column.startswith("auc") else percent(*ends)
+
+    return [
+        f"Of the atoms of the SAE of writes {value('recurs', 'sae')} come back in another training, per firing "
+        f"{value('recurs_by_firing', 'sae')}; with a tied encoder {value('recurs', 'tied')}; of the k-means "
+        f"centroids of the same writes {value('recurs', 'kmeans')}.",
+        f"Firings of an atom are detected from token, pair and position with an AUC of {value('auc_all', 'sae')}; "
+        f"those of a centroid with {value('auc_all', 'kmeans')}, of a raw write with {value('auc_all', 'raw')}, of "
+        f"a random pair with {value('auc_all', 'random')}.",
+    ]
