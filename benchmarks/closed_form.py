@@ -1,14 +1,15 @@
 """Logit shifts from one backward pass or from one forward per atom: `python benchmarks/closed_form.py`.
 
 Each of n unit atoms is written at a tenth of the native write's norm. The benchmark measures how much the
-logit of a token shifts four tokens later, in three ways:
+logit of a token shifts four tokens later, in four ways:
 
 - backward: the exact first-order formula of writesae.shift, with one gradient for all atoms;
+- layer: the formula that takes the edited layer exactly (`predict_shift`), with the same one gradient;
 - one by one: transformers' whole model from a copy of the cache of the prefix, one atom at a time;
 - batched: the exact edited runs of this project, all atoms in one batch.
 
-"backward" predicts what the other two measure: `r2` is the R2 of its predictions for the one-by-one shifts,
-with no fitted parameter. Such small shifts are noisy in fp32, so there is also an R2 in fp64. The two
+"backward" and "layer" predict what the other two measure: `r2` and `r2_layer` are the R2 of their predictions
+for the one-by-one shifts, with no fitted parameter. Such small shifts are noisy in fp32, so there is also an R2 in fp64. The two
 measured ways must agree in fp64.
 """
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from writesae.edit import edited_hidden, make_edit
 from writesae.hosts.base import Host
-from writesae.shift import cache_gamma, logit_gradient
+from writesae.shift import cache_gamma, logit_gradient, predict_shift
 
 HORIZON = 4  # tokens from the write to the logit
 EPS = 0.1  # norm of each written atom, in native write norms
@@ -41,6 +42,13 @@ def backward(host: Host, tokens: Tensor, position: int, token: int, layer: int, 
     gradient, _ = logit_gradient(host, run, layer, head, row, start + 1, HORIZON, wanted)
     influence = cache_gamma(host.factors(run, layer, head), row, start, gradient)[0]
     return ((key @ influence) * value).sum(-1)
+
+
+def through_layer(host: Host, tokens: Tensor, position: int, token: int, layer: int, head: int, key, value) -> Tensor:
+    """Return the shifts [n] predicted through the edited layer."""
+    rows = torch.zeros(len(key), dtype=torch.int64)
+    edit = make_edit(rows, rows + position, key[:, None], value[:, None], "cache")
+    return predict_shift(host, tokens, edit, token, layer=layer, head=head, steps=HORIZON + 1)
 
 
 @torch.no_grad()
@@ -62,7 +70,7 @@ def one_by_one(host: Host, tokens: Tensor, position: int, token: int, layer: int
     return torch.stack(edited) - native
 
 
-WAYS = {"backward": backward, "one by one": one_by_one, "batched": batched}
+WAYS = {"backward": backward, "layer": through_layer, "one by one": one_by_one, "batched": batched}
 
 
 def problem(host: Host, length: int, atoms: int) -> tuple:
@@ -93,11 +101,13 @@ def agreement(size: dict[str, int], results: dict[str, Tensor]) -> dict[str, flo
     """Return the R2 of the prediction in fp32 and fp64, and the difference of the measured ways in fp64.
 
     Raises ValueError if that difference exceeds TOLERANCE."""
-    predicted, one_at_a_time, in_batch = (case(way, torch.float64, **size)() for way in WAYS)
+    predicted, by_layer, one_at_a_time, in_batch = (case(way, torch.float64, **size)() for way in WAYS)
     difference = apart(in_batch, one_at_a_time)
     must_agree(difference, TOLERANCE, "The measured shifts differ: the edits are not the same")
     r2 = r_squared(results["backward"], results["one by one"])
-    return dict(r2=r2, r2_fp64=r_squared(predicted, one_at_a_time), difference_fp64=difference)
+    columns = dict(r2=r2, r2_layer=r_squared(results["layer"], results["one by one"]), difference_fp64=difference)
+    exact = dict(r2_fp64=predicted, r2_layer_fp64=by_layer)
+    return columns | {name: r_squared(shifts, one_at_a_time) for name, shifts in exact.items()}
 
 
 def comparisons(quick: bool) -> list[Comparison]:

@@ -58,15 +58,17 @@ def predict_shift(
     _check_count(tokens, edit.rows)
     change, _ = head_change(factors, edit, steps)
     if by in ("through_layer", "through_norm", "exact"):
-        at = run, layer, head, edit.rows, edit.starts
-        slopes = logit_gradients(host, *at, steps, tokens[:, None])
+        asked = torch.stack([edit.rows, edit.starts, tokens], 1)
+        places, which = asked.unique(dim=0, return_inverse=True)  # one backward pass for all edits of a place
+        rows, starts, wanted = places.unbind(1)
+        slopes = logit_gradients(host, run, layer, head, rows, starts, steps, wanted[:, None])
         if by == "exact":
-            return (change * slopes.head[:, 0]).sum((1, 2))
+            return (change * slopes.head[which, 0]).sum((1, 2))
         with torch.no_grad():
-            edited, _ = host.edited_layer(*at, change)
+            edited, _ = host.edited_layer(run, layer, head, edit.rows, edit.starts, change)
             if by == "through_layer":
-                return slopes.through_layer(edited)[:, 0].cpu()
-            shift = host.logits(slopes.last_hidden(edited)) - slopes.logits
+                return slopes.through_layer(edited, which)[:, 0].cpu()
+            shift = host.logits(slopes.last_hidden(edited, which)) - slopes.logits[which]
             return shift.gather(-1, tokens[:, None])[:, 0]
     last = change[:, -1] if by == "transport" else _read_by_decay(factors, edit, steps)
     return (last * direct_path(host, layer, head, torch.eye(host.d_v), tokens).to(last)).sum(-1)

@@ -40,7 +40,7 @@ from writesae.sae.model import SAE
 from writesae.text import Windows
 
 KMEANS = dict(batch_size=1024, max_iter=5, n_init=1, init="random")
-FITTED = 8192  # training writes of k-means
+FITTED = 4096  # training writes of k-means
 NAMES = {
     ("sae", "write", "none"): "SAE of writes",
     ("sae", "write", "mean"): "SAE of writes, centred",
@@ -52,6 +52,13 @@ NAMES = {
     ("random", "write", "none"): "random pairs",
 }
 KIND = ["dictionary", "target", "centre"]
+
+
+class Pairs(NamedTuple):
+    """Unit key [n, d_k] and value [n, d_v] of n matrices of rank one."""
+
+    key: Tensor
+    value: Tensor
 
 
 class Kind(NamedTuple):
@@ -107,20 +114,17 @@ def examine(
     best: largest abs(cosine) with an entry of another training, the mean over the other trainings; recurs:
     the share of other trainings where it exceeds MATCH. auc_VIEW (`detect`): of at most `atoms` random
     entries per training. factors: of the windows; training: of the SAE split."""
-    sizes = next(iter(saes.values()))[seeds[0]].n_atoms
-    books = {
-        s: saes[kind][s] if kind in saes else codebook(kind, training.history("write", write), sizes, s) for s in seeds
-    }
-    matrices = {s: _matrices(x) if isinstance(x, SAE) else x for s, x in books.items()}
+    entries, writes = next(iter(saes.values()))[seeds[0]].n_atoms, training.history("write", write)
+    books = {s: saes[kind][s] if kind in saes else codebook(kind, writes, entries, s) for s in seeds}
+    matrices = {s: Pairs(*x.atoms()) if isinstance(x, SAE) else x for s, x in books.items()}
     fit = fitting(windows.passage, seed)
     rows = []
     for number, book in books.items():
         history = factors.history(kind.target if isinstance(book, SAE) else "write", write)
         labels = fires(book, history)
         alive, firings = labels[:, first:][labels[:, first:] >= 0].unique(return_counts=True)
-        own = F.normalize(matrices[number].flatten(1)[alive], dim=-1)
-        others = [F.normalize(x.flatten(1), dim=-1) for other, x in matrices.items() if other != number]
-        best = torch.stack([(own @ x.T).abs().amax(1) for x in others])
+        others = [x for other, x in matrices.items() if other != number]
+        best = torch.stack([cosines(matrices[number], x).abs().amax(1)[alive] for x in others])
         table = dict(seed=number, atom=alive, firings=firings, best=best.mean(0))
         table = pd.DataFrame({k: v if isinstance(v, int) else v.numpy() for k, v in table.items()})
         table["recurs"] = (best > MATCH).float().mean(0).numpy()
@@ -136,36 +140,39 @@ def fitting(passage: Tensor, seed: int) -> Tensor:
     return torch.isin(passage, different[order[: len(different) // 2]])
 
 
-def codebook(kind: Kind, writes: History, entries: int, seed: int) -> Tensor:
-    """Return the matrices [entries, d_k, d_v] of a codebook of training writes."""
+def codebook(kind: Kind, writes: History, entries: int, seed: int) -> Pairs | Tensor:
+    """Return a codebook of training writes: Pairs, or for k-means centroids [entries, d_k, d_v]."""
     generator = torch.Generator().manual_seed(seed)
     if kind.dictionary == "random":
-        key, value = (torch.randn(entries, d, generator=generator) for d in (writes.d_k, writes.d_v))
-        return key[:, :, None] * value[:, None]
+        sides = (torch.randn(entries, d, generator=generator) for d in (writes.d_k, writes.d_v))
+        return Pairs(*(F.normalize(x, dim=-1) for x in sides))
     key, value = (F.normalize(x.flatten(0, 1), dim=-1) for x in (writes.key, writes.value))
     drawn = torch.randperm(len(key), generator=generator)[: entries if kind.dictionary == "raw" else FITTED]
-    matrices = key[drawn][:, :, None] * value[drawn][:, None]
     if kind.dictionary == "raw":
-        return matrices
-    kmeans = MiniBatchKMeans(entries, random_state=seed, **KMEANS).fit(matrices.flatten(1).numpy())
+        return Pairs(key[drawn], value[drawn])
+    matrices = (key[drawn][:, :, None] * value[drawn][:, None]).flatten(1)
+    kmeans = MiniBatchKMeans(entries, random_state=seed, **KMEANS).fit(matrices.numpy())
     return torch.from_numpy(kmeans.cluster_centers_).float().view(-1, writes.d_k, writes.d_v)
 
 
-def _matrices(sae: SAE) -> Tensor:
-    key, value = sae.atoms()
-    return key[:, :, None] * value[:, None]
+def cosines(book: Pairs | Tensor, others: Pairs | Tensor) -> Tensor:
+    """Return the cosine of each matrix of a codebook with each of another of its kind, [n, m]."""
+    if isinstance(book, Pairs):
+        return (book.key @ others.key.T) * (book.value @ others.value.T)
+    one, other = (F.normalize(x.flatten(1), dim=-1) for x in (book, others))
+    return one @ other.T
 
 
-def fires(book: SAE | Tensor, history: History) -> Tensor:
+def fires(book: SAE | Pairs | Tensor, history: History) -> Tensor:
     """Return the entry that fires at each place of a history, [N, T] int64; -1: none is active."""
     if isinstance(book, SAE):
         active = encode(book, history)
         largest, slot = active.coefficients.max(-1)
         return torch.where(largest > 0, active.indices.gather(-1, slot[..., None])[..., 0], -1)
-    unit = F.normalize(book.flatten(1), dim=-1)
     rows = []
     for key, value in zip(history.key, history.value):
-        rows.append(((key[:, :, None] * value[:, None]).flatten(1) @ unit.T).abs().argmax(1))
+        write = Pairs(key, value) if isinstance(book, Pairs) else key[:, :, None] * value[:, None]
+        rows.append(cosines(write, book).abs().argmax(1))
     return torch.stack(rows)
 
 

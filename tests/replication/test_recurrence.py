@@ -76,17 +76,26 @@ def test_at_most_so_many_entries_are_examined_on_the_other_half_of_the_passages(
 def test_codebooks(given):
     writes = factors(1).history("write", "added")
     raw = recurrence.codebook(Kind("raw", "write", "none"), writes, ENTRIES, 3)
+    raw = raw.key[:, :, None] * raw.value[:, None]
     units = F.normalize((writes.key[..., :, None] * writes.value[..., None, :]).flatten(0, 1).flatten(1), dim=-1)
     assert ((raw.flatten(1) @ units.T).amax(1) > 1 - 1e-5).all() and len(raw) == ENTRIES
     noise = [recurrence.codebook(Kind("random", "write", "none"), writes, ENTRIES, s) for s in (3, 4)]
-    assert not torch.equal(*noise) and torch.linalg.matrix_rank(noise[0]).unique().tolist() == [1]
+    assert not torch.equal(noise[0].key, noise[1].key)
+    history, matrices = factors(2).history("write", "added"), noise[0].key[:, :, None] * noise[0].value[:, None]
+    assert torch.equal(recurrence.fires(noise[0], history), recurrence.fires(matrices, history))
+    centroids = recurrence.codebook(Kind("kmeans", "write", "none"), writes, ENTRIES, 3)
+    assert centroids.shape == (ENTRIES, D_K, D_V)
+    one, other = centroids[2].flatten(), matrices[4].flatten()
+    assert recurrence.cosines(centroids, matrices)[2, 4] == pytest.approx(
+        (one @ other / one.norm() / other.norm()).item(), rel=1e-5
+    )
 
 
 def test_a_summary_and_its_sentences(given):
     saes = {SAES: {7: sae_of(0), 8: sae_of(0)}}
     kinds = [SAES, *(Kind(name, "write", "none") for name in ("raw", "random"))]
     table = recurrence.pd.concat([recurrence.examine(kind, saes, [7, 8], **given) for kind in kinds])
-    table = table[table.dictionary != "kmeans"].assign(host="toy")
+    table = table.assign(host="toy")
     summary = recurrence.summarise(table, 50, 0).set_index("dictionary")
     assert summary.recurs["sae"] == summary.recurs_by_firing["sae"] == 1 and summary.trainings["sae"] == 2
     sae = table[table.dictionary == "sae"]

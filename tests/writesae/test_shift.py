@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers import assert_close
 
+import writesae.shift as predictors
 from writesae.edit import edited_hidden, kl, make_edit
 from writesae.recurrence import step_states
 from writesae.shift import (
@@ -227,3 +228,15 @@ def test_direct_path_is_out_proj_and_lm_head(gated_deltanet):
     slots[:, HEAD * host.d_v : (HEAD + 1) * host.d_v] = value
     logits = host.model.lm_head(host.blocks[LAYER].linear_attn.out_proj(slots))
     assert_close(direct_path(host, LAYER, HEAD, value.float(), token), logits[:, token].T.float(), "direct path", 1e-5)
+
+
+@pytest.mark.parametrize("by", ["through_layer", "through_norm", "exact"])
+def test_edits_at_one_place_share_a_backward_pass_and_are_predicted_as_alone(gated_deltanet, tokens, by, monkeypatch):
+    host, (key, value) = gated_deltanet, atoms(gated_deltanet, 4)
+    rows, positions, wanted = (torch.tensor(x) for x in ([1, 0, 1, 1], [30, 9, 30, 31], [5, 6, 5, 5]))
+    edit, where = make_edit(rows, positions, key[:, None], 2 * value[:, None]), dict(layer=LAYER, head=HEAD, steps=4)
+    alone = [predict_shift(host, tokens, edit.part([n]), wanted[[n]], by=by, **where) for n in range(4)]
+    asked, plain = [], predictors.logit_gradients
+    monkeypatch.setattr(predictors, "logit_gradients", lambda *a: asked.append(len(a[4])) or plain(*a))
+    assert_close(predict_shift(host, tokens, edit, wanted, by=by, **where), torch.cat(alone), by, 1e-6)
+    assert asked == [3]
