@@ -49,7 +49,7 @@ class Host(ABC):
     """One recurrent language model; `load_host` returns one. Each head's state is [d_k, d_v]."""
 
     family: str
-    model_type: str  # of the family's config class in transformers
+    model_type: str  # of the config class of the family's first model class in transformers
     model_classes: tuple[str, ...]  # names of the model classes that this adapter takes
     decay_parameters: tuple[str, ...]  # name parts of the parameters that set the decays
     scalar_decay: bool  # True: a state is a decayed sum of rank-1 writes, so SAEs train without states
@@ -68,13 +68,16 @@ class Host(ABC):
 
     @classmethod
     def build(cls, architecture: dict) -> torch.nn.Module:
-        """Return a model with random weights and slow decays. architecture: fields of its config."""
+        """Return a model with random weights and slow decays.
+
+        architecture: fields of its config; model_type, by default the family's, chooses another of its classes.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        config = AutoConfig.for_model(cls.model_type, **architecture)
+        config = AutoConfig.for_model(**dict(model_type=cls.model_type) | architecture)
         model = AutoModelForCausalLM._model_mapping[type(config)](config)
         for mixer in model.modules():
-            if hasattr(mixer, "A_log"):
+            if getattr(mixer, "A_log", torch.empty(0, 0)).ndim == 1:  # one decay per head
                 mixer.A_log.data, mixer.dt_bias.data = slow_decays(len(mixer.A_log))
         return model
 

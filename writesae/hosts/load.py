@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from pathlib import Path
@@ -122,11 +123,8 @@ def _family(folder: Path, name: str | Path) -> tuple[str, type[torch.nn.Module] 
     if mamba2_release.is_release(settings):
         return "mamba2", None, mamba2_release.library_config(settings)
     classes = {family: adapter(family).model_classes for family in FAMILIES}  # importing registers classes
-    choices = "; ".join(f"{', '.join(names)} ({family})" for family, names in classes.items())
     if (kind := settings.get("model_type")) not in transformers.CONFIG_MAPPING:
-        raise ValueError(
-            f"{name} is a {kind}, which transformers does not know, and no host family has that class: {choices}."
-        )
+        raise ValueError(f"{name} is a {kind}, which transformers does not know, and {_no_family(kind, classes)}")
     with reading(f"The config.json of {name}"):
         config = transformers.AutoConfig.from_pretrained(folder)
         text = config.get_text_config()
@@ -135,11 +133,25 @@ def _family(folder: Path, name: str | Path) -> tuple[str, type[torch.nn.Module] 
     class_name = getattr(model_class, "__name__", type(config).__name__)
     family = next((family for family in FAMILIES if class_name in classes[family]), None)
     if family is None:
-        raise ValueError(f"{name} is a {class_name}, and no host family has that class: {choices}.")
+        raise ValueError(f"{name} is a {class_name}, and {_no_family(class_name, classes)}")
     # multimodal configs may say it at the top only
     text.tie_word_embeddings = bool(text.tie_word_embeddings or config.tie_word_embeddings)
     adapter(family).shape(text)  # refuses what the family does not implement
     return family, model_class, text
+
+
+def _no_family(class_name: str | None, classes: dict[str, tuple[str, ...]]) -> str:
+    """Return the end of a message: which classes there are, and which have names like the refused one's."""
+    choices = "; ".join(f"{', '.join(names)} ({family})" for family, names in classes.items())
+    known = {_plain(name): name for names in classes.values() for name in names}
+    near = difflib.get_close_matches(_plain(str(class_name)), known, cutoff=0.7)
+    nearest = f" Its name is near {', '.join(map(known.get, near))}." if near else ""
+    return f"no host family has that class: {choices}.{nearest}"
+
+
+def _plain(name: str) -> str:
+    """Return the name of a class, or a model_type, in small letters, without underscores and ForCausalLM."""
+    return name.lower().replace("_", "").removesuffix("forcausallm")
 
 
 def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, torch.nn.Module]:
