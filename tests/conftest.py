@@ -75,9 +75,9 @@ SMALL = dict(
 SMALL["gla"] = SMALL["delta_net"]  # the fields have the same names
 
 
-def small(family):
+def small(family, architecture=None):
     torch.manual_seed(0)
-    model = load.adapter(family).build(SMALL[family]).double()
+    model = load.adapter(family).build(architecture or SMALL[family]).double()
     for p in model.parameters():
         if p.ndim > 1:
             p.data.mul_(3)  # with small weights, the layers above would be nearly linear

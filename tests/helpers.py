@@ -13,6 +13,7 @@ from replication.study.fingerprint import fingerprint
 from replication.study.profile import Data
 from replication.study.study import Study
 from replication.study.training import SaeSpec, train_one
+from writesae.edit import make_edit
 from writesae.history import Origin
 from writesae.recurrence import Factors, step_states
 from writesae.text import Windows
@@ -171,3 +172,41 @@ def train_sae(study: Study, role: str, cell: tuple[int, int], target: str, setti
     spec = SaeSpec("small", *cell, target, role, study.profile.saes.write, settings, len(factors.key))
     data = factors.history(target, spec.write, Origin("small", *cell, spec.write))
     train_one(study, spec, data, data, role.ljust(8, "0"))
+
+
+EDITED_CELLS = [(3, 1), (1, 2), (3, 3), (1, 0)]  # in the hybrids, layer 2 is an attention layer
+EDIT_PLACES = [  # [R, 2] of each cell
+    [[40, 43], [20, 21], [70, 70]],
+    [[41, 41], [20, 22], [71, 69]],
+    [[45, 40], [23, 24], [75, 72]],
+    [[42, 80], [25, 20], [70, 89]],  # terms after the last of 8 tokens do not count yet
+]
+
+
+def several_edits(host, positions, scope="write", size=3.0):
+    """Two terms in each of four cells; positions[i] [R, 2] are those of the i-th cell, rows 0 to R - 1."""
+    generator, edits = torch.Generator().manual_seed(4), {}
+    for cell, places in zip(EDITED_CELLS, positions, strict=True):
+        left, right = (torch.randn(len(places), 2, d, generator=generator).double() for d in (host.d_k, host.d_v))
+        edits[cell] = make_edit(torch.arange(len(places)), torch.tensor(places), left, size * right, scope)
+    return edits
+
+
+def stepped_logits(host, tokens, edits, row, start, steps):
+    """Logits [steps, V] of one edited window from `start` on; the states of edited cells are looped from there."""
+    window = tokens[row : row + 1, : start + steps]
+    hidden, positions = host.embed(window), torch.arange(window.shape[1])[None]
+    for layer in range(host.layers):
+        record = host.mix(layer, hidden, None, positions)
+        for head in [head for edited, head in edits if edited == layer]:
+            factors, edit = host.cell_factors(record, head), edits[layer, head]
+            native = step_states(factors)
+            state = native[:, start - 1]
+            for t in range(start, start + steps):
+                state = before = step_states(factors.at(slice(None), slice(t, t + 1)), state)[:, 0]
+                for term in torch.nonzero(edit.positions[row] == t):
+                    state = state + edit.left[row, term].T @ edit.right[row, term]
+                read = state if edit.reads_write[row] else before
+                record.outputs[:, t, head] += (read - native[:, t])[0].T @ factors.query[0, t]
+        hidden = host.finish(layer, record, None)
+    return host.unembed(hidden)[0, start:]

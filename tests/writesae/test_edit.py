@@ -4,7 +4,7 @@ import types
 
 import pytest
 import torch
-from helpers import assert_close
+from helpers import EDIT_PLACES, EDITED_CELLS, assert_close, several_edits, stepped_logits
 
 from writesae.edit import (
     Edit,
@@ -155,49 +155,10 @@ def test_generation_goes_on_from_the_edited_state(host, tokens, position):
 
 # Several cells at once
 
-CELLS = [(3, 1), (1, 2), (3, 3), (1, 0)]  # in the Gated DeltaNet, layer 2 is an attention layer
-
-
-def several_edits(host, positions, scope="write", size=3.0):
-    """Two terms in each of four cells; positions[i] [R, 2] are those of the i-th cell, rows 0 to R - 1."""
-    generator, edits = torch.Generator().manual_seed(4), {}
-    for cell, places in zip(CELLS, positions, strict=True):
-        left, right = (torch.randn(len(places), 2, d, generator=generator).double() for d in (host.d_k, host.d_v))
-        edits[cell] = make_edit(torch.arange(len(places)), torch.tensor(places), left, size * right, scope)
-    return edits
-
-
-def stepped_logits(host, tokens, edits, row, start, steps):
-    """Logits [steps, V] of one edited window from `start` on; the states of edited cells are looped from there."""
-    window = tokens[row : row + 1, : start + steps]
-    hidden, positions = host.embed(window), torch.arange(window.shape[1])[None]
-    for layer in range(host.layers):
-        record = host.mix(layer, hidden, None, positions)
-        for head in [head for edited, head in edits if edited == layer]:
-            factors, edit = host.cell_factors(record, head), edits[layer, head]
-            native = step_states(factors)
-            state = native[:, start - 1]
-            for t in range(start, start + steps):
-                state = before = step_states(factors.at(slice(None), slice(t, t + 1)), state)[:, 0]
-                for term in torch.nonzero(edit.positions[row] == t):
-                    state = state + edit.left[row, term].T @ edit.right[row, term]
-                read = state if edit.reads_write[row] else before
-                record.outputs[:, t, head] += (read - native[:, t])[0].T @ factors.query[0, t]
-        hidden = host.finish(layer, record, None)
-    return host.unembed(hidden)[0, start:]
-
-
-PLACES = [
-    [[40, 43], [20, 21], [70, 70]],
-    [[41, 41], [20, 22], [71, 69]],
-    [[45, 40], [23, 24], [75, 72]],
-    [[42, 80], [25, 20], [70, 89]],  # terms after the last of the 8 tokens do not count yet
-]
-
 
 @pytest.mark.parametrize("scope", ["write", "cache"])
 def test_edits_of_several_cells_are_a_step_loop(host, tokens, run, scope):
-    edits = several_edits(host, PLACES, scope)
+    edits = several_edits(host, EDIT_PLACES, scope)
     starts = [40, 20, 69]
     ours = host.unembed(hidden_under(host, run, edits, 8)[0])
     for row, start in enumerate(starts):
@@ -211,7 +172,7 @@ def test_edits_of_several_cells_are_a_step_loop(host, tokens, run, scope):
 
 def test_edits_above_an_edit_are_moved_by_the_edited_run(host, run):
     """With the native queries and keys above, the answer is another one; the order of cells does not matter."""
-    edits = several_edits(host, PLACES)
+    edits = several_edits(host, EDIT_PLACES)
     together, _ = hidden_under(host, run, edits, 8)
     turned, _ = hidden_under(host, run, dict(reversed(edits.items())), 8)
     assert_close(turned, together, "other order of cells", 1e-12)
@@ -236,12 +197,12 @@ def both_sides_padded(edit):
 
 
 def test_an_edit_of_one_cell_has_the_same_bits_in_both_forms(host, run, tokens):
-    cell, edit = next(iter(several_edits(host, PLACES).items()))
+    cell, edit = next(iter(several_edits(host, EDIT_PLACES).items()))
     one = edited_hidden(host, run, *cell, edit, 8)
     assert torch.equal(one, hidden_under(host, run, {cell: edit}, 8)[0])
     named = run_edited(host, tokens, edit, layer=cell[0], head=cell[1], steps=8)
     assert torch.equal(named, run_edited(host, tokens, {cell: edit}, steps=8))
-    zeros = {other: make_edit(edit.rows, edit.positions, edit.left, 0 * edit.right) for other in CELLS}
+    zeros = {other: make_edit(edit.rows, edit.positions, edit.left, 0 * edit.right) for other in EDITED_CELLS}
     beside, _ = hidden_under(host, run, zeros | {cell: edit}, 8)
     assert_close(beside, one, "other cells with edits of zero", 1e-12)
 

@@ -156,7 +156,7 @@ def test_norms_are_the_librarys(gated_deltanet, dtype):
     normed = mixer.norm(outputs.to(dtype).reshape(-1, host.d_v), gate.reshape(-1, host.d_v)).view_as(gate)
     wanted = x + mixer.out_proj(normed.flatten(-2))
     wanted = wanted + block.mlp(block.post_attention_layernorm(wanted))
-    assert torch.equal(host.finish(1, Record(x, outputs), None), wanted)
+    assert torch.equal(host.finish(1, Record(x, outputs, beside={"gate": gate}), None), wanted)
 
 
 def test_branch_refuses_to_leave_the_window(host, run):

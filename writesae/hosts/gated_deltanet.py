@@ -1,15 +1,21 @@
-"""Gated DeltaNet hosts: Qwen3.5 text models of transformers (Yang et al. 2025; Eq. 2 of the WriteSAE paper).
+"""Gated DeltaNet hosts: hybrids of transformers with this recurrence (Yang et al. 2025; Eq. 2 of the WriteSAE paper).
 
-The adapter calls the submodules of transformers' layers, with the recurrence of `writesae.recurrence` between
-them, which also returns the effective writes and lets each row start at a position of its own.
+The classes differ in how a layer's projections are stored (`LAYOUTS`) and in what is around the recurrence. The
+adapter calls the submodules of transformers' layers, MLPs and mixtures of experts as they are, with the
+recurrence of `writesae.recurrence` between them, which also returns the effective writes and lets each row start
+at a position of its own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from writesae.hosts.attention import call_attention
 from writesae.hosts.base import Host, Shape
 from writesae.hosts.layers import normalized, short_convolution, split_heads, unit, wide
 from writesae.hosts.layers import rms_norm as plain_rms_norm
@@ -18,15 +24,67 @@ from writesae.recurrence import gated_delta_chunks
 
 
 def rms_norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
-    """Return the RMS norm of Qwen3.5, whose scale is 1 + weight, in the dtype of x."""
-    return (normalized(x, norm.eps) * (1.0 + wide(norm.weight))).to(x.dtype)
+    """Return the RMS norm of x, in its dtype. The scale is 1 + weight in Qwen's norms and weight in OLMo's."""
+    if hasattr(norm, "eps"):
+        return (normalized(x, norm.eps) * (1.0 + wide(norm.weight))).to(x.dtype)
+    return (normalized(x, norm.variance_epsilon) * wide(norm.weight)).to(x.dtype)
+
+
+class Projections(NamedTuple):
+    """What a mixer computes of its normed input [B, T, D].
+
+    qkv [B, T, C]: queries, keys and values before their convolution. gate [B, T, H, d_v]: of the heads'
+    outputs, before its SiLU. beta, step [B, T, H]; step: before dt_bias and the softplus.
+    """
+
+    qkv: Tensor
+    gate: Tensor
+    beta: Tensor
+    step: Tensor
+
+
+def project(mixer: torch.nn.Module, x: Tensor) -> Projections:
+    """Read Qwen3.5's projections: one matrix each."""
+    gate = mixer.in_proj_z(x).unflatten(-1, (-1, mixer.head_v_dim))
+    return Projections(mixer.in_proj_qkv(x), gate, mixer.in_proj_b(x).sigmoid(), mixer.in_proj_a(x))
+
+
+def project_fused(mixer: torch.nn.Module, x: Tensor) -> Projections:
+    """Read Qwen3-Next's projections: two matrices, whose rows are ordered by key head."""
+    parts = mixer.fix_query_key_value_ordering(mixer.in_proj_qkvz(x), mixer.in_proj_ba(x))
+    query, key, value, gate, beta, step = parts
+    return Projections(torch.cat([part.flatten(2) for part in (query, key, value)], -1), gate, beta.sigmoid(), step)
+
+
+def project_single(mixer: torch.nn.Module, x: Tensor) -> Projections:
+    """Read OLMo-Hybrid's projections: one matrix each, also for q, k and v; beta is in (0, 2) by default."""
+    gate = mixer.g_proj(x).unflatten(-1, (-1, mixer.head_v_dim))
+    beta = mixer.b_proj(x).sigmoid() * (2.0 if mixer.allow_neg_eigval else 1.0)
+    qkv = torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1)
+    return Projections(qkv, gate, beta, mixer.a_proj(x))
+
+
+class Layout(NamedTuple):
+    """How a class stores a recurrent layer: its projections, and the names of its output norm and projection."""
+
+    project: Callable[[torch.nn.Module, Tensor], Projections]
+    norm: str = "norm"
+    out: str = "out_proj"
+
+
+LAYOUTS = {
+    "Qwen3_5ForCausalLM": Layout(project),
+    "Qwen3_5MoeForCausalLM": Layout(project),
+    "Qwen3NextForCausalLM": Layout(project_fused),
+    "OlmoHybridForCausalLM": Layout(project_single, "o_norm", "o_proj"),
+}
 
 
 class GatedDeltaNet(Host):
     family = "gated_deltanet"
     model_type = "qwen3_5_text"
     scalar_decay = True
-    model_classes = ("Qwen3_5ForCausalLM",)
+    model_classes = tuple(LAYOUTS)
     decay_parameters = ("A_log", "dt_bias", "in_proj_a")
 
     @staticmethod
@@ -40,49 +98,55 @@ class GatedDeltaNet(Host):
         super().__init__(model, tokenizer, name)
         kinds = enumerate(model.config.layer_types)
         self.recurrent_layers = tuple(layer for layer, kind in kinds if kind == "linear_attention")
+        self.layout = LAYOUTS[type(model).__name__]
 
     def unembed(self, final: Tensor) -> Tensor:
         return self.model.lm_head(rms_norm(final, self.model.model.norm))
 
     def behind_heads(self, layer: int) -> torch.nn.Linear:
-        return self.blocks[layer].linear_attn.out_proj
+        return getattr(self.blocks[layer].linear_attn, self.layout.out)
+
+    def output_norm(self, layer: int) -> torch.nn.Module:
+        """Return the norm of each head's output."""
+        return getattr(self.blocks[layer].linear_attn, self.layout.norm)
 
     def normed_heads(self, layer: int, record: Record) -> tuple[Tensor, Tensor]:
-        mixer = self.blocks[layer].linear_attn
-        normed = normalized(record.outputs, mixer.norm.variance_epsilon)
-        return normed, wide(mixer.norm.weight) * F.silu(wide(self._gate(layer, record.hidden)))
-
-    def _gate(self, layer: int, hidden: Tensor) -> Tensor:
-        """Return the gate [B, T, H, d_v] of the heads' outputs, before its SiLU."""
-        block = self.blocks[layer]
-        return block.linear_attn.in_proj_z(rms_norm(hidden, block.input_layernorm)).unflatten(-1, (-1, self.d_v))
+        norm = self.output_norm(layer)
+        normed = normalized(record.outputs, norm.variance_epsilon)
+        return normed, wide(norm.weight) * F.silu(wide(record.beside["gate"]))
 
     def mix(self, layer: int, hidden: Tensor, past: Past | None, positions: Tensor) -> Record:
         block = self.blocks[layer]
-        normed = rms_norm(hidden, block.input_layernorm)
+        before = getattr(block, "input_layernorm", None)  # attention layers of OLMo-Hybrid have none
+        normed = hidden if before is None else rms_norm(hidden, before)
         if layer in self.recurrent_layers:
             return self._recur(block.linear_attn, hidden, normed, past)
-        return self._attend(block.self_attn, hidden, normed, past, positions)
+        if before is not None:
+            return self._attend(block.self_attn, hidden, normed, past, positions)
+        rotary = self.model.model.rotary_emb
+        angles = rotary and rotary(hidden, positions)
+        return call_attention(block.self_attn, hidden, normed, past, position_embeddings=angles)
 
     def _recur(self, mixer, hidden, normed, past: Past | None) -> Record:
-        raw = mixer.in_proj_qkv(normed)
+        raw, gate, beta, step = self.layout.project(mixer, normed)
         reach = mixer.conv_kernel_size - 1
         mixed = F.silu(short_convolution(raw, past and past.windows["conv"], mixer.conv1d.weight))
         query, key, value = mixed.split([mixer.key_dim, mixer.key_dim, mixer.value_dim], -1)
         query = unit(split_heads(query, mixer.num_k_heads)) * self.d_k**-0.5
         key = unit(split_heads(key, mixer.num_k_heads))
         value = split_heads(value, self.heads)
-        beta = wide(mixer.in_proj_b(normed).sigmoid())
-        step = F.softplus(wide(mixer.in_proj_a(normed)) + mixer.dt_bias)
-        log_decay = -wide(mixer.A_log).exp() * step
+        beta = wide(beta)
+        log_decay = -wide(mixer.A_log).exp() * F.softplus(wide(step) + mixer.dt_bias)
         expanded = self.expand_heads(query), self.expand_heads(key)
         heads_first = (x.transpose(1, 2) for x in (*expanded, value, beta, log_decay))
         outputs, effective, end = gated_delta_chunks(*heads_first, **self.carried(past))
         factors = dict(query=query, key=key, added=beta[..., None] * value)
         factors |= dict(effective=effective.transpose(1, 2), beta=beta, log_decay=log_decay)
-        return Record(hidden, outputs.transpose(1, 2), factors, end, windows={"conv": (raw, reach)})
+        windows, beside = {"conv": (raw, reach)}, {"gate": gate}
+        return Record(hidden, outputs.transpose(1, 2), factors, end, windows=windows, beside=beside)
 
     def _attend(self, attention, hidden, normed, past: Past | None, positions: Tensor) -> Record:
+        """Compute Qwen's gated attention from its submodules, in the model's precision throughout."""
         width = attention.head_dim
         query, gate = attention.q_proj(normed).unflatten(-1, (-1, 2 * width)).chunk(2, -1)
         key = attention.k_proj(normed).unflatten(-1, (-1, width))
@@ -94,23 +158,29 @@ class GatedDeltaNet(Host):
             outputs = F.scaled_dot_product_attention(query, keys, values, **options)
         else:
             outputs = attend(query, past.prefix.with_own(keys, values), attention.scaling)
-        return Record(hidden, outputs.transpose(1, 2) * gate.sigmoid(), keys=keys, values=values)
+        outputs = outputs.transpose(1, 2) * gate.sigmoid()
+        return Record(hidden, attention.o_proj(outputs.flatten(-2)), keys=keys, values=values)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Apply rotary position embeddings to the first dimensions of x [B, heads, T, d]."""
-        cos, sin = self.model.model.rotary_emb(x, positions.expand(3, *positions.shape))
+        cos, sin = self.model.model.rotary_emb(x, positions)
         cos, sin = cos[:, None], sin[:, None]
         turned, kept = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
         first, second = turned.chunk(2, -1)
         return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, kept], -1)
 
     def finish(self, layer: int, record: Record, past: Past | None) -> Tensor:
-        block, hidden, outputs = self.blocks[layer], record.hidden, record.outputs
+        block, update = self.blocks[layer], record.outputs
         if layer in self.recurrent_layers:
-            mixer, gate = block.linear_attn, self._gate(layer, hidden)
-            gated = plain_rms_norm(outputs.to(gate.dtype), mixer.norm) * F.silu(wide(gate))
-            update = mixer.out_proj(gated.to(gate.dtype).flatten(-2))
-        else:
-            update = block.self_attn.o_proj(outputs.flatten(-2))
-        hidden = hidden + update
+            update = self.behind_heads(layer)(self._gated(layer, record).flatten(-2))
+        if hasattr(block, "post_feedforward_layernorm"):  # attention layers of OLMo-Hybrid: norms behind both parts
+            hidden = record.hidden + rms_norm(update, block.post_attention_layernorm)
+            return hidden + rms_norm(block.mlp(hidden), block.post_feedforward_layernorm)
+        hidden = record.hidden + update
         return hidden + block.mlp(rms_norm(hidden, block.post_attention_layernorm))
+
+    def _gated(self, layer: int, record: Record) -> Tensor:
+        """Return the normed and gated outputs [B, T, H, d_v] of the heads, in the gate's dtype."""
+        gate = record.beside["gate"]
+        normed = plain_rms_norm(record.outputs.to(gate.dtype), self.output_norm(layer))
+        return (normed * F.silu(wide(gate))).to(gate.dtype)
