@@ -33,6 +33,20 @@ SMALL = dict(
         tie_word_embeddings=True,
         layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
     ),
+    kda=dict(
+        vocab_size=300,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        linear_head_dim=12,  # of keys and values
+        linear_num_heads=4,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=None,
+        layer_types=["linear_attention"] * 5,  # attention modules compute their norms in fp32
+        mlp_layer_types=["dense"] * 5,
+    ),
     mamba2=dict(
         vocab_size=300,
         hidden_size=40,
@@ -78,8 +92,8 @@ SMALL["gla"] = SMALL["delta_net"]  # the fields have the same names
 def small(family, architecture=None):
     torch.manual_seed(0)
     model = load.adapter(family).build(architecture or SMALL[family]).double()
-    for p in model.parameters():
-        if p.ndim > 1:
+    for name, p in model.named_parameters():
+        if p.ndim > 1 and not name.endswith("A_log"):
             p.data.mul_(3)  # with small weights, the layers above would be nearly linear
             if not p.any():
                 p.data.normal_(std=0.3)  # the layers of RWKV-7 start as the identity

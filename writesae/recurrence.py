@@ -9,7 +9,7 @@ Symbols of the paper (Sec. 2, Eq. 2-3) for one cell; S is always [d_k, d_v] and 
 | added       | beta_t v_t: the write is key added^T    |
 | effective   | u_t = beta_t (v_t - alpha_t S_{t-1}^T k_t): S_t = alpha_t S_{t-1} + k_t u_t^T |
 | log_decay   | log alpha_t, one number per token       |
-| erase, probe| alpha_t beta_t k_t and k_t              |
+| erase, probe| alpha_t beta_t k_t and k_t; with vector decays (KDA) beta_t k_t and alpha_t * k_t |
 | taken       | S_{t-1}^T probe_t, what the erase finds |
 """
 
@@ -208,25 +208,31 @@ def gated_delta_chunks(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute the gated delta rule by chunks; return outputs, effective writes u and the last state.
 
-    query, key [..., T, d_k] (keys of unit norm, queries scaled); value [..., T, d_v]; beta, log_decay [...,
-    T]. state [..., d_k, d_v]: the initial one; with `groups` the shared ones, [U, H, d_k, d_v]. Without `end`
-    there is no last state. (I + tril(beta_t (k_t . k_s) prod alpha, -1)) u = beta (v - read of the state).
+    query, key [..., T, d_k] (keys of unit norm, queries scaled); value [..., T, d_v]; beta [..., T]; log_decay
+    [..., T], or [..., T, d_k] for vector decays (KDA), where memory is linear in the chunk. state [..., d_k,
+    d_v]: the initial one; with `groups` the shared ones, [U, H, d_k, d_v]. Without `end` there is no last
+    state. (I + tril(beta_t (k_t . D_ts k_s), -1)) u = beta (v - read of the state), where D_ts is the decay
+    from s to t. Decays between tokens of a chunk are computed directly, so any decay is allowed.
     """
-    length, d_k, d_v = key.shape[-2], key.shape[-1], value.shape[-1]
+    length, d_k, d_v, vector = key.shape[-2], key.shape[-1], value.shape[-1], log_decay.ndim == key.ndim
     chunk = min(chunk, length)
     query, key, value = (split_chunks(x, chunk) for x in (query, key, value))
-    beta, log_decay = (split_chunks(x, chunk, -1) for x in (beta, log_decay))
-    within, chunks = log_decay.cumsum(-1), key.shape[-3]
-    decay = decay_between(within, key.dtype)
-    system = (beta[..., None] * decay * (key @ key.transpose(-1, -2))).tril(-1)
-    system = system + torch.eye(chunk, dtype=key.dtype, device=key.device)
-    from_start = within.exp()[..., None]
-    right = beta[..., None] * torch.cat([value, from_start * key], -1)
+    beta, chunks, time = split_chunks(beta, chunk, -1)[..., None], key.shape[-3], -2 if vector else -1
+    within = split_chunks(log_decay, chunk, time).cumsum(time)
+    if vector:
+        pairs = decay_between(within, key.dtype, -2) * key[..., None, :, :]  # [..., t, s, d_k]
+        of_keys, attention = ((pairs @ x[..., None])[..., 0] for x in (key, query))
+        system = beta * of_keys
+    else:
+        decay = decay_between(within, key.dtype)
+        system, attention = beta * decay * (key @ key.mT), decay * (query @ key.mT)
+        within = within[..., None]
+    system = system.tril(-1) + torch.eye(chunk, dtype=key.dtype, device=key.device)
+    from_start, last = within.exp(), within[..., -1:, :]
+    right = beta * torch.cat([value, from_start * key], -1)
     solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
     own, of_state = solved.split([d_v, d_k], -1)
-    attention = decay * (query @ key.transpose(-1, -2))
-    query, to_end = query * from_start, key * (within[..., -1:] - within).exp()[..., None]
-    whole = within[..., -1].exp()[..., None, None]
+    query, to_end, whole = query * from_start, key * (last - within).exp(), last.mT.exp()
     if state is None:
         state = key.new_zeros(*key.shape[:-3], d_k, d_v)
     outputs, writes = [], []
@@ -389,11 +395,12 @@ def diagonal_delta_chunks(
 def states_before(key: Tensor, effective: Tensor, log_decay: Tensor, starts: Tensor) -> Tensor:
     """Return the state before position starts[r] of each row, [R, H, d_k, d_v]; zero at start 0.
 
-    key [R, T, H, d_k], effective [R, T, H, d_v], log_decay [R, T, H] (scalar decays), starts [R].
+    key [R, T, H, d_k], effective [R, T, H, d_v], log_decay [R, T, H] or [R, T, H, d_k], starts [R].
     """
+    log_decay = log_decay if log_decay.ndim == key.ndim else log_decay[..., None]
     total = log_decay.double().cumsum(1)  # fp64: differences of long sums follow
     last = (starts - 1).clamp(min=0)
     at_last = total[torch.arange(len(starts), device=starts.device), last][:, None]
     before = torch.arange(key.shape[1], device=starts.device) < starts[:, None]
-    weight = (at_last - total).masked_fill(~before[..., None], -torch.inf).exp().to(key.dtype)
-    return (key * weight[..., None]).permute(0, 2, 3, 1) @ effective.transpose(1, 2)
+    weight = (at_last - total).masked_fill(~before[..., None, None], -torch.inf).exp().to(key.dtype)
+    return (key * weight).permute(0, 2, 3, 1) @ effective.transpose(1, 2)

@@ -32,7 +32,7 @@ def plain_losses(host, run, layer=None, head=None):
 
 
 def test_the_cost_is_the_loss_without_the_state_minus_native(host, run):
-    assert host.d_k != host.d_v
+    assert host.d_k != host.d_v or host.family == "kda"  # which has one size for both
     cells = [(host.recurrent_layers[1], 2), (host.recurrent_layers[-1], 0)]
     table = cost_of_no_writes(host, run, cells)
     native = plain_losses(host, run)

@@ -127,8 +127,10 @@ class Host(ABC):
             return x[..., None] if x.ndim == 2 else x
 
         f = {field.name: of_head(field.name) for field in fields(Factors) if field.name in record.factors}
-        if "beta" in record.factors:  # the delta rule
-            f |= dict(erase=f["log_decay"].exp() * of_head("beta") * f["key"], probe=f["key"])
+        if "beta" in record.factors:  # the delta rule: A = diag(decay) - beta key (decay * key)^T
+            decay, beta, key = f["log_decay"].exp(), of_head("beta"), f["key"]
+            vector = record.factors["log_decay"].ndim > record.factors["beta"].ndim
+            f |= dict(erase=beta * key, probe=decay * key) if vector else dict(erase=decay * beta * key, probe=key)
         return Factors(**f)
 
     def output_projection(self, layer: int, head: int) -> Tensor:
@@ -242,7 +244,7 @@ class Host(ABC):
         return windows
 
     def state_at(self, record: Record, rows: Tensor, starts: Tensor) -> Tensor:
-        """Return the states [R, H, d_k, d_v] before position starts[r] of window rows[r] (scalar decays)."""
+        """Return the states [R, H, d_k, d_v] before position starts[r] of window rows[r] (effective writes of rank 1)."""
         longest = max(1, int(starts.max()))
         names = "key", "effective", "log_decay"
         key, effective, log_decay = (record.factors[name][rows, :longest] for name in names)

@@ -1,5 +1,7 @@
 """Gated DeltaNet hosts: hybrids of transformers with this recurrence (Yang et al. 2025; Eq. 2 of the WriteSAE paper).
 
+KDA (Kimi Delta Attention, Kimi Team 2025) is the same recurrence with one decay per channel of the keys.
+
 The classes differ in how a layer's projections are stored (`LAYOUTS`) and in what is around the recurrence. The
 adapter calls the submodules of transformers' layers, MLPs and mixtures of experts as they are, with the
 recurrence of `writesae.recurrence` between them, which also returns the effective writes and lets each row start
@@ -13,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from writesae.hosts.attention import call_attention
 from writesae.hosts.base import Host, Shape
@@ -23,7 +25,7 @@ from writesae.hosts.past import Past, Record, attend
 from writesae.recurrence import gated_delta_chunks
 
 
-def rms_norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
+def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
     """Return the RMS norm of x, in its dtype. The scale is 1 + weight in Qwen's norms and weight in OLMo's."""
     if hasattr(norm, "eps"):
         return (normalized(x, norm.eps) * (1.0 + wide(norm.weight))).to(x.dtype)
@@ -33,50 +35,73 @@ def rms_norm(x: Tensor, norm: torch.nn.Module) -> Tensor:
 class Projections(NamedTuple):
     """What a mixer computes of its normed input [B, T, D].
 
-    qkv [B, T, C]: queries, keys and values before their convolution. gate [B, T, H, d_v]: of the heads'
-    outputs, before its SiLU. beta, step [B, T, H]; step: before dt_bias and the softplus.
+    qkv [B, T, C]: queries, keys and values before their convolution. gate [B, T, H d_v]: of the heads' outputs,
+    before its activation. beta [B, T, H]. log_decay [B, T, H], or [B, T, H, d_k].
     """
 
     qkv: Tensor
     gate: Tensor
     beta: Tensor
-    step: Tensor
+    log_decay: Tensor
 
 
-def project(mixer: torch.nn.Module, x: Tensor) -> Projections:
-    """Read Qwen3.5's projections: one matrix each."""
-    gate = mixer.in_proj_z(x).unflatten(-1, (-1, mixer.head_v_dim))
-    return Projections(mixer.in_proj_qkv(x), gate, mixer.in_proj_b(x).sigmoid(), mixer.in_proj_a(x))
+def log_decays(mixer: nn.Module, step: Tensor) -> Tensor:
+    """Return the log decays [B, T, H] of a step before its bias and softplus, in fp32 or better."""
+    return -wide(mixer.A_log).exp() * F.softplus(wide(step) + mixer.dt_bias)
 
 
-def project_fused(mixer: torch.nn.Module, x: Tensor) -> Projections:
+def project(mixer: nn.Module, x: Tensor) -> Projections:
+    """Read Qwen3.5's projections: q, k and v in one matrix."""
+    step, beta = mixer.in_proj_a(x), mixer.in_proj_b(x).sigmoid()
+    return Projections(mixer.in_proj_qkv(x), mixer.in_proj_z(x), beta, log_decays(mixer, step))
+
+
+def project_fused(mixer: nn.Module, x: Tensor) -> Projections:
     """Read Qwen3-Next's projections: two matrices, whose rows are ordered by key head."""
     parts = mixer.fix_query_key_value_ordering(mixer.in_proj_qkvz(x), mixer.in_proj_ba(x))
     query, key, value, gate, beta, step = parts
-    return Projections(torch.cat([part.flatten(2) for part in (query, key, value)], -1), gate, beta.sigmoid(), step)
+    qkv = torch.cat([part.flatten(2) for part in (query, key, value)], -1)
+    return Projections(qkv, gate.flatten(2), beta.sigmoid(), log_decays(mixer, step))
 
 
-def project_single(mixer: torch.nn.Module, x: Tensor) -> Projections:
-    """Read OLMo-Hybrid's projections: one matrix each, also for q, k and v; beta is in (0, 2) by default."""
-    gate = mixer.g_proj(x).unflatten(-1, (-1, mixer.head_v_dim))
+def _qkv(mixer: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1)
+
+
+def project_single(mixer: nn.Module, x: Tensor) -> Projections:
+    """Read OLMo-Hybrid's projections: one matrix each; beta is in (0, 2) by default."""
     beta = mixer.b_proj(x).sigmoid() * (2.0 if mixer.allow_neg_eigval else 1.0)
-    qkv = torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], -1)
-    return Projections(qkv, gate, beta, mixer.a_proj(x))
+    return Projections(_qkv(mixer, x), mixer.g_proj(x), beta, log_decays(mixer, mixer.a_proj(x)))
+
+
+def project_kimi(mixer: nn.Module, x: Tensor) -> Projections:
+    """Read Kimi Linear's projections: one matrix each, but low-rank gates of outputs and decays."""
+    forget, heads = mixer.forget_gate, mixer.num_heads
+    step = split_heads(forget.f_b_proj(forget.f_a_proj(x)), heads) + split_heads(forget.dt_bias, heads)
+    log_decay = -wide(forget.A_log).exp() * F.softplus(step)
+    return Projections(_qkv(mixer, x), mixer.g_b_proj(mixer.g_a_proj(x)), mixer.b_proj(x).sigmoid(), log_decay)
 
 
 class Layout(NamedTuple):
-    """How a class stores a recurrent layer: its projections, and the names of its output norm and projection."""
+    """How a class stores a recurrent layer: its projections, and the names of its mixer and of what is behind.
 
-    project: Callable[[torch.nn.Module, Tensor], Projections]
+    plain_attention: whether an attention module is computed from its submodules, in the model's precision
+    throughout, and not called as it is.
+    """
+
+    project: Callable[[nn.Module, Tensor], Projections]
+    mixer: str = "linear_attn"
     norm: str = "norm"
     out: str = "out_proj"
+    plain_attention: bool = True
 
 
 LAYOUTS = {
     "Qwen3_5ForCausalLM": Layout(project),
     "Qwen3_5MoeForCausalLM": Layout(project),
     "Qwen3NextForCausalLM": Layout(project_fused),
-    "OlmoHybridForCausalLM": Layout(project_single, "o_norm", "o_proj"),
+    "OlmoHybridForCausalLM": Layout(project_single, "linear_attn", "o_norm", "o_proj", False),
+    "KimiLinearForCausalLM": Layout(project_kimi, "self_attn", "o_norm", "o_proj", False),
 }
 
 
@@ -84,8 +109,11 @@ class GatedDeltaNet(Host):
     family = "gated_deltanet"
     model_type = "qwen3_5_text"
     scalar_decay = True
-    model_classes = tuple(LAYOUTS)
+    model_classes = ("Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM", "Qwen3NextForCausalLM", "OlmoHybridForCausalLM")
     decay_parameters = ("A_log", "dt_bias", "in_proj_a")
+    chunk = 64  # tokens that the recurrence computes at once
+    layer_norm = staticmethod(rms_norm)
+    gate_activation = staticmethod(F.silu)
 
     @staticmethod
     def shape(config) -> Shape:
@@ -94,52 +122,55 @@ class GatedDeltaNet(Host):
         layers, heads = config.layer_types.count("linear_attention"), config.linear_num_value_heads
         return Shape(layers, heads, config.linear_key_head_dim, config.linear_value_head_dim)
 
-    def __init__(self, model: torch.nn.Module, tokenizer, name: str):
+    def __init__(self, model: nn.Module, tokenizer, name: str):
         super().__init__(model, tokenizer, name)
         kinds = enumerate(model.config.layer_types)
         self.recurrent_layers = tuple(layer for layer, kind in kinds if kind == "linear_attention")
         self.layout = LAYOUTS[type(model).__name__]
 
+    def mixer(self, layer: int) -> nn.Module:
+        """Return the mixer of a recurrent layer."""
+        return getattr(self.blocks[layer], self.layout.mixer)
+
     def unembed(self, final: Tensor) -> Tensor:
-        return self.model.lm_head(rms_norm(final, self.model.model.norm))
+        return self.model.lm_head(self.layer_norm(final, self.model.model.norm))
 
-    def behind_heads(self, layer: int) -> torch.nn.Linear:
-        return getattr(self.blocks[layer].linear_attn, self.layout.out)
+    def behind_heads(self, layer: int) -> nn.Linear:
+        return getattr(self.mixer(layer), self.layout.out)
 
-    def output_norm(self, layer: int) -> torch.nn.Module:
+    def output_norm(self, layer: int) -> nn.Module:
         """Return the norm of each head's output."""
-        return getattr(self.blocks[layer].linear_attn, self.layout.norm)
+        return getattr(self.mixer(layer), self.layout.norm)
 
     def normed_heads(self, layer: int, record: Record) -> tuple[Tensor, Tensor]:
         norm = self.output_norm(layer)
-        normed = normalized(record.outputs, norm.variance_epsilon)
-        return normed, wide(norm.weight) * F.silu(wide(record.beside["gate"]))
+        gate = self.gate_activation(split_heads(record.beside["gate"], self.heads))
+        return normalized(record.outputs, norm.variance_epsilon), wide(norm.weight) * gate
 
     def mix(self, layer: int, hidden: Tensor, past: Past | None, positions: Tensor) -> Record:
         block = self.blocks[layer]
         before = getattr(block, "input_layernorm", None)  # attention layers of OLMo-Hybrid have none
-        normed = hidden if before is None else rms_norm(hidden, before)
+        normed = hidden if before is None else self.layer_norm(hidden, before)
         if layer in self.recurrent_layers:
-            return self._recur(block.linear_attn, hidden, normed, past)
-        if before is not None:
+            return self._recur(self.mixer(layer), hidden, normed, past)
+        if self.layout.plain_attention:
             return self._attend(block.self_attn, hidden, normed, past, positions)
-        rotary = self.model.model.rotary_emb
+        rotary = getattr(self.model.model, "rotary_emb", None)
         angles = rotary and rotary(hidden, positions)
         return call_attention(block.self_attn, hidden, normed, past, position_embeddings=angles)
 
     def _recur(self, mixer, hidden, normed, past: Past | None) -> Record:
-        raw, gate, beta, step = self.layout.project(mixer, normed)
+        raw, gate, beta, log_decay = self.layout.project(mixer, normed)
         reach = mixer.conv_kernel_size - 1
         mixed = F.silu(short_convolution(raw, past and past.windows["conv"], mixer.conv1d.weight))
-        query, key, value = mixed.split([mixer.key_dim, mixer.key_dim, mixer.value_dim], -1)
-        query = unit(split_heads(query, mixer.num_k_heads)) * self.d_k**-0.5
-        key = unit(split_heads(key, mixer.num_k_heads))
-        value = split_heads(value, self.heads)
-        beta = wide(beta)
-        log_decay = -wide(mixer.A_log).exp() * F.softplus(wide(step) + mixer.dt_bias)
+        width = (raw.shape[-1] - self.heads * self.d_v) // 2
+        query, key, value = mixed.split([width, width, self.heads * self.d_v], -1)
+        query = unit(split_heads(query, width // self.d_k)) * self.d_k**-0.5
+        key = unit(split_heads(key, width // self.d_k))
+        value, beta = split_heads(value, self.heads), wide(beta)
         expanded = self.expand_heads(query), self.expand_heads(key)
         heads_first = (x.transpose(1, 2) for x in (*expanded, value, beta, log_decay))
-        outputs, effective, end = gated_delta_chunks(*heads_first, **self.carried(past))
+        outputs, effective, end = gated_delta_chunks(*heads_first, chunk=self.chunk, **self.carried(past))
         factors = dict(query=query, key=key, added=beta[..., None] * value)
         factors |= dict(effective=effective.transpose(1, 2), beta=beta, log_decay=log_decay)
         windows, beside = {"conv": (raw, reach)}, {"gate": gate}
@@ -172,15 +203,40 @@ class GatedDeltaNet(Host):
     def finish(self, layer: int, record: Record, past: Past | None) -> Tensor:
         block, update = self.blocks[layer], record.outputs
         if layer in self.recurrent_layers:
-            update = self.behind_heads(layer)(self._gated(layer, record).flatten(-2))
+            update = self.behind_heads(layer)(self.gated(layer, record).flatten(-2))
         if hasattr(block, "post_feedforward_layernorm"):  # attention layers of OLMo-Hybrid: norms behind both parts
-            hidden = record.hidden + rms_norm(update, block.post_attention_layernorm)
-            return hidden + rms_norm(block.mlp(hidden), block.post_feedforward_layernorm)
+            hidden = record.hidden + self.layer_norm(update, block.post_attention_layernorm)
+            return hidden + self.layer_norm(block.mlp(hidden), block.post_feedforward_layernorm)
         hidden = record.hidden + update
-        return hidden + block.mlp(rms_norm(hidden, block.post_attention_layernorm))
+        return hidden + block.mlp(self.layer_norm(hidden, block.post_attention_layernorm))
 
-    def _gated(self, layer: int, record: Record) -> Tensor:
+    def gated(self, layer: int, record: Record) -> Tensor:
         """Return the normed and gated outputs [B, T, H, d_v] of the heads, in the gate's dtype."""
         gate = record.beside["gate"]
         normed = plain_rms_norm(record.outputs.to(gate.dtype), self.output_norm(layer))
-        return (normed * F.silu(wide(gate))).to(gate.dtype)
+        return (normed * F.silu(split_heads(gate, self.heads))).to(gate.dtype)
+
+
+class KimiDelta(GatedDeltaNet):
+    """KDA: Gated DeltaNet with a decay per channel. The state is a sum of rank-1 effective writes, which decay."""
+
+    family = "kda"
+    model_type = "kimi_linear"
+    scalar_decay = False
+    model_classes = ("KimiLinearForCausalLM",)
+    decay_parameters = ("forget_gate",)
+    chunk = 16
+    layer_norm = staticmethod(plain_rms_norm)
+    gate_activation = staticmethod(torch.sigmoid)
+
+    @staticmethod
+    def shape(config) -> Shape:
+        if config.hidden_act != "silu":
+            raise ValueError(f"A KDA host has the activation silu, and this one {config.hidden_act}.")
+        layers, width = config.layer_types.count("linear_attention"), config.linear_head_dim
+        return Shape(layers, config.linear_num_heads, width, width, vector_decay=True)
+
+    def gated(self, layer: int, record: Record) -> Tensor:
+        gate, norm = record.beside["gate"], self.output_norm(layer)
+        normed = wide(norm.weight) * normalized(record.outputs.to(gate.dtype), norm.variance_epsilon)
+        return (normed * torch.sigmoid(split_heads(gate, self.heads))).to(gate.dtype)

@@ -22,6 +22,7 @@ KERNEL_PACKAGES = ("fla", "mamba_ssm", "causal_conv1d")
 QUANTISED = ("quantization_config", "compression_config", "quantization")  # fields of config.json
 FAMILIES = {  # module and class of each family's adapter
     "gated_deltanet": "writesae.hosts.gated_deltanet:GatedDeltaNet",
+    "kda": "writesae.hosts.gated_deltanet:KimiDelta",
     "mamba2": "writesae.hosts.mamba2:Mamba2",
     "rwkv7": "writesae.hosts.rwkv7:RWKV7",
     "delta_net": "writesae.hosts.fla:DeltaNet",
