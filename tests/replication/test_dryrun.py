@@ -113,6 +113,10 @@ def test_a_dry_run_fits_every_profile_and_is_tiny(name, monkeypatch):
         ("fla-hub/rwkv7-1.5B-world", 1527.4),
         ("fla-hub/delta_net-1.3B-100B", 1365.7),
         ("fla-hub/gla-1.3B-100B", 1365.5),
+        ("Qwen/Qwen3.5-35B-A3B", 34660.6),
+        ("Qwen/Qwen3-Next-80B-A3B-Instruct", 79674.4),
+        ("allenai/Olmo-Hybrid-7B", 7430.9),
+        ("moonshotai/Kimi-Linear-48B-A3B-Instruct", 49122.7),
     ],
 )
 def test_the_true_shapes_have_the_true_number_of_parameters(name, millions):
