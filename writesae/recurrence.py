@@ -195,6 +195,19 @@ def _each(state: Tensor, groups: Groups | None) -> Tensor:
     return state if groups is None else state[groups.which]
 
 
+def _decayed_products(query: Tensor, key: Tensor, within: Tensor) -> Iterator[Tensor]:
+    """Return k_t . D_ts k_s and q_t . D_ts k_s, each [..., C, t, s]; D_ts: the decays from token s to t.
+
+    query, key [..., C, L, d_k]; within [..., C, L, d_k]: log decays since the chunk began. Decays between
+    tokens are computed directly, so any decay is allowed. One chunk at a time takes L^2 d_k numbers.
+    """
+    products = []
+    for q, k, total in zip(query.unbind(-3), key.unbind(-3), within.unbind(-3), strict=True):
+        decayed = decay_between(total, k.dtype, -2) * k[..., None, :, :]  # [..., t, s, d_k]
+        products.append(decayed @ torch.stack([k, q], -1))
+    return torch.stack(products, -4).unbind(-1)
+
+
 def gated_delta_chunks(
     query: Tensor,
     key: Tensor,
@@ -208,11 +221,10 @@ def gated_delta_chunks(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute the gated delta rule by chunks; return outputs, effective writes u and the last state.
 
-    query, key [..., T, d_k] (keys of unit norm, queries scaled); value [..., T, d_v]; beta [..., T]; log_decay
-    [..., T], or [..., T, d_k] for vector decays (KDA), where memory is linear in the chunk. state [..., d_k,
-    d_v]: the initial one; with `groups` the shared ones, [U, H, d_k, d_v]. Without `end` there is no last
-    state. (I + tril(beta_t (k_t . D_ts k_s), -1)) u = beta (v - read of the state), where D_ts is the decay
-    from s to t. Decays between tokens of a chunk are computed directly, so any decay is allowed.
+    query, key [..., T, d_k] (keys of unit norm, queries scaled); value [..., T, d_v]; beta [..., T];
+    log_decay [..., T], or [..., T, d_k] for vector decays (KDA). state [..., d_k, d_v]: the initial one; with
+    `groups` the shared ones, [U, H, d_k, d_v]. Without `end` there is no last state. With D_ts, the decay from
+    token s to token t: (I + tril(beta_t (k_t . D_ts k_s), -1)) u = beta (v - read of the state).
     """
     length, d_k, d_v, vector = key.shape[-2], key.shape[-1], value.shape[-1], log_decay.ndim == key.ndim
     chunk = min(chunk, length)
@@ -220,8 +232,7 @@ def gated_delta_chunks(
     beta, chunks, time = split_chunks(beta, chunk, -1)[..., None], key.shape[-3], -2 if vector else -1
     within = split_chunks(log_decay, chunk, time).cumsum(time)
     if vector:
-        pairs = decay_between(within, key.dtype, -2) * key[..., None, :, :]  # [..., t, s, d_k]
-        of_keys, attention = ((pairs @ x[..., None])[..., 0] for x in (key, query))
+        of_keys, attention = _decayed_products(query, key, within)
         system = beta * of_keys
     else:
         decay = decay_between(within, key.dtype)

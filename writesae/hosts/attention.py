@@ -25,7 +25,7 @@ AttentionInterface.register(NAME, _attention)
 
 
 def call_attention(attention: nn.Module, hidden: Tensor, normed: Tensor, past: Past | None, **inputs) -> Record:
-    """Return the record of an attention module of transformers, whose `outputs` [B, T, D] are the layer's update.
+    """Run an attention module of transformers. The record's `outputs` [B, T, D] are the layer's update.
 
     hidden [B, T, D]: the layer's input, which the record keeps; normed [B, T, D]: the module's. inputs: its
     other arguments. The norms in these modules compute in fp32, whatever the model's dtype.

@@ -129,8 +129,10 @@ class Host(ABC):
         f = {field.name: of_head(field.name) for field in fields(Factors) if field.name in record.factors}
         if "beta" in record.factors:  # the delta rule: A = diag(decay) - beta key (decay * key)^T
             decay, beta, key = f["log_decay"].exp(), of_head("beta"), f["key"]
-            vector = record.factors["log_decay"].ndim > record.factors["beta"].ndim
-            f |= dict(erase=beta * key, probe=decay * key) if vector else dict(erase=decay * beta * key, probe=key)
+            if record.factors["log_decay"].ndim > record.factors["beta"].ndim:  # a decay per channel
+                f |= dict(erase=beta * key, probe=decay * key)
+            else:
+                f |= dict(erase=decay * beta * key, probe=key)
         return Factors(**f)
 
     def output_projection(self, layer: int, head: int) -> Tensor:
@@ -244,7 +246,9 @@ class Host(ABC):
         return windows
 
     def state_at(self, record: Record, rows: Tensor, starts: Tensor) -> Tensor:
-        """Return the states [R, H, d_k, d_v] before position starts[r] of window rows[r] (effective writes of rank 1)."""
+        """Return the states [R, H, d_k, d_v] before position starts[r] of window rows[r].
+
+        They are sums of effective writes of rank 1, which decay."""
         longest = max(1, int(starts.max()))
         names = "key", "effective", "log_decay"
         key, effective, log_decay = (record.factors[name][rows, :longest] for name in names)

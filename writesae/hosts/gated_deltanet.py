@@ -1,11 +1,11 @@
-"""Gated DeltaNet hosts: hybrids of transformers with this recurrence (Yang et al. 2025; Eq. 2 of the WriteSAE paper).
+"""Gated DeltaNet hosts: hybrids of transformers with this recurrence (Yang et al. 2025; Eq. 2 of WriteSAE).
 
 KDA (Kimi Delta Attention, Kimi Team 2025) is the same recurrence with one decay per channel of the keys.
 
-The classes differ in how a layer's projections are stored (`LAYOUTS`) and in what is around the recurrence. The
-adapter calls the submodules of transformers' layers, MLPs and mixtures of experts as they are, with the
-recurrence of `writesae.recurrence` between them, which also returns the effective writes and lets each row start
-at a position of its own.
+The classes differ in how a layer's projections are stored (`LAYOUTS`) and in what is around the recurrence.
+The adapter calls the submodules of transformers' layers, MLPs and mixtures of experts as they are, with the
+recurrence of `writesae.recurrence` between them, which also returns the effective writes and lets each row
+start at a position of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from writesae.recurrence import gated_delta_chunks
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """Return the RMS norm of x, in its dtype. The scale is 1 + weight in Qwen's norms and weight in OLMo's."""
+    """Return the RMS norm of x, in its dtype. Its scale is 1 + weight in Qwen's norms, and weight in OLMo's."""
     if hasattr(norm, "eps"):
         return (normalized(x, norm.eps) * (1.0 + wide(norm.weight))).to(x.dtype)
     return (normalized(x, norm.variance_epsilon) * wide(norm.weight)).to(x.dtype)
@@ -35,8 +35,8 @@ def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
 class Projections(NamedTuple):
     """What a mixer computes of its normed input [B, T, D].
 
-    qkv [B, T, C]: queries, keys and values before their convolution. gate [B, T, H d_v]: of the heads' outputs,
-    before its activation. beta [B, T, H]. log_decay [B, T, H], or [B, T, H, d_k].
+    qkv [B, T, C]: queries, keys and values before their convolution. gate [B, T, H d_v]: of the heads'
+    outputs, before its activation. beta [B, T, H]. log_decay [B, T, H], or [B, T, H, d_k].
     """
 
     qkv: Tensor
@@ -83,7 +83,7 @@ def project_kimi(mixer: nn.Module, x: Tensor) -> Projections:
 
 
 class Layout(NamedTuple):
-    """How a class stores a recurrent layer: its projections, and the names of its mixer and of what is behind.
+    """How a class stores a recurrent layer: its projections, the names of its mixer, norm and output matrix.
 
     plain_attention: whether an attention module is computed from its submodules, in the model's precision
     throughout, and not called as it is.
@@ -204,7 +204,7 @@ class GatedDeltaNet(Host):
         block, update = self.blocks[layer], record.outputs
         if layer in self.recurrent_layers:
             update = self.behind_heads(layer)(self.gated(layer, record).flatten(-2))
-        if hasattr(block, "post_feedforward_layernorm"):  # attention layers of OLMo-Hybrid: norms behind both parts
+        if hasattr(block, "post_feedforward_layernorm"):  # OLMo-Hybrid's attention: norms behind both parts
             hidden = record.hidden + self.layer_norm(update, block.post_attention_layernorm)
             return hidden + self.layer_norm(block.mlp(hidden), block.post_feedforward_layernorm)
         hidden = record.hidden + update
@@ -218,7 +218,7 @@ class GatedDeltaNet(Host):
 
 
 class KimiDelta(GatedDeltaNet):
-    """KDA: Gated DeltaNet with a decay per channel. The state is a sum of rank-1 effective writes, which decay."""
+    """KDA: Gated DeltaNet with a decay per channel. A state is a sum of rank-1 effective writes, which decay."""
 
     family = "kda"
     model_type = "kimi_linear"
