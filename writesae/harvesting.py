@@ -30,8 +30,8 @@ def harvest(
     """Return the factors of one cell, or of several by cell, over windows or their tokens [N, T].
 
     batch: windows per run. The factors are in fp32 on the CPU: key, added and log_decay; effective for scalar
-    decays; erase and taken for vector decays. Raises ValueError for no cell, a cell that the host does not
-    have, a batch below 1, and tokens that `Host.run` refuses.
+    decays and KDA; erase and taken for vector decays. Raises ValueError for no cell, a cell that the host does
+    not have, a batch below 1, and tokens that `Host.run` refuses.
     """
     if (layer is None) != (head is None) or (layer is None) == (cells is None):
         raise ValueError("A harvest is of one cell (layer and head) or of a list of cells.")
@@ -52,8 +52,9 @@ def harvest(
             if host.scalar_decay:
                 factors = replace(factors, query=None, erase=None, probe=None)
             else:
+                effective = None if factors.effective is factors.added else factors.effective
                 taken = factors.taken_by_erase()
-                factors = replace(factors, query=None, effective=None, probe=None, taken=taken)
+                factors = replace(factors, query=None, effective=effective, probe=None, taken=taken)
             parts[cell].append(factors.map(lambda x: x.float().cpu()))
     whole = {cell: _joined(parts.pop(cell), Origin(host.name, *cell, "added")) for cell in chosen}
     return whole if layer is None else whole[layer, head]

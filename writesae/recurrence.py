@@ -87,7 +87,8 @@ class Factors(TensorFields):
 
     query, key, erase, probe [B, T, d_k]; added, effective, taken [B, T, d_v]; log_decay [B, T, 1], or [B, T,
     d_k] for vector decays. None in a run: taken; effective for RWKV-7; erase and probe for Mamba-2. None in a
-    harvest: query and probe; erase and taken for scalar decays; effective for vector decays. origin: cell.
+    harvest: query and probe; erase and taken for scalar decays; effective for vector decays but KDA's.
+    origin: cell.
     """
 
     query: Tensor | None

@@ -36,9 +36,9 @@ class Need(NamedTuple):
 
 def harvest_bytes(shape: Shape, tokens: int) -> int:
     """Return the size of a cell's factors in fp32: per token key, added, effective and one decay; with vector
-    decays key, added, decays, erase and taken."""
+    decays key, added, decays, erase and taken, and with KDA effective."""
     d_k, d_v = shape.d_k, shape.d_v
-    return 4 * tokens * (3 * d_k + 2 * d_v if shape.vector_decay else d_k + 2 * d_v + 1)
+    return 4 * tokens * (3 * d_k + (2 + shape.effective) * d_v if shape.vector_decay else d_k + 2 * d_v + 1)
 
 
 def sae_bytes(shape: Shape, settings: TrainingSettings) -> int:

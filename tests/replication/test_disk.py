@@ -76,7 +76,7 @@ def test_a_harvest_is_as_large_as_its_file(host, tmp_path):
     tokens = torch.randint(0, 300, (3, 40))
     factors = harvest(host, tokens, [(1, 0)], batch=3, progress=False)[(1, 0)]
     save_file({name: x.contiguous() for name, x in factors.tensors().items()}, tmp_path / "file")
-    shape = Shape(5, 4, host.d_k, host.d_v, vector_decay=not host.scalar_decay)
+    shape = host.shape(host.model.config)
     size = (tmp_path / "file").stat().st_size
     assert size == pytest.approx(disk.harvest_bytes(shape, tokens.numel()), abs=2000)
 

@@ -293,7 +293,8 @@ def test_sizes_are_those_of_the_files_that_are_not_in_the_cache(hub):
 def test_a_config_tells_the_shape_of_the_host(family, tmp_path):
     host = small(family)
     host.model.config.save_pretrained(tmp_path)
-    wanted = Shape(len(host.recurrent_layers), host.heads, host.d_k, host.d_v, not host.scalar_decay)
+    sizes = len(host.recurrent_layers), host.heads, host.d_k, host.d_v
+    wanted = Shape(*sizes, not host.scalar_decay, effective=family == "kda")
     assert read_shape(tmp_path) == wanted
 
 

@@ -10,6 +10,7 @@ from conftest import SMALL, small
 from helpers import EDIT_PLACES, assert_close, several_edits, stepped_logits
 
 from writesae.edit import edited_hidden, generate, hidden_under, make_edit
+from writesae.harvesting import harvest
 from writesae.hosts.load import load_host
 from writesae.recurrence import step_states
 from writesae.shift import predict_shift
@@ -208,3 +209,13 @@ def test_the_text_model_of_a_multimodal_mixture_of_experts_is_found(tokens, tmp_
     with torch.no_grad():
         theirs = model(input_ids=tokens, use_cache=False).logits
     assert_close(host.logits(host.run(tokens).final), theirs, "logits", 2e-5)
+
+
+def test_a_harvest_of_kda_has_both_writes_and_its_states(tokens):
+    host = small("kda")
+    factors = harvest(host, tokens, layer=LAYER, head=HEAD, progress=False)
+    native = host.factors(host.run(tokens), LAYER, HEAD)
+    for name in ("added", "effective"):
+        wanted = (native.key[..., None] * native.write(name)[..., None, :]).float()
+        assert_close(factors.history("write", name).steps(), wanted, name, 1e-6)
+    assert_close(factors.history("state").steps(), step_states(native), "states", 1e-6)

@@ -27,13 +27,17 @@ KEPT_NUMBERS = 2**22  # maximum size of what a record keeps for the next edited 
 
 
 class Shape(NamedTuple):
-    """The sizes of a host's states: recurrent layers, heads per layer, rows and columns of a state."""
+    """The sizes of a host's states: recurrent layers, heads per layer, rows and columns of a state.
+
+    effective: whether a harvest with vector decays has effective writes, of rank 1, beside the added ones.
+    """
 
     layers: int
     heads: int
     d_k: int
     d_v: int
     vector_decay: bool = False
+    effective: bool = False
 
 
 @dataclass
@@ -64,7 +68,7 @@ class Host(ABC):
         self.layers = model.config.num_hidden_layers
         self.recurrent_layers = tuple(range(self.layers))
         self.vocabulary = model.config.vocab_size
-        _, self.heads, self.d_k, self.d_v, _ = self.shape(model.config)
+        _, self.heads, self.d_k, self.d_v, *_ = self.shape(model.config)
 
     @classmethod
     def build(cls, architecture: dict) -> torch.nn.Module:

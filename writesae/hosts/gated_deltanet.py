@@ -234,7 +234,7 @@ class KimiDelta(GatedDeltaNet):
         if config.hidden_act != "silu":
             raise ValueError(f"A KDA host has the activation silu, and this one {config.hidden_act}.")
         layers, width = config.layer_types.count("linear_attention"), config.linear_head_dim
-        return Shape(layers, config.linear_num_heads, width, width, vector_decay=True)
+        return Shape(layers, config.linear_num_heads, width, width, vector_decay=True, effective=True)
 
     def gated(self, layer: int, record: Record) -> Tensor:
         gate, norm = record.beside["gate"], self.output_norm(layer)
