@@ -106,6 +106,11 @@ def test_outputs_and_last_state_are_the_step_loops(host, run):
         assert_close(record.end[:, head], states[:, -1], f"state of {layer}.{head}", 1e-12)
 
 
+def test_attention_layers_keep_the_outputs_of_their_heads(host, run):
+    others = set(range(host.layers)) - set(host.recurrent_layers)
+    assert others and all(run.records[layer].outputs.shape[:3] == (3, 90, 4) for layer in others)
+
+
 def test_effective_write_is_the_states_whole_change(host, run):
     factors = host.factors(run, LAYER, HEAD)
     states = step_states(factors)

@@ -189,8 +189,7 @@ class GatedDeltaNet(Host):
             outputs = F.scaled_dot_product_attention(query, keys, values, **options)
         else:
             outputs = attend(query, past.prefix.with_own(keys, values), attention.scaling)
-        outputs = outputs.transpose(1, 2) * gate.sigmoid()
-        return Record(hidden, attention.o_proj(outputs.flatten(-2)), keys=keys, values=values)
+        return Record(hidden, outputs.transpose(1, 2) * gate.sigmoid(), keys=keys, values=values)
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Apply rotary position embeddings to the first dimensions of x [B, heads, T, d]."""
@@ -201,9 +200,11 @@ class GatedDeltaNet(Host):
         return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, kept], -1)
 
     def finish(self, layer: int, record: Record, past: Past | None) -> Tensor:
-        block, update = self.blocks[layer], record.outputs
+        block = self.blocks[layer]
         if layer in self.recurrent_layers:
             update = self.behind_heads(layer)(self.gated(layer, record).flatten(-2))
+        else:
+            update = block.self_attn.o_proj(record.outputs.flatten(-2))
         if hasattr(block, "post_feedforward_layernorm"):  # OLMo-Hybrid's attention: norms behind both parts
             hidden = record.hidden + self.layer_norm(update, block.post_attention_layernorm)
             return hidden + self.layer_norm(block.mlp(hidden), block.post_feedforward_layernorm)
