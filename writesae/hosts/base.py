@@ -226,20 +226,22 @@ class Host(ABC):
         if kept is None or not torch.equal(kept[0], distinct):
             kept = distinct, self._shared(record, distinct // length, distinct % length)
             record.kept = kept if sum(x.numel() for x in kept[1]) <= KEPT_NUMBERS else None
+        shared = kept[1]
+        if record.factors:
+            (past.states, *shared), past.groups = shared, groups
         if record.keys is not None:
-            past.prefix = Prefix(*kept[1], groups)
-        else:
-            (past.states,), past.groups = kept[1], groups
+            past.prefix = Prefix(*shared, groups)
         return past
 
     def _shared(self, record: Record, rows: Tensor, starts: Tensor) -> tuple[Tensor, ...]:
-        """Return the states before position starts[u] of window rows[u], or the keys, values and which
-        exist."""
+        """Return the states before position starts[u] of window rows[u], and the keys, values and which of
+        them exist, as far as the layer has them."""
+        shared = (self.state_at(record, rows, starts),) if record.factors else ()
         if record.keys is None:
-            return (self.state_at(record, rows, starts),)
+            return shared
         longest = int(starts.max())
         seen = torch.arange(longest, device=starts.device) < starts[:, None]
-        return record.keys[rows, :, :longest], record.values[rows, :, :longest], seen
+        return *shared, record.keys[rows, :, :longest], record.values[rows, :, :longest], seen
 
     def windows_at(self, record: Record, rows: Tensor, starts: Tensor) -> dict[str, Tensor]:
         """Return {name: inputs [R, reach, C] before position starts[r] of window rows[r], or zeros}."""

@@ -16,7 +16,8 @@ class Record:
 
     hidden [B, T, D]: the layer's input. outputs [B, T, heads, d]: of the heads. beside: what else
     `Host.finish` needs, each [B, T, ...]. Recurrent layers have factors, each [B, T, ...], and the last state
-    end [B, H, d_k, d_v]; attention layers have keys and values [B, H_kv, T, d]. windows: the inputs of short
+    end [B, H, d_k, d_v]; layers with attention have keys and values [B, H_kv, T, d]; hybrid layers have both,
+    and layers that only mix channels neither. windows: the inputs of short
     convolutions and token shifts, name -> ([B, T, C], number of positions they look back). kept: the places
     of the last `Host.past_at`, and the states or prefixes there, for further edited runs from the same
     places."""
@@ -75,7 +76,7 @@ def attend(query: Tensor, prefix: Prefix, scale: float) -> Tensor:
 
 @dataclass
 class Past:
-    """What a layer needs of earlier tokens, for each of R rows: a state, or a prefix of keys and values.
+    """What a layer needs of earlier tokens, for each of R rows: a state, a prefix of keys and values, or both.
 
     states: one per row [R, H, d_k, d_v], or [U, H, d_k, d_v], which rows share by `groups`. windows: the last
     inputs of short convolutions and token shifts, [R, reach, C]. last: skip computing the final state.
