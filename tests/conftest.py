@@ -88,10 +88,88 @@ SMALL = dict(
 )
 SMALL["gla"] = SMALL["delta_net"]  # the fields have the same names
 
+_MAMBA2 = dict(family="mamba2", vocab_size=300, hidden_size=40, tie_word_embeddings=True, initializer_range=0.1)
+_BAMBA = dict(mamba_n_heads=4, mamba_d_head=20, mamba_d_state=12, mamba_n_groups=2, mamba_chunk_size=32)
+_BAMBA |= dict(_MAMBA2, num_hidden_layers=6, num_attention_heads=5, num_key_value_heads=1, intermediate_size=64)
+_BAMBA |= dict(bos_token_id=1, eos_token_id=None, pad_token_id=None)
+OTHERS = dict(  # other classes of the families, by model type
+    nemotron_h=_MAMBA2
+    | dict(
+        hybrid_override_pattern="MM*M-M",
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        mamba_num_heads=4,
+        mamba_head_dim=20,
+        ssm_state_size=12,
+        n_groups=2,
+        chunk_size=32,
+        time_step_min=1e-9,
+        tie_word_embeddings=False,
+        eos_token_id=None,
+        pad_token_id=None,
+    ),
+    bamba=_BAMBA | dict(attn_layer_indices=[2, 4]),
+    granitemoehybrid=_BAMBA
+    | dict(
+        layer_types=["linear_attention", "linear_attention", "full_attention"] * 2,
+        num_local_experts=0,
+        shared_intermediate_size=64,
+        embedding_multiplier=3.0,
+        logits_scaling=0.4,
+        residual_multiplier=0.7,
+        attention_multiplier=0.5,
+    ),
+    falcon_h1=_BAMBA
+    | dict(
+        hidden_size=48,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        mamba_d_ssm=80,
+        mamba_rms_norm=True,
+        mamba_norm_before_gate=False,
+        num_hidden_layers=4,
+        lm_head_multiplier=1.7,
+        embedding_multiplier=3.0,
+        mlp_multipliers=[0.8, 1.4],
+        key_multiplier=1.3,
+        attention_in_multiplier=0.6,
+        attention_out_multiplier=0.9,
+        ssm_multipliers=[1.1, 0.7, 1.3, 0.9, 0.5],
+        ssm_in_multiplier=1.4,
+        ssm_out_multiplier=0.8,
+    ),
+    zamba2=_MAMBA2
+    | dict(
+        layers_block_type=["linear_attention", "hybrid", "linear_attention", "hybrid", "hybrid"],
+        num_hidden_layers=5,
+        mamba_d_state=12,
+        mamba_ngroups=2,
+        n_mamba_heads=4,
+        initializer_range=0.06,
+        intermediate_size=64,
+        num_attention_heads=5,
+        chunk_size=32,
+        num_mem_blocks=2,
+        adapter_rank=6,
+        use_mem_rope=True,
+        time_step_min=1e-9,
+        eos_token_id=None,
+        pad_token_id=None,
+    ),
+)
 
-def small(family, architecture=None):
+
+def small(name, architecture=None, **fields):
+    """Return the small host of a family, or of another class by its model type.
+
+    architecture: fields of another config of the family; fields: of the small one's."""
     torch.manual_seed(0)
-    model = load.adapter(family).build(architecture or SMALL[family]).double()
+    known = dict(OTHERS[name], model_type=name) if name in OTHERS else SMALL[name]
+    family, fields = known.get("family", name), (architecture or known) | fields
+    fields = {field: x for field, x in fields.items() if field != "family"}
+    model = load.adapter(family).build(fields).double()
     for name, p in model.named_parameters():
         if p.ndim > 1 and not name.endswith("A_log"):
             p.data.mul_(3)  # with small weights, the layers above would be nearly linear
@@ -102,9 +180,12 @@ def small(family, architecture=None):
     return load.adapter(family)(model, None, "small")
 
 
-@pytest.fixture(scope="session", params=list(load.FAMILIES))
+@pytest.fixture(scope="session", params=[*load.FAMILIES, *OTHERS])
 def host(request):
-    """A test with this fixture runs once per family. Tests of one family use the fixture of that name."""
+    """A test with this fixture runs once per family and once per other class.
+
+    Tests of one family use the fixture of that name.
+    """
     return small(request.param)
 
 

@@ -10,6 +10,7 @@ import itertools
 import pandas as pd
 import pytest
 import torch
+from conftest import SMALL
 from helpers import assert_close
 from torch.overrides import TorchFunctionMode
 
@@ -169,10 +170,12 @@ def test_the_stand_in_refuses_what_a_gpu_would():
             there.numpy()
 
 
+@pytest.mark.parametrize("host", list(SMALL), indirect=True)
 def test_a_host_in_bfloat16_answers_in_fp32_and_about_the_same(host, tokens):
     """The GPU profiles load hosts in bfloat16.
 
-    Greedy continuations may differ from fp32, so they and their consequences are not compared.
+    Greedy continuations may differ from fp32, so they and their consequences are not compared. One host per family:
+    random weights of some other classes amplify rounding, the library's as much as ours.
     """
     half = copy.deepcopy(host)
     half.model.bfloat16()
