@@ -374,16 +374,86 @@ def test_other_releases_are_refused(release, broken, says):
         from_pth(path)
 
 
-def test_load_host_reads_what_was_saved(tokens, tmp_path):
+OFFICIAL = (
+    dict(  # fields of the config.json of the authors' folders, as the class of transformers' pull request has them
+        architectures=["Rwkv7ForCausalLM"],
+        model_type="rwkv7",
+        vocab_size=300,
+        hidden_size=48,
+        num_hidden_layers=5,
+        head_dim=12,
+        num_heads=4,
+        intermediate_size=64,
+        norm_eps=1e-5,
+        norm_bias=True,
+        tie_word_embeddings=False,
+        wkv_state_dtype="float32",
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+)
+RANKS = dict(decay_low_rank_dim=8, a_low_rank_dim=8, v_low_rank_dim=6, gate_low_rank_dim=10)
+
+
+@pytest.fixture
+def official(release):
+    """A folder as the authors publish it: the names of .pth files after "rwkv7.", in two files, with a tokenizer."""
+    from safetensors.torch import save_file
+
+    model, tensors, path = release
+    tensors |= {"blocks.0.att.v0": torch.zeros(1, 1, 48), "blocks.0.att.v1": torch.zeros(48, 6)}
+    tensors |= {"blocks.0.att.v2": torch.zeros(6, 48)}
+    names = {name if name == "head.weight" else f"rwkv7.{name}": x.contiguous() for name, x in tensors.items()}
+    for number in range(2):
+        part = dict(list(names.items())[number::2])
+        save_file(part, path.parent / f"model-{number + 1:05}-of-00002.safetensors", metadata=dict(format="pt"))
+    save_tokenizer(path.parent)
+    return model, path.parent
+
+
+@pytest.mark.parametrize("ranks", [RANKS, dict.fromkeys(RANKS), {}])
+def test_the_authors_newer_layout_is_read(official, tokens, ranks):
+    """With ranks in the config, null ranks, and none; against the model that the folder was made from."""
+    model, folder = official
+    (folder / "config.json").write_text(json.dumps(OFFICIAL | ranks))
+    loaded = load_host(folder)
+    assert {field: getattr(loaded.model.config, field) for field in RANKS} == RANKS
+    with torch.no_grad():
+        wanted = model(input_ids=tokens).logits
+    assert_close(loaded.logits(loaded.run(tokens).final), wanted, "logits", 1e-6)
+    half = load_host(folder, dtype=torch.bfloat16)
+    assert half.model.lm_head.weight.dtype == half.model.model.layers[1].attn.k_k.dtype == torch.bfloat16
+
+
+def test_the_newer_layout_that_its_config_does_not_describe_is_refused(official):
+    _, folder = official
+    for fields, says in (
+        (dict(num_hidden_layers=6), r"lacks the tensor blocks\.5\."),
+        (dict(head_dim=6), "r_k has shape"),
+    ):
+        (folder / "config.json").write_text(json.dumps(OFFICIAL | dict(num_heads=None) | fields))
+        with pytest.raises(ValueError, match=says):
+            load_host(folder)
+
+
+def save_tokenizer(folder):
     from transformers import PreTrainedTokenizerFast
 
     from replication.study import docstrings as corpus
 
+    trained = corpus.train_tokenizer(["some words and more words"] * 3, 280)
+    PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=corpus.END_OF_TEXT).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("given", ["all", "null"])
+def test_load_host_reads_what_was_saved(tokens, tmp_path, given):
     # flash-linear-attention's class, which a GPU machine may load, requires d_k = d_v
     host = small(value_dim=None)
     host.model.save_pretrained(tmp_path)
-    trained = corpus.train_tokenizer(["some words and more words"] * 3, 280)
-    PreTrainedTokenizerFast(tokenizer_object=trained, eos_token=corpus.END_OF_TEXT).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    if given == "null":  # ranks that flash-linear-attention leaves to its own rule
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | dict.fromkeys(RANKS)))
     loaded = load_host(tmp_path)
     assert (type(loaded), loaded.d_k, loaded.d_v, loaded.heads, loaded.layers) == (RWKV7, 12, 12, 4, 5)
     made, wanted = loaded.logits(loaded.run(tokens).final), host.logits(host.run(tokens).final)

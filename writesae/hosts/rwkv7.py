@@ -1,4 +1,4 @@
-"""RWKV-7 hosts (Peng et al. 2025): checkpoints in the format of flash-linear-attention.
+"""RWKV-7 hosts (Peng et al. 2025): folders in the layouts of flash-linear-attention and of the authors.
 
 A state decays by one factor per channel and is erased along a direction other than the key, so the effective
 write has rank 2; the added write k~ v^T has rank 1. The erase reads the state before its decay. The bonus and

@@ -204,13 +204,27 @@ class RWKV7ForCausalLM(PlainCausalLM):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, config: RWKV7Config | None = None, **options):
-        """As in transformers, from a local folder; ranks that the config leaves out are read off the
-        tensors."""
+        """As in transformers, from a local folder in the layout of flash-linear-attention or of the authors.
+
+        The authors' folders (RWKV/RWKV7-*) have the names of their .pth files, with OFFICIAL in front. Ranks
+        that the config leaves out are read off the tensors. Raises ValueError as `from_pth`.
+        """
         config = config or cls.config_class.from_pretrained(folder)
+        files = weight_files(local_path(folder))
+        shapes = {name: shape for path in files for name, shape in tensor_shapes(path).items()}
+        official = any(name.startswith(OFFICIAL) for name in shapes)
         for field, letter in LOW_RANKS.items():
-            if getattr(config, field) is None:
-                setattr(config, field, rank_in(local_path(folder), letter))
-        return super().from_pretrained(folder, config=config, **options)
+            if official or getattr(config, field) is None:
+                setattr(config, field, rank_in(shapes, letter))
+        if not official:
+            return super().from_pretrained(folder, config=config, **options)
+        tensors = {name.removeprefix(OFFICIAL): x for path in files for name, x in read_weights(path).items()}
+        if config.tie_word_embeddings:
+            tensors.setdefault("head.weight", tensors.get("emb.weight"))
+        model = _of_release(tensors, config, folder, options.get("dtype"))
+        model.tie_weights()
+        info = dict.fromkeys(("missing_keys", "unexpected_keys", "mismatched_keys"), ())
+        return (model, info) if options.get("output_loading_info") else model
 
     def __init__(self, config: RWKV7Config):
         check(config)
@@ -263,15 +277,21 @@ def init_mix(module: RWKV7Attention | RWKV7FeedForward, config: RWKV7Config) -> 
     init.zeros_(module.r_k)
 
 
-def rank_in(folder: Path, letter: str) -> int:
-    """Return the rank of the modules {letter}_lora in a folder's weights, [rank, D]; 1 if there are none."""
-    for path in weight_files(folder):
-        for name, shape in tensor_shapes(path).items():
-            if name.endswith(f"{letter}_lora.lora.0.weight"):
-                return shape[0]
+def rank_in(shapes: dict[str, list[int]], letter: str) -> int:
+    """Return the rank of the low-rank maps of a letter in a checkpoint with these shapes; 1 if it has none.
+
+    flash-linear-attention has them as {letter}_lora.lora.0.weight [rank, D], the authors as att.{letter}1
+    [D, rank]; they also have those of v in layer 0, which does not use them.
+    """
+    for name, shape in shapes.items():
+        if name.endswith(f"{letter}_lora.lora.0.weight"):
+            return shape[0]
+        if name.endswith(f".att.{letter}1") and not name.endswith("blocks.0.att.v1"):
+            return shape[1]
     return 1
 
 
+OFFICIAL = "rwkv7."
 RELEASE_NAMES = """
     model.embeddings=emb model.layers=blocks model.norm=ln_out lm_head=head pre_norm=ln0 attn_norm=ln1
     ffn_norm=ln2 .attn.=.att. r_proj=receptance k_proj=key v_proj=value o_proj=output g_norm=ln_x
@@ -280,7 +300,7 @@ RELEASE_NAMES = """
 
 
 def release_name(name: str) -> str:
-    """Return a parameter's name in the authors' .pth releases, where low-rank matrices are [in, out]."""
+    """Return a parameter's name in the authors' releases, where low-rank matrices are [in, out]."""
     for pair in RELEASE_NAMES.split():
         name = name.replace(*pair.split("="))
     return name
@@ -292,31 +312,39 @@ def from_pth(path: str | Path, dtype: torch.dtype = torch.float32) -> RWKV7ForCa
     For `load_host`, save it with save_pretrained and put a tokenizer into that folder. Raises ValueError for
     the first tensor that is missing, unexpected or of another size, and what `read_weights` raises.
     """
-
-    class Tensors(dict):
-        def __missing__(self, name):
+    tensors = read_weights(local_path(path))
+    for name in ("emb.weight", "blocks.0.att.r_k", "blocks.0.ffn.key.weight"):
+        if name not in tensors:
             raise ValueError(f"{path} is not an RWKV-7 release: it lacks the tensor {name}.")
+    return _of_release(tensors, _release_config(tensors), path, dtype)
 
-    tensors = Tensors(read_weights(local_path(path)))
+
+def _of_release(
+    tensors: dict[str, Tensor], config: RWKV7Config, path: str | Path, dtype: torch.dtype | None
+) -> RWKV7ForCausalLM:
+    """Return the model of a release's tensors, which have the names of .pth files. Raises as `from_pth`."""
     with torch.device("meta"):
-        model = RWKV7ForCausalLM(_release_config(tensors))
+        model = RWKV7ForCausalLM(config)
     weights = {}
     unused = set(tensors) - {f"blocks.0.att.v{i}" for i in range(3)}  # layer 0 does not use its v_lora
     for name, parameter in model.state_dict().items():
         theirs = release_name(name)
+        if theirs not in tensors:
+            raise ValueError(f"{path} is not an RWKV-7 release: it lacks the tensor {theirs}.")
         tensor = tensors[theirs].T if ".lora." in name and parameter.ndim == 2 else tensors[theirs]
-        if tensor.numel() != parameter.numel():
+        if tensor.squeeze().shape != parameter.squeeze().shape:
             shape = list(tensors[theirs].shape)
             raise ValueError(f"{path} is not an RWKV-7 release: its {theirs} has shape {shape}.")
-        weights[name] = tensor.reshape(parameter.shape).to(dtype)
+        weights[name] = tensor.reshape(parameter.shape).to(dtype or tensor.dtype)
         unused.discard(theirs)
     if unused:
         raise ValueError(f"{path} is not an RWKV-7 release: nothing takes its tensor {min(unused)}.")
     model.load_state_dict(weights, assign=True)
-    return model
+    return model.eval()
 
 
 def _release_config(tensors: dict[str, Tensor]) -> RWKV7Config:
+    shapes = {name: list(x.shape) for name, x in tensors.items()}
     layers = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=0)
     return RWKV7Config(
         vocab_size=tensors["emb.weight"].shape[0],
@@ -324,9 +352,6 @@ def _release_config(tensors: dict[str, Tensor]) -> RWKV7Config:
         num_hidden_layers=layers,
         head_dim=tensors["blocks.0.att.r_k"].shape[1],
         intermediate_size=tensors["blocks.0.ffn.key.weight"].shape[0],
-        decay_low_rank_dim=tensors["blocks.0.att.w1"].shape[1],
-        a_low_rank_dim=tensors["blocks.0.att.a1"].shape[1],
-        v_low_rank_dim=tensors["blocks.1.att.v1"].shape[1] if layers > 1 else 1,
-        gate_low_rank_dim=tensors["blocks.0.att.g1"].shape[1],
         norm_first="blocks.0.ln0.weight" in tensors,
+        **{field: rank_in(shapes, letter) for field, letter in LOW_RANKS.items()},
     )
