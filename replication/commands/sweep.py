@@ -35,11 +35,10 @@ from writesae.evaluate.cells import survey_cells
 from writesae.evaluate.firings import CellSAE, draw_in_rounds, encode_cell, firings_at
 from writesae.evaluate.replacement import AMPLITUDES, measure_group
 from writesae.files import load_tensors, read_sidecar, save_tensors, up_to_date
-from writesae.harvesting import harvest
+from writesae.harvesting import ShardedHistory, harvest, harvest_shards
 from writesae.recurrence import Factors
 from writesae.sae.config import first_problem
 from writesae.sae.train import TrainingSettings
-from writesae.shards import ShardedHistory, harvest_shards
 from writesae.text import Windows
 
 IN_MEMORY = 2**28  # maximum size of a cell's training data in memory, in numbers (1 GiB in fp32)

@@ -7,12 +7,11 @@ import sys
 import pytest
 import torch
 
-from writesae import files, shards
+from writesae import files, harvesting
 from writesae.files import ArtifactError
-from writesae.harvesting import harvest
+from writesae.harvesting import ShardedHistory, cell_folder, harvest, harvest_shards
 from writesae.sae import train as train_module
 from writesae.sae.train import TrainingSettings, evaluate, train
-from writesae.shards import ShardedHistory, cell_folder, harvest_shards
 from writesae.text import cut_windows, each_window
 
 CELLS = [(1, 1), (1, 3)]
@@ -204,7 +203,7 @@ import resource, sys, tempfile
 from types import SimpleNamespace
 import torch
 from writesae.recurrence import Factors
-from writesae.shards import ShardedHistory, harvest_shards
+from writesae.harvesting import ShardedHistory, harvest_shards
 from writesae.sae.train import TrainingSettings, train
 
 class Host:
@@ -236,7 +235,7 @@ def test_peak_memory_does_not_grow_with_the_corpus(tmp_path):
 
 
 def test_the_default_shard_is_a_round_number_of_batches():
-    assert shards.SHARD_WINDOWS % 16 == 0, "so that a shard's batches are those of one long harvest"
+    assert harvesting.SHARD_WINDOWS % 16 == 0, "so that a shard's batches are those of one long harvest"
 
 
 def test_a_shard_that_is_lost_or_damaged_after_the_opening_is_one_sentence(gated_deltanet, tokens, tmp_path):
