@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from writesae import files
 from writesae.history import GROUP, VECTOR_GROUP, History, Origin, at_once
-from writesae.hosts.base import Host
+from writesae.hosts.base import Host, Shape
 from writesae.recurrence import Factors, torch_defaults
 from writesae.text import Windows
 
@@ -87,6 +87,13 @@ def _joined(parts: list[Factors], origin: Origin) -> Factors:
     parts.clear()
     whole = {name: torch.cat([x.pop(name) for x in tensors]) for name in list(tensors[0])}
     return Factors(query=None, **whole, origin=origin)
+
+
+def harvest_bytes(shape: Shape, tokens: int) -> int:
+    """Return the size of a cell's factors in fp32: per token key, added, effective and one decay; with vector
+    decays key, added, decays, erase and taken, and with KDA effective."""
+    d_k, d_v = shape.d_k, shape.d_v
+    return 4 * tokens * (3 * d_k + (2 + shape.effective) * d_v if shape.vector_decay else d_k + 2 * d_v + 1)
 
 
 def cell_folder(folder: Path | str, cell: Cell) -> Path:

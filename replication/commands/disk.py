@@ -17,11 +17,12 @@ from huggingface_hub.utils import disable_progress_bars
 
 from replication.study.paths import Paths, in_repository
 from replication.study.profile import Profile, load_profile
+from writesae.harvesting import harvest_bytes
 from writesae.hosts.base import Shape
 from writesae.hosts.hub import MODEL_FILES, PICKLED_FILES, download_sizes, fetch
 from writesae.hosts.load import read_shape
 from writesae.sae.model import WEIGHTS
-from writesae.sae.train import TrainingSettings
+from writesae.sae.train import sae_bytes
 
 OTHER = 500e6  # bytes of tables, figures, executed notebooks, unfinished stages (mini needs a tenth)
 
@@ -32,21 +33,6 @@ class Need(NamedTuple):
     what: str
     folder: Path
     size: float
-
-
-def harvest_bytes(shape: Shape, tokens: int) -> int:
-    """Return the size of a cell's factors in fp32: per token key, added, effective and one decay; with vector
-    decays key, added, decays, erase and taken, and with KDA effective."""
-    d_k, d_v = shape.d_k, shape.d_v
-    return 4 * tokens * (3 * d_k + (2 + shape.effective) * d_v if shape.vector_decay else d_k + 2 * d_v + 1)
-
-
-def sae_bytes(shape: Shape, settings: TrainingSettings) -> int:
-    """Return the size of an SAE's weights in fp32."""
-    whole, factors = shape.d_k * shape.d_v, settings.rank * (shape.d_k + shape.d_v)
-    encoder = whole if settings.encoder == "dense" else 0 if settings.encoder == "tied" else factors
-    decoder = whole if settings.decoder == "flat" else factors
-    return 4 * (settings.n_atoms * (encoder + decoder + 1) + whole)
 
 
 def weight_bytes(name: str, revision: str | None) -> int:
@@ -74,7 +60,7 @@ def _files_of(profile: Profile, paths: Paths, name: str, shape: Shape) -> list[N
         counts["survey"] = -(-shape.layers // survey.survey_every) * shape.heads * targets
     settings = profile.section("saes", name)
     for role, count in counts.items():
-        size = sae_bytes(shape, getattr(settings, role))
+        size = sae_bytes(shape.d_k, shape.d_v, getattr(settings, role))
         needs.append(rest(f"{role} SAEs", "saes", f"*-{role}*/{WEIGHTS}", count, size))
     return needs
 

@@ -215,7 +215,7 @@ def harvest_layer(sweep: Sweep, host: str, layer: int, expected: str) -> list[st
         tensors = factors[cell].tensors() | dict(tokens=checking.tokens, passage=checking.passage)
         save_tensors(path, tensors, {"fingerprint": expected})
     run = model.run(windows.tokens[: data.cell_windows], upto=layer + 1)
-    table = survey_cells(model, run, data.first_position, [layer]).assign(host=host)
+    table = survey_cells(model, run, data.first_position, cells).assign(host=host)
     seconds = time.monotonic() - began
     stages.write_table(table, memory, study.provenance(host, seconds=seconds, fingerprint=expected))
     return []

@@ -150,9 +150,10 @@ def _run(host: Host, tokens: torch.Tensor) -> Run:
 
 
 def _survey(layer: int, host: Host, run: Later, heldout: Later, passage, first, seed: int) -> pd.DataFrame:
-    costs = cost_of_no_writes(host, heldout(), [(layer, head) for head in range(host.heads)])
+    cells = [(layer, head) for head in range(host.heads)]
+    costs = cost_of_no_writes(host, heldout(), cells)
     costs = per_group(costs, ["layer", "head"], partial(_cost, passage=passage, seed=seed))
-    return survey_cells(host, run(), first, [layer]).merge(costs, on=["layer", "head"]).assign(host=host.name)
+    return survey_cells(host, run(), first, cells).merge(costs, on=["layer", "head"]).assign(host=host.name)
 
 
 def _cost(windows: pd.DataFrame, passage: torch.Tensor, seed: int) -> dict:

@@ -85,7 +85,7 @@ def test_a_harvest_is_as_large_as_its_file(host, tmp_path):
 def test_an_sae_is_as_large_as_its_file(parts, tmp_path):
     settings = TrainingSettings(n_atoms=64, k=4, tokens=100, batch_windows=1, **parts)
     save_file(SAE(settings, 12, 20).state_dict(), tmp_path / "file")
-    estimate = disk.sae_bytes(Shape(1, 1, 12, 20), settings)
+    estimate = disk.sae_bytes(12, 20, settings)
     assert (tmp_path / "file").stat().st_size == pytest.approx(estimate, abs=1500)
 
 
@@ -102,15 +102,16 @@ def test_weights_harvests_and_saes_are_counted_and_what_is_there_is_not(large, h
     assert before["harvests of gated_deltanet"] == 4 * 5_120_000 * (128 + 2 * 128 + 1)
     assert before["harvests of rwkv7"] == 4 * 5_120_000 * 5 * 64
     shape, saes = SHAPES["mamba2"], large.saes
-    assert before["main SAEs of mamba2"] == 2 * 5 * disk.sae_bytes(shape, saes.main), (
+    assert before["main SAEs of mamba2"] == 2 * 5 * disk.sae_bytes(shape.d_k, shape.d_v, saes.main), (
         "of one cell, on two targets, 5 trainings"
     )
-    assert before["survey SAEs of mamba2"] == 48 * 32 * 2 * disk.sae_bytes(shape, saes.survey)
-    every, layers = disk.sae_bytes(SHAPES["gated_deltanet"], saes.survey), 18
+    assert before["survey SAEs of mamba2"] == 48 * 32 * 2 * disk.sae_bytes(shape.d_k, shape.d_v, saes.survey)
+    large_head = SHAPES["gated_deltanet"]
+    every, layers = disk.sae_bytes(large_head.d_k, large_head.d_v, saes.survey), 18
     assert before["survey SAEs of gated_deltanet"] == layers * 16 * 2 * every, "of the recurrent layers"
     thinned = large.replacement.model_copy(update=dict(survey_every=5))
     fewer = sizes(large.model_copy(update=dict(replacement=thinned)), paths)["survey SAEs of mamba2"]
-    assert fewer / disk.sae_bytes(shape, saes.survey) == 10 * 32 * 2, "layers 0, 5, ... 45"
+    assert fewer / disk.sae_bytes(shape.d_k, shape.d_v, saes.survey) == 10 * 32 * 2, "layers 0, 5, ... 45"
     (paths.build / "harvest").mkdir(parents=True)
     (paths.build / "harvest" / "rwkv7-L9-H4.safetensors").touch()
     fetch(HOSTS["gated_deltanet"], ["*.json", "model*.safetensors"])

@@ -340,10 +340,12 @@ def test_write_ranks_and_half_lives(host, tokens):
     alpha = host.factors(run, *CELL).log_decay.exp().flatten()
     wanted = np.quantile(np.log(0.5) / np.log(alpha.numpy()), 0.5, method="lower")
     assert table.query("layer == 1 and head == 2").half_life_median.item() == pytest.approx(wanted, rel=1e-4)
-    one = cells_module.survey_cells(host, host.run(tokens), first_position=8, layers=[1])
+    one = cells_module.survey_cells(
+        host, host.run(tokens), first_position=8, cells=[(1, head) for head in range(host.heads)]
+    )
     pd.testing.assert_frame_equal(one, table[table.layer == 1].reset_index(drop=True))
     with pytest.raises(ValueError, match="Layer 2 of small is not recurrent: choose one of 0, 1, 3, 4"):
-        cells_module.survey_cells(host, host.run(tokens), first_position=8, layers=[1, 2])
+        cells_module.survey_cells(host, host.run(tokens), first_position=8, cells=[(1, 0), (2, 0)])
 
 
 def test_the_rule_picks_the_nearest_ratio():

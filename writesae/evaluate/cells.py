@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from itertools import product
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from writesae.edit import edited_hidden, kl, make_edit
 from writesae.hosts.base import Host, Run
 from writesae.hosts.layers import wide
 from writesae.hosts.past import Record
@@ -26,16 +26,17 @@ def numerical_rank(matrices: torch.Tensor) -> int:
 
 
 @torch_defaults()
-def survey_cells(host: Host, run: Run, first_position: int, layers: Iterable[int] | None = None) -> pd.DataFrame:
-    """Return one row per cell (of these layers) over a native run.
+def survey_cells(
+    host: Host, run: Run, first_position: int, cells: Iterable[tuple[int, int]] | None = None
+) -> pd.DataFrame:
+    """Return one row per cell (by default of all) over a native run.
 
     Columns: the median half-life in tokens (ln 2 / -log alpha); the median over positions of sigma1/sigma2 of
     its states; the ranks of its added and effective writes, from differences of states in fp64. Raises
-    ValueError for a layer that is not recurrent.
+    ValueError for a cell that the host does not have.
     """
-    rows, layers = [], host.recurrent_layers if layers is None else layers
-    for layer, head in product(layers, range(host.heads)):
-        host.check_cell(layer, head)
+    rows = []
+    for layer, head in host.cells if cells is None else cells:
         f = host.factors(run, layer, head)
         half_life = (math.log(2) / f.log_decay.float().abs()).median()
         few = f.at(slice(4)).map(torch.Tensor.double)
@@ -75,6 +76,26 @@ def cost_of_no_writes(host: Host, run: Run, cells: Iterable[tuple[int, int]]) ->
         cost = (_losses(host, final, run.tokens) - native).numpy()
         columns = dict(host=host.name, layer=layer, head=head, window=range(windows), cost=cost)
         tables.append(pd.DataFrame(columns))
+    return pd.concat(tables, ignore_index=True)
+
+
+@torch_defaults()
+def cost_of_deletions(
+    host: Host, run: Run, cells: Iterable[tuple[int, int]], rows: torch.Tensor, positions: torch.Tensor
+) -> pd.DataFrame:
+    """Return what single writes are worth: KL(native, edited) in nats at t + 1 without the added write at t.
+
+    One row per cell and place: the places are positions[i] of window rows[i], the same in every cell. Columns:
+    host, layer, head, window, position, kl. Raises ValueError for places outside the run and unknown cells.
+    """
+    native, tables = host.logits(run.final[rows, positions + 1]), []
+    for layer, head in cells:
+        factors = host.factors(run, layer, head)
+        write = factors.at(rows, positions)
+        edit = make_edit(rows, positions, write.key[:, None], -write.added[:, None])
+        final = edited_hidden(host, run, layer, head, edit, 2)
+        columns = dict(host=host.name, layer=layer, head=head, window=rows.numpy(), position=positions.numpy())
+        tables.append(pd.DataFrame(columns | dict(kl=kl(native, host.logits(final[:, -1])).numpy())))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -373,18 +373,22 @@ class Host(ABC):
                 f"{run.tokens.shape[1]} tokens: choose an earlier position or fewer tokens."
             )
 
+    def step(self, pasts: list[Past], tokens: Tensor, position: int) -> Tensor:
+        """Return the last hidden states [R, D] of one token per row, tokens [R] at `position`; `pasts` move on."""
+        hidden = self.embed(tokens[:, None].to(self.device))
+        positions = torch.full((len(tokens), 1), position, device=self.device)
+        for layer in range(self.layers):
+            record = self.mix(layer, hidden, pasts[layer], positions)
+            hidden = self.finish(layer, record, pasts[layer])
+            pasts[layer] = extend(pasts[layer], record)
+        return hidden[:, -1]
+
     @torch.no_grad()
     def decode(self, pasts: list[Past], token: Tensor, position: int, count: int) -> Tensor:
         """Return the greedy continuation [R, count + 1] that begins with `token` [R] at `position`."""
         chosen = [token]
         for step in range(count):
-            hidden = self.embed(chosen[-1][:, None].to(self.device))
-            positions = torch.full((len(token), 1), position + step, device=self.device)
-            for layer in range(self.layers):
-                record = self.mix(layer, hidden, pasts[layer], positions)
-                hidden = self.finish(layer, record, pasts[layer])
-                pasts[layer] = extend(pasts[layer], record)
-            chosen.append(self.logits(hidden[:, -1]).argmax(-1))
+            chosen.append(self.logits(self.step(pasts, chosen[-1], position + step)).argmax(-1))
         return torch.stack(chosen, 1)
 
 

@@ -67,6 +67,14 @@ class TrainingSettings(Architecture):
         return -(-self.tokens // (self.batch_windows * window_tokens))
 
 
+def sae_bytes(d_k: int, d_v: int, settings: TrainingSettings) -> int:
+    """Return the size of an SAE's weights in fp32."""
+    whole, factors = d_k * d_v, settings.rank * (d_k + d_v)
+    encoder = whole if settings.encoder == "dense" else 0 if settings.encoder == "tied" else factors
+    decoder = whole if settings.decoder == "flat" else factors
+    return 4 * (settings.n_atoms * (encoder + decoder + 1) + whole)
+
+
 @dataclass
 class TrainingRecord:
     """The course of a run. A curve is a list of (last step, mean since the previous point)."""

@@ -1,0 +1,105 @@
+"""Write docs/supported_models.md: `python tests/supported_models.py` runs the check on every class, tiny."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from writesae.evaluate.check import COMPARISONS
+from writesae.hosts.base import Host
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "supported_models.md"
+TEST = "tests/writesae/test_check.py::test_each_class_is_in_the_table_with_what_was_verified"
+FACTS = ("class", "family", "decay", "rank of write")
+TEXT = """# Supported models
+
+`load_host` reads the model classes below from a folder or from the Hugging Face Hub. The tables are the output of
+`python -m writesae check` on a small random model of each class, with d_k != d_v and shared key heads where the class
+allows it: `python tests/supported_models.py` writes this page, and the tests compare it with what they find. Run the
+check on your own model before you spend work on it; it takes about a minute:
+
+    python -m writesae check MODEL --out folder
+
+## What this project computes
+
+The rank is that of the effective write, S_t - decay_t S_{{t-1}}. Two computations agree if they differ by less than
+1e-5, relative, in fp64.
+
+{ours}
+
+{meanings_ours}
+
+## What the library's own class does
+
+Of the transformers version in `requirements.lock`, without kernels. A dash: the class has nothing to compare (the
+models of this project in plain PyTorch take neither a mask nor a cache).
+
+{library}
+
+{meanings_library}
+"""
+
+
+def columns(whose: str) -> list[str]:
+    """Return the names of the comparisons of one side."""
+    return [name for name, comparison in COMPARISONS.items() if comparison.whose == whose]
+
+
+def row_of(host: Host, comparisons: pd.DataFrame, cells: pd.DataFrame) -> dict[str, str]:
+    """Return a class's row: nothing in it depends on the machine."""
+    decay = "one per head" if host.scalar_decay else "one per channel"
+    facts = type(host.model).__name__, host.family, decay, str(cells.effective_write_rank.max())
+    verdicts = comparisons.set_index("comparison").verdict.replace("not asked", "-")
+    return dict(zip(FACTS, facts, strict=True)) | verdicts.to_dict()
+
+
+def page(rows: dict[str, dict[str, str]]) -> str:
+    """Return the page with these rows, in the order of the registry."""
+    parts = {}
+    for whose in ("ours", "library"):
+        names = [*(FACTS if whose == "ours" else FACTS[:1]), *columns(whose)]
+        lines = [names, ["---"] * len(names), *([row[name] for name in names] for row in rows.values())]
+        parts[whose] = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        meanings = (f"- {name}: {COMPARISONS[name].what}" for name in columns(whose))
+        parts[f"meanings_{whose}"] = "\n".join(meanings)
+    return TEXT.format(**parts)
+
+
+def rows_of(text: str) -> dict[str, dict[str, str]]:
+    """Return the rows of a page, by class."""
+    rows: dict[str, dict[str, str]] = {}
+    names: list[str] = []
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
+        if not line.startswith("|") or cells[0] == "---":
+            continue
+        if cells[0] == FACTS[0]:
+            names = cells
+        else:
+            rows[cells[0]] = rows.get(cells[0], {}) | dict(zip(names, cells, strict=True))
+    return rows
+
+
+class Collector:
+    """A pytest plugin that keeps the rows of the test of the table."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, str]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and "row" in (found := dict(report.user_properties)):
+            self.rows[found["row"]["class"]] = found["row"]
+
+
+if __name__ == "__main__":
+    collector = Collector()
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.touch()
+    pytest.main(["-q", "--tb=no", "-p", "no:cacheprovider", str(ROOT / TEST)], plugins=[collector])
+    PAGE.write_text(page(collector.rows), encoding="utf-8")
+    print(f"{PAGE}: {len(collector.rows)} classes")
+    sys.exit(0 if collector.rows else 1)

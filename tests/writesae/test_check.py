@@ -1,0 +1,123 @@
+"""The examination of a model: what it finds in healthy models and in broken ones, its files, and the docs' table."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from supported_models import PAGE, columns, row_of, rows_of
+
+from writesae import __main__ as command
+from writesae.edit import edited_hidden, kl, make_edit
+from writesae.evaluate import check
+from writesae.evaluate.cells import cost_of_deletions
+from writesae.hosts import load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_each_class_is_in_the_table_with_what_was_verified(host, tokens, record_property):
+    """`python tests/supported_models.py` writes the table from these rows."""
+    run = host.run(tokens[:, :70])
+    row = row_of(host, check.compare(host, run), check.examine_cells(host, run, check.some(host, 3)))
+    record_property("row", row)
+    assert rows_of(PAGE.read_text(encoding="utf-8")).get(row["class"]) == row
+    assert {row[name] for name in columns("ours")} == {"agrees"}
+
+
+def test_the_table_has_the_classes_of_the_registry():
+    classes = {name for family in load.FAMILIES for name in load.adapter(family).model_classes}
+    assert set(rows_of(PAGE.read_text(encoding="utf-8"))) == classes
+
+
+def broken(host, change):
+    """Return a copy of a host whose adapter computes something else than its model."""
+    host = copy.deepcopy(host)
+    change(host)
+    return host
+
+
+def scale_outputs(host):
+    mix = host.mix
+
+    def wrong(layer, hidden, past, positions):
+        record = mix(layer, hidden, past, positions)
+        record.outputs = record.outputs * 1.01
+        return record
+
+    host.mix = wrong
+
+
+def forget_convolution(host):
+    windows_at = host.windows_at
+    host.windows_at = lambda *at: {name: 0 * x for name, x in windows_at(*at).items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (scale_outputs, {"whole sequence", "fp64 loop"}),
+        (forget_convolution, {"restart"}),
+    ],
+)
+def test_what_is_wrong_is_found(gated_deltanet, tokens, change, found):
+    host = broken(gated_deltanet, change)
+    table = check.compare(host, host.run(tokens[:, :70])).set_index("comparison")
+    ours = table[table.whose == "ours"]
+    assert set(ours.index[ours.verdict == "differs"]) == found
+    assert (ours.note != "").sum() == len(found)
+
+
+def test_an_error_of_the_library_is_a_verdict(gated_deltanet, tokens, monkeypatch):
+    def broken(host, run):
+        raise RuntimeError("no kernel image")
+
+    comparison = check.COMPARISONS["left padding"]._replace(measure=broken)
+    monkeypatch.setattr(check, "COMPARISONS", {"left padding": comparison})
+    row = check.compare(gated_deltanet, gated_deltanet.run(tokens)).iloc[0]
+    assert (row.verdict, row.note) == ("fails", "RuntimeError: no kernel image")
+
+
+def test_the_cost_of_a_deletion_is_that_of_an_edited_run(host, tokens):
+    run, (layer, head) = host.run(tokens), (host.recurrent_layers[1], 2)
+    rows, positions = torch.tensor([2, 0, 1]), torch.tensor([20, 33, 60])
+    table = cost_of_deletions(host, run, [(host.recurrent_layers[0], 0), (layer, head)], rows, positions)
+    part = table[(table.layer == layer) & (table["head"] == head)]
+    assert part.window.tolist() == rows.tolist() and part.position.tolist() == positions.tolist()
+    write = host.factors(run, layer, head).at(rows, positions)
+    for number in range(3):
+        one = slice(number, number + 1)
+        edit = make_edit(rows[one], positions[one], write.key[one, None], -write.added[one, None])
+        final = edited_hidden(host, run, layer, head, edit, 2)[:, 1]
+        native = run.final[rows[one], positions[one] + 1]
+        wanted = kl(host.logits(native), host.logits(final)).item()
+        assert wanted > 1e-9
+        assert part.kl.iloc[number] == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def examined(tmp_path_factory):
+    """The command's exit status and its folder, on an embedded host."""
+    folder = tmp_path_factory.mktemp("check")
+    arguments = ["check", str(ROOT / "models" / "mamba2"), "--windows", "3", "--length", "64", "--cells", "5"]
+    return command.main([*arguments, "--out", str(folder)]), folder
+
+
+def test_the_command_says_and_stores_what_it_found(examined, capsys):
+    status, folder = examined
+    assert status == 0
+    stored = json.loads((folder / "check.json").read_text(encoding="utf-8"))
+    assert stored["model"]["model_class"] == "Mamba2ForCausalLM" and stored["model"]["windows"] == 3
+    assert [row["comparison"] for row in stored["comparisons"]] == list(check.COMPARISONS)
+    assert len(stored["cells"]) == 5 and {row["added_write_rank"] for row in stored["cells"]} == {1}
+    assert all(value > 0 for value in stored["estimates"].values())
+    assert (folder / "check.png").stat().st_size > 20_000
+
+
+def test_bad_input_gets_one_sentence(capsys, monkeypatch, gated_deltanet, tokens):
+    assert command.main(["check", "nowhere/at/all"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("check failed: There is no folder nowhere/at/all") and said.count("\n") == 1
+    with pytest.raises(ValueError, match="windows of at least 64 tokens, and these have 40"):
+        check.examine(gated_deltanet, tokens[:, :40])
