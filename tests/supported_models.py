@@ -14,7 +14,7 @@ from writesae.hosts.base import Host
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "supported_models.md"
 TEST = "tests/writesae/test_check.py::test_each_class_is_in_the_table_with_what_was_verified"
-FACTS = ("class", "family", "decay", "rank of write")
+FACTS = ("class", "family; decay; rank")
 TEXT = """# Supported models
 
 `load_host` reads the model classes below from a folder or from the Hugging Face Hub. The tables are the output of
@@ -26,8 +26,8 @@ check on your own model before you spend work on it; it takes about a minute:
 
 ## What this project computes
 
-The rank is that of the effective write, S_t - decay_t S_{{t-1}}. Two computations agree if they differ by less than
-1e-5, relative, in fp64.
+A state has one decay per head or one per channel. The rank is that of the effective write, S_t - decay_t S_{{t-1}}.
+Two computations agree if they differ by less than 1e-5, relative, in fp64.
 
 {ours}
 
@@ -51,8 +51,8 @@ def columns(whose: str) -> list[str]:
 
 def row_of(host: Host, comparisons: pd.DataFrame, cells: pd.DataFrame) -> dict[str, str]:
     """Return a class's row: nothing in it depends on the machine."""
-    decay = "one per head" if host.scalar_decay else "one per channel"
-    facts = type(host.model).__name__, host.family, decay, str(cells.effective_write_rank.max())
+    decay = "per head" if host.scalar_decay else "per channel"
+    facts = type(host.model).__name__, f"{host.family}; {decay}; {cells.effective_write_rank.max()}"
     verdicts = comparisons.set_index("comparison").verdict.replace("not asked", "-")
     return dict(zip(FACTS, facts, strict=True)) | verdicts.to_dict()
 

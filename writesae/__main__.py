@@ -29,7 +29,8 @@ def check(options: argparse.Namespace) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     dtype = getattr(torch, options.dtype)
-    host = load_host(options.model, options.device, dtype, tokenizer=options.tokenizer)
+    places = dict(device=options.device, device_map=options.device_map)
+    host = load_host(options.model, dtype=dtype, tokenizer=options.tokenizer, **places)
     beginnings = (text[: 8 * options.length] for text in texts(options.text))  # a window or two of each text
     windows = cut_windows(host.tokenizer, beginnings, options.length, options.windows)
     examination = examine(host, windows, options.cells)
@@ -53,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--tokenizer", help="a folder or Hub id, for models without a tokenizer")
     command.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
     command.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
+    command.add_argument("--device-map", help="auto: spread the model over all GPUs (needs accelerate)")
     command.add_argument("--windows", type=int, default=4, help="windows of text (default: %(default)s)")
     command.add_argument("--length", type=int, default=256, help="tokens per window (default: %(default)s)")
     command.add_argument("--cells", type=int, help="cells to examine (default: as many as take about a minute)")

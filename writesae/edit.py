@@ -211,18 +211,19 @@ def alteration(host: Host, edits: Edits, starts: Tensor, steps: int) -> Callable
 
     The record has one row per edited row, and begins at `starts` [R].
     """
-    rows, begin = torch.arange(len(starts), device=host.device), torch.zeros_like(starts, device=host.device)
-    local = {}
+    rows, begin, local = torch.arange(len(starts)), torch.zeros_like(starts), {}
     for cell, edit in edits.items():
-        edit = Edit(*(x.to(host.device) for x in vars(edit).values()))
-        local[cell] = replace(edit, rows=rows, positions=edit.positions - starts.to(host.device)[:, None])
+        edit = replace(edit, rows=rows, positions=edit.positions - starts[:, None])
+        local[cell] = Edit(*(x.to(host.device_of(cell[0])) for x in vars(edit).values()))
 
     def alter(layer: int, record: Record) -> None:
         heads = [head for edited, head in local if edited == layer]
         if not heads:
             return
-        moves = [transport(host.cell_factors(record, head), local[layer, head], begin, steps) for head in heads]
-        change, places = torch.stack([change for change, _ in moves], 2), torch.tensor(heads, device=host.device)
+        device = record.outputs.device
+        start = begin.to(device)
+        moves = [transport(host.cell_factors(record, head), local[layer, head], start, steps) for head in heads]
+        change, places = torch.stack([change for change, _ in moves], 2), torch.tensor(heads, device=device)
         record.outputs = record.outputs.to(change.dtype).index_add(2, places, change)
         if record.end is not None:
             for head, (_, moved) in zip(heads, moves, strict=True):

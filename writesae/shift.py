@@ -90,7 +90,7 @@ class Gradients(NamedTuple):
 
     head [R, m, steps, d_v], layer [R, m, steps, D], last [R, m, D]: with respect to the head's output, the
     output of its layer, and the last hidden state. output [R, steps, D], hidden [R, D], logits [R, V]: the
-    native values. layer, last, output and hidden are on the model's device.
+    native values. layer and output are on the layer's device, last and hidden on that of the last layer.
     """
 
     head: Tensor
@@ -114,8 +114,10 @@ class Gradients(NamedTuple):
         is added the smallest change with which the chosen `numbers` change as in `through_layer`.
         """
         slopes, places = wide(self.last[:, numbers]), self.hidden.shape[-1]
-        carried = wide(edited - self.output[rows])[:, -1, :places]
-        missing = self.through_layer(edited, rows)[:, numbers] - torch.einsum("nmd,nd->nm", slopes[rows], carried)
+        carried = wide(edited - self.output[rows])[:, -1, :places].to(slopes.device)
+        missing = self.through_layer(edited, rows)[:, numbers].to(slopes.device) - torch.einsum(
+            "nmd,nd->nm", slopes[rows], carried
+        )
         inverse = torch.linalg.pinv(slopes, rtol=1e-3)[rows]  # [n, D, m]
         change = carried + (inverse @ missing[..., None])[..., 0]
         return (self.hidden[rows] + change).to(self.hidden.dtype)

@@ -9,10 +9,11 @@ import torch
 from supported_models import PAGE, columns, row_of, rows_of
 
 from writesae import __main__ as command
-from writesae.edit import edited_hidden, kl, make_edit
+from writesae.edit import edited_hidden, kl, make_edit, run_edited
 from writesae.evaluate import check
 from writesae.evaluate.cells import cost_of_deletions
 from writesae.hosts import load
+from writesae.shift import predict_shift
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,6 +68,39 @@ def test_what_is_wrong_is_found(gated_deltanet, tokens, change, found):
     ours = table[table.whose == "ours"]
     assert set(ours.index[ours.verdict == "differs"]) == found
     assert (ours.note != "").sum() == len(found)
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "found"),
+    [
+        ("attention_mask", {"left padding", "left padding alone", "packing"}),
+        ("past_key_values", {"cache in parts", "cache by token", "packing"}),
+    ],
+)
+def test_a_library_that_forgets_an_option_is_found(gated_deltanet, tokens, monkeypatch, forgotten, found):
+    library = check.library
+
+    def forgetful(host, tokens, **options):
+        options.pop(forgotten, None)
+        return library(host, tokens, **options)
+
+    monkeypatch.setattr(check, "library", forgetful)
+    table = check.compare(gated_deltanet, gated_deltanet.run(tokens[:, :70]))
+    assert set(table.comparison[table.verdict == "differs"]) == found
+
+
+def test_the_closed_form_is_that_of_predict_shift(gated_deltanet, tokens):
+    host, cell = gated_deltanet, (1, 2)
+    run = host.run(tokens)
+    rows, at = check.places(run, check.PLACES)
+    assert at.min() >= check.FIRST and at.max() < tokens.shape[1] - 1
+    write, native = host.factors(run, *cell).at(rows, at), host.logits(run.final[rows, at + 1])
+    edit = make_edit(rows, at, write.key[:, None], -write.added[:, None])
+    token, place = native.argmax(-1), dict(layer=1, head=2, steps=2)
+    shift = (run_edited(host, tokens, edit, **place)[:, -1] - native).gather(-1, token[:, None])[:, 0]
+    predicted = predict_shift(host, tokens, edit, token, **place)
+    wanted = 1 - (shift - predicted).square().sum() / (shift - shift.mean()).square().sum()
+    assert check.closed_form(host, run, cell) == pytest.approx(wanted.item(), abs=1e-4)
 
 
 def test_an_error_of_the_library_is_a_verdict(gated_deltanet, tokens, monkeypatch):

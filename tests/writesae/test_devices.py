@@ -1,7 +1,7 @@
-"""A host on another device: its inputs and outputs are on the CPU, everything else on the device.
+"""A host on another device, or on two: its inputs and outputs are on the CPU, everything else on the device.
 
 No GPU is needed. The stand-in marks some CPU tensors as being on another device, and it refuses every
-operation that mixes marked and unmarked tensors, as CUDA does. GPU kernels are not tested.
+operation that mixes tensors with different marks, as CUDA does. GPU kernels are not tested.
 """
 
 import copy
@@ -16,15 +16,16 @@ from torch.overrides import TorchFunctionMode
 
 from replication.pages.cache_edits import newlines, readers
 from replication.pages.cache_edits.site import Site
-from writesae.edit import generate, make_edit
+from writesae.edit import generate, make_edit, run_edited
 from writesae.evaluate import replacement
+from writesae.evaluate.cells import cost_of_no_writes
 from writesae.evaluate.firings import Places, encode_cell
 from writesae.harvesting import harvest
 from writesae.sae.config import Architecture
 from writesae.sae.model import SAE
 from writesae.shift import gamma, logit_gradient, predict_kl, predict_shift
 
-ELSEWHERE = torch.device("cuda", 0)
+ELSEWHERE, THIRD = torch.device("cuda", 0), torch.device("cuda", 1)
 INDEXING = ("__getitem__", "__setitem__", "index_put", "index_put_")  # CUDA accepts index tensors on the CPU
 LEAVES = ("cpu", "item", "tolist", "__bool__", "__int__", "__float__", "__index__", "size", "dim", "__len__")
 
@@ -39,19 +40,24 @@ def tensors(values):
             yield from tensors(value.values())
 
 
+def place(x):
+    """The device that a tensor is marked with, or None."""
+    return getattr(x, "elsewhere", None)
+
+
 class Elsewhere(TorchFunctionMode):
-    """A mode that marks tensors moved to ELSEWHERE, created there or computed from marked tensors."""
+    """A mode that marks tensors moved to another device, created there or computed from marked tensors."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), getattr(function, "__name__", "")
         given = [x for x in tensors([args, kwargs]) if x.ndim]
-        there = any(hasattr(x, "elsewhere") for x in tensors([args, kwargs]))
+        there = next(filter(None, map(place, tensors([args, kwargs]))), None)
         if name == "__get__" and getattr(function, "__self__", None) is torch.Tensor.device:
-            return ELSEWHERE if there else torch.device("cpu")
+            return there or torch.device("cpu")
         if name == "grad":  # each gradient is where its input is, whatever the other inputs
             made = function(*args, **kwargs)
-            for x in (x for x, source in zip(made, args[1]) if hasattr(source, "elsewhere")):
-                x.elsewhere = True
+            for x, source in zip(made, args[1]):
+                x.elsewhere = place(source)
             return made
         if name == "numpy" and there:
             raise TypeError("can't convert a tensor that is elsewhere to numpy")
@@ -64,34 +70,51 @@ class Elsewhere(TorchFunctionMode):
             checked = given[:1] if name in INDEXING else given
             if name in ("__setitem__", "index_put", "index_put_") and len(given) > 1:
                 checked = [given[0], given[-1]]
-            if any(hasattr(x, "elsewhere") != there for x in checked) and name not in LEAVES:
+            indices = given[1:] if name in INDEXING else []
+            mixed = {*map(place, checked)} - {there} or {*map(place, indices)} - {there, None}
+            if mixed and name not in LEAVES:
                 raise RuntimeError(f"{name}: expected all tensors to be on the same device")
         if to is not None:
-            there = to == ELSEWHERE
+            there = to if to.type == "cuda" else None
         elif name == "to" and len(args) > 1 and isinstance(args[1], torch.Tensor):
-            there = hasattr(args[1], "elsewhere")
+            there = place(args[1])
         made = function(*args, **kwargs)
-        if name == "to" and made is args[0] and there != hasattr(made, "elsewhere"):
+        if name == "to" and made is args[0] and there != place(made):
             made = made.view_as(made)
         if name == "cpu" and there:
             return made.view_as(made) if made is args[0] else made
         for x in tensors([made]) if there and name not in LEAVES else ():
-            x.elsewhere = True
+            x.elsewhere = there
         return made
+
+
+def mark(module, device):
+    for x in itertools.chain(module.parameters(), module.buffers()):
+        x.elsewhere = device
 
 
 def moved(host):
     """A copy of a host whose parameters and buffers are all marked."""
-    host = copy.deepcopy(host)
-    for x in itertools.chain(host.model.parameters(), host.model.buffers()):
-        x.elsewhere = True
-    return host
+    model = copy.deepcopy(host.model)
+    mark(model, ELSEWHERE)
+    return type(host)(model, None, host.name)
 
 
-def asked(host, tokens, dtype=torch.float64):
+def spread(host):
+    """A copy of a host on two devices: the layers from the third on are on the second, everything else on the first."""
+    model = copy.deepcopy(host.model)
+    mark(model, ELSEWHERE)
+    for layer in model.base_model.layers[2:]:
+        mark(layer, THIRD)
+    if rotary := getattr(model.base_model, "rotary_emb", None):  # accelerate moves inputs to a module's device
+        rotary.register_forward_pre_hook(lambda module, inputs: tuple(x.to(ELSEWHERE) for x in inputs))
+    return type(host)(model, None, host.name)
+
+
+def asked(host, tokens, dtype=torch.float64, layer=1):
     """Everything that the experiments ask of a host, as {name: tensor}."""
     run = host.run(tokens)
-    cell = host.recurrent_layers[1], 1
+    cell = layer, 1
     factors, generator = host.factors(run, *cell), torch.Generator().manual_seed(0)
     rows, position = torch.tensor([0, 2, 1]), torch.tensor([20, 20, 20])
     key, value = (torch.randn(3, d, generator=generator, dtype=torch.float64).to(dtype) for d in (host.d_k, host.d_v))
@@ -133,9 +156,40 @@ def test_all_that_is_asked_of_a_host_elsewhere_is_what_it_says_here(host, tokens
     expected = asked(host, tokens)
     with Elsewhere():
         found = asked(moved(host), tokens)
-        assert not [name for name, x in found.items() if hasattr(x, "elsewhere")]
+        assert not [name for name, x in found.items() if place(x)]
     for name, x in found.items():
         assert_close(x, expected[name], name, 1e-12)
+
+
+@pytest.mark.parametrize("layer", [1, 3])
+def test_all_that_is_asked_of_a_host_on_two_devices_is_what_it_says_here(host, tokens, layer):
+    """The edited layer is the last before, or the second after the change of the device."""
+    expected = asked(host, tokens, layer=layer)
+    with Elsewhere():
+        both = spread(host)
+        run = both.run(tokens)
+        assert [record.hidden.device for record in run.records] == [ELSEWHERE] * 2 + [THIRD] * (host.layers - 2)
+        assert both.device == both.final_device == ELSEWHERE
+        found = asked(both, tokens, layer=layer)
+        cells = [(0, 1), (1, 0), (3, 2)]
+        costs = cost_of_no_writes(both, run, cells)
+        assert not [name for name, x in found.items() if place(x)]
+    for name, x in found.items():
+        assert_close(x, expected[name], name, 1e-12)
+    pd.testing.assert_frame_equal(costs, cost_of_no_writes(host, host.run(tokens), cells))
+
+
+def test_edits_of_several_layers_on_two_devices(host, tokens):
+    def edited(host):
+        generator, edits = torch.Generator().manual_seed(4), {}
+        for cell in [(0, 1), (1, 0), (3, 2)]:
+            sides = (torch.randn(2, 1, d, generator=generator).double() for d in (host.d_k, host.d_v))
+            edits[cell] = make_edit(torch.tensor([0, 2]), torch.tensor([20, 30]), *sides)
+        return run_edited(host, tokens, edits, steps=9)
+
+    with Elsewhere():
+        found = edited(spread(host))
+    assert_close(found, edited(host), "logits", 1e-12)
 
 
 def test_replacement_on_a_host_elsewhere(host, tokens):
@@ -164,6 +218,11 @@ def test_the_stand_in_refuses_what_a_gpu_would():
         assert here.device == there.cpu().device == torch.device("cpu")
         assert (there[torch.tensor([0, 1])] * 2).device == ELSEWHERE
         for mixed in (lambda: there + here, lambda: torch.stack([there, here]), lambda: there.add_(here)):
+            with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+                mixed()
+        third = torch.ones(3).to(THIRD)
+        assert there.to(third.device).device == (third + 1).device == THIRD
+        for mixed in (lambda: there + third, lambda: third[there.long()], lambda: torch.stack([third, there])):
             with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
                 mixed()
         with pytest.raises(TypeError, match="numpy"):

@@ -5,6 +5,8 @@ No test here uses a network.
 
 import json
 import shutil
+import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -50,6 +52,25 @@ def logits(host) -> torch.Tensor:
 
 
 # Folders.
+
+
+def test_a_device_map_takes_accelerate_and_no_device(folder, monkeypatch):
+    with pytest.raises(ValueError, match=r"'cpu' or on those of a device map: give one of the two\."):
+        load_host(folder, device="cpu", device_map="auto")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match=r"A device map needs accelerate: pip install accelerate\."):
+        load_host(folder, device_map="auto")
+
+
+@pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed")
+def test_a_device_map_with_accelerate_gives_the_same_host(folder, tmp_path):
+    """Weights that accelerate puts on a disk are refused, since adapters read weights where they are."""
+    host = load_host(folder, device_map={"": "cpu"})
+    assert_close(logits(host), logits(load_host(folder)), "logits", 1e-6)
+    layers = {f"backbone.layers.{layer}": "disk" if layer == 3 else "cpu" for layer in range(host.layers)}
+    offloading = {"backbone.embeddings": "cpu", "backbone.norm_f": "cpu", "lm_head": "cpu"} | layers
+    with pytest.raises(ValueError, match=r"cannot be read|leaves weights of .* in memory or on a disk"):
+        load_host(folder, device_map=offloading)
 
 
 def test_a_model_of_another_class_is_told_which_there_are(folder):

@@ -111,7 +111,7 @@ def state_reads(record: Record, head: int) -> torch.Tensor:
 def _losses(host: Host, final: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Return the mean next-token loss in nats of each window, fp64 [B]: one window's logits at a time."""
     losses = []
-    for hidden, now in zip(final, tokens.to(final.device), strict=True):
+    for hidden, now in zip(final.to(host.final_device), tokens, strict=True):
         logits = wide(host.unembed(hidden[:-1]))
-        losses.append(F.cross_entropy(logits, now[1:], reduction="none").double().mean())
+        losses.append(F.cross_entropy(logits, now[1:].to(logits.device), reduction="none").double().mean())
     return torch.stack(losses).cpu()

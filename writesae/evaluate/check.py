@@ -445,8 +445,8 @@ def _worth(examination: Examination, most: int = 16) -> str:
             "half-life": cells.half_life_median.map("{:.1f}".format),
             "sigma1/sigma2": cells.sigma1_over_sigma2.map("{:.2f}".format),
             "rank of write": cells.effective_write_rank,
-            "deletion, median": (1000 * cells.deletion_median).map("{:.3f}".format),
-            "deletion, mean": (1000 * cells.deletion_mean).map("{:.3f}".format),
+            "deletion, median": (1000 * cells.deletion_median).map("{:.2g}".format),
+            "deletion, mean": (1000 * cells.deletion_mean).map("{:.2g}".format),
             "no writes": (1000 * cells.no_writes).map("{:+.1f}".format),
         }
     )

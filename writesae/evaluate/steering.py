@@ -174,7 +174,8 @@ def _upward(
     for layer in range(lowest, host.layers):
         past = host.past_at(goal.run.records[layer], goal.rows, goal.starts)
         past.last = True
-        record = host.mix(layer, hidden, past, positions.to(host.device))
+        device = host.device_of(layer)
+        record = host.mix(layer, hidden.to(device), past, positions.to(device))
         if change:
             change(layer, record, past)
         hidden = host.finish(layer, record, past)

@@ -4,7 +4,8 @@ An *adapter* is a subclass of `Host` for one model family. It splits each layer 
 `mix` computes them, and `finish` computes the next layer's input from them. A layer's queries, keys, values
 and gates do not depend on these outputs, so an edited run starts at `finish` of the edited layer.
 
-Arguments and results are on the CPU; the records and hidden states of a run are on the model's device.
+Arguments and results are on the CPU; the records and hidden states of a run are on the model's device. Layers
+may be on several devices: each layer's record is on that of its weights.
 """
 
 from __future__ import annotations
@@ -150,11 +151,22 @@ class Host(ABC):
 
     def logits(self, final: Tensor) -> Tensor:
         """Return the logits [..., vocabulary] of last hidden states [..., D], fp32, on the CPU."""
-        return self.unembed(final).float().cpu()
+        return self.unembed(final.to(self.final_device)).float().cpu()
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """The device of the embedding; with a device map, layers may be on others."""
+        return self.model.get_input_embeddings().weight.device
+
+    def device_of(self, layer: int) -> torch.device:
+        """Return the device of a layer's weights."""
+        return next(self.blocks[layer].parameters()).device
+
+    @cached_property
+    def final_device(self) -> torch.device:
+        """The device of the norm behind the layers."""
+        elsewhere = {id(p) for part in (self.blocks, self.model.get_input_embeddings()) for p in part.parameters()}
+        return [p for p in self.model.base_model.parameters() if id(p) not in elsewhere][-1].device
 
     @cached_property
     def cells(self) -> list[tuple[int, int]]:
@@ -186,7 +198,8 @@ class Host(ABC):
         """Return the records of the first `layers` layers, and the hidden states [B, T, D] after them."""
         hidden, positions, records = self.embed(tokens), self._positions(tokens), []
         for layer in range(layers):
-            records.append(self.mix(layer, hidden, None, positions))
+            device = self.device_of(layer)
+            records.append(self.mix(layer, hidden.to(device), None, positions.to(device)))
             hidden = self.finish(layer, records[-1], None)
         return records, hidden
 
@@ -218,7 +231,7 @@ class Host(ABC):
 
     def past_at(self, record: Record, rows: Tensor, starts: Tensor) -> Past:
         """Return the Past of a layer at position starts[r] of window rows[r]; equal pairs share one state."""
-        rows, starts = rows.to(self.device), starts.to(self.device)
+        rows, starts = rows.to(record.hidden.device), starts.to(record.hidden.device)
         past = Past(windows=self.windows_at(record, rows, starts))
         length = record.hidden.shape[1] + 1
         distinct, which = torch.unique(rows * length + starts, return_inverse=True)
@@ -312,8 +325,8 @@ class Host(ABC):
         """
         self._check_branch(run, layer, head, rows, starts, change)
         heads, change = (head, change) if isinstance(head, Sequence) else ([head], change[:, :, None])
-        rows, starts, change = (x.to(self.device) for x in (rows, starts, change))
         steps, native = change.shape[1], run.records[layer]
+        rows, starts, change = (x.to(native.hidden.device) for x in (rows, starts, change))
         edited = _edited(native, rows[:, None], _from(starts, steps), heads, change)
         past = Past(windows=self.windows_at(native, rows, starts))
         hidden = self.finish(layer, edited, past)
@@ -338,12 +351,12 @@ class Host(ABC):
 
         alter: as for `branch`. Returns the last hidden states [R, steps, D], differentiable in `hidden`, and,
         with `keep`, each layer's past after the last step."""
-        rows, starts, pasts = rows.to(self.device), starts.to(self.device), []
-        positions = _from(starts, hidden.shape[1])
+        positions, pasts = _from(starts, hidden.shape[1]), []
         for above in range(layer + 1, self.layers):
+            device = self.device_of(above)
             past = self.past_at(run.records[above], rows, starts)
             past.last = not keep
-            record = self.mix(above, hidden, past, positions)
+            record = self.mix(above, hidden.to(device), past, positions.to(device))
             if alter:
                 alter(above, record)
             hidden = self.finish(above, record, past)
@@ -375,10 +388,10 @@ class Host(ABC):
 
     def step(self, pasts: list[Past], tokens: Tensor, position: int) -> Tensor:
         """Return the last hidden states [R, D] of one token per row, tokens [R] at `position`; `pasts` move on."""
-        hidden = self.embed(tokens[:, None].to(self.device))
-        positions = torch.full((len(tokens), 1), position, device=self.device)
+        hidden, positions = self.embed(tokens[:, None].to(self.device)), torch.full((len(tokens), 1), position)
         for layer in range(self.layers):
-            record = self.mix(layer, hidden, pasts[layer], positions)
+            device = self.device_of(layer)
+            record = self.mix(layer, hidden.to(device), pasts[layer], positions.to(device))
             hidden = self.finish(layer, record, pasts[layer])
             pasts[layer] = extend(pasts[layer], record)
         return hidden[:, -1]

@@ -206,6 +206,8 @@ class FLABlock(nn.Module):
 class FLAForCausalLM(PlainCausalLM):
     """The language model of both families. Raises ValueError for a config that `check` refuses."""
 
+    _no_split_modules = ["FLABlock"]  # a device map puts whole layers on a device
+
     def __init__(self, config: FLAConfig):
         check(config)
         super().__init__(config, lambda _: FLABlock(config), nn.RMSNorm(config.hidden_size, config.norm_eps))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,18 +54,21 @@ def load_host(
     *,
     revision: str | None = None,
     tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+    device_map: str | dict | None = None,
 ) -> Host:
     """Return the adapter of a model from a local folder, or from a Hub id (at a `revision`).
 
     A folder is one that save_pretrained wrote, or a Mamba-2 release of its authors. device: by default cuda
     where there is a GPU, else cpu. tokenizer: a tokenizer, or its folder or Hub id, for models without one.
+    device_map: spreads a model over several GPUs, in place of a device: "auto", or as accelerate takes it.
 
     Raises FileNotFoundError if config.json, weights or tokenizer are missing; ValueError for a class that no
     family has, for tensors that are missing, unexpected, of another shape, damaged or not finite, for the
-    tokenizer of another model, an unknown device and a .pth file; for Hub ids also what `fetch` raises.
+    tokenizer of another model, an unknown device, a device map that leaves weights on no device and a .pth file;
+    ImportError for a device map without accelerate; for Hub ids also what `fetch` raises.
     """
     without_triton()
-    device = _checked_device(device)
+    placement = _placement(device, device_map)
     if Path(name_or_path).suffix == ".pth":
         raise ValueError(
             f"{name_or_path} is one file of weights: read it with writesae.hosts.rwkv7_model.from_pth, save "
@@ -73,13 +77,24 @@ def load_host(
     folder = hub.fetch(name_or_path, hub.MODEL_FILES, revision)
     if not any(folder.glob(hub.WEIGHT_FILES[0])):  # older models have pickles only
         folder = hub.fetch(name_or_path, hub.PICKLED_FILES, revision)
-    family, model = _model(folder, name_or_path, dtype)
+    family, model = _model(folder, name_or_path, dtype, device_map)
     damaged = next((key for key, x in model.named_parameters() if not torch.isfinite(x).all()), None)
     if damaged is not None:
         raise ValueError(f"The weights of {name_or_path} are damaged: {damaged} is not finite.")
     tokenizer = _tokenizer(folder, name_or_path, tokenizer)
     _check_tokenizer(tokenizer, model.config.vocab_size, name_or_path)
-    return adapter(family)(model.to(device), tokenizer, host_name(local_path(name_or_path)))
+    return adapter(family)(model.to(**placement), tokenizer, host_name(local_path(name_or_path)))
+
+
+def _placement(device: str | None, device_map: str | dict | None) -> dict[str, str]:
+    """Return where `Module.to` moves the model: nowhere under a device map."""
+    if device_map is None:
+        return dict(device=_checked_device(device))
+    if device is not None:
+        raise ValueError(f"A model is on the device {device!r} or on those of a device map: give one of the two.")
+    if not find_spec("accelerate"):
+        raise ImportError("A device map needs accelerate: pip install accelerate.")
+    return {}
 
 
 def _checked_device(device: str | None) -> str:
@@ -155,15 +170,26 @@ def _plain(name: str) -> str:
     return name.lower().replace("_", "").removesuffix("forcausallm")
 
 
-def _model(folder: Path, name: str | Path, dtype: torch.dtype) -> tuple[str, torch.nn.Module]:
+def _model(
+    folder: Path, name: str | Path, dtype: torch.dtype, device_map: str | dict | None = None
+) -> tuple[str, torch.nn.Module]:
     family, model_class, text = _family(folder, name)
     hub.weight_files(folder)  # there are some
     if model_class is None:
+        if device_map is not None:
+            raise ValueError(f"{name} is a release of Mamba-2's authors, which is read onto one device: give that.")
         return family, mamba2_release.from_release(folder, dtype)
     options = dict(config=text, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True)
+    if device_map is not None:
+        options["device_map"] = device_map
     with reading(f"The weights of {name}", "they may be damaged, cut short or incomplete", holds_code(name)):
         model, info = model_class.from_pretrained(folder, **options)
     _check_weights(model, info, name)
+    if any(x.is_meta for x in model.parameters()):
+        raise ValueError(
+            f"The device map leaves weights of {name} in memory or on a disk, and adapters read weights where they "
+            "are: give more GPUs, or load in bfloat16."
+        )
     return family, model
 
 

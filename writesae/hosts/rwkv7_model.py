@@ -201,6 +201,7 @@ class RWKV7ForCausalLM(PlainCausalLM):
     """The language model. Raises ValueError for a config that `check` refuses."""
 
     config_class = RWKV7Config
+    _no_split_modules = ["RWKV7Block"]  # a device map puts whole layers on a device
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, config: RWKV7Config | None = None, **options):

@@ -120,9 +120,9 @@ def generate_amplified(site: Site, plan: Amplifier | KeptOffsets, count: int, te
     chosen, written = [choose(first, plan.prompt, temperature, generator)], []
     for step in range(count - 1):
         hidden = host.embed(chosen[-1][:, None].to(host.device))
-        positions = (ends[:, None] + step).to(host.device)
         for layer in range(host.layers):
-            record = host.mix(layer, hidden, pasts[layer], positions)
+            device = host.device_of(layer)
+            record = host.mix(layer, hidden.to(device), pasts[layer], (ends[:, None] + step).to(device))
             if layer == site.layer:
                 written.append(plan.write_on(record, site))
             hidden = host.finish(layer, record, pasts[layer])
