@@ -155,3 +155,13 @@ def test_bad_input_gets_one_sentence(capsys, monkeypatch, gated_deltanet, tokens
     assert said.startswith("check failed: There is no folder nowhere/at/all") and said.count("\n") == 1
     with pytest.raises(ValueError, match="windows of at least 64 tokens, and these have 40"):
         check.examine(gated_deltanet, tokens[:, :40])
+    with pytest.raises(ValueError, match="at least one cell, not 0"):
+        check.examine(gated_deltanet, tokens, cells=0)
+
+
+def test_rounding_is_the_kl_of_a_copy_in_bfloat16(gated_deltanet, tokens):
+    half = type(gated_deltanet)(copy.deepcopy(gated_deltanet.model).bfloat16(), None, "half")
+    native, rounded = (host.logits(host.run(tokens).final) for host in (gated_deltanet, half))
+    wanted = kl(native, rounded).median().item()
+    assert wanted > 1e-6
+    assert check.rounding(gated_deltanet, gated_deltanet.run(tokens)) == pytest.approx(wanted, rel=1e-6)
