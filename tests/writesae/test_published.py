@@ -1,6 +1,8 @@
 """writesae.sae.published: files in the author's format against the author's functions as loops."""
 
 import io
+import json
+import math
 import pickle
 import zipfile
 
@@ -8,8 +10,9 @@ import pytest
 import torch
 from helpers import Malicious, assert_close
 
+from writesae.history import History
 from writesae.sae.model import SAE
-from writesae.sae.published import KINDS, load_authors_sae
+from writesae.sae.published import KINDS, load_authors_sae, read_authors_firings
 
 N, K, D_1, D_2 = 11, 3, 5, 7
 
@@ -20,7 +23,8 @@ def tensors_of(kind: str) -> dict[str, torch.Tensor]:
     shapes = dict(
         V=(N, 1, D_1), W=(N, 1, D_2), V_enc=(N, 1, D_1), W_enc=(N, 1, D_2), V_dec=(N, 1, D_1), W_dec=(N, 1, D_2)
     )
-    shapes |= {"b_enc": (N,), "bias": (D_1, D_2), "encoder.weight": (N, D_1 * D_2), "encoder.bias": (N,)}
+    shapes |= dict.fromkeys(("b_enc", "b_gate", "b_mag", "r_mag", "log_threshold"), (N,))
+    shapes |= {"bias": (D_1, D_2), "encoder.weight": (N, D_1 * D_2), "encoder.bias": (N,)}
     shapes |= {"decoder.weight": (D_1 * D_2, N), "decoder.bias": (D_1 * D_2,)}
     made = {name: torch.randn(shapes[name], generator=g) for name in KINDS[kind][2]}
     return made | {"steps_since_active": torch.zeros(N, dtype=torch.long)}
@@ -51,8 +55,22 @@ def their_pre(kind: str, t: dict, x: torch.Tensor) -> list[float]:
         else:
             v, w = ("V_dec", "W_dec") if kind == "bilinear_tied" else ("V_enc", "W_enc")
             terms = [t[v][i, 0, a] * x[a, b] * t[w][i, 0, b] for a in range(D_1) for b in range(D_2)]
-            pre.append(sum(terms) + t["b_enc"][i])
+            pre.append(sum(terms) + t["b_gate" if kind == "bilinear_gated" else "b_enc"][i])
     return pre
+
+
+def their_coefficients(kind: str, t: dict, x: torch.Tensor) -> torch.Tensor:
+    """The coefficient of every atom at one matrix, [N], without BatchTopK."""
+    pre = their_pre(kind, t, x)
+    if kind == "bilinear_jumprelu":
+        made = [p if p > t["log_threshold"][i].exp() else 0.0 for i, p in enumerate(pre)]
+    elif kind == "bilinear_gated":
+        size = [(p - t["b_gate"][i]) * t["r_mag"][i].exp() + t["b_mag"][i] for i, p in enumerate(pre)]
+        made = [max(m, 0.0) / (1 + math.exp(-p / 0.1)) for p, m in zip(pre, size, strict=True)]
+    else:
+        largest = sorted(pre)[-K]
+        made = [max(p, 0.0) if p >= largest else 0.0 for p in pre]
+    return torch.tensor([float(c) for c in made], dtype=torch.float64)
 
 
 def their_atom(kind: str, t: dict, i: int) -> torch.Tensor:
@@ -69,12 +87,11 @@ def test_the_function_is_theirs(kind, transposed, tmp_path):
     sae = load_authors_sae(written(tmp_path / "best.pt", kind), "Qwen3.5-0.8B", transposed=transposed)
     t = {name: x.double() for name, x in tensors_of(kind).items()}
     for x in torch.randn(4, D_1, D_2, generator=torch.Generator().manual_seed(5)).double():
-        top = torch.stack(their_pre(kind, t, x)).topk(K)
+        wanted = their_coefficients(kind, t, x)
         indices, coefficients = sae.encode((x.T if transposed else x).float())
-        assert torch.equal(indices, top.indices)
-        assert_close(coefficients, top.values.relu(), "coefficients", 1e-5)
+        assert_close(torch.zeros(N).scatter(0, indices, coefficients), wanted, "coefficients", 1e-5)
         bias = t["bias"] if "bias" in t else t["decoder.bias"].reshape(D_1, D_2)
-        theirs = bias + sum(max(c, 0) * their_atom(kind, t, i) for i, c in zip(top.indices, top.values, strict=True))
+        theirs = bias + sum(c * their_atom(kind, t, i) for i, c in enumerate(wanted))
         assert_close(sae.decode(indices, coefficients), theirs.T if transposed else theirs, "reconstruction", 1e-5)
     assert (sae.config.d_k, sae.config.d_v) == ((D_2, D_1) if transposed else (D_1, D_2))
 
@@ -131,9 +148,10 @@ def test_other_tensors_are_refused(change, says, tmp_path):
 @pytest.mark.parametrize(
     ("change", "given", "says"),
     [
-        (dict(sae_type="bilinear_gated"), {}, "is of the type bilinear_gated, and only bilinear, bilinear_tied"),
+        (dict(sae_type="bilinear_relu"), {}, "is of the type bilinear_relu, and only bilinear, bilinear_tied"),
+        (dict(sae_type="bilinear_gated"), {}, "lacks b_gate, b_mag, r_mag and has b_enc besides"),
         (dict(sae_type="flat"), {}, "lacks decoder.bias, decoder.weight, encoder.bias, encoder.weight and has V_dec"),
-        (dict(use_batchtopk=True), {}, "was trained with BatchTopK"),
+        (dict(use_batchtopk=True), {}, "was trained with BatchTopK and has no threshold: pass heldout="),
         (dict(n_features=2048), {}, "says n_features = 2048, its tensors have 11"),
         (dict(d_k=D_2), {}, r"has a V_dec of \[11, 1, 5\] instead of \[11, 7\]"),
         (dict(k=None), {}, "does not say k: pass k="),
@@ -145,6 +163,55 @@ def test_other_tensors_are_refused(change, says, tmp_path):
 def test_other_configs_are_refused(change, given, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         load_authors_sae(written(tmp_path / "best.pt", config=config_of(**change)), "host", **given)
+
+
+def states_of(windows: int, tokens: int) -> History:
+    g = torch.Generator().manual_seed(6)
+    key, value, decay = (torch.randn(windows, tokens, d, generator=g) for d in (D_1, D_2, 1))
+    return History(key, value, -decay[..., 0].abs())
+
+
+def test_the_threshold_of_batch_topk_is_the_one_that_their_rule_has_on_the_whole_text(tmp_path, monkeypatch):
+    """Their rule over all tokens as one batch, and ours per token, have the same active atoms."""
+    monkeypatch.setattr("writesae.sae.model.GROUP_ELEMENTS", 2 * 9 * N)  # two windows at a time
+    path, states = written(tmp_path / "best.pt", config=config_of(use_batchtopk=True)), states_of(5, 9)
+    sae, t = load_authors_sae(path, "host", heldout=states), tensors_of("bilinear")
+    pre = torch.tensor([their_pre("bilinear", t, x) for x in states.steps().flatten(0, 1)])
+    cut = pre.flatten().sort(descending=True).values[K * 45 - 1]
+    assert cut > 0 and sae.config.activation == "batch_topk"
+    wanted = torch.where(pre >= cut - 1e-5, pre, 0.0).view(5, 9, N)
+    indices, coefficients = sae.encode_history(states)
+    assert_close(torch.zeros(5, 9, N).scatter(-1, indices, coefficients), wanted, "coefficients", 1e-5)
+    assert (coefficients > 0).sum() == K * 45
+    sae.save(tmp_path / "sae")
+    assert SAE.load(tmp_path / "sae").activation.threshold == sae.activation.threshold > 0
+
+
+RECORD = dict(feature_id=412, firing_position=37, kl_atom=0.1, kl_ablate=0.2, kl_random=0.4)
+
+
+def test_the_rows_of_their_substitution_test_are_rows_of_ours(tmp_path):
+    records = [RECORD, RECORD | dict(feature_id=7, kl_atom=0.3, note="x")]
+    path = tmp_path / "L9.json"
+    path.write_text(json.dumps(dict(config=dict(layer=9, head=4, feature_ids=[412]), summary={}, records=records)))
+    table = read_authors_firings(path)
+    assert table.atom.tolist() == [412, 7] and table.position.tolist() == [37, 37]
+    assert (table.kl_atom < table.kl_delete).tolist() == [True, False] and (table.kl_random == 0.4).all()
+    assert table[["layer", "head", "amplitude"]].drop_duplicates().values.tolist() == [[9, 4, "matched_norm"]]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (dict(records=[RECORD]), "it has config"),
+        (dict(config=dict(layer=9, head=4), records=[]), "at least one of records"),
+        (dict(config=dict(layer=9, head=4), records=[RECORD, dict(feature_id=1)]), "lacks firing_position, kl_atom"),
+    ],
+)
+def test_other_json_is_no_substitution_test(content, says, tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=says):
+        read_authors_firings(tmp_path / "x.json")
 
 
 def test_a_pickle_with_code_is_not_executed(tmp_path):

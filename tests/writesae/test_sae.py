@@ -14,7 +14,7 @@ from writesae.sae.train import TrainingSettings
 
 PARTS = [("bilinear", "rank1"), ("bilinear", "flat"), ("dense", "rank1"), ("dense", "flat"), ("tied", "rank1")]
 KINDS = [dict(encoder=a, decoder=b) for a, b in PARTS] + [dict(rank=2), dict(rank=3)]
-KINDS += [dict(activation=name) for name in ("batch_topk", "jumprelu", "gated")]
+KINDS += [dict(activation=name) for name in ("batch_topk", "jumprelu", "gated", "soft_gated")]
 KINDS += [dict(centre="bias"), dict(centre="none", encoder="dense")]
 N, K, D_K, D_V = 12, 3, 5, 7
 
@@ -125,7 +125,7 @@ def test_a_tied_encoder_is_the_decoder_and_has_only_a_bias_of_its_own():
     [
         (dict(encoder="bilinear?"), "encoder\n.*'bilinear', 'dense' or 'tied'"),
         (dict(decoder="rank2"), "decoder\n.*'rank1' or 'flat'"),
-        (dict(activation="relu"), "activation\n.*'topk', 'batch_topk', 'jumprelu' or 'gated'"),
+        (dict(activation="relu"), "activation\n.*'topk', 'batch_topk', 'jumprelu', 'gated' or 'soft_gated'"),
         (dict(k=0), "k\n.*greater than 0"),
         (dict(k=N + 1), "k = 13 exceeds n_atoms = 12"),
         (dict(encoder="tied", decoder="flat"), "No SAE tied . flat"),

@@ -14,7 +14,7 @@ from writesae.sae.model import SAE
 N, K, D_K, D_V = 12, 3, 5, 7
 PARTS = [("bilinear", "rank1"), ("bilinear", "flat"), ("dense", "rank1"), ("dense", "flat"), ("tied", "rank1")]
 KINDS = [dict(encoder=a, decoder=b) for a, b in PARTS] + [dict(rank=2), dict(rank=3)]
-KINDS += [dict(activation=name) for name in ("batch_topk", "jumprelu", "gated")]
+KINDS += [dict(activation=name) for name in ("batch_topk", "jumprelu", "gated", "soft_gated")]
 
 
 def config_of(**changes) -> SAEConfig:

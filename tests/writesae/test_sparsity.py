@@ -116,6 +116,15 @@ def test_the_kernel_gradient_is_that_of_the_mean_over_many_values():
         assert_close(got, ((above - below) / 2e-3)[None], f"step {step}", 1e-3)
 
 
+def test_a_soft_gate_by_a_loop():
+    rule, pre, bias = rule_of("soft_gated"), pre_of(4), torch.randn(N).double()
+    for row, got in zip(pre, rule.coefficients(pre, bias)):
+        scale, offset = rule.log_scale.detach().exp(), rule.offset.detach()
+        size = [scale[i] * (p - bias[i]) + offset[i] for i, p in enumerate(row)]
+        wanted = [max(float(m), 0.0) / (1 + (-p / sparsity.TAU).exp().item()) for p, m in zip(row, size)]
+        assert_close(got, torch.tensor(wanted).double(), "coefficients", 1e-6)
+
+
 def test_gated_by_its_definition():
     rule, pre, bias = rule_of("gated"), pre_of(6).requires_grad_(), torch.randn(N).double()
     got = rule.coefficients(pre, bias)
@@ -132,7 +141,7 @@ def test_gated_by_its_definition():
     assert rule.l1.item() == pytest.approx(before * (1 + pace)), "nothing is learnt outside training"
 
 
-@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "topk"])
+@pytest.mark.parametrize("name", ["batch_topk", "jumprelu", "gated"])
 def test_k_atoms_a_token_are_active_at_the_start(name):
     rule, filtered, bias = ACTIVATIONS[name](N, K).double(), pre_of(50), torch.zeros(N).double()
     rule.start(filtered, bias)

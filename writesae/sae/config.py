@@ -16,7 +16,7 @@ class Parts(BaseModel):
 
     encoder: Literal["bilinear", "dense", "tied"] = "bilinear"
     decoder: Literal["rank1", "flat"] = "rank1"
-    activation: Literal["topk", "batch_topk", "jumprelu", "gated"] = "topk"
+    activation: Literal["topk", "batch_topk", "jumprelu", "gated", "soft_gated"] = "topk"
     rank: PositiveInt = Field(1, description="outer products per atom; above 1 only for bilinear + rank1")
     centre: Literal["mean", "none", "bias"] = Field(
         "mean",

@@ -117,12 +117,14 @@ class SAE(nn.Module):
         self.check_history(history)
         parts = []
         for group in history.groups(self.group_size(history)):
-            if self.encoder.factored:
-                pre = self.overlaps(self.encoder, group, self.encoder.bias)
-            else:
-                pre = self.encoder.dense(self.standardise(group.steps()))
-            parts.append(self._raw(pre))
+            parts.append(self._raw(self.pre_activations(group)))
         return Active(*(torch.cat(x) for x in zip(*parts)))
+
+    def pre_activations(self, history: History) -> Tensor:
+        """Return the pre-activations of all atoms at every X_t, [N, T, n], in scaled units."""
+        if self.encoder.factored:
+            return self.overlaps(self.encoder, history, self.encoder.bias)
+        return self.encoder.dense(self.standardise(history.steps()))
 
     def check_history(self, history: History) -> None:
         """Raise ValueError for a history of another shape or a wider dtype than the SAE's."""

@@ -6,6 +6,7 @@
 | batch_topk | the k * tokens largest of a batch; after training by a threshold | Bussmann et al. 2024       |
 | jumprelu   | those above a learnt threshold per atom                          | Rajamanoharan et al. 2024b |
 | gated      | those whose gate is open; a rescaled copy gives the coefficient  | Rajamanoharan et al. 2024a |
+| soft_gated | all, weighted by a sigmoid gate; rescaled in the same way        | the paper author's code    |
 
 All have k active atoms per token on average (the paper's JumpReLU has 1,142 of 2,048). Pre-activations are in
 scaled units; only positive ones make an atom active. Rules adapt to the batches in training mode only.
@@ -24,6 +25,7 @@ FOLLOW = 0.01  # BatchTopK: weight of one batch in the running mean of the thres
 WIDTH = 0.05  # JumpReLU: width of the kernel that gives thresholds their gradient
 PACE = 10.0  # JumpReLU: speed of log thresholds relative to other parameters, since runs are short
 L1 = 0.1  # Gated: weight of the sparsity term at the start
+TAU = 0.1  # soft gate: its width
 L1_PACE = 0.05  # Gated: maximum relative change of that weight in one step
 
 
@@ -196,4 +198,12 @@ class Gated(Activation):
         self.log_scale[atoms], self.offset[atoms], bias[atoms] = 0.0, 0.0, bias.median()
 
 
-ACTIVATIONS = {"topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU, "gated": Gated}
+class SoftGated(Gated):
+    """Gated, with sigmoid(pre / TAU) in the place of the gate's step."""
+
+    def coefficients(self, pre: Tensor, bias: Tensor) -> Tensor:
+        magnitude = self.log_scale.exp() * (pre - bias) + self.offset
+        return magnitude.relu() * (pre / TAU).sigmoid()
+
+
+ACTIVATIONS = {"topk": TopK, "batch_topk": BatchTopK, "jumprelu": JumpReLU, "gated": Gated, "soft_gated": SoftGated}
