@@ -4,6 +4,7 @@
 #   PYTHON=python3.11   the Python that creates .venv
 #   PIP_OPTIONS=...     further options for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
 #                       (a torch without CUDA, which is much smaller)
+#   SAE=... HOST=...    for `make audit`: an SAE (file, folder, Hub id) and its model; RECORDS=file: the author's rows
 #   GRID=cells          for `make sweep`: a file in profiles/sweeps/
 #   JOBS=2              notebooks that run at the same time (1 unless the profile is mini or smoke)
 
@@ -54,7 +55,7 @@ STAMPS := build/$(PROFILE)/stamps
 SOURCES := $(shell find writesae replication -name '[!.]*.py' ! -path '* *')
 RECIPES := $(filter models/%/recipe.yaml,$(wildcard models/*/recipe.yaml))
 
-.PHONY: help env all pages figures dryrun test test-unit test-notebooks test-reference verify lint bench hosts browser sweep repeats lab clean always $(NAMES)
+.PHONY: help env all pages figures dryrun test test-unit test-notebooks test-reference verify lint bench hosts browser sweep audit repeats lab clean always $(NAMES)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s%s\n", $$1, $$2}' Makefile
@@ -133,6 +134,14 @@ GRID ?= cells
 sweep: $(ENV)  ## train and test the SAEs of profiles/sweeps/GRID.yaml (resumable)
 	$(PY) -m replication sweep --profile $(PROFILE) --grid $(call quoted,profiles/sweeps/$(GRID).yaml)
 
+SAE :=
+HOST :=
+RECORDS :=
+
+audit: $(ENV)  ## test a published SAE (SAE=file, folder or Hub id; HOST=its model; RECORDS=the author's rows)
+	$(PY) -m replication audit --profile $(PROFILE) --sae $(call quoted,$(SAE)) --host $(call quoted,$(HOST)) \
+	    $(if $(RECORDS),--records $(call quoted,$(RECORDS)))
+
 REPEATS = $(patsubst profiles/%.yaml,%,$(filter profiles/%.yaml,$(wildcard profiles/$(PROFILE)-[0-9]*.yaml)))
 
 repeats: $(ENV)  ## run all with each seed of profiles/PROFILE-*.yaml (hours; RUN=folder adds a run)
@@ -146,7 +155,7 @@ clean:  ## remove build/ (intermediate files and stamps); results and figures st
 	rm -rf build
 
 # All goals except these need the dependencies between notebooks.
-ifneq ($(filter-out help env dryrun test test-% verify lint bench hosts browser sweep repeats lab clean,$(or $(MAKECMDGOALS),help)),)
+ifneq ($(filter-out help env dryrun test test-% verify lint bench hosts browser sweep audit repeats lab clean,$(or $(MAKECMDGOALS),help)),)
 ifeq ($(wildcard profiles/$(PROFILE).yaml),)
 $(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif

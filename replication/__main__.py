@@ -16,6 +16,7 @@ COMMANDS = {  # name: what it does
     "repeats": "gather the scorecards of repeated runs",
     "sweep": "train and test the SAEs of a grid",
     "browser": "write the atom browser, figures/PROFILE/atoms.html",
+    "audit": "test a published SAE as page 05 does, beside the author's own numbers",
     "train-host": "train embedded hosts from their recipes",
     "disk": "check that the disks have room for what a profile has still to download and to write",
 }

@@ -65,7 +65,7 @@ def load_authors_sae(
     field or contradicts the tensors or `given`, rank above 1, and BatchTopK without `heldout`.
     """
     path = local_path(path)
-    state, config = _read(path)
+    state, config = read_authors_file(path)
     kind = _kind(path, state, config)
     encoder, decoder, names = KINDS[kind]
     rule = RULES.get(kind, "batch_topk" if config.get("use_batchtopk") else "topk")
@@ -133,7 +133,8 @@ def read_authors_firings(path: Path | str) -> pd.DataFrame:
     return table.assign(**where)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_authors_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the config of a file of the author. Raises as `load_authors_sae`."""
     content = read_pickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no published SAE, but a {type(content).__name__}.")
