@@ -133,16 +133,19 @@ def gradients(
     starts: Tensor,
     steps: int,
     numbers: Callable[[Tensor], Tensor],
+    upto: int | None = None,
+    read: Callable[[Tensor], Tensor] | None = None,
 ) -> Gradients:
     """Return the gradients of `numbers`, which takes logits [R, V] to [R, m], by m backward passes.
 
-    The logits are those at the last of `steps` positions from starts[r] on. Raises as `Host.branch`.
+    The logits are those at the last of `steps` positions from starts[r] on. upto, read: read(hidden [R, D])
+    of the output of layer `upto` takes the place of the logits. Raises as `Host.branch`.
     """
     change = torch.zeros(len(rows), steps, host.d_v, requires_grad=True)
     with torch.enable_grad():
         output, _ = host.edited_layer(run, layer, head, rows, starts, change)
-        hidden = host.layers_above(run, layer, rows, starts, output)[0][:, -1]
-        logits = host.logits(hidden)
+        hidden = host.layers_above(run, layer, rows, starts, output, upto=upto)[0][:, -1]
+        logits = (read or host.logits)(hidden)
         sums = numbers(logits).sum(0)
     slopes = [torch.autograd.grad(x, (change, output, hidden), retain_graph=True) for x in sums]
     slopes = (torch.stack(x, 1) for x in zip(*slopes, strict=True))

@@ -345,14 +345,16 @@ class Host(ABC):
         hidden: Tensor,
         keep: bool = False,
         alter: Callable[[int, Record], None] | None = None,
+        upto: int | None = None,
     ) -> tuple[Tensor, list[Past]]:
         """Run the layers above `layer` on its outputs `hidden` [R, steps, D], from starts[r] of window
         rows[r].
 
-        alter: as for `branch`. Returns the last hidden states [R, steps, D], differentiable in `hidden`, and,
-        with `keep`, each layer's past after the last step."""
+        alter: as for `branch`. upto: the last layer to run, by default that of the model. Returns the last
+        hidden states [R, steps, D], differentiable in `hidden`, and, with `keep`, each layer's past after the
+        last step."""
         positions, pasts = _from(starts, hidden.shape[1]), []
-        for above in range(layer + 1, self.layers):
+        for above in range(layer + 1, self.layers if upto is None else upto + 1):
             device = self.device_of(above)
             past = self.past_at(run.records[above], rows, starts)
             past.last = not keep
