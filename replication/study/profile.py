@@ -164,6 +164,14 @@ class Attribution(Section):
     horizon: PositiveInt  # a write is followed for so many tokens, and reads are measured from this position on
 
 
+class ResidualFeatures(Section):
+    training: TrainingSettings  # of the SAE of the residual stream
+    windows: PositiveInt  # of the SAE split, on which it is trained
+    test_windows: PositiveInt  # held-out windows with the places
+    places: PositiveInt  # per cell, uniform over positions
+    horizon: int = Field(ge=2)  # tokens from the write on, its own included
+
+
 class Population(Section):
     place: Place
     atoms: PositiveInt
@@ -299,6 +307,7 @@ class Profile(Section):
     baselines: Baselines
     all_writes: AllWrites
     attribution: Attribution
+    residual_features: ResidualFeatures
     population: Population
     atoms: Atoms
     recurrence: Recurrence
