@@ -222,11 +222,11 @@ def verdict(summary: pd.DataFrame) -> list[str]:
     """Return what the summary says, in sentences."""
     lines = []
     for row in summary[summary.predictor == "through_layer"].itertuples():
-        what = "the native write raised" if row.object == "write" else "the added atom raises"
+        what = "a native write raised" if row.object == "write" else "an added atom raises"
         lines.append(
             f"{HOST.get(row.host, row.host)}, {row.cells} cell, {row.distance} layers below the SAE: what {what} is "
             f"predicted with R2 {row.r2:.3f} [{row.r2_low:.3f}, {row.r2_high:.3f}] over all features (n = {row.n} "
-            f"places), and {row.hits:.0%} [{row.hits_low:.0%}, {row.hits_high:.0%}] of the {TOP} features that rise "
-            "most later are named."
+            f"places). Of the {TOP} features predicted to rise most at later tokens, {row.hits:.0%} "
+            f"[{row.hits_low:.0%}, {row.hits_high:.0%}] are among the {TOP} that do."
         )
     return lines
