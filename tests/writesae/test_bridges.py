@@ -1,4 +1,6 @@
-"""Factors from a cache of TransformerLens: against our adapters, with its names, and with the package itself."""
+"""Factors read by other tools: against our adapters by the names of the hooks, and with the packages themselves.
+
+The recipe of docs/bridges.md for nnsight is the last test."""
 
 from dataclasses import fields
 from types import SimpleNamespace
@@ -9,6 +11,7 @@ from conftest import small
 from helpers import assert_close
 
 from replication.study.paths import ROOT
+from writesae.edit import head_change, make_edit, run_edited
 from writesae.hosts.load import load_host
 from writesae.hosts.transformer_lens import factors_from_cache
 from writesae.recurrence import Factors
@@ -73,3 +76,30 @@ def test_the_embedded_hosts_in_transformer_lens(family, layer, head):
     logits, cache = bridge.run_with_cache(tokens, use_cache=False)
     assert_close(logits, host.logits(run.final), "logits", 1e-4)
     assert_same_factors(factors_from_cache(bridge, cache, layer, head), host.factors(run, layer, head), 1e-4)
+
+
+def test_factors_and_an_edit_in_a_trace():
+    reason = "nnsight is not installed (pip install 'writesae[bridges]')"
+    nnsight = pytest.importorskip("nnsight", reason=reason, exc_type=ImportError)
+    host = load_host(ROOT / "models/gated_deltanet", "cpu")
+    tokens = torch.randint(0, host.vocabulary, (2, 30), generator=torch.Generator().manual_seed(2))
+    model = nnsight.NNsight(host.model)
+    rule = model.model.layers[4].linear_attn.source.torch_chunk_gated_delta_rule_0
+    with model.trace(tokens):
+        inputs = rule.inputs.save()
+    sides, gates = inputs
+    hooks = dict(zip("qkv", sides)) | dict(beta=gates["beta"], log_decay=gates["g"])
+    cache = {f"blocks.4.linear_attn.hook_{name}": x for name, x in hooks.items()}
+    factors = factors_from_cache(None, cache, 4, 3)
+    assert_same_factors(factors, host.factors(host.run(tokens), 4, 3), 1e-4)
+    g = torch.Generator().manual_seed(3)
+    rows, start, steps = torch.tensor([0, 1]), torch.tensor([12, 12]), 18
+    edit = make_edit(rows, start, *(torch.randn(2, 1, d, generator=g) for d in (host.d_k, host.d_v)))
+    change, _ = head_change(factors, edit, steps)
+    with model.trace(tokens):
+        rule.output[0][:, 12:, 3] += change
+        logits = model.output.logits.save()
+    wanted = run_edited(host, tokens, edit, layer=4, head=3, steps=steps)
+    native = host.logits(host.run(tokens).final)[:, 12:]
+    assert_close(logits[:, 12:] - native, wanted - native, "change of the logits", 1e-3)
+    assert (wanted - native).norm() > 1
