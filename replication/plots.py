@@ -44,7 +44,8 @@ PREDICTOR_NAMES = dict(
     through_layer="through the layer",
     through_norm="through layer and final norm",
 )
-DIRECTION = dict(paper=COLOURS[3], gamma=COLOURS[0])
+DIRECTION = dict(paper=COLOURS[3], gamma=COLOURS[0], layerwise=COLOURS[2], refined=COLOURS[4], random=COLOURS[7])
+HOST_COLOUR = dict(gated_deltanet=COLOURS[0], mamba2=COLOURS[1], rwkv7=COLOURS[2])
 FAMILY = {"SAEs": COLOURS[0], "raw writes": COLOURS[1], "means of writes": COLOURS[2]}
 FAMILY |= {"principal components": COLOURS[4], "floor and ceiling": COLOURS[7]}
 DRY_RUN = "DRY RUN"

@@ -20,7 +20,7 @@ from replication.statistics import Estimate
 from replication.study.paths import ROOT
 from writesae.sae.config import first_problem
 
-GROUPS = ("headline", "supporting", "bookkeeping", "cannot_fail")
+GROUPS = ("headline", "supporting", "bookkeeping", "cannot_fail", "extension")
 RATIO, R2 = (np.log, np.exp), (lambda x: -np.log1p(-x), lambda x: -np.expm1(-x))
 PLAIN = (np.asarray, np.asarray)
 STRICT = dict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -37,7 +37,7 @@ class Criterion(BaseModel):
     model_config = STRICT
 
     claim: str = Field(min_length=1)
-    group: Literal["headline", "supporting", "bookkeeping", "cannot_fail"]
+    group: Literal["headline", "supporting", "bookkeeping", "cannot_fail", "extension"]
     criterion: str = Field(min_length=1)
     notebook: str
     effect: str

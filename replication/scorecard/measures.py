@@ -449,6 +449,38 @@ def saturation(tables: Tables, host: str) -> Estimate:
     return _change(three.included_edited.to_numpy() - six.included_edited.to_numpy(), three.prompt)
 
 
+def _in_all_cells(tables: Tables, host: str, targets: str, **where) -> pd.DataFrame:
+    """Return the trials of native-sized writes in all cells, without delays, of a class or of several."""
+    part = rows_with(tables("install_cells"), host=host, cells="all", delayed=False, **where)
+    out_of_context = part.target_class.isin(["frequent", "rare", "semantic"])
+    of_several = dict(all=~out_of_context, out_of_context=out_of_context)
+    return part[of_several.get(targets, part.target_class == targets)]
+
+
+def in_all_cells(
+    tables: Tables, host: str, of: str, targets: str, direction: str = "layerwise", writes: int = 3
+) -> Estimate:
+    """Share of targets that writes in all cells raise or include, or the change of inclusion by them, paired."""
+    part = _in_all_cells(tables, host, targets, direction=direction, magnitude=1.0, writes=writes)
+    if of == "change":
+        return _change(part.included_edited - part.included_native, part.prompt)
+    happened = part.first_step_lift > 0 if of == "raised" else part.included_edited == 1
+    events = min(happened.sum(), (~happened).sum())
+    return rarely(_mean(happened, part.prompt), int(events), part.prompt.nunique())
+
+
+def saturation_in_all_cells(tables: Tables, host: str) -> Estimate | None:
+    """Share of targets that come next at 1x minus that at 3x, writes in all cells, paired."""
+    where = dict(direction="layerwise", writes=3)
+    one, three = (_in_all_cells(tables, host, "all", magnitude=x, **where) for x in (1.0, 3.0))
+    if three.empty:
+        return None
+    trial = ["prompt", "target", "distance"]
+    both = one.merge(three, on=[*trial, "target_class"], suffixes=("_one", "_three"))
+    come = both.edited_rank_one.eq(1).astype(int) - both.edited_rank_three.eq(1)
+    return _change(come, both.prompt)
+
+
 def _newlines(tables: Tables, host: str, **where) -> pd.Series:
     return rows_with(tables("newlines"), host=host, **where).set_index("prompt").newlines
 

@@ -1,7 +1,8 @@
 """The scorecard: each claim of paper/claims.csv and our numbers, by its criterion in paper/criteria.yaml.
 
 A claim is supported, contradicted, equivalent (no effect worth the name) or unsettled (`verdicts`). Claims
-that no host can answer are not asked; claims that cannot fail have a value and no verdict. A result on an
+that no host can answer are not asked; claims that cannot fail have a value and no verdict; extensions (what
+another method does where the paper has a claim) have a verdict and are not counted. A result on an
 embedded host never replicates a number of another model.
 """
 
@@ -72,7 +73,8 @@ def _judged(criteria: Criteria, line: dict, answer: Estimate) -> dict:
     if line["group"] == "cannot_fail":
         return columns
     borders = criteria.borders(name)
-    columns |= dict(status=borders.verdict(estimate), p=borders.p(estimate), counts=not line["same_as"])
+    counts = not line["same_as"] and line["group"] != "extension"
+    columns |= dict(status=borders.verdict(estimate), p=borders.p(estimate), counts=counts)
     return columns | dict(repeat_probability=borders.repeat_probability(estimate))
 
 

@@ -23,7 +23,9 @@ Centre = Literal["mean", "none", "bias"]
 Place = Literal["early", "middle", "late", "regime", "weighty"]
 PAPER_PLACES: tuple[Place, ...] = ("early", "middle", "late")  # of the paper's three cells
 Scope = Literal["write", "cache"]
-Experiment = Literal["logit_shift", "replacement", "objects", "population", "atoms", "install", "cache_edits"]
+Experiment = Literal[
+    "logit_shift", "replacement", "objects", "population", "atoms", "install", "install_cells", "cache_edits"
+]
 Overridable = Literal[Experiment, "saes", "baselines", "multiverse", "ablations"]
 
 
@@ -292,6 +294,20 @@ class Install(Section):
         return self
 
 
+class InstallCells(Section):
+    prompts: PositiveInt  # the classes and counts of `install` hold here too
+    prompt_tokens: PositiveInt
+    distances: list[PositiveInt]
+    delays: list[PositiveInt]  # further distances
+    out_of_context: PositiveInt  # targets per prompt of each class out of context
+    beyond: PositiveInt  # native rank beyond which a token is out of context
+    refinement: PositiveInt  # steps of Adam, for targets that do not come next
+    sizes: list[float]  # in native write norms; 1 is among them
+    counts: list[PositiveInt]  # numbers of cells, beside all
+    ceiling_sizes: list[float]
+    batch_rows: PositiveInt
+
+
 class Profile(Section):
     name: str
     seed: int = Field(ge=0)
@@ -312,6 +328,7 @@ class Profile(Section):
     atoms: Atoms
     recurrence: Recurrence
     install: Install
+    install_cells: InstallCells
     cache_edits: CacheEdits
     multiverse: Multiverse
     ablations: Ablations

@@ -6,7 +6,7 @@ target is in the greedy continuation. Dose: the smallest m for which it is the n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from writesae.edit import generate_under
-from writesae.evaluate.steering import Cell, Goal, directions, end_logits, part, scaled
+from writesae.edit import Edits, generate_under, kl
+from writesae.evaluate.steering import Cell, Goal, directions, end_logits, part, refine, scaled
 from writesae.hosts.base import Host, Run
 from writesae.recurrence import torch_defaults
 from writesae.text import token_ids
@@ -80,6 +80,26 @@ def draw_targets(
         columns.append(order.gather(-1, torch.from_numpy(drawn) - 1))
         labels += [name] * per_class
     return torch.cat(columns, 1), np.array(labels)
+
+
+def draw_out_of_context(
+    logits: Tensor, prompts: Tensor, classes: Mapping[str, Tensor], beyond: int, per_class: int, seed: int
+) -> tuple[Tensor, np.ndarray]:
+    """Draw `per_class` tokens per prompt of each class that are not in the prompt and rank below `beyond`.
+
+    prompts [prompts, T]; classes: name -> bool [V]. Return targets [prompts, targets] and classes [targets].
+    Raises ValueError where a class has fewer tokens.
+    """
+    far = logits.argsort(-1, descending=True).argsort(-1) >= beyond
+    far.scatter_(1, prompts, False)
+    generator, columns = np.random.default_rng(seed), []
+    for name, members in classes.items():
+        candidates = [np.flatnonzero(row) for row in (far & members).numpy()]
+        if (fewest := min(map(len, candidates))) < per_class:
+            problem = f"{per_class} targets are asked for, and the class {name} has {fewest} beyond rank {beyond}"
+            raise ValueError(f"{problem} that are not in a prompt: lower the rank.")
+        columns.append(np.stack([generator.choice(ids, per_class, False) for ids in candidates]))
+    return torch.from_numpy(np.concatenate(columns, 1)), np.repeat(list(classes), per_class)
 
 
 @torch_defaults()
@@ -179,6 +199,45 @@ def doses(host: Host, cell: Cell, trial: Setting, *, grid: Sequence[float], bise
             high[reached[won]], low[reached[~won]] = middle[won], middle[~won]
         rows.append(trial.table(name, native_rank=trial.native_rank.numpy(), dose=high.double().numpy()))
     return pd.concat(rows, ignore_index=True)
+
+
+def refined(host: Host, goal: Goal, edits: Edits, logits: Tensor, steps: int) -> tuple[Edits, Tensor]:
+    """Refine the rows whose token is not the top one of logits [R, V]; return all rows' edits and logits."""
+    missed = torch.nonzero(logits.argmax(-1) != goal.tokens)[:, 0]
+    if not len(missed):
+        return edits, logits
+    missing = goal.part(missed)
+    better = refine(host, missing, part(edits, missed), steps)
+    both = {
+        cell: replace(
+            edit,
+            left=edit.left.index_copy(0, missed, better[cell].left),
+            right=edit.right.index_copy(0, missed, better[cell].right),
+        )
+        for cell, edit in edits.items()
+    }
+    with torch.no_grad():
+        return both, logits.index_copy(0, missed, end_logits(host, missing, better))
+
+
+def kl_elsewhere(native: Tensor, edited: Tensor, tokens: Tensor) -> Tensor:
+    """Return KL(native, edited) [R] in nats of the distributions [R, V] over all tokens but tokens [R]."""
+    others = torch.ones_like(native, dtype=torch.bool).scatter_(1, tokens[:, None], False)
+    return kl(*(x[others].view(len(x), -1) for x in (native, edited)))
+
+
+@torch_defaults()
+def native_losses(host: Host, run: Run, rows: Tensor, tokens: Tensor) -> Tensor:
+    """Return the loss in nats of each token [R, count] that continues window rows[r], in the unedited model."""
+    length = run.tokens.shape[1]
+    positions = (length + torch.arange(tokens.shape[1] - 1, device=host.device)).expand(len(rows), -1)
+    hidden = host.embed(tokens[:, :-1].to(host.device))
+    for layer, record in enumerate(run.records):
+        past = host.past_at(record, rows, torch.full_like(rows, length))
+        past.last = True
+        hidden = host.finish(layer, host.mix(layer, hidden, past, positions), past)
+    logits = torch.cat([host.logits(run.final[rows, -1:]), host.logits(hidden)], 1)
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
 
 @torch_defaults()
