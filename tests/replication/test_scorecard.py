@@ -64,7 +64,7 @@ def test_a_claim_that_counts_for_another_counts_itself():
 def test_every_criterion_that_was_changed_says_what_it_was_and_why():
     changed = {name for name, criterion in CRITERIA.claims.items() if criterion.was}
     named = ["R7", "R10", "R11", "C3", "C4", "I1", "I3", "I6", "X2", "X3", "X4", "B5", "N1", "A5", "A7", "P6"]
-    null = [name for name, criterion in CRITERIA.claims.items() if criterion.claimed == "equal"]
+    null = [name for name, x in CRITERIA.claims.items() if x.claimed == "equal" and x.group != "extension"]
     assert {*named, *null} <= changed
     assert all(len(criterion.because) > 40 for criterion in CRITERIA.claims.values() if criterion.was)
 
@@ -233,13 +233,15 @@ def test_holm_is_within_a_host_over_the_claims_that_count():
 
 SHARES = {"win_rate": (0, 1), "share": (0, 1), "inclusion": (0, 1), "recurrence": (0, 1), "rate": (0, 1)}
 CHANGES = {"chains", "failures", "class_difference", "contrast", "alive_by_k", "installed", "saturation"}
+CHANGES |= {"saturation_in_all_cells"}
 
 
 def attainable(criterion) -> tuple[float, float]:
     """The smallest and the largest value that a measure can have, on its scale."""
     if criterion.effect == "count_ratio":
         return 0.0, 9.0  # registers at a lower threshold are at least as many
-    if criterion.effect in ("cliff", "correlation") or criterion.measure in CHANGES:
+    change = criterion.measure in CHANGES or criterion.arguments.get("of") == "change"
+    if criterion.effect in ("cliff", "correlation") or change:
         return -1.0, 1.0
     return (SHARES | {"cosine": (-1.0, 1.0)}).get(criterion.effect, (-99.0, 99.0))
 
@@ -487,6 +489,37 @@ def test_no_inclusion_at_all_has_the_exact_bound_over_prompts():
     six = rows.assign(magnitude=6.0, included_edited=np.r_[np.ones(10, int), np.zeros(290, int)])
     assert measures.installed(lambda name: rows, "h", "all").value == pytest.approx(0.1)
     assert measures.saturation(lambda name: pd.concat([rows, six]), "h").value == pytest.approx(20 / 300)
+
+
+def test_extensions_are_judged_and_not_counted(monkeypatch):
+    extensions = [name for name, x in CRITERIA.claims.items() if x.group == "extension"]
+    listed = pd.read_csv(claims.CLAIMS).set_index("id")
+    assert listed.value[extensions].isna().all() and set(listed.source[extensions]) == {"extension"}
+    assert all(name.split("-")[0] in CRITERIA.claims for name in extensions)
+    monkeypatch.setattr(criteria.Criterion, "answer", lambda self, *_: Estimate(0.99, 0.001, 9, 7))
+    table = table_module.scorecard(lambda _: HOSTS, ["mamba2"]).set_index("id").loc[extensions]
+    assert table.loc["I2-all-cells", "status"] == "supported" and not table.counts.any() and table.holm.isna().all()
+
+
+def test_writes_in_all_cells_are_those_of_the_claim():
+    """Of 10 prompts, 4 targets each, half of them out of context; and rows that no claim asks for."""
+    rows = pd.DataFrame(
+        dict(prompt=np.repeat(range(10), 4), target=range(40), target_class=["middle", "far", "rare", "rare"] * 10)
+    )
+    rows = rows.assign(host="h", cells="all", direction="layerwise", magnitude=1.0, writes=3, delayed=False, distance=3)
+    rows = rows.assign(included_edited=np.r_[0, np.ones(39)], included_native=np.r_[0, 0, 0, 1, np.zeros(36)])
+    rows = rows.assign(first_step_lift=1.0, edited_rank=1)
+    more = [dict(cells="one"), dict(direction="gamma"), dict(magnitude=0.3), dict(writes=1), dict(delayed=True)]
+    more = [rows.assign(included_edited=0, included_native=1, first_step_lift=-1.0, **x) for x in more]
+    three = rows.assign(magnitude=3.0, edited_rank=[1, 2, 1, 1] * 10, included_edited=np.nan)
+    tables = dict(install_cells=pd.concat([*more, three, rows])).get
+    assert measures.in_all_cells(tables, "h", "included", "middle").value == pytest.approx(0.9)
+    assert measures.in_all_cells(tables, "h", "change", "all").value == pytest.approx(0.95)
+    assert measures.in_all_cells(tables, "h", "change", "out_of_context").value == pytest.approx(0.95)
+    assert measures.in_all_cells(tables, "h", "raised", "middle", writes=1).value == 0
+    assert measures.in_all_cells(tables, "h", "raised", "middle").interval(0.9).low < 0.8, "the bound of 10 prompts"
+    assert measures.saturation_in_all_cells(tables, "h").value == pytest.approx(0.5)
+    assert measures.saturation_in_all_cells(dict(install_cells=rows).get, "h") is None
 
 
 def test_a_single_write_is_judged_by_the_logit_and_not_by_the_formula():
