@@ -15,7 +15,7 @@ from writesae.evaluate.steering import (
     directions,
     end_logits,
     gamma_pairs,
-    logit_gradients,
+    gradients_by_layer,
     part,
     refine,
     scaled,
@@ -39,7 +39,7 @@ def last_logit(host, goal, edits):
 
 
 def test_one_backward_has_the_gradients_of_every_cell(host, goal):
-    heads, _ = logit_gradients(host, goal, 0)
+    heads, _ = gradients_by_layer(host, goal, 0)
     for layer, head in host.cells:
         one, _ = logit_gradient(host, goal.run, layer, head, goal.rows, goal.starts, goal.steps, goal.tokens)
         assert_close(heads[layer][:, :, head], one, f"gradient of {layer}.{head}", 1e-5)
@@ -47,7 +47,7 @@ def test_one_backward_has_the_gradients_of_every_cell(host, goal):
 
 def test_pairs_are_the_top_singular_pairs_of_gamma(host, goal):
     pairs, _ = gamma_pairs(host, goal, host.cells), torch.manual_seed(0)
-    heads, _ = logit_gradients(host, goal, 0)
+    heads, _ = gradients_by_layer(host, goal, 0)
     for layer, head in host.cells:
         key, value, gain = pairs[layer, head]
         factors = host.factors(goal.run, layer, head)
@@ -108,7 +108,7 @@ def test_layerwise_directions_are_those_of_gamma_in_the_run_edited_below(host, g
     """In a layer above, with the layers above it linearised at the native run: by finite differences."""
     edits = directions(host, goal, CELLS, "layerwise", 2.0)
     below, top = {cell: edit for cell, edit in edits.items() if cell[0] < 3}, (3, 1)
-    _, above = logit_gradients(host, goal, 0)
+    _, above = gradients_by_layer(host, goal, 0)
 
     def local(edits):
         """The layer's output under edits times the gradient of the native run there."""

@@ -4,9 +4,9 @@ To first order a write x w^T raises the logit by x^T Gamma w (writesae.shift). O
 of every cell, and the best unit write of a cell is the top singular pair of its Gamma. Each write is as large
 as the native one at its place, times a magnitude. Directions:
 
-- paper:     the native key with the value W_O^T W_U[token] of the head (the paper's Sec. 4); - gamma:     the
-top singular pairs in the native run; - layerwise: going up the edited run, the pairs of each layer come from
-its own queries, keys and gates, and from
+- paper:     the native key with the value W_O^T W_U[token] of the head (the paper's Sec. 4);
+- gamma:     the top singular pairs in the native run;
+- layerwise: going up the edited run, the pairs of each layer come from its own queries, keys and gates, and from
              the gradient through this layer at its edited input. Only the layers above are linearised at the
              native run, so that one backward pass of the model is enough;
 - random:    Gaussian keys and values.
@@ -113,7 +113,7 @@ def _paper(host: Host, goal: Goal, cell: Cell) -> tuple[Tensor, Tensor]:
 
 def gamma_pairs(host: Host, goal: Goal, cells: Sequence[Cell]) -> dict[Cell, tuple[Tensor, Tensor, Tensor]]:
     """Return `top_pairs` of every cell in the native run, from one backward pass."""
-    heads, _ = logit_gradients(host, goal, min(layer for layer, _ in cells))
+    heads, _ = gradients_by_layer(host, goal, min(layer for layer, _ in cells))
     return {
         (layer, head): top_pairs(
             host.factors(goal.run, layer, head), goal.rows, goal.starts, heads[layer][:, :, head], goal.writes
@@ -143,7 +143,7 @@ def top_pairs(factors: Factors, rows: Tensor, starts: Tensor, gradient: Tensor, 
 
 
 @torch_defaults(gradients=True)
-def logit_gradients(host: Host, goal: Goal, lowest: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+def gradients_by_layer(host: Host, goal: Goal, lowest: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Return the gradients of each row's logit in the native run, by recurrent layer from `lowest` on.
 
     With respect to the outputs of the heads [R, steps, H, d_v] (on the CPU), and of the layers [R, steps, D].
@@ -185,7 +185,7 @@ def _upward(
 @torch_defaults()
 def _layerwise(host: Host, goal: Goal, cells: Sequence[Cell], magnitude: float) -> Edits:
     lowest, edits = min(layer for layer, _ in cells), {}
-    _, above = logit_gradients(host, goal, lowest)
+    _, above = gradients_by_layer(host, goal, lowest)
     rows, starts = torch.arange(len(goal.rows)), torch.zeros_like(goal.rows)
 
     def change(layer: int, record: Record, past: Past) -> None:
