@@ -174,6 +174,16 @@ class ResidualFeatures(Section):
     horizon: int = Field(ge=2)  # tokens from the write on, its own included
 
 
+class Recall(Section):
+    """The SAEs of the recall hosts (page 14)."""
+
+    sides: list[PositiveInt]  # of the hosts' states
+    contexts: PositiveInt  # held out, per load
+    pairs: PositiveInt  # in all training contexts together
+    seeds: list[int]
+    training: TrainingSettings  # but for k, n_atoms, centre and batch_windows, which the page sets
+
+
 class Population(Section):
     place: Place
     atoms: PositiveInt
@@ -324,6 +334,7 @@ class Profile(Section):
     all_writes: AllWrites
     attribution: Attribution
     residual_features: ResidualFeatures
+    recall: Recall
     population: Population
     atoms: Atoms
     recurrence: Recurrence

@@ -131,11 +131,15 @@ def test_a_deleted_and_a_rewritten_pair_are_those_of_a_step_loop(recall_host, co
     assert torch.equal(trials.place, 2 * asked + 1) and len(trials.place.unique()) > 1
     native = trials.native
     wanted = by_step_loop(recall_host, trials, torch.zeros_like(native.added))
-    assert_close(trials.logits(None), wanted, "logits without the write", 1e-6)
+    nothing = torch.zeros_like(native.added)
+    assert_close(trials.logits_of_value(nothing), wanted, "logits without the write", 1e-6)
+    zeros = torch.zeros_like(native.key)[:, None], nothing[:, None]
+    assert_close(trials.logits(zeros), wanted, "logits with zeros in its place", 1e-6)
     other = torch.randn_like(native.added)
     wanted = by_step_loop(recall_host, trials, other)
     put_in = native.key[:, None], other[:, None]
     assert_close(trials.logits(put_in), wanted, "logits with another write", 1e-6)
+    assert_close(trials.logits_of_value(other), wanted, "logits with another value side", 1e-6)
     unchanged = recall_host.logits(contexts.at_queries(trials.run.final))
     assert (wanted - unchanged).abs().max() > 1e-3
 
@@ -144,7 +148,8 @@ def test_outcomes_are_those_of_a_loop_over_queries(recall_host, contexts):
     trials = Trials(recall_host, contexts, seed=4)
     trials.right = torch.ones(5, QUERIES, dtype=torch.bool)  # as if the random host knew all answers
     trials.right[0] = torch.arange(QUERIES) == trials.query[0]  # no others in the first context
-    logits, outcome = trials.logits(None), trials.outcome("x", None)
+    logits = trials.logits_of_value(torch.zeros_like(trials.native.added))
+    outcome = trials.outcome("x", logits)
     for n in range(5):
         said = [bool(logits[n, j].argmax() == contexts.answers[n, j]) for j in range(QUERIES)]
         drawn = int(trials.query[n])

@@ -21,6 +21,7 @@ pairs of some contexts:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import pandas as pd
@@ -186,9 +187,8 @@ def associations(cell_sae: CellSAE, contexts: Contexts, task: Task, writes: tupl
 class Trials:
     """One drawn query per context, and what the host answers to all queries when the write of its pair changes.
 
-    query [N]: its number; place [N]: the position of its pair's write; run: the native run; right [N, queries]:
-    which queries are answered right; reads [N, T, d_k]: what the head's later outputs read of that write, with
-    all decays and erasures, so that a change X of the write changes the output at t by X^T reads_t.
+    query [N]: its number; place [N]: the position of its pair's write; native: the factors there; run: the native
+    run; right [N, queries]: which queries are answered right.
     """
 
     @torch_defaults()
@@ -199,26 +199,46 @@ class Trials:
         self.query = torch.randint(queries, (count,), generator=torch.Generator().manual_seed(seed))
         self.place = 2 * contexts.asked[self.rows, self.query] + 1
         self.run = host.run(contexts.tokens)
-        factors = host.factors(self.run, self.layer, self.head)
-        self.native = factors.at(self.rows, self.place)
-        unit = torch.eye(host.d_k, dtype=factors.key.dtype).expand(count, -1, -1)
-        edit, begin = make_edit(self.rows, self.place, unit, unit), torch.zeros_like(self.rows)
-        self.reads = transport(factors, edit, begin, contexts.tokens.shape[1])[0]
+        self.factors = host.factors(self.run, self.layer, self.head)
+        self.native = self.factors.at(self.rows, self.place)
         self.right = host.logits(contexts.at_queries(self.run.final)).argmax(-1) == contexts.answers
 
-    @torch_defaults()
-    def logits(self, new: Terms | None) -> Tensor:
-        """Return the logits [N, queries, V] with other matrices, or nothing, in the place of the native writes."""
-        change = -(self.reads @ self.native.key[..., None]) * self.native.added[:, None]
-        if new is not None:
-            change = change + (self.reads @ new[0].mT) @ new[1]
+    def _reads(self, left: Tensor) -> Tensor:
+        """Return what the head reads at every token of key sides [N, r, d_k] that enter at the places, [N, T, r]."""
+        unit = torch.eye(left.shape[1], dtype=left.dtype).expand(len(left), -1, -1)
+        edit = make_edit(self.rows, self.place, left, unit)
+        return transport(self.factors, edit, torch.zeros_like(self.rows), self.run.tokens.shape[1])[0]
+
+    @cached_property
+    def reads(self) -> Tensor:
+        """What the head reads of a write at the place, [N, T, d_k]: a change X of it changes the output by X^T reads.
+
+        It has all decays and erasures, and is the same for all changes."""
+        return self._reads(torch.eye(self.host.d_k, dtype=self.native.key.dtype).expand(len(self.rows), -1, -1))
+
+    @cached_property
+    def native_reads(self) -> Tensor:
+        """The same for the native key side alone, [N, T, 1]."""
+        return self._reads(self.native.key[:, None])
+
+    def _under(self, change: Tensor) -> Tensor:
         start = torch.zeros_like(self.rows)
         hidden, _ = self.host.branch(self.run, self.layer, self.head, self.rows, start, change)
         return self.host.logits(self.contexts.at_queries(hidden))
 
-    def outcome(self, name: str, new: Terms | None) -> dict[str, Tensor]:
+    @torch_defaults()
+    def logits(self, new: Terms) -> Tensor:
+        """Return the logits [N, queries, V] with other matrices in the place of the native writes."""
+        taken_out = self.native_reads * self.native.added[:, None]
+        return self._under((self.reads @ new[0].mT) @ new[1] - taken_out)
+
+    @torch_defaults()
+    def logits_of_value(self, value: Tensor) -> Tensor:
+        """Return the logits [N, queries, V] with other value sides [N, d_v] of the writes; zeros delete them."""
+        return self._under(self.native_reads * (value - self.native.added)[:, None])
+
+    def outcome(self, name: str, logits: Tensor) -> dict[str, Tensor]:
         """Return kept_NAME, others_NAME (as defined above; nan without others) and loss_NAME (nats), each [N]."""
-        logits = self.logits(new)
         still = (logits.argmax(-1) == self.contexts.answers) & self.right
         drawn = F.one_hot(self.query, self.right.shape[1]).bool()
         others = self.right & ~drawn
@@ -259,13 +279,12 @@ def replaced(trials: Trials, cell_sae: CellSAE, seed: int) -> pd.DataFrame:
         "matched": (key[atom][:, None], (norm[:, None] * value[atom])[:, None]),
         "reconstruction": active,
         "random": (key[other][:, None], (largest[:, None] * value[other])[:, None]),
-        "delete": None,
     }
     cosine = (key[atom] * native.key).sum(-1) * (value[atom] * native.added).sum(-1) / norm
     columns = dict(atom=atom, coefficient=largest, cosine=cosine)
     for name, new in put_in.items():
-        columns |= trials.outcome(name, new)
-    return trials.table(columns)
+        columns |= trials.outcome(name, trials.logits(new))
+    return trials.table(columns | trials.outcome("delete", trials.logits_of_value(torch.zeros_like(native.added))))
 
 
 @torch_defaults()
@@ -280,10 +299,11 @@ def rewritten(trials: Trials, task: Task, seed: int) -> pd.DataFrame:
     key, value = (x[trials.rows, asked] for x in contexts.shown)
     shift = torch.randint(1, task.values, value.shape, generator=generator)
     new = task.keys + (value - task.keys + shift) % task.values
-    put_in = trials.native.key[:, None], writes_of(trials.host, key, new)[1][:, None]
-    says = trials.logits(put_in).argmax(-1)[trials.rows, trials.query]
-    columns = dict(says_new=says == new) | trials.outcome("counterfactual", put_in)
-    return trials.table(columns | trials.outcome("delete", None))
+    written = writes_of(trials.host, key, new)[1]
+    logits = trials.logits_of_value(written)
+    columns = dict(says_new=logits.argmax(-1)[trials.rows, trials.query] == new)
+    columns |= trials.outcome("counterfactual", logits)
+    return trials.table(columns | trials.outcome("delete", trials.logits_of_value(torch.zeros_like(written))))
 
 
 @torch_defaults()
@@ -295,6 +315,5 @@ def recall_benchmark(
     Raises ValueError for a host with several cells and for an SAE that does not say what it was trained on.
     """
     trials, writes = Trials(host, contexts, seed), true_writes(host, task)
-    factors = host.factors(trials.run, trials.layer, trials.head)
-    cell_sae = encode_cell(host.cells[0], *trained_on(sae, None, None), sae, factors)
+    cell_sae = encode_cell(host.cells[0], *trained_on(sae, None, None), sae, trials.factors)
     return associations(cell_sae, contexts, task, writes), replaced(trials, cell_sae, seed)
