@@ -223,13 +223,25 @@ def test_a_term_that_nobody_has_read_predicts_nothing(gated_deltanet, windows):
         assert predicted(gated_deltanet, windows, edit, 5, 1, by).tolist() == [0.0]
 
 
-def test_the_example_of_the_readme_runs(monkeypatch):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    example = re.search(r"## Use it on your own model.*?```python\n(.*?)```", readme, re.S)[1]
+def run_example(path, heading):
+    """Run the first Python example below a heading of a document, with less training; return its names."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    example = re.search(rf"## {heading}.*?```python\n(.*?)```", text, re.S)[1]
     assert len(example.strip().splitlines()) <= 15
-    monkeypatch.chdir(ROOT)
     names = {}
-    exec(example.replace("tokens=50_000", "tokens=5_000").replace("sample(50)", "sample(5)"), names)
-    assert names["logits"].shape == (1, 2, 4096) and names["shift"].shape == (1,)
-    assert len(names["tests"]) in (8, 10) and {"kl_atom", "kl_delete", "kl_random"} <= {*names["tests"]}
+    exec(re.sub(r"sample\(\d+", "sample(5", example.replace("tokens=50_000", "tokens=5_000")), names)
     assert list(names["firings"]) == ["window", "passage", "position", "atom", "coefficient"]
+    assert len(names["tests"]) in (8, 10) and {"kl_atom", "kl_delete", "kl_random"} <= {*names["tests"]}
+    return names
+
+
+def test_the_example_of_the_readme_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    run_example("README.md", "Use it on your own model")
+    assert re.fullmatch(r"amplitude\ncoefficient +[\d.]+\nmatched_norm +[\d.]+\n", capsys.readouterr().out)
+
+
+def test_the_example_of_the_guide_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = run_example("docs/own-model.md", "Edit, predict, replace")
+    assert names["logits"].shape == (1, 2, 4096) and names["shift"].shape == (1,)

@@ -1,0 +1,348 @@
+"""Write the numbers of the README and of docs/ from the results, and draw the README's teaser.
+
+A number or a table lies between `<!--=NAME-->` and `<!--/-->`, which Markdown does not show. NAME is a function of
+this module with the decorator `block`, and what it returns replaces what lies between."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+
+from replication import findings
+from replication.commands import order
+from replication.findings import HOSTS, MAIN, WIN, Results, estimate, listed, percent, r2, win_rate
+from replication.plots import HOST
+from replication.scorecard.claims import papers_value
+from replication.scorecard.verdicts import VERDICTS
+from replication.study.paths import ROOT
+
+MARKED = re.compile(r"(<!--=(\w+)-->)(.*?)(<!--/-->)", re.DOTALL)
+BLOCKS: dict[str, Callable[[Results, Results], str]] = {}  # name: function of the results and the benchmarks
+
+
+def block(function: Callable) -> Callable:
+    BLOCKS[function.__name__] = function
+    return function
+
+
+def table(header: str, rows: list[list[str]]) -> str:
+    """Return a Markdown table, between empty lines. header: "a | b"."""
+    dashes = " | ".join("---" for _ in header.split("|"))
+    lines = [f"| {line} |" for line in (header, dashes, *(" | ".join(row) for row in rows))]
+    return "\n\n" + "\n".join(lines) + "\n\n"
+
+
+def page(name: str) -> str:
+    return f"[{name[:2]}](notebooks/{name}.ipynb)"
+
+
+def page_title(name: str) -> str:
+    """Return "05 · Can an atom stand for a write?", the first heading of a notebook."""
+    first = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells[0].source
+    return first.splitlines()[0].removeprefix("# ")
+
+
+def verdict(results: Results, claim: str) -> str:
+    return results.row("scorecard", id=claim, host=MAIN).status
+
+
+# The README
+
+
+@block
+def glance(results, bench) -> str:
+    """Question, the paper's number, ours, verdict and page."""
+    centred, state = (percent(win_rate(results, "state", centre), *WIN) for centre in ("mean", "none"))
+    trend = results.row("every_cell_trend", host=MAIN, target="state", amplitude="coefficient")
+    rho = estimate(trend, *(f"rho_half_life_median{end}" for end in ("", "_low", "_high")), 2, scale=1)
+    again = estimate(results.row("scorecard", id="A5", host=MAIN), "value", "ci_low", "ci_high", 1)
+    again = again.replace(" ", "% ", 1)
+    closed = listed(f"{r2(results, 'through_layer', 1.0, host):.3f}" for host in HOSTS)
+    said = results.row("install_summary", host=MAIN, direction="paper", target_class="all", magnitude=3.0)
+    fitted = results.row("scorecard", id="C1", host=MAIN).value
+    rows = [
+        ["Can an atom of an SAE of *states* stand for a write?", f"beats deletion at {papers_value('R1'):.0%}"]
+        + [f"{centred}; {state} if no mean is subtracted", verdict(results, "R1"), page("05_replacement")],
+        ["... of an SAE of *writes*?", "–", f"{percent(win_rate(results, 'write'), *WIN)} (no mean)"]
+        + ["new", page("05_replacement")],
+        ["Where do atoms of states fail?", "–", f"where memory is long: rank correlation {rho}"]
+        + ["new", page("11_every_cell")],
+        ["Does the formula, with a fitted scalar, predict a logit?", f"R² {papers_value('C1'):.2f}"]
+        + [f"R² {fitted:.2f}", verdict(results, "C1"), page("04_logit_shift")],
+        ["Does one without a fit?", "–", f"R² {closed} on three models", "new", page("04_logit_shift")],
+        ["Do three writes make the model say a word?", f"8% → {papers_value('I4'):.0%}"]
+        + [f"{said.included_native:.1%} → {said.included_edited:.1%}", verdict(results, "I4"), page("10_install")],
+        ["Do atoms come back in another seed?", "under 1%", again, verdict(results, "A5"), page("03_atoms")],
+    ]
+    return table("Question | Paper | Here | Verdict | Page", rows)
+
+
+@block
+def contents(results, bench) -> str:
+    """The pages: number and first part of the title."""
+    lines = []
+    for name in sorted(order.notebooks()):
+        number, _, title = page_title(name).partition(" · ")
+        lines.append(f"[{number}](notebooks/{name}.ipynb) {re.split('[?:,;]', title)[0].strip()}")
+    return " ·\n".join(lines)
+
+
+@block
+def verdicts(results, bench) -> str:
+    kept = results.rows("scorecard", counts=True)
+    return listed(f"{(kept.status == name).sum()} {name}" for name in VERDICTS)
+
+
+@block
+def asked(results, bench) -> str:
+    table = results.rows("scorecard")
+    return f"{table[table.value.notna()].id.nunique()} of the paper's {table.id.nunique()} numbers"
+
+
+@block
+def turned(results, bench) -> str:
+    flags = results.rows("repeats_verdicts").turned
+    return f"{flags.sum()} of the {len(flags)}"
+
+
+@block
+def differ(results, bench) -> str:
+    row = results.row("verdict_repeats", compared="whole runs with other seeds", kind="observed")
+    return estimate(row, "differ", "differ_low", "differ_high").replace(" ", "% ", 1)
+
+
+@block
+def papers_protocol(results, bench) -> str:
+    row = results.rows("causes").iloc[0]
+    return f"{percent(row, 'value', 'low', 'high')} of {row.n:,.0f} firings"
+
+
+@block
+def deletion(results, bench) -> str:
+    """What deleting a write does on each host."""
+    cells = dict(zip(HOSTS, ("pooled", "middle", "middle"), strict=True))
+    rows = [win_rate(results, "state", host=host, cells=cells[host]) for host in HOSTS]
+    return listed(f"{1000 * row.kl_delete_median:.2g}" for row in rows)
+
+
+@block
+def memory(results, bench) -> str:
+    row = win_rate(results, "state", cells="regime")
+    return percent(row, *WIN)
+
+
+# docs/
+
+
+@block
+def headline(results, bench) -> str:
+    """Each training's win rate, in every cell that is tested, with floor."""
+    rows = []
+    for name, (host, cells) in findings.CELLS.items():
+        where = dict(host=host, cells=cells)
+        first = win_rate(results, "write", **where)
+        shown = [
+            estimate(win_rate(results, target, centre, **where), *WIN)
+            for centre in ("none", "mean")
+            for target in ("state", "write")
+        ]
+        floor = win_rate(results, "write", condition="random", **where).win_rate
+        rows.append([f"{name} (n = {first.n:,}, seeds: {first.seeds})", *shown, f"{100 * floor:.0f}"])
+    header = "beats deletion, % of places | states, no mean | writes, no mean | states, mean subtracted"
+    return table(f"{header} | writes, mean subtracted | random atom (floor)", rows)
+
+
+@block
+def causes(results, bench) -> str:
+    """From the paper's number to ours, one difference at a time."""
+    rows = [["the paper, on its host", f"{100 * papers_value('R1'):.1f}"]]
+    for row in results.rows("causes").to_dict("records"):
+        text = estimate(row, "value", "low", "high", 1)
+        if row["quantity"] == "difference":
+            text = f"{'' if row['value'] < 0 else '+'}{text} points".replace(" ", " points ", 1).removesuffix(" points")
+        rows.append([row["cause"], text])
+    return table("what is measured | atom beats deletion, % of firings or places", rows)
+
+
+@block
+def all_findings(results, bench) -> str:
+    """The sentence of every page."""
+    lines = [f"**{page(name)}** {said(results)}" for name, said in sorted(findings.FINDINGS.items())]
+    return "\n\n" + "\n\n".join(lines) + "\n\n"
+
+
+@block
+def verdict_counts(results, bench) -> str:
+    kept = results.rows("scorecard", counts=True)
+    steady = results.rows("repeats_verdicts", turned=False)
+    rows = []
+    for host in HOSTS:
+        counts = [[int(((x.host == host) & (x.status == name)).sum()) for x in (kept, steady)] for name in VERDICTS]
+        rows.append([HOST[host], *(f"{count} ({same})" for count, same in counts)])
+    return table(f"| {' | '.join(VERDICTS)}".removeprefix("| ").join(["host | ", ""]), rows)
+
+
+@block
+def symbols(results, bench) -> str:
+    """The paper's symbols beside the names in the code."""
+    rows = pd.read_csv(ROOT / "paper" / "symbols.csv").itertuples()
+    return table(
+        "paper | meaning | name in the code | where",
+        [[f"`{x.symbol}`", x.meaning, f"`{x.code}`", f"`{x.where}`"] for x in rows],
+    )
+
+
+@block
+def all_claims(results, bench) -> str:
+    """Every claim, in words, with the paper's number, ours and the verdict on each host, group by group."""
+    titles = dict(headline="Headline", supporting="Supporting", bookkeeping="Facts about the dictionary and the text")
+    titles |= dict(cannot_fail="Not judged, because nothing could contradict them")
+    parts = []
+    for group, title in titles.items():
+        claims = results.rows("scorecard", group=group).groupby("id", sort=False)
+        parts.append(
+            f"### {title}"
+            + table(
+                "claim | | paper | " + " | ".join(map(HOST.get, HOSTS)) + " | page",
+                [claim_row(name, rows) for name, rows in claims],
+            ).rstrip()
+        )
+    return "\n\n" + "\n\n".join(parts) + "\n\n"
+
+
+def claim_row(name: str, rows: pd.DataFrame) -> list[str]:
+    """Return the cells of one claim. rows: its rows of scorecard.csv."""
+    first, asked = rows.iloc[0], rows[rows.value.notna()].set_index("host")
+    cells = []
+    for host in HOSTS:
+        if host not in asked.index:
+            cells.append("")
+            continue
+        row = asked.loc[host]
+        numbers = f"{row.value:.3g} [{row.ci_low:.3g}, {row.ci_high:.3g}]"
+        cells.append(
+            f"{numbers} "
+            + (f"as {row.same_as}" if isinstance(row.same_as, str) else row.status).replace("not asked", "")
+        )
+    paper = "" if pd.isna(first.paper_value) else f"{first.paper_value:g}"
+    where = page(first.notebook) if isinstance(first.notebook, str) else "not run here"
+    return [name, first.claim, paper, *cells, where]
+
+
+@block
+def holm(results, bench) -> str:
+    kept = results.rows("scorecard", counts=True)
+    settled = kept[kept.status != "unsettled"]
+    return f"{len(settled)} are settled, {(settled.holm <= 0.05).sum()} after Holm's adjustment within their host"
+
+
+@block
+def closed_form(results, bench) -> str:
+    """Median R2 of each predictor at each size."""
+    names = dict(paper="the paper's formula", paper_fitted="the same, fitted", exact="first order")
+    names |= dict(through_layer="through the edited layer", through_norm="through layer and final norm")
+    sizes = (0.1, 0.3, 1.0, 3.0, 10.0)
+    rows = [
+        [HOST[host], name, *(f"{r2(results, key, eps, host):.3g}" for eps in sizes)]
+        for host in HOSTS
+        for key, name in names.items()
+    ]
+    return table(f"host | predictor | {' | '.join(f'{eps:g}' for eps in sizes)}", rows)
+
+
+@block
+def costs(results, bench) -> str:
+    """How many times as fast as the plain way, with the lowest and the highest round."""
+
+    def times(rows: pd.DataFrame) -> str:
+        def short(x: float) -> str:
+            return f"{x:.0f}" if x >= 10 else f"{x:.2g}"
+
+        return "; ".join(f"{short(x.ratio)} [{short(x.low)}, {short(x.high)}]" for x in rows.itertuples())
+
+    def step(name: str) -> pd.DataFrame:
+        return bench.rows("training_step", case=name)
+
+    def replaced(depth: str, conditions: int) -> pd.DataFrame:
+        return bench.rows("replacement", case="plain", depth=depth, conditions=conditions)
+
+    recipe = "the paper's recipe on states in memory"
+    rows = [[f"training step, states of {n} x {n}", recipe, times(step(f"plain {n}"))] for n in (64, 128, 256)]
+    rows += [["the same, 128 x 128", "the recipe on all 1,024 states at once", times(step("whole 128"))]]
+    rows += [
+        [f"harvest of all heads of a layer, {HOST[host]}", "the library's forward pass"]
+        + [times(bench.rows("harvest_speed", case="forward", host=host))]
+        for host in HOSTS
+    ]
+    one_by_one = "the paper's protocol, firing by firing"
+    rows += [
+        [f"replacement, {conditions} conditions, {depth} layer", one_by_one, times(replaced(depth, conditions))]
+        for depth, conditions in (("early", 3), ("late", 3), ("late", 16))
+    ]
+    ways = {"one by one": "one forward pass per atom", "batched": "forward passes in batches"}
+    rows += [
+        ["closed form of 256 atoms from one backward pass", way, times(bench.rows("closed_form", case=case))]
+        for case, way in ways.items()
+    ]
+    return table("what | against | times as fast", rows)
+
+
+@block
+def plan(results, bench) -> str:
+    """What five million tokens of 16 heads in 3 layers of Qwen3.5-0.8B cost."""
+    names = dict(factored="factors (this repository)", plain="states (the paper's recipe)")
+    rows = [
+        [names[x.way], f"{x.machine}, from its {x.by}" if x.by != "measured" else f"{x.machine}, two cores"]
+        + [
+            f"{x.disk_gb_a_layer:,.0f} GB",
+            f"{x.harvest_hours:.2g}",
+            f"{x.training_hours:.3g}",
+            f"{x.memory_gib:.1f} GiB",
+        ]
+        for x in bench.rows("plan").itertuples()
+    ]
+    return table(
+        "kept | machine | disk, one layer at a time | harvest, hours | training, hours | memory of a step", rows
+    )
+
+
+def fill(text: str, results: Results, bench: Results, root: str = "") -> str:
+    """Return `text` with all marked places filled from the results.
+
+    root: the path from the document's folder to the repository's, for links. Raises ValueError for an unknown
+    name."""
+
+    def filled(match: re.Match) -> str:
+        begin, name, _, end = match.groups()
+        if name not in BLOCKS:
+            raise ValueError(f"There is no number {name!r}: choose one of {', '.join(sorted(BLOCKS))}.")
+        return begin + BLOCKS[name](results, bench).replace("](notebooks/", f"]({root}notebooks/") + end
+
+    return MARKED.sub(filled, text)
+
+
+def documents() -> dict[Path, str]:
+    """Return the documents with marked places, and the path from the folder of each to the repository's."""
+    return {ROOT / "README.md": ""} | dict.fromkeys(sorted((ROOT / "docs").glob("*.md")), "../")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=ROOT / "results" / "mini", help="default: results/mini")
+
+
+def main(options: argparse.Namespace) -> int:
+    from replication.commands.teaser import draw
+
+    results, bench = Results(options.results), Results(ROOT / "results" / "bench")
+    for path, root in documents().items():
+        before = path.read_text(encoding="utf-8")
+        if (after := fill(before, results, bench, root)) != before:
+            path.write_text(after, encoding="utf-8")
+            print(f"{path.relative_to(ROOT)} has new numbers")
+    draw(results, ROOT / "docs" / "images")
+    return 0

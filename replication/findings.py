@@ -1,0 +1,310 @@
+"""What each page found, in sentences built from its tables, and the numbers of the README and of docs/.
+
+A notebook opens with its sentence (`show`), docs/results.md has all of them, and `python -m replication readme`
+writes the same numbers into the README, so that one number is computed in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from replication.scorecard.claims import papers_value
+from replication.scorecard.verdicts import VERDICTS
+
+HOSTS = ("gated_deltanet", "mamba2", "rwkv7")
+MAIN = HOSTS[0]
+CELLS = {"three cells": (MAIN, "pooled"), "early": (MAIN, "early"), "middle": (MAIN, "middle"), "late": (MAIN, "late")}
+CELLS |= {"nearest to the paper's spectrum": (MAIN, "regime"), "matters most for the loss": (MAIN, "weighty")}
+CELLS |= {"Mamba-2, middle": ("mamba2", "middle"), "RWKV-7, middle": ("rwkv7", "middle")}
+
+
+class Results:
+    """The tables of one folder, e.g. results/mini, each read once."""
+
+    def __init__(self, folder: Path):
+        self.folder, self._read = Path(folder), cache(pd.read_csv)
+
+    def rows(self, name: str, **values) -> pd.DataFrame:
+        """Return the rows of the table NAME.csv that have these values."""
+        table = self._read(self.folder / f"{name}.csv")
+        for column, value in values.items():
+            table = table[table[column] == value]
+        return table
+
+    def row(self, name: str, **values) -> pd.Series:
+        """Return the only row with these values. Raises ValueError if there is none or more than one."""
+        rows = self.rows(name, **values)
+        if len(rows) != 1:
+            raise ValueError(f"{name}.csv has {len(rows)} rows with {values}, and one is wanted.")
+        return rows.iloc[0]
+
+
+def estimate(row: pd.Series, value: str, low: str, high: str, digits: int = 0, scale: float = 100) -> str:
+    """Return "VALUE [LOW, HIGH]", by default of a share in percent."""
+    centre, *ends = (f"{round(scale * row[name], digits) + 0.0:.{digits}f}" for name in (value, low, high))
+    return f"{centre} [{', '.join(ends)}]"
+
+
+def percent(row: pd.Series, value: str, low: str, high: str) -> str:
+    return estimate(row, value, low, high).replace(" ", "% ", 1)
+
+
+def listed(parts) -> str:
+    """Return "a, b and c"."""
+    *first, last = parts
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+WIN = ("win_rate", "win_rate_low", "win_rate_high")
+ALL_CHOICES = dict(amplitude="coefficient", draw="positions", condition="atom")
+
+
+def win_rate(results: Results, target: str, centre: str = "none", **values) -> pd.Series:
+    """Return the row of headline.csv of one training, by default pooled over the main host's three cells."""
+    where = dict(host=MAIN, cells="pooled") | ALL_CHOICES | values
+    return results.row("headline", target=target, centre=centre, **where)
+
+
+def r2(results: Results, predictor: str, eps: float, host: str = MAIN) -> float:
+    return results.row("logit_shift_summary", host=host, predictor=predictor, eps=eps).r2_median
+
+
+# One sentence or two per page, in the order of the notebooks
+
+
+def hosts(results: Results) -> str:
+    losses = [results.row("hosts", host=host).heldout_loss for host in HOSTS]
+    memory = [results.rows("all_cells", host=host).half_life_median.median() for host in HOSTS]
+    return (
+        f"The three models read held-out text at {listed(f'{x:.2f}' for x in losses)} nats per token, and their heads "
+        f"keep a write for a median of {listed(f'{x:.0f}' for x in memory)} tokens until half of it has decayed."
+    )
+
+
+def harvest(results: Results) -> str:
+    row = results.rows("harvest", host=MAIN).iloc[0]
+    times = row.numbers_per_state / row.numbers_per_token
+    return (
+        f"The states of a head are kept exactly with {row.numbers_per_token} numbers per token instead of "
+        f"{row.numbers_per_state:,}: {times:.0f} times fewer."
+    )
+
+
+def train_saes(results: Results) -> str:
+    main = results.rows("saes", host=MAIN, role="main")
+    ends = {target: 100 * part.fvu.agg(["min", "max"]) for target, part in main.groupby("target")}
+    shares = [f"{ends[x]['min']:.0f} to {ends[x]['max']:.0f}%" for x in ("state", "write")]
+    return (
+        f"SAEs leave {shares[0]} of the variance of states unexplained, and {shares[1]} of the variance of writes, in "
+        "the cells of the main host."
+    )
+
+
+def atoms(results: Results) -> str:
+    row = results.row("atom_partition", host=MAIN, place="middle", target="state", role="main", k=16, seed=42)
+    again = results.row("atom_match_shares", host=MAIN, target="state", **{"class": "all"})
+    share = estimate(again, "share", "ci_low", "ci_high", 1).replace(" ", "% ", 1)
+    return (
+        f"Of {row.alive} state-trained atoms that fire in the middle cell, {row.registers} are registers, at a median "
+        f"cosine of {row.register_cosine:.2f} to the write, and the others are at {row.bundle_cosine:.2f}; {share} of "
+        "the atoms come back in another seed (the paper: under 1%)."
+    )
+
+
+def logit_shift(results: Results) -> str:
+    layer, first, paper, fitted = (r2(results, x, 1.0) for x in ("through_layer", "exact", "paper", "paper_fitted"))
+    return (
+        f"With nothing fitted, the closed form through the edited layer has a median R2 of {layer:.3f} at the size of "
+        f"a native write, and the first-order form {first:.2f}; the paper's formula has {paper:.2f}, and {fitted:.2f} "
+        "with its fitted scalar."
+    )
+
+
+def replacement(results: Results) -> str:
+    write, state = (win_rate(results, target) for target in ("write", "state"))
+    low, high = (win_rate(results, "write", condition=x).win_rate for x in ("random", "native_rescaled"))
+    return (
+        f"An atom of an SAE trained on writes beats deletion at {percent(write, *WIN)} of {write.n:,} places, and one "
+        f"of an SAE trained on states at {percent(state, *WIN)}; a random atom does at {low:.0%}, and the write itself "
+        f"at the atom's norm at {high:.0%}."
+    )
+
+
+def objects(results: Results) -> str:
+    rows = [
+        results.row("objects_summary", host=host, target="state", centre="none", object="state", cells=cells)
+        for host, cells in zip(HOSTS, ("pooled", "middle", "middle"), strict=True)
+    ]
+    shares = listed(f"{row.win_rate:.0%}" for row in rows)
+    rhos = listed(f"{row.rho:.2f}" for row in rows)
+    return (
+        f"If the atom replaces the whole state instead of the write, it beats deletion at {shares} of the places of "
+        f"the three hosts, and this hardly depends on its cosine to the write (rank correlations {rhos}), as in the "
+        "paper's Table 13."
+    )
+
+
+def all_writes(results: Results) -> str:
+    table = results.rows("all_writes", host=MAIN, role="pooled", layer=4).set_index(["condition", "target", "centre"])
+    nothing = results.rows("all_writes", host=MAIN, layer=4, condition="none").iloc[0].change
+
+    def cost(condition, target):
+        return 1000 * table.change.xs((condition, target, "none"))
+
+    return (
+        f"Without any write, the middle cell costs {1000 * nothing:.0f} millinats per token. With every write replaced "
+        f"by the write-trained SAE's top atom it costs {cost('atom', 'write'):.0f}, and with every state read through "
+        f"the state-trained SAE {cost('read', 'state'):.0f}."
+    )
+
+
+def baselines(results: Results) -> str:
+    where = dict(host=MAIN, cells="pooled", amplitude="projection")
+    atom = results.row("baselines_summary", **where, method="best_atom", target="write", centre="none")
+    names = dict(nearest_write="the nearest of as many raw writes", kmeans="the nearest of as many k-means centres")
+    parts = []
+    for method, words in names.items():
+        row = results.row("baselines_summary", **where, method=method, size=512)
+        parts.append(f"{words} {percent(row, 'recovered', 'recovered_low', 'recovered_high')}")
+    return (
+        "At its best amplitude, the nearest atom of the write-trained SAE recovers "
+        f"{percent(atom, 'recovered', 'recovered_low', 'recovered_high')} of the KL of deletion, {listed(parts)}."
+    )
+
+
+def population(results: Results) -> str:
+    where = dict(host=MAIN, amplitude="coefficient", **{"class": "all"})
+    state, write = (results.row("population_summary", target=x, **where) for x in ("state", "write"))
+    columns = ("mean_win_rate", "ci_low", "ci_high")
+    return (
+        f"Averaged over {state.n_atoms} atoms of the middle cell (equally per atom, mean subtracted), the state-trained "
+        f"atom beats deletion at {percent(state, *columns)} of its firings and the write-trained one at "
+        f"{percent(write, *columns)} (the paper: {papers_value('P1'):.0%})."
+    )
+
+
+def other_hosts(results: Results) -> str:
+    def rates(target):
+        rows = (win_rate(results, target, host=host, cells="middle") for host in HOSTS[1:])
+        return listed(percent(row, *WIN) for row in rows)
+
+    r2s = listed(f"{r2(results, 'through_layer', 1.0, host):.3f}" for host in HOSTS[1:])
+    return (
+        f"On Mamba-2 and RWKV-7 the write-trained atom beats deletion at {rates('write')} of places and the "
+        f"state-trained one at {rates('state')}; the closed form holds there too (R2 {r2s} at a native write's size)."
+    )
+
+
+def cache_edits(results: Results) -> str:
+    kept = results.row("newlines_summary", host=MAIN, mode="kept", role="boundary", dose=5)
+    rose = results.row("single_write_summary", host=MAIN, direction="paper", predictor="paper")
+    change = f"{kept.change:+.0f} [{kept.change_low:+.0f}, {kept.change_high:+.0f}]"
+    return (
+        f"Amplifying the ten atoms of line ends five times in a layer changes newlines by {change} per 400 tokens; one "
+        f"write along the paper's direction raises its target's logit in {rose.rose:.0%} of the trials (the paper: "
+        f"{papers_value('I1'):.0%})."
+    )
+
+
+def install(results: Results) -> str:
+    where = dict(host=MAIN, target_class="all", magnitude=3.0)
+    gamma, paper = (results.row("install_summary", direction=x, **where) for x in ("gamma", "paper"))
+    return (
+        f"Three writes at three times the native norm change the share of targets among the new tokens from "
+        f"{gamma.included_native:.1%} to {paper.included_edited:.1%} along the paper's direction and to "
+        f"{gamma.included_edited:.1%} along the best direction of one cell."
+    )
+
+
+def ablations(results: Results) -> str:
+    where = dict(host=MAIN, place="middle", quantity="fvu_ratio", target="state")
+    flat, rank2 = (results.row("ablation_contrasts", variant=x, **where) for x in ("dense+flat", "bilinear+rank2"))
+    rules = results.rows("ablation_contrasts", **where)
+    apart = (rules[rules.variant.str.count(r"\+") == 2].value - 1).abs().max()
+    return (
+        f"On states of the middle cell, a flat SAE has {flat.value:.2f} and rank 2 has {rank2.value:.2f} of the rank-1 SAE's "
+        f"error, and other sparsity rules are within {apart:.1%} of TopK."
+    )
+
+
+def every_cell(results: Results) -> str:
+    rows = [results.row("every_cell", host=host, amplitude="coefficient") for host in HOSTS]
+    trend = [results.row("every_cell_trend", host=host, target="state", amplitude="coefficient") for host in HOSTS]
+    ahead = listed(f"{row.write_ahead:.0f} of {row.n_cells:.0f}" for row in rows)
+    rhos = listed(f"{row.rho_half_life_median:.2f}" for row in trend)
+    return (
+        f"The write-trained atom is ahead in {ahead} cells of the three hosts, and the state-trained atom does worse "
+        f"the longer a cell remembers (rank correlation with the half-life {rhos})."
+    )
+
+
+def multiverse(results: Results) -> str:
+    tables = [results.rows("multiverse", control="delete", host=host) for host in HOSTS]
+    ahead = listed(f"{(table.boot_low > 0.5).mean():.0%}" for table in tables)
+    behind = listed(f"{(table.boot_high < 0.5).mean():.0%}" for table in tables)
+    target = listed(f"{results.rows('multiverse_effects', host=h, choice='target').share.iloc[0]:.0%}" for h in HOSTS)
+    return (
+        f"Over the {len(results.rows('multiverse')):,} combinations of choices that the paper leaves open, the atom is "
+        f"ahead of deletion in {ahead} of those of the three hosts and behind in {behind}; the target of the SAE "
+        f"explains {target} of the variance between all of them."
+    )
+
+
+def scorecard(results: Results) -> str:
+    kept = results.rows("scorecard", counts=True)
+    verdicts = listed(f"{(kept.status == name).sum()} {name}" for name in VERDICTS)
+    turned = results.rows("repeats_verdicts").turned
+    return (
+        f"{len(kept)} verdicts count, over three hosts: {verdicts}. {turned.sum()} of {len(turned)} change in at "
+        "least one of three repeated runs."
+    )
+
+
+def attribution(results: Results) -> str:
+    error = results.rows("attribution_summary").error
+    decay = listed(f"{results.row('attribution_trend', host=host).decay_error:.2f}" for host in (MAIN, "rwkv7"))
+    erased = results.row("attribution_fates", host=MAIN).all_erased
+    return (
+        "The exact attention map of a recurrent head gives the head's output with an error below "
+        f"{np.ceil(1e6 * error.max()):.0f} millionths in all {len(error)} cells, where a map from decays alone is wrong "
+        f"by {decay} of the size of the read on the Gated DeltaNet and RWKV-7; "
+        f"erasures take {erased:.0%} of what the decay leaves of a write."
+    )
+
+
+def own_model(results: Results) -> str:
+    table = results.rows("own_model").set_index("question")
+    atom, random = table.loc["atom beats deletion"], table.loc["random beats deletion"]
+    return (
+        f"On one cell and {atom.n:.0f} firings, the atom beats deletion at "
+        f"{percent(atom, 'value', 'ci_low', 'ci_high')} and a random atom at "
+        f"{percent(random, 'value', 'ci_low', 'ci_high')} of the firings, at the norm of the native write."
+    )
+
+
+FINDINGS: dict[str, Callable[[Results], str]] = {  # notebook: its sentence
+    "00_hosts": hosts,
+    "01_harvest": harvest,
+    "02_train_saes": train_saes,
+    "03_atoms": atoms,
+    "04_logit_shift": logit_shift,
+    "05_replacement": replacement,
+    "05_objects": objects,
+    "05_all_writes": all_writes,
+    "06_baselines": baselines,
+    "07_population": population,
+    "08_other_hosts": other_hosts,
+    "09_cache_edits": cache_edits,
+    "10_install": install,
+    "11_ablations": ablations,
+    "11_every_cell": every_cell,
+    "11_multiverse": multiverse,
+    "12_scorecard": scorecard,
+    "13_attribution": attribution,
+    "90_your_own_model": own_model,
+}
