@@ -18,6 +18,7 @@ COMMANDS = {  # name: what it does
     "browser": "write the atom browser, figures/PROFILE/atoms.html",
     "audit": "test a published SAE as page 05 does, beside the author's own numbers",
     "readme": "write the numbers of README.md and docs/ from results/mini, and draw the README's picture",
+    "site": "build the site into build/site",
     "train-host": "train embedded hosts from their recipes",
     "train-recall": "train the recall hosts from models/recall/recipe.yaml",
     "disk": "check that the disks have room for what a profile has still to download and to write",
