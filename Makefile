@@ -55,7 +55,7 @@ STAMPS := build/$(PROFILE)/stamps
 SOURCES := $(shell find writesae replication -name '[!.]*.py' ! -path '* *')
 RECIPES := $(filter models/%/recipe.yaml,$(wildcard models/*/recipe.yaml))
 
-.PHONY: help env all pages figures dryrun test test-unit test-notebooks test-reference verify lint bench hosts browser readme sweep audit repeats lab clean always $(NAMES)
+.PHONY: help env all pages figures dryrun test test-unit test-notebooks test-reference verify lint bench hosts browser readme site sweep audit repeats lab clean always $(NAMES)
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-16s%s\n", $$1, $$2}' Makefile
@@ -129,6 +129,9 @@ hosts: $(ENV)  ## retrain the embedded hosts from their recipes (hours; resumabl
 browser: $(ENV)  ## write figures/PROFILE/atoms.html, a page with every atom, from the results
 	$(PY) -m replication browser --profile $(PROFILE)
 
+site: $(ENV)  ## build the site into build/site (first: .venv/bin/pip install -c requirements.lock -e '.[site]')
+	NO_MKDOCS_2_WARNING=1 $(PY) -m replication site
+
 readme: $(ENV)  ## write the numbers of README.md and docs/ from results/mini
 	$(PY) -m replication readme
 
@@ -158,7 +161,7 @@ clean:  ## remove build/ (intermediate files and stamps); results and figures st
 	rm -rf build
 
 # All goals except these need the dependencies between notebooks.
-ifneq ($(filter-out help env dryrun test test-% verify lint bench hosts browser readme sweep audit repeats lab clean,$(or $(MAKECMDGOALS),help)),)
+ifneq ($(filter-out help env dryrun test test-% verify lint bench hosts browser readme site sweep audit repeats lab clean,$(or $(MAKECMDGOALS),help)),)
 ifeq ($(wildcard profiles/$(PROFILE).yaml),)
 $(error There is no profile '$(PROFILE)': choose one of $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 endif

@@ -71,7 +71,7 @@ def with_links(text: str, folder: Path) -> str:
         path = (ROOT / folder / name).resolve()
         if not path.is_relative_to(ROOT) or not (image or on_site(path.relative_to(ROOT))):
             return label
-        target = re.sub(r"\.ipynb$", ".md", name) + (f"#{anchor}" if anchor else "")
+        target = re.sub(r"\.ipynb$", ".md", name).replace("README.md", "index.md") + (f"#{anchor}" if anchor else "")
         return f"{image}[{label}]({target})"
 
     text = re.sub(r"^(\[!\[.*\n)+", "", text, flags=re.MULTILINE)  # the README's badges

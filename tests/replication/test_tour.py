@@ -8,8 +8,8 @@ from replication.commands import order
 from replication.study.paths import ROOT
 
 TOUR = ROOT / "notebooks" / "tour.ipynb"
-SMALLER = {"[slice(80)]": "[slice(8)]", "documents >= 8": "documents >= 1", ".sample(200": ".sample(4", "[slice(32)]": "[slice(2)]"}
-SMALLER |= {"[0.0, 0.25, 0.5, 1.0, 2.0]": "[0.0, 0.5]"}
+SMALLER = {"[slice(80)]": "[slice(8)]", "[slice(32)]": "[slice(2)]", "documents >= 8": "documents >= 1"}
+SMALLER |= {".sample(200": ".sample(4", "[0.0, 0.25, 0.5, 1.0, 2.0]": "[0.0, 0.5]"}
 
 
 def test_the_tour_runs(monkeypatch):
@@ -36,7 +36,10 @@ def test_the_tour_has_pictures_and_is_no_page():
 
 
 def test_binder_installs_what_the_locked_environment_has():
-    names = [yaml.safe_load((ROOT / path).read_text(encoding="utf-8")) for path in ("environment.yml", ".binder/environment.yml")]
+    names = [
+        yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+        for path in ("environment.yml", ".binder/environment.yml")
+    ]
     python = [next(x for x in name["dependencies"] if str(x).startswith("python=")) for name in names]
     assert python == ["python=3.11"] * 2
     pip = names[1]["dependencies"][-1]["pip"]
