@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,7 +13,8 @@ import pandas as pd
 import seaborn as sns
 from IPython import get_ipython
 
-from replication.study.paths import dry_run
+from replication.study.paths import ROOT, dry_run
+from replication.study.stages import git_commit
 from writesae.files import write_atomically
 
 COLOURS = sns.color_palette("colorblind").as_hex()
@@ -79,11 +81,32 @@ def mark_dry_run(figure: plt.Figure) -> None:
         figure.text(0.5, 0.5, DRY_RUN, fontsize=size, gid=DRY_RUN, in_layout=False, zorder=1000, **options)
 
 
+@cache
+def _makers() -> dict[str, tuple[str, list[str]]]:
+    """Return for each figure the page that makes it and the page's tables, from the notebooks' metadata."""
+    makers = {}
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+        files = json.loads(path.read_text(encoding="utf-8"))["metadata"].get("writesae", {}).get("makes", [])
+        tables = [Path(file).name for file in files if file.endswith(".csv")]
+        makers |= {Path(file).stem: (path.stem, tables) for file in files if file.endswith(".png")}
+    return makers
+
+
+def origin(name: str, profile: str) -> str:
+    """Return where a figure comes from, in a line for its metadata: page, tables, profile and commit."""
+    page, tables = _makers().get(name, ("none", []))
+    return f"page {page}; tables {', '.join(tables) or 'none'}; profile {profile}; commit {git_commit()}"
+
+
 def save(figure: plt.Figure, name: str, folder: Path) -> None:
-    """Write NAME.pdf and NAME.png, the same for the same figure; those of a dry run are marked."""
+    """Write NAME.pdf and NAME.png, the same for the same figure; those of a dry run are marked.
+
+    Their metadata (Subject, Source) say where they come from. folder: its name is the profile's."""
     if dry_run():
         mark_dry_run(figure)
-    for kind, metadata in (("pdf", {"CreationDate": None, "ModDate": None}), ("png", {"Software": None})):
+    source = origin(name, Path(folder).name)
+    undated = {"CreationDate": None, "ModDate": None, "Subject": source}
+    for kind, metadata in (("pdf", undated), ("png", {"Software": None, "Source": source})):
         draw = partial(figure.savefig, format=kind, metadata=metadata)
         write_atomically(Path(folder) / f"{name}.{kind}", draw)
 

@@ -8,6 +8,7 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from replication import plots
 from replication.commands import order
@@ -122,6 +123,17 @@ def test_the_same_figure_gives_the_same_files(tmp_path):
         plt.close(figure)
     for kind in ("png", "pdf"):
         assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
+
+
+def test_a_figure_says_where_it_comes_from(tmp_path):
+    figure, _ = plt.subplots()
+    for name in ("fig05_half_life", "mine"):
+        plots.save(figure, name, tmp_path / "mini")
+    plt.close(figure)
+    said = [Image.open(tmp_path / "mini" / f"{name}.png").text["Source"] for name in ("fig05_half_life", "mine")]
+    assert re.match(r"page \d\d_replacement; tables headline.csv, .*; profile mini; commit [0-9a-f]{40}", said[0])
+    assert said[1].startswith("page none; tables none; profile mini; commit ")
+    assert said[0].encode() in (tmp_path / "mini" / "fig05_half_life.pdf").read_bytes()
 
 
 # The index of the figures

@@ -56,7 +56,7 @@ def test_each_package_imports_only_what_it_requires():
     needed = project["dependencies"] + extras["text"] + extras["check"]
     method, both = (
         {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
-        for requirements in (needed, needed + extras["replication"])
+        for requirements in (needed, needed + extras["replication"] + extras["site"])
     )
     assert imported("writesae") - {"writesae"} <= method
     names = {"sklearn": "scikit-learn", "yaml": "pyyaml", "IPython": "ipykernel"}

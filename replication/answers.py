@@ -1,0 +1,267 @@
+"""How a page begins and ends: its result at the top, and a verdict that answers its title at the end.
+
+Both are computed from the page's tables: the result by `findings`, the verdict here. They are about the hosts and
+choices of the profile mini; with another profile a page says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from IPython.display import DisplayHandle, Markdown, display
+
+from replication.findings import FINDINGS, HOSTS, MAIN, Results, estimate, listed, percent, r2, win_rate
+from replication.plots import HOST
+from replication.study.paths import dry_run
+from replication.study.study import Study
+
+
+def opening() -> DisplayHandle:
+    """Display the place at the top of a page where `conclude` writes its result."""
+    return display(Markdown("**Result.** The last cell of this page writes it here."), display_id=True)
+
+
+def conclude(opened: DisplayHandle, page: str, study: Study) -> Markdown:
+    """Write the result of a page into its opening, and return the page's verdict."""
+    if dry_run() or not study.profile.name.startswith("mini"):
+        remark = "The sentences of this page are about the profile mini; the tables and figures are those of this one."
+        opened.update(Markdown(remark))
+        return Markdown(remark)
+    results = Results(study.paths.results)
+    try:
+        finding, answer = FINDINGS[page](results), ANSWERS[page](results)
+    except FileNotFoundError as missing:  # what only `make sweep` or `make repeats` leaves
+        remark = f"The table {Path(missing.filename).name} is not there yet, so this page has no result in words."
+        opened.update(Markdown(remark))
+        return Markdown(remark)
+    opened.update(Markdown(f"**Result.** {finding}"))
+    return Markdown(answer)
+
+
+def apart(low: float, high: float) -> str:
+    """Return in words whether a difference with this interval is above or below 0: "ahead of", for example."""
+    return "ahead of" if low > 0 else "behind" if high < 0 else "not apart from"
+
+
+def points(row: pd.Series, name: str = "difference") -> str:
+    return f"{estimate(row, name, f'{name}_low', f'{name}_high')} points"
+
+
+def hosts(results: Results) -> str:
+    cells = {host: results.rows("all_cells", host=host) for host in HOSTS}
+    shares = listed(f"{(x.half_life_median >= 4).mean():.0%}" for x in cells.values())
+    costs = listed(f"{1000 * x.cost.median():.1f}" for x in cells.values())
+    worth = listed(f"{(x.cost_low > 0).sum()} of {len(x)}" for x in cells.values())
+    return (
+        f"Most cells remember: {shares} of those of the three hosts keep half of a write for 4 tokens or more. What a "
+        f"cell is worth differs more. Without its writes the loss rises by {costs} millinats per token in the median "
+        f"cell, and certainly rises in {worth} cells."
+    )
+
+
+def harvest(results: Results) -> str:
+    rows = [results.rows("harvest", host=host).iloc[0] for host in HOSTS]
+    times = listed(f"{row.numbers_per_state / row.numbers_per_token:.0f}" for row in rows)
+    return (
+        f"Yes, without states: a cell's history takes {times} times fewer numbers on the three hosts, and every "
+        "product with the states is exact. RWKV-7 saves least, because its decay and its erasure are vectors."
+    )
+
+
+def train_saes(results: Results) -> str:
+    table = results.rows("saes")
+    main = table[table.role.str.startswith("main")]
+    shares = [100 * main[main.target == target].fvu.median() for target in ("state", "write")]
+    alive = (main.alive / main.n_atoms).min()
+    return (
+        f"Training works, and the dictionaries are coarse: the median SAE leaves {shares[0]:.0f}% of its states or "
+        f"{shares[1]:.0f}% of its writes unexplained, and at least {alive:.0%} of the atoms of each are in use. An atom "
+        "that replaces a write is therefore an approximation of it, which the next pages test."
+    )
+
+
+def atoms(results: Results) -> str:
+    table = results.rows("atom_mixtures", host=MAIN, role="main", components=2)
+    two = table[table.ci_high < 0]
+    names = (
+        listed(f"the {row.place} cell's {row.target}-trained SAE" for row in two.itertuples()) if len(two) else "none"
+    )
+    return (
+        f"Of {len(table)} SAEs of the main host, two groups of cosines are certain in {len(two)} ({names}). Elsewhere "
+        "the cosines are one bulk with a tail, and register and bundle name its two ends rather than two kinds."
+    )
+
+
+def logit_shift(results: Results) -> str:
+    layer, first = (r2(results, x, 10.0) for x in ("through_layer", "exact"))
+    return (
+        "A write's effect on a logit can be predicted without a fit if the edited layer is taken exactly: even at ten "
+        f"native norms R2 is {layer:.2f}, where first order has {first:.1f}. The paper's fitted scalar tests whether "
+        "the shift is linear in the size of the edit, not whether the formula predicts it."
+    )
+
+
+def replacement(results: Results) -> str:
+    none, mean = (
+        results.row("headline_contrasts", host=MAIN, cells="pooled", amplitude="coefficient", centre=centre)
+        for centre in ("none", "mean")
+    )
+    state = win_rate(results, "state")
+    words = apart(state.win_rate_low - 0.5, state.win_rate_high - 0.5)
+    return (
+        f"An atom can stand for a write if its SAE was trained on writes without subtracting their mean: it is then "
+        f"{points(none)} ahead of the state-trained atom, whose rate is {words} one half. "
+        f"With the mean subtracted, as in the paper, the difference between the targets is {points(mean)}."
+    )
+
+
+def objects(results: Results) -> str:
+    where = dict(host=MAIN, cells="pooled", target="state", centre="none")
+    write, state = (results.row("objects_summary", object=x, **where) for x in ("write", "state"))
+    rhos = [estimate(row, "rho", "rho_low", "rho_high", 2, scale=1) for row in (write, state)]
+    return (
+        f"The paper's pattern, wins that do not depend on the cosine, belongs to replacing the state: there the rank "
+        f"correlation is {rhos[1]}, and {rhos[0]} where the write is replaced. Deleting the state costs "
+        f"{state.kl_delete / write.kl_delete:.0f} times as much as deleting the write."
+    )
+
+
+def all_writes(results: Results) -> str:
+    where = dict(host=MAIN, role="pooled", layer=4, centre="none")
+    read = results.row("all_writes", condition="read", target="state", **where)
+    atom = results.row("all_writes", condition="atom", target="write", **where)
+    shares = [percent(row, "recovered", "ci_low", "ci_high") for row in (read, atom)]
+    return (
+        f"In the middle cell, reading every state through the state-trained SAE recovers {shares[0]} of the loss that "
+        f"the cell's writes are worth, and putting the write-trained atom in every write's place {shares[1]}. So an "
+        "SAE can describe states well, and a single atom per write need not carry what the model uses."
+    )
+
+
+def baselines(results: Results) -> str:
+    where = dict(
+        host=MAIN, cells="pooled", reference="best_atom", amplitude="projection", target="write", centre="none"
+    )
+    names = dict(nearest_write="the nearest of 512 raw writes", kmeans="the nearest of 512 k-means centres")
+    names["k1_best_atom"] = "the nearest atom of an SAE with one active atom"
+    parts = []
+    for method, name in names.items():
+        row = results.row("baselines_contrasts", method=method, size=512, **where)
+        parts.append(f"it is {apart(row.difference_low, row.difference_high)} {name} ({points(row)})")
+    return (
+        "The atom is better than a random atom and than mean writes, and not better than other stand-ins of its size. "
+        f"In the share of KL that is recovered, {', '.join(parts[:-1])} and {parts[-1]}."
+    )
+
+
+def population(results: Results) -> str:
+    row = results.row("population_summary", host=MAIN, target="state", amplitude="coefficient", **{"class": "all"})
+    return (
+        f"Replacement is a matter of degree over the whole dictionary: the win rates of single state-trained atoms lie "
+        f"between {row.lowest:.0%} and {row.highest:.0%}, with a median of {row.median_win_rate:.0%}, so it is "
+        "not a property of a few of them."
+    )
+
+
+def other_hosts(results: Results) -> str:
+    rows = [
+        results.row("headline_contrasts", host=host, cells="middle", amplitude="coefficient", centre="none")
+        for host in HOSTS[1:]
+    ]
+    parts = [f"{points(row)} ahead on {HOST[host]}" for row, host in zip(rows, HOSTS[1:], strict=True)]
+    return (
+        f"The main host's results hold on the others: training on writes is {listed(parts)}, and the closed form that "
+        "takes the edited layer exactly needs no fit on any of them. The paper's formula fails on both."
+    )
+
+
+def cache_edits(results: Results) -> str:
+    where = dict(host=MAIN, target="state", condition="delete", atom="all", token_from="same", dose=1)
+    erased = results.row("cache_erase_summary", **where)
+    change = estimate(erased, "median_change", "ci_low", "ci_high", 1, scale=1000)
+    kept = results.row("newlines_summary", host=MAIN, mode="kept", role="boundary", dose=5)
+    beyond = estimate(kept, "beyond_random", "beyond_random_low", "beyond_random_high", scale=1)
+    readers = results.rows("top_readers", host=MAIN)
+    return (
+        f"Erasing an atom's write changes the log-probability of its preferred token by {change} millinats (the paper: "
+        f"-116). Amplified atoms of line ends change newlines by {beyond} per 400 tokens more than random atoms do. "
+        f"The strongest reader of a write reacts {readers.ratio.max():.1f} times as much as to a random write (the "
+        "paper: 5 to 7.5). Edits of single writes in one cell have small effects on these hosts."
+    )
+
+
+def ablations(results: Results) -> str:
+    def lower(target: str, quantity: str) -> str:
+        rows = results.rows("ablation_contrasts", host=MAIN, target=target, quantity=quantity, place="middle")
+        return f"{(rows.ci_high < 0).sum()} of {len(rows)}"
+
+    return (
+        "Encoder, sparsity rule and rank change the error of an SAE a little. Compared with the bilinear rank-1 TopK "
+        f"SAE of the middle cell, the win rate is certainly lower in {lower('state', 'win_rate_coefficient')} variants "
+        f"for states and {lower('write', 'win_rate_coefficient')} for writes, and at the native write's norm in "
+        f"{lower('state', 'win_rate_matched_norm')} and {lower('write', 'win_rate_matched_norm')}."
+    )
+
+
+def every_cell(results: Results) -> str:
+    rows = [results.row("every_cell", host=host, amplitude="coefficient") for host in HOSTS]
+    return (
+        "It holds nearly everywhere: in the mean over cells the write-trained atom is "
+        f"{listed(points(row) for row in rows)} ahead on the three hosts. Where memory is short the two come together."
+    )
+
+
+def multiverse(results: Results) -> str:
+    names = dict(control="what the atom must beat", target="what the SAE is trained on", pooling="which firings count")
+    names |= dict(amplitude="the atom's amplitude", reading="who reads the edit", centre="the mean")
+    names |= dict(write="the definition of the write", kl_direction="the direction of the KL")
+    parts = []
+    for host in HOSTS:
+        first = results.rows("multiverse_effects", host=host).drop_duplicates("choice").nlargest(2, "share")
+        parts.append(f"{HOST[host]}: " + listed(f"{names[x.choice]} ({x.share:.0%})" for x in first.itertuples()))
+    return f"Two choices explain most of the variance between win rates. {'; '.join(parts)}."
+
+
+def scorecard(results: Results) -> str:
+    kept = results.rows("scorecard", counts=True, host=MAIN)
+    first = kept[kept.group == "headline"]
+    counts = [f"{(first.status == name).sum()} {name}" for name in first.status.unique()]
+    unsettled = f"{(kept.status == 'unsettled').sum()} of {len(kept)}"
+    return (
+        f"Of the paper's headline claims, {listed(counts)} on the main host. In all, {unsettled} verdicts are unsettled, "
+        f"and {(kept.trainings == 1).sum()} rest on one training of an SAE, whose intervals are wide: more seeds would "
+        "settle more than more places."
+    )
+
+
+def attribution(results: Results) -> str:
+    rows = [results.row("attribution_trend", host=host) for host in HOSTS]
+    spans = listed(f"{row.half_distance:.0f}" for row in rows)
+    own = listed(f"{row.share_own:.0%}" for row in rows)
+    return (
+        f"Mostly the near past: half of what a head of the three hosts reads was written within {spans} tokens (median "
+        f"distance over cells), and {own} is the token's own write. Erasures, and not the decay alone, decide what is "
+        "left of a write on the Gated DeltaNet and on RWKV-7."
+    )
+
+
+ANSWERS: dict[str, Callable[[Results], str]] = {  # notebook: its verdict
+    "00_hosts": hosts,
+    "01_harvest": harvest,
+    "02_train_saes": train_saes,
+    "03_atoms": atoms,
+    "04_logit_shift": logit_shift,
+    "05_replacement": replacement,
+    "05_objects": objects,
+    "05_all_writes": all_writes,
+    "06_baselines": baselines,
+    "07_population": population,
+    "08_other_hosts": other_hosts,
+    "09_cache_edits": cache_edits,
+    "11_ablations": ablations,
+    "11_every_cell": every_cell,
+    "11_multiverse": multiverse,
+    "12_scorecard": scorecard,
+    "13_attribution": attribution,
+}
