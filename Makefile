@@ -74,8 +74,15 @@ env: $(ENV)  ## create the environment in .venv
 # Threads that wait for work do not spin, because the cores have other notebooks to run.
 PAGES = --no-print-directory -j$(JOBS) PARALLEL=yes OMP_WAIT_POLICY=PASSIVE pages
 
+# The pages that will run, which each run counts in its last line.
+PENDING = $$($(MAKE) -n $(PAGES) PAGE='echo page $$*' 2>/dev/null | sed -n 's/^echo page //p' | tr '\n' ' ')
+
 all:  ## run all outdated notebooks: results, figures, and their outputs
-	@$(MAKE) $(PAGES) $(if $(filter 1,$(JOBS)),,OPTIONS=--log)
+	@WRITESAE_PAGES="$(PENDING)" $(MAKE) $(PAGES) $(if $(filter 1,$(JOBS)),,OPTIONS=--log)
+	@echo "All pages of the profile $(PROFILE) are up to date. Open first:"
+	@echo "  build/$(PROFILE)/notebooks/05_replacement.ipynb  the main test"
+	@echo "  figures/$(PROFILE)/fig05_win_rates.png           its figure"
+	@echo "  results/$(PROFILE)/scorecard.csv                 every claim of the paper"
 
 pages: $(addprefix $(STAMPS)/,$(NAMES))
 

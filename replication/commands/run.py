@@ -147,6 +147,21 @@ def run(name: str, profile: str, log: TextIO | None = None) -> Path:
     return target
 
 
+def progress(name: str, stamps: Path) -> str:
+    """Return how far `make all` is after a page, to be added to the page's line; nothing outside `make all`.
+
+    Make sets WRITESAE_PAGES, the pages that it runs, and WRITESAE_RUN, which ends with the time of its start."""
+    pages = os.environ.get("WRITESAE_PAGES", "").split()
+    if name not in pages:
+        return ""
+    began = int(os.environ["WRITESAE_RUN"].rpartition("-")[2])
+    others = [stamps / page for page in pages if page != name]
+    done = 1 + sum(stamp.exists() and stamp.stat().st_mtime >= began for stamp in others)
+    minutes, left = (time.time() - began) / 60, len(pages) - done
+    remaining = f", about {minutes * left / done:.0f} left" if left else ""
+    return f": {done} of {len(pages)} pages, {minutes:.0f} minutes so far{remaining}"
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", help="its name, e.g. 05_replacement")
     parser.add_argument("--profile", default=PUBLISHED, help="a file in profiles/ (default: %(default)s)")
@@ -165,5 +180,6 @@ def main(options: argparse.Namespace) -> int:
             run(name, options.profile, log)
     else:
         run(name, options.profile)
-    print(f"{name} ({options.profile}) took {time.monotonic() - began:.0f} s", flush=True)
+    took = f"{name} ({options.profile}) took {time.monotonic() - began:.0f} s"
+    print(took + progress(name, ROOT / "build" / options.profile / "stamps"), flush=True)
     return 0

@@ -362,3 +362,14 @@ def test_the_code_of_this_folder_runs_under_any_flags(clone):
 
 def test_make_is_here():
     assert shutil.which("make"), "the tests of the Makefile need GNU make"
+
+
+def test_each_run_knows_which_pages_make_runs(done):
+    (done / "stub").write_text('#!/bin/sh\necho "$4: $WRITESAE_PAGES" >> ran\n')
+    _touch(done / "notebooks" / "01_harvest.ipynb")
+    result = _make(done, "all")
+    lines = (done / "ran").read_text().splitlines()
+    assert [line.split() for line in lines] == [
+        [f"{name}:", "01_harvest", "02_train", "04_shift"] for name in NEEDS if name > "01"
+    ]
+    assert "All pages of the profile mini are up to date. Open first:" in result.stdout

@@ -1,6 +1,7 @@
 """A tiny notebook, run as in Make: the published outputs, and the state after a failure."""
 
 import os
+import time
 
 import nbformat
 import pytest
@@ -122,3 +123,15 @@ def test_a_disk_that_is_too_small_is_told_before_anything_runs(notebooks, monkey
     assert main(["run", "00_toy", "--profile", "paper"]) == 1
     assert capsys.readouterr().err == "00_toy failed: Profile paper has still to write.\n"
     assert not Paths("paper").build.exists()
+
+
+def test_a_page_says_how_far_make_all_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("WRITESAE_RUN", f"77-{int(time.time()) - 600}")
+    monkeypatch.setenv("WRITESAE_PAGES", "00_a 01_b 02_c 03_d")
+    for name, age in (("00_a", 300), ("01_b", 5000)):  # the second is of an earlier run
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert run.progress("02_c", tmp_path) == ": 2 of 4 pages, 10 minutes so far, about 10 left"
+    assert run.progress("90_x", tmp_path) == ""
+    monkeypatch.setenv("WRITESAE_PAGES", "02_c")
+    assert run.progress("02_c", tmp_path) == ": 1 of 1 pages, 10 minutes so far"
