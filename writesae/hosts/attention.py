@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from writesae.hosts.past import Past, Record, attend
+from writesae.hosts.past import Past, attend
 
 NAME = "writesae"
 
 
-def _attention(module, query, key, value, mask, scaling, past: Past | None, kept: dict, **options):
-    """Compute attention as transformers asks for it. Keep the outputs of the heads, the keys and the values."""
+def _attention(module, query, key, value, attention_mask, scaling, kept=None, past: Past | None = None, **options):
+    """Compute an attention as the library's sdpa. With a dict `kept`, begin after the prefix of `past`."""
+    if kept is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     if past is None:
         outputs = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     else:
@@ -25,17 +30,20 @@ def _attention(module, query, key, value, mask, scaling, past: Past | None, kept
 AttentionInterface.register(NAME, _attention)
 
 
-def call_attention(attention: nn.Module, hidden: Tensor, normed: Tensor, past: Past | None, **inputs) -> Record:
-    """Return the record of an attention module of transformers, with the outputs of its heads.
+def share_prefixes(model: nn.Module) -> None:
+    """Prepare the attentions of a model of transformers for `call_attention`; their own calls do not change."""
+    for module in model.modules():
+        if hasattr(module, "o_proj") and hasattr(module, "config"):
+            module.config = copy(module.config)
+            module.config._attn_implementation = NAME
 
-    hidden [B, T, D]: the layer's input; normed [B, T, D]: the module's. inputs: its other arguments. The norms
-    in these modules compute in fp32, whatever the model's dtype.
+
+def call_attention(attention: nn.Module, x: Tensor, past: Past | None, **options) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the output [R, T, D] of an attention module on x [R, T, D], and what a record keeps of it.
+
+    That is `outputs` [R, T, H, d] of the heads, `keys` and `values` [R, H_kv, T, d] of x. options: of the module's
+    forward. The norms in these modules compute in fp32, whatever the model's dtype.
     """
-    config, kept = attention.config, {}
-    usual = config._attn_implementation
-    config._attn_implementation = NAME
-    try:
-        attention(hidden_states=normed, attention_mask=None, past=past, kept=kept, **inputs)
-    finally:
-        config._attn_implementation = usual
-    return Record(hidden, **kept)
+    kept = {}
+    output, _ = attention(hidden_states=x, attention_mask=None, past=past, kept=kept, **options)
+    return output, kept

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from writesae.hosts.attention import call_attention
+from writesae.hosts.attention import call_attention, share_prefixes
 from writesae.hosts.base import Host, Shape
 from writesae.hosts.layers import normalized, short_convolution, split_heads, unit, wide
 from writesae.hosts.layers import rms_norm as plain_rms_norm
@@ -127,6 +127,8 @@ class GatedDeltaNet(Host):
         kinds = enumerate(model.config.layer_types)
         self.recurrent_layers = tuple(layer for layer, kind in kinds if kind == "linear_attention")
         self.layout = LAYOUTS[type(model).__name__]
+        if not self.layout.plain_attention:
+            share_prefixes(model)
 
     def mixer(self, layer: int) -> nn.Module:
         """Return the mixer of a recurrent layer."""
@@ -157,7 +159,7 @@ class GatedDeltaNet(Host):
             return self._attend(block.self_attn, hidden, normed, past, positions)
         rotary = getattr(self.model.model, "rotary_emb", None)
         angles = rotary and rotary(hidden, positions)
-        return call_attention(block.self_attn, hidden, normed, past, position_embeddings=angles)
+        return Record(hidden, **call_attention(block.self_attn, normed, past, position_embeddings=angles)[1])
 
     def _recur(self, mixer, hidden, normed, past: Past | None) -> Record:
         raw, gate, beta, log_decay = self.layout.project(mixer, normed)

@@ -25,9 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from writesae.hosts.attention import call_attention, share_prefixes
 from writesae.hosts.base import Host, Shape
 from writesae.hosts.layers import normalized, rms_norm, short_convolution, split_heads, wide
-from writesae.hosts.past import Past, Record, call_attention, share_prefixes
+from writesae.hosts.past import Past, Record
 from writesae.recurrence import decayed_chunks
 
 
@@ -208,7 +209,8 @@ class Mamba2(Host):
         """Return an attention's output [B, T, D], and its keys and values by name."""
         if self.rotary is not None:
             options["position_embeddings"] = self.rotary(normed, positions)
-        return call_attention(attention, normed, past and past.prefix, **options)
+        output, kept = call_attention(attention, normed, past, **options)
+        return output, dict(keys=kept["keys"], values=kept["values"])
 
     def _read_transformer(self, layer: int, hidden: Tensor, past: Past | None, positions: Tensor):
         """Return what the shared transformer block of a Zamba2 layer reads [B, T, D], its keys and values."""

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from writesae.recurrence import Groups
 
@@ -75,42 +72,6 @@ def attend(query: Tensor, prefix: Prefix, scale: float) -> Tensor:
     on_prefix, on_own = weights.split([to_prefix.shape[-1], own], -1)
     read = groups.read(on_prefix, prefix.values) + on_own @ prefix.own_values
     return read.unflatten(2, (-1, steps)).flatten(1, 2)
-
-
-def _with_prefix(module, query, key, value, attention_mask, scaling, prefix: Prefix | None = None, **options):
-    """Compute an attention as the library's sdpa, or, with a prefix, as `attend`."""
-    if prefix is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    return attend(query, prefix.with_own(key, value), scaling).transpose(1, 2), None
-
-
-AttentionInterface.register("writesae", _with_prefix)
-
-
-def share_prefixes(model: torch.nn.Module) -> None:
-    """Prepare the attentions of a model of transformers for `call_attention`; their own calls do not change."""
-    for module in model.modules():
-        if hasattr(module, "q_proj"):
-            module.config = copy(module.config)
-            module.config._attn_implementation = "writesae"
-
-
-class _Kept:
-    """Takes the place of the library's cache: keeps the keys and values of one call."""
-
-    def update(self, keys: Tensor, values: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = keys, values
-        return keys, values
-
-
-def call_attention(attention: torch.nn.Module, x: Tensor, prefix: Prefix | None, **options):
-    """Return the output [R, T, D] of the library's attention on x [R, T, D], and dict(keys, values).
-
-    Keys and values [R, H_kv, T, d] are those of x. options: of the attention's forward.
-    """
-    kept = _Kept()
-    output, _ = attention(x, attention_mask=None, past_key_values=kept, prefix=prefix, **options)
-    return output, vars(kept)
 
 
 @dataclass
