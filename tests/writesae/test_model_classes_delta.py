@@ -182,6 +182,7 @@ def test_the_closed_form_through_the_layer_holds_for_larger_writes(host, tokens,
 
 
 def test_load_host_reads_what_was_saved(host, tokens, tmp_path, words):
+    """The library saves in the checkpoints' own format: single experts, one convolution each for q, k and v."""
     host.model.save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
     loaded = load_host(tmp_path, "cpu")

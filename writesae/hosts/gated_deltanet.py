@@ -100,12 +100,14 @@ LAYOUTS = {
     "Qwen3_5ForCausalLM": Layout(project),
     "Qwen3_5MoeForCausalLM": Layout(project),
     "Qwen3NextForCausalLM": Layout(project_fused),
-    "OlmoHybridForCausalLM": Layout(project_single, "linear_attn", "o_norm", "o_proj", False),
-    "KimiLinearForCausalLM": Layout(project_kimi, "self_attn", "o_norm", "o_proj", False),
+    "OlmoHybridForCausalLM": Layout(project_single, norm="o_norm", out="o_proj", plain_attention=False),
+    "KimiLinearForCausalLM": Layout(project_kimi, "self_attn", "o_norm", "o_proj", plain_attention=False),
 }
 
 
 class GatedDeltaNet(Host):
+    """Hosts with one decay per head. A class of transformers needs a Layout and its name in model_classes."""
+
     family = "gated_deltanet"
     model_type = "qwen3_5_text"
     scalar_decay = True
