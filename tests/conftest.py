@@ -161,13 +161,12 @@ OTHERS = dict(  # other classes of the families, by model type
 )
 
 
-def small(name, architecture=None, **fields):
-    """Return the small host of a family, or of another class by its model type.
 
-    architecture: fields of another config of the family; fields: of the small one's."""
+def small(name, **fields):
+    """Return the small host of a family, or of another class by its model type. fields: of its config."""
     torch.manual_seed(0)
     known = dict(OTHERS[name], model_type=name) if name in OTHERS else SMALL[name]
-    family, fields = known.get("family", name), (architecture or known) | fields
+    family, fields = known.get("family", name), known | fields
     fields = {field: x for field, x in fields.items() if field != "family"}
     model = load.adapter(family).build(fields).double()
     for name, p in model.named_parameters():

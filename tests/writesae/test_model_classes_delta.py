@@ -19,21 +19,18 @@ LIBRARY = 5e-6  # the library's recurrence is in fp32, whatever the model's type
 ROUNDED = 2e-6
 LAYER, HEAD = 1, 2
 
-HYBRID = SMALL["gated_deltanet"]
 EXPERTS = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24)
 NO_ROTATION = dict(rope_type="default", rope_theta=None)  # as the released OLMo-Hybrid
 OLMO = dict(model_type="olmo_hybrid", head_dim=12, pad_token_id=0, eos_token_id=0, rope_parameters=NO_ROTATION)
-ARCHITECTURES = {
-    "Qwen3_5MoeForCausalLM": HYBRID | EXPERTS | dict(model_type="qwen3_5_moe_text", tie_word_embeddings=False),
-    "Qwen3NextForCausalLM": HYBRID | EXPERTS | dict(model_type="qwen3_next", mlp_only_layers=[3]),
-    "OlmoHybridForCausalLM": HYBRID | OLMO,
-    "OlmoHybridForCausalLM, rotary, beta below 1": HYBRID
-    | OLMO
-    | dict(rope_parameters=dict(rope_type="default", rope_theta=1e4), linear_allow_neg_eigval=False),
-    "KimiLinearForCausalLM": SMALL["kda"]
-    | dict(
+ROTATION = dict(rope_type="default", rope_theta=1e4)
+CLASSES = {  # fields beside those of SMALL
+    "Qwen3_5MoeForCausalLM": EXPERTS | dict(model_type="qwen3_5_moe_text", tie_word_embeddings=False),
+    "Qwen3NextForCausalLM": EXPERTS | dict(model_type="qwen3_next", mlp_only_layers=[3]),
+    "OlmoHybridForCausalLM": OLMO,
+    "OlmoHybridForCausalLM, rotary, beta below 1": OLMO | dict(rope_parameters=ROTATION, linear_allow_neg_eigval=False),
+    "KimiLinearForCausalLM": dict(
         num_hidden_layers=6,
-        layer_types=HYBRID["layer_types"],
+        layer_types=SMALL["gated_deltanet"]["layer_types"],
         mlp_layer_types=["dense"] + ["sparse"] * 5,
         num_local_experts=6,
         num_experts_per_tok=2,
@@ -49,13 +46,13 @@ ARCHITECTURES = {
 
 
 def make(name):
-    host = small("kda" if name == "KimiLinearForCausalLM" else "gated_deltanet", ARCHITECTURES[name])
+    host = small("kda" if name == "KimiLinearForCausalLM" else "gated_deltanet", **CLASSES[name])
     assert type(host.model).__name__ == name.split(",")[0]
     host.model.set_experts_implementation("eager")  # the usual one has no fp64
     return host
 
 
-@pytest.fixture(scope="module", params=list(ARCHITECTURES))
+@pytest.fixture(scope="module", params=list(CLASSES))
 def host(request):
     return make(request.param)
 
@@ -203,7 +200,7 @@ def test_the_text_model_of_a_multimodal_mixture_of_experts_is_found(tokens, tmp_
     from transformers import Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration
 
     vision = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=48, patch_size=4)
-    text = {key: x for key, x in ARCHITECTURES["Qwen3_5MoeForCausalLM"].items() if key != "model_type"}
+    text = SMALL["gated_deltanet"] | EXPERTS | dict(tie_word_embeddings=False)
     torch.manual_seed(0)
     model = Qwen3_5MoeForConditionalGeneration(
         Qwen3_5MoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
