@@ -161,7 +161,6 @@ OTHERS = dict(  # other classes of the families, by model type
 )
 
 
-
 def small(name, **fields):
     """Return the small host of a family, or of another class by its model type. fields: of its config."""
     torch.manual_seed(0)
