@@ -15,10 +15,11 @@ from writesae.edit import edited_hidden, head_change, make_edit
 from writesae.hosts.load import adapter
 from writesae.hosts.mamba2 import Mamba2
 from writesae.recurrence import Factors, Groups, decayed_chunks, step_states
-from writesae.shift import direct_path
+from writesae.shift import direct_path, predict_shift
 
 LIBRARY = 5e-6  # the library's scan and norms are in fp32, whatever the model's type
 LAYER, HEAD = 1, 2
+CLASSES = ["mamba2", *(name for name, fields in OTHERS.items() if fields["family"] == "mamba2")]
 
 
 def small(dtype=torch.float64, **fields):
@@ -32,7 +33,7 @@ def small(dtype=torch.float64, **fields):
     return Mamba2(model.to(dtype), None, "small")
 
 
-@pytest.fixture(scope="module", params=["mamba2", *(name for name in OTHERS if OTHERS[name]["family"] == "mamba2")])
+@pytest.fixture(scope="module", params=CLASSES)
 def host(request):
     return small_class(request.param)
 
@@ -311,6 +312,25 @@ def test_the_write_taken_out_leaves_the_decayed_state(host, run):
 # The closed form.
 
 
+@pytest.mark.parametrize("name", CLASSES)
+def test_the_closed_form_explains_the_shifts_of_a_new_model(name, tokens):
+    """Random writes of one native norm, with the classes' own initial weights and slow decays."""
+    torch.manual_seed(0)
+    fields = dict(OTHERS[name], model_type=name) if name in OTHERS else SMALL[name]
+    fields = {field: x for field, x in fields.items() if field != "family"}
+    host = Mamba2(Mamba2.build(fields | dict(initializer_range=0.1)).double(), None, "new")
+    run, rows = host.run(tokens), torch.arange(30) % 3
+    at, token = torch.randint(5, 80, (30,)), torch.randint(0, 300, (30,))
+    factors = host.factors(run, LAYER, HEAD)
+    size = factors.key[rows, at].norm(dim=-1) * factors.added[rows, at].norm(dim=-1)
+    left, right = (F.normalize(torch.randn(30, 1, d).double(), dim=-1) for d in (host.d_k, host.d_v))
+    edit = make_edit(rows, at, left, size[:, None, None] * right)
+    predicted = predict_shift(host, tokens, edit, token, layer=LAYER, head=HEAD, steps=6).double()
+    edited = host.unembed(edited_hidden(host, run, LAYER, HEAD, edit, 6)[:, -1])
+    shift = (edited - host.unembed(run.final[rows, at + 5])).gather(-1, token[:, None])[:, 0]
+    assert 1 - (predicted - shift).square().sum() / (shift - shift.mean()).square().sum() > 0.99
+
+
 # Precision, training, and making a model.
 
 
@@ -363,3 +383,9 @@ def test_the_steps_of_a_training_host_learn_slowly():
     plain, slow = (g.split([g.shape[1] - 4, 4], 1) for g in gradients)
     assert_close(slow[0], plain[0], "gradient of the other rows", 1e-5)
     assert_close(20 * slow[1], plain[1], "gradient of the rows of dt", 1e-5)
+
+
+def test_heads_without_a_norm_have_no_bound(tokens):
+    host = small_class("falcon_h1", mamba_rms_norm=False)
+    with pytest.raises(ValueError, match="has no norm behind its heads"):
+        host.normed_heads(0, host.run(tokens).records[0])
