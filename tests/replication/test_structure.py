@@ -53,7 +53,7 @@ def imported(package):
 def test_each_package_imports_only_what_it_requires():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    needed = project["dependencies"] + extras["text"] + extras["check"]
+    needed = project["dependencies"] + [*extras["text"], *extras["check"], *extras["devices"]]
     method, both = (
         {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
         for requirements in (needed, needed + extras["replication"] + extras["site"])

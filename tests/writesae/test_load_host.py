@@ -14,6 +14,7 @@ from conftest import SMALL, small
 from helpers import FakeHub, Malicious, assert_close
 from safetensors.torch import load_file, save_file
 
+from writesae.hosts import load
 from writesae.hosts.base import Shape
 from writesae.hosts.hub import MODEL_FILES, download_sizes, fetch
 from writesae.hosts.load import adapter, load_host, read_shape
@@ -58,8 +59,18 @@ def test_a_device_map_takes_accelerate_and_no_device(folder, monkeypatch):
     with pytest.raises(ValueError, match=r"'cpu' or on those of a device map: give one of the two\."):
         load_host(folder, device="cpu", device_map="auto")
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(ImportError, match=r"A device map needs accelerate: pip install accelerate\."):
+    with pytest.raises(ImportError, match=r"A device map needs accelerate: pip install 'writesae\[devices\]'"):
         load_host(folder, device_map="auto")
+
+
+def test_weights_that_no_device_holds_and_shared_weights_are_refused():
+    model = small("mamba2").model
+    load._check_spread(model, "mine")
+    model.backbone.layers[2] = model.backbone.layers[1]
+    with pytest.raises(ValueError, match="Layers of mine share weights, which are on one device"):
+        load._check_spread(model, "mine")
+    with pytest.raises(ValueError, match="leaves weights of mine in memory or on a disk"):
+        load._check_spread(model.to("meta"), "mine")
 
 
 @pytest.mark.skipif(find_spec("accelerate") is None, reason="accelerate is not installed")

@@ -27,6 +27,7 @@ from writesae.evaluate.cells import cost_of_deletions, cost_of_no_writes, state_
 from writesae.files import local_path, said, write_atomically
 from writesae.harvesting import harvest, harvest_bytes
 from writesae.hosts.base import Host, Run
+from writesae.hosts.layers import PlainCausalLM
 from writesae.hosts.load import KERNEL_PACKAGES
 from writesae.recurrence import torch_defaults
 from writesae.sae.train import TrainingSettings, sae_bytes, train
@@ -44,6 +45,9 @@ STEPS = 8  # of the trial training
 LARGEST_COPY = 2e9  # parameters of a model that is copied to another dtype
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 # in fp64 the library's own recurrences are in fp32
+
+
+CACHE = "its cache is not safe without position_ids: pass them, or run whole windows"
 
 
 class NotAsked(Exception):
@@ -67,8 +71,10 @@ def miss(actual: Tensor, expected: Tensor) -> float:
 
 def library(host: Host, tokens: Tensor, **options):
     """Return what the library's own forward returns. Raises NotAsked if it does not take one of the options."""
-    taken = inspect.signature(type(host.model).forward).parameters
-    if lacking := [name for name in options if name not in taken]:
+    taken = inspect.signature(type(host.model).forward).parameters.values()
+    names = {parameter.name for parameter in taken}
+    lacking = [name for name in options if name not in names]
+    if lacking and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
         raise NotAsked(f"its forward takes no {lacking[0]}")
     options = {name: x.to(host.device) if isinstance(x, Tensor) else x for name, x in options.items()}
     with torch.no_grad():
@@ -134,15 +140,13 @@ def rows_alone(host: Host, run: Run) -> float:
 
 def cached(host: Host, run: Run, sizes: list[int]) -> float:
     """Compare the library's logits of parts of a window, one after the other through its cache, with the whole."""
-    taken = inspect.signature(type(host.model).forward).parameters
-    name = next((name for name in ("past_key_values", "cache_params") if name in taken), None)
-    if name is None:
+    if isinstance(host.model, PlainCausalLM):
         raise NotAsked("the class has no cache")
     tokens, parts, cache = run.tokens[:1, : sum(sizes)], [], {}
     for part in tokens.split(sizes, 1):
         output = library(host, part, use_cache=True, **cache)
         parts.append(output.logits)
-        cache = {name: output[name]}
+        cache = {name: output[name] for name in ("past_key_values", "cache_params") if name in output}
     return miss(torch.cat(parts, 1), plain(host, tokens))
 
 
@@ -211,10 +215,13 @@ COMPARISONS = {
         cache_in_parts,
         "library",
         "half a window after its other half by the cache, and the whole",
-        "do not give several tokens to a filled cache",
+        CACHE,
     ),
     "cache by token": Comparison(
-        cache_by_token, "library", "single tokens by the cache, and the whole", "the model's own generation is off"
+        cache_by_token,
+        "library",
+        "single tokens by the cache, and the whole",
+        CACHE,
     ),
     "left padding": Comparison(
         left_padding, "library", "a window padded on the left beside a longer one, and alone", "do not pad on the left"
@@ -311,13 +318,13 @@ def closed_form(host: Host, run: Run, cell: tuple[int, int]) -> float:
 
 def describe(host: Host, run: Run) -> dict:
     """Return what the host is, as plain values."""
-    model, module = host.model, type(host.model).__module__
+    model = host.model
     path = [name for name in KERNEL_PACKAGES if find_spec(name)] if host.device.type == "cuda" else []
     return dict(
         model=host.name,
         model_class=type(model).__name__,
         family=host.family,
-        library="transformers" if module.startswith("transformers.") else "this project's model, in plain PyTorch",
+        library="this project's model, in plain PyTorch" if isinstance(model, PlainCausalLM) else "transformers",
         kernels=path,
         parameters=model.num_parameters(),
         dtype=str(model.dtype).removeprefix("torch."),

@@ -198,7 +198,7 @@ class GatedDeltaNet(Host):
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Apply rotary position embeddings to the first dimensions of x [B, heads, T, d]."""
         cos, sin = self.model.model.rotary_emb(x, positions)
-        cos, sin = (part.to(x.device)[:, None] for part in (cos, sin))
+        cos, sin = cos[:, None], sin[:, None]
         turned, kept = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
         first, second = turned.chunk(2, -1)
         return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, kept], -1)

@@ -93,7 +93,7 @@ def _placement(device: str | None, device_map: str | dict | None) -> dict[str, s
     if device is not None:
         raise ValueError(f"A model is on the device {device!r} or on those of a device map: give one of the two.")
     if not find_spec("accelerate"):
-        raise ImportError("A device map needs accelerate: pip install accelerate.")
+        raise ImportError("A device map needs accelerate: pip install 'writesae[devices]'.")
     return {}
 
 
@@ -185,12 +185,39 @@ def _model(
     with reading(f"The weights of {name}", "they may be damaged, cut short or incomplete", holds_code(name)):
         model, info = model_class.from_pretrained(folder, **options)
     _check_weights(model, info, name)
+    if device_map is not None:
+        _check_spread(model, name)
+        _unhook_rotary(model)
+    return family, model
+
+
+def shares_weights(model: torch.nn.Module) -> bool:
+    """Return whether layers of the model have weights in common."""
+    weights = [id(x) for layer in model.base_model.layers for x in layer.parameters()]
+    return len(set(weights)) < len(weights)
+
+
+def _check_spread(model: torch.nn.Module, name: str | Path) -> None:
+    """Raise ValueError unless all weights are on a device, and each layer has its own."""
     if any(x.is_meta for x in model.parameters()):
         raise ValueError(
             f"The device map leaves weights of {name} in memory or on a disk, and adapters read weights where they "
             "are: give more GPUs, or load in bfloat16."
         )
-    return family, model
+    if shares_weights(model):
+        raise ValueError(f"Layers of {name} share weights, which are on one device: load it without a device map.")
+
+
+def _unhook_rotary(model: torch.nn.Module) -> None:
+    """Let modules without weights (rotary embeddings) answer on the device of their input, as they do by themselves.
+
+    accelerate's hooks move the inputs of each module to one device.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    for module in model.modules():
+        if not any(True for _ in module.parameters()):
+            remove_hook_from_module(module)
 
 
 def _check_weights(model: torch.nn.Module, info: dict, name: str | Path) -> None:
