@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from replication.classes import scanned
-from replication.commands import CommandError
+from replication.commands import CommandError, neuronpedia
 from replication.html import contexts, fires_on, plain
 from replication.pages import atoms as atoms_page
 from replication.pages import promoted as promoted_page
@@ -29,7 +29,7 @@ from replication.study.study import Study, open_study
 from writesae.evaluate.atoms import ATOM_KEYS
 from writesae.evaluate.promoted import KINDS
 from writesae.evaluate.replacement import AMPLITUDES, CONDITIONS
-from writesae.files import ArtifactError, read_sidecar, write_atomically
+from writesae.files import ArtifactError, local_path, read_sidecar, write_atomically
 from writesae.text import Windows
 
 TEMPLATE = Path(__file__).with_name("browser.html")
@@ -249,22 +249,28 @@ def page(data: dict) -> bytes:
     return content
 
 
-def write(study: Study) -> Path:
-    """Write figures/<profile>/atoms.html and return its path. Raises as `collect` and `page`."""
-    content, path = page(collect(study)), study.paths.figures / "atoms.html"
+def write(study: Study, data: dict | None = None) -> Path:
+    """Write figures/<profile>/atoms.html and return its path. data: of `collect`. Raises as `collect` and `page`."""
+    content, path = page(data or collect(study)), study.paths.figures / "atoms.html"
     write_atomically(path, lambda partial: partial.write_bytes(content))
     return path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profile", default="mini", help="a file in profiles/ (default: %(default)s)")
+    parser.add_argument("--neuronpedia", metavar="FOLDER", help="write the main SAEs in Neuronpedia's form, too")
 
 
 def main(options: argparse.Namespace) -> int:
     try:
-        path = write(open_study(options.profile))
+        study = open_study(options.profile)
+        data = collect(study)
+        path = write(study, data)
     except FileNotFoundError as error:
         remedy = f"`make 02_train_saes PROFILE={options.profile}` makes the SAEs"
         raise CommandError(f"a file is missing ({error}): {remedy}.") from error
     print(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+    if options.neuronpedia:
+        exported = neuronpedia.write(data, local_path(options.neuronpedia))
+        print(f"{options.neuronpedia}: {len(exported)} SAEs in Neuronpedia's form")
     return 0

@@ -15,7 +15,7 @@ from helpers import SmallProfile, SmallStudy
 
 from replication import html
 from replication.__main__ import main
-from replication.commands import browser
+from replication.commands import browser, neuronpedia
 from replication.commands import order as dependencies
 from replication.pages import atoms as atoms_page
 from replication.statistics import wilson
@@ -163,6 +163,29 @@ def test_tests_of_an_atom_are_counts_by_a_loop(study, data):
             assert found["beats"][name][i] == sum(r[f"kl_{name}"] < r["kl_delete"] for r in here)
             assert found["beaten"][name][i] == sum(r["kl_atom"] < r[f"kl_{name}"] for r in here)
     assert untested  # at least one atom has no test
+
+
+def test_the_export_has_every_atom_in_neuronpedias_form(data, tmp_path):
+    data = json.loads(json.dumps(data), object_hook=lambda x: {int(k) if k.isdecimal() else k: v for k, v in x.items()})
+    paths = neuronpedia.write(data, tmp_path)
+    assert [path.parent.name for path in paths] == [f"small_1-writesae-{x}-h2" for x in ("state", "write")]
+    for path, sae in zip(paths, data["saes"][:2]):
+        batch, columns = json.loads(path.read_text(encoding="utf-8")), sae["columns"]
+        assert (batch["model_id"], batch["layer"]) == ("small", CELL[0])
+        assert [x["feature_index"] for x in batch["features"]] == columns["atom"]
+        for i, one in enumerate(batch["features"]):
+            measured = columns["tokens"][i][3]
+            assert one["pos_values"] == measured[1] and one["neg_values"] == measured[3]
+            assert one["pos_str"] == [data["vocabulary"]["small"][t] for t in measured[0]]
+            assert sum(one["freq_hist_data_bar_heights"]) == columns["firings"][i]
+            assert one["frac_nonzero"] == pytest.approx(columns["firings"][i] / (8 * (50 - 5)), rel=0.05)
+            top = max(max(x["values"]) for x in one["activations"])
+            assert top == pytest.approx(columns["histogram"][i][0], rel=0.01)
+            assert all(len(x["tokens"]) == len(x["values"]) for x in one["activations"])
+    reason = "sae-dashboard is not installed"
+    form = pytest.importorskip("sae_dashboard.neuronpedia.neuronpedia_dashboard", reason=reason, exc_type=ImportError)
+    batch = json.loads(paths[0].read_text(encoding="utf-8"))
+    assert form.NeuronpediaDashboardBatch(**batch).to_dict() == batch
 
 
 def test_columns_are_those_of_the_table(study, data):
