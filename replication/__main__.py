@@ -20,7 +20,7 @@ COMMANDS = {  # name: what it does
     "readme": "write the numbers of README.md and docs/ from results/mini, and draw the README's picture",
     "site": "build the site into build/site",
     "train-host": "train embedded hosts from their recipes",
-    "train-recall": "train the recall hosts from models/recall/recipe.yaml",
+    "train-recall": "train the recall hosts from models/recall/recipes.yaml",
     "disk": "check that the disks have room for what a profile has still to download and to write",
 }
 

@@ -183,6 +183,36 @@ def r2_curves(axes: plt.Axes, summary: pd.DataFrame, value: str, low: str, high:
     axes.minorticks_off()
 
 
+def family_lines(axes: plt.Axes, table: pd.DataFrame, x: str, **measures: str) -> None:
+    """Draw shares with their intervals against a size on a log axis: a colour per family, a marker per measure.
+
+    measures: column=label, in the legend if there are several. Points are shifted so that they do not hide one
+    another."""
+    shifts = iter(dodge(len(measures) * table.family.nunique(), 0.2))
+    for marker, (name, label) in zip(MARKERS, measures.items()):
+        for family, part in table.sort_values(x).groupby("family", sort=False):
+            colour = COLOURS[list(HOST).index(family)]
+            look = dict(marker=marker, linestyle="-" if marker == MARKERS[0] else ":", linewidth=1, color=colour)
+            with_interval(
+                axes, part[x] * 2 ** next(shifts), part[name], part[f"{name}_low"], part[f"{name}_high"], **look
+            )
+        if len(measures) > 1:
+            axes.plot([], [], marker=marker, color="0.4", markersize=4, linewidth=1, label=label)
+    axes.set(xscale="log", ylim=(-0.04, 1.04))
+    axes.set_xticks(sizes := sorted(table[x].unique()), [f"{size:g}" for size in sizes])
+    axes.minorticks_off()
+    if len(measures) > 1:
+        axes.legend(fontsize=8)
+
+
+def family_legend(figure: plt.Figure, families: Sequence[str]) -> None:
+    """Put the families' colours below the panels of `family_lines`."""
+    colours = [COLOURS[list(HOST).index(family)] for family in families]
+    lines = [plt.Line2D([], [], color=colour, marker="o", markersize=4) for colour in colours]
+    names = [HOST[family] for family in families]
+    figure.legend(lines, names, loc="outside lower center", ncols=len(names), fontsize=8)
+
+
 def densities(axes: plt.Axes, table: pd.DataFrame, value: str, by: str, colours: Mapping[str, str]) -> None:
     """Draw the kernel density of a column, one curve per level of `by`."""
     for name, rows in table.groupby(by, sort=False):

@@ -1,4 +1,4 @@
-"""Train the recall hosts of models/recall/recipe.yaml, each into models/recall/FAMILY-SIDE.
+"""Train the recall hosts of models/recall/recipes.yaml, each into models/recall/FAMILY-SIDE.
 
 A training takes one to three minutes on one core. A host whose training.json has the same recipe is kept."""
 
@@ -26,14 +26,21 @@ CURVE_POINTS = 10
 
 
 class Family(BaseModel):
-    """The training of one family; sides: fields of the architecture that are the side of the state."""
+    """The training of one family.
+
+    lr, steps: one number, or one per side. sides: fields of the architecture that are the side of the state."""
 
     model_config = ConfigDict(extra="forbid")
-    lr: float
-    steps: PositiveInt
+    lr: float | dict[int, float]
+    steps: PositiveInt | dict[int, PositiveInt]
     sides: list[str]
     architecture: dict
     initial: dict[str, float] = {}
+
+    def at(self, side: int) -> Family:
+        """Return the training at a side, with one number for lr and for steps."""
+        chosen = {name: x[side] for name in ("lr", "steps") if isinstance(x := getattr(self, name), dict)}
+        return self.model_copy(update=chosen)
 
 
 class Recipe(BaseModel):
@@ -92,7 +99,7 @@ def accuracies(recipe: Recipe, host: Host, side: int) -> dict[str, float]:
 
 def train(recipe: Recipe, name: str, side: int) -> tuple[Host, list[dict]]:
     """Return a trained host, and its accuracies during the training."""
-    family, host = recipe.families[name], new_host(recipe, name, side)
+    family, host = recipe.families[name].at(side), new_host(recipe, name, side)
     generator, history = torch.Generator().manual_seed(recipe.seed), []
     optimiser = torch.optim.AdamW(host.model.parameters(), lr=family.lr, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, family.lr, total_steps=family.steps, pct_start=0.1)
@@ -131,13 +138,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> int:
-    recipe = read_yaml(Recipe, FOLDER / "recipe.yaml", "models/recall/recipe.yaml")
+    recipe = read_yaml(Recipe, FOLDER / "recipes.yaml", "models/recall/recipes.yaml")
     every = {f"{name}-{side}": (name, side) for side in recipe.sides for name in recipe.families}
     if unknown := [name for name in options.hosts if name not in every]:
         raise ValueError(f"The recipe has no host {unknown[0]}: choose from {', '.join(every)}.")
     for name in options.hosts or every:
         family, side = every[name]
-        settings = recipe.model_dump(exclude={"families", "sides"}) | recipe.families[family].model_dump()
+        settings = recipe.model_dump(exclude={"families", "sides"}) | recipe.families[family].at(side).model_dump()
         record = FOLDER / name / "training.json"
         if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["recipe"] == settings:
             print(f"{name} is there")
