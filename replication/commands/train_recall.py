@@ -28,7 +28,8 @@ CURVE_POINTS = 10
 class Family(BaseModel):
     """The training of one family.
 
-    lr, steps: one number, or one per side. sides: fields of the architecture that are the side of the state."""
+    lr, steps, first_pairs: one number, or one per side. sides: fields of the architecture that are the side of the
+    state. first_pairs: pairs per context in the first quarter of the steps, if not those of the smallest load."""
 
     model_config = ConfigDict(extra="forbid")
     lr: float | dict[int, float]
@@ -36,10 +37,12 @@ class Family(BaseModel):
     sides: list[str]
     architecture: dict
     initial: dict[str, float] = {}
+    first_pairs: PositiveInt | dict[int, PositiveInt] | None = None
 
     def at(self, side: int) -> Family:
-        """Return the training at a side, with one number for lr and for steps."""
-        chosen = {name: x[side] for name in ("lr", "steps") if isinstance(x := getattr(self, name), dict)}
+        """Return the training at a side, with one number for lr, steps and first_pairs (or None)."""
+        names = ("lr", "steps", "first_pairs")
+        chosen = {name: x.get(side) for name in names if isinstance(x := getattr(self, name), dict)}
         return self.model_copy(update=chosen)
 
 
@@ -105,6 +108,8 @@ def train(recipe: Recipe, name: str, side: int) -> tuple[Host, list[dict]]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, family.lr, total_steps=family.steps, pct_start=0.1)
     for step in tqdm(range(1, family.steps + 1), desc=f"{name}, {side} x {side}", mininterval=10):
         pairs = pairs_at(recipe, side, step - 1, family.steps, generator)
+        if family.first_pairs and step <= family.steps // 4:
+            pairs = family.first_pairs
         queries = min(pairs, recipe.queries)
         contexts = recipe.task.draw(recipe.tokens // (2 * pairs + 2 * queries), pairs, queries, generator)
         optimiser.zero_grad()
@@ -144,7 +149,8 @@ def main(options: argparse.Namespace) -> int:
         raise ValueError(f"The recipe has no host {unknown[0]}: choose from {', '.join(every)}.")
     for name in options.hosts or every:
         family, side = every[name]
-        settings = recipe.model_dump(exclude={"families", "sides"}) | recipe.families[family].at(side).model_dump()
+        settings = recipe.model_dump(exclude={"families", "sides"})
+        settings |= recipe.families[family].at(side).model_dump(exclude_none=True)
         record = FOLDER / name / "training.json"
         if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["recipe"] == settings:
             print(f"{name} is there")

@@ -36,6 +36,7 @@ SIDE = 32  # of the comparisons of variants and of loads
 QUERIES = 16  # per context, at most
 MOST_TOKENS = 2**14  # of the contexts of a load together
 TOKENS = 256  # per training step
+LEARNT = 0.5  # share of right answers from which a host counts at a load
 FOUND = 0.9  # cosine of an atom to a true write
 
 
@@ -168,6 +169,7 @@ def share(values: pd.Series, places: pd.Series, weights=1.0, trainings=None, **o
 def saes(table: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per host, load and SAE variant, with 95% intervals that cover retraining.
 
+    answers: of the drawn queries, the share that is answered right natively.
     own, pure, found (cosine of at least FOUND): shares of associations (pure: of pairs), where SAEs are compared
     only. Of the n queries answered right natively: kept_CONDITION; win: the atom loses less than deletion."""
     rows = table[table.of == "write"].assign(win=lambda x: (x.loss_atom < x.loss_delete).astype(float))
@@ -178,6 +180,7 @@ def saes(table: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     def row(part: pd.DataFrame) -> dict:
         right = part[part.right.astype(bool)]
         numbers = dict(trainings=part.sae_seed.nunique(), n=right.context.nunique(), fvu=part.fvu.mean())
+        numbers["answers"] = part.right.astype(float).mean()
         for name in [*conditions, "win"]:
             numbers |= share(right[name].astype(float), right.context, trainings=right.sae_seed, **options)
         return numbers
@@ -198,8 +201,9 @@ def saes(table: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
 
 
 def of_variant(summary: pd.DataFrame, variant: Variant = MAIN) -> pd.DataFrame:
-    """Return the rows of a variant."""
-    return summary[(summary[VARIANT] == pd.Series(asdict(variant))).all(axis=1)]
+    """Return the rows of a variant, of the hosts that have learnt the task at that load."""
+    chosen = (summary[VARIANT] == pd.Series(asdict(variant))).all(axis=1)
+    return summary[chosen & (summary.answers >= LEARNT)]
 
 
 def against_side(summary: pd.DataFrame) -> pd.DataFrame:
@@ -246,23 +250,24 @@ def span(table: pd.DataFrame, name: str) -> str:
 
 def answer(summary: pd.DataFrame) -> str:
     """Return the answer to the paper's open question, as Markdown: at what side an atom still keeps the answer."""
-    main = against_side(of_variant(summary))
+    main, ceiling = (against_side(of_variant(summary, x)).sort_values("side") for x in (MAIN, TRUTH))
     largest, smallest = (main[main.side == side] for side in (main.side.max(), main.side.min()))
-    works = bool((largest.kept_atom_low > 0.9).all())
+    works = bool((largest.kept_atom_low > FOUND).all())
     of_families = "; ".join(
-        f"{HOST[family]} " + ", ".join(f"{100 * x:.0f}%" for x in part.sort_values("side").kept_atom)
+        f"{HOST[family]} " + ", ".join(f"{100 * x.kept_atom:.0f}% ({x.side})" for x in part.itertuples())
         for family, part in main.groupby("family")
     )
-    sides = ", ".join(map(str, sorted(main.side.unique())))
-    ceiling = against_side(of_variant(summary, TRUTH))
+    left_out = against_side(summary[(summary.target == "truth") & (summary.answers < LEARNT)])
+    names = ", ".join(f"{HOST[x.family]} {x.side} ({100 * x.answers:.0f}%)" for x in left_out.itertuples())
     return (
         f"**Do rank-1 atoms still work where d_k and d_v are larger? {'Yes' if works else 'Not everywhere'}**, on hosts in "
         f"which one association is one write. An SAE with one active atom, in the place of the write, keeps this share of "
-        f"the right answers at sides {sides}: {of_families} (n up to {main.n.max()} queries, {main.trainings.min()} "
-        f"trainings each). At {largest.side.iloc[0]} x {largest.side.iloc[0]}, {span(largest, 'own')} of the associations "
-        f"have an atom of their own (at {smallest.side.iloc[0]}: {span(smallest, 'own')}), and the purity is "
-        f"{span(largest, 'pure')} ({span(smallest, 'pure')}). Another atom keeps {span(main, 'kept_random')}, nothing "
+        f"the right answers (the side in brackets): {of_families}; up to {main.n.max()} queries and {main.trainings.min()} "
+        f"trainings each. At side {main.side.max()}, {span(largest, 'own')} of the associations have an atom of their own "
+        f"(at {main.side.min()}: {span(smallest, 'own')}), and the purity is {span(largest, 'pure')} "
+        f"({span(smallest, 'pure')}). Another atom keeps {span(main, 'kept_random')}, nothing "
         f"{span(main, 'kept_delete')}, and an atom of the true dictionary {span(ceiling, 'kept_atom')}."
+        + (f" Left out, because they answer less than half of the queries right: {names}." if names else "")
     )
 
 
@@ -273,7 +278,7 @@ def verdict(summary: pd.DataFrame, of_hosts: pd.DataFrame) -> list[str]:
     centred, states = of_variant(here, Variant("write", "mean", 1, 256)), here[here.target == "state"]
     loaded = of_variant(summary)
     loaded, main = loaded[loaded.pairs == loaded.pairs[loaded.side == SIDE].max()], of_variant(here)
-    quarter = against_side(of_hosts)
+    quarter = against_side(of_hosts[of_hosts.answers >= LEARNT])
     return [
         f"Edits hit their pair alone: at a quarter of the side, the hosts say the value of a counterfactual write in "
         f"{span(quarter, 'says_new')} of the trials, and keep the old answer in {span(quarter, 'kept_delete')} without the "

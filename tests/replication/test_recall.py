@@ -73,7 +73,7 @@ def rows():
 
 def test_shares_are_of_queries_answered_right_and_of_all_trainings():
     (row,) = recall.saes(rows(), 200, 1).itertuples()
-    assert (row.trainings, row.n, row.fvu, row.k, row.n_atoms) == (2, 3, 0.25, 1, 256)
+    assert (row.trainings, row.n, row.fvu, row.k, row.n_atoms, row.answers) == (2, 3, 0.25, 1, 256, 0.75)
     assert row.kept_atom == pytest.approx((2 / 3 + 1 / 3) / 2)
     assert row.win == pytest.approx(2 / 3)
     assert (row.own, row.pure, row.found) == (0.75, 0.75, 0.5)
@@ -93,8 +93,13 @@ def test_hosts_are_counted_by_context():
 
 def test_sentences_have_the_numbers_of_the_table():
     summary = recall.saes(rows(), 200, 1)
-    text = recall.answer(pd.concat([summary, summary.assign(side=16, pairs=4, kept_atom=0.25), _truth(summary)]))
-    assert "Not everywhere" in text and "16, 32: Mamba-2 25%, 50%" in text and "true dictionary 100%" in text
+    smaller, untaught = (
+        summary.assign(side=16, pairs=4, kept_atom=0.25),
+        _truth(summary).assign(side=64, pairs=16, answers=0.1),
+    )
+    text = recall.answer(pd.concat([summary, smaller, _truth(summary), untaught]))
+    assert "Not everywhere" in text and "Mamba-2 25% (16), 50% (32)" in text and "true dictionary 100%" in text
+    assert "Left out, because they answer less than half of the queries right: Mamba-2 64 (10%)." in text
     sure = summary.assign(kept_atom=0.97, kept_atom_low=0.94)
     assert "Yes**" in recall.answer(pd.concat([sure, _truth(summary)]))
 
