@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
+from string import ascii_lowercase
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython import get_ipython
+from matplotlib.text import Text
+from matplotlib.ticker import FixedLocator
 
 from replication.study.paths import ROOT, dry_run
 from replication.study.stages import git_commit
@@ -55,6 +59,10 @@ PAPER = dict(color="0.35", linestyle=":", linewidth=1.2)  # a line at a number o
 DASHES = dict(color="0.35", linestyle="none", marker="_", markersize=18)  # numbers to compare with
 EVEN = dict(color="0.8", linewidth=0.8)  # the line of no effect
 MARKERS = "osD^"
+WIDEST = 7.0  # inches, a printed page
+SMALLEST = 8.0  # points
+NAMES = HOST | dict(matched_norm="native norm", coefficient="own coefficient", mean_write="mean write")
+NAMES |= dict(resampled="another write", native_rescaled="native write, rescaled", gamma="Γ", delete="deletion")
 
 
 def style() -> None:
@@ -98,10 +106,49 @@ def origin(name: str, profile: str) -> str:
     return f"page {page}; tables {', '.join(tables) or 'none'}; profile {profile}; commit {git_commit()}"
 
 
+CHOICE_NAMES = dict(target="SAE of", centre="centre", write="write", pooling="firings", amplitude="amplitude")
+CHOICE_NAMES |= dict(reading="read by", kl_direction="KL", control="against")
+LEVEL_NAMES = dict(state="states", write="writes", mean="mean subtracted", none="no mean", rounds="equally per atom")
+LEVEL_NAMES |= dict(most_firing="of the most frequent", positions="by position", random="a random atom", fresh="noise")
+LEVEL_NAMES |= dict(native_patched="from the native run", patched_native="from the edited run")
+
+
+def level_name(choice: str, level: str) -> str:
+    """Return the name of a level of one of the choices of the multiverse, e.g. "SAE of writes"."""
+    return f"{CHOICE_NAMES[choice]} {LEVEL_NAMES.get(level, named(level))}"
+
+
+def named(text: str) -> str:
+    """Return a text of a figure with names for the keys of tables, e.g. "Mamba-2, middle" for "mamba2 middle"."""
+    return re.sub(r"(?<![\w$])(" + "|".join(NAMES) + r")(?![\w$])", lambda match: NAMES[match[0]], text)
+
+
+def readable(figure: plt.Figure) -> None:
+    """Make a figure fit for print: names for keys, no text below SMALLEST, no width above WIDEST, panel letters."""
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(min(width, WIDEST), height)
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            labels = [label.get_text() for label in axis.get_ticklabels()]
+            if isinstance(axis.get_major_locator(), FixedLocator) and labels != [*map(named, labels)]:
+                axis.set_ticks(axis.get_ticklocs(), [*map(named, labels)])
+            size = axis.get_ticklabels()[0].get_fontsize() if axis.get_ticklabels() else SMALLEST
+            axis.set_tick_params(labelsize=max(size, SMALLEST))
+    for text in figure.findobj(Text):
+        text.set_text(named(text.get_text()))
+        text.set_fontsize(max(text.get_fontsize(), SMALLEST))
+    panels = [axes for axes in figure.axes if axes.get_label() != "<colorbar>" and axes.axison]
+    for letter, axes in zip(ascii_lowercase, panels if len(panels) > 1 else []):
+        place = dict(xycoords="axes fraction", textcoords="offset points", ha="right", va="bottom", gid="letter")
+        if not any(text.get_gid() == "letter" for text in axes.texts):
+            axes.annotate(letter, (0, 1), (-4, 4), weight="bold", fontsize=9, annotation_clip=False, **place)
+
+
 def save(figure: plt.Figure, name: str, folder: Path) -> None:
-    """Write NAME.pdf and NAME.png, the same for the same figure; those of a dry run are marked.
+    """Write NAME.pdf and NAME.png, `readable`, the same for the same figure; those of a dry run are marked.
 
     Their metadata (Subject, Source) say where they come from. folder: its name is the profile's."""
+    readable(figure)
     if dry_run():
         mark_dry_run(figure)
     source = origin(name, Path(folder).name)
@@ -229,5 +276,5 @@ def levels(axes: plt.Axes, table: pd.DataFrame, choices: Mapping[str, Sequence[s
         places = table.index[table[choice] == level]
         colour = COLOURS[list(choices).index(choice)]
         axes.plot(places, np.full(len(places), row), "|", markersize=5, markeredgewidth=0.4, color=colour)
-    axes.set_yticks(range(len(shown)), [f"{c}: {x}" for c, x in shown], fontsize=6)
+    axes.set_yticks(range(len(shown)), [level_name(c, x) for c, x in shown], fontsize=8)
     axes.invert_yaxis()

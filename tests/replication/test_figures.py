@@ -108,10 +108,13 @@ def test_predictors_of_one_value_do_not_hide_one_another(axes):
 
 
 def test_levels_mark_the_lines_that_have_them(axes):
-    table = pd.DataFrame(dict(host=["h"] * 4, target=list("aabb"), read=["x", "y", "x", "x"]))
-    plots.levels(axes, table, dict(host=["h"], target=["a", "b"], read=["x", "y"]))
+    table = pd.DataFrame(
+        dict(host=["h"] * 4, target=["state", "state", "write", "write"], reading=["x", "y", "x", "x"])
+    )
+    plots.levels(axes, table, dict(host=["h"], target=["state", "write"], reading=["x", "y"]))
     assert [line.get_xdata().tolist() for line in axes.lines] == [[0, 1], [2, 3], [0, 2, 3], [1]]
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["target: a", "target: b", "read: x", "read: y"]
+    names = [tick.get_text() for tick in axes.get_yticklabels()]
+    assert names == ["SAE of states", "SAE of writes", "read by x", "read by y"]
 
 
 def test_the_same_figure_gives_the_same_files(tmp_path):
@@ -123,6 +126,23 @@ def test_the_same_figure_gives_the_same_files(tmp_path):
         plt.close(figure)
     for kind in ("png", "pdf"):
         assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
+
+
+def test_a_saved_figure_is_fit_for_print(tmp_path):
+    figure, axes = plt.subplots(1, 2, figsize=(11, 3))
+    axes[0].plot([0, 1], label="gated_deltanet, matched_norm")
+    axes[0].legend(fontsize=4)
+    axes[0].set_title("a mamba2_like name", fontsize=5)
+    axes[1].set_xticks([0, 1], ["mean_write", "rwkv7"], fontsize=6)
+    for _ in range(2):  # saved twice, lettered once
+        plots.save(figure, "wide", tmp_path)
+    assert figure.get_size_inches().tolist() == [7, 3]
+    assert [[text.get_text() for text in a.texts] for a in axes] == [["a"], ["b"]]
+    assert axes[0].get_legend().get_texts()[0].get_text() == "Gated DeltaNet, native norm"
+    assert axes[0].get_title() == "a mamba2_like name"
+    assert [x.get_text() for x in axes[1].get_xticklabels()] == ["mean write", "RWKV-7"]
+    assert min(text.get_fontsize() for text in figure.findobj(plt.Text) if text.get_text()) == 8
+    plt.close(figure)
 
 
 def test_a_figure_says_where_it_comes_from(tmp_path):
