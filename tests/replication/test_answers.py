@@ -1,0 +1,50 @@
+"""How pages begin and end: the sentences, and what `conclude` does with them."""
+
+import re
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+
+from replication import answers, findings
+from replication.study.paths import ROOT
+
+MINI = ROOT / "results" / "mini"
+
+
+class Opened:
+    """Keeps what a page's opening is updated with."""
+
+    def update(self, shown):
+        self.text = shown.data
+
+
+def study(name="mini", results=MINI):
+    return SimpleNamespace(profile=SimpleNamespace(name=name), paths=SimpleNamespace(results=results))
+
+
+@pytest.mark.parametrize("name", answers.ANSWERS)
+def test_a_page_ends_with_its_verdict_and_begins_with_its_result(name):
+    opened = Opened()
+    verdict = answers.conclude(opened, name, study())
+    assert opened.text.startswith("**Result.** ") and re.search(r"\d", verdict.data)
+    for text in (opened.text, verdict.data):
+        assert text.endswith(".") and not re.search(r"nan|True|False|\[']|_|  ", text)
+    cells = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4).cells
+    heading, last = cells[-2:]
+    assert heading.source == "## Verdict" and last.source == f'answers.conclude(opened, "{name}", study)'
+    assert sum("opened = answers.opening()" in cell.source for cell in cells) == 1
+
+
+def test_other_profiles_and_missing_tables_get_a_remark(tmp_path):
+    opened = Opened()
+    remark = answers.conclude(opened, "05_replacement", study("smoke"))
+    assert remark.data == opened.text and "are about the profile mini" in remark.data
+    answers.conclude(opened, "05_replacement", study(results=tmp_path))
+    assert opened.text == "The table headline.csv is not there yet, so this page has no result in words."
+
+
+def test_a_difference_in_words():
+    words = [answers.apart(*ends) for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1))]
+    assert words == ["ahead of", "behind", "not apart from"]
+    assert set(answers.ANSWERS) <= set(findings.FINDINGS)
