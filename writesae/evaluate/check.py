@@ -471,7 +471,7 @@ def _worth(examination: Examination, most: int = 16) -> str:
     )
     lines = [title, _left(shown.head(most))]
     if len(cells) > most:
-        lines.append(f"({len(cells) - most} further cells are in check.json)")
+        lines.append(f"({len(cells) - most} further cells are in check.json, with --out)")
     rounded = model["bfloat16_kl"]
     if rounded is not None:
         small = (cells.deletion_median < rounded).mean()
