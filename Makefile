@@ -132,7 +132,6 @@ bench: $(ENV)  ## measure speed, memory and storage in 15 minutes (BENCH=--quick
 
 hosts: $(ENV)  ## retrain the embedded hosts from their recipes (hours; resumable)
 	$(PY) -m replication train-host $(RECIPES:/recipe.yaml=)
-	$(PY) -m replication train-recall
 
 browser: $(ENV)  ## write figures/PROFILE/atoms.html, a page with every atom, from the results
 	$(PY) -m replication browser --profile $(PROFILE)

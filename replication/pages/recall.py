@@ -86,6 +86,7 @@ def of_host(name: str, weights: dict[str, Path], settings: Recall, seed: int, co
         answers = trials.right.double().mean(1).numpy()
         tables.append(rewritten(trials, EVERY, seed).assign(of="host", pairs=pairs, answers=answers))
     tables += list(_of_saes(host, side, settings, seed))
+    tables = [table.astype(dict.fromkeys(table.select_dtypes("bool"), int)) for table in tables]
     return pd.concat(tables, ignore_index=True).assign(family=family, side=side)
 
 
