@@ -170,6 +170,33 @@ def causes(results, bench) -> str:
 
 
 @block
+def middle_cell(results, bench) -> str:
+    """How often the state-trained atom beats deletion in the middle cell, wherever a page says so."""
+    where = dict(host=MAIN, target="state")
+    own, bars = dict(amplitude="coefficient"), ("win_rate", "boot_low", "boot_high")
+    firings = results.row("replacement_summary", cells="middle", **where, **own)
+    atoms = results.row("population_summary", **where, **own, **{"class": "all"})
+    cell = results.rows("cells", host=MAIN, place="middle").iloc[0]
+    head = results.row("heads", head=cell["head"], layer=cell.layer, **where, **own)
+    short = results.row("ablations", place="middle", variant="bilinear+rank1", **where)
+    ablated = [f"{x}_coefficient" for x in bars]
+    rows = [
+        [page("05_replacement"), "places by position, no mean", win_rate(results, "state", cells="middle"), WIN],
+        [page("05_replacement"), "places by position", win_rate(results, "state", "mean", cells="middle"), WIN],
+        [page("05_replacement"), "equally many firings per atom", firings, bars],
+        [page("07_population"), "mean over atoms", atoms, ("mean_win_rate", "ci_low", "ci_high")],
+        [page("11_multiverse"), "smaller SAE, one head among four", head, bars],
+        [page("11_ablations"), f"short training, {short.n_atoms} atoms", short.rename({"n_firings": "n"}), ablated],
+    ]
+    counts = [row.get("n", row.get("n_firings")) for _, _, row, _ in rows]
+    lines = [
+        [where, what, f"{n:,.0f}", percent(row, *columns)]
+        for (where, what, row, columns), n in zip(rows, counts, strict=True)
+    ]
+    return table("page | how it is counted | n | atom beats deletion", lines)
+
+
+@block
 def all_findings(results, bench) -> str:
     """The sentence of every page."""
     lines = [f"**{page(name)}** {said(results)}" for name, said in sorted(findings.FINDINGS.items())]
