@@ -37,6 +37,7 @@ QUERIES = 16  # per context, at most
 MOST_TOKENS = 2**14  # of the contexts of a load together
 TOKENS = 256  # per training step
 LEARNT = 0.5  # share of right answers from which a host counts at a load
+WORKS = 0.9  # share of right answers that an atom which works keeps
 FOUND = 0.9  # cosine of an atom to a true write
 
 
@@ -253,7 +254,10 @@ def answer(summary: pd.DataFrame) -> str:
     """Return the answer to the paper's open question, as Markdown: at what side an atom still keeps the answer."""
     main, ceiling = (against_side(of_variant(summary, x)).sort_values("side") for x in (MAIN, TRUTH))
     largest, smallest = (main[main.side == side] for side in (main.side.max(), main.side.min()))
-    works = bool((largest.kept_atom_low > FOUND).all())
+    works = largest.kept_atom_low > WORKS
+    verdicts = [("Yes on", largest[works]), ("not on", largest[largest.kept_atom_high < WORKS])]
+    verdicts.append(("not settled on", largest.drop(verdicts[0][1].index).drop(verdicts[1][1].index)))
+    words = "; ".join(f"{word} {', '.join(x.family.map(HOST))}" for word, x in verdicts if len(x))
     of_families = "; ".join(
         f"{HOST[family]} " + ", ".join(f"{100 * x.kept_atom:.0f}% ({x.side})" for x in part.itertuples())
         for family, part in main.groupby("family")
@@ -261,8 +265,9 @@ def answer(summary: pd.DataFrame) -> str:
     left_out = against_side(summary[(summary.target == "truth") & (summary.answers < LEARNT)])
     names = ", ".join(f"{HOST[x.family]} {x.side} ({100 * x.answers:.0f}%)" for x in left_out.itertuples())
     return (
-        f"**Do rank-1 atoms still work where d_k and d_v are larger? {'Yes' if works else 'Not everywhere'}**, on hosts in "
-        f"which one association is one write. An SAE with one active atom, in the place of the write, keeps this share of "
+        f"**Do rank-1 atoms still work where d_k and d_v are larger? {words}** (yes: at side {main.side.max()} the whole "
+        f"interval of the answers kept is above {WORKS:.0%}), on hosts in which one association is one write. "
+        f"The atom of an SAE with one active atom, in the place of the write, keeps this share of "
         f"the right answers (the side in brackets): {of_families}; up to {main.n.max()} queries and {main.trainings.min()} "
         f"trainings each. At side {main.side.max()}, {span(largest, 'own')} of the associations have an atom of their own "
         f"(at {main.side.min()}: {span(smallest, 'own')}), and the purity is {span(largest, 'pure')} "

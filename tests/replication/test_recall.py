@@ -98,10 +98,16 @@ def test_sentences_have_the_numbers_of_the_table():
         _truth(summary).assign(side=64, pairs=16, answers=0.1),
     )
     text = recall.answer(pd.concat([summary, smaller, _truth(summary), untaught]))
-    assert "Not everywhere" in text and "Mamba-2 25% (16), 50% (32)" in text and "true dictionary 100%" in text
+    assert (
+        "larger? not settled on Mamba-2**" in text
+        and "Mamba-2 25% (16), 50% (32)" in text
+        and "true dictionary 100%" in text
+    )
     assert "Left out, because they answer less than half of the queries right: Mamba-2 64 (10%)." in text
+    poor = summary.assign(kept_atom=0.5, kept_atom_high=0.8)
+    assert "not on Mamba-2**" in recall.answer(pd.concat([poor, _truth(summary)]))
     sure = summary.assign(kept_atom=0.97, kept_atom_low=0.94)
-    assert "Yes**" in recall.answer(pd.concat([sure, _truth(summary)]))
+    assert "Yes on Mamba-2**" in recall.answer(pd.concat([sure, _truth(summary)]))
 
 
 def _truth(summary):
