@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import SMALL, small
 from helpers import EDIT_PLACES, assert_close, several_edits, stepped_logits
+from supported_models import test_each_class_is_in_the_table as test_each_class_is_in_the_table
 
 from writesae.edit import edited_hidden, generate, hidden_under, make_edit
 from writesae.harvesting import harvest
