@@ -11,7 +11,18 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import DisplayHandle, Markdown, display
 
-from replication.findings import FINDINGS, HOSTS, MAIN, Results, estimate, listed, percent, r2, win_rate
+from replication.findings import (
+    FINDINGS,
+    HOSTS,
+    MAIN,
+    Results,
+    estimate,
+    largest_recall,
+    listed,
+    percent,
+    r2,
+    win_rate,
+)
 from replication.plots import HOST
 from replication.study.paths import dry_run
 from replication.study.study import Study
@@ -246,6 +257,35 @@ def attribution(results: Results) -> str:
     )
 
 
+def recall(results: Results) -> str:
+    rows = largest_recall(results)
+    own, nothing = (listed(f"{row[name]:.0%}" for row in rows) for name in ("own", "kept_delete"))
+    return (
+        f"Yes, where the right dictionary has rank 1: {own} of the associations have an atom of their own at side "
+        f"{rows[0].side} (Gated DeltaNet, Mamba-2, RWKV-7). Without the write {nothing} of the answers stay right, so the "
+        "measure can fail. Whether the writes of a language model have such a dictionary is another question."
+    )
+
+
+def residual_features(results: Results) -> str:
+    where = dict(cells="middle", object="atom", predictor="through_layer")
+    hits = estimate(results.row("residual_features_summary", **where), "hits", "hits_low", "hits_high")
+    return (
+        "One linear pass says which features an atom will raise, and when: of the ten that it is predicted to raise most at "
+        f"later tokens, {hits}% are among the ten that rise most."
+    )
+
+
+def recurrence(results: Results) -> str:
+    where = dict(host=MAIN, target="write", centre="none")
+    tied, means, raw = (results.row("recurrence_summary", dictionary=x, **where) for x in ("tied", "kmeans", "raw"))
+    return (
+        f"Few come back, and not only because of the SAE: of k-means centroids of the same writes {1 - means.recurs:.0%} are "
+        f"other ones in another fit, and a tied encoder does not help ({tied.recurs:.0%} come back). That the text tells "
+        f"where an atom fires does not make it special: the nearest of raw writes is told almost as well ({raw.auc_all:.2f})."
+    )
+
+
 ANSWERS: dict[str, Callable[[Results], str]] = {  # notebook: its verdict
     "00_hosts": hosts,
     "01_harvest": harvest,
@@ -264,4 +304,7 @@ ANSWERS: dict[str, Callable[[Results], str]] = {  # notebook: its verdict
     "11_multiverse": multiverse,
     "12_scorecard": scorecard,
     "13_attribution": attribution,
+    "14_recall": recall,
+    "15_residual_features": residual_features,
+    "16_recurrence": recurrence,
 }

@@ -217,8 +217,16 @@ def install(results: Results) -> str:
     return (
         f"Three writes at three times the native norm change the share of targets among the new tokens from "
         f"{gamma.included_native:.1%} to {paper.included_edited:.1%} along the paper's direction and to "
-        f"{gamma.included_edited:.1%} along the best direction of one cell."
+        f"{gamma.included_edited:.1%} along the best direction of one cell. Small writes in every cell, refined, make the "
+        f"target the next token at {in_every_cell(results)} of the trials on the three hosts."
     )
+
+
+def in_every_cell(results: Results) -> str:
+    """Return the shares of targets that refined writes of the native size in all cells make the next token."""
+    where = dict(cells="all", direction="refined", magnitude=1.0, writes=3, target_class="all", distance="all")
+    rows = [results.row("install_cells_summary", host=host, **where) for host in HOSTS]
+    return listed(f"{row.next_token:.0%}" for row in rows)
 
 
 def ablations(results: Results) -> str:
@@ -277,6 +285,46 @@ def attribution(results: Results) -> str:
     )
 
 
+def recall(results: Results) -> str:
+    kept = listed(f"{row.kept_atom:.0%}" for row in largest_recall(results))
+    side = largest_recall(results)[0].side
+    return (
+        f"Where one association is one write, the atom in its place keeps {kept} of the right answers of states of {side} x "
+        f"{side} (Gated DeltaNet, Mamba-2, RWKV-7): rank-1 atoms work at the largest side, too."
+    )
+
+
+def largest_recall(results: Results) -> list[pd.Series]:
+    """Return the rows of recall_summary for the largest side, per family: SAEs of writes, k = 1, no mean."""
+    rows = results.rows("recall_summary", target="write", centre="none", k=1, n_atoms=256)
+    rows = rows[(rows.side == rows.side.max()) & (rows.pairs == rows.side // 4)].set_index("family")
+    return [rows.loc[host] for host in HOSTS]
+
+
+def residual_features(results: Results) -> str:
+    where = dict(cells="middle", object="write")
+    through, first = (
+        estimate(results.row("residual_features_summary", predictor=x, **where), "r2", "r2_low", "r2_high", 3, scale=1)
+        for x in ("through_layer", "exact")
+    )
+    return (
+        "How much a feature of a residual-stream SAE changes without a write of the middle cell is predicted through the "
+        f"layer with an R2 of {through}, to first order with {first}."
+    )
+
+
+def recurrence(results: Results) -> str:
+    def values(dictionary: str) -> tuple[str, str]:
+        row = results.row("recurrence_summary", host=MAIN, dictionary=dictionary, target="write", centre="none")
+        return percent(row, "recurs", "recurs_low", "recurs_high"), f"{row.auc_all:.2f}"
+
+    (atoms, auc), (centroids, _), (_, of_raw) = (values(name) for name in ("sae", "kmeans", "raw"))
+    return (
+        f"Of the atoms of an SAE of writes {atoms} come back in another training, of the k-means centroids {centroids}. "
+        f"The text says where an atom fires with an AUC of {auc}, and where a raw write is nearest with {of_raw}."
+    )
+
+
 def own_model(results: Results) -> str:
     table = results.rows("own_model").set_index("question")
     atom, random = table.loc["atom beats deletion"], table.loc["random beats deletion"]
@@ -306,5 +354,8 @@ FINDINGS: dict[str, Callable[[Results], str]] = {  # notebook: its sentence
     "11_multiverse": multiverse,
     "12_scorecard": scorecard,
     "13_attribution": attribution,
+    "14_recall": recall,
+    "15_residual_features": residual_features,
+    "16_recurrence": recurrence,
     "90_your_own_model": own_model,
 }

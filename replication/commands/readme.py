@@ -15,7 +15,19 @@ import pandas as pd
 
 from replication import findings
 from replication.commands import order
-from replication.findings import HOSTS, MAIN, WIN, Results, estimate, listed, percent, r2, win_rate
+from replication.findings import (
+    HOSTS,
+    MAIN,
+    WIN,
+    Results,
+    estimate,
+    in_every_cell,
+    largest_recall,
+    listed,
+    percent,
+    r2,
+    win_rate,
+)
 from replication.plots import HOST
 from replication.scorecard.claims import papers_value
 from replication.scorecard.verdicts import VERDICTS
@@ -65,6 +77,7 @@ def glance(results, bench) -> str:
     closed = listed(f"{r2(results, 'through_layer', 1.0, host):.3f}" for host in HOSTS)
     said = results.row("install_summary", host=MAIN, direction="paper", target_class="all", magnitude=3.0)
     fitted = results.row("scorecard", id="C1", host=MAIN).value
+    recalled = listed(f"{row.kept_atom:.0%}" for row in largest_recall(results)) + " of answers kept"
     rows = [
         ["Can an atom of an SAE of *states* stand for a write?", f"beats deletion at {papers_value('R1'):.0%}"]
         + [f"{centred}; {state} if no mean is subtracted", verdict(results, "R1"), page("05_replacement")],
@@ -77,6 +90,8 @@ def glance(results, bench) -> str:
         ["Does one without a fit?", "–", f"R² {closed} on three models", "new", page("04_logit_shift")],
         ["Do three writes make the model say a word?", f"8% → {papers_value('I4'):.0%}"]
         + [f"{said.included_native:.1%} → {said.included_edited:.1%}", verdict(results, "I4"), page("10_install")],
+        ["Do small writes in every cell?", "–", f"the next token: {in_every_cell(results)}", "new", page("10_install")],
+        ["Do rank-1 atoms work in larger states?", "open", f"on recall tasks: {recalled}", "new", page("14_recall")],
         ["Do atoms come back in another seed?", "under 1%", again, verdict(results, "A5"), page("03_atoms")],
     ]
     return table("Question | Paper | Here | Verdict | Page", rows)
