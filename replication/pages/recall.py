@@ -282,8 +282,8 @@ def verdict(summary: pd.DataFrame, of_hosts: pd.DataFrame) -> list[str]:
     here = against_side(summary[summary.side == SIDE])
     few, spread = of_variant(here, Variant("write", "none", 1, 128)), of_variant(here, Variant("write", "none", 4, 256))
     centred, states = of_variant(here, Variant("write", "mean", 1, 256)), here[here.target == "state"]
-    loaded = of_variant(summary)
-    loaded, main = loaded[loaded.pairs == loaded.pairs[loaded.side == SIDE].max()], of_variant(here)
+    loaded, main = of_variant(summary[summary.side == SIDE]), of_variant(here)
+    loaded = loaded[loaded.pairs == loaded.pairs.max()]
     quarter = against_side(of_hosts[of_hosts.answers >= LEARNT])
     return [
         f"Edits hit their pair alone: at a quarter of the side, the hosts say the value of a counterfactual write in "
