@@ -45,6 +45,7 @@ def stream(host, run, edit, at):
 @pytest.mark.parametrize("at", [LAYER, AT, 4])
 @pytest.mark.parametrize("scope", ["write", "cache"])
 def test_measured_changes_are_those_of_edited_runs(host, run, sae, at, scope):
+    at = min(at, host.layers - 1)
     edit, nothing = edit_of(host, 0.4, scope), edit_of(host, 0.0, scope)
     changes = feature_changes(host, run, LAYER, HEAD, edit, sae, at, STEPS)
     wanted = (stream(host, run, edit, at) - stream(host, run, nothing, at)) @ sae.encoder
