@@ -1,7 +1,7 @@
 """How a page begins and ends: its result at the top, and a verdict that answers its title at the end.
 
-Both are computed from the page's tables: the result by `findings`, the verdict here. They are about the hosts and
-choices of the profile mini; with another profile a page says so."""
+Both are computed from the page's tables: the result by `findings`, the verdict here. They are about the hosts
+and choices of the profile mini; with another profile a page says so."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def conclude(opened: DisplayHandle, page: str, study: Study) -> Markdown:
 
 
 def apart(low: float, high: float) -> str:
-    """Return in words whether a difference with this interval is above or below 0: "ahead of", for example."""
+    """Return in words whether a difference with this interval is above or below 0: "ahead of", for
+    example."""
     return "ahead of" if low > 0 else "behind" if high < 0 else "not apart from"
 
 
@@ -152,7 +153,12 @@ def all_writes(results: Results) -> str:
 
 def baselines(results: Results) -> str:
     where = dict(
-        host=MAIN, cells="pooled", reference="best_atom", amplitude="projection", target="write", centre="none"
+        host=MAIN,
+        cells="pooled",
+        reference="best_atom",
+        amplitude="projection",
+        target="write",
+        centre="none",
     )
     names = dict(nearest_write="the nearest of 512 raw writes", kmeans="the nearest of 512 k-means centres")
     names["k1_best_atom"] = "the nearest atom of an SAE with one active atom"
@@ -224,7 +230,11 @@ def every_cell(results: Results) -> str:
 
 
 def multiverse(results: Results) -> str:
-    names = dict(control="what the atom must beat", target="what the SAE is trained on", pooling="which firings count")
+    names = dict(
+        control="what the atom must beat",
+        target="what the SAE is trained on",
+        pooling="which firings count",
+    )
     names |= dict(amplitude="the atom's amplitude", reading="who reads the edit", centre="the mean")
     names |= dict(write="the definition of the write", kl_direction="the direction of the KL")
     parts = []
@@ -293,18 +303,18 @@ ANSWERS: dict[str, Callable[[Results], str]] = {  # notebook: its verdict
     "03_atoms": atoms,
     "04_logit_shift": logit_shift,
     "05_replacement": replacement,
-    "05_objects": objects,
-    "05_all_writes": all_writes,
-    "06_baselines": baselines,
-    "07_population": population,
-    "08_other_hosts": other_hosts,
-    "09_cache_edits": cache_edits,
-    "11_ablations": ablations,
-    "11_every_cell": every_cell,
-    "11_multiverse": multiverse,
-    "12_scorecard": scorecard,
-    "13_attribution": attribution,
-    "14_recall": recall,
-    "15_residual_features": residual_features,
-    "16_recurrence": recurrence,
+    "07_objects": objects,
+    "06_all_writes": all_writes,
+    "08_baselines": baselines,
+    "09_population": population,
+    "10_other_hosts": other_hosts,
+    "11_cache_edits": cache_edits,
+    "13_ablations": ablations,
+    "14_every_cell": every_cell,
+    "15_multiverse": multiverse,
+    "20_scorecard": scorecard,
+    "16_attribution": attribution,
+    "17_recall": recall,
+    "18_residual_features": residual_features,
+    "19_recurrence": recurrence,
 }

@@ -1,7 +1,7 @@
 """What each page found, in sentences built from its tables, and the numbers of the README and of docs/.
 
-A notebook opens with its sentence (`show`), docs/results.md has all of them, and `python -m replication readme`
-writes the same numbers into the README, so that one number is computed in one place.
+A notebook opens with its sentence (`show`), docs/results.md has all of them, and `python -m replication
+readme` writes the same numbers into the README, so that one number is computed in one place.
 """
 
 from __future__ import annotations
@@ -18,8 +18,16 @@ from replication.scorecard.verdicts import VERDICTS
 
 HOSTS = ("gated_deltanet", "mamba2", "rwkv7")
 MAIN = HOSTS[0]
-CELLS = {"three cells": (MAIN, "pooled"), "early": (MAIN, "early"), "middle": (MAIN, "middle"), "late": (MAIN, "late")}
-CELLS |= {"nearest to the paper's spectrum": (MAIN, "regime"), "matters most for the loss": (MAIN, "weighty")}
+CELLS = {
+    "three cells": (MAIN, "pooled"),
+    "early": (MAIN, "early"),
+    "middle": (MAIN, "middle"),
+    "late": (MAIN, "late"),
+}
+CELLS |= {
+    "nearest to the paper's spectrum": (MAIN, "regime"),
+    "matters most for the loss": (MAIN, "weighty"),
+}
 CELLS |= {"Mamba-2, middle": ("mamba2", "middle"), "RWKV-7, middle": ("rwkv7", "middle")}
 
 
@@ -223,7 +231,8 @@ def install(results: Results) -> str:
 
 
 def in_every_cell(results: Results) -> str:
-    """Return the shares of targets that refined writes of the native size in all cells make the next token."""
+    """Return the shares of targets that refined writes of the native size in all cells make the next
+    token."""
     where = dict(cells="all", direction="refined", magnitude=1.0, writes=3, target_class="all", distance="all")
     rows = [results.row("install_cells_summary", host=host, **where) for host in HOSTS]
     return listed(f"{row.next_token:.0%}" for row in rows)
@@ -304,7 +313,14 @@ def largest_recall(results: Results) -> list[pd.Series]:
 def residual_features(results: Results) -> str:
     where = dict(cells="middle", object="write")
     through, first = (
-        estimate(results.row("residual_features_summary", predictor=x, **where), "r2", "r2_low", "r2_high", 3, scale=1)
+        estimate(
+            results.row("residual_features_summary", predictor=x, **where),
+            "r2",
+            "r2_low",
+            "r2_high",
+            3,
+            scale=1,
+        )
         for x in ("through_layer", "exact")
     )
     return (
@@ -342,20 +358,20 @@ FINDINGS: dict[str, Callable[[Results], str]] = {  # notebook: its sentence
     "03_atoms": atoms,
     "04_logit_shift": logit_shift,
     "05_replacement": replacement,
-    "05_objects": objects,
-    "05_all_writes": all_writes,
-    "06_baselines": baselines,
-    "07_population": population,
-    "08_other_hosts": other_hosts,
-    "09_cache_edits": cache_edits,
-    "10_install": install,
-    "11_ablations": ablations,
-    "11_every_cell": every_cell,
-    "11_multiverse": multiverse,
-    "12_scorecard": scorecard,
-    "13_attribution": attribution,
-    "14_recall": recall,
-    "15_residual_features": residual_features,
-    "16_recurrence": recurrence,
+    "07_objects": objects,
+    "06_all_writes": all_writes,
+    "08_baselines": baselines,
+    "09_population": population,
+    "10_other_hosts": other_hosts,
+    "11_cache_edits": cache_edits,
+    "12_install": install,
+    "13_ablations": ablations,
+    "14_every_cell": every_cell,
+    "15_multiverse": multiverse,
+    "20_scorecard": scorecard,
+    "16_attribution": attribution,
+    "17_recall": recall,
+    "18_residual_features": residual_features,
+    "19_recurrence": recurrence,
     "90_your_own_model": own_model,
 }

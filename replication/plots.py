@@ -119,12 +119,14 @@ def level_name(choice: str, level: str) -> str:
 
 
 def named(text: str) -> str:
-    """Return a text of a figure with names for the keys of tables, e.g. "Mamba-2, middle" for "mamba2 middle"."""
+    """Return a text of a figure with names for the keys of tables, e.g. "Mamba-2, middle" for "mamba2
+    middle"."""
     return re.sub(r"(?<![\w$])(" + "|".join(NAMES) + r")(?![\w$])", lambda match: NAMES[match[0]], text)
 
 
 def readable(figure: plt.Figure) -> None:
-    """Make a figure fit for print: names for keys, no text below SMALLEST, no width above WIDEST, panel letters."""
+    """Make a figure fit for print: names for keys, no text below SMALLEST, no width above WIDEST, panel
+    letters."""
     width, height = figure.get_size_inches()
     figure.set_size_inches(min(width, WIDEST), height)
     for axes in figure.axes:
@@ -231,10 +233,11 @@ def r2_curves(axes: plt.Axes, summary: pd.DataFrame, value: str, low: str, high:
 
 
 def family_lines(axes: plt.Axes, table: pd.DataFrame, x: str, **measures: str) -> None:
-    """Draw shares with their intervals against a size on a log axis: a colour per family, a marker per measure.
+    """Draw shares with their intervals against a size on a log axis: a colour per family, a marker per
+    measure.
 
-    measures: column=label, in the legend if there are several. Points are shifted so that they do not hide one
-    another."""
+    measures: column=label, in the legend if there are several. Points are shifted so that they do not hide
+    one another."""
     shifts = iter(dodge(len(measures) * table.family.nunique(), 0.2))
     for marker, (name, label) in zip(MARKERS, measures.items()):
         for family, part in table.sort_values(x).groupby("family", sort=False):

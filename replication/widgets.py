@@ -1,4 +1,4 @@
-"""Controls in JupyterLab: look at any atom (notebook 03), install any word after any prompt (notebook 10).
+"""Controls in JupyterLab: look at any atom (notebook 03), install any word after any prompt (notebook 12).
 
 Front ends without ipywidgets show the page of the first atom or of the default prompt."""
 

@@ -1,4 +1,5 @@
-"""The command line of the method: `python -m writesae check MODEL` examines a model before work is spent on it."""
+"""The command line of the method: `python -m writesae check MODEL` examines a model before work is spent on
+it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from collections.abc import Iterable
 
 
 def texts(path: str | None) -> Iterable[str]:
-    """Return the documents of a corpus, by default the topics of Python's own reference, which every Python has."""
+    """Return the documents of a corpus, by default the topics of Python's own reference, which every Python
+    has."""
     if path:
         from writesae.text import Corpus
 
@@ -62,7 +64,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 1 if a comparison of ours differs, or with one sentence on stderr after an error."""
+    """Return the exit status: 1 if a comparison of ours differs, or with one sentence on stderr after an
+    error."""
     options = parser().parse_args(arguments)
     try:
         return check(options)

@@ -7,7 +7,8 @@ A harvest that does not fit into memory is stored in shards on disk, and SAEs tr
     sae, record = train(ShardedHistory(folder, (9, 4), "state"), settings, checkpoint="run.safetensors")
 
 `harvest_shards` holds one shard of all cells in memory, and continues at the first missing shard if it is run
-again. Training holds a batch and ||X_t - mean||^2 of every token, and gives the same SAE as a history in memory.
+again. Training holds a batch and ||X_t - mean||^2 of every token, and gives the same SAE as a history in
+memory.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def harvest(
     """Return the factors of one cell, or of several by cell, over windows or their tokens [N, T].
 
     batch: windows per run. The factors are in fp32 on the CPU: key, added and log_decay; effective for scalar
-    decays and KDA; erase and taken for vector decays. Raises ValueError for no cell, a cell that the host does
-    not have, a batch below 1, and tokens that `Host.run` refuses.
+    decays and KDA; erase and taken for vector decays. Raises ValueError for no cell, a cell that the host
+    does not have, a batch below 1, and tokens that `Host.run` refuses.
     """
     if (layer is None) != (head is None) or (layer is None) == (cells is None):
         raise ValueError("A harvest is of one cell (layer and head) or of a list of cells.")

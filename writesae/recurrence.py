@@ -224,8 +224,8 @@ def gated_delta_chunks(
 
     query, key [..., T, d_k] (keys of unit norm, queries scaled); value [..., T, d_v]; beta [..., T];
     log_decay [..., T], or [..., T, d_k] for vector decays (KDA). state [..., d_k, d_v]: the initial one; with
-    `groups` the shared ones, [U, H, d_k, d_v]. Without `end` there is no last state. With D_ts, the decay from
-    token s to token t: (I + tril(beta_t (k_t . D_ts k_s), -1)) u = beta (v - read of the state).
+    `groups` the shared ones, [U, H, d_k, d_v]. Without `end` there is no last state. With D_ts, the decay
+    from token s to token t: (I + tril(beta_t (k_t . D_ts k_s), -1)) u = beta (v - read of the state).
     """
     length, d_k, d_v, vector = key.shape[-2], key.shape[-1], value.shape[-1], log_decay.ndim == key.ndim
     chunk = min(chunk, length)

@@ -1,10 +1,11 @@
 """Test a published SAE: the replacement test of page 05, beside the rows of the author's own test.
 
-The SAE is one of the author's (a .pt file, or a folder or Hub folder with best.pt) or of this project (config.json
-and model.safetensors). The host is one of the profile, a folder or a Hub id. Protocol: of the profile's
-held-out windows, the first quarter fits the threshold of a BatchTopK SAE; on the others, equally many firings per
-atom are drawn, and each atom replaces the native write at both amplitudes and both read scopes. Results are in
-results/audits/NAME: replacement.csv, a row per firing, and replacement_summary.csv, with the author's rows too.
+The SAE is one of the author's (a .pt file, or a folder or Hub folder with best.pt) or of this project
+(config.json and model.safetensors). The host is one of the profile, a folder or a Hub id. Protocol: of the
+profile's held-out windows, the first quarter fits the threshold of a BatchTopK SAE; on the others, equally
+many firings per atom are drawn, and each atom replaces the native write at both amplitudes and both read
+scopes. Results are in results/audits/NAME: replacement.csv, a row per firing, and replacement_summary.csv,
+with the author's rows too.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def located(name: str) -> Path:
 
 
 def load(place: Path, host: Host, fitting: Windows, transposed: bool, given: dict) -> SAE:
-    """Return the SAE; fitting: the windows for a threshold. Raises as the readers, and for another host's SAE."""
+    """Return the SAE; fitting: the windows for a threshold. Raises as the readers, and for another host's
+    SAE."""
     if place.is_dir():
         sae = SAE.load(place)
     else:
@@ -75,7 +77,12 @@ def test(study: Study, host: Host, windows: Windows, sae: SAE, count: int) -> pd
     """Return the replacement test of at most `count` firings, equally many per atom."""
     data, seed = study.profile.data, study.profile.seed
     factors = harvest(
-        host, windows, layer=sae.config.layer, head=sae.config.head, batch=data.batch_windows, progress=False
+        host,
+        windows,
+        layer=sae.config.layer,
+        head=sae.config.head,
+        batch=data.batch_windows,
+        progress=False,
     )
     last = windows.tokens.shape[1] - STEPS
     firings = find_firings(sae, factors, windows, first=data.first_position, last=last)

@@ -35,7 +35,7 @@ from writesae.text import Windows
 TEMPLATE = Path(__file__).with_name("browser.html")
 REQUIRED = dict(cells="00_hosts", saes="02_train_saes", atoms="03_atoms", replacement="05_replacement")
 OPTIONAL = dict(replacement_by_cell="05_replacement", logit_shift="04_logit_shift")
-OPTIONAL |= dict(population="07_population", cache_preferred="09_cache_edits")
+OPTIONAL |= dict(population="09_population", cache_preferred="11_cache_edits")
 COEFFICIENT_BINS, POSITION_BINS = 20, 16
 CONTEXTS = 4  # per atom
 TOKENS = 4  # promoted and demoted tokens of each kind
@@ -250,7 +250,8 @@ def page(data: dict) -> bytes:
 
 
 def write(study: Study, data: dict | None = None) -> Path:
-    """Write figures/<profile>/atoms.html and return its path. data: of `collect`. Raises as `collect` and `page`."""
+    """Write figures/<profile>/atoms.html and return its path. data: of `collect`. Raises as `collect` and
+    `page`."""
     content, path = page(data or collect(study)), study.paths.figures / "atoms.html"
     write_atomically(path, lambda partial: partial.write_bytes(content))
     return path

@@ -1,8 +1,9 @@
-"""The atom browser's data in the form of Neuronpedia: a folder per SAE with batch-0.json, as SAEDashboard writes.
+"""The atom browser's data in the form of Neuronpedia: a folder per SAE with batch-0.json, as SAEDashboard
+writes.
 
-An entry of `features` is an atom: tokens with the measured shifts that it promotes and demotes, its top contexts,
-and the histogram of its coefficients. Fields of Neuronpedia that compare neurons are empty. A piece of a context
-is one token where the atom fires, and all tokens up to the next such one otherwise.
+An entry of `features` is an atom: tokens with the measured shifts that it promotes and demotes, its top
+contexts, and the histogram of its coefficients. Fields of Neuronpedia that compare neurons are empty. A piece
+of a context is one token where the atom fires, and all tokens up to the next such one otherwise.
 """
 
 from __future__ import annotations

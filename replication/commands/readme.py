@@ -1,7 +1,7 @@
 """Write the numbers of the README and of docs/ from the results, and draw the README's teaser.
 
-A number or a table lies between `<!--=NAME-->` and `<!--/-->`, which Markdown does not show. NAME is a function of
-this module with the decorator `block`, and what it returns replaces what lies between."""
+A number or a table lies between `<!--=NAME-->` and `<!--/-->`, which Markdown does not show. NAME is a
+function of this module with the decorator `block`, and what it returns replaces what lies between."""
 
 from __future__ import annotations
 
@@ -79,20 +79,45 @@ def glance(results, bench) -> str:
     fitted = results.row("scorecard", id="C1", host=MAIN).value
     recalled = listed(f"{row.kept_atom:.0%}" for row in largest_recall(results)) + " of answers kept"
     rows = [
-        ["Can an atom of an SAE of *states* stand for a write?", f"beats deletion at {papers_value('R1'):.0%}"]
+        [
+            "Can an atom of an SAE of *states* stand for a write?",
+            f"beats deletion at {papers_value('R1'):.0%}",
+        ]
         + [f"{centred}; {state} if no mean is subtracted", verdict(results, "R1"), page("05_replacement")],
         ["... of an SAE of *writes*?", "–", f"{percent(win_rate(results, 'write'), *WIN)} (no mean)"]
         + ["new", page("05_replacement")],
         ["Where do atoms of states fail?", "–", f"where memory is long: rank correlation {rho}"]
-        + ["new", page("11_every_cell")],
+        + ["new", page("14_every_cell")],
         ["Does the formula, with a fitted scalar, predict a logit?", f"R² {papers_value('C1'):.2f}"]
         + [f"R² {fitted:.2f}", verdict(results, "C1"), page("04_logit_shift")],
         ["Does one without a fit?", "–", f"R² {closed} on three models", "new", page("04_logit_shift")],
         ["Do three writes make the model say a word?", f"8% → {papers_value('I4'):.0%}"]
-        + [f"{said.included_native:.1%} → {said.included_edited:.1%}", verdict(results, "I4"), page("10_install")],
-        ["Do small writes in every cell?", "–", f"the next token: {in_every_cell(results)}", "new", page("10_install")],
-        ["Do rank-1 atoms work in larger states?", "open", f"on recall tasks: {recalled}", "new", page("14_recall")],
-        ["Do atoms come back in another seed?", "under 1%", again, verdict(results, "A5"), page("03_atoms")],
+        + [
+            f"{said.included_native:.1%} → {said.included_edited:.1%}",
+            verdict(results, "I4"),
+            page("12_install"),
+        ],
+        [
+            "Do small writes in every cell?",
+            "–",
+            f"the next token: {in_every_cell(results)}",
+            "new",
+            page("12_install"),
+        ],
+        [
+            "Do rank-1 atoms work in larger states?",
+            "open",
+            f"on recall tasks: {recalled}",
+            "new",
+            page("17_recall"),
+        ],
+        [
+            "Do atoms come back in another seed?",
+            "under 1%",
+            again,
+            verdict(results, "A5"),
+            page("03_atoms"),
+        ],
     ]
     return table("Question | Paper | Here | Verdict | Page", rows)
 
@@ -196,12 +221,27 @@ def middle_cell(results, bench) -> str:
     short = results.row("ablations", place="middle", variant="bilinear+rank1", **where)
     ablated = [f"{x}_coefficient" for x in bars]
     rows = [
-        [page("05_replacement"), "places by position, no mean", win_rate(results, "state", cells="middle"), WIN],
-        [page("05_replacement"), "places by position", win_rate(results, "state", "mean", cells="middle"), WIN],
+        [
+            page("05_replacement"),
+            "places by position, no mean",
+            win_rate(results, "state", cells="middle"),
+            WIN,
+        ],
+        [
+            page("05_replacement"),
+            "places by position",
+            win_rate(results, "state", "mean", cells="middle"),
+            WIN,
+        ],
         [page("05_replacement"), "equally many firings per atom", firings, bars],
-        [page("07_population"), "mean over atoms", atoms, ("mean_win_rate", "ci_low", "ci_high")],
-        [page("11_multiverse"), "smaller SAE, one head among four", head, bars],
-        [page("11_ablations"), f"short training, {short.n_atoms} atoms", short.rename({"n_firings": "n"}), ablated],
+        [page("09_population"), "mean over atoms", atoms, ("mean_win_rate", "ci_low", "ci_high")],
+        [page("15_multiverse"), "smaller SAE, one head among four", head, bars],
+        [
+            page("13_ablations"),
+            f"short training, {short.n_atoms} atoms",
+            short.rename({"n_firings": "n"}),
+            ablated,
+        ],
     ]
     counts = [row.get("n", row.get("n_firings")) for _, _, row, _ in rows]
     lines = [
@@ -323,12 +363,20 @@ def costs(results, bench) -> str:
     ]
     one_by_one = "the paper's protocol, firing by firing"
     rows += [
-        [f"replacement, {conditions} conditions, {depth} layer", one_by_one, times(replaced(depth, conditions))]
+        [
+            f"replacement, {conditions} conditions, {depth} layer",
+            one_by_one,
+            times(replaced(depth, conditions)),
+        ]
         for depth, conditions in (("early", 3), ("late", 3), ("late", 16))
     ]
     ways = {"one by one": "one forward pass per atom", "batched": "forward passes in batches"}
     rows += [
-        ["closed form of 256 atoms from one backward pass", way, times(bench.rows("closed_form", case=case))]
+        [
+            "closed form of 256 atoms from one backward pass",
+            way,
+            times(bench.rows("closed_form", case=case)),
+        ]
         for case, way in ways.items()
     ]
     return table("what | against | times as fast", rows)
@@ -349,7 +397,8 @@ def plan(results, bench) -> str:
         for x in bench.rows("plan").itertuples()
     ]
     return table(
-        "kept | machine | disk, one layer at a time | harvest, hours | training, hours | memory of a step", rows
+        "kept | machine | disk, one layer at a time | harvest, hours | training, hours | memory of a step",
+        rows,
     )
 
 

@@ -150,7 +150,8 @@ def run(name: str, profile: str, log: TextIO | None = None) -> Path:
 def progress(name: str, stamps: Path) -> str:
     """Return how far `make all` is after a page, to be added to the page's line; nothing outside `make all`.
 
-    Make sets WRITESAE_PAGES, the pages that it runs, and WRITESAE_RUN, which ends with the time of its start."""
+    Make sets WRITESAE_PAGES, the pages that it runs, and WRITESAE_RUN, which ends with the time of its
+    start."""
     pages = os.environ.get("WRITESAE_PAGES", "").split()
     if name not in pages:
         return ""

@@ -1,8 +1,9 @@
-"""Build the site into build/site: the documents of docs/, every notebook with its outputs, all figures with links to
-their tables, the API, and the atom browser.
+"""Build the site into build/site: the documents of docs/, every notebook with its outputs, all figures with
+links to their tables, the API, and the atom browser.
 
-The sources are gathered in build/site-source, whose folders are those of the repository, so that links between
-documents stay as they are. Nothing is loaded from the network, neither by the build nor by the pages."""
+The sources are gathered in build/site-source, whose folders are those of the repository, so that links
+between documents stay as they are. Nothing is loaded from the network, neither by the build nor by the
+pages."""
 
 from __future__ import annotations
 
@@ -60,8 +61,8 @@ def with_formulas(text: str) -> str:
 
 
 def with_links(text: str, folder: Path) -> str:
-    """Return Markdown whose links lead to pages of the site, where there are such; other links within the repository
-    become plain text, as do badges. folder: of the document, from the repository's root."""
+    """Return Markdown whose links lead to pages of the site, where there are such; other links within the
+    repository become plain text, as do badges. folder: of the document, from the repository's root."""
 
     def link(match: re.Match) -> str:
         image, label, target = match.groups()

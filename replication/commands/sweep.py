@@ -122,7 +122,8 @@ class Sweep:
         return *point[:3], self.grid.variants[point.variant].target, role
 
     def points(self) -> list[Point]:
-        """Return all SAEs of the grid. Raises ValueError for none, and if the profile lacks a host or cell."""
+        """Return all SAEs of the grid. Raises ValueError for none, and if the profile lacks a host or
+        cell."""
         grid, profile = self.grid, self.profile
         named = {"all": list(profile.hosts), "main": [self.study.main]}
         hosts = grid.hosts if isinstance(grid.hosts, list) else named[grid.hosts]

@@ -28,8 +28,9 @@ CURVE_POINTS = 10
 class Family(BaseModel):
     """The training of one family.
 
-    lr, steps, first_pairs: one number, or one per side. sides: fields of the architecture that are the side of the
-    state. first_pairs: pairs per context in the first quarter of the steps, if not those of the smallest load."""
+    lr, steps, first_pairs: one number, or one per side. sides: fields of the architecture that are the side
+    of the state. first_pairs: pairs per context in the first quarter of the steps, if not those of the
+    smallest load."""
 
     model_config = ConfigDict(extra="forbid")
     lr: float | dict[int, float]
@@ -85,7 +86,8 @@ def new_host(recipe: Recipe, name: str, side: int) -> Host:
 
 
 def pairs_at(recipe: Recipe, side: int, step: int, steps: int, generator: torch.Generator) -> int:
-    """Return the pairs of a step: a random load, at first the smallest only, from half of the steps on any."""
+    """Return the pairs of a step: a random load, at first the smallest only, from half of the steps on
+    any."""
     pairs = recipe.pairs(side)
     able = min(len(pairs), 1 + 2 * len(pairs) * step // steps)
     return pairs[int(torch.randint(able, (), generator=generator))]
@@ -124,7 +126,8 @@ def train(recipe: Recipe, name: str, side: int) -> tuple[Host, list[dict]]:
 
 
 def save(host: Host, recipe: Recipe, folder: Path, history: list[dict], record: dict) -> None:
-    """Write weights in fp16, config, tokenizer (the words k0, k1, ..., v0, v1, ...), accuracies and record."""
+    """Write weights in fp16, config, tokenizer (the words k0, k1, ..., v0, v1, ...), accuracies and
+    record."""
     from transformers import PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Page 11_ablations: encoder, decoder, sparsity rule and rank of the SAE (Sec. 3.4, App. B, C, F.3).
+"""Page 13_ablations: encoder, decoder, sparsity rule and rank of the SAE (Sec. 3.4, App. B, C, F.3).
 
 Variants differ only in the parts that they name; training and measures are the same: FVU, L0, dead atoms,
 registers and bundles, and replacement of the native write by the top singular pair of the firing's atom, or

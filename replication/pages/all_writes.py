@@ -1,4 +1,4 @@
-"""Notebook 05_all_writes: the loss when all writes of a cell, or of all heads of a layer, are replaced at
+"""Notebook 06_all_writes: the loss when all writes of a cell, or of all heads of a layer, are replaced at
 once."""
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def by_cosine(firings: pd.DataFrame, alive: pd.DataFrame, edges=COSINE_EDGES, se
 
 
 def class_tables(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, ...]:
-    """Write results population_axes and population_by_cosine, from notebook 07's alive atoms and firings."""
+    """Write results population_axes and population_by_cosine, from notebook 09's alive atoms and firings."""
     hosts, seed = firings.groupby("host", sort=False), study.profile.seed
     first = study.profile.data.first_position
     parts = [axes_per_atom(part, alive, scanned(firing_windows(study, name), first)) for name, part in hosts]

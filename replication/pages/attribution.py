@@ -1,4 +1,4 @@
-"""Page 13: who reads what was written, by the exact attention map of a recurrent head.
+"""Page 16: who reads what was written, by the exact attention map of a recurrent head.
 
 At token t, the size of the part of the head's read that the write of token s brings is |weight_ts|
 ||added_s|| (`writesae.evaluate.attribution`). A *share* is such a size divided by the sum of sizes over all s

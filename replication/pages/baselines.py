@@ -1,4 +1,4 @@
-"""Page 06: is the SAE's atom better than what else of the same size could be put in the write's place?
+"""Page 08: is the SAE's atom better than what else of the same size could be put in the write's place?
 
 All replacements are measured at the same places, the draw `positions`: KL(native, patched) in nats at t + 1,
 read scope `write`, against deletion. Codebooks are fitted on the writes of the SAE split, before any outcome.

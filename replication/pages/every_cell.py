@@ -1,4 +1,4 @@
-"""Page 11_every_cell: the sweeps `cells` and `seeds`, replacement in every recurrent cell of every host."""
+"""Page 14_every_cell: the sweeps `cells` and `seeds`, replacement in every recurrent cell of every host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notebook 11: every head of a layer, every seed, and where the atom fails (App. F.1, Table 12, Fig. 14)."""
+"""Notebook 15: every head of a layer, every seed, and where the atom fails (App. F.1, Table 12, Fig. 14)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notebook 10: the install experiment over a profile's hosts (the paper's Sec. 4, App. I.6)."""
+"""Notebook 12: the install experiment over a profile's hosts (the paper's Sec. 4, App. I.6)."""
 
 from __future__ import annotations
 

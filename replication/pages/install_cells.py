@@ -1,11 +1,12 @@
-"""Notebook 10: installs by writes in one cell, in its layer and in all cells; their cost, and how little is enough.
+"""Notebook 12: installs by writes in one cell, in its layer and in all cells; their cost, and how little is
+enough.
 
 The protocol is that of `install` (the paper's App. I.6), with these differences. Directions are those of
-`steering`; `refined`: where the target does not come next, Adam from there. WIDE conditions have all distances.
-The others, and the targets out of context, have the smallest distance, where the writes are at the last tokens;
-costs are measured there for targets of the class MIDDLE, and NARROW conditions have only these targets. Delays
-are further distances, also for the class MIDDLE. Intervals of shares are the wider of Clopper and Pearson's over
-trials and a bootstrap over prompts; those of means are a bootstrap over prompts.
+`steering`; `refined`: where the target does not come next, Adam from there. WIDE conditions have all
+distances. The others, and the targets out of context, have the smallest distance, where the writes are at the
+last tokens; costs are measured there for targets of the class MIDDLE, and NARROW conditions have only these
+targets. Delays are further distances, also for the class MIDDLE. Intervals of shares are the wider of Clopper
+and Pearson's over trials and a bootstrap over prompts; those of means are a bootstrap over prompts.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ KEYS = ["host", "cells", "direction", "magnitude", "writes"]
 
 
 class Condition(NamedTuple):
-    """Writes in "one" cell, its "layer", "all" cells, or the "4" of the largest gains; said: inclusion of all targets."""
+    """Writes in "one" cell, its "layer", "all" cells, or the "4" of the largest gains; said: inclusion of all
+    targets."""
 
     cells: str
     direction: str
@@ -86,8 +88,9 @@ def run(study: Study) -> pd.DataFrame:
     """Write results install_cells.csv: one row per trial and condition.
 
     total_size: the root of the sum of squares of all writes, over that of the native writes of all cells.
-    included_edited: among the new tokens. Where costs are measured also: times the target is said, and the loss
-    of the continuation in the unedited model minus that of the unedited continuation (extra_loss, nats per token).
+    included_edited: among the new tokens. Where costs are measured also: times the target is said, and the
+    loss of the continuation in the unedited model minus that of the unedited continuation (extra_loss, nats
+    per token).
     """
     return _gathered(study, "install_cells", lambda _, cells: cells.distances + cells.delays, _trials)
 
@@ -106,7 +109,8 @@ def _gathered(study: Study, table: str, groups: Callable, compute: Callable) -> 
 
 
 def text_classes(host: Host, tokens: Tensor) -> dict[str, Tensor]:
-    """Return the tokens of OUT_OF_CONTEXT, bool [V]: the 5% most frequent, the rarest quarter, and whole words."""
+    """Return the tokens of OUT_OF_CONTEXT, bool [V]: the 5% most frequent, the rarest quarter, and whole
+    words."""
     counts = torch.bincount(tokens.flatten(), minlength=host.vocabulary)
     seen = counts > 0
     often, rarely = np.quantile(counts[seen].numpy(), [0.95, 0.25])
@@ -116,7 +120,8 @@ def text_classes(host: Host, tokens: Tensor) -> dict[str, Tensor]:
 
 
 class Native(NamedTuple):
-    """Of the unedited prompts: logits [prompts, V], continuations [prompts, new tokens], their losses [prompts]."""
+    """Of the unedited prompts: logits [prompts, V], continuations [prompts, new tokens], their losses
+    [prompts]."""
 
     logits: Tensor
     texts: Tensor
@@ -125,7 +130,8 @@ class Native(NamedTuple):
 
 @torch_defaults()
 def _setting(distance: int, host, prompts, classes, install, settings, write, seed) -> tuple[Setting, Tensor]:
-    """Return the trials at a distance, and the native logits of the prompts. Without classes: of MIDDLE only."""
+    """Return the trials at a distance, and the native logits of the prompts. Without classes: of MIDDLE
+    only."""
     run = host.run(prompts.tokens)
     logits = host.logits(run.final[:, -1])
     wanted = install.rank_classes if classes else {MIDDLE: install.rank_classes[MIDDLE]}
@@ -165,7 +171,8 @@ def _trials(distance: int, host, prompts, cell, classes, install, settings, writ
 
 
 def _cells(host: Host, cell: Cell, goal: Goal, settings) -> dict[str, list[Cell]]:
-    """Return the cells of each condition; the few best have the largest gain to first order over all trials."""
+    """Return the cells of each condition; the few best have the largest gain to first order over all
+    trials."""
     gain = _gains_of(host, goal)
     best = sorted(host.cells, key=gain.get, reverse=True)
     fewer = {str(count): best[:count] for count in settings.counts}
@@ -173,7 +180,8 @@ def _cells(host: Host, cell: Cell, goal: Goal, settings) -> dict[str, list[Cell]
 
 
 def _gains_of(host: Host, goal: Goal) -> dict[Cell, float]:
-    """Return the gain of the logit by each cell's best native-sized writes, to first order, mean over trials."""
+    """Return the gain of the logit by each cell's best native-sized writes, to first order, mean over
+    trials."""
     pairs = steering.gamma_pairs(host, goal, host.cells)
     return {cell: float((pairs[cell][2] * goal.sizes(host, cell)).sum(1).mean()) for cell in host.cells}
 
@@ -201,7 +209,8 @@ def _measure(host, trial: Setting, condition, cells, costs, native: Native, step
 
 @torch_defaults()
 def _continued(host: Host, goal: Goal, edits: Edits, edited: Tensor, costs: Tensor, wanted: Tensor, native) -> dict:
-    """Return what the wanted continuations say. Those that begin with the target are generated only for their costs."""
+    """Return what the wanted continuations say. Those that begin with the target are generated only for their
+    costs."""
     target, before = goal.tokens[:, None], native.texts[goal.rows]
     tokens = target.expand_as(before).clone()
     rows = torch.nonzero(costs | wanted & (edited.argmax(-1) != goal.tokens))[:, 0]
@@ -227,9 +236,9 @@ def share(happened: pd.Series, interval: Interval) -> Interval:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Return one row per (host, cells, direction, magnitude, writes, target class or all, distance or all).
 
-    Of n trials: next_token, and the mean lift and KL elsewhere (nats); of n_said: included_edited; of n_costs: the
-    mean number of times that the target is said, and extra_loss. Class all: those by rank. Distance all: those
-    that are no delays, for conditions that have several distances.
+    Of n trials: next_token, and the mean lift and KL elsewhere (nats); of n_said: included_edited; of
+    n_costs: the mean number of times that the target is said, and extra_loss. Class all: those by rank.
+    Distance all: those that are no delays, for conditions that have several distances.
     """
     table = table.assign(next_token=table.edited_rank == 1)
     measured = dict(n=["next_token", "first_step_lift", "kl_elsewhere"], n_said=["included_edited", "included_native"])
@@ -255,7 +264,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def frontier(summary: pd.DataFrame, nearest: int, counts: dict[str, int]) -> pd.DataFrame:
-    """Return the rows of the frontier with n_cells. nearest: the smallest distance; counts: of all cells by host."""
+    """Return the rows of the frontier with n_cells. nearest: the smallest distance; counts: of all cells by
+    host."""
     part = summary[(summary.distance == str(nearest)) & (summary.writes == summary.writes.max())]
     part = part[(part.direction == "refined") & (part.cells.str.isdigit() | (part.cells == "all"))]
     part = part[~part.target_class.isin(OUT_OF_CONTEXT)]
@@ -264,7 +274,8 @@ def frontier(summary: pd.DataFrame, nearest: int, counts: dict[str, int]) -> pd.
 
 
 def least(frontier: pd.DataFrame, wanted: float = 0.95) -> pd.DataFrame:
-    """Return, per host and class, what installs a share of the targets: the smallest total size, the fewest cells.
+    """Return, per host and class, what installs a share of the targets: the smallest total size, the fewest
+    cells.
 
     next_token, n_cells and magnitude are those of the smallest total size; fewest_cells: at any size. Where
     nothing on the grid is enough, these are those of the largest share, and fewest_cells is missing.
@@ -273,7 +284,15 @@ def least(frontier: pd.DataFrame, wanted: float = 0.95) -> pd.DataFrame:
     def row(part: pd.DataFrame) -> dict:
         enough = part[part.next_token >= wanted]
         best = part.loc[part.next_token.idxmax() if enough.empty else enough.total_size.idxmin()]
-        columns = ["n", "next_token", "next_token_low", "next_token_high", "total_size", "n_cells", "magnitude"]
+        columns = [
+            "n",
+            "next_token",
+            "next_token_low",
+            "next_token_high",
+            "total_size",
+            "n_cells",
+            "magnitude",
+        ]
         return dict(best[columns]) | dict(fewest_cells=enough.n_cells.min())
 
     return per_group(frontier, ["host", "target_class"], row)
@@ -286,7 +305,8 @@ def _text(part: pd.DataFrame, name: str) -> list[str]:
 
 
 def named(summary: pd.DataFrame, nearest: int, target_class: str = MIDDLE) -> pd.DataFrame:
-    """Return the conditions at the smallest distance, with their names: where, in which direction, how large."""
+    """Return the conditions at the smallest distance, with their names: where, in which direction, how
+    large."""
     part = summary[(summary.distance == str(nearest)) & (summary.target_class == target_class)]
     part = part[part.cells.isin(WHERE)].copy()
     single = part.writes.lt(part.writes.max()).map({True: ", one write", False: ""})
@@ -296,7 +316,8 @@ def named(summary: pd.DataFrame, nearest: int, target_class: str = MIDDLE) -> pd
 
 
 def shown(part: pd.DataFrame, *by: str, names: Mapping[str, str]) -> pd.DataFrame:
-    """Return columns of the summary with their intervals for a notebook. names: headings; by: what tells rows apart."""
+    """Return columns of the summary with their intervals for a notebook. names: headings; by: what tells rows
+    apart."""
     columns = {heading: _text(part, name) for name, heading in names.items()}
     return part[["host", *by, "n"]].reset_index(drop=True).assign(**columns)
 
@@ -336,7 +357,8 @@ def kept_gains(gains: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise_kept(kept: pd.DataFrame) -> pd.DataFrame:
-    """Return, per (host, delay), the total gain that is kept, and rho, Spearman's of `kept` and half-life over cells.
+    """Return, per (host, delay), the total gain that is kept, and rho, Spearman's of `kept` and half-life
+    over cells.
 
     from_memory: the share of the total of cells whose half-life is at least the delay.
     """
@@ -369,7 +391,10 @@ def _ceiling(layer: int, host, prompts, cell, classes, install, settings, write,
     count, native = len(goal.rows), logits[goal.rows]
     bound, own = steering.ceilings(host, goal, cells), native.gather(-1, goal.tokens[:, None])[:, 0]
     # One row per cell and trial; in each row all cells but one have writes of zero
-    trials, which = torch.arange(count).repeat(len(cells)), torch.arange(len(cells)).repeat_interleave(count)
+    trials, which = (
+        torch.arange(count).repeat(len(cells)),
+        torch.arange(len(cells)).repeat_interleave(count),
+    )
     apart, edits = goal.part(trials), steering.part(directions(host, goal, cells, "gamma"), trials)
     for number, c in enumerate(cells):
         edits[c] = replace(edits[c], right=edits[c].right * (which == number)[:, None, None])
@@ -384,10 +409,11 @@ def _ceiling(layer: int, host, prompts, cell, classes, install, settings, write,
 
 
 def summarise_ceilings(table: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per host: means over n trials of what is needed, and of the gain and ceiling of the best cell.
+    """Return one row per host: means over n trials of what is needed, and of the gain and ceiling of the best
+    cell.
 
-    Also over cells, exceeded: the share whose gain exceeds the ceiling; enough: the trials with a cell whose gain
-    is as large as what is needed.
+    Also over cells, exceeded: the share whose gain exceeds the ceiling; enough: the trials with a cell whose
+    gain is as large as what is needed.
     """
 
     def row(part: pd.DataFrame) -> dict:

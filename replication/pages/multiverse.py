@@ -1,4 +1,4 @@
-"""Page 11_multiverse: replacement under every choice that the paper leaves open (Sec. 2, 3.2, App. F.1, J).
+"""Page 15_multiverse: replacement under every choice that the paper leaves open (Sec. 2, 3.2, App. F.1, J).
 
 A universe is one level of each choice; the first level is the default of this repository.
 

@@ -1,4 +1,4 @@
-"""Notebook 05_objects: the replacement test on the write, the whole state, and its reconstruction."""
+"""Notebook 07_objects: the replacement test on the write, the whole state, and its reconstruction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notebook 08: the same experiments on every architecture (the paper's Sec. 3.3, App. F.4, Sec. 6.2).
+"""Notebook 10: the same experiments on every architecture (the paper's Sec. 3.3, App. F.4, Sec. 6.2).
 
 All numbers are those of the cell `middle`, so that hosts with one cell and with three can be compared."""
 

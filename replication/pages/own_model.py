@@ -1,7 +1,8 @@
 """Page 90: a model, a text, a cell and a word of the reader's choice.
 
 The page's own choice (DEFAULTS) writes into the folders of the profile. Every other choice has folders of its
-own, results/own_models/NAME and figures/own_models/NAME; NAME is the model, the cell and a hash of the choice.
+own, results/own_models/NAME and figures/own_models/NAME; NAME is the model, the cell and a hash of the
+choice.
 """
 
 from __future__ import annotations

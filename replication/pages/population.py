@@ -1,4 +1,4 @@
-"""Notebook 07: classes of atoms by cosine, and the win rate of each atom (the paper's Sec. 3.2, App. F.2)."""
+"""Notebook 09: classes of atoms by cosine, and the win rate of each atom (the paper's Sec. 3.2, App. F.2)."""
 
 from __future__ import annotations
 

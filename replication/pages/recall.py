@@ -1,8 +1,8 @@
-"""Page 14: dictionaries of writes whose meaning is known, against the side of the state and the load.
+"""Page 17: dictionaries of writes whose meaning is known, against the side of the state and the load.
 
-Hosts are those of models/recall (`python -m replication train-recall`), one per family and side d_k = d_v. The
-*load* is the number of pairs per context. SAEs train on contexts of CORPUS, of a load of a quarter of the side,
-and are tested on others; definitions are in `writesae.evaluate.recall`."""
+Hosts are those of models/recall (`python -m replication train-recall`), one per family and side d_k = d_v.
+The *load* is the number of pairs per context. SAEs train on contexts of CORPUS, of a load of a quarter of the
+side, and are tested on others; definitions are in `writesae.evaluate.recall`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,15 @@ from replication.study import paths
 from replication.study.profile import Recall
 from replication.study.study import Study
 from writesae.evaluate.firings import encode_cell
-from writesae.evaluate.recall import Task, Trials, associations, replaced, rewritten, true_dictionary, true_writes
+from writesae.evaluate.recall import (
+    Task,
+    Trials,
+    associations,
+    replaced,
+    rewritten,
+    true_dictionary,
+    true_writes,
+)
 from writesae.hosts.base import Host
 from writesae.hosts.load import adapter, load_host
 from writesae.sae.model import SAE
@@ -43,7 +51,8 @@ FOUND = 0.9  # cosine of an atom to a true write
 
 @dataclass(frozen=True)
 class Variant:
-    """An SAE: what it trains on, its offset, active atoms and atoms; the true dictionary has target "truth"."""
+    """An SAE: what it trains on, its offset, active atoms and atoms; the true dictionary has target
+    "truth"."""
 
     target: str
     centre: str
@@ -77,8 +86,8 @@ def of_host(name: str, weights: dict[str, Path], settings: Recall, seed: int, co
     """Return three kinds of rows (column `of`) of one host.
 
     "host": one per held-out context and load, of EVERY: answers, the share of right answers, and `rewritten`.
-    "association": those of `associations`, per SAE (VARIANT, sae_seed), with its fvu. "write": those of `replaced`,
-    per SAE and load. code: the families' code, for the fingerprint of the stage."""
+    "association": those of `associations`, per SAE (VARIANT, sae_seed), with its fvu. "write": those of
+    `replaced`, per SAE and load. code: the families' code, for the fingerprint of the stage."""
     family, side = name.rsplit("-", 1)
     host, side = load_host(weights[name].parent), int(side)
     tables = []
@@ -136,11 +145,12 @@ def _saes(host: Host, side: int, settings: Recall, seed: int, writes) -> Iterato
 
 
 def hosts(table: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per host and load: n contexts; the shares below, with 95% bootstrap intervals by context.
+    """Return one row per host and load: n contexts; the shares below, with 95% bootstrap intervals by
+    context.
 
     answers: right answers. Of the drawn queries that are answered right (n_right): says_new, the value of a
-    counterfactual write is said; kept_delete, the answer is still right without the write; others: of the other
-    right answers, the share that is still right after either edit."""
+    counterfactual write is said; kept_delete, the answer is still right without the write; others: of the
+    other right answers, the share that is still right after either edit."""
     rows = table[table.of == "host"]
     both = rows[["others_counterfactual", "others_delete"]].mean(axis=1)
 
@@ -158,7 +168,8 @@ def hosts(table: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
 def share(values: pd.Series, places: pd.Series, weights=1.0, trainings=None, **options) -> dict:
     """Return a (weighted) share as NAME, NAME_low, NAME_high (NAME: that of the values); nan without values.
 
-    The interval covers other places and other trainings; one of no or of only events is that of a zero count."""
+    The interval covers other places and other trainings; one of no or of only events is that of a zero
+    count."""
     if not len(values):
         return stats.with_ends(values.name, np.nan, stats.Interval(np.nan, np.nan))
     weighted = np.stack([values * weights, np.broadcast_to(weights, len(values))], 1)
@@ -171,9 +182,9 @@ def share(values: pd.Series, places: pd.Series, weights=1.0, trainings=None, **o
 def saes(table: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per host, load and SAE variant, with 95% intervals that cover retraining.
 
-    answers: of the drawn queries, the share that is answered right natively.
-    own, pure, found (cosine of at least FOUND): shares of associations (pure: of pairs), where SAEs are compared
-    only. Of the n queries answered right natively: kept_CONDITION; win: the atom loses less than deletion."""
+    answers: of the drawn queries, the share that is answered right natively. own, pure, found (cosine of at
+    least FOUND): shares of associations (pure: of pairs), where SAEs are compared only. Of the n queries
+    answered right natively: kept_CONDITION; win: the atom loses less than deletion."""
     rows = table[table.of == "write"].assign(win=lambda x: (x.loss_atom < x.loss_delete).astype(float))
     meanings = table[table.of == "association"]
     conditions = [f"kept_{name}" for name in ("atom", "matched", "reconstruction", "random", "delete")]
@@ -230,7 +241,8 @@ def readable_hosts(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return rows of `saes`: what the SAE is, whether it has found the associations, and what its atoms keep."""
+    """Return rows of `saes`: what the SAE is, whether it has found the associations, and what its atoms
+    keep."""
     words = [
         "the true writes"
         if x.target == "truth"
@@ -251,7 +263,8 @@ def span(table: pd.DataFrame, name: str) -> str:
 
 
 def answer(summary: pd.DataFrame) -> str:
-    """Return the answer to the paper's open question, as Markdown: at what side an atom still keeps the answer."""
+    """Return the answer to the paper's open question, as Markdown: at what side an atom still keeps the
+    answer."""
     main, ceiling = (against_side(of_variant(summary, x)).sort_values("side") for x in (MAIN, TRUTH))
     largest, smallest = (main[main.side == side] for side in (main.side.max(), main.side.min()))
     works = largest.kept_atom_low > WORKS
@@ -280,7 +293,10 @@ def answer(summary: pd.DataFrame) -> str:
 def verdict(summary: pd.DataFrame, of_hosts: pd.DataFrame) -> list[str]:
     """Return the page's findings in words, with their numbers."""
     here = against_side(summary[summary.side == SIDE])
-    few, spread = of_variant(here, Variant("write", "none", 1, 128)), of_variant(here, Variant("write", "none", 4, 256))
+    few, spread = (
+        of_variant(here, Variant("write", "none", 1, 128)),
+        of_variant(here, Variant("write", "none", 4, 256)),
+    )
     centred, states = of_variant(here, Variant("write", "mean", 1, 256)), here[here.target == "state"]
     loaded, main = of_variant(summary[summary.side == SIDE]), of_variant(here)
     loaded = loaded[loaded.pairs == loaded.pairs.max()]

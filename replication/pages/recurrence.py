@@ -1,4 +1,4 @@
-"""Page 16: do the atoms of another training come back, and do their firings follow from the text?
+"""Page 19: do the atoms of another training come back, and do their firings follow from the text?
 
 Each dictionary of the middle cell is fitted several times: SAEs with other seeds (initial atoms, order of the
 data), codebooks on other writes. An entry *fires* where an SAE's coefficient is the largest, or, for a

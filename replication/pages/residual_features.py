@@ -1,9 +1,9 @@
-"""Page 15: a write in the words of a residual-stream SAE, predicted and measured.
+"""Page 18: a write in the words of a residual-stream SAE, predicted and measured.
 
 One SAE of the residual stream behind the layer of the last chosen cell of the main host is trained by the
 trainer of states and writes, on vectors. At places uniform over held-out positions, in each chosen cell, two
-edits are made: the native write is taken out ("write": the changes with the opposite sign are what it raised), and
-the atom of the write-trained SAE that fires there is added at the native write's norm ("atom").
+edits are made: the native write is taken out ("write": the changes with the opposite sign are what it
+raised), and the atom of the write-trained SAE that fires there is added at the native write's norm ("atom").
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def stream(host: Host, windows: Windows, layer: int, batch: int) -> torch.Tensor
 def residual_sae(study: Study) -> VectorSAE:
     """Return the SAE of the main host's residual stream, trained once and kept in build/.
 
-    The first positions of a window, at which no experiment looks, are left out of its training. metadata: layer,
-    and fvu, the error on held-out windows about their mean, as a share of the variance.
+    The first positions of a window, at which no experiment looks, are left out of its training. metadata:
+    layer, and fvu, the error on held-out windows about their mean, as a share of the variance.
     """
     name, data, section = study.main, study.profile.data, study.profile.residual_features
     settings = section.training.model_copy(update=dict(seed=study.profile.seed))
@@ -77,11 +77,11 @@ def residual_sae(study: Study) -> VectorSAE:
 def measure(study: Study, sae: VectorSAE) -> pd.DataFrame:
     """Write results residual_features.csv: one row per (cell, object, place, predictor). Return it.
 
-    residual, total: sums over features and the tokens from the write on of the squared error and of the squared
-    measured change of pre-activations; residual_later, total_later: without the writing token. hits: of the TOP
-    features predicted to rise most at a later token, those among the measured TOP. feature, later: the one that
-    is predicted to rise most, and how many tokens later; predicted, measured: its rise then; same_token:
-    whether its measured rise is largest then."""
+    residual, total: sums over features and the tokens from the write on of the squared error and of the
+    squared measured change of pre-activations; residual_later, total_later: without the writing token. hits:
+    of the TOP features predicted to rise most at a later token, those among the measured TOP. feature, later:
+    the one that is predicted to rise most, and how many tokens later; predicted, measured: its rise then;
+    same_token: whether its measured rise is largest then."""
     name, section, profile = study.main, study.profile.residual_features, study.profile
     windows = study.windows(name, "heldout")[: section.test_windows]
     last = windows.tokens.shape[1] - section.horizon
@@ -148,15 +148,19 @@ def compared(predicted: torch.Tensor, measured: torch.Tensor) -> dict:
 
 
 def summarise(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per (cell, object, predictor): R2 about no change, and shares, with bootstraps by passage.
+    """Return one row per (cell, object, predictor): R2 about no change, and shares, with bootstraps by
+    passage.
 
-    r2, r2_later: 1 - residual / total over all features, places and tokens, with and without the writing token.
-    hits: mean share of the TOP features; same_token: share of places; r2_top: R2 of the feature that is
-    predicted to rise most. cells: cells.csv, for the column `cells`."""
+    r2, r2_later: 1 - residual / total over all features, places and tokens, with and without the writing
+    token. hits: mean share of the TOP features; same_token: share of places; r2_top: R2 of the feature that
+    is predicted to rise most. cells: cells.csv, for the column `cells`."""
     keys = ["host", "layer", "head", "distance", "object", "predictor"]
 
     def row(part: pd.DataFrame) -> dict:
-        numbers, options = dict(n=len(part), n_passages=part.passage.nunique()), (part.passage, resamples, seed)
+        numbers, options = (
+            dict(n=len(part), n_passages=part.passage.nunique()),
+            (part.passage, resamples, seed),
+        )
         tops = (part.predicted - part.measured) ** 2, part.measured**2
         pairs = dict(r2=(part.residual, part.total), r2_later=(part.residual_later, part.total_later), r2_top=tops)
         for name, (miss, size) in pairs.items():

@@ -1,4 +1,4 @@
-"""Page 11_ablations, selectivity: would another direction do as well as the atom (the paper's App. I.1)?
+"""Page 13_ablations, selectivity: would another direction do as well as the atom (the paper's App. I.1)?
 
 | control    | what                                                                           |
 |------------|--------------------------------------------------------------------------------|

@@ -460,7 +460,8 @@ def _in_all_cells(tables: Tables, host: str, targets: str, **where) -> pd.DataFr
 def in_all_cells(
     tables: Tables, host: str, of: str, targets: str, direction: str = "layerwise", writes: int = 3
 ) -> Estimate:
-    """Share of targets that writes in all cells raise or include, or the change of inclusion by them, paired."""
+    """Share of targets that writes in all cells raise or include, or the change of inclusion by them,
+    paired."""
     part = _in_all_cells(tables, host, targets, direction=direction, magnitude=1.0, writes=writes)
     if of == "change":
         return _change(part.included_edited - part.included_native, part.prompt)

@@ -1,4 +1,4 @@
-"""Comparison of whole runs with other seeds or on other machines, for notebook 12.
+"""Comparison of whole runs with other seeds or on other machines, for notebook 20.
 
 `make repeats` (`replication.commands.repeats`) gathers the scorecards and the replacement_summary.csv of
 whole runs. Another seed changes SAEs, places and prompts; another processor changes the order of sums, which

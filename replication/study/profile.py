@@ -175,7 +175,7 @@ class ResidualFeatures(Section):
 
 
 class Recall(Section):
-    """The SAEs of the recall hosts (page 14)."""
+    """The SAEs of the recall hosts (page 17)."""
 
     sides: list[PositiveInt]  # of the hosts' states
     contexts: PositiveInt  # held out, per load

@@ -158,7 +158,8 @@ class Study:
         return self.write(name, table, seconds=round(sum(record["seconds"] for record in records), 3))
 
     def write(self, name: str, frame: pd.DataFrame, host: str = "all", seconds=0.0, **more) -> pd.DataFrame:
-        """Write results/<profile>/NAME.csv and return it as it is read back. more: fields of its provenance."""
+        """Write results/<profile>/NAME.csv and return it as it is read back. more: fields of its
+        provenance."""
         path = self.paths.results / f"{name}.csv"
         stages.write_table(frame, path, self.provenance(host, seconds=seconds, **more))
         return stages.read_table(path)

@@ -323,7 +323,7 @@ def train_saes(study: Study) -> pd.DataFrame:
 
 
 def train_single_atoms(study: Study) -> pd.DataFrame:
-    """Train the SAEs of notebook 06 and write baseline_saes.csv.
+    """Train the SAEs of notebook 08 and write baseline_saes.csv.
 
     They are of the writes of the headline's cells, without the mean and with k = 1, else with the main
     settings."""
@@ -347,7 +347,7 @@ def tied_specs(study: Study, host: str, place: str) -> list[SaeSpec]:
 
 
 def train_tied(study: Study) -> pd.DataFrame:
-    """Train the SAEs of notebook 16, of the main host, and write tied_saes.csv."""
+    """Train the SAEs of notebook 19, of the main host, and write tied_saes.csv."""
     place = study.profile.section("atoms", study.main).place
     return study.write("tied_saes", train_all(study, tied_specs(study, study.main, place)))
 
@@ -363,7 +363,7 @@ def train_variants(study: Study) -> pd.DataFrame:
 
 
 def train_ablations(study: Study) -> pd.DataFrame:
-    """Train the ablations of notebook 11 and write ablation_saes.csv, with one row per SAE.
+    """Train the ablations of notebook 13 and write ablation_saes.csv, with one row per SAE.
 
     Raises ValueError for more training windows than there are.
     """

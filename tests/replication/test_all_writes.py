@@ -1,4 +1,4 @@
-"""Page 05_all_writes: shares of the loss by hand, its cases on a small host, and its sentences."""
+"""Page 06_all_writes: shares of the loss by hand, its cases on a small host, and its sentences."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Page 13: its numbers by hand, on small hosts."""
+"""Page 16: its numbers by hand, on small hosts."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""Page 06: what is put in, against fp64 loops; identities of the codebooks; the summaries by hand."""
+"""Page 08: what is put in, against fp64 loops; identities of the codebooks; the summaries by hand."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Page 11_every_cell: its summaries of a sweep's table, compared with values computed by hand."""
+"""Page 14_every_cell: its summaries of a sweep's table, compared with values computed by hand."""
 
 import numpy as np
 import pandas as pd

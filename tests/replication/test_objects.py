@@ -1,4 +1,4 @@
-"""The tables of notebook 05_objects, and the numbers of the paper that it compares with."""
+"""The tables of notebook 07_objects, and the numbers of the paper that it compares with."""
 
 import numpy as np
 import pandas as pd

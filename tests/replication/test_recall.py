@@ -1,4 +1,4 @@
-"""The training of recall hosts, and the summaries of page 14 on tables made by hand."""
+"""The training of recall hosts, and the summaries of page 17 on tables made by hand."""
 
 import json
 

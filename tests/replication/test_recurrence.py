@@ -1,4 +1,4 @@
-"""Page 16: its numbers by hand, on random writes."""
+"""Page 19: its numbers by hand, on random writes."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Page 15: its comparisons by loops over places, and its sentences."""
+"""Page 18: its comparisons by loops over places, and its sentences."""
 
 import numpy as np
 import pandas as pd

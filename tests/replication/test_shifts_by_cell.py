@@ -1,4 +1,4 @@
-"""Predicted shifts in every cell (page 08), against hand-made tables and the shifts of a small host."""
+"""Predicted shifts in every cell (page 10), against hand-made tables and the shifts of a small host."""
 
 import copy
 

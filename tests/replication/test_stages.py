@@ -125,7 +125,7 @@ def given_of(study, page, monkeypatch):
 
 
 def test_another_seed_draws_other_prompts_and_targets(placed, monkeypatch):
-    """Compares the fingerprints of two seeds. Page 10 once kept its old results under a new seed."""
+    """Compares the fingerprints of two seeds. Page 12 once kept its old results under a new seed."""
 
     def page():
         install._stage(placed, HOST, "install")
@@ -140,7 +140,7 @@ def test_another_seed_draws_other_prompts_and_targets(placed, monkeypatch):
 
 @pytest.mark.parametrize("page", [population, replacement, multiverse, selectivity])
 def test_the_code_of_a_page_counts_in_its_stage(placed, page, monkeypatch):
-    """Compares fingerprints before and after a change of code. Pages 07 and 11 once did not rerun."""
+    """Compares fingerprints before and after a change of code. Pages 09 and 11 once did not rerun."""
     measure = dict(multiverse="measure", selectivity="compare").get(page.__name__.rpartition(".")[2])
     options = dict(measure=getattr(page, measure)) if measure else dict(conditions=page.CONDITIONS_OF_SURVEYS)
 

@@ -85,8 +85,9 @@ def cost_of_deletions(
 ) -> pd.DataFrame:
     """Return what single writes are worth: KL(native, edited) in nats at t + 1 without the added write at t.
 
-    One row per cell and place: the places are positions[i] of window rows[i], the same in every cell. Columns:
-    host, layer, head, window, position, kl. Raises ValueError for places outside the run and unknown cells.
+    One row per cell and place: the places are positions[i] of window rows[i], the same in every cell.
+    Columns: host, layer, head, window, position, kl. Raises ValueError for places outside the run and unknown
+    cells.
     """
     native, tables = host.logits(run.final[rows, positions + 1]), []
     for layer, head in cells:

@@ -1,8 +1,9 @@
 """Examine a model before work is spent on it: `python -m writesae check MODEL`, or `examine(host, windows)`.
 
-Three questions. Does this project compute what the library's model computes, and what does the library do with
-padding, packing and caches (COMPARISONS)? Which cells are worth an SAE: how long do they remember, of which rank
-are states and writes, and what does it cost to leave writes out? What will a harvest and a training take?
+Three questions. Does this project compute what the library's model computes, and what does the library do
+with padding, packing and caches (COMPARISONS)? Which cells are worth an SAE: how long do they remember, of
+which rank are states and writes, and what does it cost to leave writes out? What will a harvest and a
+training take?
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class NotAsked(Exception):
 
 
 class Comparison(NamedTuple):
-    """Two computations of the same numbers. whose: "ours" or "library", that is, who is wrong if they differ."""
+    """Two computations of the same numbers. whose: "ours" or "library", that is, who is wrong if they
+    differ."""
 
     measure: Callable[[Host, Run], float]
     whose: str
@@ -70,7 +72,8 @@ def miss(actual: Tensor, expected: Tensor) -> float:
 
 
 def library(host: Host, tokens: Tensor, **options):
-    """Return what the library's own forward returns. Raises NotAsked if it does not take one of the options."""
+    """Return what the library's own forward returns. Raises NotAsked if it does not take one of the
+    options."""
     taken = inspect.signature(type(host.model).forward).parameters.values()
     names = {parameter.name for parameter in taken}
     lacking = [name for name in options if name not in names]
@@ -139,7 +142,8 @@ def rows_alone(host: Host, run: Run) -> float:
 
 
 def cached(host: Host, run: Run, sizes: list[int]) -> float:
-    """Compare the library's logits of parts of a window, one after the other through its cache, with the whole."""
+    """Compare the library's logits of parts of a window, one after the other through its cache, with the
+    whole."""
     if isinstance(host.model, PlainCausalLM):
         raise NotAsked("the class has no cache")
     tokens, parts, cache = run.tokens[:1, : sum(sizes)], [], {}
@@ -183,7 +187,8 @@ def right_padding(host: Host, run: Run) -> float:
 
 
 def packing(host: Host, run: Run) -> float:
-    """Compare a text's logits after another text in one window, with positions that begin anew, with alone."""
+    """Compare a text's logits after another text in one window, with positions that begin anew, with
+    alone."""
     first, second = run.tokens[:1], run.tokens[-1:, PADS:]
     packed, places = torch.cat([first, second], 1), [torch.arange(x.shape[1]) for x in (first, second)]
     try:
@@ -224,7 +229,10 @@ COMPARISONS = {
         CACHE,
     ),
     "left padding": Comparison(
-        left_padding, "library", "a window padded on the left beside a longer one, and alone", "do not pad on the left"
+        left_padding,
+        "library",
+        "a window padded on the left beside a longer one, and alone",
+        "do not pad on the left",
     ),
     "left padding alone": Comparison(
         left_padding_alone, "library", "the same without another window", "do not pad a single window"
@@ -244,8 +252,8 @@ COMPARISONS = {
 def compare(host: Host, run: Run) -> pd.DataFrame:
     """Return one row per entry of COMPARISONS: comparison, whose, what, error (relative), verdict, note.
 
-    verdict: "agrees", "differs" (the error is above TOLERANCE for the model's dtype), "fails" (the library raises
-    the error in the note), or "not asked" with the reason as note.
+    verdict: "agrees", "differs" (the error is above TOLERANCE for the model's dtype), "fails" (the library
+    raises the error in the note), or "not asked" with the reason as note.
     """
     rows, limit = [], TOLERANCE[host.model.dtype]
     for name, (measure, whose, what, if_off) in COMPARISONS.items():
@@ -270,10 +278,11 @@ def places(run: Run, count: int) -> tuple[Tensor, Tensor]:
 
 
 def examine_cells(host: Host, run: Run, cells: list[tuple[int, int]]) -> pd.DataFrame:
-    """Return one row per cell: layer, head, the measures of `survey_cells`, and the cost of its writes in nats.
+    """Return one row per cell: layer, head, the measures of `survey_cells`, and the cost of its writes in
+    nats.
 
-    deletion_median, deletion_mean: KL at the next token without one write, over PLACES places, the same in all
-    cells. no_writes: the increase of the loss per token if nothing is ever written.
+    deletion_median, deletion_mean: KL at the next token without one write, over PLACES places, the same in
+    all cells. no_writes: the increase of the loss per token if nothing is ever written.
     """
     by = ["layer", "head"]
     table = survey_cells(host, run, FIRST, cells)
@@ -303,7 +312,8 @@ def rounding(host: Host, run: Run) -> float | None:
 
 
 def closed_form(host: Host, run: Run, cell: tuple[int, int]) -> float:
-    """Return R^2 of predicted logit shifts of the top token at t + 1, through the layer, under deletions at t."""
+    """Return R^2 of predicted logit shifts of the top token at t + 1, through the layer, under deletions at
+    t."""
     (rows, at), (layer, head) = places(run, PLACES), cell
     write, native = host.factors(run, layer, head).at(rows, at), host.logits(run.final[rows, at + 1])
     edit = make_edit(rows, at, write.key[:, None], -write.added[:, None])
@@ -343,8 +353,9 @@ def describe(host: Host, run: Run) -> dict:
 def estimate(host: Host, tokens: Tensor) -> dict:
     """Return seconds and bytes of a harvest and of a training, per million tokens, from a small measurement.
 
-    The harvest is of one cell of the last recurrent layer (cells share the pass of the model). The training is
-    STEPS steps of the paper's size; its bytes are weights, gradients and Adam's moments, without the history.
+    The harvest is of one cell of the last recurrent layer (cells share the pass of the model). The training
+    is STEPS steps of the paper's size; its bytes are weights, gradients and Adam's moments, without the
+    history.
     """
     layer, million = host.recurrent_layers[-1], 1e6
     began = time.monotonic()
@@ -435,7 +446,10 @@ def _compared(comparisons: pd.DataFrame) -> str:
         error=comparisons.error.map("{:.0e}".format, na_action="ignore").fillna("-"), verdict=verdicts
     )
     parts = []
-    for whose, title in (("ours", "This project against the model"), ("library", "The library against itself")):
+    for whose, title in (
+        ("ours", "This project against the model"),
+        ("library", "The library against itself"),
+    ):
         part = shown[shown.whose == whose][["comparison", "what", "error", "verdict"]].rename(columns=dict(what="of"))
         parts.append(f"{title} (relative error)\n{_left(part)}")
     return "\n\n".join(parts)
@@ -508,7 +522,8 @@ def _duration(seconds: float) -> str:
 
 
 def draw(examination: Examination):
-    """Return a matplotlib figure: cells by half-life and by what a deletion costs, and the errors of the comparisons."""
+    """Return a matplotlib figure: cells by half-life and by what a deletion costs, and the errors of the
+    comparisons."""
     from matplotlib.figure import Figure
 
     cells, asked = examination.cells, examination.comparisons.dropna(subset="error")

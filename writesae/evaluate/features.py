@@ -1,8 +1,8 @@
 """A write in the words of a residual-stream SAE: which of its features a write or an atom raises, and when.
 
-The SAE reads the residual stream behind a layer L at or above the edited one. The pre-activation of feature i is
-linear in that stream, so a row of the encoder takes the place of a row of the unembedding in the closed form
-(`writesae.shift`). Changes of the pre-activations, in the order of their approximations:
+The SAE reads the residual stream behind a layer L at or above the edited one. The pre-activation of feature i
+is linear in that stream, so a row of the encoder takes the place of a row of the unembedding in the closed
+form (`writesae.shift`). Changes of the pre-activations, in the order of their approximations:
 
 - direct:        <q_s, x_s> <W_O w, enc_i>, the paper's path: no norm, no gate, no layer between;
 - exact:         every path to first order in the head's change;
@@ -34,7 +34,8 @@ def feature_changes(
     """Return the changes [R, steps, n] of all features' pre-activations, from each row's start on.
 
     The keys are PREDICTORS and "measured". at: the layer behind which the SAE reads. All predictions take one
-    forward-mode pass each, whatever n is. Raises ValueError for a layer below the edited one, and as `head_change`.
+    forward-mode pass each, whatever n is. Raises ValueError for a layer below the edited one, and as
+    `head_change`.
     """
     _check_layer(host, layer, at)
     change, _ = head_change(host.factors(run, layer, head), edit, steps)
@@ -70,8 +71,8 @@ def feature_gamma(
 ) -> Tensor:
     """Return Gamma [R, d_k, d_v] of a feature at the last of `steps` tokens from starts[r] on.
 
-    A write x w^T at starts[r], which the token there reads, changes the pre-activation by x^T Gamma w to first
-    order: one backward pass ranks every write and every atom. Raises ValueError as `feature_changes`.
+    A write x w^T at starts[r], which the token there reads, changes the pre-activation by x^T Gamma w to
+    first order: one backward pass ranks every write and every atom. Raises ValueError as `feature_changes`.
     """
     _check_layer(host, layer, at)
 
@@ -83,7 +84,8 @@ def feature_gamma(
 
 
 def _read(sae: VectorSAE, hidden: Tensor) -> Tensor:
-    """Return the pre-activations; behind the stream, hidden states of RWKV-7 carry the first layer's values."""
+    """Return the pre-activations; behind the stream, hidden states of RWKV-7 carry the first layer's
+    values."""
     return sae.pre(hidden[..., : len(sae.encoder)])
 
 

@@ -1,9 +1,9 @@
 """Multi-query associative recall: a test bed for state dictionaries in which the right answer is known.
 
 A context shows pairs k1 v1 ... kn vn of different keys, then asks for some of them: a key, and its value. A
-host of one recurrent layer with one head, whose convolution (or token shift) reaches back one token, stores an
-*association* (key, value) in one write, at the value's position. That write depends on the two tokens alone, so
-the true dictionary of writes is known exactly (`true_writes`).
+host of one recurrent layer with one head, whose convolution (or token shift) reaches back one token, stores
+an *association* (key, value) in one write, at the value's position. That write depends on the two tokens
+alone, so the true dictionary of writes is known exactly (`true_writes`).
 
 The firing at a pair is the atom with the largest coefficient at the value's position. Definitions, for the
 pairs of some contexts:
@@ -85,7 +85,8 @@ class Task:
         return self.keys + drawn[:, : self.choices or self.values]
 
     def draw(self, count: int, pairs: int, queries: int, generator: torch.Generator) -> Contexts:
-        """Return `count` random contexts. Raises ValueError for more pairs than keys, or queries than pairs."""
+        """Return `count` random contexts. Raises ValueError for more pairs than keys, or queries than
+        pairs."""
         possible = self.possible()
         if not 1 <= queries <= pairs <= len(possible):
             raise ValueError(f"A context has at most {len(possible)} pairs and {pairs} queries, not {queries}.")
@@ -122,7 +123,8 @@ def answer_loss(host: Host, contexts: Contexts) -> Tensor:
 
 @torch_defaults()
 def writes_of(host: Host, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return key [n, d_k] and value side [n, d_v] of the added write that stores key tokens with value tokens [n].
+    """Return key [n, d_k] and value side [n, d_v] of the added write that stores key tokens with value tokens
+    [n].
 
     Raises ValueError for a host with several cells.
     """
@@ -140,7 +142,8 @@ def true_writes(host: Host, task: Task) -> tuple[Tensor, Tensor]:
 
 
 def true_dictionary(key: Tensor, value: Tensor) -> SAE:
-    """Return the SAE whose atoms are the true writes [A, d_k], [A, d_v], with k = 1: the ceiling of any SAE."""
+    """Return the SAE whose atoms are the true writes [A, d_k], [A, d_v], with k = 1: the ceiling of any
+    SAE."""
     sae = SAE(Architecture(n_atoms=len(key), k=1, centre="none"), key.shape[1], value.shape[1]).to(key.dtype)
     for part in (sae.encoder, sae.decoder):
         part.assign(torch.arange(len(key)), F.normalize(key, dim=-1), F.normalize(value, dim=-1))
@@ -158,10 +161,10 @@ def pair_places(contexts: Contexts) -> pd.DataFrame:
 def associations(cell_sae: CellSAE, contexts: Contexts, task: Task, writes: tuple[Tensor, Tensor]) -> pd.DataFrame:
     """Return one row per association that the contexts show.
 
-    Columns: association; n, its pairs; atom, the one that fires most often there (-1: none fires); recall, the
-    share of its pairs at which that atom fires; precision, the share of the pairs at which the atom fires that
-    are of this association; own; pure, the share of its pairs whose atom fires most often at this association;
-    cosine. cell_sae: an SAE applied to these contexts. writes: `true_writes`.
+    Columns: association; n, its pairs; atom, the one that fires most often there (-1: none fires); recall,
+    the share of its pairs at which that atom fires; precision, the share of the pairs at which the atom fires
+    that are of this association; own; pure, the share of its pairs whose atom fires most often at this
+    association; cosine. cell_sae: an SAE applied to these contexts. writes: `true_writes`.
     """
     firings = firings_at(cell_sae, pair_places(contexts))
     firings["association"] = task.associations(contexts).flatten().numpy()
@@ -185,10 +188,11 @@ def associations(cell_sae: CellSAE, contexts: Contexts, task: Task, writes: tupl
 
 
 class Trials:
-    """One drawn query per context, and what the host answers to all queries when the write of its pair changes.
+    """One drawn query per context, and what the host answers to all queries when the write of its pair
+    changes.
 
-    query [N]: its number; place [N]: the position of its pair's write; native: the factors there; run: the native
-    run; right [N, queries]: which queries are answered right.
+    query [N]: its number; place [N]: the position of its pair's write; native: the factors there; run: the
+    native run; right [N, queries]: which queries are answered right.
     """
 
     @torch_defaults()
@@ -204,14 +208,16 @@ class Trials:
         self.right = host.logits(contexts.at_queries(self.run.final)).argmax(-1) == contexts.answers
 
     def _reads(self, left: Tensor) -> Tensor:
-        """Return what the head reads at every token of key sides [N, r, d_k] that enter at the places, [N, T, r]."""
+        """Return what the head reads at every token of key sides [N, r, d_k] that enter at the places, [N, T,
+        r]."""
         unit = torch.eye(left.shape[1], dtype=left.dtype).expand(len(left), -1, -1)
         edit = make_edit(self.rows, self.place, left, unit)
         return transport(self.factors, edit, torch.zeros_like(self.rows), self.run.tokens.shape[1])[0]
 
     @cached_property
     def reads(self) -> Tensor:
-        """What the head reads of a write at the place, [N, T, d_k]: a change X of it changes the output by X^T reads.
+        """What the head reads of a write at the place, [N, T, d_k]: a change X of it changes the output by
+        X^T reads.
 
         It has all decays and erasures, and is the same for all changes."""
         return self._reads(torch.eye(self.host.d_k, dtype=self.native.key.dtype).expand(len(self.rows), -1, -1))
@@ -234,11 +240,13 @@ class Trials:
 
     @torch_defaults()
     def logits_of_value(self, value: Tensor) -> Tensor:
-        """Return the logits [N, queries, V] with other value sides [N, d_v] of the writes; zeros delete them."""
+        """Return the logits [N, queries, V] with other value sides [N, d_v] of the writes; zeros delete
+        them."""
         return self._under(self.native_reads * (value - self.native.added)[:, None])
 
     def outcome(self, name: str, logits: Tensor) -> dict[str, Tensor]:
-        """Return kept_NAME, others_NAME (as defined above; nan without others) and loss_NAME (nats), each [N]."""
+        """Return kept_NAME, others_NAME (as defined above; nan without others) and loss_NAME (nats), each
+        [N]."""
         still = (logits.argmax(-1) == self.contexts.answers) & self.right
         drawn = F.one_hot(self.query, self.right.shape[1]).bool()
         others = self.right & ~drawn
@@ -247,7 +255,8 @@ class Trials:
         return {f"{column}_{name}": x for column, x in columns.items()}
 
     def table(self, outcomes: dict[str, Tensor]) -> pd.DataFrame:
-        """Return one row per context: context, pair, right (the native answer to the drawn query), and outcomes."""
+        """Return one row per context: context, pair, right (the native answer to the drawn query), and
+        outcomes."""
         right = self.right[self.rows, self.query]
         columns = dict(context=self.rows, pair=self.place // 2, right=right) | outcomes
         return pd.DataFrame({name: x.numpy() for name, x in columns.items()})
@@ -255,11 +264,13 @@ class Trials:
 
 @torch_defaults()
 def replaced(trials: Trials, cell_sae: CellSAE, seed: int) -> pd.DataFrame:
-    """Return one row per context, with `Trials.outcome` of each of CONDITIONS in the place of the pair's write.
+    """Return one row per context, with `Trials.outcome` of each of CONDITIONS in the place of the pair's
+    write.
 
     atom: the firing's atom at its coefficient; matched: at the norm of the native write; reconstruction: all
-    active atoms, with the offset for an SAE of writes; random: another atom that fires in these contexts, at the
-    coefficient; delete: nothing. atom, coefficient, cosine: of the firing, and of its atom to the native write.
+    active atoms, with the offset for an SAE of writes; random: another atom that fires in these contexts, at
+    the coefficient; delete: nothing. atom, coefficient, cosine: of the firing, and of its atom to the native
+    write.
     """
     where = trials.rows, trials.place
     key, value = cell_sae.sae.atoms()
@@ -289,10 +300,11 @@ def replaced(trials: Trials, cell_sae: CellSAE, seed: int) -> pd.DataFrame:
 
 @torch_defaults()
 def rewritten(trials: Trials, task: Task, seed: int) -> pd.DataFrame:
-    """Return one row per context: what a counterfactual write and a deletion do to the drawn query and the others.
+    """Return one row per context: what a counterfactual write and a deletion do to the drawn query and the
+    others.
 
-    counterfactual: the value side of the write that stores the key with another, random value, on the native key
-    side. says_new: the host then answers with that value. Other columns: `Trials.outcome` for both edits.
+    counterfactual: the value side of the write that stores the key with another, random value, on the native
+    key side. says_new: the host then answers with that value. Other columns: `Trials.outcome` for both edits.
     """
     contexts, generator = trials.contexts, torch.Generator().manual_seed(seed)
     asked = contexts.asked[trials.rows, trials.query]

@@ -211,9 +211,10 @@ def _layerwise(host: Host, goal: Goal, cells: Sequence[Cell], magnitude: float) 
 def ceilings(host: Host, goal: Goal, cells: Sequence[Cell]) -> dict[Cell, Tensor]:
     """Return the largest gain [R] of the logit over all writes of any size in each cell, from goal.start on.
 
-    The norm behind the heads bounds what a head can add to the residual stream at a token: scale * n with ||n|| <=
-    sqrt(d_v), whatever is written. This is exact. The path from there to the logit is linearised at the native run,
-    so that runs can exceed the ceiling where it is curved. The maximum is taken at each token separately.
+    The norm behind the heads bounds what a head can add to the residual stream at a token: scale * n with
+    ||n|| <= sqrt(d_v), whatever is written. This is exact. The path from there to the logit is linearised at
+    the native run, so that runs can exceed the ceiling where it is curved. The maximum is taken at each token
+    separately.
     """
     inputs, hooks = {}, []
     lowest = min(layer for layer, _ in cells)
@@ -239,8 +240,9 @@ def _keep_input(inputs: dict, layer: int, _module, arguments: tuple) -> None:
 def _largest_gains(host: Host, layer: int, record: Record, gradient: Tensor) -> Tensor:
     """Return the largest gain by each head at each token, [R, steps, H].
 
-    gradient [R, steps, H d_v]: of the logit with respect to the input of `behind_heads`. Of the heads that share a
-    norm, a large write in one shrinks the others together: n = (c n_others, n_head), ||n||^2 <= m, c >= 0.
+    gradient [R, steps, H d_v]: of the logit with respect to the input of `behind_heads`. Of the heads that
+    share a norm, a large write in one shrinks the others together: n = (c n_others, n_head), ||n||^2 <= m, c
+    >= 0.
     """
     normed, scale = host.normed_heads(layer, record)
     slope = scale * gradient.unflatten(-1, (host.heads, -1))

@@ -31,7 +31,8 @@ AttentionInterface.register(NAME, _attention)
 
 
 def share_prefixes(model: nn.Module) -> None:
-    """Prepare the attentions of a model of transformers for `call_attention`; their own calls do not change."""
+    """Prepare the attentions of a model of transformers for `call_attention`; their own calls do not
+    change."""
     for module in model.modules():
         if hasattr(module, "o_proj") and hasattr(module, "config"):
             module.config = copy(module.config)
@@ -41,8 +42,8 @@ def share_prefixes(model: nn.Module) -> None:
 def call_attention(attention: nn.Module, x: Tensor, past: Past | None, **options) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the output [R, T, D] of an attention module on x [R, T, D], and what a record keeps of it.
 
-    That is `outputs` [R, T, H, d] of the heads, `keys` and `values` [R, H_kv, T, d] of x. options: of the module's
-    forward. The norms in these modules compute in fp32, whatever the model's dtype.
+    That is `outputs` [R, T, H, d] of the heads, `keys` and `values` [R, H_kv, T, d] of x. options: of the
+    module's forward. The norms in these modules compute in fp32, whatever the model's dtype.
     """
     kept = {}
     output, _ = attention(hidden_states=x, attention_mask=None, past=past, kept=kept, **options)

@@ -75,7 +75,8 @@ class Host(ABC):
     def build(cls, architecture: dict) -> torch.nn.Module:
         """Return a model with random weights and slow decays.
 
-        architecture: fields of its config; model_type, by default the family's, chooses another of its classes.
+        architecture: fields of its config; model_type, by default the family's, chooses another of its
+        classes.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -119,8 +120,8 @@ class Host(ABC):
     def normed_heads(self, layer: int, record: Record) -> tuple[Tensor, Tensor]:
         """Return the heads' outputs after the norm behind them, and the factor on them before `behind_heads`.
 
-        Both are [B, T, H, d_v] or broadcast to it. The former have a root mean square of at most 1 over each head,
-        or over `normed_together` heads.
+        Both are [B, T, H, d_v] or broadcast to it. The former have a root mean square of at most 1 over each
+        head, or over `normed_together` heads.
         """
 
     def cell_factors(self, record: Record, head: int) -> Factors:
@@ -389,7 +390,8 @@ class Host(ABC):
             )
 
     def step(self, pasts: list[Past], tokens: Tensor, position: int) -> Tensor:
-        """Return the last hidden states [R, D] of one token per row, tokens [R] at `position`; `pasts` move on."""
+        """Return the last hidden states [R, D] of one token per row, tokens [R] at `position`; `pasts` move
+        on."""
         hidden, positions = self.embed(tokens[:, None].to(self.device)), torch.full((len(tokens), 1), position)
         for layer in range(self.layers):
             device = self.device_of(layer)

@@ -64,8 +64,8 @@ def load_host(
 
     Raises FileNotFoundError if config.json, weights or tokenizer are missing; ValueError for a class that no
     family has, for tensors that are missing, unexpected, of another shape, damaged or not finite, for the
-    tokenizer of another model, an unknown device, a device map that leaves weights on no device and a .pth file;
-    ImportError for a device map without accelerate; for Hub ids also what `fetch` raises.
+    tokenizer of another model, an unknown device, a device map that leaves weights on no device and a .pth
+    file; ImportError for a device map without accelerate; for Hub ids also what `fetch` raises.
     """
     without_triton()
     placement = _placement(device, device_map)
@@ -209,7 +209,8 @@ def _check_spread(model: torch.nn.Module, name: str | Path) -> None:
 
 
 def _unhook_rotary(model: torch.nn.Module) -> None:
-    """Let modules without weights (rotary embeddings) answer on the device of their input, as they do by themselves.
+    """Let modules without weights (rotary embeddings) answer on the device of their input, as they do by
+    themselves.
 
     accelerate's hooks move the inputs of each module to one device.
     """

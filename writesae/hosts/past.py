@@ -76,7 +76,8 @@ def attend(query: Tensor, prefix: Prefix, scale: float) -> Tensor:
 
 @dataclass
 class Past:
-    """What a layer needs of earlier tokens, for each of R rows: a state, a prefix of keys and values, or both.
+    """What a layer needs of earlier tokens, for each of R rows: a state, a prefix of keys and values, or
+    both.
 
     states: one per row [R, H, d_k, d_v], or [U, H, d_k, d_v], which rows share by `groups`. windows: the last
     inputs of short convolutions and token shifts, [R, reach, C]. last: skip computing the final state.

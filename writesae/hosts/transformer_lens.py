@@ -10,8 +10,8 @@
 | Mamba-2        | mixer.in_proj.hook_out, mixer.conv1d.hook_out       | the convolution is before its SiLU |
 
 For Mamba-2, set `bridge.blocks[layer].mixer.eager_scan = True`: without it recent versions of transformers do
-not call the convolution's module, and its hook stays silent. The package itself is not imported: a cache is any
-mapping from these names to tensors (docs/bridges.md fills one with nnsight).
+not call the convolution's module, and its hook stays silent. The package itself is not imported: a cache is
+any mapping from these names to tensors (docs/bridges.md fills one with nnsight).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ MAMBA = ("mixer.in_proj.hook_out", "mixer.conv1d.hook_out")
 def factors_from_cache(bridge: Any, cache: Mapping[str, Tensor], layer: int, head: int) -> Factors:
     """Return the factors of a cell over the cached [B, T], in fp32 or better, on the CPU.
 
-    bridge: the TransformerBridge; only a Mamba-2 cache needs it, for the mixer's parameters. Raises ValueError
-    for a cache without the hooks of this layer, and for a head that it does not have.
+    bridge: the TransformerBridge; only a Mamba-2 cache needs it, for the mixer's parameters. Raises
+    ValueError for a cache without the hooks of this layer, and for a head that it does not have.
     """
     prefix = f"blocks.{layer}."
     delta = {name: f"{prefix}linear_attn.hook_{name}" for name in DELTA}

@@ -1,7 +1,8 @@
 """What the paper's author published: SAEs and the rows of the substitution test.
 
 SAEs are files best.pt, pickles of a dict with model_state_dict and config. In their names, for an uncentred
-state X in [d_k, d_v] and factors [n, rank, d], or [n, d] in older files, with p_i = sum_r V_enc_ir^T X W_enc_ir,
+state X in [d_k, d_v] and factors [n, rank, d], or [n, d] in older files, with p_i = sum_r V_enc_ir^T X
+W_enc_ir,
 
     c = ReLU(TopK(p + b_enc))        Xhat = sum_ir c_i V_dec_ir W_dec_ir^T + bias
 
@@ -41,11 +42,19 @@ KINDS = {  # their sae_type: our encoder and decoder, and the names of their ten
     "rank1": ("dense", "rank1", (*DENSE, "V", "W", "bias")),
     "flat": ("dense", "flat", (*DENSE, "decoder.weight", "decoder.bias")),
     "bilinear_jumprelu": ("bilinear", "rank1", (*BILINEAR, "log_threshold", "V_dec", "W_dec", "bias")),
-    "bilinear_gated": ("bilinear", "rank1", ("V_enc", "W_enc", "b_gate", "b_mag", "r_mag", "V_dec", "W_dec", "bias")),
+    "bilinear_gated": (
+        "bilinear",
+        "rank1",
+        ("V_enc", "W_enc", "b_gate", "b_mag", "r_mag", "V_dec", "W_dec", "bias"),
+    ),
 }
 RULES = {"bilinear_jumprelu": "jumprelu", "bilinear_gated": "soft_gated"}  # of the kinds that have no top k
 COLUMNS = dict(
-    feature_id="atom", firing_position="position", kl_atom="kl_atom", kl_ablate="kl_delete", kl_random="kl_random"
+    feature_id="atom",
+    firing_position="position",
+    kl_atom="kl_atom",
+    kl_ablate="kl_delete",
+    kl_random="kl_random",
 )
 IGNORED = {"steps_since_active"}
 
@@ -57,8 +66,8 @@ def load_authors_sae(
 
     given: layer, head, k, seed, d_k, d_v if the file's config lacks them. transposed: the file's states are
     [d_v, d_k], as those of Mamba-2 in transformers; d_k and d_v in `given` and in the result are ours.
-    heldout: the cell's states on text of neither the training nor a test, which BatchTopK needs: the threshold
-    becomes the one above which k atoms per token are active there on average.
+    heldout: the cell's states on text of neither the training nor a test, which BatchTopK needs: the
+    threshold becomes the one above which k atoms per token are active there on average.
 
     Raises FileNotFoundError for a missing file, and ValueError for a damaged one, one with more than tensors
     and plain values (its pickle is not executed), missing, extra or misshapen tensors, a config that lacks a
@@ -116,9 +125,9 @@ def fit_threshold(sae: SAE, states: History) -> Tensor:
 def read_authors_firings(path: Path | str) -> pd.DataFrame:
     """Return the rows of a JSON of the author's substitution test in the columns of our replacement test.
 
-    Columns: layer, head, atom, position, kl_atom, kl_delete, kl_random (nats), target ("state") and amplitude:
-    "matched_norm", since the author puts atoms in at the Frobenius norm of the native write. The file says
-    neither the passage of a position nor whether the writing token reads the edit.
+    Columns: layer, head, atom, position, kl_atom, kl_delete, kl_random (nats), target ("state") and
+    amplitude: "matched_norm", since the author puts atoms in at the Frobenius norm of the native write. The
+    file says neither the passage of a position nor whether the writing token reads the edit.
 
     Raises FileNotFoundError for a missing file, and ValueError for one of another content.
     """

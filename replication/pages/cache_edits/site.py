@@ -1,4 +1,4 @@
-"""A cell of a host in a native run, shared by the edits of notebook 09."""
+"""A cell of a host in a native run, shared by the edits of notebook 11."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notebook 09: edits of a running cell's state besides replacement and install, on one cell per host.
+"""Notebook 11: edits of a running cell's state besides replacement and install, on one cell per host.
 
 | table          | what is edited                                                     | the paper         |
 |----------------|--------------------------------------------------------------------|-------------------|
@@ -164,7 +164,7 @@ def _erase(start: int, bench: Bench, erased: Later, preferred: dict) -> pd.DataF
 
 
 def single(study: Study, bench: Bench) -> dict[str, pd.DataFrame]:
-    """Return single_write; targets are drawn as in notebook 10, by their native rank where they are read."""
+    """Return single_write; targets are drawn as in notebook 12, by their native rank where they are read."""
     settings, install = bench.settings.single, study.profile.section("install", bench.host.name)
     windows = passage_prompts(study, bench.host.name, settings.prompts, settings.prompt_tokens)
     last = settings.prompt_tokens - settings.horizon
@@ -253,7 +253,7 @@ def _newlines(group: tuple[str, int], bench: Bench, windows: Windows, atoms: dic
 
 
 def alive(study: Study, bench: Bench, target: str) -> pd.DataFrame:
-    """Return the cell's rows in notebook 07's alive_atoms.csv. Raises ValueError if there are none."""
+    """Return the cell's rows in notebook 09's alive_atoms.csv. Raises ValueError if there are none."""
     where = dict(host=bench.host.name, target=target, layer=bench.cell[0], head=bench.cell[1])
     rows = rows_with(study.table("alive_atoms"), **where)
     if rows.empty:
