@@ -271,9 +271,10 @@ def recall(results: Results) -> str:
     rows = largest_recall(results)
     own, nothing = (listed(f"{row[name]:.0%}" for row in rows) for name in ("own", "kept_delete"))
     return (
-        f"Yes, where the right dictionary has rank 1: {own} of the associations have an atom of their own at side "
-        f"{rows[0].side} (Gated DeltaNet, Mamba-2, RWKV-7). Without the write {nothing} of the answers stay right, so the "
-        "measure can fail. Whether the writes of a language model have such a dictionary is another question."
+        f"Atoms of rank 1 do not get worse with the side where the right dictionary has rank 1: {own} of the associations "
+        f"have an atom of their own at side {rows[0].side} (Gated DeltaNet, Mamba-2, RWKV-7). Without the write {nothing} of "
+        "the answers stay right, so the measure can fail. Whether the writes of a language model have such a dictionary is "
+        "another question."
     )
 
 

@@ -295,11 +295,12 @@ def attribution(results: Results) -> str:
 
 
 def recall(results: Results) -> str:
-    kept = listed(f"{row.kept_atom:.0%}" for row in largest_recall(results))
-    side = largest_recall(results)[0].side
+    rows = largest_recall(results)
+    kept = listed(percent(row, "kept_atom", "kept_atom_low", "kept_atom_high") for row in rows)
+    side = rows[0].side
     return (
-        f"Where one association is one write, the atom in its place keeps {kept} of the right answers of states of {side} x "
-        f"{side} (Gated DeltaNet, Mamba-2, RWKV-7): rank-1 atoms work at the largest side, too."
+        f"Where one association is one write, the atom in its place keeps {kept} of the right answers of states of "
+        f"{side} x {side} (Gated DeltaNet, Mamba-2, RWKV-7)."
     )
 
 
