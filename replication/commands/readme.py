@@ -124,11 +124,9 @@ def glance(results, bench) -> str:
 
 @block
 def contents(results, bench) -> str:
-    """The pages: number and first part of the title."""
-    lines = []
-    for name in sorted(order.notebooks()):
-        number, _, title = page_title(name).partition(" · ")
-        lines.append(f"[{number}](notebooks/{name}.ipynb) {re.split('[?:,;]', title)[0].strip()}")
+    """The pages: number and name."""
+    pages = sorted(order.notebooks())
+    lines = [f"[{name[:2]}](notebooks/{name}.ipynb) {name[3:].replace('_', ' ')}" for name in pages]
     return " ·\n".join(lines)
 
 
