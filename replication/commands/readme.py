@@ -15,6 +15,7 @@ import pandas as pd
 
 from replication import findings
 from replication.commands import order
+from replication.commands.crate import write_crate
 from replication.findings import (
     HOSTS,
     MAIN,
@@ -434,4 +435,5 @@ def main(options: argparse.Namespace) -> int:
             path.write_text(after, encoding="utf-8")
             print(f"{path.relative_to(ROOT)} has new numbers")
     draw(results, ROOT / "docs" / "images")
+    write_crate(ROOT / "results")
     return 0
