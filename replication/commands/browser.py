@@ -26,7 +26,8 @@ from replication.statistics import wilson
 from replication.study.firings import firing_windows
 from replication.study.stages import rows_with
 from replication.study.study import Study, open_study
-from writesae.evaluate.atoms import ATOM_KEYS
+from writesae.evaluate.atoms import ATOM_KEYS, top_firings
+from writesae.evaluate.attribution import shares
 from writesae.evaluate.promoted import KINDS
 from writesae.evaluate.replacement import AMPLITUDES, CONDITIONS
 from writesae.files import ArtifactError, local_path, read_sidecar, write_atomically
@@ -38,6 +39,7 @@ OPTIONAL = dict(replacement_by_cell="05_replacement", logit_shift="04_logit_shif
 OPTIONAL |= dict(population="09_population", cache_preferred="11_cache_edits")
 COEFFICIENT_BINS, POSITION_BINS = 20, 16
 CONTEXTS = 4  # per atom
+READERS = 3  # per context
 TOKENS = 4  # promoted and demoted tokens of each kind
 MAXIMUM_BYTES = 5_000_000
 
@@ -139,6 +141,25 @@ def tokens_of(table: pd.DataFrame) -> dict[int, list]:
     return tokens
 
 
+def readers(study: Study, where: dict, windows: Windows, firings: pd.DataFrame) -> dict[int, list]:
+    """Return atom -> per top context the later tokens that read its write most: [text, tokens later, share].
+
+    share: of the write in the token's read of the head's state (`writesae.evaluate.attribution.shares`)."""
+    host, read = study.host(where["host"]), {}
+    top, size = top_firings(firings, CONTEXTS), study.profile.data.batch_windows
+    for numbers in np.split(windows_read := np.unique(top.window), range(size, len(windows_read), size)):
+        run = host.run(windows.tokens[numbers], upto=where["layer"] + 1)
+        share = shares(host.factors(run, where["layer"], where["head"]))
+        for row in top[top.window.isin(numbers)].itertuples():
+            later = share[np.searchsorted(numbers, row.window), row.position + 1 :, row.position]
+            largest, places = later.topk(min(READERS, len(later)))
+            tokens = windows.tokens[row.window, row.position + 1 + places.cpu()].tolist()
+            texts = [host.tokenizer.decode([token]) for token in tokens]
+            found = zip(texts, (places + 1).tolist(), plain(largest.tolist(), 2), strict=True)
+            read[row.atom, row.rank] = [list(x) for x in found]
+    return {atom: [read[atom, rank] for rank in part["rank"]] for atom, part in top.groupby("atom")}
+
+
 # The page's data
 
 
@@ -170,6 +191,8 @@ def main_sae(study: Study, tables: dict, where: dict, firings: pd.DataFrame, tok
     counts, promoted = histograms(firings, profile.data.window), tokens_of(of_cell(tokens, where))
     columns |= dict(histogram=[counts[a] for a in table.atom], tokens=[promoted[a] for a in table.atom])
     windows = firing_windows(study, name)
+    read = readers(study, where, windows, firings)
+    columns["readers"] = [read[atom] for atom in table.atom]
     shown = entry(study, tables, where, windows, firings, of_cell(tables["replacement"], where), columns)
     shown |= dict(scanned=scanned(windows, profile.data.first_position), windows=len(windows))
     shown["passages"] = len(windows.passage.unique())

@@ -441,6 +441,30 @@ def test_the_detail_shows_the_replacement_of_its_atom_at_either_amplitude(study,
             assert line[2] == ("" if name == "atom" else f"{beaten} of {len(one)}")
 
 
+def test_the_readers_of_a_context_are_those_of_a_loop(study, data):
+    host, firings = study.host("small"), atoms_page.main_firings(study, "small")
+    seen = 0
+    for sae in data["saes"][:2]:
+        top = atoms.top_firings(firings[firings.target == sae["target"]], browser.CONTEXTS)
+        for atom, found in list(zip(sae["columns"]["atom"], sae["columns"]["readers"], strict=True))[:3]:
+            for row, read in zip(top[top.atom == atom].itertuples(), found, strict=True):
+                tokens = study.split.tokens[[row.window]]
+                factors, shares = host.factors(host.run(tokens), *CELL), {}
+                for t in range(row.position + 1, tokens.shape[1]):
+                    sizes, moved = [], factors.query[0, t]
+                    for s in range(t, -1, -1):
+                        sizes.append((moved @ factors.key[0, s]).abs() * factors.added[0, s].norm())
+                        at = factors.at(slice(None), s)
+                        moved = at.transition_transposed(moved[None, :, None])[0, :, 0]
+                    shares[t - row.position] = (sizes[t - row.position] / sum(sizes)).item()
+                assert [x[2] for x in read] == pytest.approx(sorted(shares.values(), reverse=True)[:3], rel=0.06)
+                for text, later, share in read:
+                    assert share == pytest.approx(shares[later], rel=0.06)
+                    assert text == Words().decode([tokens[0, row.position + later].item()])
+                    seen += 1
+    assert seen
+
+
 def test_contexts_shade_every_firing_and_give_the_coefficient_of_the_first(visit, data):
     view, sae = visit(), data["saes"][0]
     atom, found = next((a, x) for a, x in zip(sae["columns"]["atom"], sae["columns"]["contexts"]) if len(x) > 1)
@@ -449,6 +473,7 @@ def test_contexts_shade_every_firing_and_give_the_coefficient_of_the_first(visit
         firings = [x for x in spans if not isinstance(x, str)]
         assert line.locator("mark").count() == len(firings)
         here = next(x for x in firings if x[2:])
+        assert "read by" in line.locator(".readers").inner_text()
         assert line.locator(".meta").inner_text().split("\n") == [f"{here[1]}", f"passage {passage}"]
         strengths = line.locator("mark").evaluate_all(
             "marks => marks.map(m => +m.style.getPropertyValue('--strength'))"

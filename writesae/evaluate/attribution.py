@@ -40,6 +40,13 @@ def weights(factors: Factors) -> Tensor:
     return torch.stack(columns[::-1], 2)
 
 
+def shares(factors: Factors) -> Tensor:
+    """Return the share of each write in the read of each token, [B, T, T]: |weight_ts| ||added_s||, over the sum
+    of that over all s."""
+    sizes = weights(factors).abs() * factors.added.norm(dim=-1)[:, None]
+    return sizes / sizes.sum(-1, keepdim=True)
+
+
 def without_erase(factors: Factors) -> Factors:
     """Return the factors of the same cell if nothing were erased: only decays stay."""
     return replace(factors, erase=None, probe=None)
