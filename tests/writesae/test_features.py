@@ -1,5 +1,7 @@
 """Changes of a residual SAE's features: against edited runs, finite differences, and one another."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from helpers import assert_close
@@ -85,3 +87,12 @@ def test_an_sae_below_the_edit_is_refused(host, run, sae):
     for at in (LAYER - 1, host.layers):
         with pytest.raises(ValueError, match=f"from the edited one on, 1 to {host.layers - 1}, not {at}"):
             feature_changes(host, run, LAYER, HEAD, edit_of(host, 1.0), sae, at, STEPS)
+
+
+def test_several_threads_have_the_changes_of_one(host, run, sae):
+    place = LAYER, HEAD, edit_of(host, 0.4), sae, AT, STEPS
+    wanted = feature_changes(host, run, *place)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: feature_changes(host, run, *place), range(12)):
+            for name in wanted:
+                assert_close(got[name], wanted[name], name, 1e-12)

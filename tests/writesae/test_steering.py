@@ -1,5 +1,6 @@
 """Directions of installs against finite differences, full matrices and one-cell formulas."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -240,3 +241,15 @@ def test_a_ceiling_is_the_largest_gain_of_the_linearised_rest(host, goal):
     for size in 10 ** torch.linspace(-2, 2, 60):
         near = best / best.norm(dim=-1, keepdim=True) + 0.2 * torch.randn(best.shape, generator=generator).double()
         assert (gain(size * near).sum(1) < ceiling).all()
+
+
+def test_ceilings_that_another_thread_computes_do_not_interfere(gated_deltanet, tokens):
+    host, run = gated_deltanet, gated_deltanet.run(tokens[:, :36])
+    aims = [Goal(run, torch.tensor([row]), torch.tensor([7 + row]), START, 3) for row in (0, 1)]
+    wanted = [ceilings(host, aim, host.cells) for aim in aims]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(4):
+            both = pool.map(lambda aim: ceilings(host, aim, host.cells), aims)
+            for got, alone in zip(both, wanted, strict=True):
+                for cell in host.cells:
+                    assert_close(got[cell], alone[cell], "ceiling", 1e-9)

@@ -13,6 +13,7 @@ form (`writesae.shift`). Changes of the pre-activations, in the order of their a
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 
 import torch
@@ -25,6 +26,7 @@ from writesae.sae.vectors import VectorSAE
 from writesae.shift import gamma, gradients
 
 PREDICTORS = ("through_layer", "exact", "direct")
+FORWARD_MODE = threading.Lock()  # torch has one level of forward mode per process
 
 
 @torch_defaults()
@@ -49,8 +51,9 @@ def feature_changes(
 
     with torch.no_grad():
         before, after = (host.edited_layer(*places, x)[0] for x in (torch.zeros_like(change), change))
-        native, through = torch.func.jvp(read, (before,), (after - before,))
-        _, exact = torch.func.jvp(from_head, (torch.zeros_like(change),), (change,))
+        with FORWARD_MODE:
+            native, through = torch.func.jvp(read, (before,), (after - before,))
+            _, exact = torch.func.jvp(from_head, (torch.zeros_like(change),), (change,))
         path = host.output_projection(layer, head).T.to(sae.encoder) @ sae.encoder
         direct = change.to(path) @ path
         shifts = dict(through_layer=through, exact=exact, direct=direct, measured=read(after) - native)

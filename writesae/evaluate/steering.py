@@ -16,6 +16,7 @@ as the native one at its place, times a magnitude. Directions:
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -219,7 +220,7 @@ def ceilings(host: Host, goal: Goal, cells: Sequence[Cell]) -> dict[Cell, Tensor
     inputs, hooks = {}, []
     lowest = min(layer for layer, _ in cells)
     for layer in sorted({layer for layer, _ in cells}):
-        keep = partial(_keep_input, inputs, layer)
+        keep = partial(_keep_input, inputs, layer, threading.get_ident())
         hooks.append(host.behind_heads(layer).register_forward_pre_hook(keep))
     try:
         with torch.enable_grad():
@@ -232,8 +233,9 @@ def ceilings(host: Host, goal: Goal, cells: Sequence[Cell]) -> dict[Cell, Tensor
     return {(layer, head): gains[layer][..., head].sum(1).cpu() for layer, head in cells}
 
 
-def _keep_input(inputs: dict, layer: int, _module, arguments: tuple) -> None:
-    inputs[layer] = arguments[0]
+def _keep_input(inputs: dict, layer: int, thread: int, _module, arguments: tuple) -> None:
+    if threading.get_ident() == thread:  # another thread may run the same model
+        inputs[layer] = arguments[0]
 
 
 @torch_defaults()
