@@ -140,6 +140,7 @@ def verdicts(results, bench) -> str:
 @block
 def asked(results, bench) -> str:
     table = results.rows("scorecard")
+    table = table[table.group != "extension"]
     return f"{table[table.value.notna()].id.nunique()} of the paper's {table.id.nunique()} numbers"
 
 
@@ -378,6 +379,13 @@ def costs(results, bench) -> str:
         ]
         for case, way in ways.items()
     ]
+    rows += [
+        [f"attention map of a head, 128 tokens, {side} per side", "one state per write, token by token"]
+        + [times(bench.rows("attribution", case="plain", side=side))]
+        for side in (64, 128)
+    ]
+    rows += [["writes in all 24 cells, 64 trials", one_by_one.replace("firing", "trial")]]
+    rows[-1].append(times(bench.rows("many_cells", case="plain")))
     return table("what | against | times as fast", rows)
 
 
