@@ -291,8 +291,8 @@ def recurrence(results: Results) -> str:
     where = dict(host=MAIN, target="write", centre="none")
     tied, means, raw = (results.row("recurrence_summary", dictionary=x, **where) for x in ("tied", "kmeans", "raw"))
     return (
-        f"Few come back, and not only because of the SAE: of k-means centroids of the same writes {1 - means.recurs:.0%} are "
-        f"other ones in another fit, and a tied encoder does not help ({tied.recurs:.0%} come back). That the text tells "
+        f"Few come back, and a simpler dictionary is not steady either: of k-means centroids of drawn writes "
+        f"{means.recurs:.0%} come back. A tied encoder does not help ({tied.recurs:.0%}). That the text tells "
         f"where an atom fires does not make it special: the nearest of raw writes is told almost as well ({raw.auc_all:.2f})."
     )
 

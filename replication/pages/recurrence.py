@@ -40,7 +40,7 @@ from writesae.sae.model import SAE
 from writesae.text import Windows
 
 KMEANS = dict(batch_size=1024, max_iter=5, n_init=1, init="random")
-FITTED = 4096  # training writes of k-means
+FITTED = 8192  # training writes of k-means, drawn per fit; the share that comes back grows with them
 NAMES = {
     ("sae", "write", "none"): "SAE of writes",
     ("sae", "write", "mean"): "SAE of writes, centred",
