@@ -10,6 +10,8 @@ import argparse
 import base64
 import hashlib
 import json
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ from writesae.evaluate.attribution import shares
 from writesae.evaluate.promoted import KINDS
 from writesae.evaluate.replacement import AMPLITUDES, CONDITIONS
 from writesae.files import ArtifactError, local_path, read_sidecar, write_atomically
+from writesae.hosts.base import Host
 from writesae.text import Windows
 
 TEMPLATE = Path(__file__).with_name("browser.html")
@@ -145,19 +148,30 @@ def readers(study: Study, where: dict, windows: Windows, firings: pd.DataFrame) 
     """Return atom -> per top context the later tokens that read its write most: [text, tokens later, share].
 
     share: of the write in the token's read of the head's state (`writesae.evaluate.attribution.shares`)."""
-    host, read = study.host(where["host"]), {}
-    top, size = top_firings(firings, CONTEXTS), study.profile.data.batch_windows
-    for numbers in np.split(windows_read := np.unique(top.window), range(size, len(windows_read), size)):
-        run = host.run(windows.tokens[numbers], upto=where["layer"] + 1)
-        share = shares(host.factors(run, where["layer"], where["head"]))
-        for row in top[top.window.isin(numbers)].itertuples():
-            later = share[np.searchsorted(numbers, row.window), row.position + 1 :, row.position]
-            largest, places = later.topk(min(READERS, len(later)))
-            tokens = windows.tokens[row.window, row.position + 1 + places.cpu()].tolist()
-            texts = [host.tokenizer.decode([token]) for token in tokens]
-            found = zip(texts, (places + 1).tolist(), plain(largest.tolist(), 2), strict=True)
-            read[row.atom, row.rank] = [list(x) for x in found]
-    return {atom: [read[atom, rank] for rank in part["rank"]] for atom, part in top.groupby("atom")}
+    host, top = study.host(where["host"]), top_firings(firings, CONTEXTS)
+    given = dict(host=host, tokens=windows.tokens, top=top[["atom", "rank", "window", "position"]])
+    given |= dict(layer=where["layer"], head=where["head"], size=study.profile.data.batch_windows)
+    name = "readers-L{layer}-H{head}-{target}".format(**where)
+    table = study.stage(name, where["host"], range(0, len(windows), given["size"]), read_most, **given)
+    read = {}
+    for row in table.itertuples():
+        text = host.tokenizer.decode([row.token])
+        read.setdefault((row.atom, row.rank), []).append([text, row.later, *plain([row.share], 2)])
+    pairs = zip(top.atom, top["rank"], strict=True)
+    return {atom: [read.get(x, []) for x in part] for atom, part in groupby(pairs, itemgetter(0))}
+
+
+def read_most(start: int, host: Host, tokens, top: pd.DataFrame, layer: int, head: int, size: int) -> pd.DataFrame:
+    """Return the READERS tokens that read each write most, of the windows from `start`: token, later, share."""
+    rows, top = [], top[top.window.between(start, start + size - 1)]
+    run = host.run(tokens[start : start + size], upto=layer + 1)
+    share = shares(host.factors(run, layer, head))
+    for row in top.itertuples():
+        read = share[row.window - start, row.position + 1 :, row.position]
+        largest, places = read.topk(min(READERS, len(read)))
+        found = zip(tokens[row.window, row.position + 1 + places.cpu()], places + 1, largest, strict=True)
+        rows += [(row.atom, row.rank, int(token), int(later), float(x)) for token, later, x in found]
+    return pd.DataFrame(rows, columns=["atom", "rank", "token", "later", "share"])
 
 
 # The page's data

@@ -15,7 +15,9 @@ PAPER = "https://arxiv.org/abs/2605.12770"
 def crate(results: Path) -> dict:
     """Return the metadata of all tables below a folder, from their sidecars."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    records = {path: json.loads(Path(f"{path}.json").read_text()) for path in sorted(results.glob("*/*.csv"))}
+    records = {
+        path: json.loads(Path(f"{path}.json").read_text(encoding="utf-8")) for path in sorted(results.glob("*/*.csv"))
+    }
     files = [
         {
             "@id": path.relative_to(results).as_posix(),

@@ -257,7 +257,9 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def span(table: pd.DataFrame, name: str) -> str:
-    """Return the smallest and the largest of some shares, in percent."""
+    """Return the smallest and the largest of some shares, in percent; in words if there are none."""
+    if not table[name].notna().any():
+        return "an unknown share"
     low, high = 100 * table[name].min(), 100 * table[name].max()
     return f"{low:.0f}%" if round(low) == round(high) else f"{low:.0f}% to {high:.0f}%"
 

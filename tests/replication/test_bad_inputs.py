@@ -257,7 +257,12 @@ class Case(NamedTuple):
 NO_MAPPING = "Profile bad is not a YAML mapping of fields to values"
 CASES = [
     # Profiles, recipes
-    Case("profile of that name", lambda x: load_profile("minni"), ValueError, "no profile 'minni': choose one of mini"),
+    Case(
+        "profile of that name",
+        lambda x: load_profile("minni"),
+        ValueError,
+        "no profile 'minni': choose one of full, mini",
+    ),
     Case("profile: a list", lambda x: profile(x, content="- 1"), ValueError, NO_MAPPING),
     Case("profile: no YAML", lambda x: profile(x, content="{"), ValueError, NO_MAPPING),
     Case("profile: empty", lambda x: profile(x, content=""), ValueError, NO_MAPPING),
@@ -312,7 +317,9 @@ CASES = [
     Case(
         "grid that is not there", lambda x: sweep.load_grid(x.path / "g.yaml"), ValueError, "no grid .*g.yaml: .* has"
     ),
-    Case("study of no profile", lambda x: open_study("huge"), ValueError, "no profile 'huge': choose one of mini"),
+    Case(
+        "study of no profile", lambda x: open_study("huge"), ValueError, "no profile 'huge': choose one of full, mini"
+    ),
     Case(
         "recipe that is not there", lambda x: read_recipe(x.path / "recipe.yaml"), ValueError, "recipe.yaml is missing"
     ),

@@ -11,8 +11,10 @@ from helpers import assert_close
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import attribution
 import closed_form
 import common
+import many_cells
 import plan
 import replacement
 import training_step
@@ -60,12 +62,13 @@ def test_plain_replacements_have_the_kls_of_the_batched_ones(gated_deltanet, dep
     assert_close(replacement.batched(gated_deltanet, *where, left, right), wanted, "KLs", 1e-4)
 
 
-def test_the_three_ways_to_an_atoms_logit_shift_agree():
+def test_the_ways_to_an_atoms_logit_shift_agree():
     host = small("gated_deltanet")
     given = closed_form.problem(host, length=32, atoms=6)
-    predicted, measured, batched = (run(host, *given) for run in closed_form.WAYS.values())
+    predicted, by_layer, measured, batched = (run(host, *given) for run in closed_form.WAYS.values())
     assert_close(batched, measured, "edited runs", 1e-3)
     assert closed_form.r_squared(predicted, measured) > 0.95
+    assert closed_form.r_squared(by_layer, measured) > closed_form.r_squared(predicted, measured)
     assert closed_form.r_squared(predicted.flip(0), measured) < 0.9
 
 
@@ -115,3 +118,18 @@ def test_the_plan_scales_measured_rates():
     )
     assert table.loc[("plain", "this", "measured")].disk_gb / ours.disk_gb == pytest.approx(65536 / 1540)
     assert ours.memory_gib == 1
+
+
+def test_the_two_ways_to_an_attention_map_agree():
+    assert attribution.same_maps({way: attribution.case(way, side=5, length=9)() for way in ("map", "plain")})
+    made = attribution.case("plain", side=5, length=9)()
+    assert made[0, 2, 1] != 0 and made[0, 1, 2] == 0
+
+
+def test_the_two_ways_to_write_in_every_cell_agree():
+    host = small("gated_deltanet")
+    tokens = torch.randint(host.vocabulary, (1, 14), generator=torch.Generator().manual_seed(3))
+    edited, plain = (way(host, tokens, 10, trials=2, steps=2) for way in (many_cells.edited, many_cells.plain))
+    assert_close(edited, plain, "logits", 1e-5)
+    native = host.logits(host.run(tokens).final[0, -2])
+    assert (plain - native).norm() > 1e-3 * native.norm()
