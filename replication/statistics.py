@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy import stats
+from sklearn.cluster import MiniBatchKMeans
 from sklearn.metrics import r2_score
 from sklearn.mixture import GaussianMixture
 from statsmodels.stats.proportion import proportion_confint
@@ -447,7 +448,13 @@ def clustered_spearman(a, b, clusters: Sequence, resamples: int, seed: int) -> C
     return rho._replace(**_percentiles(samples)._asdict())
 
 
-# Mixtures
+# Mixtures and clusters
+
+
+def kmeans(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Return `count` centroids of rows [m, d], [count, d], by scikit-learn's k-means in batches."""
+    settings = dict(batch_size=1024, max_iter=5, n_init=1, init="random")
+    return MiniBatchKMeans(count, random_state=seed, **settings).fit(rows).cluster_centers_
 
 
 def fit_mixture(values: np.ndarray, components: int, seed: int) -> GaussianMixture:

@@ -29,7 +29,7 @@ from replication.study.firings import firing_windows
 from replication.study.stages import rows_with
 from replication.study.study import Study, open_study
 from writesae.evaluate.atoms import ATOM_KEYS, top_firings
-from writesae.evaluate.attribution import shares
+from writesae.evaluate.attribution import shares, weights
 from writesae.evaluate.promoted import KINDS
 from writesae.evaluate.replacement import AMPLITUDES, CONDITIONS
 from writesae.files import ArtifactError, local_path, read_sidecar, write_atomically
@@ -165,7 +165,8 @@ def read_most(start: int, host: Host, tokens, top: pd.DataFrame, layer: int, hea
     """Return the READERS tokens that read each write most, of the windows from `start`: token, later, share."""
     rows, top = [], top[top.window.between(start, start + size - 1)]
     run = host.run(tokens[start : start + size], upto=layer + 1)
-    share = shares(host.factors(run, layer, head))
+    factors = host.factors(run, layer, head)
+    share = shares(weights(factors), factors)
     for row in top.itertuples():
         read = share[row.window - start, row.position + 1 :, row.position]
         largest, places = read.topk(min(READERS, len(read)))

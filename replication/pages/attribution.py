@@ -16,7 +16,7 @@ from replication.classes import alive_atoms
 from replication.plots import HOST
 from replication.study.firings import encoded_saes, firing_windows, firings_of, passage_prompts
 from replication.study.study import Study
-from writesae.evaluate.attribution import logit_parts, overwriters, survival, weights, without_erase
+from writesae.evaluate.attribution import logit_parts, overwriters, shares, survival, weights, without_erase
 from writesae.evaluate.cells import state_reads
 from writesae.hosts.base import Host
 from writesae.text import Windows
@@ -25,13 +25,6 @@ CELL = ["host", "layer", "head"]
 NEAR = 8  # tokens: the last eight, and what is farther
 FEWEST = 20  # occurrences of a token id whose writes are averaged
 SHARES = ("share_own", "share_last_8", "decay_error", "opposed", "half_distance")
-
-
-def _sizes(factors) -> tuple[Tensor, Tensor]:
-    """Return the map [B, T, T], and the share of each write in the read of each token, [B, T, T]."""
-    found = weights(factors)
-    sizes = found.abs() * factors.added.norm(dim=-1)[:, None]
-    return found, sizes / sizes.sum(-1, keepdim=True)
 
 
 def _distances(length: int) -> Tensor:
@@ -63,16 +56,17 @@ def of_layer(layer: int, host: Host, windows: Windows, horizon: int) -> pd.DataF
     run, tables = host.run(windows.tokens, upto=layer + 1), []
     for head in range(host.heads):
         factors = host.factors(run, layer, head)
-        found, shares = _sizes(factors)
+        found = weights(factors)
+        share = shares(found, factors)
         read = state_reads(run.records[layer], head).to(found)
         error = (found @ factors.added - read)[:, horizon:]
         decayed = ((weights(without_erase(factors)) - found) @ factors.added)[:, horizon:]
         along = (found * (read @ factors.added.mT))[:, horizon:]
-        near = _distances(shares.shape[1])
+        near = _distances(share.shape[1])
         columns = dict(
-            share_own=shares.diagonal(dim1=1, dim2=2)[:, horizon:].mean(1),
-            share_last_8=(shares * (near < NEAR))[:, horizon:].sum(-1).mean(1),
-            half_distance=_half_distance(shares, horizon),
+            share_own=share.diagonal(dim1=1, dim2=2)[:, horizon:].mean(1),
+            share_last_8=(share * (near < NEAR))[:, horizon:].sum(-1).mean(1),
+            half_distance=_half_distance(share, horizon),
             error=error.abs().flatten(1).max(1).values / read[:, horizon:].abs().flatten(1).max(1).values,
             decay_error=decayed.flatten(1).norm(dim=1) / read[:, horizon:].flatten(1).norm(dim=1),
             opposed=-along.clamp(max=0).sum((1, 2)) / along.abs().sum((1, 2)),
@@ -152,12 +146,12 @@ def of_windows(
     """Return the rows of the writes of `size` windows."""
     part = windows[slice(start, start + size)]
     factors = host.factors(host.run(part.tokens, upto=cell[0] + 1), *cell)
-    found, shares = _sizes(factors)
+    found = weights(factors)
     length = found.shape[1]
     chosen = firings[firings.window.between(start, start + size - 1) & (firings.position < length - horizon)]
     row, s = torch.tensor((chosen.window - start).to_numpy()), torch.tensor(chosen.position.to_numpy())
     later = s[:, None] + torch.arange(horizon)
-    read, share = (x[row[:, None], later, s[:, None]] for x in (found.abs(), shares))
+    read, share = (x[row[:, None], later, s[:, None]] for x in (found.abs(), shares(found, factors)))
     columns = dict(
         token=part.tokens[row, s],
         far=share[:, NEAR:].mean(1),

@@ -30,7 +30,6 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import MiniBatchKMeans
 from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 
@@ -60,7 +59,6 @@ from writesae.sae.train import top_singular_pair
 KEYS = ["method", "target", "centre", "size", "amplitude", "stored", "per_write"]
 PLACE = ["host", "layer", "head", "window", "position"]
 REFERENCES = [("best_atom", "write", "none"), ("atom", "write", "none")]  # compared with every other method
-KMEANS = dict(batch_size=1024, max_iter=5, n_init=1, init="random")
 POWER_ITERATIONS = 2  # of the randomised singular value decomposition
 NAMES = dict(
     native_rescaled="write itself, rescaled (ceiling)",
@@ -142,12 +140,11 @@ def fit_codebooks(
     sizes = [entries * times for times in settings.nearest]
     drawn, some = order[: max(sizes)], order[: settings.fitted]
     matrices = (key[some][:, :, None] * value[some][:, None]).flatten(1)
-    kmeans = MiniBatchKMeans(entries, random_state=seed, **KMEANS).fit(F.normalize(matrices, dim=-1).numpy())
+    centroids = stats.kmeans(F.normalize(matrices, dim=-1).numpy(), entries, seed)
     svd = TruncatedSVD(max(settings.components), n_iter=POWER_ITERATIONS, random_state=seed)
     svd = svd.fit(matrices.numpy())
     centroids, components = (
-        torch.from_numpy(x).float().unflatten(1, (writes.d_k, writes.d_v))
-        for x in (kmeans.cluster_centers_, svd.components_)
+        torch.from_numpy(x).float().unflatten(1, (writes.d_k, writes.d_v)) for x in (centroids, svd.components_)
     )
     mean = writes.mean()
     return Codebooks(

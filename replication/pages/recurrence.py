@@ -22,7 +22,6 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
 from replication import statistics as stats
@@ -39,7 +38,6 @@ from writesae.recurrence import Factors
 from writesae.sae.model import SAE
 from writesae.text import Windows
 
-KMEANS = dict(batch_size=1024, max_iter=5, n_init=1, init="random")
 FITTED = 8192  # training writes of k-means, drawn per fit; the share that comes back grows with them
 NAMES = {
     ("sae", "write", "none"): "SAE of writes",
@@ -151,8 +149,7 @@ def codebook(kind: Kind, writes: History, entries: int, seed: int) -> Pairs | Te
     if kind.dictionary == "raw":
         return Pairs(key[drawn], value[drawn])
     matrices = (key[drawn][:, :, None] * value[drawn][:, None]).flatten(1)
-    kmeans = MiniBatchKMeans(entries, random_state=seed, **KMEANS).fit(matrices.numpy())
-    return torch.from_numpy(kmeans.cluster_centers_).float().view(-1, writes.d_k, writes.d_v)
+    return torch.from_numpy(stats.kmeans(matrices.numpy(), entries, seed)).float().view(-1, writes.d_k, writes.d_v)
 
 
 def cosines(book: Pairs | Tensor, others: Pairs | Tensor) -> Tensor:

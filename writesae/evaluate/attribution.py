@@ -40,10 +40,10 @@ def weights(factors: Factors) -> Tensor:
     return torch.stack(columns[::-1], 2)
 
 
-def shares(factors: Factors) -> Tensor:
+def shares(found: Tensor, factors: Factors) -> Tensor:
     """Return the share of each write in the read of each token, [B, T, T]: |weight_ts| ||added_s||, over the sum
-    of that over all s."""
-    sizes = weights(factors).abs() * factors.added.norm(dim=-1)[:, None]
+    of that over all s. found: the `weights` of the factors."""
+    sizes = found.abs() * factors.added.norm(dim=-1)[:, None]
     return sizes / sizes.sum(-1, keepdim=True)
 
 
