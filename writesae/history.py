@@ -16,12 +16,12 @@ from functools import cached_property
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from writesae.recurrence import TensorFields, decay_between, decay_until, split_chunks
 
 CHUNK = 64
-STATE_CHUNK = 32
 GROUP = 64  # maximum number of windows, or places, per batch
 VECTOR_GROUP = 8  # the same for windows whose states are rebuilt
 VECTOR_NUMBERS = 2**26  # maximum size of the states that are rebuilt at once (but at least one window)
@@ -141,8 +141,18 @@ class History(TensorFields):
             yield state
 
     def steps(self) -> Tensor:
-        """Return all X_t, [N, T, d_k, d_v], by the plain loop: slow and large."""
-        return torch.stack(list(self.walk()), dim=1)
+        """Return all X_t, [N, T, d_k, d_v], which is large: the writes, to which the decayed past is added in
+        place."""
+        states = self._writes()
+        if self.log_decay is not None:
+            decay = self.log_decay.exp().view(*self.shape, -1, 1)
+            for t in range(1, self.shape[1]):
+                states[:, t].addcmul_(decay[:, t], states[:, t - 1])
+        return states
+
+    def _writes(self) -> Tensor:
+        """Return what enters the states at each token, [N, T, d_k, d_v]."""
+        return self.key[..., None] * self.value[..., None, :]
 
     @cached_property
     def chunks(self) -> Chunks:
@@ -228,6 +238,26 @@ class History(TensorFields):
 
 
 @dataclass(frozen=True, eq=False)
+class States:
+    """All X_t of some windows as they are, [N, T, d_k, d_v], with the products of a history."""
+
+    matrices: Tensor
+
+    def read(self, left: Tensor, right: Tensor, bf16: bool = False) -> Tensor:
+        """Return the same as History.read, without rounding."""
+        return self.matrices.flatten(-2) @ (left[:, :, None] * right[:, None]).flatten(1).T
+
+    def read_at(self, indices: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        """Return `read` of the atoms `indices` [N, T, k] of each token, [N, T, k]."""
+        left, right = (F.embedding(indices, x) for x in (left, right))
+        return ((left @ self.matrices) * right).sum(-1)
+
+    def project(self, matrix: Tensor) -> Tensor:
+        """Return the same as History.project."""
+        return self.matrices.flatten(-2) @ matrix.flatten()
+
+
+@dataclass(frozen=True, eq=False)
 class VectorHistory(History):
     """States with one decay per key channel, as in RWKV-7 and GLA, rebuilt for a few windows at a time:
 
@@ -261,25 +291,12 @@ class VectorHistory(History):
             state = self.log_decay[:, t, :, None].exp() * state + write
             yield state
 
-    def steps(self) -> Tensor:
-        """Return all X_t, [N, T, d_k, d_v], by chunks: X_t over the decay so far is a plain sum."""
-        state, parts = None, []
-        chunks = zip(*(x.split(STATE_CHUNK, 1) for x in self.tensors().values()))
-        for key, value, log_decay, erase, taken in chunks:
-            total = log_decay.cumsum(1)
-            if total.min() < -60:  # 1 / W would leave fp32
-                return super().steps()
-            grow = torch.exp(-total)
-            left = torch.cat([key * grow, -erase * grow], -1).unflatten(-1, (2, -1))
-            summed = left.mT @ torch.stack([value, taken], -2)
-            summed = summed.cumsum(1) if state is None else summed.cumsum(1) + state[:, None]
-            parts.append(summed * total.exp()[..., None])
-            state = parts[-1][:, -1]
-        return torch.cat(parts, 1)
+    def _writes(self) -> Tensor:
+        return torch.stack([self.key, -self.erase], -1) @ torch.stack([self.value, self.taken], -2)
 
     def read(self, left: Tensor, right: Tensor, bf16: bool = False) -> Tensor:
         """Return the same as History.read, from states and without rounding."""
-        return self.steps().flatten(-2) @ (left[:, :, None] * right[:, None]).flatten(1).T
+        return States(self.steps()).read(left, right)
 
     def _inner(self, matrix: Tensor) -> Tensor:
         return self.steps().flatten(-2) @ matrix.flatten()

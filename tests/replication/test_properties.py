@@ -163,7 +163,7 @@ def histories(draw, kind: str) -> History:
 @pytest.fixture
 def short_chunks(monkeypatch):
     """Short chunks and groups, so that small inputs have several of them."""
-    for name, length in (("CHUNK", 8), ("STATE_CHUNK", 8), ("GROUP", 2), ("VECTOR_GROUP", 2)):
+    for name, length in (("CHUNK", 8), ("GROUP", 2), ("VECTOR_GROUP", 2)):
         monkeypatch.setattr(history_module, name, length)
 
 

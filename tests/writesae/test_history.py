@@ -31,6 +31,7 @@ def test_steps_is_the_recurrence(target):
     write = history.key[1, 7, :, None] * history.value[1, 7, None]
     before = history.log_decay[1, 7].exp() * states[1, 6] if target == "state" else 0
     assert_close(states[1, 7], before + write, "X_7", 1e-14)
+    assert_close(states, torch.stack(list(history.walk()), 1), "states of the loop", 1e-14)
     assert history.target == target and history.shape == (3, TOKENS) and (history.d_k, history.d_v) == (5, 7)
 
 
@@ -132,7 +133,7 @@ def vector_history(strength: float = 0.3) -> tuple[Factors, VectorHistory]:
     return factors, VectorHistory(key, added, log_decay, erase, factors.taken_by_erase())
 
 
-@pytest.mark.parametrize("strength", [0.3, 8.0])  # 8.0 is too fast for chunks, so the plain loop is used
+@pytest.mark.parametrize("strength", [0.3, 8.0])
 def test_vector_decays_rebuild_the_step_loops_states(strength):
     factors, history = vector_history(strength)
     states = step_states(factors)

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from helpers import assert_close
 from pydantic import ValidationError
 
-from writesae.history import History, Origin
+from writesae.history import History, Origin, VectorHistory
 from writesae.sae import train as train_module
 from writesae.sae.config import Architecture
-from writesae.sae.losses import dense_loss, factored_loss
+from writesae.sae.losses import dense_loss, factored_loss, loss_of
 from writesae.sae.model import SAE
 from writesae.sae.train import TrainingSettings, evaluate, top_singular_pair, train
 
@@ -23,6 +23,10 @@ def history_of(target: str = "state", windows: int = 8, dtype: torch.dtype = tor
     tokens = 70
     generator = torch.Generator().manual_seed(3)
     key, value = (torch.randn(windows, tokens, d, generator=generator, dtype=dtype) for d in (D_K, D_V))
+    if target == "vector":
+        shape = windows, tokens, D_K
+        log_decay, erase = (torch.rand(shape, generator=generator, dtype=dtype) * scale for scale in (-0.5, 0.3))
+        return VectorHistory(key + 0.3, value, log_decay, erase=erase, taken=value.roll(1, 1))
     log_decay = -0.5 * torch.rand(windows, tokens, generator=generator, dtype=dtype) if target == "state" else None
     return History(key + 0.3, value, log_decay)
 
@@ -55,7 +59,7 @@ FACTORED += [dict(centre="bias"), dict(centre="bias", activation="gated")]
 @pytest.mark.parametrize("kind", FACTORED)
 @pytest.mark.parametrize("k_aux", [2, 256])
 @pytest.mark.parametrize("looked_up", [False, True])
-@pytest.mark.parametrize("target", ["state", "write"])
+@pytest.mark.parametrize("target", ["state", "write", "vector"])
 def test_factored_loss_and_gradients_are_those_of_the_dense_step(target, looked_up, k_aux, kind):
     torch.manual_seed(5)
     atoms, k = (12, 3) if looked_up else (150, 2)
@@ -72,7 +76,7 @@ def test_factored_loss_and_gradients_are_those_of_the_dense_step(target, looked_
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     dead = torch.tensor([0, 3, 4, 11])
     other, start = copy.deepcopy(sae), copy.deepcopy(sae)  # some rules adapt to every batch that they see
-    got = factored_loss(sae, history, history.energy(sae.mean), dead, aux_weight=0.7, k_aux=k_aux)
+    got = loss_of(sae, history, history.energy(sae.mean), dead, aux_weight=0.7, k_aux=k_aux)
     wanted = dense_loss(other, history.steps(), dead, aux_weight=0.7, k_aux=k_aux)
     without = dense_loss(copy.deepcopy(start), history.steps(), aux_weight=0.7, k_aux=k_aux)
     assert abs(wanted.total - without.total) > 1e-3, "the dead-atom loss takes part"

@@ -15,8 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from writesae.history import History
+from writesae.history import History, States
 from writesae.sae.model import SAE
+from writesae.sae.sparsity import largest
+
+
+class RankOne(NamedTuple):
+    """Atoms key_i value_i^T: key [n, d_k], value [n, d_v]."""
+
+    key: Tensor
+    value: Tensor
 
 
 class Loss(NamedTuple):
@@ -32,60 +40,98 @@ class Loss(NamedTuple):
 def loss_of(
     sae: SAE, history: History, energy: Tensor, dead: Tensor | None = None, bf16: bool = False, **weights: float
 ) -> Loss:
-    """Return `factored_loss` where SAE and history allow it, else `dense_loss`."""
-    if sae.factored and history.factored:
-        return factored_loss(sae, history, energy, dead, **weights, bf16=bf16)
+    """Return `factored_loss` where the SAE's parts allow it, else `dense_loss`."""
+    if sae.factored:
+        data = history if history.factored else States(history.steps())
+        return factored_loss(sae, data, energy, dead, **weights, bf16=bf16)
     return dense_loss(sae, history.steps(), dead, **weights)
 
 
 def factored_loss(
     sae: SAE,
-    history: History,
+    history: History | States,
     energy: Tensor,
     dead: Tensor | None = None,
     aux_weight: float = 1e-2,
     k_aux: int = 256,
     bf16: bool = False,
 ) -> Loss:
-    """Return the loss of a bilinear or tied + rank-1 SAE on every token, without states.
+    """Return the loss of a bilinear or tied + rank-1 SAE on every token, from inner products.
 
     energy [N, T]: history.energy(sae.mean), in raw units; dead [D]: silent atoms; bf16: as in History.read.
     """
-    encoder, decoder = sae.encoder, sae.decoder
+    encoder, decoder, every = sae.encoder, sae.decoder, sae.activation.every
     pre = sae.overlaps(encoder, history, encoder.bias, bf16)
     indices, coefficients = sae.select(pre, ordered=False)
-    overlaps = sae.overlaps(decoder, history, bf16=bf16)
-    rest, scaled = overlaps, energy / sae.scale**2
+    if isinstance(history, States) and not every:
+        overlaps, active = None, sae.overlaps_at(indices, history)
+    else:
+        overlaps = sae.overlaps(decoder, history, bf16=bf16)
+        active = overlaps if every else overlaps.gather(-1, indices)
+    scaled = energy / sae.scale**2
     if sae.bias is not None:
-        rest = overlaps - ((decoder.key @ sae.bias.detach()) * decoder.value).sum(-1)  # without its gradient
-        overlaps = overlaps - ((decoder.key @ sae.bias) * decoder.value).sum(-1)
+        of_bias = ((decoder.key @ sae.bias) * decoder.value).sum(-1)
+        active = active - (of_bias if every else of_bias[indices])
         scaled = scaled - 2 * history.project(sae.bias / sae.scale) + sae.bias.square().sum()
-    if sae.activation.every:
-        gram = _gram(decoder.key, decoder.value)
-        squared = _squared_error(scaled, overlaps, coefficients, gram)
+    if every:
+        gram = _Gram.apply(decoder.key, decoder.value)
+        squared = _squared_error(scaled, active, coefficients, gram)
         fvu = squared.mean()
         total, gate = fvu + sae.activation.penalty(pre), sae.activation.gate(pre)
         if gate is not None:
-            total = total + _squared_error(scaled.detach(), overlaps.detach(), gate, gram.detach()).mean()
+            total = total + _squared_error(scaled.detach(), active.detach(), gate, gram.detach()).mean()
     else:
-        cross = (coefficients * overlaps.gather(-1, indices)).sum(-1)
+        cross = (coefficients * active).sum(-1)
         squared = scaled - 2 * cross + _quadratic(decoder.key, decoder.value, indices, coefficients)
         fvu = total = squared.mean()
     if dead is not None and len(dead) and aux_weight > 0:
         firing = top_positive(pre.index_select(-1, dead), k_aux)
-        residual_overlaps = rest.index_select(-1, dead) - _explained(sae, indices, coefficients, dead)
-        gram = _gram(decoder.key[dead], decoder.value[dead])
-        total = total + aux_weight * _squared_error(squared.detach(), residual_overlaps, firing, gram).mean()
+        silent = RankOne(decoder.key[dead], decoder.value[dead])
+        residual = sae.overlaps(silent, history, bf16=bf16) if overlaps is None else overlaps.index_select(-1, dead)
+        residual = residual - _explained(sae, indices, coefficients, dead)
+        if sae.bias is not None:  # without its gradient
+            residual = residual - ((silent.key @ sae.bias.detach()) * silent.value).sum(-1)
+        gram = _Gram.apply(silent.key, silent.value)
+        total = total + aux_weight * _squared_error(squared.detach(), residual, firing, gram).mean()
     return Loss(total, fvu.detach(), squared.detach(), indices, coefficients.detach())
 
 
 def _squared_error(energy: Tensor, overlaps: Tensor, coefficients: Tensor, gram: Tensor) -> Tensor:
     """Return ||x - sum_i c_i atom_i||^2, [N, T], from ||x||^2, <atom_i, x>, c and G."""
-    return energy - 2 * (coefficients * overlaps).sum(-1) + ((coefficients @ gram) * coefficients).sum(-1)
+    return energy - 2 * (coefficients * overlaps).sum(-1) + _Form.apply(coefficients, gram)
 
 
-def _gram(key: Tensor, value: Tensor) -> Tensor:
-    return (key @ key.T) * (value @ value.T)
+class _Gram(torch.autograd.Function):
+    """G = (K K^T) * (V V^T), [n, n], for K [n, d_k], V [n, d_v]."""
+
+    @staticmethod
+    def forward(ctx, key: Tensor, value: Tensor) -> Tensor:
+        of_keys, of_values = key @ key.T, value @ value.T
+        ctx.save_for_backward(key, value, of_keys, of_values)
+        return of_keys * of_values
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        key, value, of_keys, of_values = ctx.saved_tensors
+        grad = grad + grad.T
+        return (grad * of_values) @ key, (grad * of_keys) @ value
+
+
+class _Form(torch.autograd.Function):
+    """c^T G c, [...], for c [..., n] and a symmetric G [n, n]."""
+
+    @staticmethod
+    def forward(ctx, c: Tensor, gram: Tensor) -> Tensor:
+        product = c @ gram
+        ctx.save_for_backward(c, product)
+        return (product * c).sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        c, product = ctx.saved_tensors
+        grad = grad[..., None]
+        of_gram = c.flatten(0, -2).T @ (grad * c).flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return 2 * grad * product, of_gram
 
 
 def _quadratic(key: Tensor, value: Tensor, indices: Tensor, coefficients: Tensor) -> Tensor:
@@ -93,7 +139,7 @@ def _quadratic(key: Tensor, value: Tensor, indices: Tensor, coefficients: Tensor
     atoms, k = len(key), indices.shape[-1]
     if atoms * atoms <= 2 * indices.numel() * k:
         pairs = indices[..., :, None] * atoms + indices[..., None, :]
-        gram = _gram(key, value).flatten().index_select(0, pairs.flatten()).view(pairs.shape)
+        gram = _Gram.apply(key, value).flatten().index_select(0, pairs.flatten()).view(pairs.shape)
         return ((gram * coefficients[..., None, :]).sum(-1) * coefficients).sum(-1)
     active = (F.embedding(indices.flatten(0, -2), factor) for factor in (key, value))
     return _Quadratic.apply(coefficients.flatten(0, -2), *active).view(indices.shape[:-1])
@@ -155,7 +201,7 @@ def top_positive(pre: Tensor, k: int) -> Tensor:
     """Return the ReLU of the k largest of [..., n] (of all if n <= k), and zero elsewhere."""
     if pre.shape[-1] <= k:
         return pre.relu()
-    indices = pre.detach().topk(k, dim=-1, sorted=False).indices
+    indices = largest(pre.detach(), k)
     return torch.zeros_like(pre).scatter(-1, indices, pre.gather(-1, indices).relu())
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from writesae.files import file_hash, local_path, read_json, read_weights, reading, write_atomically
-from writesae.history import History
+from writesae.history import History, States
 from writesae.hosts.hub import fetch
 from writesae.recurrence import torch_defaults
 from writesae.sae.config import FORMAT_VERSION, Architecture, SAEConfig, first_problem
@@ -89,10 +89,15 @@ class SAE(nn.Module):
         """Return x = (X - mean) / scale, [..., d_k, d_v]."""
         return (matrices - self.mean) / self.scale
 
-    def overlaps(self, part: nn.Module, history: History, bias: Tensor | float = 0.0, bf16: bool = False) -> Tensor:
+    def overlaps(self, part: Any, history: History | States, bias: Tensor | float = 0.0, bf16: bool = False) -> Tensor:
         """Return <key_i value_i^T, x_t> + bias_i, [N, T, n], for the encoder or decoder, without states."""
         key = part.key / self.scale
         return history.read(key, part.value, bf16) + (bias - ((key @ self.mean) * part.value).sum(-1))
+
+    def overlaps_at(self, indices: Tensor, history: States) -> Tensor:
+        """Return the decoder's overlaps with each token, [N, T, k], for the atoms `indices` [N, T, k]."""
+        key, value = self.decoder.key / self.scale, self.decoder.value
+        return history.read_at(indices, key, value) - ((key @ self.mean) * value).sum(-1)[indices]
 
     def select(self, pre: Tensor, ordered: bool = True) -> Active:
         """Return the active atoms for pre-activations [..., n], in scaled units."""
