@@ -261,6 +261,7 @@ class Multiverse(Section):
 
 
 class Variant(Parts):
+    initial: Literal["data", "random"] = "data"
     targets: list[Target] = ["state"]
     places: list[Place] = ["middle"]
 

@@ -173,7 +173,7 @@ def ablation_variants(section: Ablations, seed: int) -> list[tuple[str, str, Tra
     """Return (place, target, settings) of all ablations, slowest first. Raises ValueError for a repeat."""
     training, every = section.training.model_dump() | dict(seed=seed), []
     for variant in section.variants:
-        settings = TrainingSettings(**training | variant.model_dump(include=set(Parts.model_fields)))
+        settings = TrainingSettings(**training | variant.model_dump(include={*Parts.model_fields, "initial"}))
         every += [(place, target, settings) for place in variant.places for target in variant.targets]
     names = [(place, target, settings.variant) for place, target, settings in every]
     if len(set(names)) < len(names):

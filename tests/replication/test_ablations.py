@@ -28,6 +28,7 @@ VARIANTS = [
     dict(rank=2, targets=["write"]),
     dict(encoder="tied"),
     dict(activation="gated", targets=["write"]),
+    dict(initial="random", targets=["write"]),
     dict(activation="jumprelu"),
 ]
 
@@ -40,7 +41,7 @@ def own_of(**changes) -> Ablations:
 def test_variants_that_need_states_come_first_and_none_comes_twice():
     found = training.ablation_variants(own_of(), seed=7)
     names = [(target, settings.variant) for _, target, settings in found]
-    assert names[:2] == [("state", "dense+flat"), ("write", "bilinear+rank2")] and len(names) == 7
+    assert names[:2] == [("state", "dense+flat"), ("write", "bilinear+rank2")] and len(names) == 8
     assert {settings.seed for *_, settings in found} == {7} and {settings.k for *_, settings in found} == {3}
     with pytest.raises(ValueError, match="names a variant twice"):
         training.ablation_variants(own_of(variants=[dict(), dict(encoder="bilinear")]), seed=0)
@@ -180,7 +181,7 @@ def test_a_variant_is_trained_once_and_on_the_windows_that_are_not_kept(study, m
 
 def test_errors_are_those_of_the_decoded_matrices(study, found, factors):
     windows, _, _ = found
-    assert len(windows) == 7 * WINDOWS
+    assert len(windows) == 8 * WINDOWS
     for (target, variant), part in windows.groupby(["target", "variant"]):
         sae = study.sae("small", *CELL, target, training.ablation_role(variant))
         states = factors.history(target, "added").steps()
@@ -194,7 +195,7 @@ def test_errors_are_those_of_the_decoded_matrices(study, found, factors):
 
 def test_the_summary_has_a_line_a_variant(study, found):
     table, contrasts = ablations.tables(study, *found)
-    assert len(table) == 7 and not table.duplicated(["target", "variant"]).any()
+    assert len(table) == 8 and not table.duplicated(["target", "variant"]).any()
     known = table.dropna(subset="alive")
     assert (known.registers + known.bundles + known["null"] == 24).all() and len(known) >= 4
     assert (table.fvu_low <= table.fvu).all() and (table.fvu <= table.fvu_high).all()

@@ -123,6 +123,19 @@ def test_what_a_sparsity_rule_adds_to_the_loss(activation):
     assert by_atoms is None or not by_atoms.any(), "the gate does not move the atoms"
 
 
+def test_atoms_start_at_writes_or_at_random():
+    history = history_of("write")
+    writes = [F.normalize(x.flatten(0, 1), dim=-1) for x in (history.key, history.value)]
+    for initial, near in (("data", True), ("random", False)):
+        sae = SAE(Architecture(n_atoms=40, k=2), D_K, D_V)
+        train_module.initialise(sae, history, 3, initial)
+        cosine = ((sae.decoder.key @ writes[0].T) * (sae.decoder.value @ writes[1].T)).max(1).values
+        assert (cosine.median() > 0.9) == near
+        assert_close(sae.decoder.key.norm(dim=1), torch.ones(40), "norms of the key sides", 1e-6)
+        assert torch.equal(sae.encoder.value, sae.decoder.value)
+    assert settings_of(initial="random", activation="gated").variant == "bilinear+rank1+gated+random"
+
+
 @pytest.mark.parametrize("dead", [None, torch.tensor([], dtype=torch.int64)])
 def test_without_silent_atoms_there_is_no_dead_atom_loss(dead):
     history, sae = history_of(), small_sae()

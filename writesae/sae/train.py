@@ -54,7 +54,13 @@ class TrainingSettings(Architecture):
     products: Literal["fp32", "tf32", "bf16"] = Field(
         "fp32", description="of matrix products; bf16: those with tokens in the factored loss, the others in tf32"
     )
+    initial: Literal["data", "random"] = Field("data", description="factors of atoms: of writes, or Gaussian")
     seed: int = 0
+
+    @property
+    def variant(self) -> str:
+        """The name in tables, with +random for random initial atoms."""
+        return super().variant + "+random" * (self.initial == "random")
 
     @model_validator(mode="after")
     def _rates_fit(self) -> TrainingSettings:
@@ -201,7 +207,7 @@ class _Run:
         self.sae.scale.copy_(self.energy.double().mean().sqrt())
         if not self.sae.scale > 0:
             raise ValueError("The matrices of this history are all the same: there is nothing to train on.")
-        initialise(self.sae, history, settings.seed)
+        initialise(self.sae, history, settings.seed, settings.initial)
         self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=settings.lr, fused=True)
         self.silent = torch.zeros(settings.n_atoms, dtype=torch.int64, device=history.key.device)
         self.losses = torch.zeros(self.steps, 2)  # loss, FVU; `silent`: steps since each atom fired
@@ -284,20 +290,21 @@ class _Run:
 
 
 @torch.no_grad()
-def initialise(sae: SAE, history: History, seed: int) -> None:
-    """Start each atom, and its encoder, at the unit factors of a random token's write plus noise.
+def initialise(sae: SAE, history: History, seed: int, initial: str = "data") -> None:
+    """Start each atom, and its encoder, at the unit factors of a random token's write plus noise, or at random.
 
-    An atom of rank r is the sum of r writes. Sparsity rules set thresholds on a few windows.
+    An atom of rank r is the sum of r outer products. Sparsity rules set thresholds on a few windows.
     """
     generator = _generator(seed, "initialise")
-    windows, tokens = history.shape
-    window = torch.randint(windows, (sae.n_atoms * sae.rank,), generator=generator)
-    position = torch.randint(tokens, (sae.n_atoms * sae.rank,), generator=generator)
+    (windows, tokens), count = history.shape, sae.n_atoms * sae.rank
+    window = torch.randint(windows, (count,), generator=generator)
+    position = torch.randint(tokens, (count,), generator=generator)
     factors = []
     for x in history.factors_at(window, position):
-        chosen = F.normalize(x, dim=-1)
-        noise = torch.randn(chosen.shape, generator=generator).to(chosen) * INIT_NOISE / chosen.shape[-1] ** 0.5
-        factors.append(F.normalize(chosen + noise, dim=-1))
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        if initial == "data":
+            noise = F.normalize(x, dim=-1) + noise * INIT_NOISE / x.shape[-1] ** 0.5
+        factors.append(F.normalize(noise, dim=-1))
     if sae.rank > 1:
         factors = [x.unflatten(0, (sae.n_atoms, sae.rank)) for x in factors]
     rows = torch.arange(sae.n_atoms, device=history.key.device)
