@@ -14,9 +14,11 @@ from IPython.display import DisplayHandle, Markdown, display
 from replication.findings import (
     FINDINGS,
     HOSTS,
+    LACKING,
     MAIN,
     Results,
     estimate,
+    has_words,
     largest_recall,
     listed,
     percent,
@@ -24,7 +26,6 @@ from replication.findings import (
     win_rate,
 )
 from replication.plots import HOST
-from replication.study.paths import dry_run
 from replication.study.study import Study
 
 
@@ -35,7 +36,7 @@ def opening() -> DisplayHandle:
 
 def conclude(opened: DisplayHandle, page: str, study: Study) -> Markdown:
     """Write the result of a page into its opening, and return the page's verdict."""
-    if dry_run() or not study.profile.name.startswith("mini"):
+    if not has_words(study):
         remark = "The sentences of this page are about the profile mini; the tables and figures are those of this one."
         opened.update(Markdown(remark))
         return Markdown(remark)
@@ -44,10 +45,13 @@ def conclude(opened: DisplayHandle, page: str, study: Study) -> Markdown:
         finding, answer = FINDINGS[page](results), ANSWERS[page](results)
     except FileNotFoundError as missing:  # what only `make sweep` or `make repeats` leaves
         remark = f"The table {Path(missing.filename).name} is not there yet, so this page has no result in words."
-        opened.update(Markdown(remark))
-        return Markdown(remark)
-    opened.update(Markdown(f"**Result.** {finding}"))
-    return Markdown(answer)
+    except LACKING:
+        remark = "With these choices the tables lack rows of the profile mini, so this page has no result in words."
+    else:
+        opened.update(Markdown(f"**Result.** {finding}"))
+        return Markdown(answer)
+    opened.update(Markdown(remark))
+    return Markdown(remark)
 
 
 def apart(low: float, high: float) -> str:

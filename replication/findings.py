@@ -15,6 +15,8 @@ import pandas as pd
 
 from replication.scorecard.claims import papers_value
 from replication.scorecard.verdicts import VERDICTS
+from replication.study.paths import dry_run
+from replication.study.study import Study
 
 HOSTS = ("gated_deltanet", "mamba2", "rwkv7")
 MAIN = HOSTS[0]
@@ -31,6 +33,14 @@ CELLS |= {
 CELLS |= {"Mamba-2, middle": ("mamba2", "middle"), "RWKV-7, middle": ("rwkv7", "middle")}
 
 
+LACKING = (ValueError, LookupError, AttributeError)  # what a sentence raises if a table lacks its rows or columns
+
+
+def has_words(study: Study) -> bool:
+    """Return whether sentences speak of the tables of a study: those of the profiles mini, not of a dry run."""
+    return study.profile.name.startswith("mini") and not dry_run()
+
+
 class Results:
     """The tables of one folder, e.g. results/mini, each read once."""
 
@@ -38,10 +48,12 @@ class Results:
         self.folder, self._read = Path(folder), cache(pd.read_csv)
 
     def rows(self, name: str, **values) -> pd.DataFrame:
-        """Return the rows of the table NAME.csv that have these values."""
+        """Return the rows of the table NAME.csv that have these values. Raises ValueError if there are none."""
         table = self._read(self.folder / f"{name}.csv")
         for column, value in values.items():
             table = table[table[column] == value]
+        if table.empty:
+            raise ValueError(f"{name}.csv has no rows with {values}.")
         return table
 
     def row(self, name: str, **values) -> pd.Series:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from string import ascii_lowercase
+from textwrap import wrap
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -61,6 +62,7 @@ EVEN = dict(color="0.8", linewidth=0.8)  # the line of no effect
 MARKERS = "osD^"
 WIDEST = 7.0  # inches, a printed page
 SMALLEST = 8.0  # points
+LETTERS = 13.5  # of a title of 9 points in an inch
 NAMES = HOST | dict(matched_norm="native norm", coefficient="own coefficient", mean_write="mean write")
 NAMES |= dict(resampled="another write", native_rescaled="native write, rescaled", gamma="Γ", delete="deletion")
 
@@ -106,6 +108,7 @@ def origin(name: str, profile: str) -> str:
     return f"page {page}; tables {', '.join(tables) or 'none'}; profile {profile}; commit {git_commit()}"
 
 
+VARIANT_NAMES = dict(rank1="rank 1", rank2="rank 2", batch_topk="BatchTopK", jumprelu="JumpReLU", tied="tied encoder")
 CHOICE_NAMES = dict(target="SAE of", centre="centre", write="write", pooling="firings", amplitude="amplitude")
 CHOICE_NAMES |= dict(reading="read by", kl_direction="KL", control="against")
 LEVEL_NAMES = dict(state="states", write="writes", mean="mean subtracted", none="no mean", rounds="equally per atom")
@@ -120,8 +123,15 @@ def level_name(choice: str, level: str) -> str:
 
 def named(text: str) -> str:
     """Return a text of a figure with names for the keys of tables, e.g. "Mamba-2, middle" for "mamba2
-    middle"."""
-    return re.sub(r"(?<![\w$])(" + "|".join(NAMES) + r")(?![\w$])", lambda match: NAMES[match[0]], text)
+    middle"; a text with names stays as it is, and so does "coefficient of" something."""
+    keys = r"(?<![\w$])(?<!own )(" + "|".join(NAMES) + r")(?![\w$]| of)"
+    return re.sub(keys, lambda match: NAMES[match[0]], text)
+
+
+def variant_name(variant: str) -> str:
+    """Return the name of a variant of an SAE, e.g. "bilinear, rank 1, JumpReLU" for
+    "bilinear+rank1+jumprelu"."""
+    return ", ".join(VARIANT_NAMES.get(part, part) for part in variant.split("+"))
 
 
 def readable(figure: plt.Figure) -> None:
@@ -146,11 +156,28 @@ def readable(figure: plt.Figure) -> None:
             axes.annotate(letter, (0, 1), (-4, 4), weight="bold", fontsize=9, annotation_clip=False, **place)
 
 
-def save(figure: plt.Figure, name: str, folder: Path) -> None:
+def wrapped(title: str, width: float) -> list[str]:
+    """Return the lines of a title over a figure of `width` inches."""
+    return wrap(title, int(LETTERS * width))
+
+
+def entitle(figure: plt.Figure, title: str) -> None:
+    """Put a title above all panels, on the left, and make the figure higher by its lines; only once."""
+    if not figure.get_suptitle():
+        width, height = figure.get_size_inches()
+        lines = wrapped(title, width)
+        figure.set_size_inches(width, height + 0.08 + 0.15 * len(lines))
+        figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=9)
+
+
+def save(figure: plt.Figure, name: str, folder: Path, title: str = "") -> None:
     """Write NAME.pdf and NAME.png, `readable`, the same for the same figure; those of a dry run are marked.
 
-    Their metadata (Subject, Source) say where they come from. folder: its name is the profile's."""
+    Their metadata (Subject, Source) say where they come from. folder: its name is the profile's. title: the
+    finding, above the panels; notebooks save with `titles.save`, which computes it."""
     readable(figure)
+    if title:
+        entitle(figure, title)
     if dry_run():
         mark_dry_run(figure)
     source = origin(name, Path(folder).name)

@@ -95,7 +95,7 @@ def notebook_page(path: Path, folder: Path) -> str:
         if cell.cell_type == "markdown":
             parts.append(with_links(cell.source, Path("notebooks")))
             continue
-        drawn = re.findall(r'plots\.save\(figure, "(\w+)"', cell.source)
+        drawn = re.findall(r'titles\.save\(figure, "(\w+)"', cell.source)
         parts += [f'<a id="{name}"></a>' for name in drawn]
         parts.append(f'<details markdown="1"><summary>Code</summary>\n\n```python\n{cell.source}\n```\n\n</details>')
         for place, output in enumerate(cell.get("outputs", [])):

@@ -42,6 +42,9 @@ def test_other_profiles_and_missing_tables_get_a_remark(tmp_path):
     assert remark.data == opened.text and "are about the profile mini" in remark.data
     answers.conclude(opened, "05_replacement", study(results=tmp_path))
     assert opened.text == "The table headline.csv is not there yet, so this page has no result in words."
+    (tmp_path / "headline.csv").write_text("host,cells\nmamba2,pooled\n")  # no rows of the main host
+    remark = answers.conclude(opened, "05_replacement", study(results=tmp_path))
+    assert remark.data == opened.text and "the tables lack rows of the profile mini" in remark.data
 
 
 def test_a_difference_in_words():

@@ -145,6 +145,13 @@ def test_a_saved_figure_is_fit_for_print(tmp_path):
     plt.close(figure)
 
 
+def test_names_stand_for_keys_once():
+    assert plots.named("amplitude coefficient") == "amplitude own coefficient"
+    assert plots.named(plots.named("SAE of states, coefficient")) == "SAE of states, own coefficient"
+    assert plots.named("coefficient of variation, my_gamma, $gamma$") == "coefficient of variation, my_gamma, $gamma$"
+    assert plots.variant_name("bilinear+rank1+batch_topk") == "bilinear, rank 1, BatchTopK"
+
+
 def test_a_figure_says_where_it_comes_from(tmp_path):
     figure, _ = plt.subplots()
     for name in ("fig05_half_life", "mine"):
@@ -164,7 +171,7 @@ def saved():
     found = {}
     for path in (ROOT / "notebooks" / f"{name}.ipynb" for name in order.notebooks()):
         code = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code")
-        found[path.name] = re.findall(r'plots\.save\(figure, "(\w+)"', code), "plots.style()" in code
+        found[path.name] = re.findall(r'titles\.save\(figure, "(\w+)"', code), "plots.style()" in code
     return found
 
 
