@@ -127,8 +127,8 @@ def classes(results: Results) -> str:
 
 def sweeps(results: Results) -> str:
     rows = results.rows("atom_thresholds", host=MAIN, place="middle", role="main").sort_values("tau")
-    registers = rows.groupby("target").register_share.agg(["first", "last"])
-    state, write = (f"{share(first)} and {share(last)}" for first, last in registers.loc[["state", "write"]].values)
+    ends = rows.groupby("target").register_share.agg(["first", "last"]).loc[["state", "write"]]
+    state, write = (f"{share(first)} and {share(last)}" for first, last in ends.values)
     registers = f"{state} of state-trained and {write} of write-trained atoms"
     return f"With thresholds of {rows.tau.min():g} and {rows.tau.max():g}, registers are {registers}"
 
@@ -158,13 +158,11 @@ def r2_of_sizes(results: Results) -> str:
     def holds(predictor: str) -> str:
         rows = results.rows("logit_shift_summary", host=MAIN, predictor=predictor).sort_values("eps")
         sizes = rows.eps[(rows.r2_median > 0.9).cummin()]
-        return f"up to {sizes.max():g}" if len(sizes) else "at no size"
+        return f"up to {sizes.max():g} native norms" if len(sizes) else "at no size"
 
     layer, first, paper = (holds(name) for name in ("through_layer", "exact", "paper"))
-    return (
-        f"R² is above 0.9 {layer} native norms through the layer, {first} to first order, {paper} by the "
-        f"paper's formula"
-    )
+    others = f"{first} to first order, and {paper} by the paper's formula"
+    return f"R² is above 0.9 {layer} through the layer, {others}"
 
 
 def predicted_kl(results: Results) -> str:
@@ -189,7 +187,7 @@ def _paper_rows(results: Results) -> list[pd.Series]:
 
 def kl(results: Results) -> str:
     write, state = (numbers([1000 * x.kl_atom, 1000 * x.kl_delete]) for x in _paper_rows(results))
-    return f"Median KLs of atom and deletion: {state} millinats (SAE of states), {write} (SAE of writes)"
+    return f"Median KLs of atom and deletion are {state} millinats (SAE of states), {write} (SAE of writes)"
 
 
 def scatter(results: Results) -> str:
@@ -242,13 +240,15 @@ def objects_kl(results: Results) -> str:
 
 
 def baselines(results: Results) -> str:
+    where = dict(host=MAIN, cells="pooled", amplitude="projection", target="write", centre="none")
+    size = results.row("baselines_summary", method="best_atom", **where)["size"]
+
     def recovered(method: str) -> str:
-        where = dict(host=MAIN, cells="pooled", amplitude="projection", target="write", centre="none")
-        return share(results.row("baselines_summary", method=method, size=512, **where).recovered)
+        return share(results.row("baselines_summary", method=method, size=size, **where).recovered)
 
     atom, random, kmeans, raw = map(recovered, ("best_atom", "random", "kmeans", "nearest_write"))
-    others = f"of 512 k-means centres {kmeans}, of 512 raw writes {raw}; a random atom recovers {random}"
-    return f"The nearest of 512 atoms recovers {atom} of the KL, {others}"
+    others = f"of as many k-means centres {kmeans}, of raw writes {raw}; a random atom recovers {random}"
+    return f"The nearest of {size} atoms recovers {atom} of the KL, {others}"
 
 
 def baselines_cells(results: Results) -> str:
@@ -510,12 +510,13 @@ def scorecard(results: Results) -> str:
 
 
 def repeats(results: Results) -> str:
-    def same(row: pd.Series) -> str:
-        return f"{share(1 - row.differ)} (stated: {share(1 - row.stated)})"
+    def same(row: pd.Series, where: str) -> str:
+        return f"{share(1 - row.differ)} in {where} (stated: {share(1 - row.stated)})"
 
     table = results.rows("verdict_repeats")
-    runs = [f", in whole other runs {same(row)}" for _, row in table[table.compared == WHOLE].iterrows()]
-    return f"Verdicts that stay the same: in simulated repeats {same(table.iloc[0])}{''.join(runs)}"
+    parts = [same(table.iloc[0], "simulated repeats")]
+    parts += [same(row, "whole other runs") for _, row in table[table.compared == WHOLE].iterrows()]
+    return f"A repeat has the same verdict for {listed(parts)}"
 
 
 def own_model(results: Results) -> str:
