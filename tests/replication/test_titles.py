@@ -24,7 +24,8 @@ def cells(page):
     return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
 
 
-PAGES = {page: cells(page) for page in order.notebooks()}
+NOTEBOOKS = order.notebooks()
+PAGES = {page: cells(page) for page in NOTEBOOKS}
 DRAWN = {name: page for page, sources in PAGES.items() for name in SAVE.findall("\n".join(sources))}
 
 
@@ -46,28 +47,25 @@ def test_a_title_takes_at_most_two_lines(name):
     assert re.search(r"\d", title) and not re.search(r"nan|inf\b|True|False|_|  |\.$|-0%", title)
 
 
-def needed(page):
-    """The names of the tables that pages have made before `page`."""
-    pages, found = order.notebooks(), set()
-    for other in pages[page].needs:
-        found |= needed(other) | set(pages[other].makes)
-    return found
+def made_before(page):
+    """The tables that other pages have made before `page`."""
+    needs = NOTEBOOKS[page].needs
+    return {made for other in needs for made in (*NOTEBOOKS[other].makes, *made_before(other))}
 
 
 @pytest.mark.parametrize("name", titles.TITLES)
 def test_a_title_reads_tables_that_are_there_before_its_figure(name):
-    """What a cell writes itself must stand above the figure. What functions write cannot be seen here."""
-    results, page = Results(MINI), DRAWN[name]
-    read, results._read = results._read, lambda path: tables.append(path.stem) or read(path)
-    tables = []
+    """What a cell writes itself must be above the figure. What functions write cannot be seen here."""
+    results, page, tables = Results(MINI), DRAWN[name], set()
+    read, results._read = results._read, lambda path: tables.add(path.stem) or read(path)
     titles.TITLES[name](results)
     code = "\n".join(PAGES[page])
     above = code[: code.index(f'titles.save(figure, "{name}"')]
-    for table in set(tables):
-        made = f"results/{{profile}}/{table}.csv" in needed(page)
-        here = f"results/{{profile}}/{table}.csv" in order.notebooks()[page].makes
-        written, write = f'study.write("{table}"' in above, f'study.write("{table}"' in code
-        assert made or written or (here and not write), f"{name} reads {table}.csv, which {page} has not made yet"
+    for table in tables:
+        file, write = f"results/{{profile}}/{table}.csv", f'study.write("{table}"'
+        in_function = file in NOTEBOOKS[page].makes and write not in code
+        there = file in made_before(page) or write in above or in_function
+        assert there, f"{name} reads {table}.csv, which {page} has not made yet"
 
 
 CHANGES = [  # figure, table, rows, new values, words
