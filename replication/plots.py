@@ -62,7 +62,7 @@ EVEN = dict(color="0.8", linewidth=0.8)  # the line of no effect
 MARKERS = "osD^"
 WIDEST = 7.0  # inches, a printed page
 SMALLEST = 8.0  # points
-LETTERS = 13.5  # of a title of 9 points in an inch
+LETTERS = 14  # of a title of 9 points in an inch
 NAMES = HOST | dict(matched_norm="native norm", coefficient="own coefficient", mean_write="mean write")
 NAMES |= dict(resampled="another write", native_rescaled="native write, rescaled", gamma="Γ", delete="deletion")
 
