@@ -157,8 +157,10 @@ def readable(figure: plt.Figure) -> None:
 
 
 def wrapped(title: str, width: float) -> list[str]:
-    """Return the lines of a title over a figure of `width` inches."""
-    return wrap(title, int(LETTERS * width))
+    """Return the lines of a title over a figure of `width` inches: as few as possible, of about equal length."""
+    most = int(LETTERS * width)
+    count = len(wrap(title, most))
+    return next(lines for letters in range(1, most + 1) if len(lines := wrap(title, letters)) == count)
 
 
 def entitle(figure: plt.Figure, title: str) -> None:

@@ -99,6 +99,11 @@ def test_a_title_turns_with_its_tables(name, table, rows, values, words, tmp_pat
     assert words in titles.TITLES[name](Results(tmp_path))
 
 
+def test_lines_are_few_and_about_equally_long():
+    assert plots.wrapped("aaa bbb ccc ddd", 1.0) == ["aaa bbb", "ccc ddd"]  # 14 letters fit
+    assert plots.wrapped("aaa bbb ccc dd", 1.0) == ["aaa bbb ccc dd"]
+
+
 @pytest.fixture
 def figure():
     made, _ = plt.subplots(figsize=(6, 3), layout="constrained")
