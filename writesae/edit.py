@@ -119,12 +119,6 @@ def run_under(host: Host, windows: Windows | Tensor, edits: Edits) -> tuple[Run,
     return run, {cell: replace(edit, rows=rows, **sides[cell]) for cell, edit in edits.items()}
 
 
-def run_of(host: Host, windows: Windows | Tensor, edit: Edit, layer: int, head: int) -> tuple[Run, Edit]:
-    """Return what `run_under` does, for an edit of one cell."""
-    run, edits = run_under(host, windows, {(layer, head): edit})
-    return run, edits[layer, head]
-
-
 def _rows(edits: Edits) -> Tensor:
     """Return the rows [R] of edits. Raises ValueError for no edits, and for edits of different rows."""
     if not edits:
@@ -242,11 +236,6 @@ def kl(native: Tensor, patched: Tensor) -> Tensor:
     """Return KL(native, patched) in nats over the last dimension of logits; in fp64, as it can be tiny."""
     p, q = F.log_softmax(native.double(), -1), F.log_softmax(patched.double(), -1)
     return (p.exp() * (p - q)).sum(-1)
-
-
-def generate(host: Host, run: Run, layer: int, head: int, edit: Edit, count: int) -> tuple[Tensor, Tensor]:
-    """Return what `generate_under` does, for an edit of one cell."""
-    return generate_under(host, run, {(layer, head): edit}, count)
 
 
 @torch_defaults()

@@ -179,10 +179,6 @@ class History(TensorFields):
         x = ((chunks.key @ matrix) * chunks.value).sum(-1, keepdim=True)
         return _Scan.apply(x, chunks.decay, chunks.carry).flatten(1)[:, : self.key.shape[1]]
 
-    def inner(self, matrix: Tensor) -> Tensor:
-        """Return <X_t, matrix>, [N, T], for matrix [d_k, d_v]; computed in fp64."""
-        return torch.cat([part.double()._inner(matrix.double()) for part in self.groups()]).to(self.key.dtype)
-
     def _inner(self, matrix: Tensor) -> Tensor:
         write = ((self.key @ matrix) * self.value).sum(-1)
         return write if self.log_decay is None else _scan(self.log_decay, write)

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from writesae.edit import Edit, head_change, kl, run_of
+from writesae.edit import Edit, head_change, kl, run_under
 from writesae.hosts.base import Host, Run, check_places
 from writesae.hosts.layers import wide
 from writesae.recurrence import Factors, torch_defaults
@@ -52,8 +52,8 @@ def predict_shift(
     """
     if by not in PREDICTORS:
         raise ValueError(f"There is no predictor {by!r}: choose one of {', '.join(PREDICTORS)}.")
-    run, edit = run_of(host, windows, edit, layer, head)
-    tokens, factors = torch.as_tensor(token), host.factors(run, layer, head)
+    run, edits = run_under(host, windows, {(layer, head): edit})
+    edit, factors, tokens = edits[layer, head], host.factors(run, layer, head), torch.as_tensor(token)
     tokens = tokens.expand(len(edit.rows)) if tokens.dim() == 0 else tokens
     _check_count(tokens, edit.rows)
     change, _ = head_change(factors, edit, steps)
@@ -170,9 +170,9 @@ def predict_kl(
     """
     if not 1 <= readings <= host.vocabulary:
         raise ValueError(f"A KL is predicted from 1 to {host.vocabulary} readings, not from {readings}.")
-    run, edit = run_of(host, windows, edit, layer, head)
-    change, _ = head_change(host.factors(run, layer, head), edit, steps)
-    at = run, layer, head, edit.rows, edit.starts
+    run, edits = run_under(host, windows, {(layer, head): edit})
+    change, _ = head_change(host.factors(run, layer, head), edits[layer, head], steps)
+    at = run, layer, head, edits[layer, head].rows, edits[layer, head].starts
     slopes = gradients(host, *at, steps, partial(top_log_probabilities, count=readings))
     with torch.no_grad():
         return kl(slopes.logits, host.logits(slopes.last_hidden(host.edited_layer(*at, change)[0])))

@@ -229,17 +229,17 @@ def by_class(writes: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
 # A few passages
 
 
-def example(study: Study, host_name: str, tokens: int, number: int = 0) -> tuple[list[str], Tensor, Tensor, Tensor]:
+def example(study: Study, host_name: str, tokens: int) -> tuple[list[str], Tensor, Tensor, Tensor]:
     """Return one passage's tokens as text, the maps of the middle cell with and without erasures, [T, T]
     each, in shares that keep the sign, and what each write adds to the logit of the next token, [T]."""
-    windows, host = passage_prompts(study, host_name, number + 1, tokens), study.host(host_name)
-    run, cell = host.run(windows.tokens[number:]), study.cell(host_name, "middle")
+    windows, host = passage_prompts(study, host_name, 1, tokens), study.host(host_name)
+    run, cell = host.run(windows.tokens), study.cell(host_name, "middle")
     factors, maps = host.factors(run, *cell), []
     for these in (factors, without_erase(factors)):
         parts = (weights(these) * these.added.norm(dim=-1)[:, None])[0]
         maps.append(parts / parts.abs().sum(-1, keepdim=True))
     top = host.logits(run.final[:, -1]).argmax(-1)
-    text = [host.tokenizer.decode([i]) for i in windows.tokens[number].tolist()]
+    text = [host.tokenizer.decode([i]) for i in windows.tokens[0].tolist()]
     return text, *maps, logit_parts(host, run, *cell, top)[0]
 
 

@@ -19,7 +19,6 @@ from replication.scorecard.criteria import GROUPS, Criteria, read_criteria
 from replication.scorecard.verdicts import NOT_ASKED, VERDICTS, holm
 from replication.statistics import Estimate
 
-STATUSES = (*VERDICTS, NOT_ASKED)
 COLUMNS = ["id", "group", "claim", "experiment", "paper_value", "host", "value", "ci_low", "ci_high", "n"]
 COLUMNS += ["trainings", "between_seeds", "status", "repeat_probability", "p", "holm", "counts", "same_as"]
 COLUMNS += ["standard_error", "shared_error", "df", "criterion", "notebook", "note"]

@@ -169,7 +169,7 @@ def edited(x, rows=ROW, position=PLACE, left=(1, 1, 12), right=(1, 1, 20), steps
 
 def generated(x, count: int):
     made = edit.make_edit(ROW, PLACE, torch.ones(1, 1, 12).double(), torch.ones(1, 1, 20).double())
-    return edit.generate(x.host, x.run, *CELL, made, count)
+    return edit.generate_under(x.host, x.run, {CELL: made}, count)
 
 
 def under(x, edits, **cell):

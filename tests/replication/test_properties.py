@@ -177,7 +177,6 @@ def test_what_a_history_answers_is_what_its_states_say(kind, data, seed):
     left, right = (torch.randn(4, d, generator=generator).double() for d in (history.d_k, history.d_v))
     matrix = torch.randn(history.d_k, history.d_v, generator=generator).double()
     assert_close(history.read(left, right), torch.einsum("nk,btkv,nv->btn", left, states, right), "read", 1e-9)
-    assert_close(history.inner(matrix), (states * matrix).sum((-1, -2)), "inner products", 1e-9)
     assert_close(history.energy(matrix), (states - matrix).square().sum((-1, -2)), "energies", 1e-9)
     assert_close(history.mean(), states.mean((0, 1)), "mean", 1e-9)
     window = torch.randint(windows, (5,), generator=generator)

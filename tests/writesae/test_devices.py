@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from replication.pages.cache_edits import newlines, readers
 from replication.pages.cache_edits.site import Site
-from writesae.edit import generate, make_edit, run_edited
+from writesae.edit import generate_under, make_edit, run_edited
 from writesae.evaluate import replacement
 from writesae.evaluate.cells import cost_of_no_writes
 from writesae.evaluate.firings import Places, encode_cell
@@ -119,7 +119,8 @@ def asked(host, tokens, dtype=torch.float64, layer=1):
     factors, generator = host.factors(run, *cell), torch.Generator().manual_seed(0)
     rows, position = torch.tensor([0, 2, 1]), torch.tensor([20, 20, 20])
     key, value = (torch.randn(3, d, generator=generator, dtype=torch.float64).to(dtype) for d in (host.d_k, host.d_v))
-    continued, first = generate(host, run, *cell, make_edit(rows, position, key[:, None], value[:, None]), 3)
+    edits = {cell: make_edit(rows, position, key[:, None], value[:, None])}
+    continued, first = generate_under(host, run, edits, 3)
     gradient, native = logit_gradient(host, run, *cell, rows, position, 4, torch.tensor([5, 6, 7]))
     place = dict(layer=cell[0], head=cell[1], steps=4)
     edit = make_edit(rows, position, key[:, None], value[:, None])

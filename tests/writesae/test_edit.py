@@ -9,7 +9,6 @@ from helpers import EDIT_PLACES, EDITED_CELLS, assert_close, several_edits, step
 from writesae.edit import (
     Edit,
     edited_hidden,
-    generate,
     generate_under,
     head_change,
     hidden_under,
@@ -143,13 +142,13 @@ def test_generation_goes_on_from_the_edited_state(host, tokens, position):
     run = host.run(prompt)
     left, right = torch.randn(3, 1, host.d_k).double(), 20 * torch.randn(3, 1, host.d_v).double()
     rows, at = torch.arange(3), torch.full((3,), position)
-    made, first = generate(host, run, LAYER, HEAD, make_edit(rows, at, left, right), 6)
+    made, first = generate_under(host, run, {(LAYER, HEAD): make_edit(rows, at, left, right)}, 6)
     longer = torch.cat([prompt, made], 1)
     final = edited_hidden(host, host.run(longer), LAYER, HEAD, make_edit(rows, at, left, right), 66 - position)
     predicted = host.logits(final).argmax(-1)[:, 59 - position : -1]
     assert torch.equal(predicted, made)
     assert_close(host.logits(final)[:, 59 - position], first, "logits of the first new token", 1e-6)
-    _, native = generate(host, run, LAYER, HEAD, make_edit(rows, at, left, 0 * right), 6)
+    _, native = generate_under(host, run, {(LAYER, HEAD): make_edit(rows, at, left, 0 * right)}, 6)
     assert (first - native).norm() > 1e-2
 
 
@@ -216,11 +215,6 @@ def test_generation_goes_on_from_all_edited_states(host, tokens):
     final, _ = hidden_under(host, host.run(torch.cat([prompt, made], 1)), edits, 16)
     assert torch.equal(host.logits(final).argmax(-1)[:, 9:-1], made)
     assert_close(host.logits(final)[:, 9], first, "logits of the first new token", 1e-6)
-    (cell, edit), *_ = edits.items()
-    for ours, theirs in zip(
-        generate(host, host.run(prompt), *cell, edit, 6), generate_under(host, host.run(prompt), {cell: edit}, 6)
-    ):
-        assert torch.equal(ours, theirs)
 
 
 def test_generation_refuses_rows_of_different_starts(host, run):
@@ -228,7 +222,7 @@ def test_generation_refuses_rows_of_different_starts(host, run):
         torch.tensor([0, 1]), torch.tensor([3, 4]), torch.ones(2, 1, 12).double(), torch.ones(2, 1, 20).double()
     )
     with pytest.raises(ValueError, match="must start at one position"):
-        generate(host, run, LAYER, HEAD, edit, 2)
+        generate_under(host, run, {(LAYER, HEAD): edit}, 2)
 
 
 def test_unknown_scope_is_refused():

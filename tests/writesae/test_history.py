@@ -49,13 +49,12 @@ def test_read_and_its_gradients(target):
 
 
 @pytest.mark.parametrize("target", ["state", "write"])
-def test_energy_mean_and_inner(target, monkeypatch):
+def test_energy_and_mean(target, monkeypatch):
     monkeypatch.setattr(history_module, "GROUP", 2)
     history = make(target)
     states, matrix = history.steps(), torch.randn(5, 7, dtype=torch.float64)
     assert_close(history.energy(), states.square().sum((2, 3)), "energy", 1e-12)
     assert_close(history.energy(matrix), (states - matrix).square().sum((2, 3)), "centred energy", 1e-12)
-    assert_close(history.inner(matrix), (states * matrix).sum((2, 3)), "inner", 1e-12)
     assert_close(history.mean(), states.mean((0, 1)), "mean", 1e-12)
 
 
@@ -149,7 +148,6 @@ def test_vector_decays_answer_what_a_history_answers():
     assert_close(history.read(left, right), torch.einsum("nk,btkv,nv->btn", left, states, right), "read", 1e-12)
     assert_close(history.energy(centre), (states - centre).square().sum((-1, -2)), "energy", 1e-12)
     assert_close(history.mean(), states.mean((0, 1)), "mean", 1e-12)
-    assert_close(history.inner(centre), (states * centre).sum((-1, -2)), "inner", 1e-12)
     window, position = torch.tensor([2, 0, 2]), torch.tensor([149, 0, 64])
     assert_close(history.matrices(window, position), states[window, position], "matrices", 1e-12)
     assert_close(history[1:].steps(), states[1:], "two of the windows", 1e-12)

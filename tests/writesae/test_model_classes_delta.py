@@ -10,7 +10,7 @@ from conftest import SMALL, small
 from helpers import EDIT_PLACES, assert_close, several_edits, stepped_logits
 from supported_models import test_each_class_is_in_the_table as test_each_class_is_in_the_table
 
-from writesae.edit import edited_hidden, generate, hidden_under, make_edit
+from writesae.edit import edited_hidden, generate_under, hidden_under, make_edit
 from writesae.harvesting import harvest
 from writesae.hosts.load import load_host
 from writesae.recurrence import step_states
@@ -133,7 +133,7 @@ def test_decoding_from_an_edit_of_nothing_is_the_librarys(host, tokens):
     prompt = tokens[:, :50]
     nothing = [torch.zeros(3, 1, d, dtype=torch.float64) for d in (host.d_k, host.d_v)]
     edit = make_edit(torch.arange(3), torch.full((3,), 45), *nothing)
-    made, _ = generate(host, host.run(prompt), LAYER, HEAD, edit, 8)
+    made, _ = generate_under(host, host.run(prompt), {(LAYER, HEAD): edit}, 8)
     options = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
     theirs = host.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
     assert torch.equal(made, theirs[:, 50:])

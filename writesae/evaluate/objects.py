@@ -30,7 +30,6 @@ from writesae.hosts.base import Host, Run
 from writesae.recurrence import Factors, torch_defaults
 
 CONDITIONS = ("atom", "delete", "random")
-OBJECTS = ("write", "state", "reconstruction")
 MOST_OBJECTS = 4  # of one SAE: the rows of the table above
 
 Objects = dict[tuple[str, bool], Tensor]  # (object, offset_kept) -> matrices [n, conditions, d_k, d_v]

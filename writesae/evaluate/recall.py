@@ -37,8 +37,6 @@ from writesae.recurrence import torch_defaults
 from writesae.sae.config import Architecture
 from writesae.sae.model import SAE
 
-CONDITIONS = ("atom", "matched", "reconstruction", "random", "delete")
-
 
 class Contexts(NamedTuple):
     """N contexts: tokens [N, 2 pairs + 2 queries], and the number of the pair of each query, [N, queries]."""
@@ -264,10 +262,9 @@ class Trials:
 
 @torch_defaults()
 def replaced(trials: Trials, cell_sae: CellSAE, seed: int) -> pd.DataFrame:
-    """Return one row per context, with `Trials.outcome` of each of CONDITIONS in the place of the pair's
-    write.
+    """Return one row per context, with `Trials.outcome` of each condition in the place of the pair's write.
 
-    atom: the firing's atom at its coefficient; matched: at the norm of the native write; reconstruction: all
+    Conditions, atom: the firing's atom at its coefficient; matched: at the norm of the native write; reconstruction: all
     active atoms, with the offset for an SAE of writes; random: another atom that fires in these contexts, at
     the coefficient; delete: nothing. atom, coefficient, cosine: of the firing, and of its atom to the native
     write.

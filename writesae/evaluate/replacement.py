@@ -172,7 +172,6 @@ def measure_terms(
     cell_sae: CellSAE,
     places: Places,
     put_in: dict[str, Terms],
-    scope: str = "write",
     batch_rows: int = 512,
 ) -> pd.DataFrame:
     """Return KL(native, patched) in nats at t + 1 with other matrices in the native write's place.
@@ -191,7 +190,7 @@ def measure_terms(
         change = []
         for same in by_rank.values():
             terms = (torch.stack([put_in[name][side][part] for name in same], 1) for side in (0, 1))
-            change.append(changes(factors, some, take_out, tuple(terms), scope))
+            change.append(changes(factors, some, take_out, tuple(terms), "write"))
         patched = patched_logits(host, run, cell_sae, some, torch.cat(change, 1))
         parts.append(kl(host.logits(run.final[some.row, some.position + 1])[:, None], patched))
     return pd.DataFrame(torch.cat(parts).numpy(), columns=names)[list(put_in)]
