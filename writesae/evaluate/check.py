@@ -40,14 +40,13 @@ SHORTEST = 64  # tokens of a window
 DECODED = 24  # tokens that are run one by one
 PADS = 7
 PLACES = 32  # deletions per cell
+LISTED = 16  # cells in the printed table
 SECONDS = 40.0  # for the table of cells, from which their number follows
 TRAINING = dict(n_atoms=2048, k=32, batch_windows=1)  # the paper's
 STEPS = 8  # of the trial training
 LARGEST_COPY = 2e9  # parameters of a model that is copied to another dtype
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 # in fp64 the library's own recurrences are in fp32
-
-
 CACHE = "its cache is not safe without position_ids: pass them, or run whole windows"
 
 
@@ -56,13 +55,25 @@ class NotAsked(Exception):
 
 
 class Comparison(NamedTuple):
-    """Two computations of the same numbers. whose: "ours" or "library", that is, who is wrong if they
-    differ."""
+    """Two computations of the same numbers. whose: "ours" or "library": who is wrong if they differ."""
 
     measure: Callable[[Host, Run], float]
     whose: str
     what: str
     if_off: str
+
+
+COMPARISONS: dict[str, Comparison] = {}  # in the order of their definitions
+
+
+def compares(name: str, whose: str, what: str, if_off: str) -> Callable:
+    """Return a decorator that puts a function from host and run to a relative error into COMPARISONS."""
+
+    def enter(measure: Callable[[Host, Run], float]) -> Callable:
+        COMPARISONS[name] = Comparison(measure, whose, what, if_off)
+        return measure
+
+    return enter
 
 
 def miss(actual: Tensor, expected: Tensor) -> float:
@@ -72,8 +83,7 @@ def miss(actual: Tensor, expected: Tensor) -> float:
 
 
 def library(host: Host, tokens: Tensor, **options):
-    """Return what the library's own forward returns. Raises NotAsked if it does not take one of the
-    options."""
+    """Return what the library's own forward returns. Raises NotAsked if it does not take an option."""
     taken = inspect.signature(type(host.model).forward).parameters.values()
     names = {parameter.name for parameter in taken}
     lacking = [name for name in options if name not in names]
@@ -89,10 +99,12 @@ def plain(host: Host, tokens: Tensor) -> Tensor:
     return library(host, tokens, use_cache=False).logits
 
 
+@compares("whole sequence", "ours", "our logits, and the library's", "do not use this model: report it")
 def against_library(host: Host, run: Run) -> float:
     return miss(host.logits(run.final), plain(host, run.tokens))
 
 
+@compares("token by token", "ours", "our run by single tokens, and the whole", "do not generate with edits")
 def token_by_token(host: Host, run: Run) -> float:
     tokens, rows = run.tokens[:, :DECODED], torch.arange(len(run.tokens))
     pasts = [host.past_at(record, rows, torch.zeros_like(rows)) for record in run.records]
@@ -106,6 +118,9 @@ def some(host: Host, count: int) -> list[tuple[int, int]]:
     return [host.cells[number] for number in numbers]
 
 
+@compares(
+    "fp64 loop", "ours", "reads of the state, and those of a step loop in fp64", "do not trust factors of this model"
+)
 def against_loop(host: Host, run: Run) -> float:
     misses = []
     for layer, head in some(host, 8):
@@ -115,6 +130,7 @@ def against_loop(host: Host, run: Run) -> float:
     return max(misses)
 
 
+@compares("restart", "ours", "our run from the middle of a window, and the whole", "do not trust edits")
 def restart(host: Host, run: Run) -> float:
     layer, middle = host.recurrent_layers[0], run.tokens.shape[1] // 2
     at, steps = (torch.tensor([0]), torch.tensor([middle])), run.tokens.shape[1] - middle
@@ -122,6 +138,7 @@ def restart(host: Host, run: Run) -> float:
     return miss(final, run.final[:1, middle:])
 
 
+@compares("deletion", "ours", "a write taken out, and an fp64 loop without it", "do not trust edits")
 def deletion_by_loop(host: Host, run: Run) -> float:
     misses, at, steps = [], FIRST, min(32, run.tokens.shape[1] - FIRST)
     for layer, head in some(host, 8):
@@ -137,13 +154,13 @@ def deletion_by_loop(host: Host, run: Run) -> float:
     return max(misses)
 
 
+@compares("batch", "ours", "a window in a batch, and alone", "run windows one by one")
 def rows_alone(host: Host, run: Run) -> float:
     return miss(host.run(run.tokens[-1:]).final, run.final[-1:])
 
 
 def cached(host: Host, run: Run, sizes: list[int]) -> float:
-    """Compare the library's logits of parts of a window, one after the other through its cache, with the
-    whole."""
+    """Compare the library's logits of parts of a window, one by one through its cache, with the whole."""
     if isinstance(host.model, PlainCausalLM):
         raise NotAsked("the class has no cache")
     tokens, parts, cache = run.tokens[:1, : sum(sizes)], [], {}
@@ -154,11 +171,13 @@ def cached(host: Host, run: Run, sizes: list[int]) -> float:
     return miss(torch.cat(parts, 1), plain(host, tokens))
 
 
+@compares("cache in parts", "library", "half a window after its other half by the cache, and the whole", CACHE)
 def cache_in_parts(host: Host, run: Run) -> float:
     half = run.tokens.shape[1] // 2
     return cached(host, run, [half, run.tokens.shape[1] - half])
 
 
+@compares("cache by token", "library", "single tokens by the cache, and the whole", CACHE)
 def cache_by_token(host: Host, run: Run) -> float:
     return cached(host, run, [DECODED] + [1] * min(DECODED, run.tokens.shape[1] - DECODED))
 
@@ -174,21 +193,31 @@ def padded(host: Host, tokens: Tensor, left: bool, beside: Tensor | None = None)
     return miss(logits[:, PADS:] if left else logits[:, :-PADS], plain(host, tokens))
 
 
+@compares(
+    "left padding", "library", "a window padded on the left beside a longer one, and alone", "do not pad on the left"
+)
 def left_padding(host: Host, run: Run) -> float:
     return padded(host, run.tokens[:1, PADS:], left=True, beside=run.tokens[-1:])
 
 
+@compares("left padding alone", "library", "the same without another window", "do not pad a single window")
 def left_padding_alone(host: Host, run: Run) -> float:
     return padded(host, run.tokens[:1, PADS:], left=True)
 
 
+@compares("right padding", "library", "a window padded on the right, and alone", "do not pad on the right")
 def right_padding(host: Host, run: Run) -> float:
     return padded(host, run.tokens[:1, PADS:], left=False, beside=run.tokens[-1:])
 
 
+@compares(
+    "packing",
+    "library",
+    "a text after another one in a window, and alone",
+    "its state carries over: one text per window, as in cut_windows",
+)
 def packing(host: Host, run: Run) -> float:
-    """Compare a text's logits after another text in one window, with positions that begin anew, with
-    alone."""
+    """Compare a text's logits after another text in a window, with positions that begin anew, and alone."""
     first, second = run.tokens[:1], run.tokens[-1:, PADS:]
     packed, places = torch.cat([first, second], 1), [torch.arange(x.shape[1]) for x in (first, second)]
     try:
@@ -196,57 +225,6 @@ def packing(host: Host, run: Run) -> float:
     except NotAsked:
         output = library(host, packed, use_cache=False)
     return miss(output.logits[:, first.shape[1] :], plain(host, second))
-
-
-COMPARISONS = {
-    "whole sequence": Comparison(
-        against_library, "ours", "our logits, and the library's", "do not use this model: report it"
-    ),
-    "token by token": Comparison(
-        token_by_token, "ours", "our run by single tokens, and the whole", "do not generate with edits"
-    ),
-    "fp64 loop": Comparison(
-        against_loop,
-        "ours",
-        "reads of the state, and those of a step loop in fp64",
-        "do not trust factors of this model",
-    ),
-    "restart": Comparison(restart, "ours", "our run from the middle of a window, and the whole", "do not trust edits"),
-    "deletion": Comparison(
-        deletion_by_loop, "ours", "a write taken out, and an fp64 loop without it", "do not trust edits"
-    ),
-    "batch": Comparison(rows_alone, "ours", "a window in a batch, and alone", "run windows one by one"),
-    "cache in parts": Comparison(
-        cache_in_parts,
-        "library",
-        "half a window after its other half by the cache, and the whole",
-        CACHE,
-    ),
-    "cache by token": Comparison(
-        cache_by_token,
-        "library",
-        "single tokens by the cache, and the whole",
-        CACHE,
-    ),
-    "left padding": Comparison(
-        left_padding,
-        "library",
-        "a window padded on the left beside a longer one, and alone",
-        "do not pad on the left",
-    ),
-    "left padding alone": Comparison(
-        left_padding_alone, "library", "the same without another window", "do not pad a single window"
-    ),
-    "right padding": Comparison(
-        right_padding, "library", "a window padded on the right, and alone", "do not pad on the right"
-    ),
-    "packing": Comparison(
-        packing,
-        "library",
-        "a text after another one in a window, and alone",
-        "its state carries over: one text per window, as in cut_windows",
-    ),
-}
 
 
 def compare(host: Host, run: Run) -> pd.DataFrame:
@@ -278,8 +256,7 @@ def places(run: Run, count: int) -> tuple[Tensor, Tensor]:
 
 
 def examine_cells(host: Host, run: Run, cells: list[tuple[int, int]]) -> pd.DataFrame:
-    """Return one row per cell: layer, head, the measures of `survey_cells`, and the cost of its writes in
-    nats.
+    """Return one row per cell: layer, head, the measures of `survey_cells`, the cost of its writes in nats.
 
     deletion_median, deletion_mean: KL at the next token without one write, over PLACES places, the same in
     all cells. no_writes: the increase of the loss per token if nothing is ever written.
@@ -312,8 +289,7 @@ def rounding(host: Host, run: Run) -> float | None:
 
 
 def closed_form(host: Host, run: Run, cell: tuple[int, int]) -> float:
-    """Return R^2 of predicted logit shifts of the top token at t + 1, through the layer, under deletions at
-    t."""
+    """Return R^2 of shifts of the top token's logit at t + 1, through the layer, under deletions at t."""
     (rows, at), (layer, head) = places(run, PLACES), cell
     write, native = host.factors(run, layer, head).at(rows, at), host.logits(run.final[rows, at + 1])
     edit = make_edit(rows, at, write.key[:, None], -write.added[:, None])
@@ -329,25 +305,15 @@ def closed_form(host: Host, run: Run, cell: tuple[int, int]) -> float:
 def describe(host: Host, run: Run) -> dict:
     """Return what the host is, as plain values."""
     model = host.model
-    path = [name for name in KERNEL_PACKAGES if find_spec(name)] if host.device.type == "cuda" else []
-    return dict(
-        model=host.name,
-        model_class=type(model).__name__,
-        family=host.family,
-        library="this project's model, in plain PyTorch" if isinstance(model, PlainCausalLM) else "transformers",
-        kernels=path,
-        parameters=model.num_parameters(),
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=str(host.device),
-        layers=host.layers,
-        recurrent_layers=len(host.recurrent_layers),
-        heads=host.heads,
-        d_k=host.d_k,
-        d_v=host.d_v,
-        decay="one per head" if host.scalar_decay else "one per channel",
-        windows=len(run.tokens),
-        window=run.tokens.shape[1],
-    )
+    kernels = [name for name in KERNEL_PACKAGES if find_spec(name)] if host.device.type == "cuda" else []
+    values = dict(model=host.name, model_class=type(model).__name__, family=host.family)
+    plain_torch = isinstance(model, PlainCausalLM)
+    values["library"] = "this project's model, in plain PyTorch" if plain_torch else "transformers"
+    values |= dict(kernels=kernels, parameters=model.num_parameters())
+    values |= dict(dtype=str(model.dtype).removeprefix("torch."), device=str(host.device))
+    values |= dict(layers=host.layers, recurrent_layers=len(host.recurrent_layers), heads=host.heads)
+    values |= dict(d_k=host.d_k, d_v=host.d_v, decay="one per head" if host.scalar_decay else "one per channel")
+    return values | dict(windows=len(run.tokens), window=run.tokens.shape[1])
 
 
 def estimate(host: Host, tokens: Tensor) -> dict:
@@ -392,16 +358,14 @@ class Examination:
     def save(self, folder: Path | str) -> list[Path]:
         """Write check.json, and check.png where matplotlib is installed; return what was written."""
         folder = local_path(folder)
-        tables = {name: json.loads(table.to_json(orient="records")) for name, table in self._tables().items()}
+        tables = dict(comparisons=self.comparisons, cells=self.cells)
+        tables = {name: json.loads(table.to_json(orient="records")) for name, table in tables.items()}
         text = json.dumps(dict(model=self.model, estimates=self.estimates) | tables, indent=1) + "\n"
         write_atomically(folder / "check.json", lambda partial: partial.write_text(text, encoding="utf-8"))
         if not find_spec("matplotlib"):
             return [folder / "check.json"]
         write_atomically(folder / "check.png", lambda partial: draw(self).savefig(partial, format="png", dpi=200))
         return [folder / "check.json", folder / "check.png"]
-
-    def _tables(self) -> dict[str, pd.DataFrame]:
-        return dict(comparisons=self.comparisons, cells=self.cells)
 
 
 @torch_defaults()
@@ -442,14 +406,10 @@ def _about(model: dict) -> str:
 
 def _compared(comparisons: pd.DataFrame) -> str:
     verdicts = [": ".join(filter(None, pair)) for pair in zip(comparisons.verdict, comparisons.note, strict=True)]
-    shown = comparisons.assign(
-        error=comparisons.error.map("{:.0e}".format, na_action="ignore").fillna("-"), verdict=verdicts
-    )
-    parts = []
-    for whose, title in (
-        ("ours", "This project against the model"),
-        ("library", "The library against itself"),
-    ):
+    errors = comparisons.error.map("{:.0e}".format, na_action="ignore").fillna("-")
+    shown, parts = comparisons.assign(error=errors, verdict=verdicts), []
+    titles = dict(ours="This project against the model", library="The library against itself")
+    for whose, title in titles.items():
         part = shown[shown.whose == whose][["comparison", "what", "error", "verdict"]].rename(columns=dict(what="of"))
         parts.append(f"{title} (relative error)\n{_left(part)}")
     return "\n\n".join(parts)
@@ -463,29 +423,25 @@ def _left(table: pd.DataFrame) -> str:
     return "\n".join("  ".join(f"{row[name]:<{width}}" for name, width in widths.items()).rstrip() for row in rows)
 
 
-def _worth(examination: Examination, most: int = 16) -> str:
+def _worth(examination: Examination) -> str:
     """Return the table of cells, those first without whose writes the loss increases most."""
     model, cells = examination.model, examination.cells.sort_values("no_writes", ascending=False)
-    shown = pd.DataFrame(
-        {
-            "cell": [f"L{layer} H{head}" for layer, head in zip(cells.layer, cells["head"], strict=True)],
-            "half-life": cells.half_life_median.map("{:.1f}".format),
-            "sigma1/sigma2": cells.sigma1_over_sigma2.map("{:.2f}".format),
-            "rank of write": cells.effective_write_rank,
-            "deletion, median": (1000 * cells.deletion_median).map("{:.2g}".format),
-            "deletion, mean": (1000 * cells.deletion_mean).map("{:.2g}".format),
-            "no writes": (1000 * cells.no_writes).map("{:+.1f}".format),
-        }
-    )
+    columns = {"cell": [f"L{layer} H{head}" for layer, head in zip(cells.layer, cells["head"], strict=True)]}
+    columns |= {"half-life": cells.half_life_median.map("{:.1f}".format)}
+    columns |= {"sigma1/sigma2": cells.sigma1_over_sigma2.map("{:.2f}".format)}
+    columns |= {"rank of write": cells.effective_write_rank}
+    for name in ("median", "mean"):
+        columns[f"deletion, {name}"] = (1000 * cells[f"deletion_{name}"]).map("{:.2g}".format)
+    columns["no writes"] = (1000 * cells.no_writes).map("{:+.1f}".format)
     count = model["recurrent_layers"] * model["heads"]
     title = (
         f"{len(cells)} of {count} cells, on {model['windows']} windows of {model['window']} tokens. Half-life in "
         f"tokens; millinats per token: KL at the next token without one write ({PLACES} places), and the loss "
         "without any write of the cell"
     )
-    lines = [title, _left(shown.head(most))]
-    if len(cells) > most:
-        lines.append(f"({len(cells) - most} further cells are in check.json, with --out)")
+    lines = [title, _left(pd.DataFrame(columns).head(LISTED))]
+    if len(cells) > LISTED:
+        lines.append(f"({len(cells) - LISTED} further cells are in check.json, with --out)")
     rounded = model["bfloat16_kl"]
     if rounded is not None:
         small = (cells.deletion_median < rounded).mean()
@@ -504,14 +460,13 @@ def _worth(examination: Examination, most: int = 16) -> str:
 def _effort(examination: Examination) -> str:
     numbers, model = examination.estimates, examination.model
     trained = [f"{_duration(numbers[f'training_seconds_{target}'])} on {target}s" for target in ("write", "state")]
-    return "\n".join(
-        [
-            f"Estimates per million tokens, from {model['windows']} windows and {STEPS} training steps:",
-            f"harvest of one cell or more: {_duration(numbers['harvest_seconds'])}, and "
-            f"{numbers['harvest_bytes'] / 1e9:.2f} GB per cell; the model takes {numbers['model_bytes'] / 1e9:.2f} GB",
-            f"training of an SAE with {TRAINING['n_atoms']:,} atoms, k = {TRAINING['k']}: {' and '.join(trained)}; "
-            f"it takes {numbers['training_bytes'] / 1e9:.2f} GB and the harvest",
-        ]
+    harvest, size, sae = (numbers[f"{name}_bytes"] / 1e9 for name in ("harvest", "model", "training"))
+    return (
+        f"Estimates per million tokens, from {model['windows']} windows and {STEPS} training steps:\n"
+        f"harvest of one cell or more: {_duration(numbers['harvest_seconds'])}, and {harvest:.2f} GB per cell; "
+        f"the model takes {size:.2f} GB\n"
+        f"training of an SAE with {TRAINING['n_atoms']:,} atoms, k = {TRAINING['k']}: {' and '.join(trained)}; "
+        f"it takes {sae:.2f} GB and the harvest"
     )
 
 
@@ -522,8 +477,7 @@ def _duration(seconds: float) -> str:
 
 
 def draw(examination: Examination):
-    """Return a matplotlib figure: cells by half-life and by what a deletion costs, and the errors of the
-    comparisons."""
+    """Return a matplotlib figure: cells by half-life and by a deletion's cost, errors of the comparisons."""
     from matplotlib.figure import Figure
 
     cells, asked = examination.cells, examination.comparisons.dropna(subset="error")
