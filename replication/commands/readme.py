@@ -16,19 +16,7 @@ import pandas as pd
 from replication import findings
 from replication.commands import order
 from replication.commands.crate import write_crate
-from replication.findings import (
-    HOSTS,
-    MAIN,
-    WIN,
-    Results,
-    estimate,
-    in_every_cell,
-    largest_recall,
-    listed,
-    percent,
-    r2,
-    win_rate,
-)
+from replication.findings import HOSTS, MAIN, WIN, Results, estimate, largest_recall, listed, percent, r2, win_rate
 from replication.plots import HOST
 from replication.scorecard.claims import papers_value
 from replication.scorecard.verdicts import VERDICTS
@@ -79,48 +67,23 @@ def glance(results, bench) -> str:
     said = results.row("install_summary", host=MAIN, direction="paper", target_class="all", magnitude=3.0)
     fitted = results.row("scorecard", id="C1", host=MAIN).value
     recalled = listed(f"{row.kept_atom:.0%}" for row in largest_recall(results)) + " of answers kept"
-    rows = [
-        [
-            "Can an atom of an SAE of *states* stand for a write?",
-            f"beats deletion at {papers_value('R1'):.0%}",
-        ]
-        + [f"{centred}; {state} if no mean is subtracted", verdict(results, "R1"), page("05_replacement")],
-        ["... of an SAE of *writes*?", "–", f"{percent(win_rate(results, 'write'), *WIN)} (no mean)"]
-        + ["new", page("05_replacement")],
-        ["Where do atoms of states fail?", "–", f"where memory is long: rank correlation {rho}"]
-        + ["new", page("14_every_cell")],
-        ["Does the formula, with a fitted scalar, predict a logit?", f"R² {papers_value('C1'):.2f}"]
-        + [f"R² {fitted:.2f}", verdict(results, "C1"), page("04_logit_shift")],
-        ["Does one without a fit?", "–", f"R² {closed} on three models", "new", page("04_logit_shift")],
-        ["Do three writes make the model say a word?", f"8% → {papers_value('I4'):.0%}"]
-        + [
-            f"{said.included_native:.1%} → {said.included_edited:.1%}",
-            verdict(results, "I4"),
-            page("12_install"),
-        ],
-        [
-            "Do small writes in every cell?",
-            "–",
-            f"the next token: {in_every_cell(results)}",
-            "new",
-            page("12_install"),
-        ],
-        [
-            "Do rank-1 atoms work in larger states?",
-            "open",
-            f"on recall tasks: {recalled}",
-            "new",
-            page("17_recall"),
-        ],
-        [
-            "Do atoms come back in another seed?",
-            "under 1%",
-            again,
-            verdict(results, "A5"),
-            page("03_atoms"),
-        ],
+    papers = f"beats deletion at {papers_value('R1'):.0%}", f"8% → {papers_value('I4'):.0%}"
+    states, writes = f"{centred}; {state} if no mean is subtracted", percent(win_rate(results, "write"), *WIN)
+    words = f"{said.included_native:.1%} → {said.included_edited:.1%}"
+    formula = f"R² {papers_value('C1'):.2f}", f"R² {fitted:.2f}"
+    rows = [  # question, the paper's number, ours, claim, page
+        ("Can an atom of an SAE of *states* stand for a write?", papers[0], states, "R1", "05_replacement"),
+        ("... of an SAE of *writes*?", "–", f"{writes} (no mean)", "", "05_replacement"),
+        ("Where do atoms of states fail?", "–", f"where memory is long: rank correlation {rho}", "", "14_every_cell"),
+        ("Does the formula, with a fitted scalar, predict a logit?", *formula, "C1", "04_logit_shift"),
+        ("Does one without a fit?", "–", f"R² {closed} on three models", "", "04_logit_shift"),
+        ("Do three writes make the model say a word?", papers[1], words, "I4", "12_install"),
+        ("Do small writes in every cell?", "–", f"the next token: {findings.in_every_cell(results)}", "", "12_install"),
+        ("Do rank-1 atoms work in larger states?", "open", f"on recall tasks: {recalled}", "", "17_recall"),
+        ("Do atoms come back in another seed?", "under 1%", again, "A5", "03_atoms"),
     ]
-    return table("Question | Paper | Here | Verdict | Page", rows)
+    lines = [[*texts, verdict(results, claim) if claim else "new", page(name)] for *texts, claim, name in rows]
+    return table("Question | Paper | Here | Verdict | Page", lines)
 
 
 @block
@@ -172,8 +135,7 @@ def deletion(results, bench) -> str:
 
 @block
 def memory(results, bench) -> str:
-    row = win_rate(results, "state", cells="regime")
-    return percent(row, *WIN)
+    return percent(win_rate(results, "state", cells="regime"), *WIN)
 
 
 # docs/
@@ -221,33 +183,16 @@ def middle_cell(results, bench) -> str:
     short = results.row("ablations", place="middle", variant="bilinear+rank1", **where)
     ablated = [f"{x}_coefficient" for x in bars]
     rows = [
-        [
-            page("05_replacement"),
-            "places by position, no mean",
-            win_rate(results, "state", cells="middle"),
-            WIN,
-        ],
-        [
-            page("05_replacement"),
-            "places by position",
-            win_rate(results, "state", "mean", cells="middle"),
-            WIN,
-        ],
-        [page("05_replacement"), "equally many firings per atom", firings, bars],
-        [page("09_population"), "mean over atoms", atoms, ("mean_win_rate", "ci_low", "ci_high")],
-        [page("15_multiverse"), "smaller SAE, one head among four", head, bars],
-        [
-            page("13_ablations"),
-            f"short training, {short.n_atoms} atoms",
-            short.rename({"n_firings": "n"}),
-            ablated,
-        ],
+        ("05_replacement", "places by position, no mean", win_rate(results, "state", cells="middle"), WIN),
+        ("05_replacement", "places by position", win_rate(results, "state", "mean", cells="middle"), WIN),
+        ("05_replacement", "equally many firings per atom", firings, bars),
+        ("09_population", "mean over atoms", atoms, ("mean_win_rate", "ci_low", "ci_high")),
+        ("15_multiverse", "smaller SAE, one head among four", head, bars),
+        ("13_ablations", f"short training, {short.n_atoms} atoms", short, ablated),
     ]
-    counts = [row.get("n", row.get("n_firings")) for _, _, row, _ in rows]
-    lines = [
-        [where, what, f"{n:,.0f}", percent(row, *columns)]
-        for (where, what, row, columns), n in zip(rows, counts, strict=True)
-    ]
+    lines = []
+    for name, what, row, columns in rows:
+        lines.append([page(name), what, f"{row.get('n', row.get('n_firings')):,.0f}", percent(row, *columns)])
     return table("page | how it is counted | n | atom beats deletion", lines)
 
 
@@ -266,17 +211,15 @@ def verdict_counts(results, bench) -> str:
     for host in HOSTS:
         counts = [[int(((x.host == host) & (x.status == name)).sum()) for x in (kept, steady)] for name in VERDICTS]
         rows.append([HOST[host], *(f"{count} ({same})" for count, same in counts)])
-    return table(f"| {' | '.join(VERDICTS)}".removeprefix("| ").join(["host | ", ""]), rows)
+    return table(f"host | {' | '.join(VERDICTS)}", rows)
 
 
 @block
 def symbols(results, bench) -> str:
     """The paper's symbols beside the names in the code."""
-    rows = pd.read_csv(ROOT / "paper" / "symbols.csv").itertuples()
-    return table(
-        "paper | meaning | name in the code | where",
-        [[f"`{x.symbol}`", x.meaning, f"`{x.code}`", f"`{x.where}`"] for x in rows],
-    )
+    symbols = pd.read_csv(ROOT / "paper" / "symbols.csv").itertuples()
+    rows = [[f"`{x.symbol}`", x.meaning, f"`{x.code}`", f"`{x.where}`"] for x in symbols]
+    return table("paper | meaning | name in the code | where", rows)
 
 
 @block
@@ -284,16 +227,11 @@ def all_claims(results, bench) -> str:
     """Every claim, in words, with the paper's number, ours and the verdict on each host, group by group."""
     titles = dict(headline="Headline", supporting="Supporting", bookkeeping="Facts about the dictionary and the text")
     titles |= dict(cannot_fail="Not judged, because nothing could contradict them")
-    parts = []
+    parts, header = [], f"claim | | paper | {' | '.join(map(HOST.get, HOSTS))} | page"
     for group, title in titles.items():
         claims = results.rows("scorecard", group=group).groupby("id", sort=False)
-        parts.append(
-            f"### {title}"
-            + table(
-                "claim | | paper | " + " | ".join(map(HOST.get, HOSTS)) + " | page",
-                [claim_row(name, rows) for name, rows in claims],
-            ).rstrip()
-        )
+        rows = table(header, [claim_row(name, rows) for name, rows in claims])
+        parts.append(f"### {title}{rows.rstrip()}")
     return "\n\n" + "\n\n".join(parts) + "\n\n"
 
 
@@ -306,11 +244,8 @@ def claim_row(name: str, rows: pd.DataFrame) -> list[str]:
             cells.append("")
             continue
         row = asked.loc[host]
-        numbers = f"{row.value:.3g} [{row.ci_low:.3g}, {row.ci_high:.3g}]"
-        cells.append(
-            f"{numbers} "
-            + (f"as {row.same_as}" if isinstance(row.same_as, str) else row.status).replace("not asked", "")
-        )
+        status = f"as {row.same_as}" if isinstance(row.same_as, str) else row.status.replace("not asked", "")
+        cells.append(f"{row.value:.3g} [{row.ci_low:.3g}, {row.ci_high:.3g}] {status}")
     paper = "" if pd.isna(first.paper_value) else f"{first.paper_value:g}"
     where = page(first.notebook) if isinstance(first.notebook, str) else "not run here"
     return [name, first.claim, paper, *cells, where]
@@ -347,45 +282,28 @@ def costs(results, bench) -> str:
 
         return "; ".join(f"{short(x.ratio)} [{short(x.low)}, {short(x.high)}]" for x in rows.itertuples())
 
-    def step(name: str) -> pd.DataFrame:
-        return bench.rows("training_step", case=name)
+    rows = []
 
-    def replaced(depth: str, conditions: int) -> pd.DataFrame:
-        return bench.rows("replacement", case="plain", depth=depth, conditions=conditions)
+    def add(what: str, against: str, name: str, **case) -> None:
+        rows.append([what, against, times(bench.rows(name, **case))])
 
-    recipe = "the paper's recipe on states in memory"
-    rows = [[f"training step, states of {n} x {n}", recipe, times(step(f"plain {n}"))] for n in (64, 128, 256)]
-    rows += [["the same, 128 x 128", "the recipe on all 1,024 states at once", times(step("whole 128"))]]
-    rows += [
-        [f"harvest of all heads of a layer, {HOST[host]}", "the library's forward pass"]
-        + [times(bench.rows("harvest_speed", case="forward", host=host))]
-        for host in HOSTS
-    ]
-    one_by_one = "the paper's protocol, firing by firing"
-    rows += [
-        [
-            f"replacement, {conditions} conditions, {depth} layer",
-            one_by_one,
-            times(replaced(depth, conditions)),
-        ]
-        for depth, conditions in (("early", 3), ("late", 3), ("late", 16))
-    ]
+    for n in (64, 128, 256):
+        recipe = "the paper's recipe on states in memory"
+        add(f"training step, states of {n} x {n}", recipe, "training_step", case=f"plain {n}")
+    add("the same, 128 x 128", "the recipe on all 1,024 states at once", "training_step", case="whole 128")
+    for host in HOSTS:
+        what, against = f"harvest of all heads of a layer, {HOST[host]}", "the library's forward pass"
+        add(what, against, "harvest_speed", case="forward", host=host)
+    for depth, conditions in (("early", 3), ("late", 3), ("late", 16)):
+        what, case = f"replacement, {conditions} conditions, {depth} layer", dict(depth=depth, conditions=conditions)
+        add(what, "the paper's protocol, firing by firing", "replacement", case="plain", **case)
     ways = {"one by one": "one forward pass per atom", "batched": "forward passes in batches"}
-    rows += [
-        [
-            "closed form of 256 atoms from one backward pass",
-            way,
-            times(bench.rows("closed_form", case=case)),
-        ]
-        for case, way in ways.items()
-    ]
-    rows += [
-        [f"attention map of a head, 128 tokens, {side} per side", "one state per write, token by token"]
-        + [times(bench.rows("attribution", case="plain", side=side))]
-        for side in (64, 128)
-    ]
-    rows += [["writes in all 24 cells, 64 trials", one_by_one.replace("firing", "trial")]]
-    rows[-1].append(times(bench.rows("many_cells", case="plain")))
+    for case, way in ways.items():
+        add("closed form of 256 atoms from one backward pass", way, "closed_form", case=case)
+    for side in (64, 128):
+        what, against = f"attention map of a head, 128 tokens, {side} per side", "one state per write, token by token"
+        add(what, against, "attribution", case="plain", side=side)
+    add("writes in all 24 cells, 64 trials", "the paper's protocol, trial by trial", "many_cells", case="plain")
     return table("what | against | times as fast", rows)
 
 
@@ -393,20 +311,13 @@ def costs(results, bench) -> str:
 def plan(results, bench) -> str:
     """What five million tokens of 16 heads in 3 layers of Qwen3.5-0.8B cost."""
     names = dict(factored="factors (this repository)", plain="states (the paper's recipe)")
-    rows = [
-        [names[x.way], f"{x.machine}, from its {x.by}" if x.by != "measured" else f"{x.machine}, two cores"]
-        + [
-            f"{x.disk_gb_a_layer:,.0f} GB",
-            f"{x.harvest_hours:.2g}",
-            f"{x.training_hours:.3g}",
-            f"{x.memory_gib:.1f} GiB",
-        ]
-        for x in bench.rows("plan").itertuples()
-    ]
-    return table(
-        "kept | machine | disk, one layer at a time | harvest, hours | training, hours | memory of a step",
-        rows,
-    )
+    rows = []
+    for x in bench.rows("plan").itertuples():
+        machine = f"{x.machine}, two cores" if x.by == "measured" else f"{x.machine}, from its {x.by}"
+        row = [names[x.way], machine, f"{x.disk_gb_a_layer:,.0f} GB", f"{x.harvest_hours:.2g}"]
+        rows.append([*row, f"{x.training_hours:.3g}", f"{x.memory_gib:.1f} GiB"])
+    header = "kept | machine | disk, one layer at a time | harvest, hours | training, hours"
+    return table(f"{header} | memory of a step", rows)
 
 
 def fill(text: str, results: Results, bench: Results, root: str = "") -> str:
