@@ -153,17 +153,16 @@ def heldout_loss(loss_of: Callable, tokens: torch.Tensor, context: int, windows:
     return sum(losses) / len(losses)
 
 
-def export(model, tokenizer: Tokenizer, record: dict, history: list[dict], folder: Path) -> None:
-    """Write weights in fp16, config, tokenizer, manifest of the text, loss curve and record."""
+def export(model, tokenizer: Tokenizer, record: dict, history: list[dict], folder: Path, special="") -> None:
+    """Write weights in fp16, config, tokenizer, curve and record. special: the token at ends of texts."""
     from transformers import PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
     tied = model.config.tie_word_embeddings
     half = {k: v.half() for k, v in model.state_dict().items() if k != "lm_head.weight" or not tied}
     model.save_pretrained(folder, state_dict=half, safe_serialization=True)
-    special = dict.fromkeys(("eos_token", "bos_token", "pad_token"), docstrings.END_OF_TEXT)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
-    docstrings.write_manifest(folder / "corpus.json")
+    names = ("eos_token", "bos_token", "pad_token") if special else ()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **dict.fromkeys(names, special)).save_pretrained(folder)
     pd.DataFrame(history).to_csv(folder / "training.csv", index=False, lineterminator="\r\n")
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -247,16 +246,13 @@ def train(folder: Path, build: Path) -> float:
         done = number + 1
         if done % recipe.evaluate_every == 0 or done == recipe.steps:
             tqdm.write(json.dumps(training.evaluate(heldout, done, running)))
-    record = dict(
-        parameters=sum(p.numel() for p in training.model.parameters()),
-        tokens=recipe.steps * recipe.batch * recipe.context,
-        corpus_tokens=len(tokens),
-        heldout_loss=training.history[-1]["heldout_loss"],
-        seconds=round(time.monotonic() - training.began),
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-    )
-    export(training.model, tokenizer, record, training.history, folder)
+    record = dict(parameters=sum(p.numel() for p in training.model.parameters()))
+    record |= dict(tokens=recipe.steps * recipe.batch * recipe.context, corpus_tokens=len(tokens))
+    record |= dict(heldout_loss=training.history[-1]["heldout_loss"])
+    record |= dict(seconds=round(time.monotonic() - training.began), threads=torch.get_num_threads())
+    record["torch"] = torch.__version__
+    export(training.model, tokenizer, record, training.history, folder, docstrings.END_OF_TEXT)
+    docstrings.write_manifest(folder / "corpus.json")
     return record["heldout_loss"]
 
 

@@ -7,15 +7,14 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from pathlib import Path
 
-import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 
 from replication.commands import read_yaml
+from replication.commands.train_host import export
 from replication.study.paths import ROOT
 from writesae.evaluate.recall import Task, answer_loss, answered
 from writesae.hosts import load
@@ -125,20 +124,12 @@ def train(recipe: Recipe, name: str, side: int) -> tuple[Host, list[dict]]:
     return host, history
 
 
-def save(host: Host, recipe: Recipe, folder: Path, history: list[dict], record: dict) -> None:
-    """Write weights in fp16, config, tokenizer (the words k0, k1, ..., v0, v1, ...), accuracies and
-    record."""
-    from transformers import PreTrainedTokenizerFast
-
-    folder.mkdir(parents=True, exist_ok=True)
+def word_tokenizer(recipe: Recipe) -> Tokenizer:
+    """Return the tokenizer of the words k0, k1, ..., v0, v1, ..., between blanks."""
     words = [f"k{i}" for i in range(recipe.keys)] + [f"v{i}" for i in range(recipe.values)]
     tokenizer = Tokenizer(models.WordLevel(dict(zip(words, range(len(words)))), unk_token=words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    half = {name: x.half() for name, x in host.model.state_dict().items()}
-    host.model.save_pretrained(folder, state_dict=half, safe_serialization=True)
-    pd.DataFrame(history).to_csv(folder / "training.csv", index=False, lineterminator="\r\n")
-    (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return tokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,6 +153,6 @@ def main(options: argparse.Namespace) -> int:
         host, history = train(recipe, family, side)
         fields = dict(name=f"recall-{name}", recipe=settings, seconds=round(time.monotonic() - began))
         fields |= dict(parameters=sum(x.numel() for x in host.model.parameters()), torch=torch.__version__)
-        save(host, recipe, FOLDER / name, history, fields | history[-1])
+        export(host.model, word_tokenizer(recipe), fields | history[-1], history, FOLDER / name)
         print(f"{name}: {json.dumps(history[-1])}")
     return 0

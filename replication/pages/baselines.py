@@ -39,6 +39,7 @@ from replication.study.firings import by_place, drawn_positions, firing_windows,
 from replication.study.profile import Baselines
 from replication.study.study import Study
 from replication.study.training import SINGLE_ATOM, main_variants, train_single_atoms
+from writesae.evaluate.atoms import inner_products
 from writesae.evaluate.firings import CellSAE, Places, firings_at
 from writesae.evaluate.replacement import (
     Terms,
@@ -174,9 +175,8 @@ def token_means(key: Tensor, value: Tensor, tokens: Tensor, ids: Tensor, mean: T
 
 
 def nearest(key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Return the entry [n] with the largest abs(<n, a>): writes key, value [n, d], entries keys, values [m,
-    d]."""
-    return ((key @ keys.T) * (value @ values.T)).abs().argmax(1)
+    """Return the entry [n] with the largest abs(<n, a>) for writes key, value [n, d]; entries are [m, d]."""
+    return inner_products((key, value), (keys, values)).abs().argmax(1)
 
 
 # Replacements

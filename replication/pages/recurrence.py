@@ -29,14 +29,13 @@ from replication.study.firings import firing_windows
 from replication.study.profile import Centre, Target
 from replication.study.study import Study
 from replication.study.training import TIED, main_variants, tied_specs, train_tied
-from writesae.evaluate.atoms import MATCH
+from writesae.evaluate.atoms import MATCH, Pairs, inner_products
 from writesae.evaluate.detection import detect
 from writesae.evaluate.firings import encode
 from writesae.harvesting import harvest
 from writesae.history import History
 from writesae.recurrence import Factors
 from writesae.sae.model import SAE
-from writesae.text import Windows
 
 FITTED = 8192  # training writes of k-means, drawn per fit; the share that comes back grows with them
 NAMES = {
@@ -50,13 +49,6 @@ NAMES = {
     ("random", "write", "none"): "random pairs",
 }
 KIND = ["dictionary", "target", "centre"]
-
-
-class Pairs(NamedTuple):
-    """Unit key [n, d_k] and value [n, d_v] of n matrices of rank one."""
-
-    key: Tensor
-    value: Tensor
 
 
 class Kind(NamedTuple):
@@ -96,16 +88,7 @@ def _run_host(study: Study, name: str) -> pd.DataFrame:
 
 
 def examine(
-    kind: Kind,
-    saes: dict[Kind, dict[int, SAE]],
-    seeds: list[int],
-    training: Factors,
-    factors: Factors,
-    windows: Windows,
-    write: str,
-    atoms: int,
-    first: int,
-    seed: int,
+    kind: Kind, saes: dict, seeds: list, training: Factors, factors: Factors, windows, write, atoms, first, seed
 ) -> pd.DataFrame:
     """Return one row per entry that fires on the windows: KIND, seed, atom, firings, best, recurs, auc_VIEW.
 
@@ -114,7 +97,7 @@ def examine(
     entries per training. factors: of the windows; training: of the SAE split."""
     entries, writes = next(iter(saes.values()))[seeds[0]].n_atoms, training.history("write", write)
     books = {s: saes[kind][s] if kind in saes else codebook(kind, writes, entries, s) for s in seeds}
-    matrices = {s: Pairs(*x.atoms()) if isinstance(x, SAE) else x for s, x in books.items()}
+    matrices = {s: x.atoms() if isinstance(x, SAE) else x for s, x in books.items()}
     fit = fitting(windows.passage, seed)
     rows = []
     for number, book in books.items():
@@ -139,23 +122,23 @@ def fitting(passage: Tensor, seed: int) -> Tensor:
 
 
 def codebook(kind: Kind, writes: History, entries: int, seed: int) -> Pairs | Tensor:
-    """Return a codebook of training writes: Pairs, or for k-means centroids [entries, d_k, d_v]."""
+    """Return a codebook of training writes: unit pairs, or for k-means centroids [entries, d_k, d_v]."""
     generator = torch.Generator().manual_seed(seed)
     if kind.dictionary == "random":
         sides = (torch.randn(entries, d, generator=generator) for d in (writes.d_k, writes.d_v))
-        return Pairs(*(F.normalize(x, dim=-1) for x in sides))
+        return tuple(F.normalize(x, dim=-1) for x in sides)
     key, value = (F.normalize(x.flatten(0, 1), dim=-1) for x in (writes.key, writes.value))
     drawn = torch.randperm(len(key), generator=generator)[: entries if kind.dictionary == "raw" else FITTED]
     if kind.dictionary == "raw":
-        return Pairs(key[drawn], value[drawn])
+        return key[drawn], value[drawn]
     matrices = (key[drawn][:, :, None] * value[drawn][:, None]).flatten(1)
     return torch.from_numpy(stats.kmeans(matrices.numpy(), entries, seed)).float().view(-1, writes.d_k, writes.d_v)
 
 
 def cosines(book: Pairs | Tensor, others: Pairs | Tensor) -> Tensor:
     """Return the cosine of each matrix of a codebook with each of another of its kind, [n, m]."""
-    if isinstance(book, Pairs):
-        return (book.key @ others.key.T) * (book.value @ others.value.T)
+    if isinstance(book, tuple):
+        return inner_products(book, others)
     one, other = (F.normalize(x.flatten(1), dim=-1) for x in (book, others))
     return one @ other.T
 
@@ -168,7 +151,7 @@ def fires(book: SAE | Pairs | Tensor, history: History) -> Tensor:
         return torch.where(largest > 0, active.indices.gather(-1, slot[..., None])[..., 0], -1)
     rows = []
     for key, value in zip(history.key, history.value):
-        write = Pairs(key, value) if isinstance(book, Pairs) else key[:, :, None] * value[:, None]
+        write = (key, value) if isinstance(book, tuple) else key[:, :, None] * value[:, None]
         rows.append(cosines(write, book).abs().argmax(1))
     return torch.stack(rows)
 

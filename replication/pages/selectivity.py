@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from replication.statistics import beats, ci, cliffs_delta, cluster_bootstrap, paired_wilcoxon, rate_row, wider
-from replication.study.firings import encoded_saes, firing_windows, firings_of, run_firings
+from replication.study.firings import by_place, encoded_saes, firing_windows, firings_of, run_firings
 from replication.study.study import Study
 from replication.study.training import ablation_hosts
 from writesae.edit import kl
@@ -108,10 +108,9 @@ def selectivity(study: Study) -> pd.DataFrame:
 def selectivity_tables(study: Study, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write and return results selectivity_summary.csv (atom against controls) and selectivity_overlap."""
     resamples, seed = study.profile.ablations.bootstrap, study.profile.seed
-    named = firings.merge(study.cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     rows, overlaps = [], []
-    for (host, target, placement), group in named.groupby(["host", "target", "placement"], sort=False):
-        for cells, part in [("pooled", group), *group.groupby("place", sort=False)]:
+    for (host, target, placement), group in firings.groupby(["host", "target", "placement"], sort=False):
+        for cells, part in by_place(group, study.cells).groupby("cells", sort=False):
             where = dict(host=host, target=target, cells=cells)
             for control in CONTROLS:
                 line = where | dict(placement=placement, control=control)

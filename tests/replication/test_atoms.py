@@ -135,11 +135,11 @@ def test_every_atom_is_found_again_in_a_permuted_copy_and_none_in_random_atoms()
     assert (table.chance <= atoms_module.MATCH).all()
 
 
-def test_best_match_is_the_best_of_all_pairs_of_matrices():
+def test_inner_products_are_those_of_the_matrices():
     a, b = random_sae(1, 9), random_sae(2, 11)
     matrices = [sae.decoder.weight().detach().flatten(1) for sae in (a, b)]
-    wanted = F.cosine_similarity(matrices[0][:, None], matrices[1][None], dim=-1).abs().max(1).values
-    torch.testing.assert_close(atoms_module.best_match(a.atoms(), b.atoms()), wanted)
+    wanted = F.cosine_similarity(matrices[0][:, None], matrices[1][None], dim=-1)
+    torch.testing.assert_close(atoms_module.inner_products(a.atoms(), b.atoms()), wanted)
 
 
 def test_match_shares_count_atoms_of_a_class_as_clusters():

@@ -80,8 +80,8 @@ def test_codebooks(given):
     units = F.normalize((writes.key[..., :, None] * writes.value[..., None, :]).flatten(0, 1).flatten(1), dim=-1)
     assert ((raw.flatten(1) @ units.T).amax(1) > 1 - 1e-5).all() and len(raw) == ENTRIES
     noise = [recurrence.codebook(Kind("random", "write", "none"), writes, ENTRIES, s) for s in (3, 4)]
-    assert not torch.equal(noise[0].key, noise[1].key)
-    history, matrices = factors(2).history("write", "added"), noise[0].key[:, :, None] * noise[0].value[:, None]
+    assert not torch.equal(noise[0][0], noise[1][0])
+    history, matrices = factors(2).history("write", "added"), noise[0][0][:, :, None] * noise[0][1][:, None]
     assert torch.equal(recurrence.fires(noise[0], history), recurrence.fires(matrices, history))
     centroids = recurrence.codebook(Kind("kmeans", "write", "none"), writes, ENTRIES, 3)
     assert centroids.shape == (ENTRIES, D_K, D_V)

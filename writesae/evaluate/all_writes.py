@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from writesae.evaluate.atoms import inner_products
 from writesae.evaluate.firings import encode, trained_on
 from writesae.history import History
 from writesae.hosts.base import Host, Run
@@ -119,7 +120,7 @@ def output_changes_by_sae(sae: SAE, factors: Factors, write: str) -> dict[str, T
     key, value = sae.atoms()
     largest, slot = coefficients.max(-1, keepdim=True)
     top = indices.gather(-1, slot)[..., 0]
-    overlap = (factors.key @ key.T) * (factors.write(write) @ value.T)
+    overlap = inner_products((factors.key, factors.write(write)), (key, value))
     best = overlap.abs().argmax(-1, keepdim=True)
     atom = rank_one_writes(largest * key[top], value[top])
     projection = rank_one_writes(overlap.gather(-1, best) * key[best[..., 0]], value[best[..., 0]])

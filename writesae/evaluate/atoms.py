@@ -17,10 +17,12 @@ CLASSES = ("register", "bundle")
 MATCH = 0.9  # an atom recurs in the SAE of another seed if its best |cosine| there exceeds this
 ATOM_KEYS = ["host", "layer", "head", "target", "atom"]
 
+Pairs = tuple[torch.Tensor, torch.Tensor]  # key [n, d_k], value [n, d_v] of n matrices of rank one
 
-def best_match(atoms: tuple, others: tuple) -> torch.Tensor:
-    """Return the largest |cosine| [n] of each atom (unit key [n, d_k], value [n, d_v]) with the others."""
-    return ((atoms[0] @ others[0].T) * (atoms[1] @ others[1].T)).abs().amax(1)
+
+def inner_products(pairs: Pairs, others: Pairs) -> torch.Tensor:
+    """Return the inner product of each matrix with each other one, [n, m]: for unit sides, the cosine."""
+    return (pairs[0] @ others[0].T) * (pairs[1] @ others[1].T)
 
 
 def matches(seeds: dict[int, SAE], seed: int = 0) -> pd.DataFrame:
@@ -29,7 +31,8 @@ def matches(seeds: dict[int, SAE], seed: int = 0) -> pd.DataFrame:
     for number, other in permutations(seeds, 2):
         atoms, (key, value) = seeds[number].atoms(), seeds[other].atoms()
         permuted = value[torch.randperm(len(value), generator=torch.Generator().manual_seed(seed))]
-        best, chance = (best_match(atoms, (key, side)).numpy() for side in (value, permuted))
+        products = (inner_products(atoms, (key, side)) for side in (value, permuted))
+        best, chance = (x.abs().amax(1).numpy() for x in products)
         table = dict(seed=number, other_seed=other, atom=range(len(atoms[0])), best=best, chance=chance)
         tables.append(pd.DataFrame(table))
     return pd.concat(tables, ignore_index=True)

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from writesae.edit import make_edit, transport
+from writesae.evaluate.atoms import inner_products
 from writesae.evaluate.firings import CellSAE, encode_cell, firings_at, trained_on
 from writesae.evaluate.replacement import Terms, full_rank
 from writesae.hosts.base import Host
@@ -176,9 +177,8 @@ def associations(cell_sae: CellSAE, contexts: Contexts, task: Task, writes: tupl
     table["own"] = (table.recall > 0.5) & (table.precision > 0.5)
     majority = counts.eq(counts.max(axis=0)) & (counts > 0)
     table["pure"] = (counts.where(majority, 0) / majority.sum(axis=0).clip(lower=1)).sum(axis=1) / n
-    key, value = (F.normalize(x, dim=-1)[table.index.tolist()] for x in writes)
-    atoms = cell_sae.sae.atoms()
-    table["cosine"] = ((key @ atoms[0].T) * (value @ atoms[1].T)).max(1).values.numpy()
+    sides = tuple(F.normalize(x, dim=-1)[table.index.tolist()] for x in writes)
+    table["cosine"] = inner_products(sides, cell_sae.sae.atoms()).max(1).values.numpy()
     return table.reset_index()
 
 
