@@ -140,11 +140,7 @@ def _means(values: np.ndarray, codes: np.ndarray, draws: np.ndarray) -> np.ndarr
 
 
 def cluster_bootstrap(
-    values,
-    clusters: Sequence,
-    statistic: Callable = np.mean,
-    resamples: int = 2000,
-    seed: int = 0,
+    values, clusters: Sequence, statistic: Callable = np.mean, resamples: int = 2000, seed: int = 0
 ) -> Interval:
     """Return the percentile interval of a statistic when whole clusters are drawn with replacement.
 
@@ -379,15 +375,13 @@ def permutation_test(a, b, paired: bool = False, resamples: int = 10_000, seed: 
     a, b = _pair(a, b) if paired else (_vector(a), _vector(b))
     if min(a.size, b.size) < 2:
         raise ValueError("A permutation test needs at least two values on each side.")
-    result = stats.permutation_test(
-        (a, b),
-        lambda x, y, axis: x.mean(axis=axis) - y.mean(axis=axis),
-        permutation_type="samples" if paired else "independent",
-        vectorized=True,
-        n_resamples=resamples,
-        batch=500,
-        rng=np.random.default_rng(seed),
-    )
+
+    def difference(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
+        return x.mean(axis=axis) - y.mean(axis=axis)
+
+    options = dict(permutation_type="samples" if paired else "independent", vectorized=True, batch=500)
+    options |= dict(n_resamples=resamples, rng=np.random.default_rng(seed))
+    result = stats.permutation_test((a, b), difference, **options)
     return Test(float(result.statistic), float(result.pvalue), a.size if paired else a.size + b.size)
 
 

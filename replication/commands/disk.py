@@ -50,15 +50,14 @@ def _files_of(profile: Profile, paths: Paths, name: str, shape: Shape) -> list[N
         return Need(f"{what} of {name}", paths.build / folder, max(0, count - existing) * size)
 
     section, targets, data = profile.hosts[name], len(profile.saes.targets), profile.data
+    settings, survey = (profile.section(part, name) for part in ("saes", "replacement"))
     cells, flat = len(section.cells), len(section.paper_places)
     harvest = harvest_bytes(shape, data.sae_windows * data.window)
     needs = [rest("harvests", "harvest", "*.safetensors", cells, harvest)]
-    trainings = profile.section("saes", name).trainings
+    trainings = settings.trainings
     counts = dict(main=(flat * sum(trainings.values()) + (cells - flat) * len(trainings)) * targets, flat=flat)
-    survey = profile.section("replacement", name)
     if survey.survey_firings:
         counts["survey"] = -(-shape.layers // survey.survey_every) * shape.heads * targets
-    settings = profile.section("saes", name)
     for role, count in counts.items():
         size = sae_bytes(shape.d_k, shape.d_v, getattr(settings, role))
         needs.append(rest(f"{role} SAEs", "saes", f"*-{role}*/{WEIGHTS}", count, size))

@@ -34,20 +34,14 @@ def feature(sae: dict, i: int, vocabulary: dict[int, str], window: int) -> dict:
     atom, (largest, heights, _) = columns["atom"][i], columns["histogram"][i]
     promoted, up, demoted, down, _ = columns["tokens"][i][1 + KINDS.index("measured")]
     width = largest / len(heights)
-    return dict.fromkeys(EMPTY, []) | dict(
-        feature_index=atom,
-        pos_str=[vocabulary[token] for token in promoted],
-        pos_values=up,
-        neg_str=[vocabulary[token] for token in demoted],
-        neg_values=down,
-        frac_nonzero=columns["firings"][i] / sae["scanned"],
-        freq_hist_data_bar_values=[width * (bar + 0.5) for bar in range(len(heights))],
-        freq_hist_data_bar_heights=heights,
-        n_prompts_total=sae["windows"],
-        n_tokens_in_prompt=window,
-        dataset="held-out windows of the profile",
-        activations=[activation(context) for context in columns["contexts"][i]],
-    )
+    fields = dict.fromkeys(EMPTY, []) | dict(feature_index=atom)
+    fields |= dict(pos_str=[vocabulary[token] for token in promoted], pos_values=up)
+    fields |= dict(neg_str=[vocabulary[token] for token in demoted], neg_values=down)
+    fields["frac_nonzero"] = columns["firings"][i] / sae["scanned"]
+    fields["freq_hist_data_bar_values"] = [width * (bar + 0.5) for bar in range(len(heights))]
+    fields |= dict(freq_hist_data_bar_heights=heights, n_prompts_total=sae["windows"], n_tokens_in_prompt=window)
+    fields["dataset"] = "held-out windows of the profile"
+    return fields | dict(activations=[activation(context) for context in columns["contexts"][i]])
 
 
 def batches(data: dict) -> dict[str, dict]:

@@ -67,27 +67,21 @@ def axes_per_atom(firings: pd.DataFrame, alive: pd.DataFrame, scanned: int) -> p
     condition changes; firings_per_10k: of the `scanned` tokens."""
     changed = {f"flip_{name}": firings[f"top1_{name}"] != firings.top1_native for name in ("delete", "atom")}
     table = firings.assign(delta_kl=firings.kl_delete - firings.kl_atom, **changed)
-    table = table.groupby([*ATOM_KEYS, "amplitude"], as_index=False).agg(
-        delta_kl=("delta_kl", "median"),
-        flip_delete=("flip_delete", "mean"),
-        flip_atom=("flip_atom", "mean"),
-        n=("delta_kl", "size"),
-    )
+    columns = dict(delta_kl=("delta_kl", "median"), flip_delete=("flip_delete", "mean"))
+    columns |= dict(flip_atom=("flip_atom", "mean"), n=("delta_kl", "size"))
+    table = table.groupby([*ATOM_KEYS, "amplitude"], as_index=False).agg(**columns)
     return with_atoms(table, alive).assign(firings_per_10k=lambda x: x.firings * 1e4 / scanned)
 
 
 def delta_interval(a: Sequence[float], b: Sequence[float], seed: int = 0, resamples: int = 1000) -> Interval:
     """Return the bootstrap interval of Cliff's delta; the two samples are resampled independently."""
-    draws = stats.bootstrap(
-        (np.asarray(a), np.asarray(b)),
-        lambda a, b, axis: np.sign(a[..., :, None] - b[..., None, :]).mean((-1, -2)),
-        n_resamples=resamples,
-        batch=50,
-        vectorized=True,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return Interval(float(draws.confidence_interval.low), float(draws.confidence_interval.high))
+
+    def delta(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
+        return np.sign(a[..., :, None] - b[..., None, :]).mean((-1, -2))
+
+    options = dict(n_resamples=resamples, batch=50, vectorized=True, method="percentile")
+    samples, generator = (np.asarray(a), np.asarray(b)), np.random.default_rng(seed)
+    return Interval(*map(float, stats.bootstrap(samples, delta, **options, rng=generator).confidence_interval))
 
 
 def class_axes(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:

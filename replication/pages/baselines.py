@@ -52,7 +52,6 @@ from writesae.evaluate.replacement import (
     scaled,
     squared_norm,
 )
-from writesae.harvesting import Cell
 from writesae.history import History
 from writesae.hosts.base import Host, Run
 from writesae.sae.train import top_singular_pair
@@ -147,20 +146,10 @@ def fit_codebooks(
     centroids, components = (
         torch.from_numpy(x).float().unflatten(1, (writes.d_k, writes.d_v)) for x in (centroids, svd.components_)
     )
-    mean = writes.mean()
-    return Codebooks(
-        sizes,
-        F.normalize(key[drawn], dim=-1),
-        F.normalize(value[drawn], dim=-1),
-        centroids,
-        components,
-        axes(key * value.norm(dim=-1, keepdim=True)),
-        axes(value * key.norm(dim=-1, keepdim=True)),
-        mean,
-        ids,
-        token_means(key, value, tokens.flatten(), ids, mean),
-        len(tokens.unique()),
-    )
+    sides, mean = (F.normalize(x[drawn], dim=-1) for x in (key, value)), writes.mean()
+    both = (axes(x * other.norm(dim=-1, keepdim=True)) for x, other in ((key, value), (value, key)))
+    means = token_means(key, value, tokens.flatten(), ids, mean)
+    return Codebooks(sizes, *sides, centroids, components, *both, mean, ids, means, len(tokens.unique()))
 
 
 def axes(vectors: Tensor) -> Tensor:
@@ -258,11 +247,8 @@ def pca_terms(books: Codebooks, key: Tensor, value: Tensor, settings: Baselines)
         terms[method] = full_rank(matrices.unflatten(1, books.mean.shape))
     for size in settings.side_components:
         pairs = (key, books.key_axes[:, :size]), (value, books.value_axes[:, :size])
-        left, right = (x @ axes @ axes.T for x, axes in pairs)
-        terms[Method("side_pca", "write", "none", size, "fitted", size * sides, 2 * size)] = (
-            left[:, None],
-            right[:, None],
-        )
+        method = Method("side_pca", "write", "none", size, "fitted", size * sides, 2 * size)
+        terms[method] = tuple((x @ axes @ axes.T)[:, None] for x, axes in pairs)
     return terms
 
 
@@ -270,21 +256,12 @@ def pca_terms(books: Codebooks, key: Tensor, value: Tensor, settings: Baselines)
 
 
 def compare(
-    host: Host,
-    run: Run,
-    cell_sae: CellSAE,
-    firings: pd.DataFrame,
-    places: Places,
-    seed: int,
-    saes: dict[Cell, list[CellSAE]],
-    codebooks: dict[Cell, Later],
-    settings: Baselines,
-    batch_rows: int,
+    host: Host, run: Run, cell_sae: CellSAE, firings, places: Places, seed, saes, codebooks, settings, batch_rows
 ) -> pd.DataFrame:
     """Return one row per place and Method: kl, kl_delete (nats at t + 1), cosine with the native write.
 
-    firings, places: the drawn places, as for `replace`, with the firings of `cell_sae`, the first of the
-    cell's."""
+    firings, places: the drawn places, as for `replace`, with the firings of `cell_sae`, the first of its
+    cell. saes, codebooks: by cell, its list of CellSAE and its Codebooks (`Later`)."""
     cell = cell_sae.layer, cell_sae.head
     factors, books = host.factors(run, *cell), codebooks[cell]()
     native = factors.at(places.row, places.position)

@@ -15,14 +15,10 @@ def per_atom(firings: pd.DataFrame, classes: pd.Series) -> pd.DataFrame:
     """Return firings, median cosine, class, and win rates per (atom, amplitude)."""
     marked = firings.assign(win=beats(firings), win_random=beats(firings, "atom", "random"))
     keys = ["host", "layer", "head", "target", "atom", "amplitude"]
-    table = marked.groupby(keys, as_index=False).agg(
-        cosine=("cosine", "median"),
-        firings=("win", "size"),
-        win_rate=("win", "mean"),
-        win_rate_over_random=("win_random", "mean"),
-        kl_atom=("kl_atom", "median"),
-        kl_delete=("kl_delete", "median"),
-    )
+    columns = dict(cosine=("cosine", "median"), firings=("win", "size"), win_rate=("win", "mean"))
+    columns["win_rate_over_random"] = ("win_random", "mean")
+    columns |= {name: (name, "median") for name in ("kl_atom", "kl_delete")}
+    table = marked.groupby(keys, as_index=False).agg(**columns)
     return table.assign(**{"class": table.atom.map(classes)})
 
 

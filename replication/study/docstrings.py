@@ -116,8 +116,7 @@ def versions() -> dict[str, str]:
 
 
 def identity() -> dict[str, str]:
-    """Return what identifies the text without reading it: `versions`, and a hash of the files' names and
-    sizes."""
+    """Return what identifies the text without reading it: `versions`, and a hash of file names and sizes."""
     return versions() | {"files": _sizes()}
 
 
@@ -129,15 +128,10 @@ def _sizes() -> str:
 
 def manifest() -> Manifest:
     """Return the manifest of the installed text."""
-    counts = Counter(split_of(sha, SPLITS) for sha in passages())
-    packages = versions()
-    return Manifest(
-        python=packages.pop("python"),
-        packages=packages,
-        passages={split: counts[split] for split in SPLITS},
-        characters=sum(map(len, passages().values())),
-        sha256=hashlib.sha256("".join(passages()).encode()).hexdigest(),
-    )
+    counts, packages = Counter(split_of(sha, SPLITS) for sha in passages()), versions()
+    python, in_splits = packages.pop("python"), {split: counts[split] for split in SPLITS}
+    digest = hashlib.sha256("".join(passages()).encode()).hexdigest()
+    return Manifest(python, packages, in_splits, sum(map(len, passages().values())), digest)
 
 
 def write_manifest(path: Path) -> None:
@@ -158,15 +152,9 @@ def train_tokenizer(documents: Iterable[str], vocabulary: int):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    parts = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Sequence(parts), decoders.ByteLevel()
+    options = dict(special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False, **options)
     tokenizer.train_from_iterator(documents, trainer)
     return tokenizer

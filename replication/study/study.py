@@ -137,11 +137,10 @@ class Study:
         identity = self.host_fingerprint(host)
         expected = fingerprint.fingerprint(host=identity, groups=groups, compute=compute, given=given)
         path, available = self._part(name, host), torch.get_num_threads()
-        provenance = {} if up_to_date(path, expected) else self.provenance(host)
+        provenance, folder = {} if up_to_date(path, expected) else self.provenance(host), self.paths.partial
         # On a CPU several groups run at once: most operations are too small to keep more than one core busy.
         workers = 1 if self.device == "cuda" else min(available, MOST_WORKERS, len(groups), self.workers)
         work = partial(compute, **given)
-        folder = self.paths.partial
         try:
             with threads(available // workers):
                 return stages.staged_table(path, expected, groups, work, folder, provenance, workers)
@@ -158,8 +157,7 @@ class Study:
         return self.write(name, table, seconds=round(sum(record["seconds"] for record in records), 3))
 
     def write(self, name: str, frame: pd.DataFrame, host: str = "all", seconds=0.0, **more) -> pd.DataFrame:
-        """Write results/<profile>/NAME.csv and return it as it is read back. more: fields of its
-        provenance."""
+        """Write results/<profile>/NAME.csv and return it as read back. more: fields of its provenance."""
         path = self.paths.results / f"{name}.csv"
         stages.write_table(frame, path, self.provenance(host, seconds=seconds, **more))
         return stages.read_table(path)
@@ -184,8 +182,7 @@ class Study:
     def windows_hash(self, host: str, split: str) -> str:
         """Return a hash of the windows of a split ("sae", "heldout")."""
         self.windows(host, split)
-        path = self._windows_path(host, split)
-        return _hash(path)
+        return _hash(self._windows_path(host, split))
 
     def _windows_path(self, host: str, split: str) -> Path:
         return self.paths.build / "windows" / f"{host}-{split}.safetensors"
@@ -249,15 +246,7 @@ def threads(count: int) -> Iterator[None]:
 
 
 @lru_cache(maxsize=4)
-def _host(
-    name: str,
-    path: str | Path,
-    tokenizer: str | Path | None,
-    revision: str | None,
-    device: str,
-    dtype: str,
-    content: str,
-) -> Host:
+def _host(name: str, path, tokenizer, revision: str | None, device: str, dtype: str, content: str) -> Host:
     """Load a host; `content`, that of its local files, makes it be loaded again when they have changed."""
     host = load_host(path, device, getattr(torch, dtype), revision=revision, tokenizer=tokenizer)
     host.name = name  # the name in the profile and in all tables
@@ -265,8 +254,7 @@ def _host(
 
 
 def _content(place: str | Path | None, revision: str | None = None) -> dict[str, str | None] | None:
-    """Return {name: hash} of the files of a model's or tokenizer's folder, or {hub id: revision or
-    commit}."""
+    """Return {name: hash} of the files of a model's or tokenizer's folder, or {hub id: its commit}."""
     if isinstance(place, Path):
         return {path.name: _hash(path) for path in model_files(place)}
     return place and {place: commit(place, revision) or revision}
@@ -279,8 +267,7 @@ def _hash(path: Path) -> str:
 
 @cache
 def _file_hash(path: Path, changed: int, size: int) -> str:
-    """Return the hash of a file, which is read once per time of change and size, because weights are
-    large."""
+    """Return the hash of a file, which is read once per time of change and size: weights are large."""
     return file_hash(path)
 
 

@@ -143,15 +143,7 @@ def output_changes_by_sae(sae: SAE, factors: Factors, write: str) -> dict[str, T
     return changes
 
 
-def _changes(
-    host: Host,
-    run: Run,
-    layer: int,
-    heads: Sequence[int],
-    saes: Mapping[str, Mapping[int, SAE]],
-    means: Mapping[int, MeanWrites],
-    write: str,
-) -> Iterator[tuple[tuple[str, str], Tensor]]:
+def _changes(host: Host, run: Run, layer: int, heads, saes, means, write: str) -> Iterator[tuple[tuple, Tensor]]:
     """Yield ((name of the SAEs or "", condition), change of the heads' outputs [N, T, heads, d_v])."""
     factors = {head: host.factors(run, layer, head) for head in heads}
     by_head = []
@@ -167,11 +159,9 @@ def _changes(
 
 
 def window_losses(host: Host, final: Tensor, tokens: Tensor) -> Tensor:
-    """Return the mean loss [N] per predicted token, in nats, of last hidden states [N, T, D] over tokens [N,
-    T]."""
-    return torch.stack(
-        [F.cross_entropy(host.logits(x[:-1]), following[1:]) for x, following in zip(final, tokens, strict=True)]
-    )
+    """Return the mean loss [N] per predicted token in nats: last hidden states [N, T, D], tokens [N, T]."""
+    pairs = zip(final, tokens, strict=True)
+    return torch.stack([F.cross_entropy(host.logits(x[:-1]), following[1:]) for x, following in pairs])
 
 
 @torch_defaults()

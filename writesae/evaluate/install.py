@@ -208,14 +208,11 @@ def refined(host: Host, goal: Goal, edits: Edits, logits: Tensor, steps: int) ->
         return edits, logits
     missing = goal.part(missed)
     better = refine(host, missing, part(edits, missed), steps)
-    both = {
-        cell: replace(
-            edit,
-            left=edit.left.index_copy(0, missed, better[cell].left),
-            right=edit.right.index_copy(0, missed, better[cell].right),
-        )
-        for cell, edit in edits.items()
-    }
+    both = {}
+    for cell, edit in edits.items():
+        left, right = edit.left, edit.right
+        left, right = (x.index_copy(0, missed, y) for x, y in ((left, better[cell].left), (right, better[cell].right)))
+        both[cell] = replace(edit, left=left, right=right)
     with torch.no_grad():
         return both, logits.index_copy(0, missed, end_logits(host, missing, better))
 

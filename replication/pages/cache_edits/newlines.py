@@ -1,12 +1,10 @@
 """Amplify the atoms of line ends during generation (the paper's Table 4, Fig. 6).
 
-| mode   | heads                       | what is added at each new token          | which tokens read it
-|
-|--------|-----------------------------|------------------------------------------|----------------------------|
-| offset | the cell                    | dose x the atoms' mean at line ends      | this token
-| | scale  | the cell                    | (dose - 1) x the atoms' own coefficients | this token and later
-ones  | | kept   | each of the layer with SAEs | dose x the atoms' mean at line ends      | later ones
-|
+| mode   | heads                       | added at each new token                  | this token | later ones |
+|--------|-----------------------------|------------------------------------------|------------|------------|
+| offset | the cell                    | dose x the atoms' mean at line ends      | reads it   | do not     |
+| scale  | the cell                    | (dose - 1) x the atoms' own coefficients | reads it   | read it    |
+| kept   | each of the layer with SAEs | dose x the atoms' mean at line ends      | does not   | read it    |
 
 `kept` is the edit of the author's code: the cache is changed after each token, in every head, and the next
 token continues from the changed cache. What one token adds decays like any write, and each token adds it
