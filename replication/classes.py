@@ -14,10 +14,9 @@ import numpy as np
 import pandas as pd
 import torch.nn.functional as F
 from scipy import stats
-from scipy.special import logsumexp
 from sklearn.mixture import GaussianMixture
 
-from replication.statistics import Mixture, cluster_bootstrap, fit_mixture, gaussian_mixture_bic, wilson
+from replication.statistics import cluster_bootstrap, fit_mixture, gaussian_mixture_bic, wilson
 from writesae.evaluate.atoms import CLASSES, sides
 from writesae.evaluate.firings import CellSAE, Places
 from writesae.evaluate.replacement import STEPS
@@ -53,10 +52,9 @@ def partition(alive: pd.DataFrame, seed: int = 0) -> dict:
     return row | dict(elsewhere_cosine=alive.elsewhere.median(), bimodality=bimodality(alive.cosine))
 
 
-def log_density(mixture: Mixture, values: np.ndarray) -> np.ndarray:
+def log_density(mixture: GaussianMixture, values: np.ndarray) -> np.ndarray:
     """Return the log densities [n] of values [n] under a mixture."""
-    parts = stats.norm.logpdf(values[:, None], mixture.means, mixture.deviations)
-    return logsumexp(parts + np.log(mixture.weights), axis=1)
+    return mixture.score_samples(values[:, None])
 
 
 def mixtures(cosines: Sequence[float], seed: int = 0) -> pd.DataFrame:
@@ -67,12 +65,13 @@ def mixtures(cosines: Sequence[float], seed: int = 0) -> pd.DataFrame:
     """
     values = np.asarray(cosines, dtype=np.float64)
     n, fits = len(values), gaussian_mixture_bic(cosines, (1, 2, 3), seed)
-    rows = [dict(components=1, bic=fits[0].bic, n=n)]
-    for fewer, more in pairwise(fits):
+    bic = [fit.bic(values[:, None]) for fit in fits]
+    rows = [dict(components=1, bic=bic[0], n=n)]
+    for i, (fewer, more) in enumerate(pairwise(fits)):
         gain = 2 * n * (log_density(fewer, values) - log_density(more, values))
         penalty = 3 * np.log(n)  # weight, mean and deviation of the additional component
         low, high = (end + penalty for end in cluster_bootstrap(gain, np.arange(n), seed=seed))
-        row = dict(components=more.components, bic=more.bic, delta_bic=more.bic - fewer.bic)
+        row = dict(components=more.n_components, bic=bic[i + 1], delta_bic=bic[i + 1] - bic[i])
         rows.append(row | dict(ci_low=low, ci_high=high, n=n))
     return pd.DataFrame(rows)
 

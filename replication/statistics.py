@@ -68,17 +68,6 @@ class Test(NamedTuple):
     n: int
 
 
-class Mixture(NamedTuple):
-    """A one-dimensional Gaussian mixture, with components in order of their means."""
-
-    components: int
-    bic: float
-    weights: tuple[float, ...]
-    means: tuple[float, ...]
-    deviations: tuple[float, ...]
-    n: int
-
-
 def _finite(values) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
     if not values.size:
@@ -456,19 +445,12 @@ def fit_mixture(values: np.ndarray, components: int, seed: int) -> GaussianMixtu
     return GaussianMixture(components, n_init=5, random_state=seed).fit(values)
 
 
-def gaussian_mixture_bic(values, components: Sequence[int] = (1, 2, 3), seed: int = 0) -> list[Mixture]:
-    """Return one Gaussian mixture per number of components; the lowest BIC is the best.
+def gaussian_mixture_bic(values, components: Sequence[int] = (1, 2, 3), seed: int = 0) -> list[GaussianMixture]:
+    """Return one Gaussian mixture per number of components; the one with the lowest `bic` is the best.
 
     Also raises ValueError for fewer values than components.
     """
     values = _vector(values)[:, None]
     if len(values) < max(components):
         raise ValueError(f"{len(values)} values cannot make a mixture of {max(components)} components.")
-    return [_mixture(fit_mixture(values, count, seed), values) for count in components]
-
-
-def _mixture(model: GaussianMixture, values: np.ndarray) -> Mixture:
-    order = np.argsort(model.means_[:, 0])
-    parts = (model.weights_, model.means_[:, 0], np.sqrt(model.covariances_[:, 0, 0]))
-    parts = (tuple(map(float, part[order])) for part in parts)
-    return Mixture(model.n_components, float(model.bic(values)), *parts, len(values))
+    return [fit_mixture(values, count, seed) for count in components]
