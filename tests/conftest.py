@@ -1,6 +1,7 @@
 """Fixtures: a small fp64 host per family, with random weights, d_k != d_v and shared keys where possible."""
 
 import os
+import shutil
 from contextlib import ExitStack
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -200,6 +201,19 @@ def tokens():
 @pytest.fixture(scope="session")
 def run(host, tokens):
     return host.run(tokens)
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A running Chromium, for pages; tests that need one are skipped where there is none."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("there is no Chromium on this machine")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as tool:
+        started = tool.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import re
-import shutil
 from dataclasses import make_dataclass
 
 import numpy as np
@@ -353,19 +352,6 @@ def test_every_table_is_made_by_the_notebook_that_the_message_names():
 
 
 # The page, in Chromium
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    names = ("chromium", "chromium-browser", "google-chrome")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip("there is no Chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as tool:
-        started = tool.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import functools
 import http.server
 import importlib.util
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -115,18 +114,6 @@ def address(built):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/"
     server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("there is no Chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    with playwright.sync_playwright() as tool:
-        started = tool.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 PAGES = ["", "docs/method/", "docs/scorecard/", "notebooks/05_replacement/", "notebooks/tour/", "figures/", "atoms/"]

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL
+from conftest import SMALL, small
 from helpers import assert_close, assert_gradients_close, stepped
 
 from writesae.edit import edited_hidden, make_edit
@@ -21,20 +21,9 @@ LAYER, HEAD = 1, 2
 EDGES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 83]
 
 
-def small(dtype=torch.float64, **fields):
-    torch.manual_seed(0)
-    model = adapter("rwkv7").build(SMALL["rwkv7"] | fields)
-    for p in model.parameters():
-        if p.ndim > 1:
-            p.data.mul_(3)
-        if p.ndim == 1 or not p.any():  # biases, norms and zero weights: each layer starts as the identity
-            p.data += 0.3 * torch.randn_like(p)
-    return RWKV7(model.to(dtype), None, "small")
-
-
 @pytest.fixture(scope="module")
 def host():
-    return small()
+    return small("rwkv7")
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +170,7 @@ def test_chunks_are_the_dplr_operator_of_flash_linear_attention():
 
 @pytest.mark.parametrize("fields", [{}, dict(tie_word_embeddings=False, value_dim=None)])
 def test_the_model_is_the_equations(fields, tokens):
-    host = small(**fields)
+    host = small("rwkv7", **fields)
     with torch.no_grad():
         wanted, states = stepped_model(host.model, tokens)
         made = host.model(input_ids=tokens, labels=tokens)
@@ -337,7 +326,7 @@ def as_release(model):
 
 @pytest.fixture
 def release(tmp_path):
-    model = small(torch.float32, tie_word_embeddings=False, value_dim=None).model
+    model = small("rwkv7", tie_word_embeddings=False, value_dim=None).model.float()
     return model, as_release(model), tmp_path / "model.pth"
 
 
@@ -448,7 +437,7 @@ def save_tokenizer(folder):
 @pytest.mark.parametrize("given", ["all", "null"])
 def test_load_host_reads_what_was_saved(tokens, tmp_path, given):
     # flash-linear-attention's class, which a GPU machine may load, requires d_k = d_v
-    host = small(value_dim=None)
+    host = small("rwkv7", value_dim=None)
     host.model.save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
     if given == "null":  # ranks that flash-linear-attention leaves to its own rule
@@ -464,7 +453,7 @@ def test_load_host_names_the_weights_that_an_older_checkpoint_lacks(tmp_path):
     """Early flash-linear-attention checkpoints store the six token-shift vectors in one tensor, x_x."""
     from safetensors.torch import load_file, save_file
 
-    small(value_dim=None).model.save_pretrained(tmp_path)
+    small("rwkv7", value_dim=None).model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     for name in [
         n for n in weights if n.rsplit(".", 1)[1] in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g") and "attn" in n
