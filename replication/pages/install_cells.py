@@ -284,15 +284,7 @@ def least(frontier: pd.DataFrame, wanted: float = 0.95) -> pd.DataFrame:
     def row(part: pd.DataFrame) -> dict:
         enough = part[part.next_token >= wanted]
         best = part.loc[part.next_token.idxmax() if enough.empty else enough.total_size.idxmin()]
-        columns = [
-            "n",
-            "next_token",
-            "next_token_low",
-            "next_token_high",
-            "total_size",
-            "n_cells",
-            "magnitude",
-        ]
+        columns = ["n", "next_token", "next_token_low", "next_token_high", "total_size", "n_cells", "magnitude"]
         return dict(best[columns]) | dict(fewest_cells=enough.n_cells.min())
 
     return per_group(frontier, ["host", "target_class"], row)
@@ -391,10 +383,7 @@ def _ceiling(layer: int, host, prompts, cell, classes, install, settings, write,
     count, native = len(goal.rows), logits[goal.rows]
     bound, own = steering.ceilings(host, goal, cells), native.gather(-1, goal.tokens[:, None])[:, 0]
     # One row per cell and trial; in each row all cells but one have writes of zero
-    trials, which = (
-        torch.arange(count).repeat(len(cells)),
-        torch.arange(len(cells)).repeat_interleave(count),
-    )
+    trials, which = torch.arange(count).repeat(len(cells)), torch.arange(len(cells)).repeat_interleave(count)
     apart, edits = goal.part(trials), steering.part(directions(host, goal, cells, "gamma"), trials)
     for number, c in enumerate(cells):
         edits[c] = replace(edits[c], right=edits[c].right * (which == number)[:, None, None])

@@ -87,9 +87,8 @@ def measure(host: Host, run: Run, cell_sae: CellSAE, firings, places: Places, se
     """Return KLs in nats per (firing, read scope, amplitude), in columns CONDITION.HORIZON.DIRECTION.
 
     places: where the firings are in the run, with `horizon` further tokens after each."""
-    size = max(1, batch_rows // ROWS)
-    parts = [slice(i, i + size) for i in range(0, len(firings), size)]
-    tables = [_measure(host, run, cell_sae, firings.iloc[x], places.at(x), seed, horizon) for x in parts]
+    pieces = places.pieces(ROWS, batch_rows)
+    tables = [_measure(host, run, cell_sae, firings.iloc[x], some, seed, horizon) for x, some in pieces]
     where = dict(host=host.name, layer=cell_sae.layer, head=cell_sae.head, target=cell_sae.target, write=cell_sae.write)
     return pd.concat(tables, ignore_index=True).assign(**where)
 

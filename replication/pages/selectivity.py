@@ -51,9 +51,8 @@ def compare(host: Host, run: Run, cell_sae: CellSAE, firings, places: Places, se
 
     Where the direction is added beside the native write, also overlap_CONTROL_K for each K of `tops`. places:
     where the firings are in the run."""
-    size = max(1, batch_rows // (1 + len(PLACEMENTS) * (1 + len(CONTROLS))))
-    parts = [slice(i, i + size) for i in range(0, len(firings), size)]
-    tables = [_compare(host, run, cell_sae, firings.iloc[x], places.at(x), seed, tops) for x in parts]
+    pieces = places.pieces(1 + len(PLACEMENTS) * (1 + len(CONTROLS)), batch_rows)
+    tables = [_compare(host, run, cell_sae, firings.iloc[x], some, seed, tops) for x, some in pieces]
     where = dict(host=host.name, layer=cell_sae.layer, head=cell_sae.head, target=cell_sae.target)
     return pd.concat(tables, ignore_index=True).assign(**where)
 

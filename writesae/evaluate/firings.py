@@ -5,7 +5,7 @@ A firing is (window, position, atom, coefficient): the atom with the largest coe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -148,6 +148,12 @@ class Places(NamedTuple):
     def at(self, index: slice | Tensor) -> Places:
         """Return some of the places."""
         return Places(*(x[index] for x in self))
+
+    def pieces(self, rows: int, batch_rows: int) -> Iterator[tuple[slice, Places]]:
+        """Yield the places piece by piece, for edited runs of about `batch_rows` rows, `rows` per place."""
+        size = max(1, batch_rows // rows)
+        for part in (slice(start, start + size) for start in range(0, len(self.row), size)):
+            yield part, self.at(part)
 
     def draw(self, seed: int, one: Callable[[torch.Generator], Tensor]) -> Tensor:
         """Return the draws [n, ...] of `one` from generators seeded by (seed, window, position)."""

@@ -83,11 +83,8 @@ def replace_objects(
     cosine: of the atom to the native write. KLs in nats. places: where the firings are in the run, each with
     two tokens after it. batch_rows: edited rows per run. Random draws depend only on the seed and the place.
     """
-    size = max(1, batch_rows // (len(CONDITIONS) * MOST_OBJECTS))
-    factors = host.factors(run, cell_sae.layer, cell_sae.head)
-    tables = []
-    for part in (slice(i, i + size) for i in range(0, len(firings), size)):
-        some = places.at(part)
+    factors, tables = host.factors(run, cell_sae.layer, cell_sae.head), []
+    for part, some in places.pieces(len(CONDITIONS) * MOST_OBJECTS, batch_rows):
         edits, cosine = state_edits(cell_sae, some, factors, seed)
         native = host.logits(run.final[some.row, some.position + 1])
         change = edited_head(factors, some, torch.cat(list(edits.values()), 1))

@@ -182,9 +182,8 @@ def measure_terms(
     factors, by_rank = host.factors(run, cell_sae.layer, cell_sae.head), {}
     for name, (left, _) in put_in.items():
         by_rank.setdefault(left.shape[1], []).append(name)
-    names, size, parts = sum(by_rank.values(), []), max(1, batch_rows // len(put_in)), []
-    for part in (slice(i, i + size) for i in range(0, len(places.row), size)):
-        some = places.at(part)
+    names, parts = sum(by_rank.values(), []), []
+    for part, some in places.pieces(len(put_in), batch_rows):
         native = factors.at(some.row, some.position)
         take_out = native.key[:, None], -native.write(cell_sae.write)[:, None]
         change = []
@@ -219,11 +218,8 @@ def replace(
     available["atom_and_mean"] = has_offset(cell_sae)
     asked = conditions if isinstance(conditions, Mapping) else dict.fromkeys(amplitudes, conditions)
     measured = {a: [name for name in names if available.get(name, True)] for a, names in asked.items()}
-    size = max(1, batch_rows // (len(scopes) * sum(map(len, measured.values()))))
-    factors = host.factors(run, cell_sae.layer, cell_sae.head)
-    tables = []
-    for part in (slice(i, i + size) for i in range(0, len(firings), size)):
-        some = places.at(part)
+    factors, tables = host.factors(run, cell_sae.layer, cell_sae.head), []
+    for part, some in places.pieces(len(scopes) * sum(map(len, measured.values())), batch_rows):
         put_in = replacements(cell_sae, some, factors, seed)
         native = factors.at(some.row, some.position)
         labels, change = _head_changes(factors, native, cell_sae, some, put_in, measured, scopes)
