@@ -445,7 +445,7 @@ def fit_mixture(values: np.ndarray, components: int, seed: int) -> GaussianMixtu
     return GaussianMixture(components, n_init=5, random_state=seed).fit(values)
 
 
-def gaussian_mixture_bic(values, components: Sequence[int] = (1, 2, 3), seed: int = 0) -> list[GaussianMixture]:
+def gaussian_mixture_bic(values, components: Sequence[int] = (1, 2, 3), seed=0) -> list[GaussianMixture]:
     """Return one Gaussian mixture per number of components; the one with the lowest `bic` is the best.
 
     Also raises ValueError for fewer values than components.

@@ -39,7 +39,8 @@ def feature(sae: dict, i: int, vocabulary: dict[int, str], window: int) -> dict:
     fields |= dict(neg_str=[vocabulary[token] for token in demoted], neg_values=down)
     fields["frac_nonzero"] = columns["firings"][i] / sae["scanned"]
     fields["freq_hist_data_bar_values"] = [width * (bar + 0.5) for bar in range(len(heights))]
-    fields |= dict(freq_hist_data_bar_heights=heights, n_prompts_total=sae["windows"], n_tokens_in_prompt=window)
+    fields["freq_hist_data_bar_heights"] = heights
+    fields |= dict(n_prompts_total=sae["windows"], n_tokens_in_prompt=window)
     fields["dataset"] = "held-out windows of the profile"
     return fields | dict(activations=[activation(context) for context in columns["contexts"][i]])
 

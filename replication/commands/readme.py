@@ -16,7 +16,7 @@ import pandas as pd
 from replication import findings
 from replication.commands import order
 from replication.commands.crate import write_crate
-from replication.findings import HOSTS, MAIN, WIN, Results, estimate, largest_recall, listed, percent, r2, win_rate
+from replication.findings import HOSTS, MAIN, WIN, Results, estimate, listed, percent, r2, win_rate
 from replication.plots import HOST
 from replication.scorecard.claims import papers_value
 from replication.scorecard.verdicts import VERDICTS
@@ -61,28 +61,32 @@ def glance(results, bench) -> str:
     centred, state = (percent(win_rate(results, "state", centre), *WIN) for centre in ("mean", "none"))
     trend = results.row("every_cell_trend", host=MAIN, target="state", amplitude="coefficient")
     rho = estimate(trend, *(f"rho_half_life_median{end}" for end in ("", "_low", "_high")), 2, scale=1)
+    memory = f"where memory is long: rank correlation {rho}"
     again = estimate(results.row("scorecard", id="A5", host=MAIN), "value", "ci_low", "ci_high", 1)
     again = again.replace(" ", "% ", 1)
     closed = listed(f"{r2(results, 'through_layer', 1.0, host):.3f}" for host in HOSTS)
     said = results.row("install_summary", host=MAIN, direction="paper", target_class="all", magnitude=3.0)
     fitted = results.row("scorecard", id="C1", host=MAIN).value
-    recalled = listed(f"{row.kept_atom:.0%}" for row in largest_recall(results)) + " of answers kept"
+    kept = listed(f"{row.kept_atom:.0%}" for row in findings.largest_recall(results))
+    recalled = f"on recall tasks: {kept} of answers kept"
     papers = f"beats deletion at {papers_value('R1'):.0%}", f"8% → {papers_value('I4'):.0%}"
     states, writes = f"{centred}; {state} if no mean is subtracted", percent(win_rate(results, "write"), *WIN)
+    next_token = f"the next token: {findings.in_every_cell(results)}"
     words = f"{said.included_native:.1%} → {said.included_edited:.1%}"
     formula = f"R² {papers_value('C1'):.2f}", f"R² {fitted:.2f}"
     rows = [  # question, the paper's number, ours, claim, page
         ("Can an atom of an SAE of *states* stand for a write?", papers[0], states, "R1", "05_replacement"),
         ("... of an SAE of *writes*?", "–", f"{writes} (no mean)", "", "05_replacement"),
-        ("Where do atoms of states fail?", "–", f"where memory is long: rank correlation {rho}", "", "14_every_cell"),
+        ("Where do atoms of states fail?", "–", memory, "", "14_every_cell"),
         ("Does the formula, with a fitted scalar, predict a logit?", *formula, "C1", "04_logit_shift"),
         ("Does one without a fit?", "–", f"R² {closed} on three models", "", "04_logit_shift"),
         ("Do three writes make the model say a word?", papers[1], words, "I4", "12_install"),
-        ("Do small writes in every cell?", "–", f"the next token: {findings.in_every_cell(results)}", "", "12_install"),
-        ("Do rank-1 atoms work in larger states?", "open", f"on recall tasks: {recalled}", "", "17_recall"),
+        ("Do small writes in every cell?", "–", next_token, "", "12_install"),
+        ("Do rank-1 atoms work in larger states?", "open", recalled, "", "17_recall"),
         ("Do atoms come back in another seed?", "under 1%", again, "A5", "03_atoms"),
     ]
-    lines = [[*texts, verdict(results, claim) if claim else "new", page(name)] for *texts, claim, name in rows]
+    statuses = {claim: verdict(results, claim) for *_, claim, _ in rows if claim} | {"": "new"}
+    lines = [[*texts, statuses[claim], page(name)] for *texts, claim, name in rows]
     return table("Question | Paper | Here | Verdict | Page", lines)
 
 
@@ -295,15 +299,16 @@ def costs(results, bench) -> str:
         what, against = f"harvest of all heads of a layer, {HOST[host]}", "the library's forward pass"
         add(what, against, "harvest_speed", case="forward", host=host)
     for depth, conditions in (("early", 3), ("late", 3), ("late", 16)):
-        what, case = f"replacement, {conditions} conditions, {depth} layer", dict(depth=depth, conditions=conditions)
-        add(what, "the paper's protocol, firing by firing", "replacement", case="plain", **case)
+        what, case = f"replacement, {conditions} conditions, {depth} layer", dict(case="plain", depth=depth)
+        add(what, "the paper's protocol, firing by firing", "replacement", **case, conditions=conditions)
     ways = {"one by one": "one forward pass per atom", "batched": "forward passes in batches"}
     for case, way in ways.items():
         add("closed form of 256 atoms from one backward pass", way, "closed_form", case=case)
     for side in (64, 128):
-        what, against = f"attention map of a head, 128 tokens, {side} per side", "one state per write, token by token"
-        add(what, against, "attribution", case="plain", side=side)
-    add("writes in all 24 cells, 64 trials", "the paper's protocol, trial by trial", "many_cells", case="plain")
+        what = f"attention map of a head, 128 tokens, {side} per side"
+        add(what, "one state per write, token by token", "attribution", case="plain", side=side)
+    protocol = "the paper's protocol, trial by trial"
+    add("writes in all 24 cells, 64 trials", protocol, "many_cells", case="plain")
     return table("what | against | times as fast", rows)
 
 

@@ -161,8 +161,8 @@ def export(model, tokenizer: Tokenizer, record: dict, history: list[dict], folde
     tied = model.config.tie_word_embeddings
     half = {k: v.half() for k, v in model.state_dict().items() if k != "lm_head.weight" or not tied}
     model.save_pretrained(folder, state_dict=half, safe_serialization=True)
-    names = ("eos_token", "bos_token", "pad_token") if special else ()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **dict.fromkeys(names, special)).save_pretrained(folder)
+    named = dict.fromkeys(("eos_token", "bos_token", "pad_token"), special) if special else {}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
     pd.DataFrame(history).to_csv(folder / "training.csv", index=False, lineterminator="\r\n")
     (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

@@ -80,8 +80,8 @@ def delta_interval(a: Sequence[float], b: Sequence[float], seed: int = 0, resamp
         return np.sign(a[..., :, None] - b[..., None, :]).mean((-1, -2))
 
     options = dict(n_resamples=resamples, batch=50, vectorized=True, method="percentile")
-    samples, generator = (np.asarray(a), np.asarray(b)), np.random.default_rng(seed)
-    return Interval(*map(float, stats.bootstrap(samples, delta, **options, rng=generator).confidence_interval))
+    samples, options["rng"] = (np.asarray(a), np.asarray(b)), np.random.default_rng(seed)
+    return Interval(*map(float, stats.bootstrap(samples, delta, **options).confidence_interval))
 
 
 def class_axes(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:

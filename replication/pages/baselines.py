@@ -256,7 +256,7 @@ def pca_terms(books: Codebooks, key: Tensor, value: Tensor, settings: Baselines)
 
 
 def compare(
-    host: Host, run: Run, cell_sae: CellSAE, firings, places: Places, seed, saes, codebooks, settings, batch_rows
+    host: Host, run: Run, cell_sae: CellSAE, firings, places, seed, saes, codebooks, settings, batch_rows
 ) -> pd.DataFrame:
     """Return one row per place and Method: kl, kl_delete (nats at t + 1), cosine with the native write.
 

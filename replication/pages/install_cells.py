@@ -284,8 +284,8 @@ def least(frontier: pd.DataFrame, wanted: float = 0.95) -> pd.DataFrame:
     def row(part: pd.DataFrame) -> dict:
         enough = part[part.next_token >= wanted]
         best = part.loc[part.next_token.idxmax() if enough.empty else enough.total_size.idxmin()]
-        columns = ["n", "next_token", "next_token_low", "next_token_high", "total_size", "n_cells", "magnitude"]
-        return dict(best[columns]) | dict(fewest_cells=enough.n_cells.min())
+        columns = ["next_token", "next_token_low", "next_token_high", "total_size", "n_cells", "magnitude"]
+        return dict(best[["n", *columns]]) | dict(fewest_cells=enough.n_cells.min())
 
     return per_group(frontier, ["host", "target_class"], row)
 

@@ -88,7 +88,7 @@ def _run_host(study: Study, name: str) -> pd.DataFrame:
 
 
 def examine(
-    kind: Kind, saes: dict, seeds: list, training: Factors, factors: Factors, windows, write, atoms, first, seed
+    kind: Kind, saes: dict, seeds, training: Factors, factors: Factors, windows, write, atoms, first, seed
 ) -> pd.DataFrame:
     """Return one row per entry that fires on the windows: KIND, seed, atom, firings, best, recurs, auc_VIEW.
 

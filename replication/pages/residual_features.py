@@ -157,7 +157,8 @@ def summarise(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: in
     keys = ["host", "layer", "head", "distance", "object", "predictor"]
 
     def row(part: pd.DataFrame) -> dict:
-        numbers, options = dict(n=len(part), n_passages=part.passage.nunique()), (part.passage, resamples, seed)
+        options = part.passage, resamples, seed
+        numbers = dict(n=len(part), n_passages=part.passage.nunique())
         tops = (part.predicted - part.measured) ** 2, part.measured**2
         pairs = dict(r2=(part.residual, part.total), r2_later=(part.residual_later, part.total_later), r2_top=tops)
         for name, (miss, size) in pairs.items():

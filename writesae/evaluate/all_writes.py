@@ -143,7 +143,7 @@ def output_changes_by_sae(sae: SAE, factors: Factors, write: str) -> dict[str, T
     return changes
 
 
-def _changes(host: Host, run: Run, layer: int, heads, saes, means, write: str) -> Iterator[tuple[tuple, Tensor]]:
+def _changes(host: Host, run: Run, layer: int, heads, saes, means, write) -> Iterator[tuple[tuple, Tensor]]:
     """Yield ((name of the SAEs or "", condition), change of the heads' outputs [N, T, heads, d_v])."""
     factors = {head: host.factors(run, layer, head) for head in heads}
     by_head = []

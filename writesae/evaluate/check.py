@@ -312,7 +312,8 @@ def describe(host: Host, run: Run) -> dict:
     values |= dict(kernels=kernels, parameters=model.num_parameters())
     values |= dict(dtype=str(model.dtype).removeprefix("torch."), device=str(host.device))
     values |= dict(layers=host.layers, recurrent_layers=len(host.recurrent_layers), heads=host.heads)
-    values |= dict(d_k=host.d_k, d_v=host.d_v, decay="one per head" if host.scalar_decay else "one per channel")
+    values |= dict(d_k=host.d_k, d_v=host.d_v)
+    values["decay"] = "one per head" if host.scalar_decay else "one per channel"
     return values | dict(windows=len(run.tokens), window=run.tokens.shape[1])
 
 
@@ -463,10 +464,10 @@ def _effort(examination: Examination) -> str:
     harvest, size, sae = (numbers[f"{name}_bytes"] / 1e9 for name in ("harvest", "model", "training"))
     return (
         f"Estimates per million tokens, from {model['windows']} windows and {STEPS} training steps:\n"
-        f"harvest of one cell or more: {_duration(numbers['harvest_seconds'])}, and {harvest:.2f} GB per cell; "
-        f"the model takes {size:.2f} GB\n"
-        f"training of an SAE with {TRAINING['n_atoms']:,} atoms, k = {TRAINING['k']}: {' and '.join(trained)}; "
-        f"it takes {sae:.2f} GB and the harvest"
+        f"harvest of one cell or more: {_duration(numbers['harvest_seconds'])}, and {harvest:.2f} GB per "
+        f"cell; the model takes {size:.2f} GB\n"
+        f"training of an SAE with {TRAINING['n_atoms']:,} atoms, k = {TRAINING['k']}: "
+        f"{' and '.join(trained)}; it takes {sae:.2f} GB and the harvest"
     )
 
 

@@ -210,8 +210,8 @@ def refined(host: Host, goal: Goal, edits: Edits, logits: Tensor, steps: int) ->
     better = refine(host, missing, part(edits, missed), steps)
     both = {}
     for cell, edit in edits.items():
-        left, right = edit.left, edit.right
-        left, right = (x.index_copy(0, missed, y) for x, y in ((left, better[cell].left), (right, better[cell].right)))
+        sides = (edit.left, better[cell].left), (edit.right, better[cell].right)
+        left, right = (x.index_copy(0, missed, y) for x, y in sides)
         both[cell] = replace(edit, left=left, right=right)
     with torch.no_grad():
         return both, logits.index_copy(0, missed, end_logits(host, missing, better))

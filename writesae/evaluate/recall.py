@@ -264,10 +264,9 @@ class Trials:
 def replaced(trials: Trials, cell_sae: CellSAE, seed: int) -> pd.DataFrame:
     """Return one row per context, with `Trials.outcome` of each condition in the place of the pair's write.
 
-    Conditions, atom: the firing's atom at its coefficient; matched: at the norm of the native write; reconstruction: all
-    active atoms, with the offset for an SAE of writes; random: another atom that fires in these contexts, at
-    the coefficient; delete: nothing. atom, coefficient, cosine: of the firing, and of its atom to the native
-    write.
+    Conditions, atom: the firing's atom at its coefficient; matched: at the norm of the native write;
+    reconstruction: all active atoms, with the offset for an SAE of writes; random: another atom that fires in
+    these contexts, at the coefficient; delete: nothing. Columns atom, coefficient, cosine: of the firing.
     """
     where = trials.rows, trials.place
     key, value = cell_sae.sae.atoms()
