@@ -413,8 +413,7 @@ def spearman(a, b) -> Correlation:
 def clustered_spearman(a, b, clusters: Sequence, resamples: int, seed: int) -> Correlation:
     """Spearman's rho, with the percentile interval of a bootstrap over clusters.
 
-    The ranks are those of the whole sample. All nan as in `pearson`; the ends are nan if a resample is
-    constant.
+    Ranks are of the whole sample. All nan as in `pearson`; the ends are nan if a resample is constant.
     """
     rho, (a, b) = spearman(a, b), _pair(a, b)
     if np.isnan(rho.value):

@@ -1,5 +1,4 @@
-"""The command line of the method: `python -m writesae check MODEL` examines a model before work is spent on
-it."""
+"""The command line of the method: `python -m writesae check MODEL` examines a model before any work."""
 
 from __future__ import annotations
 
@@ -9,8 +8,7 @@ from collections.abc import Iterable
 
 
 def texts(path: str | None) -> Iterable[str]:
-    """Return the documents of a corpus, by default the topics of Python's own reference, which every Python
-    has."""
+    """Return the documents of a corpus, by default the topics of Python's own reference."""
     if path:
         from writesae.text import Corpus
 

@@ -106,8 +106,7 @@ def run_edited(
 
 
 def run_under(host: Host, windows: Windows | Tensor, edits: Edits) -> tuple[Run, Edits]:
-    """Return a native run of the edited windows, and the edits with their rows in that run and in its
-    dtype."""
+    """Return a native run of the edited windows, and the edits with rows in that run, in its dtype."""
     tokens, rows = windows if isinstance(windows, Tensor) else windows.tokens, _rows(edits)
     for cell, edit in edits.items():
         host.check_cell(*cell)

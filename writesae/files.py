@@ -67,8 +67,7 @@ def local_path(name: Path | str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON object's file. Raises FileNotFoundError, or ValueError for another
-    content."""
+    """Return the object in a JSON file. Raises FileNotFoundError, or ValueError for other content."""
     with reading(str(path), "it may be damaged, or is no JSON object"):
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
@@ -245,8 +244,7 @@ def holds_code(name: Path | str) -> Callable[[Exception], Exception | None]:
 
 
 def tensor_shapes(path: Path) -> dict[str, list[int]]:
-    """Return {name: shape} of the tensors that `read_weights` reads; of .safetensors only the header is
-    read."""
+    """Return {name: shape} of what `read_weights` reads; of .safetensors only the header is read."""
     from safetensors import safe_open
 
     if path.suffix != ".safetensors":

@@ -79,8 +79,7 @@ class Corpus(BaseModel):
         return self.root / local_path(str(self))
 
     def _pattern(self) -> tuple[Path, str]:
-        """Return the part of `place` that exists, and the rest, which is a pattern; "." if all of it
-        exists."""
+        """Return the part of `place` that exists, and the rest, a pattern; "." if all of it exists."""
         existing = next(path for path in (self.place, *self.place.parents) if path.exists())
         return existing, str(self.place.relative_to(existing))
 
@@ -264,8 +263,7 @@ def cut_windows(tokenizer, texts: Iterable[str], length: int, limit: int | None 
 def each_window(tokenizer, texts: Iterable[str], length: int) -> Iterator[tuple[int, list[int]]]:
     """Yield (number of the text, `length` token ids) for every whole window, cut as in `cut_windows`.
 
-    Raises ValueError for a length below 1, for one text instead of several, and as `end_of_text` and
-    `token_ids`."""
+    Raises ValueError for a length below 1, for a single text, and as `end_of_text` and `token_ids`."""
     if length < 1:
         raise ValueError(f"A window takes at least one token, not {length}.")
     if isinstance(texts, str):

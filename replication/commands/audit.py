@@ -56,8 +56,7 @@ def located(name: str) -> Path:
 
 
 def load(place: Path, host: Host, fitting: Windows, transposed: bool, given: dict) -> SAE:
-    """Return the SAE; fitting: the windows for a threshold. Raises as the readers, and for another host's
-    SAE."""
+    """Return the SAE; fitting: windows for a threshold. Raises as the readers, and for another host's SAE."""
     if place.is_dir():
         sae = SAE.load(place)
     else:

@@ -288,8 +288,7 @@ def page(data: dict) -> bytes:
 
 
 def write(study: Study, data: dict | None = None) -> Path:
-    """Write figures/<profile>/atoms.html and return its path. data: of `collect`. Raises as `collect` and
-    `page`."""
+    """Write figures/<profile>/atoms.html and return its path. data: of `collect`. Raises as `page`."""
     content, path = page(data or collect(study)), study.paths.figures / "atoms.html"
     write_atomically(path, lambda partial: partial.write_bytes(content))
     return path

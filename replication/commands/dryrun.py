@@ -46,8 +46,7 @@ def padded_tokenizer(vocabulary: int, folder: Path) -> None:
 def make_host(shape: dict, folder: Path) -> None:
     """Write a model with random weights from SEED, in bfloat16, and its tokenizer.
 
-    Matrices that start at zero (RWKV-7's output projections) are drawn too: else no write reaches the
-    logits."""
+    Matrices that start at zero (RWKV-7's output projections) are drawn too, so that writes reach logits."""
     import torch
 
     from writesae.hosts.load import adapter, without_triton

@@ -1,5 +1,4 @@
-"""The atom browser's data in the form of Neuronpedia: a folder per SAE with batch-0.json, as SAEDashboard
-writes.
+"""The atom browser's data in Neuronpedia's form: a folder per SAE with batch-0.json, as of SAEDashboard.
 
 An entry of `features` is an atom: tokens with the measured shifts that it promotes and demotes, its top
 contexts, and the histogram of its coefficients. Fields of Neuronpedia that compare neurons are empty. A piece

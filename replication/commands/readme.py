@@ -328,8 +328,7 @@ def plan(results, bench) -> str:
 def fill(text: str, results: Results, bench: Results, root: str = "") -> str:
     """Return `text` with all marked places filled from the results.
 
-    root: the path from the document's folder to the repository's, for links. Raises ValueError for an unknown
-    name."""
+    root: the path from the document's folder to the repository's. Raises ValueError for an unknown name."""
 
     def filled(match: re.Match) -> str:
         begin, name, _, end = match.groups()

@@ -129,8 +129,7 @@ def run(name: str, profile: str, log: TextIO | None = None) -> Path:
     """Execute the notebook `name` and publish its outputs. Return the path of the executed notebook.
 
     What its cells print goes to `log`, or to the streams of this process. Raises CommandError for an unknown
-    name, a read-only folder or a failed cell, LockError if another run is at work; nothing is published
-    then."""
+    name, a read-only folder or a failed cell, LockError for another run; then nothing is published."""
     path, paths = find(name, profile), Paths(profile)
     written = (paths.build, paths.results, paths.figures)
     for folder in written:
@@ -150,8 +149,7 @@ def run(name: str, profile: str, log: TextIO | None = None) -> Path:
 def progress(name: str, stamps: Path) -> str:
     """Return how far `make all` is after a page, to be added to the page's line; nothing outside `make all`.
 
-    Make sets WRITESAE_PAGES, the pages that it runs, and WRITESAE_RUN, which ends with the time of its
-    start."""
+    Make sets WRITESAE_PAGES, the pages that it runs, and WRITESAE_RUN, whose end is the time of its start."""
     pages = os.environ.get("WRITESAE_PAGES", "").split()
     if name not in pages:
         return ""

@@ -2,8 +2,7 @@
 links to their tables, the API, and the atom browser.
 
 The sources are gathered in build/site-source, whose folders are those of the repository, so that links
-between documents stay as they are. Nothing is loaded from the network, neither by the build nor by the
-pages."""
+between documents stay as they are. Neither the build nor the pages load anything from the network."""
 
 from __future__ import annotations
 

@@ -122,8 +122,7 @@ class Sweep:
         return *point[:3], self.grid.variants[point.variant].target, role
 
     def points(self) -> list[Point]:
-        """Return all SAEs of the grid. Raises ValueError for none, and if the profile lacks a host or
-        cell."""
+        """Return all SAEs of the grid. Raises ValueError for none, and for a missing host or cell."""
         grid, profile = self.grid, self.profile
         named = {"all": list(profile.hosts), "main": [self.study.main]}
         hosts = grid.hosts if isinstance(grid.hosts, list) else named[grid.hosts]
@@ -280,8 +279,7 @@ def draw_test(sweep: Sweep, point: Point) -> tuple[Windows, CellSAE, pd.DataFram
 
 
 def replacement_scores(sweep: Sweep, tests: dict[Point, tuple]) -> dict[Point, dict]:
-    """Return the columns of the replacement tests at the next token. tests: from `draw_test`, of one
-    layer."""
+    """Return the columns of the replacement tests at t + 1. tests: from `draw_test`, of one layer."""
     if not tests:
         return {}
     first = next(iter(tests))

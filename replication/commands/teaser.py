@@ -1,5 +1,4 @@
-"""The picture at the head of the README: a token writes, an atom takes the write's place, and what came of
-it.
+"""The picture at the head of the README: a token writes, an atom takes the write's place, and the result.
 
 The matrices are drawn from a seed and stand for nothing that was measured; the win rates are results."""
 

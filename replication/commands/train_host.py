@@ -1,8 +1,7 @@
 """Train an embedded host from models/NAME/recipe.yaml, on the installed corpus.
 
 An interrupted training continues from the last checkpoint, below build/hosts/NAME, if recipe and text are the
-same. The result is in models/NAME: weights (fp16 safetensors), config, tokenizer, and training.csv, the loss
-curve."""
+same. The result is in models/NAME: fp16 weights, config, tokenizer, and training.csv, the loss curve."""
 
 from __future__ import annotations
 

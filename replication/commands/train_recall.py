@@ -28,8 +28,7 @@ class Family(BaseModel):
     """The training of one family.
 
     lr, steps, first_pairs: one number, or one per side. sides: fields of the architecture that are the side
-    of the state. first_pairs: pairs per context in the first quarter of the steps, if not those of the
-    smallest load."""
+    of the state. first_pairs: per context in the first quarter of the steps (None: of the smallest load)."""
 
     model_config = ConfigDict(extra="forbid")
     lr: float | dict[int, float]
@@ -85,8 +84,7 @@ def new_host(recipe: Recipe, name: str, side: int) -> Host:
 
 
 def pairs_at(recipe: Recipe, side: int, step: int, steps: int, generator: torch.Generator) -> int:
-    """Return the pairs of a step: a random load, at first the smallest only, from half of the steps on
-    any."""
+    """Return the pairs of a step: a random load, at first the smallest only, from half-way on any."""
     pairs = recipe.pairs(side)
     able = min(len(pairs), 1 + 2 * len(pairs) * step // steps)
     return pairs[int(torch.randint(able, (), generator=generator))]

@@ -1,5 +1,4 @@
-"""Notebook 06_all_writes: the loss when all writes of a cell, or of all heads of a layer, are replaced at
-once."""
+"""Notebook 06: the loss when all writes of a cell, or of all heads of a layer, are replaced at once."""
 
 from __future__ import annotations
 
@@ -183,8 +182,7 @@ def recovered(losses: pd.DataFrame, tokens: int, resamples: int, seed: int) -> p
 
 
 def pooled(losses: pd.DataFrame, tokens: int, resamples: int, seed: int) -> pd.DataFrame:
-    """Return a row per target, centre and condition, of all trainings together; arguments as for
-    `recovered`."""
+    """Return a row per target, centre and condition, of all trainings together; arguments: of `recovered`."""
     none = losses[losses.condition == "none"].set_index("window")
 
     def row(part: pd.DataFrame) -> dict:
@@ -227,8 +225,7 @@ def _described(name: str, saes: dict[str, dict[int, SAE]], role: str) -> dict:
 
 
 def labelled(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of the figure's conditions and trainings, with their names (columns training,
-    shown)."""
+    """Return the rows of the figure's conditions and trainings, with their names (training, shown)."""
     names = [TRAININGS.get(pair) for pair in zip(table.target, table.centre)]
     training_names = pd.Series(names, index=table.index).where(table.target.notna(), NO_SAE)
     table = table.assign(training=training_names, shown=table.condition.map(CONDITIONS))
@@ -236,8 +233,7 @@ def labelled(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def headline(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the pooled rows of the chosen cells and those without an SAE, with the cell's name (column
-    cell)."""
+    """Return the pooled rows of the chosen cells and those without an SAE, with the cell's name (cell)."""
     rows = labelled(table[(table.role == POOLED) | (table.role == "main") & table.target.isna()])
     rows = rows.merge(cells[["host", "layer", "head", "place"]], on=["host", "layer", "head"])
     return rows.assign(cell=rows.host.map(lambda name: plots.HOST.get(name, name)) + ", " + rows.place)
@@ -246,8 +242,7 @@ def headline(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 def surveyed(table: pd.DataFrame, all_cells: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of single surveyed cells, with the cell's half-life and the cost of writing nothing.
 
-    cost: of the cell, in nats per token; counts: whether its interval is above 0, so that a share makes
-    sense."""
+    cost: of the cell, in nats per token; counts: whether its interval is above 0."""
     cell = ["host", "layer", "head"]
     rows = labelled(table[(table.role == SURVEY) & table["head"].notna()])
     none = table[(table.role == SURVEY) & (table.condition == "none")].rename(columns=dict(change="cost"))

@@ -1,7 +1,6 @@
 """Notebook 03: the classes of atoms (Sec. 3.1, Table 1, App. E, G.1) and their differences (App. F.2, H).
 
-Besides the main SAEs there are *variants* for one cell: other k with the profile's seed, and other seeds with
-the profile's k."""
+Besides the main SAEs there are *variants* for one cell, each with another k or with another seed."""
 
 from __future__ import annotations
 

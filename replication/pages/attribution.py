@@ -85,8 +85,7 @@ def _half_distance(shares: Tensor, horizon: int) -> Tensor:
 
 
 def summarise(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per cell: means over passages (half_distance: the median), with bootstrap intervals by
-    passage.
+    """Return one row per cell: means over passages (half_distance: median), with bootstraps by passage.
 
     cells: all_cells.csv, for the half-life. error: the largest of all passages.
     """
@@ -103,8 +102,7 @@ def summarise(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: in
 
 
 def trend(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return per host: medians over cells, and Spearman's rho of the half-distance with the half-life of the
-    decay."""
+    """Return per host: medians over cells, and Spearman's rho of the half-distance with the half-life."""
 
     def row(part: pd.DataFrame) -> dict:
         rho = stats.spearman(part.half_distance, part.half_life_median)
@@ -171,8 +169,7 @@ def of_windows(
 
 
 def remembered(writes: pd.DataFrame, study: Study, count: int = 6) -> pd.DataFrame:
-    """Write results attribution_tokens.csv: per host, the tokens whose writes are read most, and least, much
-    later.
+    """Write results attribution_tokens.csv: per host, the tokens whose writes are read most and least, later.
 
     Token ids with at least FEWEST writes. ratio: the mean of `far` over the writes of the id divided by that
     over all writes; interval: bootstrap by passage. rank: from the most remembered."""

@@ -90,8 +90,7 @@ CENTRES = dict(mean="centred", none="uncentred")
 class Method(NamedTuple):
     """A replacement; stored: numbers in its codebook, once per cell; per_write: numbers that name one write.
 
-    target, centre: what its codebook was fitted on, and whether minus the mean. size: entries in the
-    codebook."""
+    target, centre: what its codebook was fitted on, and whether minus the mean. size: its entries."""
 
     method: str
     target: str
@@ -130,8 +129,7 @@ class Codebooks(NamedTuple):
 def fit_codebooks(
     writes: History, tokens: Tensor, ids: Tensor, entries: int, settings: Baselines, seed: int
 ) -> Codebooks:
-    """Return the Codebooks of training writes [N, T]; tokens [N, T]: theirs; ids [u]: tokens that need a
-    mean.
+    """Return the Codebooks of training writes [N, T] at tokens [N, T]; ids [u]: tokens that need a mean.
 
     ids is ascending. entries: the SAE's number of atoms, which is also the number of centroids.
     """

@@ -51,14 +51,12 @@ def _of_host(study: Study, name: str) -> pd.DataFrame:
 
 
 def summarise(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
-    """Write results headline.csv: each condition against deletion, per cell and pooled over the paper's
-    cells.
+    """Write results headline.csv: each condition against deletion, per cell and over the paper's cells.
 
     win_rate: the share of firings at which the condition has a lower KL than deletion; a position at which no
     atom is active counts as lost. recovered: 1 - mean KL / mean KL(delete). Intervals cover places (clustered
     by passage, for the draw `atoms` by passage and atom) and, where seeds > 1, trainings. lowest, highest:
-    over seeds; between_seeds: standard deviation. KLs in nats. paper: the row nearest to the paper's
-    protocol.
+    over seeds; between_seeds: standard deviation. KLs in nats. paper: whether the row is PAPER.
     """
     rows = []
     for values, group in firings.groupby(KEYS, sort=False):

@@ -157,8 +157,7 @@ def _survey(layer: int, host: Host, run: Later, heldout: Later, passage, first, 
 
 
 def _cost(windows: pd.DataFrame, passage: torch.Tensor, seed: int) -> dict:
-    """Return a cell's mean cost in nats per token, and its interval over passages. windows: a row for
-    each."""
+    """Return a cell's mean cost in nats per token, and its interval over passages, from a row per window."""
     interval = cluster_bootstrap(windows.cost, passage.numpy()[windows.window], seed=seed)
     ends = dict(cost_low=interval.low, cost_high=interval.high)
     return dict(cost=windows.cost.mean()) | ends | dict(cost_windows=len(windows))

@@ -1,5 +1,4 @@
-"""Notebook 12: installs by writes in one cell, in its layer and in all cells; their cost, and how little is
-enough.
+"""Notebook 12: installs by writes in one cell, in its layer, in all cells; their cost; how little is enough.
 
 The protocol is that of `install` (the paper's App. I.6), with these differences. Directions are those of
 `steering`; `refined`: where the target does not come next, Adam from there. WIDE conditions have all
@@ -51,8 +50,7 @@ KEYS = ["host", "cells", "direction", "magnitude", "writes"]
 
 
 class Condition(NamedTuple):
-    """Writes in "one" cell, its "layer", "all" cells, or the "4" of the largest gains; said: inclusion of all
-    targets."""
+    """Writes in "one" cell, its "layer", "all" cells, or the "4" of largest gains; said: of all targets."""
 
     cells: str
     direction: str
@@ -120,8 +118,7 @@ def text_classes(host: Host, tokens: Tensor) -> dict[str, Tensor]:
 
 
 class Native(NamedTuple):
-    """Of the unedited prompts: logits [prompts, V], continuations [prompts, new tokens], their losses
-    [prompts]."""
+    """Of unedited prompts: logits [prompts, V], continuations [prompts, new tokens], losses [prompts]."""
 
     logits: Tensor
     texts: Tensor
@@ -130,8 +127,7 @@ class Native(NamedTuple):
 
 @torch_defaults()
 def _setting(distance: int, host, prompts, classes, install, settings, write, seed) -> tuple[Setting, Tensor]:
-    """Return the trials at a distance, and the native logits of the prompts. Without classes: of MIDDLE
-    only."""
+    """Return the trials at a distance, and the prompts' native logits. Without classes: of MIDDLE only."""
     run = host.run(prompts.tokens)
     logits = host.logits(run.final[:, -1])
     wanted = install.rank_classes if classes else {MIDDLE: install.rank_classes[MIDDLE]}
@@ -171,8 +167,7 @@ def _trials(distance: int, host, prompts, cell, classes, install, settings, writ
 
 
 def _cells(host: Host, cell: Cell, goal: Goal, settings) -> dict[str, list[Cell]]:
-    """Return the cells of each condition; the few best have the largest gain to first order over all
-    trials."""
+    """Return the cells of each condition; the best have the largest gain to first order over all trials."""
     gain = _gains_of(host, goal)
     best = sorted(host.cells, key=gain.get, reverse=True)
     fewer = {str(count): best[:count] for count in settings.counts}
@@ -180,8 +175,7 @@ def _cells(host: Host, cell: Cell, goal: Goal, settings) -> dict[str, list[Cell]
 
 
 def _gains_of(host: Host, goal: Goal) -> dict[Cell, float]:
-    """Return the gain of the logit by each cell's best native-sized writes, to first order, mean over
-    trials."""
+    """Return the mean gain of the logit by each cell's best native-sized writes, to first order."""
     pairs = steering.gamma_pairs(host, goal, host.cells)
     return {cell: float((pairs[cell][2] * goal.sizes(host, cell)).sum(1).mean()) for cell in host.cells}
 
@@ -209,8 +203,7 @@ def _measure(host, trial: Setting, condition, cells, costs, native: Native, step
 
 @torch_defaults()
 def _continued(host: Host, goal: Goal, edits: Edits, edited: Tensor, costs: Tensor, wanted: Tensor, native) -> dict:
-    """Return what the wanted continuations say. Those that begin with the target are generated only for their
-    costs."""
+    """Return what wanted continuations say; those that begin with the target are generated only for costs."""
     target, before = goal.tokens[:, None], native.texts[goal.rows]
     tokens = target.expand_as(before).clone()
     rows = torch.nonzero(costs | wanted & (edited.argmax(-1) != goal.tokens))[:, 0]
@@ -264,8 +257,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def frontier(summary: pd.DataFrame, nearest: int, counts: dict[str, int]) -> pd.DataFrame:
-    """Return the rows of the frontier with n_cells. nearest: the smallest distance; counts: of all cells by
-    host."""
+    """Return the frontier's rows with n_cells. nearest: the smallest distance; counts: of cells by host."""
     part = summary[(summary.distance == str(nearest)) & (summary.writes == summary.writes.max())]
     part = part[(part.direction == "refined") & (part.cells.str.isdigit() | (part.cells == "all"))]
     part = part[~part.target_class.isin(OUT_OF_CONTEXT)]
@@ -274,8 +266,7 @@ def frontier(summary: pd.DataFrame, nearest: int, counts: dict[str, int]) -> pd.
 
 
 def least(frontier: pd.DataFrame, wanted: float = 0.95) -> pd.DataFrame:
-    """Return, per host and class, what installs a share of the targets: the smallest total size, the fewest
-    cells.
+    """Return, per host and class, what installs a share of the targets: smallest total size, fewest cells.
 
     next_token, n_cells and magnitude are those of the smallest total size; fewest_cells: at any size. Where
     nothing on the grid is enough, these are those of the largest share, and fewest_cells is missing.
@@ -297,8 +288,7 @@ def _text(part: pd.DataFrame, name: str) -> list[str]:
 
 
 def named(summary: pd.DataFrame, nearest: int, target_class: str = MIDDLE) -> pd.DataFrame:
-    """Return the conditions at the smallest distance, with their names: where, in which direction, how
-    large."""
+    """Return the conditions at the smallest distance, with their names: where, direction, how large."""
     part = summary[(summary.distance == str(nearest)) & (summary.target_class == target_class)]
     part = part[part.cells.isin(WHERE)].copy()
     single = part.writes.lt(part.writes.max()).map({True: ", one write", False: ""})
@@ -308,8 +298,7 @@ def named(summary: pd.DataFrame, nearest: int, target_class: str = MIDDLE) -> pd
 
 
 def shown(part: pd.DataFrame, *by: str, names: Mapping[str, str]) -> pd.DataFrame:
-    """Return columns of the summary with their intervals for a notebook. names: headings; by: what tells rows
-    apart."""
+    """Return columns of the summary with intervals for a notebook. names: headings; by: keys of rows."""
     columns = {heading: _text(part, name) for name, heading in names.items()}
     return part[["host", *by, "n"]].reset_index(drop=True).assign(**columns)
 
@@ -349,8 +338,7 @@ def kept_gains(gains: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise_kept(kept: pd.DataFrame) -> pd.DataFrame:
-    """Return, per (host, delay), the total gain that is kept, and rho, Spearman's of `kept` and half-life
-    over cells.
+    """Return, per (host, delay), the total gain kept, and rho, Spearman's of `kept` and half-life over cells.
 
     from_memory: the share of the total of cells whose half-life is at least the delay.
     """
@@ -398,8 +386,7 @@ def _ceiling(layer: int, host, prompts, cell, classes, install, settings, write,
 
 
 def summarise_ceilings(table: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per host: means over n trials of what is needed, and of the gain and ceiling of the best
-    cell.
+    """Return one row per host: means over trials of what is needed, and of the best cell's gain and ceiling.
 
     Also over cells, exceeded: the share whose gain exceeds the ceiling; enough: the trials with a cell whose
     gain is as large as what is needed.

@@ -15,8 +15,7 @@ A universe is one level of each choice; the first level is the default of this r
 | control      | delete, another alive atom, a fresh rank-1 matrix, the mean write, another write      |
 
 There is no universe for the KL at the writing position if only later tokens read the edit: it is exactly 0.
-Only Gated DeltaNet has both writes: the effective one is the added one on Mamba-2 and not of rank 1 on
-RWKV-7."""
+Only Gated DeltaNet has both writes: on Mamba-2 they are the same, and on RWKV-7 one is not of rank 1."""
 
 from __future__ import annotations
 

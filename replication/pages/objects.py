@@ -54,12 +54,10 @@ def of_paper_cells(rows: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise(rows: pd.DataFrame, places: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per (host, cell or the paper's cells pooled, target, centre, object, offset kept or
-    not).
+    """Return a row per (host, cell or the paper's cells pooled, target, centre, object, offset kept or not).
 
     n; win_rate: the share of places at which the atom beats deletion, with the bootstrap interval by passage;
-    kl_*: medians in nats; rho: Spearman's, of winning and the cosine, with its bootstrap interval by passage.
-    places: cells.csv.
+    kl_*: medians in nats; rho: Spearman's, of winning and cosine, with the same bootstrap. places: cells.csv.
     """
 
     def row(part: pd.DataFrame) -> dict:
@@ -99,8 +97,7 @@ def by_cosine(rows: pd.DataFrame, bins: pd.DataFrame, resamples: int, seed: int)
 
 
 def fingerprint(summary: pd.DataFrame, nats: float, small: float) -> pd.DataFrame:
-    """Return what tells the objects apart: rows of `summary` over the paper's cells, with two verdicts in
-    words.
+    """Return what tells objects apart: rows of `summary` over the paper's cells, with two verdicts in words.
 
     wins: "rise", "flat" or "fall" with the cosine, by the interval of rho. scale: "Table 2" if the median KL
     of deletion is nearer, as a ratio, to `nats`, and "footnotes" if it is nearer to `small`.
@@ -119,8 +116,7 @@ def named(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of `summarise` over the paper's cells, for a notebook: intervals as text, KLs in
-    millinats."""
+    """Return `summarise` over the paper's cells for a notebook: intervals as text, KLs in millinats."""
     pooled = named(summary[summary.cells == "pooled"])
 
     def interval(name: str) -> list[str]:

@@ -115,8 +115,7 @@ def _parts(points: pd.DataFrame) -> dict:
     """Return R2 over prompts, and the errors of linear parts as shares of the shift's variance.
 
     linear_layer: of a linear edited layer; linear_above: of linear layers above and a linear final norm;
-    rest: what remains when that norm is exact. cosine: between the first two; first order makes both, and
-    they can cancel."""
+    rest: what remains when that norm is exact. cosine: between the first two, which can cancel."""
     layer, above = points.through_layer - points.exact, points.measured - points.through_layer
     size = ((points.measured - points.measured.mean()) ** 2).sum()
     row = {name: r2(points.measured, points[name]) for name in CLOSED_FORMS}

@@ -1,8 +1,7 @@
 """Page 90: a model, a text, a cell and a word of the reader's choice.
 
 The page's own choice (DEFAULTS) writes into the folders of the profile. Every other choice has folders of its
-own, results/own_models/NAME and figures/own_models/NAME; NAME is the model, the cell and a hash of the
-choice.
+own, results/own_models/NAME and figures/own_models/NAME; NAME: the model, the cell and a hash.
 """
 
 from __future__ import annotations
@@ -61,8 +60,7 @@ def choose(profile, *, model, tokenizer, text, layer, head, word) -> Choice:
     """Load what the parameters of page 90 name, and take the lock of the folders that the page writes.
 
     A number may be given as text and text as a number, as papermill does; paths are read by `paths.typed`.
-    Raises ValueError for a value that does not fit, before anything is computed, and what `open_study` and
-    `load_host` raise."""
+    Raises ValueError for a value that does not fit, before computing, and as `open_study` and `load_host`."""
     study = open_study(profile, lock=False)
     chosen = dict(model=local_or_id(model), tokenizer=local_or_id(tokenizer), text=place(text), word=str(word))
     chosen |= dict(layer=whole_number(layer, "layer"), head=whole_number(head, "head"))

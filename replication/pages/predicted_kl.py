@@ -36,8 +36,7 @@ def by_firing(candidates: pd.DataFrame) -> pd.DataFrame:
     A way is a number of backward passes, the second-order form (fisher), or the cosine to the native write.
     rho: Spearman's, of its score with the measured KL over the drawn atoms. kl_chosen: of the atom with the
     best score; kl_best: the smallest; kl_own: of the firing's atom; kl_delete: of deletion. agrees: whether
-    the scores say, as the KLs do, which of the firing's atom and deletion is nearer (cosine: the atom, if it
-    is positive)."""
+    the scores say, as the KLs do, which of the firing's atom and deletion is nearer (cosine: if positive)."""
     ways = [name for name in candidates if name.startswith("kl_")] + ["fisher", "cosine"]
     scores, rows = candidates.assign(cosine=-candidates.cosine), []
     for values, part in scores.groupby(FIRING, sort=False):

@@ -51,8 +51,7 @@ FOUND = 0.9  # cosine of an atom to a true write
 
 @dataclass(frozen=True)
 class Variant:
-    """An SAE: what it trains on, its offset, active atoms and atoms; the true dictionary has target
-    "truth"."""
+    """An SAE: its target ("truth": the true dictionary), its offset, active atoms and atoms."""
 
     target: str
     centre: str
@@ -145,8 +144,7 @@ def _saes(host: Host, side: int, settings: Recall, seed: int, writes) -> Iterato
 
 
 def hosts(table: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per host and load: n contexts; the shares below, with 95% bootstrap intervals by
-    context.
+    """Return one row per host and load: n contexts; the shares below, with bootstraps by context.
 
     answers: right answers. Of the drawn queries that are answered right (n_right): says_new, the value of a
     counterfactual write is said; kept_delete, the answer is still right without the write; others: of the
@@ -168,8 +166,7 @@ def hosts(table: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
 def share(values: pd.Series, places: pd.Series, weights=1.0, trainings=None, **options) -> dict:
     """Return a (weighted) share as NAME, NAME_low, NAME_high (NAME: that of the values); nan without values.
 
-    The interval covers other places and other trainings; one of no or of only events is that of a zero
-    count."""
+    The interval covers other places and trainings; for no or only events it is that of a zero count."""
     if not len(values):
         return stats.with_ends(values.name, np.nan, stats.Interval(np.nan, np.nan))
     weighted = np.stack([values * weights, np.broadcast_to(weights, len(values))], 1)
@@ -241,8 +238,7 @@ def readable_hosts(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return rows of `saes`: what the SAE is, whether it has found the associations, and what its atoms
-    keep."""
+    """Return rows of `saes`: what the SAE is, what associations it has found, and what its atoms keep."""
     words = [
         "the true writes"
         if x.target == "truth"
@@ -265,8 +261,7 @@ def span(table: pd.DataFrame, name: str) -> str:
 
 
 def answer(summary: pd.DataFrame) -> str:
-    """Return the answer to the paper's open question, as Markdown: at what side an atom still keeps the
-    answer."""
+    """Return the answer to the paper's open question, as Markdown: at what side atoms still keep answers."""
     main, ceiling = (against_side(of_variant(summary, x)).sort_values("side") for x in (MAIN, TRUTH))
     largest, smallest = (main[main.side == side] for side in (main.side.max(), main.side.min()))
     works = largest.kept_atom_low > WORKS

@@ -64,8 +64,7 @@ def summarise(firings: pd.DataFrame, places: pd.DataFrame, resamples: int, seed:
     """Return win rates, KLs and tests per (host, cell or all cells pooled, target, amplitude, read scope).
 
     Intervals: Wilson's (ci), bootstraps by atom (boot) and by passage. strict_chain: the share of firings
-    with KL(atom) < KL(delete) < KL(random). kl_recovered: the share of the KL of deletion that is
-    recovered."""
+    with KL(atom) < KL(delete) < KL(random). kl_recovered: a share of the KL of deletion."""
     keys, rows = ["host", "target", "amplitude", "read"], []
     for values, group in firings.groupby(keys, sort=False):
         for cells, part in by_place(group, places).groupby("cells", sort=False):

@@ -148,8 +148,7 @@ def compared(predicted: torch.Tensor, measured: torch.Tensor) -> dict:
 
 
 def summarise(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
-    """Return one row per (cell, object, predictor): R2 about no change, and shares, with bootstraps by
-    passage.
+    """Return a row per (cell, object, predictor): R2 about no change, and shares; bootstraps by passage.
 
     r2, r2_later: 1 - residual / total over all features, places and tokens, with and without the writing
     token. hits: mean share of the TOP features; same_token: share of places; r2_top: R2 of the feature that

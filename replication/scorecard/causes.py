@@ -1,5 +1,4 @@
-"""Why the paper's 92.4% is not reached here: the win rate under each difference from the paper, one at a
-time.
+"""Why the paper's 92.4% is not reached here: the win rate under each difference from the paper.
 
 Everything is read from tables of other pages, for the main host. The lines are not cumulative after A (by
 position, without the mean): each that begins with A changes one thing of A. The lines about single choices of

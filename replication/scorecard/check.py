@@ -89,8 +89,7 @@ def of_sets(read_table: Callable, hosts: list[str], size: int) -> list[pd.DataFr
 def agreement(pairs: pd.DataFrame) -> dict:
     """Return how often the verdicts of a pair differ, and how often one supports what the other contradicts.
 
-    The interval of `differ` is a bootstrap over claims; stated: the share that the stated probabilities
-    expect.
+    The interval of `differ` is a bootstrap over claims; stated: the expected share.
     """
     differ = (pairs.status != pairs.status_other).astype(float)
     low, high = cluster_bootstrap(differ, pairs.id + pairs.host)

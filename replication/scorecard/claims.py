@@ -1,5 +1,4 @@
-"""The numbers of the paper: claims in paper/claims.csv, other values in figures.csv, Table 13 in
-table13.csv."""
+"""The numbers of the paper: claims.csv in paper/, other values in figures.csv, Table 13 in table13.csv."""
 
 from __future__ import annotations
 

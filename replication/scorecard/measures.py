@@ -122,8 +122,7 @@ def _places(tables: Tables, host: str, cells: str = "pooled") -> pd.DataFrame:
 def _over_places(values, part: pd.DataFrame) -> Estimate:
     """Return the mean of values, or a statistic of row numbers, over places and trainings.
 
-    The places are drawn by passage. Atoms are not drawn here: another training has others, and is another
-    estimate.
+    The places are drawn by passage. Atoms are not: another training has others.
     """
     return over_trainings(values, part.passage, trainings=part.seed, resamples=RESAMPLES)
 
@@ -460,8 +459,7 @@ def _in_all_cells(tables: Tables, host: str, targets: str, **where) -> pd.DataFr
 def in_all_cells(
     tables: Tables, host: str, of: str, targets: str, direction: str = "layerwise", writes: int = 3
 ) -> Estimate:
-    """Share of targets that writes in all cells raise or include, or the change of inclusion by them,
-    paired."""
+    """Share of targets that writes in all cells raise or include, or the paired change of inclusion."""
     part = _in_all_cells(tables, host, targets, direction=direction, magnitude=1.0, writes=writes)
     if of == "change":
         return _change(part.included_edited - part.included_native, part.prompt)

@@ -97,8 +97,7 @@ def firing_windows(study: Study, host_name: str) -> Windows:
 
 
 def by_place(table: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows with the column `cells`, their place; before them those of the paper's cells, as
-    "pooled".
+    """Return the rows with their place as `cells`; before them those of the paper's cells, as "pooled".
 
     cells: cells.csv.
     """

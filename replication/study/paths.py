@@ -12,8 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def in_repository(path: str | Path) -> Path:
-    """Return a path of a profile or a variable: ~ is the home folder, and others start from the
-    repository."""
+    """Return a path of a profile or variable: ~ is the home folder; others start from the repository."""
     return ROOT / local_path(path)
 
 

@@ -181,8 +181,7 @@ def replace_all_writes(
     name has all of them. write: the definition of the native write. batch: windows per run.
 
     Columns: sae (a name, or "" for the conditions WITHOUT_SAE), condition, window, passage, and loss and
-    loss_native, the mean over the window's predicted tokens in nats. Raises ValueError as `Host.branch` and
-    `trained_on`.
+    loss_native, means over predicted tokens in nats. Raises ValueError as `Host.branch` and `trained_on`.
     """
     heads, tables = list(means), []
     for start in range(0, len(windows), batch):

@@ -69,8 +69,7 @@ def overwriters(factors: Factors) -> tuple[Tensor, Tensor]:
     """Return which token erased most of each write, [B, T] int64, and how much of it, [B, T].
 
     The share is of the write's key at the start: the length that the erasure of one token takes, beyond the
-    decay. A write of which nothing is erased has the share 0. Raises ValueError for a host that erases
-    nothing."""
+    decay. Where nothing is erased the share is 0. Raises ValueError for a host that erases nothing."""
     if factors.erase is None or not factors.erase.any():
         raise ValueError("The states of this host only decay: no token erases what another wrote.")
     count, length, d_k = factors.key.shape
@@ -93,8 +92,7 @@ def logit_parts(host: Host, run: Run, layer: int, head: int, tokens: Tensor) -> 
 
     tokens [B]: the logit of each window. A write counts at every position that reads it: the sum over t of
     weight_ts <added_s, r_t>, with r_t the gradient of the logit with respect to the head's output at t (one
-    backward pass). The parts add up to the sum over t of <S_t^T q_t, r_t>. Raises ValueError as
-    `logit_gradient`."""
+    backward pass). They add up to the sum over t of <S_t^T q_t, r_t>. Raises as `logit_gradient`."""
     count, length = run.tokens.shape
     rows, factors = torch.arange(count), host.factors(run, layer, head)
     gradient, _ = logit_gradient(host, run, layer, head, rows, torch.zeros_like(rows), length, tokens)

@@ -86,8 +86,7 @@ def cost_of_deletions(
     """Return what single writes are worth: KL(native, edited) in nats at t + 1 without the added write at t.
 
     One row per cell and place: the places are positions[i] of window rows[i], the same in every cell.
-    Columns: host, layer, head, window, position, kl. Raises ValueError for places outside the run and unknown
-    cells.
+    Columns: host, layer, head, window, position, kl. Raises ValueError for unknown places and cells.
     """
     native, tables = host.logits(run.final[rows, positions + 1]), []
     for layer, head in cells:

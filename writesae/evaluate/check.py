@@ -2,8 +2,7 @@
 
 Three questions. Does this project compute what the library's model computes, and what does the library do
 with padding, packing and caches (COMPARISONS)? Which cells are worth an SAE: how long do they remember, of
-which rank are states and writes, and what does it cost to leave writes out? What will a harvest and a
-training take?
+which rank are states and writes, what do missing writes cost? What will a harvest and a training take?
 """
 
 from __future__ import annotations
@@ -321,8 +320,7 @@ def estimate(host: Host, tokens: Tensor) -> dict:
     """Return seconds and bytes of a harvest and of a training, per million tokens, from a small measurement.
 
     The harvest is of one cell of the last recurrent layer (cells share the pass of the model). The training
-    is STEPS steps of the paper's size; its bytes are weights, gradients and Adam's moments, without the
-    history.
+    is STEPS steps of the paper's size; its bytes are of weights, gradients and Adam, not of the history.
     """
     layer, million = host.recurrent_layers[-1], 1e6
     began = time.monotonic()

@@ -36,8 +36,7 @@ def feature_changes(
     """Return the changes [R, steps, n] of all features' pre-activations, from each row's start on.
 
     The keys are PREDICTORS and "measured". at: the layer behind which the SAE reads. All predictions take one
-    forward-mode pass each, whatever n is. Raises ValueError for a layer below the edited one, and as
-    `head_change`.
+    forward-mode pass each. Raises ValueError for a layer below the edited one, and as `head_change`.
     """
     _check_layer(host, layer, at)
     change, _ = head_change(host.factors(run, layer, head), edit, steps)
@@ -87,8 +86,7 @@ def feature_gamma(
 
 
 def _read(sae: VectorSAE, hidden: Tensor) -> Tensor:
-    """Return the pre-activations; behind the stream, hidden states of RWKV-7 carry the first layer's
-    values."""
+    """Return the pre-activations; RWKV-7's hidden states carry further values behind the stream."""
     return sae.pre(hidden[..., : len(sae.encoder)])
 
 

@@ -74,8 +74,7 @@ def all_firings(active: Active | CellSAE, passage: Tensor, first: int, last: int
 
 
 def firings_at(active: Active | CellSAE, places: pd.DataFrame) -> pd.DataFrame:
-    """Return places (window, position, ...) with the atom and coefficient of each; 0 where no atom is
-    active."""
+    """Return places (window, position, ...) with the atom and coefficient of each; 0 where none is active."""
     window, position = (torch.tensor(places[name].to_numpy()) for name in ("window", "position"))
     coefficient, slot = active.coefficients[window, position].max(-1)
     atom = active.indices[window, position].gather(-1, slot[:, None])[:, 0]

@@ -225,8 +225,7 @@ def kl_elsewhere(native: Tensor, edited: Tensor, tokens: Tensor) -> Tensor:
 
 @torch_defaults()
 def native_losses(host: Host, run: Run, rows: Tensor, tokens: Tensor) -> Tensor:
-    """Return the loss in nats of each token [R, count] that continues window rows[r], in the unedited
-    model."""
+    """Return the loss in nats of each token [R, count] after window rows[r], in the unedited model."""
     length = run.tokens.shape[1]
     positions = (length + torch.arange(tokens.shape[1] - 1, device=host.device)).expand(len(rows), -1)
     hidden = host.embed(tokens[:, :-1].to(host.device))

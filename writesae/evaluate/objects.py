@@ -1,5 +1,4 @@
-"""The replacement test on three objects: the native write, the whole state, the SAE's reconstruction of the
-state.
+"""The replacement test on three objects: the native write, the state, the SAE's reconstruction of it.
 
 At a firing (position t) with atom a and coefficient c, r is another alive atom, M is what the SAE adds to the
 sum of its atoms (`SAE.offset`), and Xhat is its whole reconstruction of the state S_t, with M. The object is
@@ -77,8 +76,7 @@ def replace_objects(
     seed: int,
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Return one row per firing and object: the firing, cosine, object, offset_kept, kl_atom, kl_delete,
-    kl_random.
+    """Return a row per firing and object: firing, cosine, object, offset_kept, kl_atom, kl_delete, kl_random.
 
     cosine: of the atom to the native write. KLs in nats. places: where the firings are in the run, each with
     two tokens after it. batch_rows: edited rows per run. Random draws depend only on the seed and the place.

@@ -84,8 +84,7 @@ class Task:
         return self.keys + drawn[:, : self.choices or self.values]
 
     def draw(self, count: int, pairs: int, queries: int, generator: torch.Generator) -> Contexts:
-        """Return `count` random contexts. Raises ValueError for more pairs than keys, or queries than
-        pairs."""
+        """Return `count` random contexts. Raises ValueError for too many pairs or queries."""
         possible = self.possible()
         if not 1 <= queries <= pairs <= len(possible):
             raise ValueError(f"A context has at most {len(possible)} pairs and {pairs} queries, not {queries}.")
@@ -122,8 +121,7 @@ def answer_loss(host: Host, contexts: Contexts) -> Tensor:
 
 @torch_defaults()
 def writes_of(host: Host, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return key [n, d_k] and value side [n, d_v] of the added write that stores key tokens with value tokens
-    [n].
+    """Return key [n, d_k] and value side [n, d_v] of the writes that store key with value tokens [n].
 
     Raises ValueError for a host with several cells.
     """
@@ -141,8 +139,7 @@ def true_writes(host: Host, task: Task) -> tuple[Tensor, Tensor]:
 
 
 def true_dictionary(key: Tensor, value: Tensor) -> SAE:
-    """Return the SAE whose atoms are the true writes [A, d_k], [A, d_v], with k = 1: the ceiling of any
-    SAE."""
+    """Return the SAE whose atoms are the true writes [A, d_k], [A, d_v], k = 1: the ceiling of SAEs."""
     sae = SAE(Architecture(n_atoms=len(key), k=1, centre="none"), key.shape[1], value.shape[1]).to(key.dtype)
     for part in (sae.encoder, sae.decoder):
         part.assign(torch.arange(len(key)), F.normalize(key, dim=-1), F.normalize(value, dim=-1))
@@ -186,8 +183,7 @@ def associations(cell_sae: CellSAE, contexts: Contexts, task: Task, writes: tupl
 
 
 class Trials:
-    """One drawn query per context, and what the host answers to all queries when the write of its pair
-    changes.
+    """A drawn query per context, and what the host answers to all queries when its pair's write changes.
 
     query [N]: its number; place [N]: the position of its pair's write; native: the factors there; run: the
     native run; right [N, queries]: which queries are answered right.
@@ -206,8 +202,7 @@ class Trials:
         self.right = host.logits(contexts.at_queries(self.run.final)).argmax(-1) == contexts.answers
 
     def _reads(self, left: Tensor) -> Tensor:
-        """Return what the head reads at every token of key sides [N, r, d_k] that enter at the places, [N, T,
-        r]."""
+        """Return what the head reads, [N, T, r], of key sides [N, r, d_k] that enter at the places."""
         unit = torch.eye(left.shape[1], dtype=left.dtype).expand(len(left), -1, -1)
         edit = make_edit(self.rows, self.place, left, unit)
         return transport(self.factors, edit, torch.zeros_like(self.rows), self.run.tokens.shape[1])[0]
@@ -238,13 +233,11 @@ class Trials:
 
     @torch_defaults()
     def logits_of_value(self, value: Tensor) -> Tensor:
-        """Return the logits [N, queries, V] with other value sides [N, d_v] of the writes; zeros delete
-        them."""
+        """Return the logits [N, queries, V] with other value sides [N, d_v]; zeros delete the writes."""
         return self._under(self.native_reads * (value - self.native.added)[:, None])
 
     def outcome(self, name: str, logits: Tensor) -> dict[str, Tensor]:
-        """Return kept_NAME, others_NAME (as defined above; nan without others) and loss_NAME (nats), each
-        [N]."""
+        """Return kept_NAME, others_NAME (defined above; nan without others), loss_NAME (nats), each [N]."""
         still = (logits.argmax(-1) == self.contexts.answers) & self.right
         drawn = F.one_hot(self.query, self.right.shape[1]).bool()
         others = self.right & ~drawn
@@ -253,8 +246,7 @@ class Trials:
         return {f"{column}_{name}": x for column, x in columns.items()}
 
     def table(self, outcomes: dict[str, Tensor]) -> pd.DataFrame:
-        """Return one row per context: context, pair, right (the native answer to the drawn query), and
-        outcomes."""
+        """Return one row per context: context, pair, right (of the drawn query, natively), and outcomes."""
         right = self.right[self.rows, self.query]
         columns = dict(context=self.rows, pair=self.place // 2, right=right) | outcomes
         return pd.DataFrame({name: x.numpy() for name, x in columns.items()})
@@ -296,8 +288,7 @@ def replaced(trials: Trials, cell_sae: CellSAE, seed: int) -> pd.DataFrame:
 
 @torch_defaults()
 def rewritten(trials: Trials, task: Task, seed: int) -> pd.DataFrame:
-    """Return one row per context: what a counterfactual write and a deletion do to the drawn query and the
-    others.
+    """Return one row per context: what a counterfactual write and a deletion do to all of its queries.
 
     counterfactual: the value side of the write that stores the key with another, random value, on the native
     key side. says_new: the host then answers with that value. Other columns: `Trials.outcome` for both edits.

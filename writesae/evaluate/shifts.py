@@ -1,8 +1,7 @@
 """The closed-form logit shift (the paper's Sec. 2, App. A): predicted and measured shifts of a token's logit.
 
 Per prompt, eps native write norms of each atom are added to the state at t0, and logits are read `horizon`
-tokens later. `paper_fitted` fits one scalar over the paper's eps per (prompt, atom, token); the others fit
-nothing.
+tokens later. Only `paper_fitted` has a fit: one scalar over the paper's eps per (prompt, atom, token).
 """
 
 from __future__ import annotations

@@ -70,8 +70,7 @@ class Goal:
         return (factors.key.norm(dim=-1) * factors.write(self.write).norm(dim=-1))[self.rows]
 
     def edit(self, key: Tensor, value: Tensor, size: Tensor) -> Edit:
-        """Return the edit with unit keys [R, writes, d_k] and values [R, writes, d_v] times size [R,
-        writes]."""
+        """Return the edit: unit keys [R, writes, d_k] and values [R, writes, d_v], times size [R, writes]."""
         positions = (self.start + torch.arange(self.writes)).expand(len(self.rows), -1)
         seen = torch.ones(len(self.rows), dtype=torch.bool)
         return Edit(self.rows, positions, key.to(size), (value * size[..., None]).to(size), seen)
@@ -80,8 +79,7 @@ class Goal:
 def directions(
     host: Host, goal: Goal, cells: Sequence[Cell], name: str, magnitude: float = 1.0, seed: int = 0
 ) -> Edits:
-    """Return the edit of each cell in one of DIRECTIONS, `magnitude` native norms large; seed: of random
-    ones.
+    """Return the edit of each cell in one of DIRECTIONS, `magnitude` native norms large; seed: of "random".
 
     Raises ValueError for another name, no cells, and cells that the host does not have.
     """
@@ -128,8 +126,7 @@ def top_pairs(factors: Factors, rows: Tensor, starts: Tensor, gradient: Tensor, 
 
     Its key [R, writes, d_k] and value [R, writes, d_v], and the singular value [R, writes]: the gain of the
     logit by a unit write, to first order. gradient: [R, steps, d_v], of the logit with respect to the head's
-    output. Gamma is a sum over steps of (query, moved back to the write) (gradient)^T, so its pairs are those
-    of small matrices."""
+    output. Gamma is a sum over steps of (query, moved back) (gradient)^T: its pairs are of small matrices."""
     steps, queries = gradient.shape[1], []
     moved = gradient.new_zeros(len(rows), factors.query.shape[-1], steps)  # one column per query
     for step in reversed(range(steps)):
@@ -214,8 +211,7 @@ def ceilings(host: Host, goal: Goal, cells: Sequence[Cell]) -> dict[Cell, Tensor
 
     The norm behind the heads bounds what a head can add to the residual stream at a token: scale * n with
     ||n|| <= sqrt(d_v), whatever is written. This is exact. The path from there to the logit is linearised at
-    the native run, so that runs can exceed the ceiling where it is curved. The maximum is taken at each token
-    separately.
+    the native run, so that runs can exceed the ceiling where it is curved. Each token has its own maximum.
     """
     inputs, hooks = {}, []
     lowest = min(layer for layer, _ in cells)
@@ -243,8 +239,7 @@ def _largest_gains(host: Host, layer: int, record: Record, gradient: Tensor) -> 
     """Return the largest gain by each head at each token, [R, steps, H].
 
     gradient [R, steps, H d_v]: of the logit with respect to the input of `behind_heads`. Of the heads that
-    share a norm, a large write in one shrinks the others together: n = (c n_others, n_head), ||n||^2 <= m, c
-    >= 0.
+    share a norm, a large write in one shrinks the others: n = (c n_others, n_head), ||n||^2 <= m, c >= 0.
     """
     normed, scale = host.normed_heads(layer, record)
     slope = scale * gradient.unflatten(-1, (host.heads, -1))
@@ -287,8 +282,7 @@ def refine(host: Host, goal: Goal, edits: Edits, steps: int = 5, rate: float = 0
 
 
 def end_logits(host: Host, goal: Goal, edits: Edits) -> Tensor:
-    """Return the logits [R, V], fp32, at the end of the windows under edits, differentiable in their
-    sides."""
+    """Return the logits [R, V], fp32, at the ends of edited windows, differentiable in the sides of edits."""
     return host.logits(hidden_under(host, goal.run, edits, goal.steps)[0][:, -1])
 
 

@@ -31,8 +31,7 @@ AttentionInterface.register(NAME, _attention)
 
 
 def share_prefixes(model: nn.Module) -> None:
-    """Prepare the attentions of a model of transformers for `call_attention`; their own calls do not
-    change."""
+    """Prepare the attentions of a model for `call_attention`; their own calls do not change."""
     for module in model.modules():
         if hasattr(module, "o_proj") and hasattr(module, "config"):
             module.config = copy(module.config)

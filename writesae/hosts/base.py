@@ -75,8 +75,7 @@ class Host(ABC):
     def build(cls, architecture: dict) -> torch.nn.Module:
         """Return a model with random weights and slow decays.
 
-        architecture: fields of its config; model_type, by default the family's, chooses another of its
-        classes.
+        architecture: fields of its config; model_type, by default the family's, chooses another class.
         """
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -348,12 +347,10 @@ class Host(ABC):
         alter: Callable[[int, Record], None] | None = None,
         upto: int | None = None,
     ) -> tuple[Tensor, list[Past]]:
-        """Run the layers above `layer` on its outputs `hidden` [R, steps, D], from starts[r] of window
-        rows[r].
+        """Run the layers above `layer` on outputs `hidden` [R, steps, D], from starts[r] of window rows[r].
 
         alter: as for `branch`. upto: the last layer to run, by default that of the model. Returns the last
-        hidden states [R, steps, D], differentiable in `hidden`, and, with `keep`, each layer's past after the
-        last step."""
+        hidden states [R, steps, D], differentiable in `hidden`, and, with `keep`, each layer's past then."""
         positions, pasts = _from(starts, hidden.shape[1]), []
         for above in range(layer + 1, self.layers if upto is None else upto + 1):
             device = self.device_of(above)
@@ -390,8 +387,7 @@ class Host(ABC):
             )
 
     def step(self, pasts: list[Past], tokens: Tensor, position: int) -> Tensor:
-        """Return the last hidden states [R, D] of one token per row, tokens [R] at `position`; `pasts` move
-        on."""
+        """Return the last hidden states [R, D] of tokens [R] at `position`; `pasts` move on."""
         hidden, positions = self.embed(tokens[:, None].to(self.device)), torch.full((len(tokens), 1), position)
         for layer in range(self.layers):
             device = self.device_of(layer)
@@ -415,8 +411,7 @@ def _from(starts: Tensor, steps: int) -> Tensor:
 
 
 def _edited(native: Record, rows, positions, heads: Sequence[int], change: Tensor) -> Record:
-    """Return a layer's record at positions [R, steps] of windows rows [R, 1], with changed outputs of
-    heads."""
+    """Return a layer's record at positions [R, steps] of windows rows [R, 1], with some outputs changed."""
     outputs, places = native.outputs[rows, positions], torch.tensor(heads, device=change.device)
     changed = outputs[:, :, places] + change
     outputs = outputs.to(changed.dtype).index_copy(2, places, changed)

@@ -12,8 +12,7 @@ only. The functions below also work on its modules. For one head, with x the nor
 | erase     | beta key, along key                             | none                                       |
 | output    | RMS norm per head                               | RMS norm per head, times silu(W_g x)       |
 
-conv is a causal convolution of each channel over four tokens, then SiLU. Each mixer has a pre-norm, and a
-SwiGLU follows.
+conv is a causal convolution of each channel over four tokens, then SiLU. A SwiGLU follows each mixer.
 """
 
 from __future__ import annotations

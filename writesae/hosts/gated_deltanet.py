@@ -26,8 +26,7 @@ from writesae.recurrence import gated_delta_chunks
 
 
 def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """Return the RMS norm of x, in its dtype. Its scale is 1 + weight in Qwen's norms, and weight in
-    OLMo's."""
+    """Return the RMS norm of x, in its dtype; its scale is 1 + weight in Qwen's norms, weight in OLMo's."""
     if hasattr(norm, "eps"):
         return (normalized(x, norm.eps) * (1.0 + wide(norm.weight))).to(x.dtype)
     return (normalized(x, norm.variance_epsilon) * wide(norm.weight)).to(x.dtype)
@@ -224,8 +223,7 @@ class GatedDeltaNet(Host):
 
 
 class KimiDelta(GatedDeltaNet):
-    """KDA: Gated DeltaNet with a decay per channel. A state is a sum of rank-1 effective writes, which
-    decay."""
+    """KDA: Gated DeltaNet with a decay per channel. States are sums of decaying rank-1 effective writes."""
 
     family = "kda"
     model_type = "kimi_linear"

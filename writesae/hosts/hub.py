@@ -17,8 +17,7 @@ MODEL_FILES, PICKLED_FILES = ((*TOKENIZER_FILES, pattern) for pattern in WEIGHT_
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the weights of a folder: safetensors, else pickles. Raises FileNotFoundError if there are
-    none."""
+    """Return the weights of a folder: safetensors, else pickles. Raises FileNotFoundError for none."""
     for pattern in WEIGHT_FILES:
         if files := sorted(folder.glob(pattern)):
             return files

@@ -209,8 +209,7 @@ def _check_spread(model: torch.nn.Module, name: str | Path) -> None:
 
 
 def _unhook_rotary(model: torch.nn.Module) -> None:
-    """Let modules without weights (rotary embeddings) answer on the device of their input, as they do by
-    themselves.
+    """Let modules without weights (rotary embeddings) answer on the device of their input.
 
     accelerate's hooks move the inputs of each module to one device.
     """

@@ -19,8 +19,7 @@ class Record:
     end [B, H, d_k, d_v]; layers with attention have keys and values [B, H_kv, T, d]; hybrid layers have both,
     and layers that only mix channels neither. windows: the inputs of short
     convolutions and token shifts, name -> ([B, T, C], number of positions they look back). kept: the places
-    of the last `Host.past_at`, and the states or prefixes there, for further edited runs from the same
-    places."""
+    of the last `Host.past_at`, and the states or prefixes there, for the next edited run from there."""
 
     hidden: Tensor
     outputs: Tensor
@@ -76,8 +75,7 @@ def attend(query: Tensor, prefix: Prefix, scale: float) -> Tensor:
 
 @dataclass
 class Past:
-    """What a layer needs of earlier tokens, for each of R rows: a state, a prefix of keys and values, or
-    both.
+    """What a layer needs of earlier tokens, per row: a state, a prefix of keys and values, or both.
 
     states: one per row [R, H, d_k, d_v], or [U, H, d_k, d_v], which rows share by `groups`. windows: the last
     inputs of short convolutions and token shifts, [R, reach, C]. last: skip computing the final state.

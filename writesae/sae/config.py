@@ -35,8 +35,7 @@ class Parts(BaseModel):
 
     @property
     def variant(self) -> str:
-        """The name in tables: encoder+decoder, and +activation and +centre where they are not the
-        defaults."""
+        """The name in tables: encoder+decoder, and +activation, +centre unless they are the defaults."""
         decoder = self.decoder if self.rank == 1 else f"rank{self.rank}"
         others = [self.activation] * (self.activation != "topk") + [self.centre] * (self.centre != "mean")
         return "+".join([self.encoder, decoder, *others])

@@ -30,8 +30,7 @@ SAELENS = "6.0.0"  # the version whose format this is
 
 @dataclass
 class VectorSAE:
-    """An SAE of vectors [D] with n features: encoder [D, n], encoder_bias [n], decoder [n, D], decoder_bias
-    [D].
+    """An SAE of vectors: encoder [D, n], encoder_bias [n], decoder [n, D], decoder_bias [D].
 
     rule: "topk" with k active features, "jumprelu" with threshold [n], or "standard". centred: whether
     decoder_bias is subtracted before encoding. metadata: SAELens' (model_name, hook_name, ...).
@@ -118,8 +117,7 @@ class VectorSAE:
     def of_rows(cls, sae: SAE, **metadata: Any) -> VectorSAE:
         """Return an SAE of 1 x D matrices as one of vectors. Raises ValueError for another shape or rule.
 
-        So the trainer of states and writes trains SAEs of vectors: of History(torch.ones(N, T, 1), x [N, T,
-        D]).
+        So the trainer of states trains SAEs of vectors, too: of History(torch.ones(N, T, 1), x [N, T, D]).
         """
         if sae.d_k != 1 or sae.config.activation != "topk" or not sae.factored:
             raise ValueError(f"This SAE is {sae.config.variant} of {sae.d_k} x {sae.d_v} matrices, not topk of rows.")

@@ -7,8 +7,7 @@
 | kept   | each of the layer with SAEs | dose x the atoms' mean at line ends      | does not   | read it    |
 
 `kept` is the edit of the author's code: the cache is changed after each token, in every head, and the next
-token continues from the changed cache. What one token adds decays like any write, and each token adds it
-again."""
+token continues from the changed cache. What a token adds decays; each token adds again."""
 
 from __future__ import annotations
 

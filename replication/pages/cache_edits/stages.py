@@ -188,8 +188,7 @@ def _single(start: int, bench: Bench, windows: Windows, drawn: torch.Tensor, tar
 
 
 def amplify(study: Study, bench: Bench) -> dict[str, pd.DataFrame]:
-    """Return newline_atoms (the atoms of line ends, and random ones, per mode and edited head) and
-    newlines."""
+    """Return newline_atoms (atoms of line ends, and random ones, per mode and edited head) and newlines."""
     settings, name, saes = bench.settings.newlines, bench.host.name, edited_heads(study, bench)
     edited = [(mode, head) for mode, of_mode in saes.items() for head in of_mode]
     cells = sorted({(bench.cell[0], head) for _, head in edited})
@@ -206,8 +205,7 @@ def amplify(study: Study, bench: Bench) -> dict[str, pd.DataFrame]:
 def edited_heads(study: Study, bench: Bench) -> dict[str, dict[int, SAE]]:
     """Return {mode: {head of the cell's layer: SAE}} for the modes whose target the profile has.
 
-    The cell has its own SAE. `kept` has the other heads too, with SAEs of the survey, if it covers the
-    layer."""
+    The cell has its own SAE. `kept` has the other heads too if the survey covers the layer."""
     (layer, head), name = bench.cell, bench.host.name
     saes = {mode: {head: bench.saes[target]} for mode, target in MODES.items() if target in bench.saes}
     if "kept" in saes and layer in study.survey_layers(name):
