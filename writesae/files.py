@@ -236,8 +236,8 @@ def holds_code(name: Path | str) -> Callable[[Exception], Exception | None]:
         if not isinstance(error, pickle.UnpicklingError) or "Unsupported operand" in str(error):
             return None
         return ValueError(
-            f"{name} holds more than tensors and plain values, and was not loaded, since a pickle can run code: "
-            "save its tensors alone, if you trust it."
+            f"{name} holds more than tensors and plain values, and was not loaded, since a pickle can run "
+            "code: save its tensors alone, if you trust it."
         )
 
     return known

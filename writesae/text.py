@@ -92,7 +92,7 @@ class Corpus(BaseModel):
             pattern = "**/*.txt" if self.path else "**/*"
         paths = (existing / name for name in glob(pattern, root_dir=existing, recursive=True))
         paths = sorted((path for path in paths if path.is_file()), reverse=True)
-        return sorted({os.path.realpath(path): path for path in paths}.values())  # a link may name a file again
+        return sorted({os.path.realpath(path): path for path in paths}.values())  # links may repeat one
 
     def identity(self) -> dict:
         """Return what identifies the text in a fingerprint: the fields, and the content of local files."""
@@ -128,8 +128,8 @@ class Corpus(BaseModel):
                 yield text
         if not seen:
             raise ValueError(
-                f"The corpus {self} has {total} documents, and none of them is in the split {split}: whole documents "
-                "are split, by their hash, so give more documents, or cut large ones into several."
+                f"The corpus {self} has {total} documents, and none of them is in the split {split}: whole "
+                "documents are split, by their hash, so give more documents, or cut large ones into several."
             )
 
     def _read(self) -> Iterator[str]:

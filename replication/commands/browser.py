@@ -162,7 +162,7 @@ def readers(study: Study, where: dict, windows: Windows, firings: pd.DataFrame) 
 
 
 def read_most(start: int, host: Host, tokens, top: pd.DataFrame, layer: int, head: int, size: int) -> pd.DataFrame:
-    """Return the READERS tokens that read each write most, of the windows from `start`: token, later, share."""
+    """Return the READERS tokens that read each write most, in windows from `start`: token, later, share."""
     rows, top = [], top[top.window.between(start, start + size - 1)]
     run = host.run(tokens[start : start + size], upto=layer + 1)
     factors = host.factors(run, layer, head)

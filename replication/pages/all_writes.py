@@ -37,7 +37,7 @@ TRAININGS = {  # (target, centre) -> name in the figure
     ("state", "mean"): "states, with the mean",
 }
 NO_SAE = "no SAE"
-IN_WORDS = [CONDITIONS[name] for name in ("atom", "reconstruction", "read", "token_mean_write")]  # of the verdict
+IN_WORDS = [CONDITIONS[name] for name in ("atom", "reconstruction", "read", "token_mean_write")]  # in verdicts
 COLOURS = dict(zip((*TRAININGS.values(), NO_SAE), (plots.COLOURS[i] for i in (0, 9, 3, 7)), strict=True))
 TREND = ["training", "shown", "cells", "median", "worse_than_nothing", "rho", "rho_low", "rho_high"]
 DESCRIPTION = ["target", "centre", "role", "seed"]

@@ -65,8 +65,8 @@ def _locked(path: Path, wait: float) -> TextIO:
             if time.monotonic() > deadline:
                 number = (_holder(file) or ["unknown"])[0]
                 raise LockError(
-                    f"Another run with this profile is at work in this folder (process {number}): wait until it ends, "
-                    "or shut down its kernel, then run again."
+                    f"Another run with this profile is at work in this folder (process {number}): wait until "
+                    "it ends, or shut down its kernel, then run again."
                 )
             time.sleep(0.05)
         file.truncate(0)

@@ -163,7 +163,7 @@ class AllWrites(Section):
 class Attribution(Section):
     passages: PositiveInt  # held-out passages on which the map of every cell is measured
     tokens: PositiveInt  # of each passage
-    horizon: PositiveInt  # a write is followed for so many tokens, and reads are measured from this position on
+    horizon: PositiveInt  # a write is followed for so many tokens; reads are measured from this position on
 
 
 class ResidualFeatures(Section):

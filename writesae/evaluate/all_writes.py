@@ -137,7 +137,7 @@ def output_changes_by_sae(sae: SAE, factors: Factors, write: str) -> dict[str, T
         if sae.config.centre != "none":
             new["atom_and_mean"] = lambda t: atom(t) + sae.offset
     changes = dict(zip(new, output_change(factors, list(new.values()), write), strict=True))
-    if target == "state":  # without writes the state and its read are zero: that change is minus the native read
+    if target == "state":  # without writes the read is zero: that change is minus the native read
         reads = [decoded(t).mT @ factors.query[:, t, :, None] for t in range(factors.key.shape[1])]
         changes["read"] = torch.stack(reads, 1)[..., 0] + changes.pop("none")
     return changes

@@ -41,8 +41,8 @@ def weights(factors: Factors) -> Tensor:
 
 
 def shares(found: Tensor, factors: Factors) -> Tensor:
-    """Return the share of each write in the read of each token, [B, T, T]: |weight_ts| ||added_s||, over the sum
-    of that over all s. found: the `weights` of the factors."""
+    """Return the share of each write in the read of each token, [B, T, T]: |weight_ts| ||added_s||, over its
+    sum over all s. found: the `weights` of the factors."""
     sizes = found.abs() * factors.added.norm(dim=-1)[:, None]
     return sizes / sizes.sum(-1, keepdim=True)
 

@@ -391,8 +391,8 @@ def examine(host: Host, windows: Windows | Tensor, cells: int | None = None) -> 
 def _about(model: dict) -> str:
     kernels = ", ".join(model["kernels"]) or "none (plain PyTorch)"
     lines = [
-        f"{model['model']}: {model['model_class']} ({model['family']}), {model['parameters'] / 1e6:,.1f} million "
-        f"parameters, {model['dtype']} on {model['device']}; kernels: {kernels}",
+        f"{model['model']}: {model['model_class']} ({model['family']}), {model['parameters'] / 1e6:,.1f} "
+        f"million parameters, {model['dtype']} on {model['device']}; kernels: {kernels}",
         f"{model['recurrent_layers']} of {model['layers']} layers are recurrent, with {model['heads']} heads; states "
         f"are {model['d_k']} x {model['d_v']} (key x value) and decay by {model['decay'].replace('one', 'one factor')}",
     ]
@@ -435,8 +435,8 @@ def _worth(examination: Examination) -> str:
     count = model["recurrent_layers"] * model["heads"]
     title = (
         f"{len(cells)} of {count} cells, on {model['windows']} windows of {model['window']} tokens. Half-life in "
-        f"tokens; millinats per token: KL at the next token without one write ({PLACES} places), and the loss "
-        "without any write of the cell"
+        f"tokens; millinats per token: KL at the next token without one write ({PLACES} places), and the "
+        "loss without any write of the cell"
     )
     lines = [title, _left(pd.DataFrame(columns).head(LISTED))]
     if len(cells) > LISTED:
@@ -445,13 +445,13 @@ def _worth(examination: Examination) -> str:
     if rounded is not None:
         small = (cells.deletion_median < rounded).mean()
         lines.append(
-            f"In bfloat16 the logits differ by a KL of {1000 * rounded:.3f} millinats (median): more than the median "
-            f"deletion does in {small:.0%} of these cells"
+            f"In bfloat16 the logits differ by a KL of {1000 * rounded:.3f} millinats (median): more than "
+            f"the median deletion does in {small:.0%} of these cells"
         )
     layer, head = model["closed_form_cell"]
     lines.append(
-        f"In L{layer} H{head}, where a deletion changes most, the closed form through the layer predicts the shifts of "
-        f"the top logits with R2 {model['closed_form_r2']:.2f}"
+        f"In L{layer} H{head}, where a deletion changes most, the closed form through the layer predicts the "
+        f"shifts of the top logits with R2 {model['closed_form_r2']:.2f}"
     )
     return "\n".join(lines)
 

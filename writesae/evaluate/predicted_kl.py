@@ -46,7 +46,7 @@ def predict_replacements(
     cell, alive = (cell_sae.layer, cell_sae.head), cell_sae.alive
     drawn = alive[torch.from_numpy(np.random.default_rng(seed).permutation(len(alive))[:atoms])]
     put_in = torch.cat([places.atom[:, None], drawn.expand(len(firings), -1)], 1)  # [n, 1 + atoms]
-    key, value = (F.pad(side.detach()[put_in], (0, 0, 0, 1)) for side in cell_sae.sae.atoms())  # zero: deletion
+    key, value = (F.pad(side.detach()[put_in], (0, 0, 0, 1)) for side in cell_sae.sae.atoms())  # 0: delete
     factors, count = host.factors(run, *cell), key.shape[1]
     native = factors.at(places.row, places.position)
     write = native.write(cell_sae.write)

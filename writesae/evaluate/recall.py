@@ -8,14 +8,14 @@ alone, so the true dictionary of writes is known exactly (`true_writes`).
 The firing at a pair is the atom with the largest coefficient at the value's position. Definitions, for the
 pairs of some contexts:
 
-| word      | meaning                                                                                         |
-|-----------|-------------------------------------------------------------------------------------------------|
-| purity    | share of pairs whose atom fires more often at the pair's association than at any other one       |
-| own atom  | an association has one if an atom fires at more than half of its pairs, and this association is   |
-|           | at more than half of the pairs at which that atom fires                                         |
-| cosine    | of an association's true write and the nearest atom, in the Frobenius inner product             |
-| kept      | a query that was answered right is still answered right when the pair's write is replaced       |
-| others    | share of the other queries, of those answered right before, that are still answered right       |
+| word     | meaning                                                                                       |
+|----------|-----------------------------------------------------------------------------------------------|
+| purity   | share of pairs whose atom fires more often at the pair's association than at any other one    |
+| own atom | of an association, if an atom fires at more than half of its pairs, and the association is at |
+|          | more than half of the pairs at which that atom fires                                          |
+| cosine   | of an association's true write and the nearest atom, in the Frobenius inner product           |
+| kept     | a query that was answered right is still answered right when the pair's write is replaced     |
+| others   | share of the other queries, of those answered right before, that are still answered right     |
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ as the native one at its place, times a magnitude. Directions:
 
 - paper:     the native key with the value W_O^T W_U[token] of the head (the paper's Sec. 4);
 - gamma:     the top singular pairs in the native run;
-- layerwise: going up the edited run, the pairs of each layer come from its own queries, keys and gates, and from
-             the gradient through this layer at its edited input. Only the layers above are linearised at the
-             native run, so that one backward pass of the model is enough;
+- layerwise: going up the edited run, the pairs of each layer come from its own queries, keys and gates, and
+             from the gradient through this layer at its edited input. Only the layers above are
+             linearised at the native run, so that one backward pass of the model is enough;
 - random:    Gaussian keys and values.
 
 `refine` improves any of them by gradient steps that keep the sizes.

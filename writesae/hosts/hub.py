@@ -76,8 +76,8 @@ def _refusal(name: str, files: Sequence[str], revision: str | None, options: dic
             return PermissionError(f"{name} is gated: accept its terms at {page} and log in with `hf auth login`.")
         case errors.RepositoryNotFoundError():
             return FileNotFoundError(
-                f"There is no folder {name}, and no model of that name at {page}, or it is private: give another "
-                "name, or log in with `hf auth login`."
+                f"There is no folder {name}, and no model of that name at {page}, or it is private: give "
+                "another name, or log in with `hf auth login`."
             )
         case errors.RevisionNotFoundError():
             return FileNotFoundError(

@@ -125,8 +125,8 @@ def _settings(folder: Path, name: str | Path) -> dict:
     for part in (settings, settings.get("text_config") or {}):
         for quantised in filter(None, map(part.get, QUANTISED)):
             raise ValueError(
-                f"{name} is quantised ({quantised.get('quant_method', 'unknown method')}), and hosts are read from "
-                "plain weights: give the model that it was made from."
+                f"{name} is quantised ({quantised.get('quant_method', 'unknown method')}), and hosts are "
+                "read from plain weights: give the model that it was made from."
             )
     return settings
 
@@ -201,8 +201,8 @@ def _check_spread(model: torch.nn.Module, name: str | Path) -> None:
     """Raise ValueError unless all weights are on a device, and each layer has its own."""
     if any(x.is_meta for x in model.parameters()):
         raise ValueError(
-            f"The device map leaves weights of {name} in memory or on a disk, and adapters read weights where they "
-            "are: give more GPUs, or load in bfloat16."
+            f"The device map leaves weights of {name} in memory or on a disk, and adapters read weights "
+            "where they are: give more GPUs, or load in bfloat16."
         )
     if shares_weights(model):
         raise ValueError(f"Layers of {name} share weights, which are on one device: load it without a device map.")
