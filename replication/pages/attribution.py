@@ -27,10 +27,6 @@ FEWEST = 20  # occurrences of a token id whose writes are averaged
 SHARES = ("share_own", "share_last_8", "decay_error", "opposed", "half_distance")
 
 
-def _distances(length: int) -> Tensor:
-    return torch.arange(length)[:, None] - torch.arange(length)
-
-
 # Every cell
 
 
@@ -62,10 +58,10 @@ def of_layer(layer: int, host: Host, windows: Windows, horizon: int) -> pd.DataF
         error = (found @ factors.added - read)[:, horizon:]
         decayed = ((weights(without_erase(factors)) - found) @ factors.added)[:, horizon:]
         along = (found * (read @ factors.added.mT))[:, horizon:]
-        near = _distances(share.shape[1])
+        places = torch.arange(share.shape[1])
         columns = dict(
             share_own=share.diagonal(dim1=1, dim2=2)[:, horizon:].mean(1),
-            share_last_8=(share * (near < NEAR))[:, horizon:].sum(-1).mean(1),
+            share_last_8=(share * (places[:, None] - places < NEAR))[:, horizon:].sum(-1).mean(1),
             half_distance=_half_distance(share, horizon),
             error=error.abs().flatten(1).max(1).values / read[:, horizon:].abs().flatten(1).max(1).values,
             decay_error=decayed.flatten(1).norm(dim=1) / read[:, horizon:].flatten(1).norm(dim=1),

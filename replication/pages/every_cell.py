@@ -48,13 +48,13 @@ def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
     | sampling_sd   | the variation expected from the number of firings alone                             |
     | between_sd    | standard deviation between cells of their means over seeds                          |
     """
-    return per_group(cells, ["host", "target", "amplitude"], _over_seeds)
 
+    def row(part: pd.DataFrame) -> dict:
+        wide = part.pivot(index=["layer", "head"], columns="seed", values="win_atom").dropna()
+        means, variances = wide.mean(), part.win_atom * (1 - part.win_atom) / part.n
+        numbers = dict(n_cells=len(wide), n_seeds=len(means), n=int(part.n.sum()), mean_win_rate=means.mean())
+        numbers |= dict(lowest=means.min(), highest=means.max(), seed_sd=means.std())
+        numbers |= dict(cell_sd=wide.var(axis=1).mean() ** 0.5, sampling_sd=variances.mean() ** 0.5)
+        return numbers | dict(between_sd=wide.mean(axis=1).std())
 
-def _over_seeds(part: pd.DataFrame) -> dict:
-    wide = part.pivot(index=["layer", "head"], columns="seed", values="win_atom").dropna()
-    means, variances = wide.mean(), part.win_atom * (1 - part.win_atom) / part.n
-    row = dict(n_cells=len(wide), n_seeds=len(means), n=int(part.n.sum()), mean_win_rate=means.mean())
-    row |= dict(lowest=means.min(), highest=means.max(), seed_sd=means.std())
-    row |= dict(cell_sd=wide.var(axis=1).mean() ** 0.5, sampling_sd=variances.mean() ** 0.5)
-    return row | dict(between_sd=wide.mean(axis=1).std())
+    return per_group(cells, ["host", "target", "amplitude"], row)

@@ -31,20 +31,17 @@ def score(shifts: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _median(scores: pd.DataFrame) -> dict:
-    """Return the median R2 with its bootstrap interval over atoms."""
-    return dict(r2_median=scores.r2.median()) | ci(cluster_bootstrap(scores.r2, scores.atom, np.median))
-
-
 def summarise(scores: pd.DataFrame, shifts: pd.DataFrame) -> pd.DataFrame:
-    """Return quartiles of R2 over atoms, pooled R2 and the share of correct signs per (predictor, eps)."""
+    """Return quartiles of R2 over atoms, pooled R2 and the share of correct signs per (predictor, eps).
+
+    The interval of the median is a bootstrap over atoms."""
     prompts, atoms = shifts.prompt.nunique(), shifts.atom.nunique()
     rows = []
     for (name, eps), group in scores.groupby(["predictor", "eps"], sort=False):
-        part, median = shifts[shifts.eps == eps], _median(group)
+        part, ends = shifts[shifts.eps == eps], cluster_bootstrap(group.r2, group.atom, np.median)
         row = dict(predictor=name, fitted_parameters=prompts * atoms if name == "paper_fitted" else 0, eps=eps)
-        row |= dict(n_fits=len(group), n_prompts=prompts, r2_median=median["r2_median"])
-        row |= dict(r2_p25=group.r2.quantile(0.25), r2_p75=group.r2.quantile(0.75)) | median
+        row |= dict(n_fits=len(group), n_prompts=prompts, r2_median=group.r2.median())
+        row |= dict(r2_p25=group.r2.quantile(0.25), r2_p75=group.r2.quantile(0.75)) | ci(ends)
         agree = np.sign(part.measured) == np.sign(part[name])
         rows.append(row | dict(r2_pooled=r2(part.measured, part[name]), sign_agreement=float(agree.mean())))
     return pd.DataFrame(rows)

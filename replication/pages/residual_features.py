@@ -34,11 +34,6 @@ TOP = 10  # features that are compared by name
 NAMES = dict(through_layer="through the layer", exact="first order", direct="direct path")
 
 
-def last_layer(study: Study) -> int:
-    """Return the layer behind which the SAE reads: that of the last chosen cell of the main host."""
-    return max(study.cell(study.main, place)[0] for place in study.profile.hosts[study.main].paper_places)
-
-
 def stream(host: Host, windows: Windows, layer: int, batch: int) -> torch.Tensor:
     """Return the residual stream [N, T, D] behind a layer, fp32 on the CPU."""
     width, parts = host.unembedding().shape[1], windows.tokens.split(batch)
@@ -54,7 +49,8 @@ def residual_sae(study: Study) -> VectorSAE:
     """
     name, data, section = study.main, study.profile.data, study.profile.residual_features
     settings = section.training.model_copy(update=dict(seed=study.profile.seed))
-    layer, path = last_layer(study), study.paths.build / "residual" / f"{name}.safetensors"
+    path = study.paths.build / "residual" / f"{name}.safetensors"
+    layer = max(study.cell(name, place)[0] for place in study.profile.hosts[name].paper_places)
     inputs = dict(host=study.host_fingerprint(name), windows=study.windows_hash(name, "sae"), count=section.windows)
     inputs |= dict(settings=settings, layer=layer, first=data.first_position)
     expected = fingerprint.fingerprint(["replication.pages.residual_features"], **inputs)
