@@ -76,7 +76,7 @@ def test_at_most_so_many_entries_are_examined_on_the_other_half_of_the_passages(
 def test_codebooks(given):
     writes = factors(1).history("write", "added")
     raw = recurrence.codebook(Kind("raw", "write", "none"), writes, ENTRIES, 3)
-    raw = raw.key[:, :, None] * raw.value[:, None]
+    raw = raw[0][:, :, None] * raw[1][:, None]
     units = F.normalize((writes.key[..., :, None] * writes.value[..., None, :]).flatten(0, 1).flatten(1), dim=-1)
     assert ((raw.flatten(1) @ units.T).amax(1) > 1 - 1e-5).all() and len(raw) == ENTRIES
     noise = [recurrence.codebook(Kind("random", "write", "none"), writes, ENTRIES, s) for s in (3, 4)]
