@@ -511,12 +511,12 @@ def scorecard(results: Results) -> str:
 
 def repeats(results: Results) -> str:
     def same(row: pd.Series, where: str) -> str:
-        return f"{share(1 - row.differ)} in {where} (stated: {share(1 - row.stated)})"
+        return f"{share(1 - row.differ)} of {where} (stated: {share(1 - row.stated)})"
 
     table = results.rows("verdict_repeats")
     parts = [same(table.iloc[0], "simulated repeats")]
     parts += [same(row, "whole other runs") for _, row in table[table.compared == WHOLE].iterrows()]
-    return f"A repeat has the same verdict for {listed(parts)}"
+    return f"Verdicts are the same in {listed(parts)}"
 
 
 def own_model(results: Results) -> str:
