@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from replication.layout import estimate, percent
 from replication.scorecard.claims import papers_value
 from replication.scorecard.verdicts import VERDICTS
 from replication.study.paths import dry_run
@@ -62,16 +63,6 @@ class Results:
         if len(rows) != 1:
             raise ValueError(f"{name}.csv has {len(rows)} rows with {values}, and one is wanted.")
         return rows.iloc[0]
-
-
-def estimate(row: pd.Series, value: str, low: str, high: str, digits: int = 0, scale: float = 100) -> str:
-    """Return "VALUE [LOW, HIGH]", by default of a share in percent."""
-    centre, *ends = (f"{round(scale * row[name], digits) + 0.0:.{digits}f}" for name in (value, low, high))
-    return f"{centre} [{', '.join(ends)}]"
-
-
-def percent(row: pd.Series, value: str, low: str, high: str) -> str:
-    return estimate(row, value, low, high).replace(" ", "% ", 1)
 
 
 def listed(parts) -> str:

@@ -1,4 +1,4 @@
-"""Data and HTML of the atom browser and of the controls in notebooks 03 and 10."""
+"""Data and HTML of the atom browser and of the controls in notebooks 03 and 12."""
 
 from __future__ import annotations
 

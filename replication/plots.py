@@ -109,6 +109,7 @@ def origin(name: str, profile: str) -> str:
 
 
 VARIANT_NAMES = dict(rank1="rank 1", rank2="rank 2", batch_topk="BatchTopK", jumprelu="JumpReLU", tied="tied encoder")
+VARIANT_NAMES |= dict(none="no mean", bias="learnt bias")
 CHOICE_NAMES = dict(target="SAE of", centre="centre", write="write", pooling="firings", amplitude="amplitude")
 CHOICE_NAMES |= dict(reading="read by", kl_direction="KL", control="against")
 LEVEL_NAMES = dict(state="states", write="writes", mean="mean subtracted", none="no mean", rounds="equally per atom")

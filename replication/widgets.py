@@ -16,6 +16,7 @@ from ipywidgets import Dropdown, FloatText, Text, Textarea, interactive
 
 from replication.html import atom_html, contexts, fires_on, install_html
 from replication.pages import promoted
+from replication.plots import named
 from replication.study.firings import firing_windows
 from replication.study.stages import rows_with
 from replication.study.study import Study
@@ -61,7 +62,7 @@ def atoms(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> None:
     table = rows_with(alive, host=study.main, place=place, role="main")
     table = table.sort_values("firings", ascending=False, kind="stable")
     table = pd.concat([table[table.target == target] for target in study.profile.saes.targets])
-    label = "trained on {}, atom {}: {}, cosine {:.2f}, {:,} firings"
+    label = "trained on {}s, atom {}: {}, cosine {:.2f}, {:,} firings"
     columns = (table[name] for name in ("target", "atom", "class", "cosine", "firings"))
     options = [(label.format(*row), number) for number, row in enumerate(zip(*columns, strict=True))]
 
@@ -77,9 +78,9 @@ def atom_page(study: Study, row: pd.Series, firings: pd.DataFrame) -> str:
     tokenizer, windows = study.host(row.host).tokenizer, firing_windows(study, row.host)
     facts = {"class": row["class"], "median cosine to the write": row.cosine, "of the keys": row.cosine_key}
     facts |= {"of the values": row.cosine_value, "at other atoms' firings": row.elsewhere}
-    facts |= {"firings": row.firings, "share of tokens": f"{row.rate:.2%}", "passages": row.passages}
+    facts |= {"firings": f"{row.firings:,} in {row.passages} passages", "share of tokens": f"{row.rate:.2%}"}
     facts |= {"fires on": fires_on(tokenizer, windows, firings)[row.atom]}
-    title = f"Atom {row.atom} (layer {row.layer} head {row['head']} of {row.host}, trained on {row.target})"
+    title = f"Atom {row.atom} (layer {row.layer} head {row['head']} of {named(row.host)}, trained on {row.target}s)"
     shown = contexts(tokenizer, windows, firings, CONTEXTS)[row.atom]
     return atom_html(title, facts, shown, promoted.measure(study, row.host, firings, TOKENS), tokenizer)
 

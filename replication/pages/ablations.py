@@ -14,6 +14,7 @@ import torch
 from statsmodels.stats.proportion import confint_proportions_2indep
 from tqdm import tqdm
 
+from replication import layout
 from replication import statistics as stats
 from replication.classes import described_atoms, partition, scanned
 from replication.study.firings import firing_windows, firings_of, run_firings
@@ -184,3 +185,48 @@ def tables(study: Study, windows, classes, firings) -> tuple[pd.DataFrame, pd.Da
     table = summarise(windows, classes, firings, resamples, seed).merge(trained, on=keys, validate="one_to_one")
     contrasted = contrasts(windows, firings, resamples, seed)
     return study.write("ablations", table), study.write("ablation_contrasts", contrasted)
+
+
+# For readers
+
+BY = ["variant", "target"]
+QUANTITIES = dict(fvu_ratio="error, ratio", dead_fraction="dead atoms, difference")
+QUANTITIES |= dict(win_rate_coefficient="win rate, difference", win_rate_matched_norm="the same at the native norm")
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the errors of the variants for a reader."""
+    columns = {"atoms": table.n_atoms, "FVU": layout.plain(table, "fvu", digits=3)}
+    columns |= {"active per token": layout.numbers(table.l0, ".1f"), "dead": table.dead}
+    columns |= {
+        "tokens": layout.numbers(table.n_tokens, ",.0f"),
+        "training (seconds)": layout.numbers(table.training_seconds, ".0f"),
+    }
+    return layout.shown(table, BY, columns)
+
+
+def shown_classes(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the classes of atoms of the variants for a reader."""
+    columns = {"that fire": table.alive, "registers": table.registers, "bundles": table.bundles}
+    columns |= {"cosine elsewhere": layout.numbers(table.elsewhere_cosine)}
+    for name in ("register", "bundle"):
+        ends = f"{name}_low", f"{name}_high"
+        columns[f"cosine of {name}s"] = layout.plain(table, f"{name}_cosine", *ends)
+    return layout.shown(table, BY, columns)
+
+
+def shown_replacement(table: pd.DataFrame) -> pd.DataFrame:
+    """Return how often atoms, and whole atoms of a higher rank, beat deletion (%), for a reader."""
+    columns = {"firings": table.n_firings, "atoms": table.n_firing_atoms}
+    for name, words in dict(coefficient="own coefficient", matched_norm="native norm").items():
+        ends = f"boot_low_{name}", f"boot_high_{name}"
+        columns[f"{words} (%)"] = layout.estimates(table, f"win_rate_{name}", *ends)
+        columns[f"whole, {words} (%)"] = layout.numbers(table[f"whole_win_rate_{name}"], ".0f", 100)
+    return layout.shown(table, BY, columns)
+
+
+def shown_contrasts(contrasts: pd.DataFrame) -> pd.DataFrame:
+    """Return the contrasts with the bilinear rank-1 TopK SAE for a reader, quantities across."""
+    rows = contrasts.assign(quantity=contrasts.quantity.map(QUANTITIES))
+    texts = layout.plain(rows, "value", "ci_low", "ci_high", digits=3)
+    return layout.across(rows, ["place", "target", "variant"], "quantity", texts)[[*QUANTITIES.values()]]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from replication import plots
+from replication import layout, plots
 from replication import statistics as stats
 from replication.study import training
 from replication.study.study import Study
@@ -296,4 +296,27 @@ def _of_cell(name: str, rows: pd.DataFrame) -> list[str]:
 def _in_words(row) -> str:
     """Return a share recovered with its interval, and what it says."""
     word = ", worse than nothing" if row.ci_high < 0 else "" if row.ci_low > 0 else ", not apart from nothing"
-    return f"{row.recovered:+.2f} [{row.ci_low:+.2f}, {row.ci_high:+.2f}]{word}"
+    return f"{layout.interval(row.recovered, row.ci_low, row.ci_high)}{word}"
+
+
+BY = dict(training="SAE trained on", shown="in place of every write")
+
+
+def shown(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the chosen cells for a reader."""
+    columns = {"seeds": rows.seeds, "tokens": layout.numbers(rows.n, ",.0f")}
+    columns |= {"loss recovered": layout.plain(rows, "recovered", "ci_low", "ci_high")}
+    return layout.shown(rows.rename(columns=BY), ["cell", *BY.values()], columns)
+
+
+def shown_layer(layer: pd.DataFrame) -> pd.DataFrame:
+    """Return the share of the loss recovered with all heads of a layer together, for a reader."""
+    return layout.across(layer.rename(columns=BY), [BY["shown"]], BY["training"], layout.numbers(layer.recovered))
+
+
+def shown_trend(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `trend` for a reader."""
+    columns = {"cells": table.cells, "median loss recovered": layout.numbers(table["median"])}
+    columns |= {"cells worse than nothing": table.worse_than_nothing}
+    columns |= {"rank correlation with half-life": layout.plain(table, "rho")}
+    return layout.shown(table.rename(columns=BY), [*BY.values()], columns)

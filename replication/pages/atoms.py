@@ -11,13 +11,22 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from replication import layout
 from replication.classes import described_atoms, mixtures, partition, scanned, thresholds
 from replication.statistics import Interval, ci, cliffs_delta, cluster_bootstrap, mann_whitney, per_group
 from replication.study.fingerprint import Later
 from replication.study.firings import firing_windows
 from replication.study.study import Study
 from replication.study.training import host_variants, variant_name
-from writesae.evaluate.atoms import ATOM_KEYS, CLASSES, MATCH, choose_exemplars, frequent_tokens, matches, top_contexts
+from writesae.evaluate.atoms import (
+    ATOM_KEYS,
+    CLASSES,
+    MATCH,
+    choose_exemplars,
+    frequent_tokens,
+    matches,
+    top_contexts,
+)
 from writesae.evaluate.firings import all_firings, encode_cell
 from writesae.evaluate.replacement import STEPS
 from writesae.harvesting import Cell, harvest
@@ -102,7 +111,11 @@ def class_axes(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 def by_cosine(firings: pd.DataFrame, alive: pd.DataFrame, edges=COSINE_EDGES, seed: int = 0) -> pd.DataFrame:
     """Return Table 13: the atom's win rate over deletion per bin of its median cosine; bootstrap by atom."""
     binned = with_atoms(firings.assign(win=firings.kl_atom < firings.kl_delete), alive)
-    names = [f"below {edges[0]:g}", *(f"{a:g} to {b:g}" for a, b in pairwise(edges)), f"{edges[-1]:g} and above"]
+    names = [
+        f"below {edges[0]:g}",
+        *(f"{a:g} to {b:g}" for a, b in pairwise(edges)),
+        f"{edges[-1]:g} and above",
+    ]
     binned["cosine_bin"] = pd.cut(binned.atom_cosine, [-np.inf, *edges, np.inf], right=False, labels=names)
 
     def row(part: pd.DataFrame) -> dict:
@@ -241,3 +254,93 @@ def exemplars(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple
     table = pd.DataFrame(tokens, columns=[*ATOM_KEYS, "tokens"]).merge(main, on=ATOM_KEYS)
     contexts = pd.concat(contexts).merge(table[[*ATOM_KEYS, "class"]], on=ATOM_KEYS)
     return study.write("atom_exemplars", table), study.write("atom_contexts", contexts)
+
+
+# For readers
+
+SAE = ["host", "place", "target"]
+
+
+def shown_variants(variants: pd.DataFrame) -> pd.DataFrame:
+    """Return the SAEs with other k and seeds for a reader."""
+    columns = {"atoms": variants.n_atoms, "FVU": layout.numbers(variants.fvu, ".3f")}
+    columns |= {"held-out tokens": layout.numbers(variants.n_validation, ",.0f")}
+    columns |= {"training (seconds)": layout.numbers(variants.seconds, ".0f")}
+    return layout.shown(variants, ["host", "target", "k", "seed"], columns)
+
+
+def shown_classes(parts: pd.DataFrame, paper: Sequence[float]) -> pd.DataFrame:
+    """Return the numbers of atoms per class for a reader. paper: the paper's atoms that fire, registers and
+    bundles, which become the first row."""
+    columns = {"atoms": parts.n_atoms, "that fire": parts.alive, "registers": parts.registers}
+    columns |= {"bundles": parts.bundles}
+    columns["registers of those that fire (%)"] = layout.estimates(parts, "register_share", "ci_low", "ci_high")
+    fire, registers, _ = paper
+    first = ["", *(f"{count:.0f}" for count in paper), f"{100 * registers / fire:.0f}"]
+    rows = {heading: [value, *column] for value, (heading, column) in zip(first, columns.items(), strict=True)}
+    keys = pd.concat([pd.DataFrame([dict(zip(SAE, ("the paper", "layer 9, head 4", "state")))]), parts[SAE]])
+    return layout.shown(keys, SAE, rows)
+
+
+def shown_cosines(parts: pd.DataFrame) -> pd.DataFrame:
+    """Return the median cosines of atoms to the write, per class, for a reader."""
+    columns = {"elsewhere": layout.numbers(parts.elsewhere_cosine)}
+    for name in CLASSES:
+        ends = f"{name}_low", f"{name}_high"
+        columns[f"{name}s"] = layout.plain(parts, f"{name}_cosine", *ends)
+    return layout.shown(parts, SAE, columns)
+
+
+def shown_orders(orders: pd.DataFrame) -> pd.DataFrame:
+    """Return the comparison of mixtures for a reader. orders: with the column bimodality."""
+    columns = {"components": orders.components, "atoms": orders.n}
+    columns |= {"ΔBIC": layout.plain(orders, "delta_bic", "ci_low", "ci_high", digits=0)}
+    return layout.shown(orders, SAE, columns | {"bimodality": layout.numbers(orders.bimodality)})
+
+
+def shown_counts(counts: pd.DataFrame) -> pd.DataFrame:
+    """Return how the numbers of atoms vary over seeds, for a reader."""
+    columns = {"seeds": counts.n, "mean": layout.numbers(counts["mean"], ".0f")}
+    columns |= {"coefficient of variation (%)": layout.estimates(counts, "cv", "ci_low", "ci_high", digits=1)}
+    return layout.shown(counts, ["host", "target", "counted"], columns)
+
+
+def shown_matches(shares: pd.DataFrame) -> pd.DataFrame:
+    """Return how many atoms come back in another seed, for a reader."""
+    columns = {"atoms": shares.n_atoms, "pairs": layout.numbers(shares.n, ",.0f")}
+    columns |= {"come back (%)": layout.estimates(shares, "share", "ci_low", "ci_high", digits=1)}
+    columns |= {"by chance (%)": layout.numbers(shares.chance, ".1f", 100)}
+    columns |= {"median best cosine": layout.numbers(shares.median_best)}
+    return layout.shown(shares, ["host", "target", "class"], columns)
+
+
+def shown_exemplars(chosen: pd.DataFrame) -> pd.DataFrame:
+    """Return the exemplars for a reader."""
+    sides = zip(chosen.cosine_key, chosen.cosine_value, strict=True)
+    columns = {"cosine to the write": layout.numbers(chosen.cosine)}
+    columns |= {"of keys, of values": [f"{key:.2f}, {value:.2f}" for key, value in sides]}
+    columns |= {"share of tokens (%)": layout.numbers(chosen.rate, ".2f", 100), "fires on": chosen.tokens}
+    return layout.shown(chosen, ["host", "target", "class", "atom"], columns)
+
+
+AXES_IN_WORDS = dict(delta_kl="KL of deletion minus the atom's (millinats)", flip_delete="flipped by deletion (%)")
+AXES_IN_WORDS |= dict(flip_atom="flipped by the atom (%)", firings_per_10k="firings per 10,000 tokens")
+SCALES = dict(delta_kl=1000, flip_delete=100, flip_atom=100, firings_per_10k=1)
+
+
+def shown_axes(axes: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `class_axes` for a reader: medians of the registers and of the bundles."""
+    sizes = zip(axes.n_register, axes.n_bundle, strict=True)
+    columns = {"registers, bundles": [f"{registers}, {bundles}" for registers, bundles in sizes]}
+    for name in CLASSES:
+        columns[f"median of {name}s"] = layout.numbers(axes[f"{name}_median"] * axes.axis.map(SCALES), ".2g")
+    columns |= {"Cliff's delta": layout.plain(axes, "cliffs_delta", "ci_low", "ci_high")}
+    rows = axes.assign(axis=axes.axis.map(AXES_IN_WORDS))
+    return layout.shown(rows, ["target", "axis"], columns | {"p": layout.p_values(axes.p)})
+
+
+def shown_by_cosine(bins: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `by_cosine` for a reader."""
+    columns = {"atoms": bins.n_atoms, "firings": layout.numbers(bins.n_firings, ",.0f")}
+    columns |= {"atom beats deletion (%)": layout.estimates(bins, "win_rate", "ci_low", "ci_high")}
+    return layout.shown(bins, ["target", "cosine_bin"], columns)

@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from replication import layout
 from replication import statistics as stats
 from replication.classes import alive_atoms
 from replication.plots import HOST
@@ -177,7 +178,14 @@ def remembered(writes: pd.DataFrame, study: Study, count: int = 6) -> pd.DataFra
             rows = part[part.token == ratios.index[rank]]
             ends = stats.cluster_bootstrap(rows.far / part.far.mean(), rows.passage, seed=study.profile.seed)
             text = repr(study.host(name).tokenizer.decode([int(ratios.index[rank])]))
-            row = dict(host=name, rank=rank + 1, of=len(ratios), token=int(ratios.index[rank]), text=text, n=len(rows))
+            row = dict(
+                host=name,
+                rank=rank + 1,
+                of=len(ratios),
+                token=int(ratios.index[rank]),
+                text=text,
+                n=len(rows),
+            )
             tables.append(row | stats.with_ends("ratio", ratios.iloc[rank], ends))
     return study.write("attribution_tokens", pd.DataFrame(tables))
 
@@ -239,42 +247,39 @@ def example(study: Study, host_name: str, tokens: int) -> tuple[list[str], Tenso
 # For readers
 
 
-def _share(row, name: str, digits: int = 0) -> str:
-    """Return a share with its interval in percent, or nothing where there is none."""
-    value, low, high = (100 * getattr(row, column) for column in (name, f"{name}_low", f"{name}_high"))
-    return "" if np.isnan(value) else f"{value:.{digits}f}% [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _rho(row) -> str:
-    return f"{row.rho:.2f} [{row.rho_low:.2f}, {row.rho_high:.2f}]"
-
-
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """Return `trend` for a reader: medians over the cells of a host."""
-    columns = {"host": table.host.map(HOST), "cells": table.cells, "own write (%)": 100 * table.share_own}
-    columns |= {"last 8 writes (%)": 100 * table.share_last_8, "half within (tokens)": table.half_distance}
-    columns |= {"rank correlation with half-life": [_rho(row) for row in table.itertuples()]}
-    return pd.DataFrame(columns | {"error without erasures": table.decay_error}).set_index("host").round(2)
+    columns = {"cells": table.cells, "own write (%)": layout.numbers(table.share_own, ".0f", 100)}
+    columns |= {"last 8 writes (%)": layout.numbers(table.share_last_8, ".0f", 100)}
+    columns |= {"half within (tokens)": layout.numbers(table.half_distance, ".1f")}
+    columns |= {"rank correlation with half-life": layout.plain(table, "rho")}
+    return layout.shown(table, ["host"], columns | {"error without erasures": layout.numbers(table.decay_error)})
 
 
 def readable_fates(table: pd.DataFrame) -> pd.DataFrame:
     """Return `fates` for a reader."""
-    rows = list(table.itertuples())
-    columns = {"host": table.host.map(HOST), "writes": table.n, "left (%)": (100 * table.left).round(1)}
-    columns |= {"left by the decay (%)": (100 * table.decay).round(1)}
-    columns |= {"erased of that": [_share(row, "all_erased") for row in rows]}
-    columns |= {"erased by one token (%)": (100 * table.erased).round(1)}
-    columns |= {"it is the same token": [_share(row, "same_token", 1) for row in rows]}
-    return pd.DataFrame(columns | {"by chance (%)": (100 * table.by_chance).round(1)}).set_index("host")
+    columns = {"writes": layout.numbers(table.n, ",.0f"), "left (%)": layout.numbers(table.left, ".1f", 100)}
+    columns |= {"left by the decay (%)": layout.numbers(table.decay, ".1f", 100)}
+    columns |= {"erased of that (%)": layout.estimates(table, "all_erased")}
+    columns |= {"erased by one token (%)": layout.numbers(table.erased, ".1f", 100)}
+    columns |= {"it is the same token (%)": layout.estimates(table, "same_token", digits=1)}
+    return layout.shown(table, ["host"], columns | {"by chance (%)": layout.numbers(table.by_chance, ".1f", 100)})
+
+
+def readable_classes(classes: pd.DataFrame) -> pd.DataFrame:
+    """Return `by_class` for a reader."""
+    columns = {"atoms": classes.n_atoms, "writes": layout.numbers(classes.n, ",.0f")}
+    columns |= {"reach (%)": layout.estimates(classes, "reach", digits=1)}
+    columns |= {"sd within the class (points)": layout.numbers(classes.within, ".1f", 100)}
+    return layout.shown(classes, ["host", "class"], columns)
 
 
 def readable_tokens(table: pd.DataFrame) -> pd.DataFrame:
     """Return the most and the least remembered tokens of every host, each with the ratio of its share."""
-    shown = [f"{x.text} {x.ratio:.2f} [{x.ratio_low:.2f}, {x.ratio_high:.2f}]" for x in table.itertuples()]
+    ratios = layout.plain(table, "ratio")
+    texts = [f"{text} {ratio}" for text, ratio in zip(table.text, ratios, strict=True)]
     ranks = table["rank"].astype(str) + " of " + table.of.astype(str)
-    rows = table.assign(shown=shown, host=table.host.map(HOST), rank=ranks)
-    wide = rows.pivot(index="rank", columns="host", values="shown")
-    return wide.loc[ranks.drop_duplicates()].rename_axis(columns=None)
+    return layout.across(table.assign(rank=ranks), ["rank"], "host", texts)
 
 
 def largest_parts(study: Study, host_name: str, tokens: int, count: int = 6) -> pd.DataFrame:
@@ -282,7 +287,8 @@ def largest_parts(study: Study, host_name: str, tokens: int, count: int = 6) -> 
     text, _, _, parts = example(study, host_name, tokens)
     chosen = parts.abs().topk(count).indices
     columns = {"token": [repr(text[i]) for i in chosen], "tokens ago": tokens - 1 - chosen.numpy()}
-    return pd.DataFrame(columns | {"part of the logit (millinats)": 1e3 * parts[chosen].numpy()}).round(2)
+    columns |= {"part of the logit (millinats)": layout.numbers(parts[chosen].numpy(), ".1f", 1000)}
+    return pd.DataFrame(columns).set_index("token")
 
 
 def verdict(table: pd.DataFrame, fate: pd.DataFrame, classes: pd.DataFrame) -> list[str]:
@@ -292,7 +298,7 @@ def verdict(table: pd.DataFrame, fate: pd.DataFrame, classes: pd.DataFrame) -> l
         lines.append(
             f"{HOST[row.host]}: in the median of {row.cells} cells half of a read comes from the last "
             f"{row.half_distance + 1:.0f} tokens, and {row.share_own:.0%} from the token's own write. Cells with a longer "
-            f"half-life read farther back (rank correlation {_rho(row)})."
+            f"half-life read farther back (rank correlation {layout.estimate(row, 'rho', digits=2, scale=1)})."
         )
         if row.decay_error > 0:
             lines.append(
@@ -300,9 +306,10 @@ def verdict(table: pd.DataFrame, fate: pd.DataFrame, classes: pd.DataFrame) -> l
             )
     for row in fate[fate.same_token.notna()].itertuples():
         lines.append(
-            f"{HOST[row.host]}, middle cell: erasures remove {_share(row, 'all_erased')} of what the decay leaves of a "
-            f"write, and the strongest eraser {row.erased:.0%} of the write (median). That eraser is the same token in "
-            f"{_share(row, 'same_token', 1)} of {row.n:,} writes; a random later token is in {row.by_chance:.1%}."
+            f"{HOST[row.host]}, middle cell: erasures remove {layout.percent(row, 'all_erased')} of what "
+            f"the decay leaves of a write, and the strongest eraser {row.erased:.0%} of the write (median). "
+            f"That eraser is the same token in {layout.percent(row, 'same_token', digits=1)} of {row.n:,} "
+            f"writes; a random later token is in {row.by_chance:.1%}."
         )
     for host, part in classes.groupby("host", sort=False):
         rows = part.set_index("class")

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from sklearn.decomposition import TruncatedSVD
 from torch import Tensor
 
+from replication import layout
 from replication import statistics as stats
 from replication.study.fingerprint import Later
 from replication.study.firings import by_place, drawn_positions, firing_windows, run_firings, saes_on
@@ -403,26 +404,47 @@ def by_cell(summary: pd.DataFrame) -> pd.DataFrame:
     return rows.iloc[rows.groupby("kind").recovered.transform("mean").argsort(kind="stable")]
 
 
-def percent(value, low, high) -> str:
-    """Return a share and its interval in percent."""
-    return f"{100 * value:.0f} [{100 * low:.0f}, {100 * high:.0f}]"
-
-
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
     """Return a summary for readers; shares in percent, KLs in millinats."""
-    recovered = summary[["recovered", "recovered_low", "recovered_high"]].itertuples(index=False)
-    wins = summary[["win_rate", "ci_low", "ci_high"]].itertuples(index=False)
+    rows = summary.assign(**{"put in": described(summary)})
     columns = {
-        "put in": described(summary),
-        "amplitude": summary.amplitude.str.replace("_", " "),
-        "numbers stored": summary.stored,
+        "numbers stored": layout.numbers(summary.stored, ",.0f"),
         "numbers per write": summary.per_write,
-        "KL recovered (%)": [percent(*x) for x in recovered],
-        "beats deletion (%)": [percent(*x) for x in wins],
-        "median KL (millinats)": (1000 * summary.kl_median).map("{:.3g}".format),
-        "median cosine": summary.cosine.round(2),
+        "KL recovered (%)": layout.estimates(summary, "recovered"),
+        "beats deletion (%)": layout.estimates(summary, "win_rate", "ci_low", "ci_high"),
+        "median KL (millinats)": layout.numbers(summary.kl_median, ".3f", 1000),
+        "median cosine": layout.numbers(summary.cosine),
     }
-    return pd.DataFrame(columns).set_index("put in")
+    return layout.shown(rows, ["put in", "amplitude"], columns)
+
+
+MATCHED = ("atom", "random", "mean_write", "resampled", "reconstruction")  # conditions at the native write's norm
+
+
+def matched_norm(firings: pd.DataFrame) -> pd.DataFrame:
+    """Return how often each condition beats deletion, per (host, target), at the native write's norm.
+
+    firings: rows of replacement.csv at that norm. atom_beats_it: the share of firings at which the atom has a
+    smaller KL than the condition. Bootstrap by passage."""
+    rows = []
+    for (host, target), part in firings.groupby(["host", "target"]):
+        for name in MATCHED:
+            won, over = stats.beats(part, name), stats.beats(part, "atom", name)
+            row = dict(host=host, target=target, condition=name, n=len(part), beats_delete=won.mean())
+            row |= stats.ci(stats.cluster_bootstrap(won, part.passage, resamples=1000))
+            row["atom_beats_it"] = over.mean() if name != "atom" else float("nan")
+            rows.append(row | dict(kl_median=part[f"kl_{name}"].median(), kl_delete_median=part.kl_delete.median()))
+    return pd.DataFrame(rows)
+
+
+def shown_matched(matched: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `matched_norm` for a reader."""
+    columns = {"firings": layout.numbers(matched.n, ",.0f")}
+    columns |= {"beats deletion (%)": layout.estimates(matched, "beats_delete", "ci_low", "ci_high")}
+    columns |= {"the atom is nearer (%)": layout.numbers(matched.atom_beats_it, ".0f", 100)}
+    columns |= {"median KL (millinats)": layout.numbers(matched.kl_median, ".3f", 1000)}
+    columns |= {"of deletion": layout.numbers(matched.kl_delete_median, ".3f", 1000)}
+    return layout.shown(matched, ["target", "condition"], columns)
 
 
 def judged(row) -> str:
@@ -440,17 +462,17 @@ def verdicts(summary: pd.DataFrame, table: pd.DataFrame, host: str) -> list[str]
     of_sae = rows.target.eq("write") & rows.centre.eq("none") & rows.amplitude.eq("projection")
     for method, words in dict(atom="firing's atom", best_atom="best atom").items():
         (row,) = rows[of_sae & rows.method.eq(method)].itertuples()
-        recovered = percent(row.recovered, row.recovered_low, row.recovered_high)
-        wins = percent(row.win_rate, row.ci_low, row.ci_high)
+        recovered = layout.percent(row, "recovered")
+        wins = layout.percent(row, "win_rate", "ci_low", "ci_high")
         sentences.append(
-            f"At its projection, the {words} of the uncentred SAE of writes recovers {recovered}% of the KL of "
-            f"deletion and beats deletion at {wins}% of {row.n:,} places."
+            f"At its projection, the {words} of the uncentred SAE of writes recovers {recovered} of the KL of "
+            f"deletion and beats deletion at {wins} of {row.n:,} places."
         )
     against = table[table.host.eq(host) & table.cells.eq("pooled") & table.reference.eq("best_atom")]
     against = against[against.amplitude.isin(["projection", "fitted"]) & ~against.method.isin(OF_SAES)]
     for row, name in zip(against.itertuples(), described(against), strict=True):
-        closer = percent(row.atom_closer, row.ci_low, row.ci_high)
+        closer = layout.percent(row, "atom_closer", "ci_low", "ci_high")
         numbers = f"{row.per_write:,} numbers per write" if row.per_write > 1 else "1 number per write"
-        says = f"{judged(row)}; it is closer at {closer}% of places."
+        says = f"{judged(row)}; it is closer at {closer} of places."
         sentences.append(f"Best atom against {name} ({numbers}): {says}")
     return sentences

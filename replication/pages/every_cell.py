@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from replication import layout
 from replication.statistics import cluster_bootstrap, per_group, with_ends
 from writesae.evaluate.replacement import AMPLITUDES as OF_THE_PAPER
 
@@ -58,3 +59,27 @@ def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
         return numbers | dict(between_sd=wide.mean(axis=1).std())
 
     return per_group(cells, ["host", "target", "amplitude"], row)
+
+
+def shown(apart: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `targets_apart` for a reader, in percent and points."""
+    columns = {"cells": apart.n_cells, "places": layout.numbers(apart.n, ",.0f")}
+    columns |= {
+        "SAEs of states (%)": layout.estimates(apart, "state"),
+        "of writes (%)": layout.estimates(apart, "write"),
+    }
+    columns |= {
+        "difference (points)": layout.estimates(apart, "difference"),
+        "cells ahead": apart.write_ahead,
+    }
+    return layout.shown(apart, ["host", "amplitude"], columns)
+
+
+def shown_seeds(spread: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `over_seeds` for a reader; standard deviations in points."""
+    own = zip(100 * spread.cell_sd, 100 * spread.sampling_sd, strict=True)
+    columns = {"cells": spread.n_cells, "mean (%)": layout.numbers(spread.mean_win_rate, ".0f", 100)}
+    columns |= {"sd of the seeds' means": layout.numbers(spread.seed_sd, ".1f", 100)}
+    columns |= {"sd of one cell (sampling)": [f"{cell:.1f} ({sampling:.1f})" for cell, sampling in own]}
+    columns |= {"sd between cells": layout.numbers(spread.between_sd, ".1f", 100)}
+    return layout.shown(spread, ["host", "target", "amplitude"], columns)

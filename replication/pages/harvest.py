@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from replication import layout
 from replication.study import fingerprint
 from replication.study.study import Study
 from writesae import files
@@ -49,3 +50,14 @@ def _harvested(study: Study, name: str) -> dict[Cell, Path]:
 
 def _median_norm(value: torch.Tensor | None) -> float:
     return float("nan") if value is None else float(value.norm(dim=-1).median())
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `harvest_cells` for a reader."""
+    columns = {"layer, head": layout.cell_names(table), "tokens": layout.numbers(table.tokens, ",.0f")}
+    columns |= {"numbers per token": table.numbers_per_token, "numbers per state": table.numbers_per_state}
+    columns |= {"median norm, added write": layout.numbers(table.median_write_norm)}
+    columns |= {"median norm, effective write": layout.numbers(table.median_effective_norm)}
+    return layout.shown(
+        table, ["host"], columns | {"tokens per second": layout.numbers(table.tokens_per_second, ",.0f")}
+    )

@@ -13,9 +13,17 @@ from itertools import product
 
 import pandas as pd
 
+from replication import layout
 from replication import statistics as stats
 from replication.plots import CENTRE_NAMES, CONDITION_NAMES
-from replication.study.firings import by_place, drawn_positions, firing_windows, firings_of, headline_saes, run_firings
+from replication.study.firings import (
+    by_place,
+    drawn_positions,
+    firing_windows,
+    firings_of,
+    headline_saes,
+    run_firings,
+)
 from replication.study.profile import PAPER_PLACES
 from replication.study.stages import rows_with
 from replication.study.study import Study
@@ -60,7 +68,10 @@ def summarise(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for values, group in firings.groupby(KEYS, sort=False):
-        where, parts = dict(zip(KEYS, values, strict=True)), by_place(group, study.cells).groupby("cells", sort=False)
+        where, parts = (
+            dict(zip(KEYS, values, strict=True)),
+            by_place(group, study.cells).groupby("cells", sort=False),
+        )
         for (cells, part), condition in product(parts, CONDITIONS):
             if part[f"kl_{condition}"].notna().all():
                 row = where | dict(cells=cells, condition=condition)
@@ -123,54 +134,56 @@ def contrasts(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
 # For readers
 
 
-def interval(row, name: str = "win_rate") -> str:
-    """Return a share with its interval, in percent."""
-    value, low, high = (100 * row[column] for column in (name, f"{name}_low", f"{name}_high"))
-    return f"{value:.1f} [{low:.1f}, {high:.1f}]"
-
-
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """Return win rates (%) for a reader: a row per target and centre, a column per draw."""
-    rows = table.assign(rate=table.apply(interval, axis=1), centre=table.centre.map(CENTRE_NAMES))
-    wide = rows.pivot(index=["target", "centre"], columns="draw", values="rate")[["positions", "atoms"]]
-    seeds = rows[rows.draw == "positions"].set_index(["target", "centre"])
+    wide = layout.across(table, ["target", "centre"], "draw", layout.estimates(table, "win_rate", digits=1))
     names = dict(positions="by position (%)", atoms="equal per atom, one seed (%)")
-    numbers = dict(places=seeds.n, seeds=seeds.seeds) | {"cosine below 0 (%)": 100 * seeds.cosine_below_zero}
-    return wide.rename(columns=names).assign(**numbers).round(1).rename_axis(columns=None)
+    seeds = table[table.draw == "positions"]
+    columns = {"places": seeds.n, "seeds": seeds.seeds}
+    columns |= {"cosine below 0 (%)": layout.numbers(seeds.cosine_below_zero, ".0f", 100)}
+    return wide.rename(columns=names)[[*names.values()]].join(layout.shown(seeds, ["target", "centre"], columns))
 
 
 def shown_contrasts(apart: pd.DataFrame) -> pd.DataFrame:
     """Return write- minus state-trained win rates (percentage points) per host, cells and centre."""
-    rows = apart.assign(rate=apart.apply(interval, axis=1, name="difference"), centre=apart.centre.map(CENTRE_NAMES))
-    return rows.pivot(index=["host", "cells"], columns="centre", values="rate").rename_axis(columns=None)
+    return layout.across(apart, ["host", "cells"], "centre", layout.estimates(apart, "difference", digits=1))
 
 
 def shown_conditions(part: pd.DataFrame) -> pd.DataFrame:
     """Return the win rate (%) and the recovered share of the KL (%) of each condition, target and centre."""
-    rows = part.assign(condition=part.condition.map(CONDITION_NAMES), centre=part.centre.map(CENTRE_NAMES))
-    rows = rows.assign(won=100 * rows.win_rate, recovered=100 * rows.recovered)
-    wide = rows.pivot(index="condition", columns=["target", "centre"], values=["won", "recovered"])
-    return wide.round(0).astype("Int64").stack("target", future_stack=True).swaplevel().sort_index()
+    by, wide = ["target", "condition"], {}
+    for name, heading in dict(win_rate="beats deletion (%)", recovered="KL recovered (%)").items():
+        wide[heading] = layout.across(part, by, "centre", layout.numbers(part[name], ".0f", 100))
+    return pd.concat(wide, axis=1).sort_index(level=0, sort_remaining=False)
 
 
-def shown_sizes(table: pd.DataFrame, places: list[str]) -> pd.DataFrame:
-    """Return median KLs in millinats beside those of the paper's Table 2, for SAEs without the mean."""
+def shown_sizes(table: pd.DataFrame, paper: dict[str, float]) -> pd.DataFrame:
+    """Return median KLs in millinats for a reader, for SAEs without the mean.
+
+    paper: place -> the paper's median KL of deletion in nats (Table 2), beside those of the main host."""
     chosen = dict(draw="positions", amplitude="coefficient", centre="none", target="state")
-    rows = rows_with(table[table.cells.isin(places)], **chosen)
-    wide = rows.pivot(index=["host", "cells"], columns="condition", values="kl_median") * 1000
-    deletion = rows.drop_duplicates(["host", "cells"]).set_index(["host", "cells"]).kl_delete_median * 1000
-    sizes = wide[["atom", "random", "native_rescaled"]].assign(delete=deletion)
-    return sizes.rename(columns=CONDITION_NAMES).round(3).rename_axis(columns=None)
+    rows = rows_with(table[table.cells.isin(paper)], **chosen)
+    wide = layout.across(rows, ["host", "cells"], "condition", layout.numbers(rows.kl_median, ".3f", 1000))
+    first = rows.drop_duplicates(["host", "cells"])
+    papers = first.cells.map(paper).where(first.host == first.host.iloc[0])
+    columns = {CONDITION_NAMES["delete"]: layout.numbers(first.kl_delete_median, ".3f", 1000)}
+    columns |= {"nothing, in the paper": layout.numbers(papers, ",.0f", 1000)}
+    sizes = wide[[CONDITION_NAMES[name] for name in ("atom", "random", "native_rescaled")]]
+    return sizes.join(layout.shown(first, ["host", "cells"], columns))
 
 
 def verdict(table: pd.DataFrame, apart: pd.DataFrame, host: str) -> list[str]:
     """Return what the numbers of one host say, in sentences."""
     of_host = rows_with(table, host=host, cells="pooled", condition="atom", amplitude="coefficient")
     lines = []
-    for draw, where in (("positions", "places drawn by position"), ("atoms", "firings drawn equally per atom")):
+    for draw, where in (
+        ("positions", "places drawn by position"),
+        ("atoms", "firings drawn equally per atom"),
+    ):
         for centre in dict.fromkeys(of_host.centre):
             rates = rows_with(of_host, draw=draw, centre=centre).set_index("target")
-            said = " and ".join(f"{interval(r)}% if trained on {target}s" for target, r in rates.iterrows())
+            shares = ((target, layout.percent(row, "win_rate", digits=1)) for target, row in rates.iterrows())
+            said = " and ".join(f"{share} if trained on {target}s" for target, share in shares)
             n, seeds = rates.n.iloc[0], rates.seeds.iloc[0]
             trainings = "1 seed" if seeds == 1 else f"{seeds} seeds"
             lines.append(
@@ -180,6 +193,6 @@ def verdict(table: pd.DataFrame, apart: pd.DataFrame, host: str) -> list[str]:
         word = "ahead" if row["difference_low"] > 0 else "behind" if row["difference_high"] < 0 else "not clearly apart"
         lines.append(
             f"By position with {CENTRE_NAMES[row['centre']]}, write-trained atoms are {word}: "
-            f"{interval(row, 'difference')} percentage points."
+            f"{layout.estimate(row, 'difference', digits=1)} percentage points."
         )
     return lines

@@ -7,7 +7,9 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
+from replication import layout
 from replication import statistics as stats
+from replication.plots import HOST
 from replication.study import training
 from replication.study.firings import CONDITIONS_OF_SURVEYS, encoded_saes, firings_of, run_firings
 from replication.study.study import Study
@@ -168,3 +170,59 @@ def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -
         return numbers | dict(q1_minus_q4_p=permuted(*outer) if min(map(len, outer)) > 1 else np.nan)
 
     return stats.per_group(firings, GROUP, row)
+
+
+# For readers
+
+
+def shown(rates: pd.DataFrame, *by: str) -> pd.DataFrame:
+    """Return the table of `per` for a reader; by: head or seed."""
+    columns = {
+        "firings": rates.n,
+        "beats deletion (%)": layout.estimates(rates, "win_rate", "boot_low", "boot_high"),
+    }
+    sizes = zip(1000 * rates.kl_atom, 1000 * rates.kl_delete, strict=True)
+    columns |= {"KL atom, deletion (millinats)": [f"{atom:.3f}, {delete:.3f}" for atom, delete in sizes]}
+    return layout.shown(rates, [*GROUP, *by], columns)
+
+
+def shown_heads(over: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `over_heads` for a reader, in percent and points."""
+    columns = {
+        "heads": over["heads"],
+        "mean (%)": layout.estimates(over, "mean_win_rate", "ci_low", "ci_high"),
+    }
+    columns |= {
+        "sd (points)": layout.numbers(over.sd, ".0f", 100),
+        "range (%)": layout.ranges(over.lowest, over.highest),
+    }
+    sides = zip(over.above_half, over.below_half, strict=True)
+    columns["above, below one half"] = [f"{above}, {below}" for above, below in sides]
+    return layout.shown(over, GROUP, columns)
+
+
+def shown_seeds(spread: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `over_seeds` for a reader, in percent and points."""
+    columns = {
+        "seeds": spread.seeds,
+        "firings": spread.n,
+        "mean (%)": layout.numbers(spread.mean_win_rate, ".0f", 100),
+    }
+    columns |= {"sd (points)": layout.numbers(spread.sd, ".1f", 100)}
+    return layout.shown(spread, GROUP, columns | {"range (%)": layout.ranges(spread.lowest, spread.highest)})
+
+
+def shown_failures(failures: pd.DataFrame) -> pd.DataFrame:
+    """Return how often deletion beats the atom (%), for a reader: hosts and targets across."""
+    of = [f"{HOST.get(host, host)}, SAE of {target}s" for host, target in zip(failures.host, failures.target)]
+    rates = layout.estimates(failures, "failure_rate", "passage_low", "passage_high")
+    return layout.across(failures.assign(of=of), ["by", "level"], "of", rates)
+
+
+def shown_tests(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `tests` for a reader."""
+    columns = {"p, Wilcoxon": layout.p_values(table.wilcoxon_p)}
+    columns |= {"p, firings permuted": layout.p_values(table.permutation_p)}
+    columns |= {"p, atoms permuted": layout.p_values(table.permutation_by_atom_p)}
+    columns |= {"Cliff's delta": layout.plain(table, "cliffs_delta")}
+    return layout.shown(table, GROUP, columns | {"Q1 less Q4 (points)": layout.estimates(table, "q1_minus_q4")})

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from replication import layout
 from replication.statistics import ci, cluster_bootstrap, per_group
 from replication.study import docstrings
 from replication.study.fingerprint import Later
@@ -170,6 +171,22 @@ def choose(study: Study, cells: pd.DataFrame) -> pd.DataFrame:
     return study.write("cells", pd.concat(chosen, ignore_index=True))
 
 
+def shown(hosts: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `describe` for a reader."""
+    layers = [f"{some} of {every}" for some, every in zip(hosts.recurrent_layers, hosts.layers, strict=True)]
+    columns = {
+        "parameters (millions)": layout.numbers(hosts.parameters / 1e6, ".1f"),
+        "held-out loss (nats per token)": layout.estimates(
+            hosts, "heldout_loss", "ci_low", "ci_high", digits=2, scale=1
+        ),
+        "recurrent layers": layers,
+        "heads": hosts["heads"],
+        "state": [f"{d_k} x {d_v}" for d_k, d_v in zip(hosts.d_k, hosts.d_v, strict=True)],
+        "trained on (million tokens)": layout.numbers(hosts.training_tokens / 1e6, ".1f"),
+    }
+    return layout.shown(hosts, ["host"], columns)
+
+
 def chosen_table(cells: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
     """Return the chosen cells for a reader: half-life, ratio, cost with interval, its rank among the host's.
 
@@ -177,16 +194,13 @@ def chosen_table(cells: pd.DataFrame, chosen: pd.DataFrame) -> pd.DataFrame:
     """
     ranked = cells.assign(rank=cells.groupby("host").cost.rank(ascending=False).astype(int))
     rows = chosen.merge(ranked[["host", "layer", "head", "rank"]], on=["host", "layer", "head"])
-    costs = (1000 * rows[["cost", "cost_low", "cost_high"]]).itertuples(index=False)
     taken = rows.instead_of.map("; its first choice is {}".format, na_action="ignore").fillna("")
     columns = {
-        "host": rows.host,
-        "place": rows.place,
-        "cell": [f"L{layer} H{head}" for layer, head in zip(rows.layer, rows["head"], strict=True)],
+        "layer, head": layout.cell_names(rows),
         "rule": rows.rule + taken,
-        "half-life (tokens)": rows.half_life_median.map("{:.1f}".format),
-        "sigma1/sigma2": rows.sigma1_over_sigma2.map("{:.2f}".format),
-        "cost (millinats per token)": [f"{x:.1f} [{low:.1f}, {high:.1f}]" for x, low, high in costs],
+        "half-life (tokens)": layout.numbers(rows.half_life_median, ".1f"),
+        "sigma1/sigma2": layout.numbers(rows.sigma1_over_sigma2),
+        "cost (millinats per token)": layout.estimates(rows, "cost", digits=1, scale=1000),
         "rank of the cost": [f"{x} of {n}" for x, n in zip(rows["rank"], rows.host.map(cells.host.value_counts()))],
     }
-    return pd.DataFrame(columns)
+    return layout.shown(rows, ["host", "place"], columns)

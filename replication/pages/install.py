@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from replication import layout
 from replication.statistics import ci, wilson
 from replication.study.firings import passage_prompts
 from replication.study.profile import Install
@@ -74,3 +75,20 @@ def summarise_doses(table: pd.DataFrame, settings: Install) -> pd.DataFrame:
             row |= ci(wilson(reached, len(part))) | dict(largest_dose=max(settings.doses))
             rows.append(row | dict(zip(("dose_p25", "dose_median", "dose_p75"), quartiles, strict=True)))
     return pd.DataFrame(rows)
+
+
+def shown(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return inclusion and lift for a reader."""
+    columns = {"n": layout.numbers(summary.n, ",.0f")}
+    columns |= {"said without the writes (%)": layout.numbers(summary.included_native, ".1f", 100)}
+    columns |= {"with them (%)": layout.estimates(summary, "included_edited", "ci_low", "ci_high", digits=1)}
+    columns |= {"median lift (nats)": layout.numbers(summary.median_lift)}
+    columns |= {"median ranks gained": layout.numbers(summary.median_rank_shift, ".0f")}
+    return layout.shown(summary, ["direction", "target_class", "magnitude"], columns)
+
+
+def shown_doses(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the share of targets that some dose makes the next token, for a reader."""
+    columns = {"n": layout.numbers(summary.n, ",.0f"), "largest dose": summary.largest_dose}
+    columns |= {"come next (%)": layout.estimates(summary, "reached", "ci_low", "ci_high", digits=1)}
+    return layout.shown(summary, ["direction", "target_class"], columns)

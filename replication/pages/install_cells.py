@@ -21,6 +21,7 @@ import torch
 from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor
 
+from replication import layout
 from replication.statistics import Interval, cluster_bootstrap, per_group, spearman, wider, with_ends
 from replication.study.firings import passage_prompts
 from replication.study.study import Study
@@ -44,7 +45,7 @@ from writesae.recurrence import torch_defaults
 
 MIDDLE = "middle"  # the class of native ranks that the paper installs
 OUT_OF_CONTEXT = ("frequent", "rare", "semantic")  # the paper's other classes
-SHARES = ("next_token", "included_edited", "included_native")
+SHARES = ("next_token", "included_edited", "included_native", "enough")
 WHERE = dict(one="one cell", layer="one layer", all="all cells")
 KEYS = ["host", "cells", "direction", "magnitude", "writes"]
 
@@ -281,12 +282,6 @@ def least(frontier: pd.DataFrame, wanted: float = 0.95) -> pd.DataFrame:
     return per_group(frontier, ["host", "target_class"], row)
 
 
-def _text(part: pd.DataFrame, name: str) -> list[str]:
-    form = ".1%" if name in SHARES else ".2f"
-    ends = zip(part[name], part[f"{name}_low"], part[f"{name}_high"], strict=True)
-    return [f"{x:{form}} [{low:{form}}, {high:{form}}]" for x, low, high in ends]
-
-
 def named(summary: pd.DataFrame, nearest: int, target_class: str = MIDDLE) -> pd.DataFrame:
     """Return the conditions at the smallest distance, with their names: where, direction, how large."""
     part = summary[(summary.distance == str(nearest)) & (summary.target_class == target_class)]
@@ -299,13 +294,36 @@ def named(summary: pd.DataFrame, nearest: int, target_class: str = MIDDLE) -> pd
 
 def shown(part: pd.DataFrame, *by: str, names: Mapping[str, str]) -> pd.DataFrame:
     """Return columns of the summary with intervals for a notebook. names: headings; by: keys of rows."""
-    columns = {heading: _text(part, name) for name, heading in names.items()}
-    return part[["host", *by, "n"]].reset_index(drop=True).assign(**columns)
+    columns = {"n": part.n}
+    for name, heading in names.items():
+        form = dict(digits=0, scale=100) if name in SHARES else dict(digits=2, scale=1)
+        columns[heading] = layout.estimates(part, name, **form)
+    return layout.shown(part, ["host", *by], columns)
 
 
-RATES = dict(next_token="next token", included_edited="among the new tokens")
+RATES = dict(next_token="next token (%)", included_edited="among the new tokens (%)")
 COSTS = dict(kl_elsewhere="KL of the other tokens (nats)", times_said="times said")
 COSTS |= dict(extra_loss="extra loss of the text (nats per token)")
+
+
+def shown_least(least: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `least` for a reader."""
+    columns = {"n": least.n, "total size": layout.numbers(least.total_size, ".3f"), "cells": least.n_cells}
+    columns |= {
+        "size of each": layout.numbers(least.magnitude),
+        "next token (%)": layout.estimates(least, "next_token"),
+    }
+    columns |= {"fewest cells, any size": layout.numbers(least.fewest_cells, ".0f")}
+    return layout.shown(least, ["host", "target_class"], columns)
+
+
+def shown_kept(memory: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `summarise_kept` for a reader."""
+    columns = {"cells": memory.n_cells, "kept (%)": layout.numbers(memory.kept, ".0f", 100)}
+    columns |= {"from memory (%)": layout.numbers(memory.from_memory, ".0f", 100)}
+    columns |= {"cells with memory (%)": layout.numbers(memory.cells_with_memory, ".0f", 100)}
+    columns |= {"rho": layout.plain(memory, "rho")}
+    return layout.shown(memory, ["host", "distance"], columns)
 
 
 # Delays, against half-lives

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from replication import layout
 from replication.statistics import Estimate, ci, cluster_bootstrap, deviation, r2
 from replication.study.firings import encoded_saes, firings_of
 from replication.study.study import Study
@@ -136,5 +137,19 @@ def tables(study: Study, points: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFra
 
 def shown(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the median R2 with its interval for a reader: predictors down, sizes across."""
-    cells = [f"{r.r2_median:.3f} [{r.ci_low:.3f}, {r.ci_high:.3f}]" for r in summary.itertuples()]
-    return summary.assign(shown=cells).pivot(index="predictor", columns="eps", values="shown").loc[list(PREDICTORS)]
+    ordered = summary.sort_values("predictor", key=lambda names: names.map(PREDICTORS.index), kind="stable")
+    texts = layout.plain(ordered, "r2_median", "ci_low", "ci_high", digits=3)
+    return layout.across(ordered, ["predictor"], "eps", texts)
+
+
+def shown_hosts(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the median R2 of every host for a reader: hosts and predictors down, sizes across."""
+    return layout.across(summary, ["host", "predictor"], "eps", layout.numbers(summary.r2_median, ".3f"))
+
+
+def shown_ranks(ranks: pd.DataFrame) -> pd.DataFrame:
+    """Return the median R2 for a reader: predictors down, ranks of the token across."""
+    texts = layout.plain(ranks, "r2_median", "ci_low", "ci_high", digits=3)
+    return layout.across(
+        ranks.rename(columns=dict(rank="rank of the token")), ["predictor"], "rank of the token", texts
+    )

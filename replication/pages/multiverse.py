@@ -27,6 +27,8 @@ import statsmodels.api as sm
 import torch
 import torch.nn.functional as F
 
+from replication import layout
+from replication.plots import level_name
 from replication.statistics import cluster_bootstrap, wilson
 from replication.study.firings import run_firings
 from replication.study.study import Study
@@ -284,3 +286,26 @@ def _fit(win: np.ndarray, part: pd.DataFrame, levels: dict, clusterings) -> dict
     first = {(choice, several[0]): dict.fromkeys(columns, 0.0) for choice, several in levels.items()}
     values = np.c_[result.params[1:], *ends]
     return first | {name: dict(zip(columns, row, strict=True)) for name, row in zip(names, values, strict=True)}
+
+
+# For readers
+
+
+def shown_universes(universes: pd.DataFrame, some: dict[str, dict]) -> pd.DataFrame:
+    """Return some universes of every host for a reader. some: name -> level of each choice."""
+    rows = pd.concat([universes[is_(levels, universes)].assign(universe=name) for name, levels in some.items()])
+    columns = {"firings": rows.n, "atoms": rows.n_atoms}
+    columns |= {"win rate (%)": layout.estimates(rows, "win_rate", "boot_low", "boot_high")}
+    columns |= {"median gain (millinats)": layout.numbers(rows.median_gain, ".3f", 1000)}
+    return layout.shown(rows, ["universe", "host"], columns)
+
+
+def shown_effects(effects: pd.DataFrame) -> pd.DataFrame:
+    """Return the effect of every level of every choice for a reader, in percent and points."""
+    names = [level_name(*pair) for pair in zip(effects.choice, effects.level, strict=True)]
+    columns = {"universes": layout.numbers(effects.universes, ",.0f")}
+    columns |= {"mean win rate (%)": layout.estimates(effects, "mean_win_rate", "mean_low", "mean_high")}
+    columns |= {"difference (points)": layout.estimates(effects, "difference", "ci_low", "ci_high", digits=1)}
+    columns |= {"share (%)": layout.numbers(effects["share"], ".0f", 100)}
+    columns |= {"decides (%)": layout.numbers(effects.decides, ".0f", 100)}
+    return layout.shown(effects.assign(level=names), ["host", "level"], columns)

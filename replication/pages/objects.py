@@ -7,9 +7,9 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
+from replication import layout
 from replication import statistics as stats
 from replication.classes import write_cosines
-from replication.plots import CENTRE_NAMES
 from replication.study.firings import by_place, drawn_positions, firing_windows, firings_of, run_firings, saes_on
 from replication.study.study import Study
 from replication.study.training import main_variants
@@ -119,14 +119,11 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
     """Return `summarise` over the paper's cells for a notebook: intervals as text, KLs in millinats."""
     pooled = named(summary[summary.cells == "pooled"])
 
-    def interval(name: str) -> list[str]:
-        ends = zip(pooled[name], pooled[f"{name}_low"], pooled[f"{name}_high"], strict=True)
-        return [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in ends]
-
-    columns = {"host": pooled.host, "centre": pooled.centre.map(CENTRE_NAMES), "replaced": pooled.line, "n": pooled.n}
-    columns |= {"atom beats deletion": interval("win_rate"), "rank correlation with cosine": interval("rho")}
-    columns |= {f"KL({name}), millinats": 1e3 * pooled[f"kl_{name}"] for name in ("delete", "atom")}
-    return pd.DataFrame(columns).round(3)
+    columns = {"firings": pooled.n, "atom beats deletion (%)": layout.estimates(pooled, "win_rate")}
+    columns |= {"rank correlation with cosine": layout.plain(pooled, "rho")}
+    for name in ("delete", "atom"):
+        columns[f"KL({name}), millinats"] = layout.numbers(pooled[f"kl_{name}"], ".3f", 1000)
+    return layout.shown(pooled.rename(columns=dict(line="replaced")), ["host", "centre", "replaced"], columns)
 
 
 def bin_names(bins: pd.DataFrame) -> list[str]:
@@ -136,8 +133,13 @@ def bin_names(bins: pd.DataFrame) -> list[str]:
 
 
 def readable_bins(binned: pd.DataFrame, bins: pd.DataFrame, host: str, cosine_of: str) -> pd.DataFrame:
-    """Return the win rates of a host as text, one row per centre and line, one column per bin."""
+    """Return the win rates (%) of a host as text, one row per centre and line, one column per bin, below the
+    paper's. bins: `papers_table13`."""
     part = named(binned[(binned.host == host) & (binned.cosine_of == cosine_of)])
-    text = part.assign(text=[f"{rate:.2f} (n = {n})" for rate, n in zip(part.win_rate, part.n, strict=True)])
-    wide = text.pivot(index=["centre", "line"], columns="bin", values="text").fillna("")
-    return wide.rename(columns=dict(enumerate(bin_names(bins)))).rename_axis(columns="cosine of the atom")
+    texts = [f"{100 * rate:.0f} (n = {n:,})" for rate, n in zip(part.win_rate, part.n, strict=True)]
+    names, heading = bin_names(bins), "cosine of the atom"
+    part = part.assign(**{heading: part.bin.map(dict(enumerate(names))), "replaced": part.line})
+    wide = layout.across(part, ["centre", "replaced"], heading, texts).reindex(columns=names, fill_value="")
+    paper = [f"{100 * rate:.0f} (n = {n:,})" for rate, n in zip(bins.atom_wins, bins.firings, strict=True)]
+    first = pd.MultiIndex.from_tuples([("the paper", "the paper's Table 13")], names=wide.index.names)
+    return pd.concat([pd.DataFrame([paper], first, wide.columns), wide])

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from replication import layout
 from replication.statistics import beats, cluster_bootstrap, per_group, r2, wilson, with_ends
 from replication.study.study import Study
 from writesae.evaluate.shifts import draw_positions, measure_shifts
@@ -143,13 +144,36 @@ def summarise_cells(study: Study, cells: pd.DataFrame) -> pd.DataFrame:
     return study.write("shift_by_cell_summary", per_group(cells, ["host", "eps"], row))
 
 
+def shown_ranks(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return the ranks of writes of each host for a reader. cells: the table all_cells."""
+    names = dict(added_write_rank="rank of added writes", effective_write_rank="rank of effective writes")
+    every = cells.groupby("host", sort=False)[list(names)].agg(lambda x: ", ".join(map(str, sorted(set(x)))))
+    every = every.rename(columns=names).reset_index()
+    return layout.shown(every, ["host"], {heading: every[heading] for heading in names.values()})
+
+
+def shown(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `side_by_side` for a reader, hosts across, without R2."""
+    rows = table[table.quantity != "R2"]
+    words = dict(state="SAE of states", write="SAE of writes", paper="the paper's direction", gamma="top pair of Γ")
+    rows = rows.assign(**{"SAE or direction": rows.choice.replace(words, regex=True)})
+    texts = [layout.interval(row.value, row.ci_low, row.ci_high, ".2g") for row in rows.itertuples()]
+    return layout.across(rows, ["quantity", "SAE or direction"], "host", texts)
+
+
+def shown_saes(saes: pd.DataFrame) -> pd.DataFrame:
+    """Return the SAEs of every host for a reader. saes: with the column place."""
+    columns = {"layer, head": layout.cell_names(saes), "atoms": saes.n_atoms, "active": saes.k}
+    columns |= {"FVU": layout.numbers(saes.fvu, ".3f"), "alive": saes.alive}
+    return layout.shown(saes, ["host", "place", "target"], columns)
+
+
 def shown_cells(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the summary for a reader: errors in percent of the shift's variance."""
     names = dict(linear_layer="linear layer (%)", linear_above="linear above (%)", rest="the same, norm exact (%)")
-    errors = (100 * summary[list(names)]).round(2).rename(columns=names)
-    ahead = {
-        f"{what} ahead": [f"{share * n:.0f} of {n}" for share, n in zip(summary[f"{name}_ahead"], summary.n_cells)]
-        for name, what in (("layer", "through layer"), ("norm", "through norm"))
-    }
-    cosine = summary.cosine_behind.round(2)
-    return errors.assign(**ahead, **{"cosine where behind": cosine}).set_index([summary.host, summary.eps])
+    columns = {heading: layout.numbers(summary[name], ".2f", 100) for name, heading in names.items()}
+    for name, what in (("layer", "through layer"), ("norm", "through norm")):
+        ahead = zip(summary[f"{name}_ahead"], summary.n_cells, strict=True)
+        columns[f"{what} ahead"] = [f"{share * n:.0f} of {n}" for share, n in ahead]
+    columns["cosine where behind"] = layout.numbers(summary.cosine_behind)
+    return layout.shown(summary, ["host", "eps"], columns)

@@ -18,6 +18,7 @@ import pandas as pd
 import pydantic
 
 import writesae as ws
+from replication import layout
 from replication.study import paths
 from replication.study.lock import writing
 from replication.study.study import Study, folder_or_id, open_study
@@ -128,13 +129,62 @@ def verdict(table: pd.DataFrame) -> str:
         rows.loc["lift of the word, 3x along gamma"],
     )
     shares = {name: rows.loc[f"{name} beats deletion"] for name in ("atom", "random")}
-    atom, random = (f"{x.value:.0%} [{x.ci_low:.0%}, {x.ci_high:.0%}]" for x in shares.values())
-    interval = "" if pd.isna(lift.ci_low) else f" [{lift.ci_low:+.2f}, {lift.ci_high:+.2f}]"
+    atom, random = (f"{layout.percent(x, 'value', 'ci_low', 'ci_high')}" for x in shares.values())
     return (
         f"The edited run {'reads' if exact.value > 0.9 else 'does not read'} what was predicted: R2 is "
         f"{exact.value:.3f} at {exact.name.rpartition(' ')[2]} native write norms (n = {int(exact.n)}).\n"
         f"At the native write's norm the atom beats deletion on {atom} of {int(shares['atom'].n)} firings, and a "
         f"random atom on {random}.\n"
-        f"Three writes along gamma change the log-probability of the word by {lift.value:+.2f}{interval} nats in "
+        f"Three writes along gamma change the log-probability of the word by "
+        f"{layout.estimate(lift, 'value', 'ci_low', 'ci_high', digits=2, scale=1)} nats in "
         f"the mean over {int(lift.n)} prompts."
+    )
+
+
+# For readers
+
+
+def shown_cells(cells: pd.DataFrame) -> pd.DataFrame:
+    """Return a survey of cells for a reader."""
+    columns = {"half-life (tokens)": layout.numbers(cells.half_life_median, ".1f")}
+    columns |= {"sigma1/sigma2": layout.numbers(cells.sigma1_over_sigma2)}
+    columns |= {
+        "rank of added writes": cells.added_write_rank,
+        "of effective writes": cells.effective_write_rank,
+    }
+    return layout.shown(cells.assign(cell=layout.cell_names(cells)), ["cell"], columns)
+
+
+def shown_contexts(contexts: pd.DataFrame) -> pd.DataFrame:
+    """Return the strongest firings of atoms for a reader."""
+    columns = {"coefficient": layout.numbers(contexts.coefficient), "text": contexts.text}
+    return layout.shown(contexts, ["atom"], columns)
+
+
+def shown_rates(rates: pd.DataFrame) -> pd.DataFrame:
+    """Return how often each condition beats deletion, for a reader."""
+    columns = {"firings": rates.n, "share (%)": layout.estimates(rates, "value", "ci_low", "ci_high")}
+    return layout.shown(rates, ["question"], columns)
+
+
+def shown_scores(scores: dict[tuple[str, float], float]) -> pd.DataFrame:
+    """Return R2 for a reader: predictors down, sizes across. scores: (predictor, size) -> R2."""
+    rows = pd.DataFrame([*scores], columns=["predictor", "eps"])
+    return layout.across(rows, ["predictor"], "eps", layout.numbers(scores.values(), ".3f"))
+
+
+def shown_trials(trials: pd.DataFrame) -> pd.DataFrame:
+    """Return what installs do, for a reader: medians over prompts, and shares of prompts."""
+    by = trials.groupby("direction", sort=False)
+    medians, shares = (
+        by[["native_rank", "edited_rank", "first_step_lift"]].median(),
+        by.included_edited.mean(),
+    )
+    columns = {
+        "rank of the word": medians.native_rank.astype(int),
+        "after the writes": medians.edited_rank.astype(int),
+    }
+    columns |= {"lift (nats)": layout.numbers(medians.first_step_lift)}
+    return layout.shown(
+        medians.reset_index(), ["direction"], columns | {"said (%)": layout.numbers(shares, ".0f", 100)}
     )

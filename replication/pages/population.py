@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import pandas as pd
 
+from replication import layout
 from replication.classes import alive_atoms
 from replication.statistics import beats, ci, cluster_bootstrap
-from replication.study.firings import CONDITIONS_OF_SURVEYS, encoded_saes, firing_windows, firings_of, run_firings
+from replication.study.firings import (
+    CONDITIONS_OF_SURVEYS,
+    encoded_saes,
+    firing_windows,
+    firings_of,
+    run_firings,
+)
 from replication.study.study import Study
 from writesae.evaluate.firings import draw_atoms
 
@@ -62,3 +69,12 @@ def tables(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd
     )
     atoms = study.write("population", atoms.reset_index(drop=True))
     return atoms, study.write("population_summary", summarise(atoms, study.profile.seed))
+
+
+def shown(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the win rates of atoms for a reader, equally per atom."""
+    columns = {"atoms": summary.n_atoms, "firings": layout.numbers(summary.n_firings, ",.0f")}
+    columns |= {"mean win rate (%)": layout.estimates(summary, "mean_win_rate", "ci_low", "ci_high")}
+    columns |= {"median (%)": layout.numbers(summary.median_win_rate, ".0f", 100)}
+    columns |= {"range (%)": layout.ranges(summary.lowest, summary.highest)}
+    return layout.shown(summary, ["target", "amplitude", "class"], columns)

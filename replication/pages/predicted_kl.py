@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from replication import layout
 from replication.statistics import beats, cluster_bootstrap, per_group, with_ends
 from replication.study.firings import drawn_positions, encoded_saes, firing_windows, run_firings
 from replication.study.study import Study
@@ -74,12 +75,9 @@ def shown(summary: pd.DataFrame) -> pd.DataFrame:
     names = dict(cosine="cosine to the native write", fisher="second-order form", kl_1="1 backward pass")
     ways = [names.get(way, f"{way.removeprefix('kl_')} backward passes") for way in summary.way]
 
-    def ends(name: str, scale: float, digits: int) -> list[str]:
-        numbers = summary[[name, f"{name}_low", f"{name}_high"]].to_numpy() * scale
-        return [f"{x:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]" for x, low, high in numbers]
-
     columns = {"atoms scored by": ways, "firings": summary.n}
-    columns |= {"Spearman with the KL": ends("rho", 1, 3), "KL of the chosen / smallest": ends("excess", 1, 2)}
-    columns |= {"chosen beats deletion (%)": ends("chosen_beats", 100, 0)}
-    columns |= {"firing's atom does (%)": ends("own_beats", 100, 0), "predicted rightly (%)": ends("agrees", 100, 0)}
-    return pd.DataFrame(columns).set_index(summary.host)
+    columns |= {"Spearman with the KL": layout.plain(summary, "rho", digits=3)}
+    columns |= {"KL of the chosen / smallest": layout.plain(summary, "excess")}
+    columns |= {"chosen beats deletion (%)": layout.estimates(summary, "chosen_beats")}
+    columns |= {"firing's atom does (%)": layout.estimates(summary, "own_beats")}
+    return layout.shown(summary, ["host"], columns | {"predicted rightly (%)": layout.estimates(summary, "agrees")})

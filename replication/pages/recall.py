@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from replication import layout
 from replication import statistics as stats
 from replication.plots import CENTRE_NAMES, HOST
 from replication.study import paths
@@ -221,20 +222,13 @@ def against_side(summary: pd.DataFrame) -> pd.DataFrame:
     return summary[summary.pairs == (LOAD * summary.side).astype(int)]
 
 
-def text(table: pd.DataFrame, name: str) -> list[str]:
-    """Return a share and its interval in percent as text."""
-    ends = table[[name, f"{name}_low", f"{name}_high"]].to_numpy() * 100
-    return ["" if np.isnan(x) else f"{x:.0f} [{low:.0f}, {high:.0f}]" for x, low, high in ends]
-
-
 def readable_hosts(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the hosts at the loads of a quarter, one and two pairs per row of the state."""
     some = summary[(summary.pairs / summary.side).isin([LOAD, 1, 2])]
-    columns = {"host": some.family.map(HOST), "side": some.side, "pairs": some.pairs, "contexts": some.n}
-    columns["right (%)"] = text(some, "answers")
-    columns["counterfactual said (%)"] = text(some, "says_new")
-    columns["right without the write (%)"] = text(some, "kept_delete")
-    return pd.DataFrame(columns | {"other pairs still right (%)": text(some, "others")})
+    names = dict(answers="right (%)", says_new="counterfactual said (%)", kept_delete="right without the write (%)")
+    names |= dict(others="other pairs still right (%)")
+    columns = {"contexts": some.n} | {heading: layout.estimates(some, name) for name, heading in names.items()}
+    return layout.shown(some.rename(columns=dict(family="host")), ["host", "side", "pairs"], columns)
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
@@ -242,14 +236,14 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
     words = [
         "the true writes"
         if x.target == "truth"
-        else f"{x.target}, {CENTRE_NAMES[x.centre]}, k {int(x.k)}, {int(x.n_atoms)} atoms"
+        else f"SAE of {x.target}s, {CENTRE_NAMES[x.centre]}, k = {int(x.k)}, {int(x.n_atoms)} atoms"
         for x in summary.itertuples()
     ]
-    columns = {"host": summary.family.map(HOST) + " " + summary.side.astype(str), "dictionary": words}
-    columns |= {"own atom (%)": text(summary, "own"), "purity (%)": text(summary, "pure")}
-    columns |= {"direction found (%)": text(summary, "found"), "atom keeps (%)": text(summary, "kept_atom")}
-    columns["at the write's norm (%)"] = text(summary, "kept_matched")
-    return pd.DataFrame(columns | {"all active atoms (%)": text(summary, "kept_reconstruction")})
+    names = dict(own="own atom (%)", pure="purity (%)", found="direction found (%)", kept_atom="atom keeps (%)")
+    names |= dict(kept_matched="at the write's norm (%)", kept_reconstruction="all active atoms (%)")
+    columns = {heading: layout.estimates(summary, name) for name, heading in names.items()}
+    rows = summary.assign(dictionary=words, host=summary.family.map(HOST) + " " + summary.side.astype(str))
+    return layout.shown(rows, ["host", "dictionary"], columns)
 
 
 def span(table: pd.DataFrame, name: str) -> str:

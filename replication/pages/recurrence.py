@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from replication import layout
 from replication import statistics as stats
 from replication.study.firings import firing_windows
 from replication.study.profile import Centre, Target
@@ -186,29 +187,31 @@ def in_order(summary: pd.DataFrame) -> pd.DataFrame:
     return made.sort_values("row")
 
 
+def within(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return the summary with the intervals of shares between 0 and 1."""
+    ends = [f"{name}_{end}" for name in ("recurs", "recurs_by_firing") for end in ("low", "high")]
+    return summary.assign(**summary[ends].clip(0, 1))
+
+
 def readable(summary: pd.DataFrame, host: str) -> pd.DataFrame:
     """Return a table of one host for the notebook."""
-    made = in_order(summary[summary.host == host]).set_index("name")
-    shown = {"entries": made.n.map("{:,}".format)}
-    for column, heading in dict(recurs="come back", recurs_by_firing="come back, per firing").items():
-        ends = zip(made[column], made[f"{column}_low"], made[f"{column}_high"])
-        shown[heading] = [percent(*x) for x in ends]
+    made = within(in_order(summary[summary.host == host]))
+    columns = {"entries": layout.numbers(made.n, ",.0f"), "come back (%)": layout.estimates(made, "recurs")}
+    columns |= {"come back, per firing (%)": layout.estimates(made, "recurs_by_firing")}
     headings = dict(best="mean best cosine", auc_token="AUC, token", auc_pair="AUC, pair", auc_all="AUC, all")
-    return pd.DataFrame(shown | {heading: made[column].round(2) for column, heading in headings.items()})
-
-
-def percent(value: float, low: float, high: float) -> str:
-    return f"{value:.0%} [{max(low, 0):.0%}, {min(high, 1):.0%}]"
+    columns |= {heading: layout.numbers(made[column]) for column, heading in headings.items()}
+    return layout.shown(made.rename(columns=dict(name="dictionary of")), ["dictionary of"], columns)
 
 
 def verdict(summary: pd.DataFrame, host: str) -> list[str]:
     """Return the answers to the two questions, for one host."""
-    rows = summary[summary.host == host].set_index(KIND)
+    rows = within(summary[summary.host == host]).set_index(KIND)
 
     def value(column: str, dictionary: str) -> str:
         row = rows.loc[dictionary, "write", "none"]
-        ends = row[column], row[f"{column}_low"], row[f"{column}_high"]
-        return "{:.2f} [{:.2f}, {:.2f}]".format(*ends) if column.startswith("auc") else percent(*ends)
+        if column.startswith("auc"):
+            return layout.estimate(row, column, digits=2, scale=1)
+        return f"{layout.percent(row, column)}"
 
     return [
         f"Of the atoms of the SAE of writes {value('recurs', 'sae')} come back in another training, per firing "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 
+from replication import layout
 from replication import statistics as stats
 from replication.study.firings import (
     CONDITIONS_OF_SURVEYS,
@@ -96,14 +99,17 @@ def _summary(part: pd.DataFrame, resamples: int, seed: int) -> dict:
     return row
 
 
-def shown(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the summary for a reader: shares in percent, KLs in millinats."""
-    rows = summary[summary["read"] == "write"].set_index(["target", "amplitude", "cells"])
-    names = dict(win_rate="atom beats deletion (%)", passage_low="from", passage_high="to")
-    names |= dict(win_random="random atom does (%)", win_reconstruction="reconstruction does (%)")
-    shares = (100 * rows[list(names)]).round(1).rename(columns=names)
-    sizes = {f"KL {name} (millinats)": (1000 * rows[f"kl_{name}"]).round(3) for name in ("atom", "delete")}
-    return shares.assign(n=rows.n, **sizes)
+def shown(summary: pd.DataFrame, paper: Mapping[str, float]) -> pd.DataFrame:
+    """Return the summary for a reader. paper: cells -> the paper's share at the atom's own coefficient."""
+    rows = summary[summary["read"] == "write"]
+    papers = rows.cells.map(paper).where(rows.target.eq("state") & rows.amplitude.eq("coefficient"))
+    sizes = zip(1000 * rows.kl_atom, 1000 * rows.kl_delete, strict=True)
+    columns = {"firings": layout.numbers(rows.n, ",.0f")}
+    columns |= {"beats deletion (%)": layout.estimates(rows, "win_rate", "passage_low", "passage_high")}
+    columns |= {"the paper (%)": layout.numbers(papers, ".1f", 100)}
+    columns |= {"random atom does (%)": layout.numbers(rows.win_random, ".0f", 100)}
+    columns |= {"KL atom, deletion (millinats)": [f"{atom:.3f}, {delete:.3f}" for atom, delete in sizes]}
+    return layout.shown(rows, ["target", "amplitude", "cells"], columns)
 
 
 def by_cell(firings: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
@@ -136,3 +142,12 @@ def trend(cells: pd.DataFrame) -> pd.DataFrame:
         return numbers
 
     return stats.per_group(cells, ["host", "target", "amplitude"], row)
+
+
+def shown_trend(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `trend` for a reader."""
+    columns = {"cells": table.n_cells, "win rates (%)": layout.ranges(table.win_lowest, table.win_highest)}
+    columns |= {"median (%)": layout.numbers(table.win_median, ".0f", 100)}
+    columns |= {"rho with half-life": layout.plain(table, "rho_half_life_median")}
+    columns |= {"rho with sigma1/sigma2": layout.plain(table, "rho_sigma1_over_sigma2")}
+    return layout.shown(table, ["host", "target", "amplitude"], columns)

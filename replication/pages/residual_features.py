@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from replication import layout
 from replication import statistics as stats
 from replication.plots import HOST
 from replication.study import fingerprint
@@ -172,17 +173,12 @@ def summarise(table: pd.DataFrame, cells: pd.DataFrame, resamples: int, seed: in
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the summary for a reader, without the direct path's shares."""
 
-    def ends(row, name: str, scale: float, digits: int) -> str:
-        value, low, high = (scale * getattr(row, x) for x in (name, f"{name}_low", f"{name}_high"))
-        return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-    rows = list(summary.itertuples())
-    columns = {"cell": summary.cells, "layers between": summary.distance, "edit": summary.object}
-    columns |= {"prediction": summary.predictor.map(NAMES), "n": summary.n}
-    columns |= {"R2": [ends(row, "r2", 1, 3) for row in rows]}
-    columns |= {"R2, later tokens": [ends(row, "r2_later", 1, 3) for row in rows]}
-    columns |= {f"of the top {TOP} (%)": [ends(row, "hits", 100, 0) for row in rows]}
-    return pd.DataFrame(columns).set_index("cell")
+    columns = {"layers between": summary.distance, "n": summary.n}
+    columns |= {"R2": layout.plain(summary, "r2", digits=3)}
+    columns |= {"R2, later tokens": layout.plain(summary, "r2_later", digits=3)}
+    columns |= {f"of the top {TOP} (%)": layout.estimates(summary, "hits")}
+    rows = summary.assign(prediction=summary.predictor.map(NAMES)).rename(columns=dict(object="edit"))
+    return layout.shown(rows, ["cells", "edit", "prediction"], columns)
 
 
 def examples(study: Study, sae: VectorSAE, table: pd.DataFrame, count: int = 3) -> pd.DataFrame:
@@ -212,7 +208,8 @@ def examples(study: Study, sae: VectorSAE, table: pd.DataFrame, count: int = 3) 
         rows.append(words | dict(later=row.later, predicted=row.predicted, measured=row.measured))
     names = dict(text="text up to the write", atom="the atom fires on", feature="the feature is active on")
     names |= dict(later="tokens later", predicted="predicted rise", measured="measured rise")
-    return pd.DataFrame(rows, columns=list(names)).rename(columns=names).round(3)
+    table = pd.DataFrame(rows, columns=list(names)).rename(columns=names)
+    return table.round(2).set_index(names["text"])
 
 
 def verdict(summary: pd.DataFrame) -> list[str]:
@@ -222,8 +219,8 @@ def verdict(summary: pd.DataFrame) -> list[str]:
         what = "a native write raised" if row.object == "write" else "an added atom raises"
         lines.append(
             f"{HOST.get(row.host, row.host)}, {row.cells} cell, {row.distance} layers below the SAE: what {what} is "
-            f"predicted with R2 {row.r2:.3f} [{row.r2_low:.3f}, {row.r2_high:.3f}] over all features (n = {row.n} "
-            f"places). Of the {TOP} features predicted to rise most at later tokens, {row.hits:.0%} "
-            f"[{row.hits_low:.0%}, {row.hits_high:.0%}] are among the {TOP} that do."
+            f"predicted with R2 {layout.estimate(row, 'r2', digits=3, scale=1)} over all features (n = {row.n} "
+            f"places). Of the {TOP} features predicted to rise most at later tokens, "
+            f"{layout.percent(row, 'hits')} are among the {TOP} that do."
         )
     return lines

@@ -16,6 +16,7 @@ from itertools import product
 import pandas as pd
 import torch
 
+from replication import layout
 from replication.statistics import beats, ci, cliffs_delta, cluster_bootstrap, paired_wilcoxon, rate_row, wider
 from replication.study.firings import by_place, encoded_saes, firing_windows, firings_of, run_firings
 from replication.study.study import Study
@@ -141,3 +142,18 @@ def _overlaps(part: pd.DataFrame, control: str, resamples: int, seed: int) -> li
         row = dict(top=int(column.removeprefix(prefix)), selectivity=selective.mean())
         rows.append(row | ci(wider(*by)) | dict(n=len(part)))
     return rows
+
+
+def shown(summary: pd.DataFrame) -> pd.DataFrame:
+    """Return how often the atom's KL is below the control's, for a reader."""
+    sizes = zip(1000 * summary.kl_atom, 1000 * summary.kl_control, strict=True)
+    columns = {
+        "firings": summary.n,
+        "atom nearer (%)": layout.estimates(summary, "atom_closer", "boot_low", "boot_high"),
+    }
+    columns |= {"KL atom, control (millinats)": [f"{atom:.2f}, {control:.2f}" for atom, control in sizes]}
+    columns |= {
+        "p": layout.p_values(summary.wilcoxon_p),
+        "Cliff's delta": layout.numbers(summary.cliffs_delta),
+    }
+    return layout.shown(summary, ["target", "placement", "control"], columns)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from replication import layout
 from replication.study.stages import rows_with
 
 Tables = Callable[[str], pd.DataFrame]
@@ -77,12 +78,10 @@ def measured(tables: Tables, host: str) -> pd.DataFrame:
 
 def shown(table: pd.DataFrame, paper: float) -> pd.DataFrame:
     """Return the table for a reader, in percent, below the paper's value."""
-    text = [
-        f"{100 * x.value:{'+' if x.quantity == 'difference' else ''}.1f} [{100 * x.low:.1f}, {100 * x.high:.1f}]"
-        for x in table.itertuples()
-    ]
-    rows = pd.DataFrame({"difference from the paper": table.cause, "quantity": table.quantity, "percent": text})
-    rows = rows.assign(n=table.n.astype("Int64"), seeds=table.seeds.astype("Int64"), table=table.table)
-    names = {"difference from the paper": "the paper, on its host", "quantity": "win rate"}
-    first = pd.DataFrame([names | {"percent": f"{100 * paper:.1f}"}])
-    return pd.concat([first, rows], ignore_index=True).set_index("difference from the paper")
+    signs = ["+" if x.quantity == "difference" and x.value > 0 else "" for x in table.itertuples()]
+    texts = layout.estimates(table, "value", "low", "high", digits=1)
+    columns = {"quantity": ["win rate", *table.quantity]}
+    columns |= {"percent": [f"{100 * paper:.1f}", *(sign + text for sign, text in zip(signs, texts, strict=True))]}
+    columns |= {name: ["", *layout.numbers(table[name], ",.0f")] for name in ("n", "seeds")}
+    rows = pd.DataFrame({"difference from the paper": ["the paper, on its host", *table.cause]})
+    return layout.shown(rows, ["difference from the paper"], columns | {"table": ["", *table.table]})

@@ -13,6 +13,7 @@ from itertools import islice, product
 import numpy as np
 import pandas as pd
 
+from replication import layout
 from replication.scorecard.criteria import read_criteria
 from replication.scorecard.repeats import answered, by_seed, pairs_of
 from replication.scorecard.table import scorecard as make_scorecard
@@ -136,14 +137,11 @@ def check(read_table: Callable, hosts: list[str], seed: int, others: pd.DataFram
 
 def shown(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the comparisons for a reader, in percent of the verdicts."""
-    names = ["differ", "differ_low", "differ_high", "stated", "simulated", "opposed"]
-    percent = rows.set_index("compared")[names] * 100
-    interval = [f"{x.differ:.1f} [{x.differ_low:.1f}, {x.differ_high:.1f}]" for x in percent.itertuples()]
-    columns = dict(kind=rows.kind.to_numpy(), claims=rows.claims.to_numpy(), pairs=rows.pairs.to_numpy())
-    table = pd.DataFrame(columns, index=percent.index).assign(**{"differ (%)": interval})
-    table["as stated (%)"] = percent.stated.round(1)
-    table["as simulated (%)"] = percent.simulated.round(1)
-    return table.assign(**{"supported and contradicted (%)": percent.opposed.round(2)})
+    columns = {"claims": rows.claims, "pairs": layout.numbers(rows.pairs, ",.0f")}
+    columns |= {"differ (%)": layout.estimates(rows, "differ", digits=1)}
+    columns |= {f"as {name} (%)": layout.numbers(rows[name], ".1f", 100) for name in ("stated", "simulated")}
+    columns |= {"supported and contradicted (%)": layout.numbers(rows.opposed, ".2f", 100)}
+    return layout.shown(rows, ["compared", "kind"], columns)
 
 
 def sentences(rows: pd.DataFrame, bins: pd.DataFrame) -> list[str]:
@@ -152,20 +150,17 @@ def sentences(rows: pd.DataFrame, bins: pd.DataFrame) -> list[str]:
     for size in (1, 5):
         same, other = (found[named(size, places), "simulated"] for places in (True, False))
         lines.append(
-            f"Simulated, {named(size, True)}: {_interval(same)} of {same.claims} verdicts differ ({other.differ:.1%} "
-            f"at other places), and {same.opposed:.2%} ({other.opposed:.2%}) go from supported to contradicted."
+            f"Simulated, {named(size, True)}: {layout.percent(same, 'differ', digits=1)} of "
+            f"{same.claims} verdicts differ ({other.differ:.1%} at other places), and "
+            f"{same.opposed:.2%} ({other.opposed:.2%}) go from supported to contradicted."
         )
     for row in rows[rows.kind == "observed"].itertuples():
         lines.append(
-            f"Observed, {row.compared}: {_interval(row)} of the verdicts on {row.claims} claims differ; the stated "
-            f"probabilities expect {row.stated:.1%}, the simulation {row.simulated:.1%}."
+            f"Observed, {row.compared}: {layout.percent(row, 'differ', digits=1)} of the verdicts on {row.claims} "
+            f"claims differ; the stated probabilities expect {row.stated:.1%}, the simulation {row.simulated:.1%}."
         )
     off = bins.assign(off=(bins.stated - bins.repeated).abs() * bins.n)
     off = off.groupby("compared")[["off", "n"]].sum().pipe(lambda x: x.off / x.n)
     for name in off.index.intersection([named(5, False), WHOLE]):
         lines.append(f"The stated probability is off by {off[name]:.1%} in the mean over pairs: {name}.")
     return lines
-
-
-def _interval(row) -> str:
-    return f"{row.differ:.1%} [{row.differ_low:.1%}, {row.differ_high:.1%}]"

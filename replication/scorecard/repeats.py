@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from replication import layout
 from replication.scorecard.criteria import read_criteria
 from replication.scorecard.verdicts import NOT_ASKED
 from replication.statistics import Estimate, cluster_bootstrap
@@ -149,3 +150,42 @@ def spread(summary: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
     rates = pd.concat([summary, repeats], ignore_index=True).groupby(KEYS, sort=False).win_rate
     runs = rates.agg(runs="size", least="min", most="max").reset_index()
     return summary[COLUMNS["replacement"]].merge(runs, on=KEYS, how="left")
+
+
+# For readers
+
+
+def shown_runs(repeats: pd.DataFrame) -> pd.DataFrame:
+    """Return how many claims each other run answers."""
+    return layout.counts(repeats.assign(commit=repeats.commit.str[:8]), RUN, "answers")
+
+
+def shown_turned(verdicts: pd.DataFrame) -> pd.DataFrame:
+    """Return the verdicts of the table of `stability` that change, for a reader."""
+    rows = verdicts[verdicts.turned]
+    columns = {
+        "verdict": rows.status,
+        "runs that agree": [f"{x.agree} of {x.runs}" for x in rows.itertuples()],
+    }
+    columns |= {"value": layout.numbers(rows.value, ".3g")}
+    columns |= {"range": [f"{x.least:.3g} to {x.most:.3g}" for x in rows.itertuples()]}
+    columns |= {"largest distance (standard errors)": layout.numbers(rows.z_most, ".1f")}
+    stated = layout.numbers(rows.repeat_probability, ".0f", 100)
+    return layout.shown(rows, ["id", "host"], columns | {"stated probability (%)": stated})
+
+
+def shown_held(held: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `held` for a reader."""
+    columns = {
+        "pairs": layout.numbers(held.n, ",.0f"),
+        "held (%)": layout.estimates(held, "share", "ci_low", "ci_high"),
+    }
+    return layout.shown(held, ["host"], columns | {"if right (%)": layout.numbers(held.expected, ".0f", 100)})
+
+
+def shown_rates(rates: pd.DataFrame) -> pd.DataFrame:
+    """Return win rates and their range over the runs, for a reader."""
+    columns = {"firings": layout.numbers(rates.n, ",.0f")}
+    columns |= {"beats deletion (%)": layout.estimates(rates, "win_rate", "ci_low", "ci_high")}
+    columns |= {"runs": rates.runs, "range (%)": layout.ranges(rates.least, rates.most)}
+    return layout.shown(rates, ["host", "cells", "target", "amplitude"], columns)

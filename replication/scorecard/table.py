@@ -13,6 +13,7 @@ from functools import cache
 
 import pandas as pd
 
+from replication import layout
 from replication.plots import HOST
 from replication.scorecard.claims import CLAIMS
 from replication.scorecard.criteria import GROUPS, Criteria, read_criteria
@@ -88,18 +89,30 @@ def counts(table: pd.DataFrame) -> pd.DataFrame:
     return wide.reindex(index=order.intersection(wide.index), columns=list(VERDICTS), fill_value=0)
 
 
+def shown_counts(counts: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `counts` for a reader."""
+    rows = counts.reset_index()
+    return layout.shown(rows, ["host", "group"], {name: rows[name] for name in VERDICTS})
+
+
 def shown(table: pd.DataFrame) -> pd.DataFrame:
     """Return answered rows for a reader: claim, the paper's number and ours, and the verdict."""
     rows = table[table.value.notna()]
-    here = [f"{x.value:.3g} [{x.ci_low:.3g}, {x.ci_high:.3g}]" for x in rows.itertuples()]
-    trainings = rows.trainings.map(lambda count: {0: "no SAE", 1: "one"}.get(count, str(count)))
-    columns = dict(host=rows.host.map(lambda name: HOST.get(name, name)), claim=rows.claim)
-    paper, again = rows.paper_value, 100 * rows.repeat_probability
-    columns |= dict(paper=paper.map("{:g}".format, na_action="ignore").fillna(""), here=here, n=rows.n)
-    columns |= dict(trainings=trainings)
-    columns |= dict(verdict=rows.status.where(rows.group != "cannot_fail", "cannot fail"))
-    again = again.map("{:.0f}".format, na_action="ignore").fillna("")
-    return pd.DataFrame(columns | {"said again (%)": again}).set_index(rows.id)
+    again = layout.numbers(rows.repeat_probability, ".0f", 100)
+    verdicts = rows.status.where(rows.group != "cannot_fail", "cannot fail")
+    columns = {"claim": rows.claim, "paper": layout.numbers(rows.paper_value, "g")}
+    columns |= {"here": [layout.interval(x.value, x.ci_low, x.ci_high, ".3g") for x in rows.itertuples()]}
+    columns |= {"n": layout.numbers(rows.n, ",.0f")}
+    columns |= {"trainings": rows.trainings.map(lambda count: {0: "no SAE", 1: "one"}.get(count, f"{count:.0f}"))}
+    texts = [f"{verdict} ({share}%)" if share else verdict for verdict, share in zip(verdicts, again, strict=True)]
+    return layout.shown(rows, ["id", "host"], columns | {"verdict (in a repeat)": texts})
+
+
+def shown_never_asked(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the claims that no host is asked, per experiment."""
+    never = table[~table.id.isin(table.id[table.value.notna()])]
+    rows = never.groupby("experiment").id.agg(", ".join).reset_index()
+    return layout.shown(rows, ["experiment"], {"claims": rows.id})
 
 
 def sentences(table: pd.DataFrame) -> list[str]:

@@ -1,7 +1,8 @@
 """What a stage's result depends on, as one hash: its inputs, the code that computes it, package versions.
 
 The code of a module includes the code of all modules of PACKAGES that it imports, directly or indirectly. The
-search for imports stops at LOADERS, because the values that these modules return are hashed by content.
+search for imports stops at LOADERS, because the values that these modules return are hashed by content, and
+at the modules that only show results: another colour or heading repeats no experiment.
 Comments, docstrings and layout do not count.
 """
 
@@ -33,6 +34,7 @@ VERSIONS = ("torch", "transformers", "tokenizers", "numpy", "scipy", "scikit-lea
 STUDY = ("fingerprint", "git", "lock", "paths", "profile", "stages", "study")
 LOADERS = {f"replication.study.{name}" for name in STUDY}
 LOADERS |= {"writesae.files", "writesae.hosts.hub", "writesae.hosts.load"}
+LOADERS |= {"replication.layout", "replication.plots"}  # these only show results
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 

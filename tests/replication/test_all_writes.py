@@ -186,7 +186,7 @@ def test_sentences_say_what_is_worse_than_nothing():
     first, *others = all_writes.verdict(shown, shown[:0], shown.assign(counts=False))
     assert first == "Mamba-2, middle cell: writing nothing costs 50.0 millinats per token (510 tokens of 2 passages)."
     assert others == [
-        "  writes, without the mean: top atom: +0.40 [+0.30, +0.50].",
+        "  writes, without the mean: top atom: 0.40 [0.30, 0.50].",
         "  writes, with the mean: top atom: -2.00 [-3.00, -1.00], worse than nothing.",
-        "  no SAE: token's mean write: +0.00 [-1.00, +1.00], not apart from nothing.",
+        "  no SAE: token's mean write: 0.00 [-1.00, 1.00], not apart from nothing.",
     ]

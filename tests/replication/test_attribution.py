@@ -75,7 +75,7 @@ def test_fates_count_what_all_tokens_erased_and_who_erased_most():
 def test_a_host_that_only_decays_has_no_eraser():
     table = attribution.fates(pd.concat([writes(), writes(host="mamba2", erased=np.nan)]), 50, 1)
     assert table.same_token.isna().tolist() == [False, True]
-    assert attribution.readable_fates(table)["it is the same token"].tolist()[1] == ""
+    assert attribution.readable_fates(table)["it is the same token (%)"].tolist()[1] == ""
 
 
 def _classes(register=(0.2, 0.1, 0.3)):

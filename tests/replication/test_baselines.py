@@ -254,12 +254,12 @@ def test_verdicts_say_the_numbers_and_which_is_better():
     summary, rows = baselines.summarise(table, cells, 100, 0), baselines.contrasts(table, cells, 100, 0)
     sentences = baselines.verdicts(summary, rows, "h")
     assert sentences[0].startswith(
-        "At its projection, the firing's atom of the uncentred SAE of writes recovers 50 [50"
+        "At its projection, the firing's atom of the uncentred SAE of writes recovers 50% [50"
     )
-    assert "beats deletion at 100 [100, 100]% of 12 places" in sentences[1]
+    assert "beats deletion at 100% [100, 100] of 12 places" in sentences[1]
     by_name = {sentence.split(" (2 numbers")[0]: sentence for sentence in sentences[2:]}
     pair = by_name["Best atom against k-means, top singular pair"]
-    assert "recovers 40 points more [40, 40]; it is closer at 100 [100, 100]% of places" in pair
+    assert "recovers 40 points more [40, 40]; it is closer at 100% [100, 100] of places" in pair
     assert "no difference is shown" in by_name["Best atom against k-means, 8 centroids"]
 
 

@@ -104,8 +104,9 @@ def test_the_check_sets_what_was_observed_beside_the_simulation(monkeypatch):
     assert list(observed.index) == [check.named(1, True), check.WHOLE]
     assert observed.simulated.notna().all() and observed.differ[check.WHOLE] == 0, "the other run is this one"
     assert set(bins.compared) == set(rows.compared) and bins.n.gt(0).all()
-    assert len(check.shown(rows)) == len(rows) and check.shown(rows).shape[1] <= 8
+    assert len(check.shown(rows)) == len(rows) and check.shown(rows).reset_index().shape[1] <= 8
     lines = check.sentences(rows, bins)
     alone, _ = check.check(read, ["a"], 1, None)
-    assert set(check.shown(alone).kind) == {"simulated", "observed"} and check.WHOLE not in set(alone.compared)
+    kinds = check.shown(alone).index.get_level_values("kind")
+    assert set(kinds) == {"simulated", "observed"} and check.WHOLE not in set(alone.compared)
     assert lines[0].startswith("Simulated, 1 training and another") and "Observed, whole runs" in lines[3]

@@ -398,11 +398,14 @@ def test_the_table_of_chosen_cells_ranks_their_costs():
     cells = cells.assign(half_life_median=2.0)
     rules = dict(late=dict(layer=6, head=0), regime=dict(sigma_ratio=12), weighty=dict(layer=4, cost="largest"))
     chosen = hosts.choose_cells(cells, HostSection(path="x", cells=rules))
-    table = hosts.chosen_table(cells, chosen).set_index("place")
-    assert table.cell.tolist() == ["L6 H0", "L4 H1", "L4 H0"]
+    table = hosts.chosen_table(cells, chosen).droplevel("host")
+    assert table["layer, head"].tolist() == ["L6 H0", "L4 H1", "L4 H0"]
     assert table["rank of the cost"].tolist() == ["3 of 6", "2 of 6", "1 of 6"]
     assert table["cost (millinats per token)"]["late"] == "30.0 [20.0, 50.0]"
-    assert table.rule["regime"] == "sigma1/sigma2 nearest to 12, any layer; its first choice is late"
+    assert (
+        table.rule["nearest to the paper's spectrum"]
+        == "sigma1/sigma2 nearest to 12, any layer; its first choice is late"
+    )
 
 
 def test_costs_are_measured_outside_of_the_searched_windows():

@@ -162,7 +162,7 @@ def test_every_alive_atom_can_be_chosen_the_most_firing_first(study, alive, firi
 def alive_labels(rows):
     rows = rows.sort_values("firings", ascending=False, kind="stable")
     return [
-        f"trained on {r.target}, atom {r.atom}: {kind}, cosine {r.cosine:.2f}, {r.firings:,} firings"
+        f"trained on {r.target}s, atom {r.atom}: {kind}, cosine {r.cosine:.2f}, {r.firings:,} firings"
         for r, kind in zip(rows.itertuples(), rows["class"])
     ]
 
@@ -195,9 +195,10 @@ def test_tokens_of_one_atom_are_those_of_the_browser_s_table(study, alive, firin
 def test_the_page_says_what_the_table_says_and_marks_every_firing(study, alive, firings):
     row = most_firing(alive, "state")
     page = widgets.atom_page(study, row, of_atom(firings, row))
-    assert f"Atom {row.atom} (layer 1 head 2 of small, trained on state)" in page
-    for value in (row["class"], f"{row.cosine:.3g}", f"{row.rate:.2%}", str(row.firings)):
+    assert f"Atom {row.atom} (layer 1 head 2 of small, trained on states)" in page
+    for value in (row["class"], f"{row.cosine:.3g}", f"{row.rate:.2%}"):
         assert f"<td>{value}</td>" in page
+    assert f"<td>{row.firings:,} in {row.passages} passages</td>" in page
     contexts = re.findall("<pre>(.*?)</pre>", page)
     assert 1 <= len(contexts) <= widgets.CONTEXTS and all("<mark>" in text for text in contexts)
     heads = re.findall("<th>((?:pro|de)moted, .*?)</th>", page)

@@ -194,7 +194,8 @@ def test_the_summary_counts_trials():
     assert summary.loc["all", "all"].n == 5 and summary.loc["middle", "20"].next_token == 1.0
     assert summary.loc["rare", "3"].n == 1
     shown = page.shown(page.named(page.summarise(rows), 3), "condition", names=page.RATES)
-    assert shown["next token"].str.startswith("50.0% [").all() and shown.condition.tolist() == ["all cells, gamma, 1x"]
+    assert shown["next token (%)"].str.startswith("50 [").all()
+    assert shown.index.get_level_values("condition").tolist() == ["all cells, Γ, 1x"]
 
 
 def test_classes_of_text_are_by_frequency_and_form():

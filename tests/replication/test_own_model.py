@@ -174,10 +174,10 @@ def test_the_verdict_has_the_numbers():
     table = pd.DataFrame(rows, columns=["question", "value", "n", "ci_low", "ci_high"])
     first, second, third = own_model.verdict(table).splitlines()
     assert first == "The edited run reads what was predicted: R2 is 0.950 at 0.1 native write norms (n = 9)."
-    assert "on 40% [30%, 50%] of 160 firings, and a random atom on 20% [10%, 30%]." in second
-    assert third.endswith("of the word by +1.20 nats in the mean over 1 prompts.")
+    assert "on 40% [30, 50] of 160 firings, and a random atom on 20% [10, 30]." in second
+    assert third.endswith("of the word by 1.20 nats in the mean over 1 prompts.")
     failed = own_model.verdict(table.replace(0.95, 0.5).assign(ci_low=0.1, ci_high=2))
-    assert failed.startswith("The edited run does not read") and "+1.20 [+0.10, +2.00] nats" in failed
+    assert failed.startswith("The edited run does not read") and "1.20 [0.10, 2.00] nats" in failed
 
 
 def test_no_firing_is_one_sentence_and_few_are_all_taken():

@@ -103,5 +103,5 @@ def test_a_summary_and_its_sentences(given):
     assert summary.n["sae"] == len(sae) // 2 and summary.examined["sae"] == sae.auc_all.notna().sum() // 2
     every = [summary.reset_index()] + [summary.reset_index().assign(dictionary=x).head(1) for x in ("tied", "kmeans")]
     lines = recurrence.verdict(recurrence.pd.concat(every), "toy")
-    assert "100% [100%, 100%] come back" in lines[0] and "AUC" in lines[1]
-    assert recurrence.readable(summary.reset_index(), "toy")["come back"].iloc[0].startswith("100%")
+    assert "100% [100, 100] come back" in lines[0] and "AUC" in lines[1]
+    assert recurrence.readable(summary.reset_index(), "toy")["come back (%)"].iloc[0].startswith("100 [")

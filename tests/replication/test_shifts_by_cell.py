@@ -50,7 +50,7 @@ def test_cells_are_counted_where_a_predictor_is_ahead():
     assert (row.n_cells, row.layer_ahead, row.norm_ahead) == (4, 0.5, 0.75)
     assert row.cosine_behind == pytest.approx(-0.7) and 0 < row.layer_ahead_low < 0.5 < row.layer_ahead_high < 1
     shown = other_hosts.shown_cells(other_hosts.summarise_cells(Written(), cells))
-    assert shown.iloc[0].tolist() == [10.0, 5.0, 1.0, "2 of 4", "3 of 4", -0.7]
+    assert shown.iloc[0].tolist() == ["10.00", "5.00", "1.00", "2 of 4", "3 of 4", "-0.70"]
 
 
 def test_the_atoms_of_a_cell_are_native_writes_of_other_places(gated_deltanet, tokens):

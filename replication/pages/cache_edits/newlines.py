@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from replication import layout
 from replication.pages.cache_edits.site import Site, interval
 from replication.statistics import paired_wilcoxon, with_ends
 from writesae.history import History
@@ -246,7 +247,6 @@ def side_by_side(summary: pd.DataFrame, column: str) -> pd.DataFrame:
 
     summary: of `summarise_newlines`. Rows without a value, and the baseline, are left out."""
     rows = summary[summary[column].notna() & (summary.role != "baseline")]
-    numbers = zip(rows[column], rows[f"{column}_low"], rows[f"{column}_high"], strict=True)
-    text = [f"{value:+.1f} [{low:.1f}, {high:.1f}]" for value, low, high in numbers]
-    table = rows.assign(text=text).pivot(index=["host", "n", "role", "dose"], columns="mode", values="text")
-    return table.reindex(columns=rows["mode"].unique()).fillna("")
+    numbers = rows[[column, f"{column}_low", f"{column}_high"]].itertuples(index=False)
+    texts = [f"{'+' if x > 0 else ''}{layout.interval(x, low, high, '.1f')}" for x, low, high in numbers]
+    return layout.across(rows, ["host", "n", "role", "dose"], "mode", texts)
