@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 from IPython.display import DisplayHandle, Markdown, display
 
+from replication import findings
 from replication.findings import (
-    FINDINGS,
     HOSTS,
     LACKING,
     MAIN,
@@ -42,7 +42,7 @@ def conclude(opened: DisplayHandle, page: str, study: Study) -> Markdown:
         return Markdown(remark)
     results = Results(study.paths.results)
     try:
-        finding, answer = FINDINGS[page](results), ANSWERS[page](results)
+        finding, answer = (sentence(results) for sentence in PAGES[page])
     except FileNotFoundError as missing:  # what only `make sweep` or `make repeats` leaves
         remark = f"The table {Path(missing.filename).name} is not there yet, so this page has no result in words."
     except LACKING:
@@ -212,6 +212,24 @@ def cache_edits(results: Results) -> str:
     )
 
 
+def install(results: Results) -> str:
+    where = dict(cells="all", magnitude=1, writes=3, target_class="middle", distance="3")
+    costs = {
+        name: listed(
+            f"{results.row('install_cells_summary', host=host, direction=name, **where).kl_elsewhere:.2g}"
+            for host in HOSTS
+        )
+        for name in ("refined", "random")
+    }
+    enough = listed(f"{results.row('install_ceiling_summary', host=host).enough:.0%}" for host in HOSTS)
+    return (
+        "Yes from all cells, and hardly from one: writes of any size in a single cell gain what is needed for "
+        f"{enough} of the words of rank 101 to 1,000 on the three hosts, because the norm behind the heads bounds "
+        "what a head adds. Writes in all cells change the rest as well: the KL of the other tokens is "
+        f"{costs['refined']} nats, after random writes of the same size {costs['random']}."
+    )
+
+
 def ablations(results: Results) -> str:
     def lower(target: str, quantity: str) -> str:
         rows = results.rows("ablation_contrasts", host=MAIN, target=target, quantity=quantity, place="middle")
@@ -233,18 +251,16 @@ def every_cell(results: Results) -> str:
     )
 
 
+CHOICES = dict(control="what the atom must beat", target="what the SAE is trained on", centre="the mean")
+CHOICES |= dict(pooling="which firings count", amplitude="the atom's amplitude", reading="who reads the edit")
+CHOICES |= dict(write="the definition of the write", kl_direction="the direction of the KL")
+
+
 def multiverse(results: Results) -> str:
-    names = dict(
-        control="what the atom must beat",
-        target="what the SAE is trained on",
-        pooling="which firings count",
-    )
-    names |= dict(amplitude="the atom's amplitude", reading="who reads the edit", centre="the mean")
-    names |= dict(write="the definition of the write", kl_direction="the direction of the KL")
     parts = []
     for host in HOSTS:
         first = results.rows("multiverse_effects", host=host).drop_duplicates("choice").nlargest(2, "share")
-        parts.append(f"{HOST[host]}: " + listed(f"{names[x.choice]} ({x.share:.0%})" for x in first.itertuples()))
+        parts.append(f"{HOST[host]}: " + listed(f"{CHOICES[x.choice]} ({x.share:.0%})" for x in first.itertuples()))
     return f"Two choices explain most of the variance between win rates. {'; '.join(parts)}."
 
 
@@ -284,10 +300,10 @@ def recall(results: Results) -> str:
 
 def residual_features(results: Results) -> str:
     where = dict(cells="middle", object="atom", predictor="through_layer")
-    hits = estimate(results.row("residual_features_summary", **where), "hits", "hits_low", "hits_high")
+    hits = percent(results.row("residual_features_summary", **where), "hits", "hits_low", "hits_high")
     return (
         "One linear pass says which features an atom will raise, and when: of the ten that it is predicted to raise most at "
-        f"later tokens, {hits}% are among the ten that rise most."
+        f"later tokens, {hits} are among the ten that rise most."
     )
 
 
@@ -301,25 +317,28 @@ def recurrence(results: Results) -> str:
     )
 
 
-ANSWERS: dict[str, Callable[[Results], str]] = {  # notebook: its verdict
-    "00_hosts": hosts,
-    "01_harvest": harvest,
-    "02_train_saes": train_saes,
-    "03_atoms": atoms,
-    "04_logit_shift": logit_shift,
-    "05_replacement": replacement,
-    "07_objects": objects,
-    "06_all_writes": all_writes,
-    "08_baselines": baselines,
-    "09_population": population,
-    "10_other_hosts": other_hosts,
-    "11_cache_edits": cache_edits,
-    "13_ablations": ablations,
-    "14_every_cell": every_cell,
-    "15_multiverse": multiverse,
-    "20_scorecard": scorecard,
-    "16_attribution": attribution,
-    "17_recall": recall,
-    "18_residual_features": residual_features,
-    "19_recurrence": recurrence,
+Sentence = Callable[[Results], str]
+PAGES: dict[str, tuple[Sentence, Sentence | None]] = {  # the finding and the verdict of each page
+    "00_hosts": (findings.hosts, hosts),
+    "01_harvest": (findings.harvest, harvest),
+    "02_train_saes": (findings.train_saes, train_saes),
+    "03_atoms": (findings.atoms, atoms),
+    "04_logit_shift": (findings.logit_shift, logit_shift),
+    "05_replacement": (findings.replacement, replacement),
+    "06_all_writes": (findings.all_writes, all_writes),
+    "07_objects": (findings.objects, objects),
+    "08_baselines": (findings.baselines, baselines),
+    "09_population": (findings.population, population),
+    "10_other_hosts": (findings.other_hosts, other_hosts),
+    "11_cache_edits": (findings.cache_edits, cache_edits),
+    "12_install": (findings.install, install),
+    "13_ablations": (findings.ablations, ablations),
+    "14_every_cell": (findings.every_cell, every_cell),
+    "15_multiverse": (findings.multiverse, multiverse),
+    "16_attribution": (findings.attribution, attribution),
+    "17_recall": (findings.recall, recall),
+    "18_residual_features": (findings.residual_features, residual_features),
+    "19_recurrence": (findings.recurrence, recurrence),
+    "20_scorecard": (findings.scorecard, scorecard),
+    "90_your_own_model": (findings.own_model, None),
 }

@@ -6,7 +6,6 @@ readme` writes the same numbers into the README, so that one number is computed 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -353,29 +352,3 @@ def own_model(results: Results) -> str:
         f"{percent(atom, 'value', 'ci_low', 'ci_high')} and a random atom at "
         f"{percent(random, 'value', 'ci_low', 'ci_high')} of the firings, at the norm of the native write."
     )
-
-
-FINDINGS: dict[str, Callable[[Results], str]] = {  # notebook: its sentence
-    "00_hosts": hosts,
-    "01_harvest": harvest,
-    "02_train_saes": train_saes,
-    "03_atoms": atoms,
-    "04_logit_shift": logit_shift,
-    "05_replacement": replacement,
-    "07_objects": objects,
-    "06_all_writes": all_writes,
-    "08_baselines": baselines,
-    "09_population": population,
-    "10_other_hosts": other_hosts,
-    "11_cache_edits": cache_edits,
-    "12_install": install,
-    "13_ablations": ablations,
-    "14_every_cell": every_cell,
-    "15_multiverse": multiverse,
-    "20_scorecard": scorecard,
-    "16_attribution": attribution,
-    "17_recall": recall,
-    "18_residual_features": residual_features,
-    "19_recurrence": recurrence,
-    "90_your_own_model": own_model,
-}

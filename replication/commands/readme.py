@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
-from replication import findings
+from replication import answers, findings
 from replication.commands import order
 from replication.commands.crate import write_crate
 from replication.findings import HOSTS, MAIN, WIN, Results, estimate, listed, percent, r2, win_rate
@@ -203,7 +203,7 @@ def middle_cell(results, bench) -> str:
 @block
 def all_findings(results, bench) -> str:
     """The sentence of every page."""
-    lines = [f"**{page(name)}** {said(results)}" for name, said in sorted(findings.FINDINGS.items())]
+    lines = [f"**{page(name)}** {said(results)}" for name, (said, _) in answers.PAGES.items()]
     return "\n\n" + "\n\n".join(lines) + "\n\n"
 
 

@@ -12,7 +12,7 @@ import matplotlib.image
 import pandas as pd
 import pytest
 
-from replication import findings
+from replication import answers, findings
 from replication.commands import order, readme, teaser
 from replication.study.paths import ROOT
 
@@ -89,9 +89,9 @@ def test_a_row_is_the_only_one(tmp_path):
 
 def test_every_finding_is_that_of_a_page():
     pages = set(order.notebooks())
-    assert set(findings.FINDINGS) <= pages
+    assert list(answers.PAGES) == sorted(answers.PAGES) and set(answers.PAGES) <= pages
     results = findings.Results(ROOT / "results" / "mini")
-    for name, sentence in findings.FINDINGS.items():
+    for name, (sentence, _) in answers.PAGES.items():
         text = sentence(results)
         assert re.search(r"\d", text) and text.endswith((".", ")")) and "nan" not in text, name
 
