@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import tomllib
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import nbformat
@@ -325,6 +327,41 @@ def plan(results, bench) -> str:
     return table(f"{header} | memory of a step", rows)
 
 
+COLAB = "https://colab.research.google.com/github"
+BINDER = "https://mybinder.org/v2/gh"
+TOUR = Path("notebooks") / "tour.ipynb"
+
+
+def address() -> str:
+    """Return where the repository is on GitHub, `Repository` of [project.urls] in pyproject.toml; else ""."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project.get("urls", {}).get("Repository", "").removesuffix("/")
+
+
+def buttons(repository: str) -> str:
+    """Return links that open the tour in Colab and on Binder; nothing without an address."""
+    if not repository:
+        return ""
+    name, tour = repository.removeprefix("https://github.com/"), TOUR.as_posix()
+    colab, binder = f"{COLAB}/{name}/blob/main/{tour}", f"{BINDER}/{name}/HEAD?labpath={tour}"
+    return f"**[Open in Colab]({colab})** · **[Open on Binder]({binder})**"
+
+
+@block
+def online(results: Results, bench: Results) -> str:
+    unknown = "The links appear here when pyproject.toml has the repository's address on GitHub (`Repository` of "
+    return buttons(address()) or f"{unknown}`[project.urls]`), after `python -m replication readme`."
+
+
+def with_buttons(tour: nbformat.NotebookNode, repository: str) -> nbformat.NotebookNode:
+    """Return the tour with its links to Colab and Binder, and with the address that it is fetched from."""
+    tour = deepcopy(tour)
+    first, install = tour.cells[0], next(cell for cell in tour.cells if cell.cell_type == "code")
+    first.source = MARKED.sub(lambda match: match[1] + buttons(repository) + match[4], first.source)
+    install.source = re.sub(r'^repository = ".*?"', f'repository = "{repository}"', install.source, flags=re.M)
+    return tour
+
+
 def fill(text: str, results: Results, bench: Results, root: str = "") -> str:
     """Return `text` with all marked places filled from the results.
 
@@ -357,6 +394,10 @@ def main(options: argparse.Namespace) -> int:
         if (after := fill(before, results, bench, root)) != before:
             path.write_text(after, encoding="utf-8")
             print(f"{path.relative_to(ROOT)} has new numbers")
+    tour = nbformat.read(ROOT / TOUR, as_version=4)
+    if (after := with_buttons(tour, address())) != tour:
+        nbformat.write(after, ROOT / TOUR)
+        print(f"{TOUR} has a new address")
     draw(results, ROOT / "docs" / "images")
     write_crate(ROOT / "results")
     return 0
