@@ -9,6 +9,7 @@ import argparse
 import re
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from replication.commands.crate import write_crate
 from replication.findings import HOSTS, MAIN, WIN, Results, estimate, listed, percent, r2, win_rate
 from replication.plots import HOST
 from replication.scorecard.claims import papers_value
+from replication.scorecard.criteria import read_criteria
 from replication.scorecard.verdicts import VERDICTS
 from replication.study.paths import ROOT
 
@@ -233,12 +235,26 @@ def all_claims(results, bench) -> str:
     """Every claim, in words, with the paper's number, ours and the verdict on each host, group by group."""
     titles = dict(headline="Headline", supporting="Supporting", bookkeeping="Facts about the dictionary and the text")
     titles |= dict(cannot_fail="Not judged, because nothing could contradict them")
-    parts, header = [], f"claim | | paper | {' | '.join(map(HOST.get, HOSTS))} | page"
+    parts, header = [], f"claim | | paper | {' | '.join(map(HOST.get, HOSTS))} | page and rows"
     for group, title in titles.items():
         claims = results.rows("scorecard", group=group).groupby("id", sort=False)
         rows = table(header, [claim_row(name, rows) for name, rows in claims])
         parts.append(f"### {title}{rows.rstrip()}")
     return "\n\n" + "\n\n".join(parts) + "\n\n"
+
+
+def measured(claim: str, notebook: str) -> str:
+    """Return links to the page that measures a claim, at the cell that makes the table, and to the table."""
+    read = []
+
+    def tables(table: str):
+        read.append(table)
+        raise LookupError
+
+    with suppress(LookupError):
+        read_criteria().claims[claim].answer(tables, MAIN)
+    anchor = f"#{read[0]}" if f"results/{{profile}}/{read[0]}.csv" in order.notebooks()[notebook].makes else ""
+    return f"[{notebook[:2]}](notebooks/{notebook}.ipynb{anchor}), [rows](results/mini/{read[0]}.csv)"
 
 
 def claim_row(name: str, rows: pd.DataFrame) -> list[str]:
@@ -253,7 +269,7 @@ def claim_row(name: str, rows: pd.DataFrame) -> list[str]:
         status = f"as {row.same_as}" if isinstance(row.same_as, str) else row.status.replace("not asked", "")
         cells.append(f"{row.value:.3g} [{row.ci_low:.3g}, {row.ci_high:.3g}] {status}")
     paper = "" if pd.isna(first.paper_value) else f"{first.paper_value:g}"
-    where = page(first.notebook) if isinstance(first.notebook, str) else "not run here"
+    where = measured(name, first.notebook) if isinstance(first.notebook, str) else "not run here"
     return [name, first.claim, paper, *cells, where]
 
 
@@ -371,7 +387,7 @@ def fill(text: str, results: Results, bench: Results, root: str = "") -> str:
         begin, name, _, end = match.groups()
         if name not in BLOCKS:
             raise ValueError(f"There is no number {name!r}: choose one of {', '.join(sorted(BLOCKS))}.")
-        return begin + BLOCKS[name](results, bench).replace("](notebooks/", f"]({root}notebooks/") + end
+        return begin + re.sub(r"\]\((?=notebooks/|results/)", f"]({root}", BLOCKS[name](results, bench)) + end
 
     return MARKED.sub(filled, text)
 

@@ -18,8 +18,8 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from replication.commands import CommandError, order
-from replication.commands.readme import page_title
+from replication.commands import CommandError, makers, order
+from replication.commands.readme import address, page_title
 from replication.study.git import GitError, git
 from replication.study.paths import ROOT
 from writesae.files import read_json
@@ -88,14 +88,16 @@ def on_site(path: Path) -> bool:
 
 
 def notebook_page(path: Path, folder: Path) -> str:
-    """Return a notebook as Markdown; its pictures are written into a folder."""
-    parts = []
+    """Return a notebook as Markdown, with an anchor at each cell that draws a figure or makes a table.
+
+    Its pictures are written into a folder."""
+    parts, made = [], makers.cells(path.stem) if path.stem in order.notebooks() else {}
     for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
+        drawn = re.findall(r'titles\.save\(figure, "(\w+)"', cell.source)
+        parts += [f'<a id="{name}"></a>' for name in (*drawn, *(table for table in made if made[table] == number))]
         if cell.cell_type == "markdown":
             parts.append(with_links(cell.source, Path("notebooks")))
             continue
-        drawn = re.findall(r'titles\.save\(figure, "(\w+)"', cell.source)
-        parts += [f'<a id="{name}"></a>' for name in drawn]
         parts.append(f'<details markdown="1"><summary>Code</summary>\n\n```python\n{cell.source}\n```\n\n</details>')
         for place, output in enumerate(cell.get("outputs", [])):
             parts.append(shown(output, folder, f"{path.stem}-{number}-{place}.png"))
@@ -122,13 +124,18 @@ def shown(output: nbformat.NotebookNode, folder: Path, name: str) -> str:
 
 
 def sources(name: str, pages: dict[str, order.Notebook]) -> str:
-    """Return a line with the page, the tables and the commit of a figure."""
+    """Return a line with the page of a figure, the tables that were there when it was drawn, and their commit."""
     page = next(page for page in pages.values() if f"figures/{{profile}}/{name}.png" in page.makes)
-    tables = [path.replace("{profile}", "mini") for path in page.makes if path.endswith(".csv")]
-    tables = [path for path in tables if (ROOT / path).is_file()]
+    cells = nbformat.read(ROOT / "notebooks" / f"{page.name}.ipynb", as_version=4).cells
+    drawn = next(number for number, cell in enumerate(cells) if f'titles.save(figure, "{name}"' in cell.source)
+    made = {table: number for table, number in makers.cells(page.name).items() if number <= drawn}
+    made = sorted(made, key=made.get, reverse=True)  # the nearest first
+    tables = [path for path in (f"results/mini/{table}.csv" for table in made) if (ROOT / path).is_file()]
     rows = ", ".join(f"[{Path(path).name}](../{path})" for path in tables)
     commits = {read_json(ROOT / f"{path}.json")["commit"][:10] for path in tables}
     where = f"[the cell that draws it](../notebooks/{page.name}.md#{name})"
+    if repository := address():
+        commits = {f"[{name}]({repository}/commit/{name})" for name in commits}
     return f"<small>{where} · rows: {rows} · commit {', '.join(sorted(commits))}</small>"
 
 

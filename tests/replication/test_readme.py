@@ -45,7 +45,10 @@ def test_every_link_leads_somewhere(document):
         name, _, anchor = link.partition("#")
         path = document.parent / name if name else document
         assert path.exists(), link
-        assert not anchor or anchor in heading_names(path.read_text(encoding="utf-8")), link
+        if path.suffix == ".ipynb":  # on the site: the cell that makes a table
+            assert not anchor or f"results/{{profile}}/{anchor}.csv" in order.notebooks()[path.stem].makes, link
+        else:
+            assert not anchor or anchor in heading_names(path.read_text(encoding="utf-8")), link
 
 
 def test_the_readme_is_short_and_has_a_number_of_each_kind():

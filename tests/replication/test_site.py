@@ -11,10 +11,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
 import yaml
 
-from replication.commands import order, site
+from replication.commands import makers, order, readme, site
 from replication.study.paths import ROOT
 
 MISSING = [
@@ -41,10 +42,25 @@ def test_links_lead_to_pages_of_the_site_or_become_text():
     assert site.with_links("# T\n\n[![a](b.svg)](c)\n[![d](e)](f)\n\nx", Path()) == "# T\n\n\nx"
 
 
-def test_a_figure_names_its_cell_and_its_rows():
+def test_a_figure_names_its_cell_and_its_rows(monkeypatch):
     line = site.sources("fig05_win_rates", order.notebooks())
     assert "](../notebooks/05_replacement.md#fig05_win_rates)" in line and "](../results/mini/headline.csv)" in line
+    assert "replacement_trend.csv" not in line  # it is made below the figure
     assert re.search(r"commit [0-9a-f]{10}", line)
+    monkeypatch.setattr(site, "address", lambda: "https://github.com/a/b")
+    line = site.sources("fig05_win_rates", order.notebooks())
+    assert re.search(r"commit \[([0-9a-f]{10})\]\(https://github.com/a/b/commit/\1\)", line)
+
+
+def test_a_claim_leads_to_the_cell_that_makes_its_table():
+    assert readme.measured("R1", "05_replacement").startswith("[05](notebooks/05_replacement.ipynb#headline")
+    made = makers.cells("05_replacement")
+    cells = nbformat.read(ROOT / "notebooks" / "05_replacement.ipynb", as_version=4).cells
+    assert "headline.measure(study)" in cells[made["headline"]].source  # it is written in a function of the page
+    assert "replacement.survey(study)" in cells[made["replacement_by_cell"]].source
+    assert 'study.write("replacement_trend"' in cells[made["replacement_trend"]].source
+    found = [number for page in order.notebooks() for number in makers.cells(page).values()]
+    assert found.count(0) < 0.05 * len(found)
 
 
 def test_the_workflow_publishes_what_make_site_builds():
