@@ -153,14 +153,7 @@ def gradients(
 
 
 def predict_kl(
-    host: Host,
-    windows: Windows | Tensor,
-    edit: Edit,
-    *,
-    layer: int,
-    head: int,
-    steps: int,
-    readings: int = 1,
+    host: Host, windows: Windows | Tensor, edit: Edit, *, layer: int, head: int, steps: int, readings: int = 1
 ) -> Tensor:
     """Return the predicted KL(native, edited) [R] in nats at the last of the `steps` tokens of `run_edited`.
 

@@ -76,12 +76,7 @@ def test(study: Study, host: Host, windows: Windows, sae: SAE, count: int) -> pd
     """Return the replacement test of at most `count` firings, equally many per atom."""
     data, seed = study.profile.data, study.profile.seed
     factors = harvest(
-        host,
-        windows,
-        layer=sae.config.layer,
-        head=sae.config.head,
-        batch=data.batch_windows,
-        progress=False,
+        host, windows, layer=sae.config.layer, head=sae.config.head, batch=data.batch_windows, progress=False
     )
     last = windows.tokens.shape[1] - STEPS
     firings = find_firings(sae, factors, windows, first=data.first_position, last=last)

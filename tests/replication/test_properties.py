@@ -22,13 +22,7 @@ from writesae import history as history_module
 from writesae.edit import Edit, edited_hidden, head_change, make_edit
 from writesae.files import ArtifactError
 from writesae.history import History
-from writesae.recurrence import (
-    Factors,
-    diagonal_delta_chunks,
-    gated_delta_chunks,
-    states_before,
-    step_states,
-)
+from writesae.recurrence import Factors, diagonal_delta_chunks, gated_delta_chunks, states_before, step_states
 
 FIXTURES = [HealthCheck.function_scoped_fixture]  # all examples of a test share one folder, on purpose
 settings.register_profile(

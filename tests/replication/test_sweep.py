@@ -38,8 +38,7 @@ GRID = dict(
     layers=[0, 3],
     heads=[3],
     variants=dict(
-        state=dict(role="survey", target="state"),
-        write=dict(role="main", target="write", settings=dict(k=3)),
+        state=dict(role="survey", target="state"), write=dict(role="main", target="write", settings=dict(k=3))
     ),
     seeds=[0, 1],
     firings=25,

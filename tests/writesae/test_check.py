@@ -48,11 +48,7 @@ def forget_convolution(host):
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
-    [
-        (scale_outputs, {"whole sequence", "fp64 loop"}),
-        (forget_convolution, {"restart"}),
-    ],
+    ("change", "found"), [(scale_outputs, {"whole sequence", "fp64 loop"}), (forget_convolution, {"restart"})]
 )
 def test_what_is_wrong_is_found(gated_deltanet, tokens, change, found):
     host = broken(gated_deltanet, change)

@@ -167,12 +167,7 @@ def patched_logits(host: Host, run: Run, cell_sae: CellSAE, places: Places, chan
 
 @torch_defaults()
 def measure_terms(
-    host: Host,
-    run: Run,
-    cell_sae: CellSAE,
-    places: Places,
-    put_in: dict[str, Terms],
-    batch_rows: int = 512,
+    host: Host, run: Run, cell_sae: CellSAE, places: Places, put_in: dict[str, Terms], batch_rows: int = 512
 ) -> pd.DataFrame:
     """Return KL(native, patched) in nats at t + 1 with other matrices in the native write's place.
 
