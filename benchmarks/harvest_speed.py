@@ -1,10 +1,10 @@
 """Compare the harvest with the plain forward of the same model: `python benchmarks/harvest_speed.py`.
 
 Both run the same windows of random tokens in the same batches. The harvest keeps the factors of all heads of
-one layer: for the last recurrent layer it runs nearly the whole model, for the middle one half of it. The
-forward is that of transformers, with logits; on a CPU it uses the reference operators. "forward without head"
-does not compute logits, which is closer to the work of a harvest. RWKV-7 is not in transformers: its forward
-is writesae.hosts.rwkv7_model, which has no part without the head.
+one layer (for the last recurrent layer it runs nearly the whole model, for the middle one half of it), or of
+one head of each layer. The forward is that of transformers, with logits; on a CPU it uses the reference
+operators. "forward without head" does not compute logits, which is closer to the work of a harvest. RWKV-7 is
+not in transformers: its forward is writesae.hosts.rwkv7_model, which has no part without the head.
 """
 
 from __future__ import annotations
@@ -30,11 +30,15 @@ def windows(host: Host, count: int, length: int) -> torch.Tensor:
 
 
 def harvesting(folder: str, place: str, count: int, length: int, batch: int) -> Callable[[], None]:
-    """Return the harvest of all heads of the last or the middle recurrent layer, as a function."""
+    """Return the harvest of all heads of the last or the middle recurrent layer, or of one head of each layer,
+    as a function."""
     host = load(ROOT / "models" / folder)
-    layers = host.recurrent_layers
-    layer = layers[-1] if place == "last" else layers[len(layers) // 2]
-    cells, tokens = [(layer, head) for head in range(host.heads)], windows(host, count, length)
+    layers, tokens = host.recurrent_layers, windows(host, count, length)
+    if place == "each":
+        cells = [(layer, 0) for layer in layers]
+    else:
+        layer = layers[-1] if place == "last" else layers[len(layers) // 2]
+        cells = [(layer, head) for head in range(host.heads)]
     return lambda: harvest(host, tokens, cells, batch, progress=False) and None
 
 
@@ -58,6 +62,7 @@ def comparisons(quick: bool) -> list[Comparison]:
         makes = {
             "harvest, last layer": partial(harvesting, folder, "last", **size),
             "harvest, middle layer": partial(harvesting, folder, "middle", **size),
+            "harvest, one head of each layer": partial(harvesting, folder, "each", **size),
             "forward": partial(forward, folder, True, **size),
         }
         if folder != "rwkv7":

@@ -63,23 +63,30 @@ def harvest(
     if batch < 1:
         raise ValueError(f"A batch takes at least one window, not {batch}.")
     tokens = windows if isinstance(windows, Tensor) else windows.tokens
-    host.check_tokens(tokens)
+    host.check_windows(tokens)
     for cell in chosen:
         host.check_cell(*cell)
     parts: dict[Cell, list[Factors]] = {cell: [] for cell in chosen}
+    layers = max(cell[0] for cell in chosen) + 1
     for rows in tqdm(tokens.split(batch), desc="harvest", disable=not progress):
-        run = host.run(rows, upto=max(cell[0] for cell in chosen) + 1)
-        for cell in chosen:
-            factors = host.cell_factors(run.records[cell[0]], cell[1])
-            if host.scalar_decay:
-                factors = replace(factors, query=None, erase=None, probe=None)
-            else:
-                effective = None if factors.effective is factors.added else factors.effective
-                taken = factors.taken_by_erase()
-                factors = replace(factors, query=None, effective=effective, probe=None, taken=taken)
-            parts[cell].append(factors.map(lambda x: x.float().cpu()))
+        records = host.each_record(rows.to(host.device), layers)
+        for reached in range(layers):
+            record = next(records)
+            for cell in (cell for cell in chosen if cell[0] == reached):
+                parts[cell].append(_kept(host, host.cell_factors(record, cell[1])))
+            del record
     whole = {cell: _joined(parts.pop(cell), Origin(host.name, *cell, "added")) for cell in chosen}
     return whole if layer is None else whole[layer, head]
+
+
+def _kept(host: Host, factors: Factors) -> Factors:
+    """Return what a harvest keeps of a cell's factors: fp32 copies, so that the run's tensors are freed."""
+    if host.scalar_decay:
+        kept = replace(factors, query=None, erase=None, probe=None)
+    else:
+        effective = None if factors.effective is factors.added else factors.effective
+        kept = replace(factors, query=None, effective=effective, probe=None, taken=factors.taken_by_erase())
+    return kept.map(lambda x: x.float().cpu().contiguous())
 
 
 def _joined(parts: list[Factors], origin: Origin) -> Factors:

@@ -27,6 +27,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from writesae.history import History, Origin
 
+LOWEST = -60.0  # log decay of a channel within a chunk whose inverse is computed
+ERASE_CHUNK = 32
+
 
 @contextmanager
 def torch_defaults(gradients: bool = False) -> Iterator[None]:
@@ -160,8 +163,14 @@ class Factors(TensorFields):
             yield state, taken
 
     def taken_by_erase(self) -> Tensor:
-        """Return the value side of each erase, S_{t-1}^T probe_t [B, T, d_v], by a loop over tokens."""
-        return torch.cat([taken for _, taken in self.walk()], 1)
+        """Return the value side of each erase, S_{t-1}^T probe_t [B, T, d_v].
+
+        It is the read of a query at t - 1 that equals the probe at t. Fast decays take a loop over tokens."""
+        if ERASE_CHUNK * self.log_decay.min() < LOWEST:
+            return torch.cat([taken for _, taken in self.walk()], 1)
+        sides = self.probe.roll(-1, 1), self.key, self.added, self.log_decay.expand_as(self.key)
+        reads, *_ = diagonal_delta_chunks(*sides, self.erase, self.probe, chunk=ERASE_CHUNK, end=False)
+        return F.pad(reads[:, :-1], (0, 0, 1, 0))
 
 
 def step_states(factors: Factors, state: Tensor | None = None) -> Tensor:
@@ -376,7 +385,7 @@ def diagonal_delta_chunks(
     query, key, added, log_decay, erase, probe = (split_chunks(x, chunk) for x in parts)
     within, chunks = log_decay.cumsum(-2), key.shape[-3]
     last = within[..., -1, :]
-    if not torch.compiler.is_compiling() and last.min() < -60:
+    if not torch.compiler.is_compiling() and last.min() < LOWEST:
         raise ValueError(f"A channel decays below exp(-60) within {chunk} tokens: choose smaller chunks.")
     raised = (-within).exp()
     reads = torch.cat([probe * (within - log_decay).exp(), query * within.exp()], -2)

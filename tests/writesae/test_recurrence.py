@@ -107,6 +107,15 @@ def test_states_before_any_position(vector):
     assert_close(rebuilt, wanted, "states", 1e-12)
 
 
+@pytest.mark.parametrize(("vector", "speed"), [(False, 1), (True, 0.05), (True, 1)])  # the last is too fast for chunks
+def test_what_the_erase_finds(vector, speed):
+    *parts, log_decay = cell(vector=vector)
+    factors = as_factors(*parts, speed * log_decay)
+    assert (32 * factors.log_decay.min() < -60) == (vector and speed == 1)
+    before = F.pad(step_states(factors)[:, :-1], (0, 0, 0, 0, 1, 0))
+    assert_close(factors.taken_by_erase(), (factors.probe[:, :, None] @ before)[:, :, 0], "taken", 1e-12)
+
+
 def test_transitions_are_the_matrices():
     factors = as_factors(*cell()).at(slice(0, 2), 5)
     matrix = (

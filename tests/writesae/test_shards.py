@@ -103,14 +103,14 @@ def test_a_killed_training_goes_on_from_the_shards(gated_deltanet, tokens, tmp_p
 
 @pytest.fixture
 def runs(gated_deltanet, monkeypatch):
-    """The number of windows in each native run."""
-    made, real = [], type(gated_deltanet).run
+    """The number of windows in each run of the model."""
+    made, real = [], type(gated_deltanet).each_record
 
-    def counted(self, rows, upto=None):
+    def counted(self, rows, layers):
         made.append(len(rows))
-        return real(self, rows, upto)
+        return real(self, rows, layers)
 
-    monkeypatch.setattr(type(gated_deltanet), "run", counted)
+    monkeypatch.setattr(type(gated_deltanet), "each_record", counted)
     return made
 
 
@@ -200,17 +200,16 @@ def test_a_stream_of_texts_is_cut_as_a_list_is():
 
 PEAK = """
 import resource, sys, tempfile
-from types import SimpleNamespace
 import torch
 from writesae.recurrence import Factors
 from writesae.harvesting import ShardedHistory, harvest_shards
 from writesae.sae.train import TrainingSettings, train
 
 class Host:
-    name, scalar_decay = "random", True
+    name, scalar_decay, device = "random", True, "cpu"
     def check_cell(self, layer, head): pass
-    def check_tokens(self, tokens): pass
-    def run(self, rows, upto=None): return SimpleNamespace(records=[rows])
+    def check_windows(self, tokens): pass
+    def each_record(self, rows, layers): yield rows
     def cell_factors(self, rows, head):
         key, added, effective = (torch.randn(*rows.shape, 64) for _ in range(3))
         return Factors(query=key, key=key, added=added, effective=effective, log_decay=-torch.rand(*rows.shape, 1))

@@ -11,7 +11,7 @@ may be on several devices: each layer's record is on that of its weights.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
@@ -191,17 +191,30 @@ class Host(ABC):
         if len(outside):
             raise ValueError(f"{self.name} has no token {int(outside[0])}: its ids are 0 to {self.vocabulary - 1}.")
 
+    def check_windows(self, tokens: Tensor) -> None:
+        """Raise ValueError for tokens that are not [windows, time], and as `check_tokens`."""
+        self.check_tokens(tokens)
+        if tokens.dim() != 2:
+            raise ValueError(f"A run takes tokens [windows, time], not of shape {list(tokens.shape)}.")
+
     def _positions(self, tokens: Tensor) -> Tensor:
         return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
 
+    def each_record(self, tokens: Tensor, layers: int) -> Iterator[Record]:
+        """Yield the records of the first `layers` layers on tokens [B, T], one in memory at a time if the caller
+        keeps none. Of the last layer only `mix` is run."""
+        hidden, positions, record = self.embed(tokens), self._positions(tokens), None
+        for layer in range(layers):
+            if layer:
+                hidden, record = self.finish(layer - 1, record, None), None
+            device = self.device_of(layer)
+            record = self.mix(layer, hidden.to(device), None, positions.to(device))
+            yield record
+
     def _forward(self, tokens: Tensor, layers: int) -> tuple[list[Record], Tensor]:
         """Return the records of the first `layers` layers, and the hidden states [B, T, D] after them."""
-        hidden, positions, records = self.embed(tokens), self._positions(tokens), []
-        for layer in range(layers):
-            device = self.device_of(layer)
-            records.append(self.mix(layer, hidden.to(device), None, positions.to(device)))
-            hidden = self.finish(layer, records[-1], None)
-        return records, hidden
+        records = list(self.each_record(tokens, layers))
+        return records, self.finish(layers - 1, records[-1], None) if layers else self.embed(tokens)
 
     @torch_defaults()
     def run(self, tokens: Tensor, upto: int | None = None) -> Run:
@@ -209,9 +222,7 @@ class Host(ABC):
 
         Raises ValueError for tokens of another shape or vocabulary, and for an `upto` outside 0..layers.
         """
-        self.check_tokens(tokens)
-        if tokens.dim() != 2:
-            raise ValueError(f"A run takes tokens [windows, time], not of shape {list(tokens.shape)}.")
+        self.check_windows(tokens)
         if upto is not None and not 0 <= upto <= self.layers:
             raise ValueError(f"{self.name} has {self.layers} layers: upto is at most that, and not {upto}.")
         layers = self.layers if upto is None else upto

@@ -58,7 +58,7 @@ class RWKV7(Host):
         factors, beside, v_first = rwkv7_model.project(block.attn, normed, past and past.windows["attn"], v_first)
         outputs, end, before = rwkv7_model.recur(factors, **self.carried(past))
         factors["before"] = before  # [B, H, chunks, d_k, d_v]: the states before each chunk
-        hidden = torch.cat([x, v_first], -1)
+        hidden = hidden if layer else torch.cat([x, v_first], -1)
         return Record(hidden, outputs, factors, end, windows={"attn": (normed, 1)}, beside=beside)
 
     def finish(self, layer: int, record: Record, past: Past | None) -> Tensor:
