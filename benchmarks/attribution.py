@@ -44,9 +44,8 @@ def plain(factors: Factors) -> Tensor:
     return made
 
 
-def case(way: str, **size: int) -> Callable[[], Tensor]:
-    factors = factors_of(**size)
-    return partial({"map": weights, "plain": plain}[way], factors)
+def case(way: str, device: torch.device | str = "cpu", **size: int) -> Callable[[], Tensor]:
+    return partial({"map": weights, "plain": plain}[way], factors_of(**size).to(device))
 
 
 def same_maps(results: dict[str, Tensor]) -> dict[str, float]:

@@ -38,7 +38,7 @@ def backward(host: Host, tokens: Tensor, position: int, token: int, layer: int, 
 
     The atoms key [n, d_k], value [n, d_v] are written at `position`, one at a time."""
     run = host.run(tokens)
-    row, start, wanted = (torch.tensor([x], device=host.device) for x in (0, position, token))
+    row, start, wanted = (torch.tensor([x]) for x in (0, position, token))
     gradient, _ = logit_gradient(host, run, layer, head, row, start + 1, HORIZON, wanted)
     influence = cache_gamma(host.factors(run, layer, head), row, start, gradient)[0]
     return ((key @ influence) * value).sum(-1)
@@ -55,7 +55,7 @@ def through_layer(host: Host, tokens: Tensor, position: int, token: int, layer: 
 def batched(host: Host, tokens: Tensor, position: int, token: int, layer: int, head: int, key, value) -> Tensor:
     """Return the same shifts from edited runs, all atoms in one batch."""
     run, n = host.run(tokens), len(key)
-    rows = torch.zeros(n, dtype=torch.int64, device=host.device)
+    rows = torch.zeros(n, dtype=torch.int64)
     edit = make_edit(rows, rows + position, key[:, None], value[:, None], "cache")
     patched = host.unembed(edited_hidden(host, run, layer, head, edit, HORIZON + 1)[:, -1])[:, token]
     return patched - host.unembed(run.final[0, position + HORIZON])[token]
@@ -76,7 +76,7 @@ WAYS = {"backward": backward, "layer": through_layer, "one by one": one_by_one, 
 def problem(host: Host, length: int, atoms: int) -> tuple:
     """Return (tokens, position, token, layer, head, key, value): a random window and atoms of norm EPS."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(host.vocabulary, (1, length), generator=generator).to(host.device)
+    tokens = torch.randint(host.vocabulary, (1, length), generator=generator)
     position, layer, head = length - HORIZON - 1, host.recurrent_layers[len(host.recurrent_layers) // 2], 0
     factors = host.factors(host.run(tokens), layer, head)
     size = EPS * factors.key[0, position].norm() * factors.added[0, position].norm()
@@ -86,10 +86,14 @@ def problem(host: Host, length: int, atoms: int) -> tuple:
     return tokens, position, token, layer, head, key, size * value
 
 
-def case(way: str, dtype: torch.dtype = torch.float32, **size: int) -> Callable[[], Tensor]:
+def ready(host: Host, way: str, **size: int) -> Callable[[], Tensor]:
     """Return one of the ways as a function without arguments."""
-    host = load(FOLDER, None, dtype)
     return partial(WAYS[way], host, *problem(host, **size))
+
+
+def case(way: str, dtype: torch.dtype = torch.float32, **size: int) -> Callable[[], Tensor]:
+    """Return the same for the embedded host."""
+    return ready(load(FOLDER, None, dtype), way, **size)
 
 
 def r_squared(predicted: Tensor, measured: Tensor) -> float:

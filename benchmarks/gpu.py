@@ -1,13 +1,15 @@
-"""Harvest, replacement and training on a GPU at the shape of Qwen3.5-0.8B: `python benchmarks/gpu.py`.
+"""All parts on a GPU at the shape of Qwen3.5-0.8B: `python benchmarks/gpu.py`.
 
-Each part is measured with fp32 products, with TF32 products, and in bf16 (model weights, or products of the
-trainer). results/bench/gpu.csv has one row per case, with the columns of benchmarks/common.py and
+Forward, harvest and training are measured with fp32 products, with TF32 products, and in bf16 (model weights,
+or products of the trainer). Replacement, edits of all cells, closed form and attribution are measured in fp32
+and TF32, each beside its plain way (see the file of that name): bf16 is too coarse for single writes.
+results/bench/gpu.csv has one row per case, with the columns of benchmarks/common.py and
 
     part, products  what was measured, and the precision of its matrix products
     gflop           matrix products of one run, without those inside compiled kernels of other packages
     of_peak         their rate, as a share of the rate of one large product in the same precision
-    difference      of loss, factors or logits from the same case in fp32 (norm of the difference over norm);
-                    for plain replacements, of the KLs from the batched ones
+    difference      of the result from that of the same case in fp32 (norm of the difference over norm); for a
+                    plain way, from the result of the fast way
     agrees          for training steps: whether the loss equals that of fp32 to 1e-4
     device_mib      largest allocated memory during one run, including the model
 
@@ -27,7 +29,10 @@ from functools import lru_cache, partial
 from typing import Any
 from unittest import mock
 
+import attribution
+import closed_form
 import common
+import many_cells
 import pandas as pd
 import replacement
 import torch
@@ -47,6 +52,13 @@ from writesae.sae import losses
 from writesae.sae.losses import tf32
 
 PRODUCTS = ("fp32", "tf32", "bf16")
+PAIRS = {  # part: the unit of its work, its fast and its plain way, and their names in the table
+    "replacement": ("firing", {"batched": "batched replacement", "plain": "plain replacement"}),
+    "many_cells": ("trial", {"edited": "edits of all cells", "plain": "plain edits of all cells"}),
+    "closed_form": ("atom", {"layer": "closed form", "one by one": "forward per atom"}),
+    "attribution": ("token", {"map": "attribution map", "plain": "plain attribution map"}),
+}
+UNITS = dict(firing="firings", trial="trials", atom="atoms", token="length")  # sizes that count them
 TOLERANCE = 1e-4  # largest relative difference of a training loss from fp32 that counts as agreement
 MODELS = yaml.safe_load((ROOT / "profiles" / "dryrun" / "hosts.yaml").read_text(encoding="utf-8"))
 SHAPES = {
@@ -54,7 +66,10 @@ SHAPES = {
         host=MODELS["Qwen/Qwen3.5-0.8B"]["architecture"],
         tokens=(2, 1024),
         training=dict(side=128, n_atoms=2048, k=32, windows=4, tokens=1024, silent=300),
-        replacement=dict(windows=2, length=256, firings=32, conditions=3),
+        replacement=dict(depth="late", windows=2, length=256, firings=32, conditions=3),
+        many_cells=dict(length=256, trials=16, steps=4),
+        closed_form=dict(length=256, atoms=32),
+        attribution=dict(side=128, length=256),
         side=8192,
         rounds=5,
     ),
@@ -75,7 +90,10 @@ SHAPES = {
         ),
         tokens=(2, 32),
         training=dict(side=16, n_atoms=64, k=4, windows=2, tokens=64, silent=12),
-        replacement=dict(windows=1, length=24, firings=2, conditions=2),
+        replacement=dict(depth="late", windows=1, length=24, firings=2, conditions=2),
+        many_cells=dict(length=24, trials=2, steps=2),
+        closed_form=dict(length=24, atoms=3),
+        attribution=dict(side=16, length=24),
         side=64,
         rounds=1,
     ),
@@ -110,7 +128,7 @@ def host_of(shape: str, bf16: bool) -> Host:
 def host_and_tokens(shape: str, kind: str) -> tuple[Host, Tensor]:
     """Return the host in the precision of `kind`, and random tokens [count, length]."""
     host = host_of(shape, kind == "bf16")
-    return host, windows(host, *SHAPES[shape]["tokens"]).to(common.device())
+    return host, windows(host, *SHAPES[shape]["tokens"])
 
 
 def harvesting(shape: str, kind: str) -> Callable[[], Tensor]:
@@ -127,15 +145,19 @@ def forward(shape: str, kind: str) -> Callable[[], Tensor]:
 
     @torch.no_grad()
     def run() -> Tensor:
-        return host.model(input_ids=tokens, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        ids = tokens.to(host.device)
+        return host.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
 
     return under(kind, run)
 
 
-def replacing(shape: str, way: str, kind: str) -> Callable[[], Tensor]:
-    """Run replacements, "batched" or "plain". The result is the KLs."""
-    host = host_of(shape, kind == "bf16")
-    return under(kind, replacement.ready(host, way, "late", **SHAPES[shape]["replacement"]))
+def in_one_way(shape: str, part: str, way: str, kind: str) -> Callable[[], Tensor]:
+    """Do a part of PAIRS in one way. The result is KLs, logits, logit shifts or the map."""
+    size = SHAPES[shape][part]
+    if part == "attribution":
+        return under(kind, attribution.case(way, common.device(), **size))
+    module = dict(replacement=replacement, many_cells=many_cells, closed_form=closed_form)[part]
+    return under(kind, module.ready(host_of(shape, False), way, **size))
 
 
 def training(shape: str, kind: str, compiled: bool = False) -> Callable[[], Tensor]:
@@ -165,7 +187,7 @@ def product(shape: str, kind: str) -> Callable[[], Tensor]:
 def comparisons(shape: str) -> list[Comparison]:
     """Return the comparisons. Each case is named "PART PRODUCTS"."""
     sizes = SHAPES[shape]
-    harvested, firings = sizes["tokens"][0] * sizes["tokens"][1], sizes["replacement"]["firings"]
+    harvested = math.prod(sizes["tokens"])
     trained = sizes["training"]["windows"] * sizes["training"]["tokens"]
 
     def case(part: str, make, units: float, kind: str, against: str | None = None) -> Case:
@@ -174,16 +196,19 @@ def comparisons(shape: str) -> list[Comparison]:
     def in_each(part: str, make, units: float, against: str | None = None) -> list[Case]:
         return [case(part, partial(make, shape, kind), units, kind, against) for kind in PRODUCTS]
 
-    def replaced(way: str) -> list[Case]:
-        # Not bf16, which is too coarse for KLs of single writes.
-        kinds, make = ("fp32", "tf32"), partial(replacing, shape, way)
-        name, against = f"{way} replacement", "batched replacement"
-        return [case(name, partial(make, kind), firings, kind, against) for kind in kinds]
+    def in_both_ways(part: str) -> list[Case]:
+        unit, ways = PAIRS[part]
+        units, fast = sizes[part][UNITS[unit]], next(iter(ways.values()))
+        return [
+            case(name, partial(in_one_way, shape, part, way, kind), units, kind, fast)
+            for way, name in ways.items()
+            for kind in ("fp32", "tf32")
+        ]
 
     groups = [
         ("product", in_each("peak", product, 1)),
         ("token", in_each("forward", forward, harvested) + in_each("harvest", harvesting, harvested, "forward")),
-        ("firing", replaced("batched") + replaced("plain")),
+        *((unit, in_both_ways(part)) for part, (unit, _) in PAIRS.items()),
         ("token", in_each("training step", training, trained)),
     ]
     # On two CPU cores, compiling took half a minute and did not make the step faster.
@@ -197,14 +222,14 @@ def comparisons(shape: str) -> list[Comparison]:
 def differences(results: dict[str, Tensor]) -> dict[str, float]:
     """Return, in column "difference CASE", how far each case is from the same case in fp32.
 
-    Plain replacements are compared with batched ones, compiled steps with the fp32 training step."""
-    columns = {}
+    Plain ways are compared with fast ones, compiled steps with the fp32 training step."""
+    columns, fast_ways = {}, {plain: fast for _, ways in PAIRS.values() for fast, plain in [ways.values()]}
     for name, result in results.items():
         part, kind = name.rsplit(" ", 1)
         if part in ("peak", "matrix"):
             continue
-        others = {"plain replacement": f"batched replacement {kind}", "compiled step": "training step fp32"}
-        wanted = results[others.get(part, f"{part} fp32")]
+        compared = f"{fast_ways[part]} {kind}" if part in fast_ways else f"{part} fp32"
+        wanted = results["training step fp32" if part == "compiled step" else compared]
         columns[f"difference {name}"] = replacement.apart(result.double().cpu(), wanted.double().cpu())
     return columns
 

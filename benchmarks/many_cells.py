@@ -52,21 +52,27 @@ def edited(host: Host, tokens: Tensor, position: int, trials: int, steps: int) -
 def plain(host: Host, tokens: Tensor, position: int, trials: int, steps: int) -> Tensor:
     """Return the same logits from transformers' model."""
     prefix, made, logits = prefix_cache(host, tokens, position), sides(host, trials), []
+    tokens = tokens.to(host.device)
     for trial in range(trials):
         cache = copy.deepcopy(prefix)
         host.model(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
         for (layer, head), (key, value) in made.items():
-            cache.layers[layer].recurrent_states[0][0, head] += key[trial, :, None] * value[trial]
+            cache.layers[layer].recurrent_states[0][0, head] += (key[trial, :, None] * value[trial]).to(host.device)
         later = tokens[:, position + 1 : position + 1 + steps]
         logits.append(host.model(input_ids=later, past_key_values=cache, use_cache=True).logits[0, -1].float())
     return torch.stack(logits)
 
 
-def case(way: str, length: int, dtype: torch.dtype = torch.float32, **size: int) -> Callable[[], Tensor]:
-    host = load(FOLDER, None, dtype)
+def ready(host: Host, way: str, length: int, **size: int) -> Callable[[], Tensor]:
+    """Return one of the ways as a function without arguments."""
     tokens = torch.randint(host.vocabulary, (1, length), generator=torch.Generator().manual_seed(1))
     position = length - size["steps"] - 1
     return partial({"edited": edited, "plain": plain}[way], host, tokens, position, **size)
+
+
+def case(way: str, dtype: torch.dtype = torch.float32, **size: int) -> Callable[[], Tensor]:
+    """Return the same for the embedded host."""
+    return ready(load(FOLDER, None, dtype), way, **size)
 
 
 def same_logits(size: dict[str, int], results: dict[str, Tensor]) -> dict[str, float]:

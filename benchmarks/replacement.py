@@ -38,7 +38,7 @@ load = lru_cache(load_host)
 
 def prefix_cache(host: Host, window: Tensor, position: int):
     """Return transformers' cache after the first `position` tokens of `window` [1, T]."""
-    return host.model(input_ids=window[:, :position], use_cache=True).past_key_values
+    return host.model(input_ids=window[:, :position].to(host.device), use_cache=True).past_key_values
 
 
 def logits_after(
@@ -47,9 +47,9 @@ def logits_after(
     """Return the logits [vocabulary] of transformers' model `steps` tokens after the write at `position`.
 
     delta [d_k, d_v] is added to the cached state of one head right after the write."""
-    cache = copy.deepcopy(prefix)
+    cache, window = copy.deepcopy(prefix), window.to(host.device)
     host.model(input_ids=window[:, position : position + 1], past_key_values=cache, use_cache=True)
-    cache.layers[layer].recurrent_states[0][0, head] += delta
+    cache.layers[layer].recurrent_states[0][0, head] += delta.to(host.device)
     later = window[:, position + 1 : position + 1 + steps]
     return host.model(input_ids=later, past_key_values=cache, use_cache=True).logits[0, -1]
 
@@ -98,9 +98,9 @@ def terms(host: Host, tokens: Tensor, rows, positions, layer: int, head: int, co
 def problem(host: Host, depth: str, windows: int, length: int, firings: int, conditions: int) -> tuple:
     """Return (tokens, rows, positions, layer, head, left, right): firings spread over random windows."""
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(host.vocabulary, (windows, length), generator=generator).to(host.device)
-    rows = (torch.arange(firings) % windows).to(host.device)
-    positions = torch.randint(length // 16, length - 2, (firings,), generator=generator).to(host.device)
+    tokens = torch.randint(host.vocabulary, (windows, length), generator=generator)
+    rows = torch.arange(firings) % windows
+    positions = torch.randint(length // 16, length - 2, (firings,), generator=generator)
     layer = host.recurrent_layers[1 if depth == "early" else -2]
     return tokens, rows, positions, layer, 0, *terms(host, tokens, rows, positions, layer, 0, conditions)
 

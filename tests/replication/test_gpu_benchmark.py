@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from elsewhere import Elsewhere, moved
+from helpers import assert_close
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -43,6 +45,12 @@ def test_every_part_is_measured_in_every_precision(table):
         "harvest": 3,
         "batched replacement": 2,
         "plain replacement": 2,
+        "edits of all cells": 2,
+        "plain edits of all cells": 2,
+        "closed form": 2,
+        "forward per atom": 2,
+        "attribution map": 2,
+        "plain attribution map": 2,
         "training step": 3,
     }
     assert table.groupby("part").size().to_dict() == parts
@@ -58,7 +66,19 @@ def test_fp32_is_what_the_others_differ_from(table):
         assert table.difference[f"{part} bf16"] > 0
     assert table.agrees["training step fp32"] == "True"
     assert table.difference["training step bf16"] < 1e-2
-    assert table.difference["plain replacement fp32"] < 1e-2, "the same KLs in fp32"
+    for part, limit in {"replacement": 1e-2, "edits of all cells": 1e-4, "attribution map": 1e-5}.items():
+        assert table.difference[f"plain {part} fp32"] < limit, "the plain way gives the same"
+    assert table.difference["forward per atom fp32"] < 0.1, "the closed form is to first order"
+
+
+@pytest.mark.parametrize("part", ["replacement", "many_cells", "closed_form"])
+def test_both_ways_run_on_a_host_elsewhere(gated_deltanet, part):
+    module, size = getattr(gpu, part), gpu.SHAPES["tiny"][part]
+    for way in gpu.PAIRS[part][1]:
+        wanted = module.ready(gated_deltanet, way, **size)()
+        with Elsewhere():
+            found = module.ready(moved(gated_deltanet), way, **size)()
+        assert_close(found, wanted, way, 1e-9)
 
 
 def test_the_true_shape_has_the_papers_numbers():
