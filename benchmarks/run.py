@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-ORDER = "storage training_step harvest_speed short_convolution replacement closed_form attribution many_cells gpu plan figure"
+ORDER = """
+    storage training_step harvest_speed short_convolution replacement closed_form attribution many_cells growth
+    gpu plan figure
+"""
 
 for name in ORDER.split():
     print(f"== {name}", flush=True)

@@ -24,22 +24,22 @@ WIDE = dict(
     vocab_size=64,
     hidden_size=64,
     intermediate_size=64,
-    num_hidden_layers=1,
     num_attention_heads=2,
     num_key_value_heads=2,
     head_dim=32,
     linear_num_key_heads=1,
     linear_num_value_heads=1,
-    linear_key_head_dim=128,
-    linear_value_head_dim=128,
-    layer_types=["linear_attention"],
 )
 
 
-def wide_host() -> Host:
-    """Return a Gated DeltaNet with the paper's head size, 128 x 128, and random weights."""
+def wide_host(side: int = 128, recurrent: int = 1, attention: int = 0) -> Host:
+    """Return a Gated DeltaNet with random weights and one head of states [side, side] per recurrent layer.
+
+    By default, it has one layer and states of the paper's size. Attention layers are the last ones."""
+    kinds = ["linear_attention"] * recurrent + ["full_attention"] * attention
+    sizes = dict(linear_key_head_dim=side, linear_value_head_dim=side, num_hidden_layers=len(kinds))
     adapter = load.adapter("gated_deltanet")
-    return adapter(adapter.build(WIDE), None, "gated_deltanet_128")
+    return adapter(adapter.build(WIDE | sizes | dict(layer_types=kinds)), None, f"gated_deltanet_{side}")
 
 
 def stored(host: Host) -> list[dict]:

@@ -7,6 +7,8 @@ loss, gradient, Adam.
 - plain: the paper's recipe (Sec. 2, App. D, Table 10), literally: the bilinear encoder is an einsum over
   states, the decoder multiplies all atoms, and a batch has 256 states;
 - whole: the same with all states in one batch (middle side only);
+- shared: the part of a factored step that SAEs on the same batches could share: the batch, its chunks and decays,
+  and its energies. Its ratio to the step is what several seeds could save;
 - dense: `dense_loss`, this project's code for states. It is faster than the recipe: the encoder is one matrix
   product, and the decoder reads active atoms only.
 
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from writesae.history import History
 from writesae.sae.losses import dense_loss
-from writesae.sae.train import TrainingSettings, _Run
+from writesae.sae.train import TrainingSettings, _Run, batch_of
 
 SIZES = dict(sides=(64, 128, 256), n_atoms=2048, k=32, windows=4, tokens=256, silent=300)
 QUICK = dict(sides=(8, 16, 32), n_atoms=64, k=4, windows=2, tokens=64, silent=12)
@@ -78,6 +80,17 @@ def factored(silent: int, **sizes: int) -> Callable[[], float]:
     """Return one step of the trainer as a function that returns the loss."""
     run = new_run(silent=silent, **sizes)
     return lambda: first_step(run, silent).item()
+
+
+def shared(silent: int, **sizes: int) -> Callable[[], None]:
+    """Return what does not depend on the SAE in one step of the trainer, as a function."""
+    run = new_run(silent=silent, **sizes)
+
+    def batch() -> None:
+        windows = batch_of(run.settings, len(run.history), 0)
+        _ = run.history[windows].chunks, run.energy[windows]
+
+    return batch
 
 
 def on_states(kind: str, k: int, silent: int, **sizes: int) -> Callable[[], float]:
@@ -131,6 +144,8 @@ def comparisons(quick: bool) -> list[Comparison]:
         labels = dict(side=side)
         make = partial(factored, side=side, **rest)
         cases.append(Case(f"factored {side}", make, amount, f"factored {sides[0]}", labels | dict(method="factored")))
+        make = partial(shared, side=side, **rest)
+        cases.append(Case(f"shared {side}", make, amount, f"factored {side}", labels | dict(method="shared")))
         for kind in ("plain", "whole", "dense") if side == sides[1] else ("plain", "dense"):
             make = partial(on_states, kind, side=side, **rest)
             cases.append(Case(f"{kind} {side}", make, amount, f"factored {side}", labels | dict(method=kind)))

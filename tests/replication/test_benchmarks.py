@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import attribution
 import closed_form
 import common
+import growth
 import many_cells
 import plan
 import replacement
@@ -47,6 +48,14 @@ def test_steps_on_states_in_parts_have_the_loss_of_the_trainers_step(kind, monke
     wanted = ours()
     for got in (step(), step(), ours()):
         assert got == pytest.approx(wanted, rel=1e-5), "and nothing moves"
+
+
+def test_each_part_of_the_growth_is_the_same_in_both_ways():
+    results = {case.name: case.prepare()() for case in growth.comparisons(True)[1].cases}
+    assert growth.same_numbers(results)["of_tolerance"] < 1
+    results["plain harvest"][:, 5:] *= 1.01
+    with pytest.raises(ValueError, match="The two ways of the harvest differ"):
+        growth.same_numbers(results)
 
 
 def test_different_losses_are_refused():
