@@ -1,4 +1,4 @@
-"""Draw cost against the side of the state, from two tables of results/bench: `python benchmarks/figure.py`."""
+"""Draw cost against the side of the state, from results/bench: `python benchmarks/figure.py`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def draw_memory(axes: Axes, rows: pd.DataFrame, names: dict[str, str]) -> None:
         one = rows[rows.method == method].sort_values("side")
         axes.plot(one.side, one.peak_mib / 1024, markersize=4, label=name, **STYLES[method])
     axes.set(ylabel="peak memory, GiB")
-    axes.set_yticks(GIB, [f"{size:g}" for size in GIB])
+    ticks = [size for size in GIB if 1024 * size <= rows.peak_mib.max()]
+    axes.set_yticks(ticks, [f"{size:g}" for size in ticks])
 
 
 def draw(training: pd.DataFrame, growth: pd.DataFrame) -> plt.Figure:
@@ -51,14 +52,16 @@ def draw(training: pd.DataFrame, growth: pd.DataFrame) -> plt.Figure:
     tables = {"training step": training} | dict(iter(growth.groupby("part")))
     panels = iter(grid.flat)
     for part, names in NAMES.items():
-        for what in ("time", "memory") if part in ("training step", "harvest") else ("time",):
+        whats = ("time", "memory") if part in ("training step", "harvest") else ("time",)
+        for what in whats:
             axes, rows = next(panels), tables[part]
             axes.set(xscale="log", yscale="log", title=part, xlabel="side d of the state (d x d)")
             if what == "time":
                 draw_time(axes, rows, names, rows.unit.iloc[0])
-                axes.legend(fontsize=6)
             else:
                 draw_memory(axes, rows, names)
+            if what == whats[-1]:
+                axes.legend(fontsize=6)
             sides = sorted(rows.side.unique())
             axes.set_xticks(sides, [f"{side:g}" for side in sides])
             axes.minorticks_off()

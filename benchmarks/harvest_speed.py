@@ -30,8 +30,7 @@ def windows(host: Host, count: int, length: int) -> torch.Tensor:
 
 
 def harvesting(folder: str, place: str, count: int, length: int, batch: int) -> Callable[[], None]:
-    """Return the harvest of all heads of the last or the middle recurrent layer, or of one head of each layer,
-    as a function."""
+    """Return the harvest of all heads of the last or the middle recurrent layer, or of one of each layer."""
     host = load(ROOT / "models" / folder)
     layers, tokens = host.recurrent_layers, windows(host, count, length)
     if place == "each":

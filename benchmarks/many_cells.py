@@ -57,7 +57,8 @@ def plain(host: Host, tokens: Tensor, position: int, trials: int, steps: int) ->
         cache = copy.deepcopy(prefix)
         host.model(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
         for (layer, head), (key, value) in made.items():
-            cache.layers[layer].recurrent_states[0][0, head] += (key[trial, :, None] * value[trial]).to(host.device)
+            write = key[trial, :, None] * value[trial]
+            cache.layers[layer].recurrent_states[0][0, head] += write.to(host.device)
         later = tokens[:, position + 1 : position + 1 + steps]
         logits.append(host.model(input_ids=later, past_key_values=cache, use_cache=True).logits[0, -1].float())
     return torch.stack(logits)

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 ORDER = """
-    storage training_step harvest_speed short_convolution replacement closed_form attribution many_cells growth
-    gpu plan figure
+    storage training_step harvest_speed short_convolution replacement closed_form attribution many_cells
+    growth gpu plan figure
 """
 
 for name in ORDER.split():

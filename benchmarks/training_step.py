@@ -7,8 +7,8 @@ loss, gradient, Adam.
 - plain: the paper's recipe (Sec. 2, App. D, Table 10), literally: the bilinear encoder is an einsum over
   states, the decoder multiplies all atoms, and a batch has 256 states;
 - whole: the same with all states in one batch (middle side only);
-- shared: the part of a factored step that SAEs on the same batches could share: the batch, its chunks and decays,
-  and its energies. Its ratio to the step is what several seeds could save;
+- shared: the part of a factored step that SAEs on the same batches could share: the batch, its chunks and
+  decays, and its energies. Its ratio to the step is what several seeds could save;
 - dense: `dense_loss`, this project's code for states. It is faster than the recipe: the encoder is one matrix
   product, and the decoder reads active atoms only.
 

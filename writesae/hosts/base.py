@@ -201,8 +201,8 @@ class Host(ABC):
         return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
 
     def each_record(self, tokens: Tensor, layers: int) -> Iterator[Record]:
-        """Yield the records of the first `layers` layers on tokens [B, T], one in memory at a time if the caller
-        keeps none. Of the last layer only `mix` is run."""
+        """Yield the records of the first `layers` layers on tokens [B, T], one in memory at a time if the
+        caller keeps none. Of the last layer only `mix` is run."""
         hidden, positions, record = self.embed(tokens), self._positions(tokens), None
         for layer in range(layers):
             if layer:
