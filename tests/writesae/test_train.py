@@ -263,8 +263,9 @@ def test_rules_do_not_adapt_to_the_tokens_that_resampling_looks_at():
     assert not torch.equal(run.sae.activation.threshold, before)
 
 
-def test_resampled_atoms_are_top_pairs_of_residuals():
-    history = history_of()
+@pytest.mark.parametrize("target", ["state", "vector"])  # vector: 20 windows are three groups
+def test_resampled_atoms_are_top_pairs_of_residuals(target):
+    history = history_of(target, windows=20)
     run = train_module._Run(history, settings_of())
     x = run.sae.standardise(history.steps())
     residual = x - run.sae.decoder.dense(*dense_loss(run.sae, history.steps())[3:])

@@ -320,10 +320,10 @@ def initialise(sae: SAE, history: History, seed: int, initial: str = "data") -> 
 
 def _worst_residuals(sae: SAE, history: History, energy: Tensor, count: int, generator) -> Tensor:
     """Return x - xhat, [m, d_k, d_v], of m <= `count` tokens, drawn in proportion to ||x - xhat||^2."""
-    size, start, losses = sae.group_size(history), 0, []
-    for group in history.groups(size):
-        losses.append(loss_of(sae, group, energy[start : start + size]))
-        start += size
+    losses, start = [], 0
+    for group in history.groups(sae.group_size(history)):
+        losses.append(loss_of(sae, group, energy[start : start + len(group)]))
+        start += len(group)
     odds = torch.cat([loss.squared for loss in losses]).flatten().double().clamp_min(0).cpu()
     count = min(count, int((odds > 0).sum()))
     tokens = torch.multinomial(odds, count, generator=generator).to(history.key.device)
