@@ -231,16 +231,27 @@ def install(results: Results) -> str:
 
 
 def ablations(results: Results) -> str:
+    start = results.row("ablation_starts", host=MAIN, target="write")
+    errors = results.rows("ablation_contrasts", host=MAIN, target="state", quantity="fvu_ratio").value
+
     def lower(target: str, quantity: str) -> str:
         rows = results.rows("ablation_contrasts", host=MAIN, target=target, quantity=quantity, place="middle")
         return f"{(rows.ci_high < 0).sum()} of {len(rows)}"
 
     return (
-        "Encoder, sparsity rule and rank change the error of an SAE a little. Compared with the bilinear rank-1 TopK "
-        f"SAE of the middle cell, the win rate is certainly lower in {lower('state', 'win_rate_coefficient')} variants "
+        "Other encoders, decoders, sparsity rules and ranks have "
+        f"{errors.min():.2f} to {errors.max():.2f} times the error of the bilinear rank-1 TopK SAE on states. In the "
+        f"middle cell the win rate is certainly lower in {lower('state', 'win_rate_coefficient')} variants "
         f"for states and {lower('write', 'win_rate_coefficient')} for writes, and at the native write's norm in "
-        f"{lower('state', 'win_rate_matched_norm')} and {lower('write', 'win_rate_matched_norm')}."
+        f"{lower('state', 'win_rate_matched_norm')} and {lower('write', 'win_rate_matched_norm')}. Where atoms start "
+        f"{matters(start)}: with the headline's SAEs and places by position, write-trained atoms win at "
+        f"{start.win_random:.0%} of places if they start at random and at {start.win_data:.0%} if they start at writes."
     )
+
+
+def matters(row: pd.Series) -> str:
+    """Return in words whether the interval of a difference excludes 0."""
+    return "does not surely matter" if row.difference_low <= 0 <= row.difference_high else "matters"
 
 
 def every_cell(results: Results) -> str:

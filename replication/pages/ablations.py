@@ -176,6 +176,26 @@ def _win_contrast(a: pd.DataFrame, b: pd.DataFrame, amplitude: str, resamples: i
     return row | stats.ci(stats.wider(*by)) | dict(n=len(a) + len(b))
 
 
+def starts(saes: pd.DataFrame) -> pd.DataFrame:
+    """Return how often atoms beat deletion by position, and FVU, if they start at writes and at random.
+
+    saes: the table of the sweep `start`, whose names are TARGET_data and TARGET_random. win_* and fvu_* are
+    means over cells and seeds; difference: random less data, with Hartung and Knapp's interval over seeds.
+    n: places per SAE, summed over cells."""
+
+    def row(part: pd.DataFrame) -> dict:
+        part = part.assign(start=part.name.str.rpartition("_")[2])
+        wins, errors = (part.pivot_table(x, "seed", "start") for x in ("win_atom_coefficient", "fvu"))
+        apart = wins.random - wins.data
+        found = stats.Estimate(apart.mean(), apart.std() / len(apart) ** 0.5, len(apart) - 1, len(apart))
+        numbers = {f"win_{name}": wins[name].mean() for name in wins}
+        numbers |= {f"fvu_{name}": errors[name].mean() for name in errors}
+        numbers |= dict(seeds=len(apart), n=int(part.drop_duplicates(["layer", "head"]).firings.sum()))
+        return numbers | stats.with_ends("difference", found.value, found.interval())
+
+    return stats.per_group(saes, ["host", "target"], row)
+
+
 def tables(study: Study, windows, classes, firings) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write and return results ablations.csv and ablation_contrasts.csv."""
     resamples, seed = study.profile.ablations.bootstrap, study.profile.seed
@@ -203,6 +223,16 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
         "training (seconds)": layout.numbers(table.training_seconds, ".0f"),
     }
     return layout.shown(table, BY, columns)
+
+
+def shown_starts(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what the start of the atoms changes, for a reader."""
+    columns = {"places": layout.numbers(table.n, ",.0f"), "seeds": table.seeds}
+    for name, words in dict(data="start at writes", random="at random").items():
+        columns[f"{words}: wins (%)"] = layout.numbers(table[f"win_{name}"], ".0f", 100)
+        columns[f"{words}: FVU"] = layout.numbers(table[f"fvu_{name}"])
+    columns["wins, difference (points)"] = layout.estimates(table, "difference")
+    return layout.shown(table, ["target"], columns)
 
 
 def shown_classes(table: pd.DataFrame) -> pd.DataFrame:

@@ -327,3 +327,22 @@ def test_selectivity_tables(study, compared):
     part = compared.query("target == 'state' and placement == 'added'")
     assert row.selectivity == pytest.approx(1 - part.overlap_orthogonal_4.mean(), rel=1e-5)
     assert row.ci_low <= row.selectivity <= row.ci_high
+
+
+def test_starts_are_compared_seed_by_seed():
+    rates = dict(write_data=[[0.8, 0.6], [0.7, 0.7]], write_random=[[0.6, 0.5], [0.6, 0.5]])  # [seed][layer]
+    rows = [
+        dict(name=name, host="small", target="write", layer=layer, head=3, seed=seed, firings=40, fvu=0.5 + layer)
+        | dict(win_atom_coefficient=rate)
+        for name, by_seed in rates.items()
+        for seed, by_layer in enumerate(by_seed)
+        for layer, rate in enumerate(by_layer)
+    ]
+    row = ablations.starts(pd.DataFrame(rows)).iloc[0]
+    assert (row.win_data, row.win_random) == pytest.approx((0.7, 0.55)) and row.fvu_random == pytest.approx(1.0)
+    assert (row.seeds, row.n) == (2, 80) and row.difference == pytest.approx(-0.15)
+    assert row.difference_high - row.difference == pytest.approx(0.0 * 12.706, abs=1e-9), "both seeds differ by 0.15"
+    rows[0]["win_atom_coefficient"] = 1.0  # seed 0 then differs by 0.25
+    row = ablations.starts(pd.DataFrame(rows)).iloc[0]
+    error = np.std([0.25, 0.15], ddof=1) / 2**0.5
+    assert row.difference_high - row.difference == pytest.approx(12.706 * error, rel=1e-3)
