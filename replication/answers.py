@@ -244,8 +244,7 @@ def ablations(results: Results) -> str:
         f"middle cell the win rate is certainly lower in {lower('state', 'win_rate_coefficient')} variants "
         f"for states and {lower('write', 'win_rate_coefficient')} for writes, and at the native write's norm in "
         f"{lower('state', 'win_rate_matched_norm')} and {lower('write', 'win_rate_matched_norm')}. Where atoms start "
-        f"{matters(start)}: with the headline's SAEs and places by position, write-trained atoms win at "
-        f"{start.win_random:.0%} of places if they start at random and at {start.win_data:.0%} if they start at writes."
+        f"{matters(start)}: random starts change the headline's win rate of write-trained atoms by {points(start)}."
     )
 
 

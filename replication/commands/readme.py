@@ -75,12 +75,14 @@ def glance(results, bench) -> str:
     recalled = f"on recall tasks: {kept} of answers kept"
     papers = f"beats deletion at {papers_value('R1'):.0%}", f"8% → {papers_value('I4'):.0%}"
     states, writes = f"{centred}; {state} if no mean is subtracted", percent(win_rate(results, "write"), *WIN)
+    start = results.row("ablation_starts", host=MAIN, target="write")
+    started = f"; {start.win_random:.0%} from [random starts](notebooks/13_ablations.ipynb)"
     next_token = f"the next token: {findings.in_every_cell(results)}"
     words = f"{said.included_native:.1%} → {said.included_edited:.1%}"
     formula = f"R² {papers_value('C1'):.2f}", f"R² {fitted:.2f}"
     rows = [  # question, the paper's number, ours, claim, page
         ("Can an atom of an SAE of *states* stand for a write?", papers[0], states, "R1", "05_replacement"),
-        ("... of an SAE of *writes*?", "–", f"{writes} (no mean)", "", "05_replacement"),
+        ("... of an SAE of *writes*?", "–", f"{writes} (no mean){started}", "", "05_replacement"),
         ("Where do atoms of states fail?", "–", memory, "", "14_every_cell"),
         ("Does the formula, with a fitted scalar, predict a logit?", *formula, "C1", "04_logit_shift"),
         ("Does one without a fit?", "–", f"R² {closed} on three models", "", "04_logit_shift"),
