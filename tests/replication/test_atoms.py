@@ -362,7 +362,7 @@ def test_alive_atoms_are_those_with_the_largest_coefficient(study, scanned):
 
 
 def test_a_stage_is_read_until_an_sae_changes(study, scanned, monkeypatch):
-    monkeypatch.setattr(type(study.small), "run", lambda *_, **__: pytest.fail("harvested again"))
+    monkeypatch.setattr(type(study.small), "each_record", lambda *_, **__: pytest.fail("harvested again"))
     again = atoms.run(study)
     for a, b in zip(again, scanned, strict=True):
         pd.testing.assert_frame_equal(a, b)

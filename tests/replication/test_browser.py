@@ -340,7 +340,7 @@ def test_failures_are_one_sentence(study, without, monkeypatch, capsys):
 
 
 def test_a_page_is_made_from_tables_without_a_run_of_the_host(study, page, monkeypatch):
-    monkeypatch.setattr(type(study.small), "run", lambda *_: pytest.fail("the host is run"))
+    monkeypatch.setattr(type(study.small), "each_record", lambda *_: pytest.fail("the host is run"))
     assert browser.page(browser.collect(study)) == page.read_bytes()
 
 

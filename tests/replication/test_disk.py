@@ -186,10 +186,10 @@ def _harvested(group, host, tokens):
 def test_a_stage_that_runs_out_of_memory_says_which_setting_to_lower(gated_deltanet, tokens, monkeypatch):
     made = SmallStudy(load_profile("smoke"), gated_deltanet, tokens)
 
-    def too_much(tokens, upto=None):
+    def too_much(tokens, layers):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr(gated_deltanet, "run", too_much)
+    monkeypatch.setattr(gated_deltanet, "each_record", too_much)
 
     with pytest.raises(MemoryError, match=r"GPU's memory is too small: in the profile, lower data\.batch_windows") as e:
         made.stage("table", "gated_deltanet", [0, 1], _harvested, host=gated_deltanet, tokens=tokens)
