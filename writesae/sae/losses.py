@@ -64,7 +64,7 @@ def factored_loss(
     pre = sae.overlaps(encoder, history, encoder.bias, bf16)
     indices, coefficients = sae.select(pre, ordered=False)
     if isinstance(history, States) and not every:
-        overlaps, active = None, sae.overlaps_at(indices, history)
+        overlaps, active = None, sae.overlaps(decoder, history, at=indices)
     else:
         overlaps = sae.overlaps(decoder, history, bf16=bf16)
         active = overlaps if every else overlaps.gather(-1, indices)

@@ -89,15 +89,17 @@ class SAE(nn.Module):
         """Return x = (X - mean) / scale, [..., d_k, d_v]."""
         return (matrices - self.mean) / self.scale
 
-    def overlaps(self, part: Any, history: History | States, bias: Tensor | float = 0.0, bf16: bool = False) -> Tensor:
-        """Return <key_i value_i^T, x_t> + bias_i, [N, T, n], for the encoder or decoder, without states."""
-        key = part.key / self.scale
-        return history.read(key, part.value, bf16) + (bias - ((key @ self.mean) * part.value).sum(-1))
+    def overlaps(
+        self, part: Any, history: History | States, bias: Tensor | float = 0.0, bf16: bool = False, at=None
+    ) -> Tensor:
+        """Return <key_i value_i^T, x_t> + bias_i, [N, T, n], for the encoder or decoder, without states.
 
-    def overlaps_at(self, indices: Tensor, history: States) -> Tensor:
-        """Return the decoder's overlaps with each token, [N, T, k], for the atoms `indices` [N, T, k]."""
-        key, value = self.decoder.key / self.scale, self.decoder.value
-        return history.read_at(indices, key, value) - ((key @ self.mean) * value).sum(-1)[indices]
+        at [N, T, k]: of States, only the atoms that it names for each token, [N, T, k].
+        """
+        key = part.key / self.scale
+        found = history.read(key, part.value, bf16) if at is None else history.read_at(at, key, part.value)
+        offset = bias - ((key @ self.mean) * part.value).sum(-1)
+        return found + (offset if at is None else offset[at])
 
     def select(self, pre: Tensor, ordered: bool = True) -> Active:
         """Return the active atoms for pre-activations [..., n], in scaled units."""
