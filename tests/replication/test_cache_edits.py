@@ -10,11 +10,14 @@ import pytest
 import torch
 from helpers import assert_close
 
-from replication.pages.cache_edits import erase, newlines, readers, registers, single_write, stages
+from replication.pages.cache_edits import erase, newlines, readers, registers, shown, single_write, stages
 from replication.pages.cache_edits.site import Site
+from replication.scorecard.claims import papers_value
 from replication.statistics import r2
 from replication.study.firings import passage_prompts
+from replication.study.paths import ROOT
 from replication.study.profile import HostSection, Install
+from replication.study.stages import read_table, rows_with
 from replication.study.study import Study
 from writesae.edit import Edit, edited_hidden, head_change, make_edit
 from writesae.evaluate.firings import all_firings, encode
@@ -431,10 +434,10 @@ def test_newline_summary_is_paired_by_prompt():
     assert (kept.change, kept.beyond_random, kept.heads, kept.state_norm) == pytest.approx((-1.5, -0.5, 2, 1.5))
     assert (kept.beyond_random_low, kept.beyond_random_high) == pytest.approx((-1.0, 0.5))
     assert summary.beyond_random.notna().sum() == 1
-    shown = newlines.side_by_side(summary, "change")
-    assert list(shown) == ["scale", "kept"] and len(shown) == 3
-    assert shown.loc[("h", 3, "boundary", 5.0), "kept"] == "-1.5 [-3.0, 0.5]"
-    assert shown.loc[("h", 3, "random", 2.0), "scale"] == ""
+    wide = newlines.side_by_side(summary, "change")
+    assert list(wide) == ["scale", "kept"] and len(wide) == 3
+    assert wide.loc[("h", 3, "boundary", 5.0), "kept"] == "-1.5 [-3.0, 0.5]"
+    assert wide.loc[("h", 3, "random", 2.0), "scale"] == ""
     summary = summary.drop_duplicates("mode").set_index("mode")
     assert summary.loc["baseline", ["newlines", "change", "cohens_d"]].tolist() == [10.0, 0.0, 0.0]
     assert summary.loc["scale", "change"] == pytest.approx(-2.0)
@@ -708,3 +711,19 @@ def test_a_cell_that_has_no_classes_is_refused(gated_deltanet):
         stages.alive(study, bench, "state")
     with pytest.raises(ValueError, match="13 prompts are asked for and the held-out windows are of 12 passages"):
         passage_prompts(study, "small", 13, 20)
+
+
+def test_the_paper_and_this_host_are_side_by_side():
+    kinds = ("cache_erase_summary", "single_write_summary", "newlines_summary", "top_readers", "register_erase_summary")
+    every = {name: read_table(ROOT / "results" / "mini" / f"{name}.csv") for name in kinds}
+    tables = {name: rows_with(table, host="mamba2") for name, table in every.items()}
+    whole = shown.compared(tables, papers_value)
+    erased = tables["cache_erase_summary"].query("condition == 'delete' and atom == 'all' and token_from == 'same'")
+    cell = whole.loc["1 · log p of its token, write deleted (millinats)"]
+    assert cell["the paper"] == "-116.0" and cell.n == erased.n.iloc[0]
+    assert float(cell.here.split()[0]) == pytest.approx(1000 * erased.median_change.iloc[0], abs=0.05)
+    reader = whole.loc["4 · strongest reader, times a random write", "here"]
+    assert float(reader.split()[0]) == pytest.approx(tables["top_readers"].ratio.max(), abs=0.05)
+    newlines_at = tables["newlines_summary"].dose
+    fewer = shown.compared(tables | dict(newlines_summary=tables["newlines_summary"][newlines_at != 5]), papers_value)
+    assert set(whole.index) - set(fewer.index) == {"3 · newlines, one cell, 5x", "3 · newlines, every head, kept, 5x"}

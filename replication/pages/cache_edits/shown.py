@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import pandas as pd
 
 from replication import layout
+from replication.study.stages import rows_with
 
 DONE = dict(delete="write deleted", subtract="atom taken out", add="atom added", random="another atom added")
 ERASED = dict(delete="deleted", atom="atom instead", random="random instead", beside="random beside")
@@ -81,3 +85,51 @@ def registers(table: pd.DataFrame) -> pd.DataFrame:
     columns |= {"beyond deletion": layout.estimates(table, "excess", digits=2, scale=1000)}
     columns |= {"passages above deletion": table.above_delete}
     return layout.shown(table.assign(done=table.condition.map(ERASED)), ["target", "done"], columns)
+
+
+class Line(NamedTuple):
+    """A number of the paper, and the row of a summary that has ours. scale: the unit of both."""
+
+    what: str
+    paper: float | None
+    table: str
+    where: dict
+    columns: tuple[str, ...]
+    scale: float = 1000
+
+
+def _lines(papers_value: Callable) -> list[Line]:
+    """Return the numbers of the five edits that the paper has, or that decide how to read them."""
+    erased, elsewhere, single, deleted, random, reader = papers_value("E1", "E2", "I1", "R11", "R12", "top_reader")
+    erase, write, registers = "cache_erase_summary", "single_write_summary", "register_erase_summary"
+    every = dict(atom="all", token_from="same")
+    atom, added = every | dict(condition="delete"), every | {"condition": "add", "where": "elsewhere", "dose": 4}
+    five, direction = dict(role="boundary", dose=5), dict(direction="paper", predictor="paper")
+    sign, states = ("sign_agreement", "ci_low", "ci_high"), dict(target="state")
+    fewer = papers_value("N2") - papers_value("N1")
+    return [
+        Line("1 · log p of its token, write deleted (millinats)", erased, erase, atom, CHANGE),
+        Line("1 · the same, token found on other text", None, erase, atom | dict(token_from="other"), CHANGE),
+        Line("1 · log p, atom added elsewhere, 4x (millinats)", elsewhere, erase, added, CHANGE),
+        Line("2 · logits that move as the formula says (%)", single, write, direction, sign, 100),
+        Line("2 · logits that rise (%)", None, write, direction, ("rose",), 100),
+        Line("3 · newlines, one cell, 5x", fewer, "newlines_summary", five | dict(mode="offset"), ("change",), 1),
+        Line("3 · newlines, every head, kept, 5x", None, "newlines_summary", five | dict(mode="kept"), ("change",), 1),
+        Line("4 · strongest reader, times a random write", reader, "top_readers", {}, ("ratio",), 1),
+        Line("5 · loss, deleted (millibits)", deleted, registers, states | dict(condition="delete"), ("rise",)),
+        Line("5 · loss, random instead (millibits)", random, registers, states | dict(condition="random"), ("rise",)),
+    ]
+
+
+def compared(tables: dict[str, pd.DataFrame], papers_value: Callable) -> pd.DataFrame:
+    """Return what came out of the five edits in the paper and here, without doses that the profile lacks.
+
+    tables: the summaries of one host, by name; papers_value: that of `replication.scorecard.claims`."""
+    lines = []
+    for line in _lines(papers_value):
+        table = tables[line.table].sort_values(line.columns[0], ascending=False)  # of the readers, the strongest
+        for row in (rows_with(table, **line.where) if line.where else table)[:1].to_dict("records"):
+            paper = "" if line.paper is None else f"{line.scale * line.paper:.1f}"
+            here = layout.estimate(row, *line.columns, digits=1, scale=line.scale)
+            lines.append({"what": line.what, "the paper": paper, "here": here, "n": row["n"]})
+    return pd.DataFrame(lines).set_index("what")
