@@ -255,10 +255,18 @@ def matters(row: pd.Series) -> str:
 
 def every_cell(results: Results) -> str:
     rows = [results.row("every_cell", host=host, amplitude="coefficient") for host in HOSTS]
+    random = [results.row("every_cell_starts", host=host, start="random") for host in HOSTS]
+    trends = [results.row("every_cell_trend", host=host, target="state", amplitude="coefficient") for host in HOSTS]
+    falls = sum(row.rho_half_life_median_high < 0 for row in trends)
     return (
-        "It holds nearly everywhere: in the mean over cells the write-trained atom is "
-        f"{listed(points(row) for row in rows)} ahead on the three hosts. Where memory is short the two come together."
+        f"The write-trained atom is ahead in {cells_ahead(rows)} cells of the three hosts, in the mean over cells by "
+        f"{listed(points(row) for row in rows)}. If atoms start at random, it is ahead in {cells_ahead(random)}. The "
+        f"state-trained atom's rate certainly falls with the half-life on {falls} of {len(trends)} hosts."
     )
+
+
+def cells_ahead(rows: list[pd.Series]) -> str:
+    return listed(f"{row.write_ahead:.0f} of {row.n_cells:.0f}" for row in rows)
 
 
 CHOICES = dict(control="what the atom must beat", target="what the SAE is trained on", centre="the mean")

@@ -259,8 +259,8 @@ def every_cell(results: Results) -> str:
     ahead = listed(f"{row.write_ahead:.0f} of {row.n_cells:.0f}" for row in rows)
     rhos = listed(f"{row.rho_half_life_median:.2f}" for row in trend)
     return (
-        f"The write-trained atom is ahead in {ahead} cells of the three hosts, and the state-trained atom does worse "
-        f"the longer a cell remembers (rank correlation with the half-life {rhos})."
+        f"The write-trained atom is ahead in {ahead} cells of the three hosts. The state-trained atom's win rate and the "
+        f"cell's half-life have a rank correlation of {rhos}."
     )
 
 

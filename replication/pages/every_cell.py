@@ -5,10 +5,11 @@ from __future__ import annotations
 import pandas as pd
 
 from replication import layout
-from replication.statistics import cluster_bootstrap, per_group, with_ends
+from replication.statistics import cluster_bootstrap, per_group, spearman, with_ends
 from writesae.evaluate.replacement import AMPLITUDES as OF_THE_PAPER
 
 AMPLITUDES = (*OF_THE_PAPER, "projection")
+RANDOM = "_random"  # at the end of the names of SAEs whose atoms start at random
 
 
 def by_amplitude(saes: pd.DataFrame) -> pd.DataFrame:
@@ -36,6 +37,31 @@ def targets_apart(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         return numbers | dict(write_ahead=int((wide.write > wide.state).sum()))
 
     return per_group(cells, ["host", "amplitude"], row)
+
+
+def by_start(saes: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the SAEs of the sweep `cells` whose atoms start at writes of the data, and those at random."""
+    random = saes.name.str.endswith(RANDOM)
+    parts = dict(data=saes[~random], random=saes[random])
+    return {name: part for name, part in parts.items() if len(part)}
+
+
+def starts(saes: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Return the numbers of `targets_apart` at the atom's own coefficient, one row per (host, start).
+
+    Also the means over cells of the FVU per target, and Spearman's rho over cells of the state-trained atom's
+    win rate with the half-life. saes: the table of the sweep `cells`."""
+    tables = []
+    for name, part in by_start(saes).items():
+        cells = by_amplitude(part).query("amplitude == 'coefficient'")
+        rows = targets_apart(cells, seed).assign(start=name)
+        errors = part.pivot_table("fvu", "host", "target")
+        states = dict(list(cells[cells.target == "state"].groupby("host")))
+        rows["fvu_state"], rows["fvu_write"] = (rows.host.map(errors[target]) for target in ("state", "write"))
+        rhos = [spearman(states[host].win_atom, states[host].half_life_median) for host in rows.host]
+        ends = pd.DataFrame([with_ends("rho", rho.value, rho) for rho in rhos], index=rows.index)
+        tables.append(pd.concat([rows, ends], axis=1))
+    return pd.concat(tables).sort_values("host", kind="stable").reset_index(drop=True)
 
 
 def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
@@ -73,6 +99,18 @@ def shown(apart: pd.DataFrame) -> pd.DataFrame:
         "cells ahead": apart.write_ahead,
     }
     return layout.shown(apart, ["host", "amplitude"], columns)
+
+
+def shown_starts(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `starts` for a reader."""
+    errors = zip(table.fvu_state, table.fvu_write, strict=True)
+    columns = {"SAEs of states (%)": layout.estimates(table, "state")}
+    columns |= {"of writes (%)": layout.estimates(table, "write")}
+    columns |= {"cells ahead": [f"{row.write_ahead} of {row.n_cells}" for row in table.itertuples()]}
+    columns |= {"rho with half-life": layout.plain(table, "rho")}
+    columns |= {"FVU, states and writes": [f"{state:.2f}, {write:.2f}" for state, write in errors]}
+    rows = table.assign(start=table.start.map(dict(data="at writes", random="at random")))
+    return layout.shown(rows, ["host", "start"], columns)
 
 
 def shown_seeds(spread: pd.DataFrame) -> pd.DataFrame:

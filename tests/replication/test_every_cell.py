@@ -51,3 +51,19 @@ def test_seeds_are_told_apart_from_cells_and_from_chance():
     assert row.between_sd == pytest.approx(np.std([0, 0.1, 0.2, 0.3], ddof=1))
     every = np.array(list(rates.values())).ravel()
     assert row.sampling_sd == pytest.approx(np.sqrt((every * (1 - every) / 40).mean()))
+
+
+def test_starts_are_compared_cell_by_cell():
+    rates = {(i, target): [0.1 * i + gap] for i in range(5) for target, gap in dict(state=0.0, write=0.2).items()}
+    plain = sweep_of(rates).assign(fvu=0.5)
+    random = sweep_of({key: [0.9 - rate[0]] for key, rate in rates.items()}).assign(fvu=0.7)
+    table = pd.concat([plain.assign(name=plain.target), random.assign(name=random.target + "_random")])
+    table = table.assign(half_life_median=table["head"] ** 2.0)
+    data, drawn = every_cell.starts(table).itertuples()
+    assert (data.start, data.write_ahead, data.n_cells) == ("data", 5, 5)
+    assert (drawn.start, drawn.write_ahead, drawn.fvu_state) == ("random", 0, pytest.approx(0.7))
+    assert (data.difference, drawn.difference) == pytest.approx((0.2, -0.2))
+    assert (data.rho, drawn.rho) == pytest.approx((1.0, -1.0)) and data.fvu_write == pytest.approx(0.5)
+    shown = every_cell.shown_starts(every_cell.starts(table))
+    assert shown["cells ahead"].tolist() == ["5 of 5", "0 of 5"] and len(shown.columns) + 2 <= 8
+    assert every_cell.starts(table[table.name == table.target]).start.tolist() == ["data"], "an older sweep"
