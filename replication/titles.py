@@ -85,11 +85,10 @@ def of_targets(results: Results, table: str, **values) -> list[pd.Series]:
 
 
 def hosts(results: Results) -> str:
-    table = results.rows("hosts").set_index("host")
-    longest, best = table.training_tokens.idxmax(), table.heldout_loss.idxmin()
-    loss = "the lowest held-out loss" if longest == best else f"a higher held-out loss than {HOST[best]}"
-    tokens = table.training_tokens.max() / 1e6
-    return f"{HOST[longest]} was trained longest (on {tokens:.1f} million tokens) and has {loss}"
+    table = results.rows("hosts").set_index("host").loc[[*HOSTS]]
+    losses = listed(f"{HOST[row.Index]} {row.heldout_loss:.2f}" for row in table.itertuples())
+    tokens = listed(dict.fromkeys(f"{tokens / 1e6:.1f}" for tokens in table.training_tokens))
+    return f"After {tokens} million tokens of training the held-out loss is {losses} nats per token"
 
 
 def cells(results: Results) -> str:
