@@ -82,12 +82,12 @@ def glance(results, bench) -> str:
     formula = f"R² {papers_value('C1'):.2f}", f"R² {fitted:.2f}"
     rows = [  # question, the paper's number, ours, claim, page
         ("Can an atom of an SAE of *states* stand for a write?", papers[0], states, "R1", "05_replacement"),
-        ("... of an SAE of *writes*?", "–", f"{writes} (no mean){started}", "", "05_replacement"),
+        ("Can an atom of an SAE of *writes*?", "–", f"{writes} (no mean){started}", "", "05_replacement"),
         ("Where do atoms of states fail?", "–", memory, "", "14_every_cell"),
-        ("Does the formula, with a fitted scalar, predict a logit?", *formula, "C1", "04_logit_shift"),
-        ("Does one without a fit?", "–", f"R² {closed} on three models", "", "04_logit_shift"),
+        ("Does the paper's formula, with a fitted scalar, predict a logit?", *formula, "C1", "04_logit_shift"),
+        ("Does our formula, without a fit?", "–", f"R² {closed} on three models", "", "04_logit_shift"),
         ("Do three writes make the model say a word?", papers[1], words, "I4", "12_install"),
-        ("Do small writes in every cell?", "–", next_token, "", "12_install"),
+        ("Do writes of the native size in every cell?", "–", next_token, "", "12_install"),
         ("Do rank-1 atoms work in larger states?", "open", recalled, "", "17_recall"),
         ("Do atoms come back in another seed?", "under 1%", again, "A5", "03_atoms"),
     ]
@@ -121,6 +121,16 @@ def asked(results, bench) -> str:
 def turned(results, bench) -> str:
     flags = results.rows("repeats_verdicts").turned
     return f"{flags.sum()} of the {len(flags)}"
+
+
+@block
+def unsettled(results, bench) -> str:
+    return f"{(results.rows('scorecard', counts=True).status == 'unsettled').sum()}"
+
+
+@block
+def single(results, bench) -> str:
+    return f"{(results.rows('scorecard', counts=True).trainings == 1).sum()}"
 
 
 @block
@@ -179,6 +189,23 @@ def causes(results, bench) -> str:
             text = f"{'' if row['value'] < 0 else '+'}{text} points".replace(" ", " points ", 1).removesuffix(" points")
         rows.append([row["cause"], text])
     return table("what is measured | atom beats deletion, % of firings or places", rows)
+
+
+def _higher(results: Results, one: tuple[str, str], other: tuple[str, str]) -> str:
+    """Return in how many rows of the headline's table one training (target, centre) wins more often: "7 of 8"."""
+    cells = [dict(host=host, cells=cells) for host, cells in findings.CELLS.values()]
+    pairs = [[win_rate(results, *training, **cell).win_rate for training in (one, other)] for cell in cells]
+    return f"{sum(first > second for first, second in pairs)} of {len(pairs)}"
+
+
+@block
+def write_ahead(results, bench) -> str:
+    return _higher(results, ("write", "none"), ("state", "none"))
+
+
+@block
+def mean_lower(results, bench) -> str:
+    return _higher(results, ("write", "none"), ("write", "mean"))
 
 
 @block
