@@ -227,12 +227,15 @@ def install(results: Results) -> str:
         )
         for name in ("refined", "random")
     }
-    enough = listed(f"{results.row('install_ceiling_summary', host=host).enough:.0%}" for host in HOSTS)
+    rows = [results.row("install_ceiling_summary", host=host) for host in HOSTS]
+    enough = listed(f"{row.enough:.0%}" for row in rows)
+    needed, ceiling = (listed(f"{row[name]:.1f}" for row in rows) for name in ("needed", "ceiling"))
+    nearest = [results.row("install_cells_summary", host=host, direction="refined", **where) for host in HOSTS]
     return (
-        "Yes from all cells, and hardly from one: writes of any size in a single cell gain what is needed for "
-        f"{enough} of the words of rank 101 to 1,000 on the three hosts, because the norm behind the heads bounds "
-        "what a head adds. Writes in all cells change the rest as well: the KL of the other tokens is "
-        f"{costs['refined']} nats, after random writes of the same size {costs['random']}."
+        f"Writes in all cells install {listed(f'{row.next_token:.0%}' for row in nearest)} of the words of rank 101 to "
+        f"1,000 on the three hosts, and writes of any size in one cell gain enough for {enough}. Such a word needs {needed} "
+        f"nats, and the best cell can add at most {ceiling}. Writes in all cells change the rest as well: the KL of the "
+        f"other tokens is {costs['refined']} nats, after random writes of the same size {costs['random']}."
     )
 
 
@@ -285,7 +288,7 @@ def multiverse(results: Results) -> str:
     for host in HOSTS:
         first = results.rows("multiverse_effects", host=host).drop_duplicates("choice").nlargest(2, "share")
         parts.append(f"{HOST[host]}: " + listed(f"{CHOICES[x.choice]} ({x.share:.0%})" for x in first.itertuples()))
-    return f"Two choices explain most of the variance between win rates. {'; '.join(parts)}."
+    return f"The two choices with the largest shares of the variance between win rates are: {'; '.join(parts)}."
 
 
 def scorecard(results: Results) -> str:
@@ -304,10 +307,11 @@ def attribution(results: Results) -> str:
     rows = [results.row("attribution_trend", host=host) for host in HOSTS]
     spans = listed(f"{row.half_distance:.0f}" for row in rows)
     own = listed(f"{row.share_own:.0%}" for row in rows)
+    decay = listed(f"{rows[HOSTS.index(host)].decay_error:.2f}" for host in (MAIN, "rwkv7"))
     return (
-        f"Mostly the near past: half of what a head of the three hosts reads was written within {spans} tokens (median "
-        f"distance over cells), and {own} is the token's own write. Erasures, and not the decay alone, decide what is "
-        "left of a write on the Gated DeltaNet and on RWKV-7."
+        f"Half of what a head of the three hosts reads was written within {spans} tokens (median over cells), and {own} is "
+        f"the token's own write. A map from decays alone is wrong by {decay} of the size of the read on the Gated DeltaNet "
+        "and on RWKV-7, because erasures count as well."
     )
 
 

@@ -153,9 +153,9 @@ def objects(results: Results) -> str:
     shares = listed(f"{row.win_rate:.0%}" for row in rows)
     rhos = listed(f"{row.rho:.2f}" for row in rows)
     return (
-        f"If the atom replaces the whole state instead of the write, it beats deletion at {shares} of the places of "
-        f"the three hosts, and this hardly depends on its cosine to the write (rank correlations {rhos}), as in the "
-        "paper's Table 13."
+        f"If the atom of an SAE of states without the mean replaces the whole state instead of the write, it beats deletion "
+        f"at {shares} of the places of the three hosts, and the rank correlation with its cosine to the write is {rhos} (in "
+        "the paper's Table 13 the win rate does not depend on the cosine)."
     )
 
 
@@ -211,13 +211,16 @@ def other_hosts(results: Results) -> str:
 
 
 def cache_edits(results: Results) -> str:
-    kept = results.row("newlines_summary", host=MAIN, mode="kept", role="boundary", dose=5)
+    where = dict(host=MAIN, role="boundary", dose=5)
+    change, kept = (
+        estimate(results.row("newlines_summary", mode=mode, **where), "change", "change_low", "change_high", scale=1)
+        for mode in ("offset", "kept")
+    )
     rose = results.row("single_write_summary", host=MAIN, direction="paper", predictor="paper")
-    change = f"{kept.change:+.0f} [{kept.change_low:+.0f}, {kept.change_high:+.0f}]"
     return (
-        f"Amplifying the ten atoms of line ends five times in a layer changes newlines by {change} per 400 tokens; one "
-        f"write along the paper's direction raises its target's logit in {rose.rose:.0%} of the trials (the paper: "
-        f"{papers_value('I1'):.0%})."
+        f"Amplifying the ten atoms of line ends five times changes newlines by {change} per 400 tokens in one cell, as the "
+        f"paper describes it, and by {kept} in a layer, as the author's code does. One write along the paper's direction "
+        f"raises its target's logit in {rose.rose:.0%} of the trials (the paper: {papers_value('I1'):.0%})."
     )
 
 
@@ -227,8 +230,8 @@ def install(results: Results) -> str:
     return (
         f"Three writes at three times the native norm change the share of targets among the new tokens from "
         f"{gamma.included_native:.1%} to {paper.included_edited:.1%} along the paper's direction and to "
-        f"{gamma.included_edited:.1%} along the best direction of one cell. Small writes in every cell, refined, make the "
-        f"target the next token at {in_every_cell(results)} of the trials on the three hosts."
+        f"{gamma.included_edited:.1%} along the best direction of one cell. Refined writes of the native size in every cell make "
+        f"the target the next token at {in_every_cell(results)} of the trials on the three hosts."
     )
 
 
@@ -270,9 +273,9 @@ def multiverse(results: Results) -> str:
     behind = listed(f"{(table.boot_high < 0.5).mean():.0%}" for table in tables)
     target = listed(f"{results.rows('multiverse_effects', host=h, choice='target').share.iloc[0]:.0%}" for h in HOSTS)
     return (
-        f"Over the {len(results.rows('multiverse')):,} combinations of choices that the paper leaves open, the atom is "
-        f"ahead of deletion in {ahead} of those of the three hosts and behind in {behind}; the target of the SAE "
-        f"explains {target} of the variance between all of them."
+        f"Of the combinations of open choices in which the control is deletion, the atom is surely ahead in {ahead} on the "
+        f"three hosts and surely behind in {behind}. Over all {len(results.rows('multiverse')):,} combinations, the target of "
+        f"the SAE explains {target} of the variance."
     )
 
 

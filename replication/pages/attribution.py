@@ -296,8 +296,8 @@ def verdict(table: pd.DataFrame, fate: pd.DataFrame, classes: pd.DataFrame) -> l
     lines = []
     for row in table.itertuples():
         lines.append(
-            f"{HOST[row.host]}: in the median of {row.cells} cells half of a read comes from the last "
-            f"{row.half_distance + 1:.0f} tokens, and {row.share_own:.0%} from the token's own write. Cells with a longer "
+            f"{HOST[row.host]}: in the median of {row.cells} cells half of a read was written within "
+            f"{row.half_distance:.0f} tokens, and {row.share_own:.0%} is the token's own write. Cells with a longer "
             f"half-life read farther back (rank correlation {layout.estimate(row, 'rho', digits=2, scale=1)})."
         )
         if row.decay_error > 0:
