@@ -284,8 +284,8 @@ def scorecard(results: Results) -> str:
     verdicts = listed(f"{(kept.status == name).sum()} {name}" for name in VERDICTS)
     turned = results.rows("repeats_verdicts").turned
     return (
-        f"{len(kept)} verdicts count, over three hosts: {verdicts}. {turned.sum()} of {len(turned)} change in at "
-        "least one of three repeated runs."
+        f"{len(kept)} verdicts count, over three hosts: {verdicts}. Of {len(turned)} that were repeated in three more runs, "
+        f"{turned.sum()} change in at least one."
     )
 
 

@@ -120,8 +120,10 @@ def asked(results, bench) -> str:
 
 @block
 def turned(results, bench) -> str:
-    flags = results.rows("repeats_verdicts").turned
-    return f"{flags.sum()} of the {len(flags)}"
+    repeated = results.rows("repeats_verdicts")
+    hosts = [host for host in HOSTS if (repeated.host == host).any()]
+    where = "" if len(hosts) == len(HOSTS) else f" on {listed(HOST[host] for host in hosts)}"
+    return f"{repeated.turned.sum()} of the {len(repeated)} verdicts{where}"
 
 
 @block
@@ -244,11 +246,12 @@ def all_findings(results, bench) -> str:
 @block
 def verdict_counts(results, bench) -> str:
     kept = results.rows("scorecard", counts=True)
-    steady = results.rows("repeats_verdicts", turned=False)
-    rows = []
+    repeated = results.rows("repeats_verdicts")
+    tables, rows = (kept, repeated[~repeated.turned]), []
     for host in HOSTS:
-        counts = [[int(((x.host == host) & (x.status == name)).sum()) for x in (kept, steady)] for name in VERDICTS]
-        rows.append([HOST[host], *(f"{count} ({same})" for count, same in counts)])
+        counts = [[int(((x.host == host) & (x.status == name)).sum()) for x in tables] for name in VERDICTS]
+        known = (repeated.host == host).any()
+        rows.append([HOST[host], *(f"{count} ({same})" if known else str(count) for count, same in counts)])
     return table(f"host | {' | '.join(VERDICTS)}", rows)
 
 
