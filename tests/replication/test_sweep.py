@@ -287,7 +287,7 @@ def test_a_missing_grid_is_one_sentence(output, capsys):
 def test_the_grids_of_the_repository_fit_its_profiles():
     profile, grids = load_profile("smoke"), paths.ROOT / "profiles" / "sweeps"
     cells = sweep.Sweep(profile, load_grid(grids / "cells.yaml")).points()
-    assert len(cells) == 2 * (6 * 4 + 8 * 8 + 8 * 4)  # targets * (layers * heads of each host)
+    assert len(cells) == 2 * 2 * (6 * 4 + 8 * 8 + 8 * 4)  # targets * starts * (layers * heads of each host)
     paper = sweep.Sweep(profile, load_grid(grids / "paper.yaml")).points()
     assert len(paper) == 5 * 3 * 3 * 4  # variants * seeds * layers * heads
     assert {point.layer for point in paper} == {1, 4, 6}
