@@ -220,22 +220,20 @@ def cache_edits(results: Results) -> str:
 
 def install(results: Results) -> str:
     where = dict(cells="all", magnitude=1, writes=3, target_class="middle", distance="3")
-    costs = {
-        name: listed(
-            f"{results.row('install_cells_summary', host=host, direction=name, **where).kl_elsewhere:.2g}"
-            for host in HOSTS
-        )
+    refined, random = (
+        [results.row("install_cells_summary", host=host, direction=name, **where) for host in HOSTS]
         for name in ("refined", "random")
-    }
+    )
+    installed = listed(f"{row.next_token:.0%}" for row in refined)
+    costs, of_random = (listed(f"{row.kl_elsewhere:.2g}" for row in rows) for rows in (refined, random))
     rows = [results.row("install_ceiling_summary", host=host) for host in HOSTS]
     enough = listed(f"{row.enough:.0%}" for row in rows)
     needed, ceiling = (listed(f"{row[name]:.1f}" for row in rows) for name in ("needed", "ceiling"))
-    nearest = [results.row("install_cells_summary", host=host, direction="refined", **where) for host in HOSTS]
     return (
-        f"Writes in all cells install {listed(f'{row.next_token:.0%}' for row in nearest)} of the words of rank 101 to "
+        f"Writes in all cells install {installed} of the words of rank 101 to "
         f"1,000 on the three hosts, and writes of any size in one cell gain enough for {enough}. Such a word needs {needed} "
         f"nats, and the best cell can add at most {ceiling}. Writes in all cells change the rest as well: the KL of the "
-        f"other tokens is {costs['refined']} nats, after random writes of the same size {costs['random']}."
+        f"other tokens is {costs} nats, after random writes of the same size {of_random}."
     )
 
 
@@ -268,14 +266,10 @@ def every_cell(results: Results) -> str:
     trends = [results.row("every_cell_trend", host=host, target="state", amplitude="coefficient") for host in HOSTS]
     falls = sum(row.rho_half_life_median_high < 0 for row in trends)
     return (
-        f"The write-trained atom is ahead in {cells_ahead(rows)} cells of the three hosts, in the mean over cells by "
-        f"{listed(points(row) for row in rows)}. If atoms start at random, it is ahead in {cells_ahead(random)}. The "
+        f"The write-trained atom is ahead in {findings.cells_ahead(rows)} cells of the three hosts, in the mean over cells by "
+        f"{listed(points(row) for row in rows)}. If atoms start at random, it is ahead in {findings.cells_ahead(random)}. The "
         f"state-trained atom's rate certainly falls with the half-life on {falls} of {len(trends)} hosts."
     )
-
-
-def cells_ahead(rows: list[pd.Series]) -> str:
-    return listed(f"{row.write_ahead:.0f} of {row.n_cells:.0f}" for row in rows)
 
 
 CHOICES = dict(control="what the atom must beat", target="what the SAE is trained on", centre="the mean")
@@ -307,11 +301,10 @@ def attribution(results: Results) -> str:
     rows = [results.row("attribution_trend", host=host) for host in HOSTS]
     spans = listed(f"{row.half_distance:.0f}" for row in rows)
     own = listed(f"{row.share_own:.0%}" for row in rows)
-    decay = listed(f"{rows[HOSTS.index(host)].decay_error:.2f}" for host in (MAIN, "rwkv7"))
     return (
         f"Half of what a head of the three hosts reads was written within {spans} tokens (median over cells), and {own} is "
-        f"the token's own write. A map from decays alone is wrong by {decay} of the size of the read on the Gated DeltaNet "
-        "and on RWKV-7, because erasures count as well."
+        f"the token's own write. A map from decays alone is wrong by {findings.decay_errors(results)} of the size of the "
+        "read on the Gated DeltaNet and on RWKV-7, because erasures count as well."
     )
 
 

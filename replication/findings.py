@@ -6,6 +6,7 @@ readme` writes the same numbers into the README, so that one number is computed 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -259,12 +260,16 @@ def ablations(results: Results) -> str:
 def every_cell(results: Results) -> str:
     rows = [results.row("every_cell", host=host, amplitude="coefficient") for host in HOSTS]
     trend = [results.row("every_cell_trend", host=host, target="state", amplitude="coefficient") for host in HOSTS]
-    ahead = listed(f"{row.write_ahead:.0f} of {row.n_cells:.0f}" for row in rows)
     rhos = listed(f"{row.rho_half_life_median:.2f}" for row in trend)
     return (
-        f"The write-trained atom is ahead in {ahead} cells of the three hosts. The state-trained atom's win rate and the "
-        f"cell's half-life have a rank correlation of {rhos}."
+        f"The write-trained atom is ahead in {cells_ahead(rows)} cells of the three hosts. The state-trained "
+        f"atom's win rate and the cell's half-life have a rank correlation of {rhos}."
     )
+
+
+def cells_ahead(rows: Iterable[pd.Series]) -> str:
+    """Return in how many cells of each host the write-trained atom wins more often, from rows of every_cell."""
+    return listed(f"{row.write_ahead:.0f} of {row.n_cells:.0f}" for row in rows)
 
 
 def multiverse(results: Results) -> str:
@@ -291,14 +296,18 @@ def scorecard(results: Results) -> str:
 
 def attribution(results: Results) -> str:
     error = results.rows("attribution_summary").error
-    decay = listed(f"{results.row('attribution_trend', host=host).decay_error:.2f}" for host in (MAIN, "rwkv7"))
     erased = results.row("attribution_fates", host=MAIN).all_erased
     return (
         "The exact attention map of a recurrent head gives the head's output with an error below "
         f"{np.ceil(1e6 * error.max()):.0f} millionths in all {len(error)} cells, where a map from decays alone is wrong "
-        f"by {decay} of the size of the read on the Gated DeltaNet and RWKV-7; "
+        f"by {decay_errors(results)} of the size of the read on the Gated DeltaNet and RWKV-7; "
         f"erasures take {erased:.0%} of what the decay leaves of a write."
     )
+
+
+def decay_errors(results: Results) -> str:
+    """Return the error of a map from decays alone on the two hosts that erase."""
+    return listed(f"{results.row('attribution_trend', host=host).decay_error:.2f}" for host in (MAIN, "rwkv7"))
 
 
 def recall(results: Results) -> str:

@@ -17,6 +17,7 @@ from replication.findings import (
     LACKING,
     MAIN,
     Results,
+    cells_ahead,
     estimate,
     has_words,
     largest_recall,
@@ -419,8 +420,7 @@ def selectivity(results: Results) -> str:
 
 def every_cell(results: Results) -> str:
     rows = of_hosts(results, "every_cell", amplitude="coefficient")
-    ahead = listed(f"{row.write_ahead:.0f} of {row.n_cells:.0f}" for row in rows)
-    return f"Write-trained atoms win more often than state-trained ones in {ahead} cells of the three hosts"
+    return f"Write-trained atoms win more often than state-trained ones in {cells_ahead(rows)} cells of the three hosts"
 
 
 def every_seed(results: Results) -> str:

@@ -66,8 +66,7 @@ def glance(results, bench) -> str:
     trend = results.row("every_cell_trend", host=MAIN, target="state", amplitude="coefficient")
     rho = estimate(trend, *(f"rho_half_life_median{end}" for end in ("", "_low", "_high")), 2, scale=1)
     memory = f"where memory is long: rank correlation {rho}"
-    again = results.row("scorecard", id="A5", host=MAIN)[["value", "ci_low", "ci_high"]].clip(lower=0)
-    again = estimate(again, "value", "ci_low", "ci_high", 1)
+    again = estimate(results.row("scorecard", id="A5", host=MAIN), "value", "ci_low", "ci_high", 1)
     again = again.replace(" ", "% ", 1)
     closed = listed(f"{r2(results, 'through_layer', 1.0, host):.3f}" for host in HOSTS)
     said = results.row("install_summary", host=MAIN, direction="paper", target_class="all", magnitude=3.0)

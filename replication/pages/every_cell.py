@@ -51,16 +51,18 @@ def starts(saes: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
     Also the means over cells of the FVU per target, and Spearman's rho over cells of the state-trained atom's
     win rate with the half-life. saes: the table of the sweep `cells`."""
+
+    def of_memory(part: pd.DataFrame) -> dict:
+        rho = spearman(part.win_atom, part.half_life_median)
+        return with_ends("rho", rho.value, rho)
+
     tables = []
     for name, part in by_start(saes).items():
         cells = by_amplitude(part).query("amplitude == 'coefficient'")
+        errors = part.pivot_table("fvu", "host", "target").add_prefix("fvu_").reset_index()
+        trends = per_group(cells[cells.target == "state"], ["host"], of_memory)
         rows = targets_apart(cells, seed).assign(start=name)
-        errors = part.pivot_table("fvu", "host", "target")
-        states = dict(list(cells[cells.target == "state"].groupby("host")))
-        rows["fvu_state"], rows["fvu_write"] = (rows.host.map(errors[target]) for target in ("state", "write"))
-        rhos = [spearman(states[host].win_atom, states[host].half_life_median) for host in rows.host]
-        ends = pd.DataFrame([with_ends("rho", rho.value, rho) for rho in rhos], index=rows.index)
-        tables.append(pd.concat([rows, ends], axis=1))
+        tables.append(rows.merge(errors, on="host").merge(trends, on="host"))
     return pd.concat(tables).sort_values("host", kind="stable").reset_index(drop=True)
 
 
