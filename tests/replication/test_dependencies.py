@@ -3,9 +3,11 @@
 import ast
 import json
 import re
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from replication.commands import order
 from replication.study import fingerprint, paths
@@ -154,3 +156,20 @@ def test_every_committed_table_is_made_again_where_it_is_missing():
 
 def test_the_file_needs_only_python_3_9():
     ast.parse(Path(order.__file__).read_text(), feature_version=(3, 9))
+
+
+def test_every_version_of_the_lock_runs_on_the_oldest_python_that_is_promised():
+    """Debian 12 has Python 3.11.2: pip does not install a pin that wants 3.11.5 there."""
+    promised = SpecifierSet(re.search('requires-python = "(.+)"', (paths.ROOT / "pyproject.toml").read_text())[1])
+    oldest = next(f"3.{minor}.0" for minor in range(20) if promised.contains(f"3.{minor}.0"))
+    wanted = {}
+    for line in (paths.ROOT / "requirements.lock").read_text().splitlines():
+        name, _, version = line.partition("==")
+        try:
+            installed = metadata(name) if version else {}
+        except PackageNotFoundError:  # of an extra that is not installed here
+            continue
+        if installed.get("Version", "").split("+")[0] == version:
+            wanted[line] = installed.get("Requires-Python") or ""
+    assert len(wanted) > 50
+    assert [line for line, pythons in wanted.items() if not SpecifierSet(pythons).contains(oldest)] == []
