@@ -18,11 +18,13 @@ FOLDERS = ("HF_HOME", "HF_HUB_CACHE")  # a kernel has another current folder
 
 
 class ThisPython(AsyncKernelManager):
-    """Starts ipykernel with the interpreter of this process, whatever kernels Jupyter finds."""
+    """Starts ipykernel with the interpreter of this process, whatever kernels Jupyter finds.
+
+    Its own warnings (each says that it listens on this machine without encryption) do not reach the terminal."""
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        return KernelSpec(**get_kernel_dict())
+        return KernelSpec(**get_kernel_dict(["--log-level=ERROR"]))
 
 
 def neutralise(environment: dict[str, str], folder: Path) -> None:

@@ -39,7 +39,7 @@ def _notebook(folder, *sources):
     return path
 
 
-def test_outputs_are_published_and_nothing_else_changes(notebooks):
+def test_outputs_are_published_and_nothing_else_changes(notebooks, capfd):
     path = _notebook(notebooks, PRINTS, "1 + 1")
     path.chmod(0o664)
     source = nbformat.read(path, as_version=4)
@@ -56,6 +56,7 @@ def test_outputs_are_published_and_nothing_else_changes(notebooks):
         cell.update(execution_count=None, outputs=[])
     assert published == source
     assert path.stat().st_mtime == 1_000_000_000 and path.stat().st_mode & 0o777 == 0o664
+    assert "WARNING" not in capfd.readouterr().err
     run.run("00_toy", "mini")
     assert path.read_bytes() == first
 
