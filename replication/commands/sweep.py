@@ -44,6 +44,7 @@ from writesae.text import Windows
 IN_MEMORY = 2**28  # maximum size of a cell's training data in memory, in numbers (1 GiB in fp32)
 TESTED = (*AMPLITUDES, "projection")
 TOGETHER = 8  # maximum of SAEs per task; their replacement tests share one run of the host
+TASK_TOKENS = 2**21  # maximum of training tokens of a task with several SAEs, since a task is lost as a whole
 
 
 class Variant(Section):
@@ -321,9 +322,10 @@ def run_sweep(profile: Profile, grid: Grid, jobs: int | None = None) -> pd.DataF
         for host in dict.fromkeys(host for host, _ in layers):
             sweep.study.windows(host, "sae"), sweep.study.windows(host, "heldout")
         tasks = []
-        for layer, points in groupby(waiting, lambda point: point[:2]):
-            while part := list(islice(points, TOGETHER)):
+        for (*layer, tokens), points in groupby(waiting, lambda point: (*point[:2], sweep.settings(point).tokens)):
+            while part := list(islice(points, max(1, min(TOGETHER, TASK_TOKENS // tokens)))):
                 tasks.append((train_points, profile, grid, *layer, {point: expected[point] for point in part}))
+        tasks.sort(key=lambda task: -max(sweep.settings(point).tokens for point in task[-1]))  # the longest first
         print(f"{grid.name} ({profile.name}): {len(expected)} SAEs, {len(expected) - len(waiting)} of them up to date")
         harvests = [(harvest_layer, profile, grid, *layer, sweep.expected_harvest(*layer)) for layer in layers]
         _run_all(harvests, "harvests", jobs)
