@@ -196,6 +196,32 @@ def starts(saes: pd.DataFrame) -> pd.DataFrame:
     return stats.per_group(saes, ["host", "target"], row)
 
 
+def ladder(saes: pd.DataFrame) -> pd.DataFrame:
+    """Return win rates by position and FVUs of both targets for each size of SAE and training, of one cell.
+
+    saes: the table of the sweep `ladder`. Rates are means over seeds; their error adds the variation between
+    seeds, as by Hartung and Knapp, and the binomial error of the places, which all seeds share. difference:
+    write less state, paired by seed, with the binomial errors of both. n: places per SAE."""
+
+    def row(part: pd.DataFrame) -> dict:
+        wins, errors, fitted = (
+            part.pivot_table(x, "seed", "target") for x in ("win_atom_coefficient", "fvu", "final_training_fvu")
+        )
+        n, m = int(part.firings.min()), len(wins)
+        sampling = (wins * (1 - wins)).mean() / n
+        sampling["difference"] = sampling.sum()
+        numbers = dict(n=n, seeds=m)
+        for name, values in dict(state=wins.state, write=wins.write, difference=wins.write - wins.state).items():
+            own, places = values.var() / m, sampling[name]
+            freedom = stats.satterthwaite(places, n - 1, own, m - 1)
+            found = stats.Estimate(values.mean(), (own + places) ** 0.5, float(freedom), n, m, values.std())
+            numbers |= stats.with_ends(name, found.value, found.interval())
+        numbers |= {f"fvu_{name}": errors[name].mean() for name in errors}
+        return numbers | {f"training_fvu_{name}": fitted[name].mean() for name in fitted}
+
+    return stats.per_group(saes, ["host", "layer", "head", "n_atoms", "k", "tokens"], row)
+
+
 def tables(study: Study, windows, classes, firings) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write and return results ablations.csv and ablation_contrasts.csv."""
     resamples, seed = study.profile.ablations.bootstrap, study.profile.seed
@@ -233,6 +259,19 @@ def shown_starts(table: pd.DataFrame) -> pd.DataFrame:
         columns[f"{words}: FVU"] = layout.numbers(table[f"fvu_{name}"])
     columns["wins, difference (points)"] = layout.estimates(table, "difference")
     return layout.shown(table, ["target"], columns)
+
+
+def shown_ladder(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `ladder` for a reader."""
+    names = [f"{x.n_atoms:,}, {x.k}, {x.tokens / 1e6:.1f} million" for x in table.itertuples()]
+    columns = {
+        "SAEs of states (%)": layout.estimates(table, "state"),
+        "of writes (%)": layout.estimates(table, "write"),
+    }
+    columns |= {"difference (points)": layout.estimates(table, "difference")}
+    for name in ("state", "write"):
+        columns[f"FVU, {name}s"] = layout.numbers(table[f"fvu_{name}"])
+    return layout.shown(table.assign(**{"atoms, active, tokens": names}), ["atoms, active, tokens"], columns)
 
 
 def shown_classes(table: pd.DataFrame) -> pd.DataFrame:

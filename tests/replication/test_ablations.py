@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from helpers import SmallStudy, assert_close, train_sae
 
@@ -346,3 +347,23 @@ def test_starts_are_compared_seed_by_seed():
     row = ablations.starts(pd.DataFrame(rows)).iloc[0]
     error = np.std([0.25, 0.15], ddof=1) / 2**0.5
     assert row.difference_high - row.difference == pytest.approx(12.706 * error, rel=1e-3)
+
+
+def test_a_rung_of_the_ladder_has_the_errors_of_seeds_and_of_places():
+    wins, seeds = dict(state=[0.40, 0.44, 0.48], write=[0.70, 0.80, 0.75]), (1, 2, 3)
+    rows = [
+        dict(host="a", layer=4, head=3, n_atoms=512 * scale, k=16, tokens=5 * scale, target=target, seed=seed)
+        | dict(firings=400, win_atom_coefficient=rate, fvu=0.5 / scale, final_training_fvu=0.4)
+        for scale in (1, 4)
+        for target, rates in wins.items()
+        for seed, rate in zip(seeds, rates, strict=True)
+    ]
+    small, large = ablations.ladder(pd.DataFrame(rows)).itertuples()
+    assert (small.n_atoms, large.n_atoms, large.fvu_write, large.n, large.seeds) == (512, 2048, 0.125, 400, 3)
+    assert (small.state, small.write, small.difference) == pytest.approx((0.44, 0.75, 0.31))
+    own, places = np.var(wins["state"], ddof=1) / 3, np.mean([p * (1 - p) for p in wins["state"]]) / 400
+    freedom = (own + places) ** 2 / (own**2 / 2 + places**2 / 399)
+    reach = scipy.stats.t.ppf(0.975, freedom) * (own + places) ** 0.5
+    assert small.state_high - small.state == pytest.approx(reach, rel=1e-6)
+    shown = ablations.shown_ladder(ablations.ladder(pd.DataFrame(rows)))
+    assert shown.index.tolist() == ["512, 16, 0.0 million", "2,048, 16, 0.0 million"]
