@@ -308,7 +308,8 @@ def committed(profile: str) -> Iterator[tuple[Path, str]]:
         raise CommandError(f"There is no last commit to compare with, since {error}: {remedy}.") from error
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(archive)) as content:
-            content.extractall(folder, filter="data")
+            content.extraction_filter = getattr(tarfile, "data_filter", None)  # from Python 3.11.4 on
+            content.extractall(folder)
         yield Path(folder) / name, f"{name} of commit {commit}"
 
 
