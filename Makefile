@@ -107,7 +107,13 @@ $(addprefix $(STAMPS)/,$(NAMES)): $(STAMPS)/%: requirements.lock $(SOURCES) prof
 	@$(PAGE)
 	@mv $@.$$PPID $@
 
-test: test-unit test-notebooks test-reference  ## run unit tests and all notebooks, and compare results
+test: test-text test-unit test-notebooks test-reference  ## run unit tests and all notebooks, and compare results
+
+OTHER_TEXT = The committed results are of another text. make test-unit, make all and make verify run with this one.
+
+test-text: $(ENV)  ## check that the text, the docstrings of Python and packages, is that of the committed results
+	@$(PY) -c 'import sys; from replication.study.docstrings import check_manifest as differs; \
+	    sys.exit("$(OTHER_TEXT)" if differs("models/gated_deltanet/corpus.json") else 0)'
 
 test-unit: $(ENV)  ## run only the unit tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile tests

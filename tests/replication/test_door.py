@@ -1,5 +1,6 @@
 """All names in CONTRIBUTING, the citation and the workflow exist."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -61,4 +62,9 @@ def test_the_workflow_runs_what_continuous_integration_runs():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8"))
     steps = [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step]
     assert steps[-1] == ".ci/run" and "make env" in steps[0]
+    corpus = json.loads((ROOT / "models/gated_deltanet/corpus.json").read_text(encoding="utf-8"))
+    (python,) = [
+        step["with"]["python-version"] for step in workflow["jobs"]["test"]["steps"] if "python" in step.get("uses", "")
+    ]
+    assert python == corpus["python"], "the outputs to compare with are of another text"
     assert "make test" in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()

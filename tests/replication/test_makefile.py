@@ -305,6 +305,15 @@ def test_repeats_run_every_page_with_every_seed_and_are_gathered(clone):
     assert (clone / "ran").read_text().splitlines() == pages[:1]
 
 
+def test_the_text_is_compared_before_anything_that_takes_long(clone):
+    commands = _make(clone, "-n", "test").stdout
+    assert 0 < commands.index("check_manifest") < commands.index("-n 2 --dist loadfile")
+    _write(clone / "stub", "#!/bin/sh\necho 'The committed results are of another text.' >&2; exit 1\n")
+    result = _make(clone, "test")
+    assert result.returncode == 2 and not (clone / "build" / "test").exists()
+    assert result.stderr.startswith("The committed results are of another text.")
+
+
 def test_an_unfit_python_is_one_sentence(clone):
     _write(clone / "pyproject.toml", "")
     _write(clone / "old", "#!/bin/sh\nexit 1\n")

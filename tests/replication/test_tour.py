@@ -1,5 +1,6 @@
 """The tour runs on a few windows, and what Binder installs is what the tour imports."""
 
+import json
 import re
 import sys
 import tomllib
@@ -13,6 +14,7 @@ from IPython.core.inputtransformer2 import TransformerManager
 from replication.commands import order, readme
 from replication.study.paths import ROOT
 
+REFERENCE = json.loads((ROOT / "models/gated_deltanet/corpus.json").read_text(encoding="utf-8"))["python"]
 TOUR = ROOT / "notebooks" / "tour.ipynb"
 SMALLER = {"[slice(80)]": "[slice(8)]", "[slice(32)]": "[slice(2)]", "documents >= 8": "documents >= 1"}
 SMALLER |= {".sample(200": ".sample(4", "[0.0, 0.25, 0.5, 1.0, 2.0]": "[0.0, 0.5]"}
@@ -51,7 +53,7 @@ def test_binder_installs_what_the_locked_environment_has():
         for path in ("environment.yml", ".binder/environment.yml")
     ]
     python = [next(x for x in name["dependencies"] if str(x).startswith("python=")) for name in names]
-    assert python == ["python=3.11"] * 2
+    assert python == [f"python={REFERENCE}"] * 2
     pip = names[1]["dependencies"][-1]["pip"]
     assert "-c ../requirements.lock" in pip and "-e ..[replication]" in pip
 
