@@ -9,7 +9,7 @@ from replication.statistics import cluster_bootstrap, per_group, spearman, with_
 from writesae.evaluate.replacement import AMPLITUDES as OF_THE_PAPER
 
 AMPLITUDES = (*OF_THE_PAPER, "projection")
-RANDOM = "_random"  # at the end of the names of SAEs whose atoms start at random
+RANDOM = "+random"  # in the variants of SAEs whose atoms start at random
 
 
 def by_amplitude(saes: pd.DataFrame) -> pd.DataFrame:
@@ -41,7 +41,7 @@ def targets_apart(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 def by_start(saes: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the SAEs of the sweep `cells` whose atoms start at writes of the data, and those at random."""
-    random = saes.name.str.endswith(RANDOM)
+    random = saes.variant.str.contains(RANDOM, regex=False)
     parts = dict(data=saes[~random], random=saes[random])
     return {name: part for name, part in parts.items() if len(part)}
 

@@ -57,7 +57,7 @@ def test_starts_are_compared_cell_by_cell():
     rates = {(i, target): [0.1 * i + gap] for i in range(5) for target, gap in dict(state=0.0, write=0.2).items()}
     plain = sweep_of(rates).assign(fvu=0.5)
     random = sweep_of({key: [0.9 - rate[0]] for key, rate in rates.items()}).assign(fvu=0.7)
-    table = pd.concat([plain.assign(name=plain.target), random.assign(name=random.target + "_random")])
+    table = pd.concat([plain.assign(variant="rank1+none"), random.assign(variant="rank1+none+random")])
     table = table.assign(half_life_median=table["head"] ** 2.0)
     data, drawn = every_cell.starts(table).itertuples()
     assert (data.start, data.write_ahead, data.n_cells) == ("data", 5, 5)
@@ -66,4 +66,4 @@ def test_starts_are_compared_cell_by_cell():
     assert (data.rho, drawn.rho) == pytest.approx((1.0, -1.0)) and data.fvu_write == pytest.approx(0.5)
     shown = every_cell.shown_starts(every_cell.starts(table))
     assert shown["cells ahead"].tolist() == ["5 of 5", "0 of 5"] and len(shown.columns) + 2 <= 8
-    assert every_cell.starts(table[table.name == table.target]).start.tolist() == ["data"], "an older sweep"
+    assert every_cell.starts(table[table.variant == "rank1+none"]).start.tolist() == ["data"], "an older sweep"
