@@ -411,6 +411,15 @@ def ablations(results: Results) -> str:
     return f"On states the variants have {times} of the bilinear rank-1 TopK SAE, and {less}"
 
 
+def ladder(results: Results) -> str:
+    small, large = results.rows("ablation_ladder").iloc[[0, -1]].itertuples()
+    longer = (
+        f"{large.n_atoms / small.n_atoms:.0f} times the atoms and {large.tokens / small.tokens:.0f} times the training"
+    )
+    states, writes = (f"{share(a)} to {share(b)}" for a, b in ((small.state, large.state), (small.write, large.write)))
+    return f"With {longer}, win rates go from {states} (SAEs of states) and from {writes} (of writes)"
+
+
 def selectivity(results: Results) -> str:
     where = dict(cells="pooled", placement="coefficient", control="random")
     write, state = (share(row.atom_closer) for row in of_targets(results, "selectivity_summary", **where))
@@ -563,6 +572,7 @@ TITLES: dict[str, Callable[[Results], str]] = {  # figure: its sentence
     "fig12_frontier": frontier,
     "fig12_delay": delay,
     "fig13_ablations": ablations,
+    "fig13_ladder": ladder,
     "fig13_selectivity": selectivity,
     "fig14_every_cell": every_cell,
     "fig14_every_seed": every_seed,

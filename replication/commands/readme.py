@@ -148,6 +148,14 @@ def papers_protocol(results, bench) -> str:
 
 
 @block
+def larger(results, bench) -> str:
+    """Win rates of the largest and of the smallest SAE of the ladder."""
+    small, large = results.rows("ablation_ladder").iloc[[0, -1]].itertuples()
+    rates = f"{large.state:.0%} (states) and {large.write:.0%} (writes)"
+    return f"{rates}; {small.n_atoms} atoms, {small.state:.0%} and {small.write:.0%}"
+
+
+@block
 def deletion(results, bench) -> str:
     """What deleting a write does on each host."""
     cells = dict(zip(HOSTS, ("pooled", "middle", "middle"), strict=True))
