@@ -239,7 +239,8 @@ def install(results: Results) -> str:
 
 def ablations(results: Results) -> str:
     start = results.row("ablation_starts", host=MAIN, target="write")
-    small, large = (row for _, row in results.rows("ablation_ladder").iloc[[0, -1]].iterrows())
+    ladder = results.rows("ablation_ladder")
+    small, large, apart = ladder.iloc[0], ladder.iloc[-1], 100 * ladder.difference
     errors = results.rows("ablation_contrasts", host=MAIN, target="state", quantity="fvu_ratio").value
 
     def lower(target: str, quantity: str) -> str:
@@ -252,11 +253,11 @@ def ablations(results: Results) -> str:
         f"middle cell the win rate is certainly lower in {lower('state', 'win_rate_coefficient')} variants "
         f"for states and {lower('write', 'win_rate_coefficient')} for writes, and at the native write's norm in "
         f"{lower('state', 'win_rate_matched_norm')} and {lower('write', 'win_rate_matched_norm')}. Where atoms start "
-        f"{matters(start)}: random starts change the headline's win rate of write-trained atoms by {points(start)}. With "
-        f"{large.n_atoms:,.0f} atoms, {large.k:.0f} of them active, and {large.tokens / small.tokens:.0f} times the training, "
-        f"the errors fall from {small.fvu_state:.2f} to {large.fvu_state:.2f} (states) and from {small.fvu_write:.2f} to "
-        f"{large.fvu_write:.2f} (writes), and the difference between the win rates is {points(large)} where it was "
-        f"{points(small)}."
+        f"{matters(start)}: random starts change the headline's win rate of write-trained atoms by {points(start)}. With up "
+        f"to {large.n_atoms:,.0f} atoms and {large.tokens / small.tokens:.0f} times the training tokens, the errors fall from "
+        f"{small.fvu_state:.2f} to {large.fvu_state:.2f} (states) and from {small.fvu_write:.2f} to {large.fvu_write:.2f} "
+        f"(writes), and SAEs of writes are certainly ahead at {(ladder.difference_low > 0).sum()} of {len(ladder)} sizes, by "
+        f"{apart.min():.0f} to {apart.max():.0f} points."
     )
 
 

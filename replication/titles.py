@@ -412,12 +412,12 @@ def ablations(results: Results) -> str:
 
 
 def ladder(results: Results) -> str:
-    small, large = results.rows("ablation_ladder").iloc[[0, -1]].itertuples()
+    rows = results.rows("ablation_ladder")
+    small, large, apart = rows.iloc[0], rows.iloc[-1], 100 * rows.difference
     longer = (
         f"{large.n_atoms / small.n_atoms:.0f} times the atoms and {large.tokens / small.tokens:.0f} times the training"
     )
-    states, writes = (f"{share(a)} to {share(b)}" for a, b in ((small.state, large.state), (small.write, large.write)))
-    return f"With {longer}, win rates go from {states} (SAEs of states) and from {writes} (of writes)"
+    return f"With up to {longer}, SAEs of writes are {apart.min():.0f} to {apart.max():.0f} points ahead"
 
 
 def selectivity(results: Results) -> str:

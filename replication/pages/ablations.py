@@ -199,9 +199,10 @@ def starts(saes: pd.DataFrame) -> pd.DataFrame:
 def ladder(saes: pd.DataFrame) -> pd.DataFrame:
     """Return win rates by position and FVUs of both targets for each size of SAE and training, of one cell.
 
-    saes: the table of the sweep `ladder`. Rates are means over seeds; their error adds the variation between
-    seeds, as by Hartung and Knapp, and the binomial error of the places, which all seeds share. difference:
-    write less state, paired by seed, with the binomial errors of both. n: places per SAE."""
+    saes: the table of the sweep `ladder`. Rates are means over seeds. The variance of a mean is that between
+    seeds, divided by their number, plus the binomial variance of the places, as if the seeds shared all of it
+    and the places were independent; Student's t has Satterthwaite's degrees of freedom. difference: write less
+    state, paired by seed, with the binomial variances of both. n: places per SAE."""
 
     def row(part: pd.DataFrame) -> dict:
         wins, errors, fitted = (
