@@ -240,7 +240,7 @@ def install(results: Results) -> str:
 def ablations(results: Results) -> str:
     start = results.row("ablation_starts", host=MAIN, target="write")
     ladder = results.rows("ablation_ladder")
-    small, large, apart = ladder.iloc[0], ladder.iloc[-1], 100 * ladder.difference
+    small, large = findings.ends_of_ladder(results)
     errors = results.rows("ablation_contrasts", host=MAIN, target="state", quantity="fvu_ratio").value
 
     def lower(target: str, quantity: str) -> str:
@@ -257,7 +257,7 @@ def ablations(results: Results) -> str:
         f"to {large.n_atoms:,.0f} atoms and {large.tokens / small.tokens:.0f} times the training tokens, the errors fall from "
         f"{small.fvu_state:.2f} to {large.fvu_state:.2f} (states) and from {small.fvu_write:.2f} to {large.fvu_write:.2f} "
         f"(writes), and SAEs of writes are certainly ahead at {(ladder.difference_low > 0).sum()} of {len(ladder)} sizes, by "
-        f"{apart.min():.0f} to {apart.max():.0f} points."
+        f"{findings.ladder_ahead(results)}."
     )
 
 

@@ -257,6 +257,18 @@ def ablations(results: Results) -> str:
     )
 
 
+def ends_of_ladder(results: Results) -> tuple[pd.Series, pd.Series]:
+    """Return the rows of the smallest and of the largest SAE of ablation_ladder."""
+    rows = results.rows("ablation_ladder")
+    return rows.iloc[0], rows.iloc[-1]
+
+
+def ladder_ahead(results: Results) -> str:
+    """Return how far writes are ahead, from the least to the most of all sizes of ablation_ladder."""
+    apart = 100 * results.rows("ablation_ladder").difference
+    return f"{apart.min():.0f} to {apart.max():.0f} points"
+
+
 def every_cell(results: Results) -> str:
     rows = [results.row("every_cell", host=host, amplitude="coefficient") for host in HOSTS]
     trend = [results.row("every_cell_trend", host=host, target="state", amplitude="coefficient") for host in HOSTS]

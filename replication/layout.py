@@ -47,6 +47,11 @@ def estimates(table: pd.DataFrame, *names: str, digits: int = 0, scale: float = 
     return [estimate(row, *names, digits=digits, scale=scale) for row in table.to_dict("records")]
 
 
+def of_targets(table: pd.DataFrame) -> dict[str, list[str]]:
+    """Return the columns of a table with the shares `state` and `write`, of SAEs of both targets."""
+    return {"SAEs of states (%)": estimates(table, "state"), "of writes (%)": estimates(table, "write")}
+
+
 def plain(table: pd.DataFrame, *names: str, digits: int = 2) -> list[str]:
     """Return the `estimates` of numbers that are no shares."""
     return estimates(table, *names, digits=digits, scale=1)

@@ -18,8 +18,10 @@ from replication.findings import (
     MAIN,
     Results,
     cells_ahead,
+    ends_of_ladder,
     estimate,
     has_words,
+    ladder_ahead,
     largest_recall,
     listed,
     r2,
@@ -412,12 +414,10 @@ def ablations(results: Results) -> str:
 
 
 def ladder(results: Results) -> str:
-    rows = results.rows("ablation_ladder")
-    small, large, apart = rows.iloc[0], rows.iloc[-1], 100 * rows.difference
-    longer = (
-        f"{large.n_atoms / small.n_atoms:.0f} times the atoms and {large.tokens / small.tokens:.0f} times the training"
-    )
-    return f"With up to {longer}, SAEs of writes are {apart.min():.0f} to {apart.max():.0f} points ahead"
+    small, large = ends_of_ladder(results)
+    atoms, training = large.n_atoms / small.n_atoms, large.tokens / small.tokens
+    longer = f"{atoms:.0f} times the atoms and {training:.0f} times the training"
+    return f"With up to {longer}, SAEs of writes are {ladder_ahead(results)} ahead"
 
 
 def selectivity(results: Results) -> str:

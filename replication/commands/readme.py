@@ -149,15 +149,13 @@ def papers_protocol(results, bench) -> str:
 
 @block
 def rungs(results, bench) -> str:
-    """How far writes are ahead, over all sizes of the ladder."""
-    apart = 100 * results.rows("ablation_ladder").difference
-    return f"{apart.min():.0f} to {apart.max():.0f} points"
+    return findings.ladder_ahead(results)
 
 
 @block
 def larger(results, bench) -> str:
     """Win rates of the largest and of the smallest SAE of the ladder."""
-    small, large = results.rows("ablation_ladder").iloc[[0, -1]].itertuples()
+    small, large = findings.ends_of_ladder(results)
     rates = f"{large.state:.0%} (states) and {large.write:.0%} (writes)"
     return f"{rates}; {small.n_atoms} atoms, {small.state:.0%} and {small.write:.0%}"
 

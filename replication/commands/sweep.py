@@ -321,11 +321,11 @@ def run_sweep(profile: Profile, grid: Grid, jobs: int | None = None) -> pd.DataF
         layers = list(dict.fromkeys((point.host, point.layer) for point in waiting + unknown))
         for host in dict.fromkeys(host for host, _ in layers):
             sweep.study.windows(host, "sae"), sweep.study.windows(host, "heldout")
-        tasks = []
-        for (*layer, tokens), points in groupby(waiting, lambda point: (*point[:2], sweep.settings(point).tokens)):
-            while part := list(islice(points, max(1, min(TOGETHER, TASK_TOKENS // tokens)))):
+        tasks, tokens = [], {point: sweep.settings(point).tokens for point in waiting}
+        longest_first = sorted(waiting, key=lambda point: -tokens[point])
+        for (*layer, count), points in groupby(longest_first, lambda point: (*point[:2], tokens[point])):
+            while part := list(islice(points, max(1, min(TOGETHER, TASK_TOKENS // count)))):
                 tasks.append((train_points, profile, grid, *layer, {point: expected[point] for point in part}))
-        tasks.sort(key=lambda task: -max(sweep.settings(point).tokens for point in task[-1]))  # the longest first
         print(f"{grid.name} ({profile.name}): {len(expected)} SAEs, {len(expected) - len(waiting)} of them up to date")
         harvests = [(harvest_layer, profile, grid, *layer, sweep.expected_harvest(*layer)) for layer in layers]
         _run_all(harvests, "harvests", jobs)

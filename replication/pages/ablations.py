@@ -265,11 +265,7 @@ def shown_starts(table: pd.DataFrame) -> pd.DataFrame:
 def shown_ladder(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `ladder` for a reader."""
     names = [f"{x.n_atoms:,}, {x.k}, {x.tokens / 1e6:.1f} million" for x in table.itertuples()]
-    columns = {
-        "SAEs of states (%)": layout.estimates(table, "state"),
-        "of writes (%)": layout.estimates(table, "write"),
-    }
-    columns |= {"difference (points)": layout.estimates(table, "difference")}
+    columns = layout.of_targets(table) | {"difference (points)": layout.estimates(table, "difference")}
     for name in ("state", "write"):
         columns[f"FVU, {name}s"] = layout.numbers(table[f"fvu_{name}"])
     return layout.shown(table.assign(**{"atoms, active, tokens": names}), ["atoms, active, tokens"], columns)

@@ -92,11 +92,7 @@ def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
 def shown(apart: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `targets_apart` for a reader, in percent and points."""
     columns = {"cells": apart.n_cells, "places": layout.numbers(apart.n, ",.0f")}
-    columns |= {
-        "SAEs of states (%)": layout.estimates(apart, "state"),
-        "of writes (%)": layout.estimates(apart, "write"),
-    }
-    columns |= {
+    columns |= layout.of_targets(apart) | {
         "difference (points)": layout.estimates(apart, "difference"),
         "cells ahead": apart.write_ahead,
     }
@@ -106,8 +102,7 @@ def shown(apart: pd.DataFrame) -> pd.DataFrame:
 def shown_starts(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `starts` for a reader."""
     errors = zip(table.fvu_state, table.fvu_write, strict=True)
-    columns = {"SAEs of states (%)": layout.estimates(table, "state")}
-    columns |= {"of writes (%)": layout.estimates(table, "write")}
+    columns = layout.of_targets(table)
     columns |= {"cells ahead": [f"{row.write_ahead} of {row.n_cells}" for row in table.itertuples()]}
     columns |= {"rho with half-life": layout.plain(table, "rho")}
     columns |= {"FVU, states and writes": [f"{state:.2f}, {write:.2f}" for state, write in errors]}
