@@ -119,16 +119,19 @@ def logit_shift(results: Results) -> str:
 
 
 def replacement(results: Results) -> str:
-    none, mean = (
-        results.row("headline_contrasts", host=MAIN, cells="pooled", amplitude="coefficient", centre=centre)
-        for centre in ("none", "mean")
+    none, mean, best = (
+        results.row("headline_contrasts", host=MAIN, cells="pooled", amplitude=amplitude, centre=centre)
+        for amplitude, centre in (("coefficient", "none"), ("coefficient", "mean"), ("projection", "none"))
     )
     state = win_rate(results, "state")
     words = apart(state.win_rate_low - 0.5, state.win_rate_high - 0.5)
+    recovered = [percent(win_rate(results, target), "recovered") for target in ("write", "state")]
     return (
-        f"An atom can stand for a write if its SAE was trained on writes without subtracting their mean: it is then "
-        f"{points(none)} ahead of the state-trained atom, whose rate is {words} one half. "
-        f"With the mean subtracted, as in the paper, the difference between the targets is {points(mean)}."
+        f"An atom, at its own coefficient, can stand for a write if its SAE was trained on writes without subtracting "
+        f"their mean: it is then {points(none)} ahead of the state-trained atom, whose rate is {words} one half. "
+        f"At its best amplitude the difference is {points(best)}, and with the mean subtracted, as in the paper, "
+        f"{points(mean)}. Rates count places; of the mean KL of deletion, atoms of writes recover {recovered[0]} and atoms "
+        f"of states {recovered[1]}."
     )
 
 
@@ -137,9 +140,10 @@ def objects(results: Results) -> str:
     write, state = (results.row("objects_summary", object=x, **where) for x in ("write", "state"))
     rhos = [estimate(row, "rho", "rho_low", "rho_high", 2, scale=1) for row in (write, state)]
     return (
-        f"The paper's pattern, wins that do not depend on the cosine, belongs to replacing the state: there the rank "
-        f"correlation is {rhos[1]}, and {rhos[0]} where the write is replaced. Deleting the state costs "
-        f"{state.kl_delete / write.kl_delete:.0f} times as much as deleting the write."
+        f"The paper's pattern is that wins do not depend on the cosine. Over the three cells their rank correlation is "
+        f"{rhos[1]} where the state is replaced, and {rhos[0]} where the write is; in the cell nearest to the paper's "
+        f"spectrum it is {findings.cosine_in_regime(results)} where the state is. Deleting the state has "
+        f"{state.kl_delete / write.kl_delete:.0f} times the median KL of deleting the write."
     )
 
 
@@ -148,10 +152,11 @@ def all_writes(results: Results) -> str:
     read = results.row("all_writes", condition="read", target="state", **where)
     atom = results.row("all_writes", condition="atom", target="write", **where)
     shares = [percent(row, "recovered", "ci_low", "ci_high") for row in (read, atom)]
+    overlap = read.ci_low < atom.ci_high
     return (
         f"In the middle cell, reading every state through the state-trained SAE recovers {shares[0]} of the loss that "
-        f"the cell's writes are worth, and putting the write-trained atom in every write's place {shares[1]}. So an "
-        "SAE can describe states well, and a single atom per write need not carry what the model uses."
+        f"the cell's writes are worth, and putting the write-trained atom in every write's place {shares[1]}. With "
+        f"{read.passages:.0f} passages {'the intervals overlap' if overlap else 'the intervals are apart'}."
     )
 
 
@@ -194,11 +199,16 @@ def other_hosts(results: Results) -> str:
         f"{apart(row.difference_low, row.difference_high)} training on states on {HOST[host]} ({points(row)})"
         for row, host in zip(rows, HOSTS[1:], strict=True)
     ]
+    best = [
+        results.row("headline_contrasts", host=host, cells="middle", amplitude="projection", centre="none")
+        for host in HOSTS[1:]
+    ]
     layer, paper = (
         listed(f"{r2(results, x, 1.0, host):,.1f}" for host in HOSTS[1:]) for x in ("through_layer", "paper")
     )
     return (
-        f"Training on writes is {listed(parts)}. The closed form that takes the edited layer exactly has an R2 of {layer} "
+        f"Training on writes is {listed(parts)}; with atoms at their best amplitude the differences are "
+        f"{listed(points(row) for row in best)}. The closed form that takes the edited layer exactly has an R2 of {layer} "
         f"there without a fit, at the size of a native write, and the paper's formula without its scalar {paper}."
     )
 
@@ -214,7 +224,7 @@ def cache_edits(results: Results) -> str:
         f"Erasing an atom's write changes the log-probability of its preferred token by {change} millinats (the paper: "
         f"-116). Amplified atoms of line ends change newlines by {beyond} per 400 tokens more than random atoms do. "
         f"The strongest reader of a write reacts {readers.ratio.max():.1f} times as much as to a random write (the "
-        "paper: 5 to 7.5). Edits of single writes in one cell have small effects on these hosts."
+        "paper: 5 to 7.5). All of this is on the main host."
     )
 
 
@@ -230,7 +240,7 @@ def install(results: Results) -> str:
     enough = listed(f"{row.enough:.0%}" for row in rows)
     needed, ceiling = (listed(f"{row[name]:.1f}" for row in rows) for name in ("needed", "ceiling"))
     return (
-        f"Writes in all cells install {installed} of the words of rank 101 to "
+        f"Writes in all cells, refined by gradient, install {installed} of the words of rank 101 to "
         f"1,000 on the three hosts, and writes of any size in one cell gain enough for {enough}. Such a word needs {needed} "
         f"nats, and the best cell can add at most {ceiling}. Writes in all cells change the rest as well: the KL of the "
         f"other tokens is {costs} nats, after random writes of the same size {of_random}."
@@ -252,28 +262,29 @@ def ablations(results: Results) -> str:
         f"{errors.min():.2f} to {errors.max():.2f} times the error of the bilinear rank-1 TopK SAE on states. In the "
         f"middle cell the win rate is certainly lower in {lower('state', 'win_rate_coefficient')} variants "
         f"for states and {lower('write', 'win_rate_coefficient')} for writes, and at the native write's norm in "
-        f"{lower('state', 'win_rate_matched_norm')} and {lower('write', 'win_rate_matched_norm')}. Where atoms start "
-        f"{matters(start)}: random starts change the headline's win rate of write-trained atoms by {points(start)}. With up "
+        f"{lower('state', 'win_rate_matched_norm')} and {lower('write', 'win_rate_matched_norm')}. Random "
+        f"starts change the headline's win rate of write-trained atoms by {points(start)} over three cells; page 14 asks "
+        "it in every cell. With up "
         f"to {large.n_atoms:,.0f} atoms and {large.tokens / small.tokens:.0f} times the training tokens, the errors fall from "
         f"{small.fvu_state:.2f} to {large.fvu_state:.2f} (states) and from {small.fvu_write:.2f} to {large.fvu_write:.2f} "
         f"(writes), and SAEs of writes are certainly ahead at {(ladder.difference_low > 0).sum()} of {len(ladder)} sizes, by "
-        f"{findings.ladder_ahead(results)}."
+        f"{findings.ladder_ahead(results)}; with atoms at their best amplitude by "
+        f"{findings.ladder_ahead(results, '_projection')}."
     )
 
 
-def matters(row: pd.Series) -> str:
-    """Return in words whether the interval of a difference excludes 0."""
-    return "does not surely matter" if row.difference_low <= 0 <= row.difference_high else "matters"
-
-
 def every_cell(results: Results) -> str:
-    rows = [results.row("every_cell", host=host, amplitude="coefficient") for host in HOSTS]
+    rows, best = (
+        [results.row("every_cell", host=host, amplitude=amplitude) for host in HOSTS]
+        for amplitude in ("coefficient", "projection")
+    )
     random = [results.row("every_cell_starts", host=host, start="random") for host in HOSTS]
     trends = [results.row("every_cell_trend", host=host, target="state", amplitude="coefficient") for host in HOSTS]
     falls = sum(row.rho_half_life_median_high < 0 for row in trends)
     return (
         f"The write-trained atom is ahead in {findings.cells_ahead(rows)} cells of the three hosts, in the mean over cells by "
-        f"{listed(points(row) for row in rows)}. If atoms start at random, it is ahead in {findings.cells_ahead(random)}. The "
+        f"{listed(points(row) for row in rows)}, at the atom's own coefficient; at its best amplitude it is ahead in "
+        f"{findings.cells_ahead(best)}. If atoms start at random, it is ahead in {findings.cells_ahead(random)}. The "
         f"state-trained atom's rate certainly falls with the half-life on {falls} of {len(trends)} hosts."
     )
 

@@ -122,8 +122,8 @@ def atoms(results: Results) -> str:
     share = estimate(again, "share", "ci_low", "ci_high", 1).replace(" ", "% ", 1)
     return (
         f"Of {row.alive} state-trained atoms that fire in the middle cell, {row.registers} are registers, at a median "
-        f"cosine of {row.register_cosine:.2f} to the write, and the others are at {row.bundle_cosine:.2f}; {share} of "
-        "the atoms come back in another seed (the paper: under 1%)."
+        f"cosine of {row.register_cosine:.2f} to the write, and the others are at {row.bundle_cosine:.2f}. Of the atoms of "
+        f"smaller SAEs {share} come back in another seed (the paper: under 1%); page 19 asks it of the main ones."
     )
 
 
@@ -138,11 +138,14 @@ def logit_shift(results: Results) -> str:
 
 def replacement(results: Results) -> str:
     write, state = (win_rate(results, target) for target in ("write", "state"))
-    low, high = (win_rate(results, "write", condition=x).win_rate for x in ("random", "native_rescaled"))
+    floors = [win_rate(results, target, condition="random").win_rate for target in ("write", "state")]
+    best = [win_rate(results, target, amplitude="projection") for target in ("write", "state")]
+    ceiling = win_rate(results, "write", condition="native_rescaled").win_rate
     return (
         f"An atom of an SAE trained on writes beats deletion at {percent(write, *WIN)} of {write.n:,} places, and one "
-        f"of an SAE trained on states at {percent(state, *WIN)}; a random atom does at {low:.0%}, and the write itself "
-        f"at the atom's norm at {high:.0%}."
+        f"of an SAE trained on states at {percent(state, *WIN)}; random atoms of these SAEs do at "
+        f"{listed(f'{x:.0%}' for x in floors)}, and the write itself at the atom's norm at {ceiling:.0%}. That is at the "
+        f"atom's own coefficient; at its best amplitude the rates are {listed(percent(row, *WIN) for row in best)}."
     )
 
 
@@ -156,21 +159,26 @@ def objects(results: Results) -> str:
     return (
         f"If the atom of an SAE of states without the mean replaces the whole state instead of the write, it beats deletion "
         f"at {shares} of the places of the three hosts, and the rank correlation with its cosine to the write is {rhos} (in "
-        "the paper's Table 13 the win rate does not depend on the cosine)."
+        "the paper's Table 13 the win rate does not depend on the cosine). In the cell nearest to the paper's spectrum it is "
+        f"{cosine_in_regime(results)}."
     )
+
+
+def cosine_in_regime(results: Results) -> str:
+    """Return the rank correlation of wins with the cosine where the state is replaced, in the cell `regime`."""
+    where = dict(host=MAIN, target="state", centre="none", object="state", cells="regime")
+    return estimate(results.row("objects_summary", **where), "rho", digits=2, scale=1)
 
 
 def all_writes(results: Results) -> str:
     table = results.rows("all_writes", host=MAIN, role="pooled", layer=4).set_index(["condition", "target", "centre"])
-    nothing = results.rows("all_writes", host=MAIN, layer=4, condition="none").iloc[0].change
-
-    def cost(condition, target):
-        return 1000 * table.change.xs((condition, target, "none"))
-
+    nothing = results.rows("all_writes", host=MAIN, layer=4, condition="none").iloc[0]
+    rows = nothing, *(table.loc[name] for name in (("atom", "write", "none"), ("read", "state", "none")))
+    costs = [estimate(row, "change", digits=1, scale=1000) for row in rows]
     return (
-        f"Without any write, the middle cell costs {1000 * nothing:.0f} millinats per token. With every write replaced "
-        f"by the write-trained SAE's top atom it costs {cost('atom', 'write'):.0f}, and with every state read through "
-        f"the state-trained SAE {cost('read', 'state'):.0f}."
+        f"Without any write, the middle cell costs {costs[0]} millinats per token. With every write replaced "
+        f"by the write-trained SAE's top atom it costs {costs[1]}, and with every state read through "
+        f"the state-trained SAE {costs[2]}."
     )
 
 
@@ -231,15 +239,15 @@ def install(results: Results) -> str:
     return (
         f"Three writes at three times the native norm change the share of targets among the new tokens from "
         f"{gamma.included_native:.1%} to {paper.included_edited:.1%} along the paper's direction and to "
-        f"{gamma.included_edited:.1%} along the best direction of one cell. Refined writes of the native size in every cell make "
-        f"the target the next token at {in_every_cell(results)} of the trials on the three hosts."
+        f"{gamma.included_edited:.1%} along the best direction of one cell. Writes of the native size in every cell make "
+        f"the target the next token at {in_every_cell(results, 'layerwise')} of the trials on the three hosts, and at "
+        f"{in_every_cell(results, 'refined')} if a few gradient steps refine them."
     )
 
 
-def in_every_cell(results: Results) -> str:
-    """Return the shares of targets that refined writes of the native size in all cells make the next
-    token."""
-    where = dict(cells="all", direction="refined", magnitude=1.0, writes=3, target_class="all", distance="all")
+def in_every_cell(results: Results, direction: str) -> str:
+    """Return the shares of targets that writes of the native size in all cells make the next token."""
+    where = dict(cells="all", direction=direction, magnitude=1.0, writes=3, target_class="all", distance="all")
     rows = [results.row("install_cells_summary", host=host, **where) for host in HOSTS]
     return listed(f"{row.next_token:.0%}" for row in rows)
 
@@ -263,9 +271,11 @@ def ends_of_ladder(results: Results) -> tuple[pd.Series, pd.Series]:
     return rows.iloc[0], rows.iloc[-1]
 
 
-def ladder_ahead(results: Results) -> str:
-    """Return how far writes are ahead, from the least to the most of all sizes of ablation_ladder."""
-    apart = 100 * results.rows("ablation_ladder").difference
+def ladder_ahead(results: Results, amplitude: str = "") -> str:
+    """Return how far writes are ahead, from the least to the most of all sizes of ablation_ladder.
+
+    amplitude: "_projection" for atoms at their best amplitude, else at their own coefficient."""
+    apart = 100 * results.rows("ablation_ladder")[f"difference{amplitude}"]
     return f"{apart.min():.0f} to {apart.max():.0f} points"
 
 
@@ -286,14 +296,20 @@ def cells_ahead(rows: Iterable[pd.Series]) -> str:
 
 def multiverse(results: Results) -> str:
     tables = [results.rows("multiverse", control="delete", host=host) for host in HOSTS]
-    ahead = listed(f"{(table.boot_low > 0.5).mean():.0%}" for table in tables)
-    behind = listed(f"{(table.boot_high < 0.5).mean():.0%}" for table in tables)
+    ahead, behind = (listed(f"{surely(table, side):.0%}" for table in tables) for side in ("ahead", "behind"))
     target = listed(f"{results.rows('multiverse_effects', host=h, choice='target').share.iloc[0]:.0%}" for h in HOSTS)
     return (
         f"Of the combinations of open choices in which the control is deletion, the atom is surely ahead in {ahead} on the "
         f"three hosts and surely behind in {behind}. Over all {len(results.rows('multiverse')):,} combinations, the target of "
         f"the SAE explains {target} of the variance."
     )
+
+
+def surely(universes: pd.DataFrame, side: str) -> float:
+    """Return the share of universes in which the atom is surely ahead or behind: both intervals of its win rate, by
+    atom and by passage, are above or below one half."""
+    low, high = (universes[[f"boot_{end}", f"passage_{end}"]] for end in ("low", "high"))
+    return float((low.min(axis=1) > 0.5 if side == "ahead" else high.max(axis=1) < 0.5).mean())
 
 
 def scorecard(results: Results) -> str:
@@ -311,8 +327,8 @@ def attribution(results: Results) -> str:
     erased = results.row("attribution_fates", host=MAIN).all_erased
     return (
         "The exact attention map of a recurrent head gives the head's output with an error below "
-        f"{np.ceil(1e6 * error.max()):.0f} millionths in all {len(error)} cells, where a map from decays alone is wrong "
-        f"by {decay_errors(results)} of the size of the read on the Gated DeltaNet and RWKV-7; "
+        f"{np.ceil(1e6 * error.max()):.0f} millionths in all {len(error)} cells. A map from decays alone is wrong "
+        f"by {decay_errors(results)} of the size of the read in the median cell of the Gated DeltaNet and of RWKV-7; "
         f"erasures take {erased:.0%} of what the decay leaves of a write."
     )
 
@@ -365,9 +381,16 @@ def recurrence(results: Results) -> str:
 
     (atoms, auc), (centroids, _), (_, of_raw) = (values(name) for name in ("sae", "kmeans", "raw"))
     return (
-        f"Of the atoms of an SAE of writes {atoms} come back in another training, of the k-means centroids {centroids}. "
+        f"Of the atoms of an SAE of writes {atoms} come back in another training, of an SAE of states {atoms_again(results)}, "
+        f"of the k-means centroids {centroids}. "
         f"The text says where an atom fires with an AUC of {auc}, and where a raw write is nearest with {of_raw}."
     )
+
+
+def atoms_again(results: Results) -> str:
+    """Return the share of atoms of the main SAEs of states, with the mean, that come back in another training."""
+    row = results.row("recurrence_summary", host=MAIN, dictionary="sae", target="state", centre="mean")
+    return percent(row, "recurs", digits=1)
 
 
 def own_model(results: Results) -> str:

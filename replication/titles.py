@@ -25,6 +25,7 @@ from replication.findings import (
     largest_recall,
     listed,
     r2,
+    surely,
     win_rate,
 )
 from replication.plots import HOST
@@ -177,9 +178,8 @@ def predicted_kl(results: Results) -> str:
 
 def win_rates(results: Results) -> str:
     write, state = (share(win_rate(results, target).win_rate) for target in ("write", "state"))
-    random = share(win_rate(results, "write", condition="random").win_rate)
-    others = f"state-trained ones at {state} and random ones at {random}"
-    return f"Without the mean, write-trained atoms beat deletion at {write} of places, {others}"
+    random = listed(share(win_rate(results, x, condition="random").win_rate) for x in ("write", "state"))
+    return f"Without the mean, atoms of writes and states beat deletion at {write} and {state} of places (random: {random})"
 
 
 def _paper_rows(results: Results) -> list[pd.Series]:
@@ -442,8 +442,7 @@ def every_seed(results: Results) -> str:
 
 def multiverse(results: Results) -> str:
     tables = [results.rows("multiverse", host=host) for host in HOSTS]
-    ahead = shares((table.boot_low > 0.5).mean() for table in tables)
-    behind = shares((table.boot_high < 0.5).mean() for table in tables)
+    ahead, behind = (shares(surely(table, side) for table in tables) for side in ("ahead", "behind"))
     return f"The atom is surely ahead of the control in {ahead} of universes, surely behind in {behind}"
 
 

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 
 import nbformat
@@ -67,29 +68,30 @@ def glance(results, bench) -> str:
     rho = estimate(trend, *(f"rho_half_life_median{end}" for end in ("", "_low", "_high")), 2, scale=1)
     memory = f"where memory is long: rank correlation {rho}"
     again = estimate(results.row("scorecard", id="A5", host=MAIN), "value", "ci_low", "ci_high", 1)
-    again = again.replace(" ", "% ", 1)
+    again = f"small SAEs: {again.replace(' ', '% ', 1)}; main SAEs: {findings.atoms_again(results)}"
     closed = listed(f"{r2(results, 'through_layer', 1.0, host):.3f}" for host in HOSTS)
     said = results.row("install_summary", host=MAIN, direction="paper", target_class="all", magnitude=3.0)
     fitted = results.row("scorecard", id="C1", host=MAIN).value
-    kept = listed(f"{row.kept_atom:.0%}" for row in findings.largest_recall(results))
-    recalled = f"on recall tasks: {kept} of answers kept"
+    rows = findings.largest_recall(results)
+    kept = listed(percent(row, "kept_atom", "kept_atom_low", "kept_atom_high") for row in rows)
+    recalled = f"in one-layer recall models: {kept} of answers kept"
     papers = f"beats deletion at {papers_value('R1'):.0%}", f"8% → {papers_value('I4'):.0%}"
     states, writes = f"{centred}; {state} if no mean is subtracted", percent(win_rate(results, "write"), *WIN)
-    start = results.row("ablation_starts", host=MAIN, target="write")
-    started = f"; {start.win_random:.0%} from [random starts](notebooks/13_ablations.ipynb)"
-    next_token = f"the next token: {findings.in_every_cell(results)}"
+    best = [win_rate(results, target, amplitude="projection").win_rate for target in ("write", "state")]
+    at_best = f"; at its best amplitude {best[0]:.0%} (of *states*: {best[1]:.0%})"
+    next_token = f"the next token: {findings.in_every_cell(results, 'layerwise')}"
     words = f"{said.included_native:.1%} → {said.included_edited:.1%}"
     formula = f"R² {papers_value('C1'):.2f}", f"R² {fitted:.2f}"
     rows = [  # question, the paper's number, ours, claim, page
         ("Can an atom of an SAE of *states* stand for a write?", papers[0], states, "R1", "05_replacement"),
-        ("Can an atom of an SAE of *writes*?", "–", f"{writes} (no mean){started}", "", "05_replacement"),
+        ("Can an atom of an SAE of *writes*?", "–", f"{writes} (no mean){at_best}", "", "05_replacement"),
         ("Where do atoms of states fail?", "–", memory, "", "14_every_cell"),
         ("Does the paper's formula, with a fitted scalar, predict a logit?", *formula, "C1", "04_logit_shift"),
         ("Does our formula, without a fit?", "–", f"R² {closed} on three models", "", "04_logit_shift"),
         ("Do three writes make the model say a word?", papers[1], words, "I4", "12_install"),
         ("Do writes of the native size in every cell?", "–", next_token, "", "12_install"),
         ("Do rank-1 atoms work in larger states?", "open", recalled, "", "17_recall"),
-        ("Do atoms come back in another seed?", "under 1%", again, "A5", "03_atoms"),
+        ("Do atoms come back in another seed?", "under 1%", again, "A5", "19_recurrence"),
     ]
     statuses = {claim: verdict(results, claim) for *_, claim, _ in rows if claim} | {"": "new"}
     lines = [[*texts, statuses[claim], page(name)] for *texts, claim, name in rows]
@@ -122,7 +124,13 @@ def turned(results, bench) -> str:
     repeated = results.rows("repeats_verdicts")
     hosts = [host for host in HOSTS if (repeated.host == host).any()]
     where = "" if len(hosts) == len(HOSTS) else f" on {listed(HOST[host] for host in hosts)}"
-    return f"{repeated.turned.sum()} of the {len(repeated)} verdicts{where}"
+    return f"{repeated.turned.sum()} of the {len(repeated)} verdicts that were repeated{where}"
+
+
+@block
+def rewritten(results, bench) -> str:
+    """How many of the paper's claims have a criterion that was changed after results under an older one."""
+    return str(sum(bool(criterion.was) for criterion in read_criteria().claims.values()))
 
 
 @block
@@ -149,7 +157,8 @@ def papers_protocol(results, bench) -> str:
 
 @block
 def rungs(results, bench) -> str:
-    return findings.ladder_ahead(results)
+    amplitudes = [findings.ladder_ahead(results, amplitude) for amplitude in ("", "_projection")]
+    return f"{amplitudes[0]} ahead ({amplitudes[1]} with atoms at their best amplitude)"
 
 
 @block
@@ -169,6 +178,14 @@ def deletion(results, bench) -> str:
 
 
 @block
+def cosine(results, bench) -> str:
+    """The rank correlation of wins with the cosine where the state is replaced: three cells, and `regime`."""
+    where = dict(host=MAIN, cells="pooled", target="state", centre="none", object="state")
+    pooled = estimate(results.row("objects_summary", **where), "rho", digits=2, scale=1)
+    return f"{pooled} in the three cells, and {findings.cosine_in_regime(results)} in the cell nearest to the paper's"
+
+
+@block
 def memory(results, bench) -> str:
     return percent(win_rate(results, "state", cells="regime"), *WIN)
 
@@ -182,16 +199,13 @@ def headline(results, bench) -> str:
     rows = []
     for name, (host, cells) in findings.CELLS.items():
         where = dict(host=host, cells=cells)
-        first = win_rate(results, "write", **where)
-        shown = [
-            estimate(win_rate(results, target, centre, **where), *WIN)
-            for centre in ("none", "mean")
-            for target in ("state", "write")
-        ]
-        floor = win_rate(results, "write", condition="random", **where).win_rate
-        rows.append([f"{name} (n = {first.n:,}, seeds: {first.seeds})", *shown, f"{100 * floor:.0f}"])
-    header = "beats deletion, % of places | states, no mean | writes, no mean | states, mean subtracted"
-    return table(f"{header} | writes, mean subtracted | random atom (floor)", rows)
+        first, shown = win_rate(results, "write", **where), []
+        for target, centre in product(("state", "write"), ("none", "mean")):
+            floor = win_rate(results, target, centre, condition="random", **where).win_rate
+            shown.append(f"{estimate(win_rate(results, target, centre, **where), *WIN)}; {100 * floor:.0f}")
+        rows.append([f"{name} (n = {first.n:,}, seeds: {first.seeds})", *shown])
+    header = "atom; random atom of the same SAE (% of places) | states, no mean | states, mean subtracted"
+    return table(f"{header} | writes, no mean | writes, mean subtracted", rows)
 
 
 @block
@@ -201,7 +215,8 @@ def causes(results, bench) -> str:
     for row in results.rows("causes").to_dict("records"):
         text = estimate(row, "value", "low", "high", 1)
         if row["quantity"] == "difference":
-            text = f"{'' if row['value'] < 0 else '+'}{text} points".replace(" ", " points ", 1).removesuffix(" points")
+            text = f"{'' if row['value'] < 0 else '+'}{text.replace(' ', ' points ', 1)}"
+            text += f" over all SAEs and controls; {100 * row['states_and_deletion']:+z.1f} for SAEs of states against deletion"
         rows.append([row["cause"], text])
     return table("what is measured | atom beats deletion, % of firings or places", rows)
 
@@ -216,6 +231,20 @@ def _higher(results: Results, one: tuple[str, str], other: tuple[str, str]) -> s
 @block
 def write_ahead(results, bench) -> str:
     return _higher(results, ("write", "none"), ("state", "none"))
+
+
+@block
+def ahead_at_best(results, bench) -> str:
+    """How far writes are ahead with atoms at their best amplitude, on each host."""
+    where = dict(centre="none", amplitude="projection", cells="pooled")
+    rows = [results.row("headline_contrasts", host=host, **where) for host in HOSTS]
+    return listed(estimate(row, "difference") for row in rows)
+
+
+@block
+def recovered(results, bench) -> str:
+    shares = (percent(win_rate(results, target), "recovered") for target in ("write", "state"))
+    return "{} (writes) and {} (states)".format(*shares)
 
 
 @block
@@ -259,11 +288,11 @@ def all_findings(results, bench) -> str:
 def verdict_counts(results, bench) -> str:
     kept = results.rows("scorecard", counts=True)
     repeated = results.rows("repeats_verdicts")
-    tables, rows = (kept, repeated[~repeated.turned]), []
+    tables, rows = (kept, repeated, repeated[~repeated.turned]), []
     for host in HOSTS:
         counts = [[int(((x.host == host) & (x.status == name)).sum()) for x in tables] for name in VERDICTS]
-        known = (repeated.host == host).any()
-        rows.append([HOST[host], *(f"{count} ({same})" if known else str(count) for count, same in counts)])
+        form = "{} ({}, {})" if (repeated.host == host).any() else "{}"
+        rows.append([HOST[host], *(form.format(*count) for count in counts)])
     return table(f"host | {' | '.join(VERDICTS)}", rows)
 
 

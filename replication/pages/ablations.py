@@ -202,21 +202,22 @@ def ladder(saes: pd.DataFrame) -> pd.DataFrame:
     saes: the table of the sweep `ladder`. Rates are means over seeds. The variance of a mean is that between
     seeds, divided by their number, plus the binomial variance of the places, as if the seeds shared all of it
     and the places were independent; Student's t has Satterthwaite's degrees of freedom. difference: write less
-    state, paired by seed, with the binomial variances of both. n: places per SAE."""
+    state, paired by seed, with the binomial variances of both. Names that end in _projection: with the atom at its
+    best amplitude, else at its own coefficient. n: places per SAE."""
 
     def row(part: pd.DataFrame) -> dict:
-        wins, errors, fitted = (
-            part.pivot_table(x, "seed", "target") for x in ("win_atom_coefficient", "fvu", "final_training_fvu")
-        )
-        n, m = int(part.firings.min()), len(wins)
-        sampling = (wins * (1 - wins)).mean() / n
-        sampling["difference"] = sampling.sum()
+        errors, fitted = (part.pivot_table(x, "seed", "target") for x in ("fvu", "final_training_fvu"))
+        n, m = int(part.firings.min()), len(errors)
         numbers = dict(n=n, seeds=m)
-        for name, values in dict(state=wins.state, write=wins.write, difference=wins.write - wins.state).items():
-            own, places = values.var() / m, sampling[name]
-            freedom = stats.satterthwaite(places, n - 1, own, m - 1)
-            found = stats.Estimate(values.mean(), (own + places) ** 0.5, float(freedom), n, m, values.std())
-            numbers |= stats.with_ends(name, found.value, found.interval())
+        for amplitude, ending in dict(coefficient="", projection="_projection").items():
+            wins = part.pivot_table(f"win_atom_{amplitude}", "seed", "target")
+            sampling = (wins * (1 - wins)).mean() / n
+            sampling["difference"] = sampling.sum()
+            for name, values in wins.assign(difference=wins.write - wins.state).items():
+                own, places = values.var() / m, sampling[name]
+                freedom = stats.satterthwaite(places, n - 1, own, m - 1)
+                found = stats.Estimate(values.mean(), (own + places) ** 0.5, float(freedom), n, m, values.std())
+                numbers |= stats.with_ends(f"{name}{ending}", found.value, found.interval())
         numbers |= {f"fvu_{name}": errors[name].mean() for name in errors}
         return numbers | {f"training_fvu_{name}": fitted[name].mean() for name in fitted}
 
@@ -266,6 +267,7 @@ def shown_ladder(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `ladder` for a reader."""
     names = [f"{x.n_atoms:,}, {x.k}, {x.tokens / 1e6:.1f} million" for x in table.itertuples()]
     columns = layout.of_targets(table) | {"difference (points)": layout.estimates(table, "difference")}
+    columns["the same, best amplitude"] = layout.estimates(table, "difference_projection")
     for name in ("state", "write"):
         columns[f"FVU, {name}s"] = layout.numbers(table[f"fvu_{name}"])
     return layout.shown(table.assign(**{"atoms, active, tokens": names}), ["atoms, active, tokens"], columns)

@@ -2,7 +2,8 @@
 
 Everything is read from tables of other pages, for the main host. The lines are not cumulative after A (by
 position, without the mean): each that begins with A changes one thing of A. The lines about single choices of
-the multiverse are differences, averaged over all other choices."""
+the multiverse are differences over all of its combinations, with SAEs of both targets and all controls, which have an
+interval; beside it stands the mean over the combinations with SAEs of states and deletion, which has none."""
 
 from __future__ import annotations
 
@@ -60,7 +61,10 @@ def causes() -> list[Cause]:
 
 
 def measured(tables: Tables, host: str) -> pd.DataFrame:
-    """Return one row per cause that this host's tables hold: win_rate (or its difference), low, high, n."""
+    """Return one row per cause that this host's tables hold.
+
+    value, low, high: the win rate, or its difference. states_and_deletion: the same difference in the mean over
+    the combinations with SAEs of states and deletion as the control."""
     rows = []
     for cause in causes():
         found = rows_with(tables(cause.table), host=host, **cause.where)
@@ -72,8 +76,21 @@ def measured(tables: Tables, host: str) -> pd.DataFrame:
         )
         value, low, high = (row[name] for name in names)
         line = dict(cause=cause.cause, quantity="difference" if cause.difference else "win rate", value=value)
-        rows.append(line | dict(low=low, high=high, n=row.get("n"), seeds=row.get("seeds"), table=cause.table))
+        line |= dict(low=low, high=high, n=row.get("n"), seeds=row.get("seeds"), table=cause.table)
+        if cause.difference:
+            line["states_and_deletion"] = _of_states_and_deletion(tables, host, **cause.where)
+        rows.append(line)
     return pd.DataFrame(rows).assign(host=host)
+
+
+def _of_states_and_deletion(tables: Tables, host: str, choice: str, level: str) -> float:
+    """Return the mean change of the win rate from a choice's first level to another one, all else the same."""
+    effects = rows_with(tables("multiverse_effects"), host=host)
+    first = effects[effects.choice == choice].level.iloc[0]
+    others = sorted(set(effects.choice) - {choice, "target", "control"})
+    universes = rows_with(tables("multiverse"), host=host, target="state", control="delete")
+    wide = universes.pivot(index=others, columns=choice, values="win_rate")
+    return float((wide[level] - wide[first]).mean())
 
 
 def shown(table: pd.DataFrame, paper: float) -> pd.DataFrame:
@@ -83,5 +100,6 @@ def shown(table: pd.DataFrame, paper: float) -> pd.DataFrame:
     columns = {"quantity": ["win rate", *table.quantity]}
     columns |= {"percent": [f"{100 * paper:.1f}", *(sign + text for sign, text in zip(signs, texts, strict=True))]}
     columns |= {name: ["", *layout.numbers(table[name], ",.0f")] for name in ("n", "seeds")}
+    columns |= {"SAEs of states, deletion": ["", *layout.numbers(table.states_and_deletion, ".1f", 100)]}
     rows = pd.DataFrame({"difference from the paper": ["the paper, on its host", *table.cause]})
     return layout.shown(rows, ["difference from the paper"], columns | {"table": ["", *table.table]})

@@ -95,15 +95,17 @@ def judged(scorecard: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
 
 
 def stability(scorecard: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per claim and host that counts, on hosts of which there are repeats.
+    """Return one row per claim and host that counts and that a repeat answers as well.
 
     runs: number of runs that answer the claim, including this one; agree: number with this run's verdict;
     turned: whether any run has another verdict; least, most: range of values; z_most: largest distance of a
     repeat from this run, in standard errors of this run; repeat_probability: as stated by this run.
     """
     rows, others = [], judged(scorecard, repeats)
-    for line in answered(scorecard[scorecard.counts & scorecard.host.isin(repeats.host)]).itertuples():
+    for line in answered(scorecard[scorecard.counts]).itertuples():
         own = rows_with(others, id=line.id, host=line.host)
+        if own.empty:
+            continue
         same = int((own.status == line.status).sum())
         row = dict(id=line.id, host=line.host, group=line.group, status=line.status)
         row |= dict(runs=len(own) + 1, agree=same + 1)

@@ -354,6 +354,7 @@ def test_a_rung_of_the_ladder_has_the_errors_of_seeds_and_of_places():
     rows = [
         dict(host="a", layer=4, head=3, n_atoms=512 * scale, k=16, tokens=5 * scale, target=target, seed=seed)
         | dict(firings=400, win_atom_coefficient=rate, fvu=0.5 / scale, final_training_fvu=0.4)
+        | dict(win_atom_projection=rate / 2)
         for scale in (1, 4)
         for target, rates in wins.items()
         for seed, rate in zip(seeds, rates, strict=True)
@@ -365,5 +366,6 @@ def test_a_rung_of_the_ladder_has_the_errors_of_seeds_and_of_places():
     freedom = (own + places) ** 2 / (own**2 / 2 + places**2 / 399)
     reach = scipy.stats.t.ppf(0.975, freedom) * (own + places) ** 0.5
     assert small.state_high - small.state == pytest.approx(reach, rel=1e-6)
+    assert (large.state_projection, large.difference_projection) == pytest.approx((0.22, 0.155))
     shown = ablations.shown_ladder(ablations.ladder(pd.DataFrame(rows)))
     assert shown.index.tolist() == ["512, 16, 0.0 million", "2,048, 16, 0.0 million"]
