@@ -74,7 +74,7 @@ def glance(results, bench) -> str:
     fitted = results.row("scorecard", id="C1", host=MAIN).value
     rows = findings.largest_recall(results)
     kept = listed(percent(row, "kept_atom", "kept_atom_low", "kept_atom_high") for row in rows)
-    recalled = f"in one-layer recall models: {kept} of answers kept"
+    recalled = f"in one-layer recall models {kept} of answers stay right"
     papers = f"beats deletion at {papers_value('R1'):.0%}", f"8% → {papers_value('I4'):.0%}"
     states, writes = f"{centred}; {state} if no mean is subtracted", percent(win_rate(results, "write"), *WIN)
     best = [win_rate(results, target, amplitude="projection").win_rate for target in ("write", "state")]
@@ -113,34 +113,24 @@ def verdicts(results, bench) -> str:
 
 
 @block
-def asked(results, bench) -> str:
-    table = results.rows("scorecard")
-    table = table[table.group != "extension"]
-    return f"{table[table.value.notna()].id.nunique()} of the paper's {table.id.nunique()} numbers"
-
-
-@block
-def turned(results, bench) -> str:
-    repeated = results.rows("repeats_verdicts")
-    hosts = [host for host in HOSTS if (repeated.host == host).any()]
-    where = "" if len(hosts) == len(HOSTS) else f" on {listed(HOST[host] for host in hosts)}"
-    return f"{repeated.turned.sum()} of the {len(repeated)} verdicts that were repeated{where}"
-
-
-@block
 def rewritten(results, bench) -> str:
     """How many of the paper's claims have a criterion that was changed after results under an older one."""
     return str(sum(bool(criterion.was) for criterion in read_criteria().claims.values()))
 
 
 @block
-def unsettled(results, bench) -> str:
-    return f"{(results.rows('scorecard', counts=True).status == 'unsettled').sum()}"
-
-
-@block
-def single(results, bench) -> str:
-    return f"{(results.rows('scorecard', counts=True).trainings == 1).sum()}"
+def trust(results, bench) -> str:
+    """How many claims are tested, and how many verdicts turn, are unsettled, and rest on one training."""
+    kept, repeated = results.rows("scorecard", counts=True), results.rows("repeats_verdicts")
+    every = results.rows("scorecard").query("group != 'extension'")
+    on = listed(HOST[host] for host in HOSTS if (repeated.host == host).any())
+    return (
+        f"{every[every.value.notna()].id.nunique()} of the paper's {every.id.nunique()} numbers are tested, by "
+        f"[criteria](paper/criteria.yaml) fixed before the run, {rewritten(results, bench)} of them rewritten after an earlier "
+        f"one. Of {len(repeated)} verdicts on {on} that were repeated, {repeated.turned.sum()} turn at least once. "
+        f"In all, {(kept.status == 'unsettled').sum()} are unsettled, and {(kept.trainings == 1).sum()} rest on one "
+        "training."
+    )
 
 
 @block
