@@ -37,7 +37,6 @@ TRAININGS = {  # (target, centre) -> name in the figure
     ("state", "mean"): "states, with the mean",
 }
 NO_SAE = "no SAE"
-IN_WORDS = [CONDITIONS[name] for name in ("atom", "reconstruction", "read", "token_mean_write")]  # in verdicts
 COLOURS = dict(zip((*TRAININGS.values(), NO_SAE), (plots.COLOURS[i] for i in (0, 9, 3, 7)), strict=True))
 TREND = ["training", "shown", "cells", "median", "worse_than_nothing", "rho", "rho_low", "rho_high"]
 DESCRIPTION = ["target", "centre", "role", "seed"]
@@ -262,41 +261,6 @@ def trend(cells: pd.DataFrame) -> pd.DataFrame:
         return numbers | stats.with_ends("rho", rho.value, rho)
 
     return stats.per_group(cells[cells.counts], ["training", "shown"], row).reindex(columns=TREND)
-
-
-def verdict(rows: pd.DataFrame, layer: pd.DataFrame, cells: pd.DataFrame) -> list[str]:
-    """Return the findings in sentences: of the headline's cells, of a whole layer, of all surveyed cells."""
-    sentences = []
-    for name, part in rows.groupby("cell", sort=False):
-        sentences += _of_cell(f"{name} cell", part)
-    if len(layer):
-        sentences += _of_cell(f"all heads of layer {layer.layer.iloc[0]} together", layer)
-    for name, part in cells[cells.counts & (cells.condition == "atom")].groupby("training", sort=False):
-        worse = int((part.recovered < 0).sum())
-        median = f"the median is {part.recovered.median():+.2f}"
-        sentences.append(
-            f"Survey, {name}: the top atoms are worse than nothing in {worse} of {len(part)} cells; {median}."
-        )
-    return sentences
-
-
-def _of_cell(name: str, rows: pd.DataFrame) -> list[str]:
-    """Return a sentence on the cost of writing nothing, and one per training of the SAEs."""
-    first = rows.iloc[0]
-    cost, size = 1000 * (first.loss_none - first.loss_native), f"{first.n:,} tokens of {first.passages} passages"
-    sentences = [f"{name}: writing nothing costs {cost:.1f} millinats per token ({size})."]
-    for training_name in (*TRAININGS.values(), NO_SAE):
-        part = rows[(rows.training == training_name) & rows.shown.isin(IN_WORDS)]
-        shares = [f"{row.shown}: {_in_words(row)}" for row in part.itertuples()]
-        if shares:
-            sentences.append(f"  {training_name}: " + "; ".join(shares) + ".")
-    return sentences
-
-
-def _in_words(row) -> str:
-    """Return a share recovered with its interval, and what it says."""
-    word = ", worse than nothing" if row.ci_high < 0 else "" if row.ci_low > 0 else ", not apart from nothing"
-    return f"{layout.interval(row.recovered, row.ci_low, row.ci_high)}{word}"
 
 
 BY = dict(training="SAE trained on", shown="in place of every write")

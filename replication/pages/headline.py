@@ -15,7 +15,7 @@ import pandas as pd
 
 from replication import layout
 from replication import statistics as stats
-from replication.plots import CENTRE_NAMES, CONDITION_NAMES
+from replication.plots import CONDITION_NAMES
 from replication.study.firings import (
     by_place,
     drawn_positions,
@@ -170,29 +170,3 @@ def shown_sizes(table: pd.DataFrame, paper: dict[str, float]) -> pd.DataFrame:
     columns |= {"nothing, in the paper": layout.numbers(papers, ",.0f", 1000)}
     sizes = wide[[CONDITION_NAMES[name] for name in ("atom", "random", "native_rescaled")]]
     return sizes.join(layout.shown(first, ["host", "cells"], columns))
-
-
-def verdict(table: pd.DataFrame, apart: pd.DataFrame, host: str) -> list[str]:
-    """Return what the numbers of one host say, in sentences."""
-    of_host = rows_with(table, host=host, cells="pooled", condition="atom", amplitude="coefficient")
-    lines = []
-    for draw, where in (
-        ("positions", "places drawn by position"),
-        ("atoms", "firings drawn equally per atom"),
-    ):
-        for centre in dict.fromkeys(of_host.centre):
-            rates = rows_with(of_host, draw=draw, centre=centre).set_index("target")
-            shares = ((target, layout.percent(row, "win_rate", digits=1)) for target, row in rates.iterrows())
-            said = " and ".join(f"{share} if trained on {target}s" for target, share in shares)
-            n, seeds = rates.n.iloc[0], rates.seeds.iloc[0]
-            trainings = "1 seed" if seeds == 1 else f"{seeds} seeds"
-            lines.append(
-                f"With {CENTRE_NAMES[centre]}, of {n:,} {where} ({trainings}), the atom beats deletion on {said}."
-            )
-    for row in rows_with(apart, host=host, cells="pooled", amplitude="coefficient").to_dict("records"):
-        word = "ahead" if row["difference_low"] > 0 else "behind" if row["difference_high"] < 0 else "not clearly apart"
-        lines.append(
-            f"By position with {CENTRE_NAMES[row['centre']]}, write-trained atoms are {word}: "
-            f"{layout.estimate(row, 'difference', digits=1)} percentage points."
-        )
-    return lines

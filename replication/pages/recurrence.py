@@ -201,23 +201,3 @@ def readable(summary: pd.DataFrame, host: str) -> pd.DataFrame:
     headings = dict(best="mean best cosine", auc_token="AUC, token", auc_pair="AUC, pair", auc_all="AUC, all")
     columns |= {heading: layout.numbers(made[column]) for column, heading in headings.items()}
     return layout.shown(made.rename(columns=dict(name="dictionary of")), ["dictionary of"], columns)
-
-
-def verdict(summary: pd.DataFrame, host: str) -> list[str]:
-    """Return the answers to the two questions, for one host."""
-    rows = within(summary[summary.host == host]).set_index(KIND)
-
-    def value(column: str, dictionary: str) -> str:
-        row = rows.loc[dictionary, "write", "none"]
-        if column.startswith("auc"):
-            return layout.estimate(row, column, digits=2, scale=1)
-        return f"{layout.percent(row, column)}"
-
-    return [
-        f"Of the atoms of the SAE of writes {value('recurs', 'sae')} come back in another training, per firing "
-        f"{value('recurs_by_firing', 'sae')}; with a tied encoder {value('recurs', 'tied')}; of the k-means "
-        f"centroids of the same writes {value('recurs', 'kmeans')}.",
-        f"Firings of an atom are detected from token, pair and position with an AUC of {value('auc_all', 'sae')}; "
-        f"those of a centroid with {value('auc_all', 'kmeans')}, of a raw write with {value('auc_all', 'raw')}, of "
-        f"a random pair with {value('auc_all', 'random')}.",
-    ]

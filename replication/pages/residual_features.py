@@ -14,7 +14,6 @@ import torch
 
 from replication import layout
 from replication import statistics as stats
-from replication.plots import HOST
 from replication.study import fingerprint
 from replication.study.firings import saes_on
 from replication.study.study import Study
@@ -210,17 +209,3 @@ def examples(study: Study, sae: VectorSAE, table: pd.DataFrame, count: int = 3) 
     names |= dict(later="tokens later", predicted="predicted rise", measured="measured rise")
     table = pd.DataFrame(rows, columns=list(names)).rename(columns=names)
     return table.round(2).set_index(names["text"])
-
-
-def verdict(summary: pd.DataFrame) -> list[str]:
-    """Return what the summary says, in sentences."""
-    lines = []
-    for row in summary[summary.predictor == "through_layer"].itertuples():
-        what = "a native write raised" if row.object == "write" else "an added atom raises"
-        lines.append(
-            f"{HOST.get(row.host, row.host)}, {row.cells} cell, {row.distance} layers below the SAE: what {what} is "
-            f"predicted with R2 {layout.estimate(row, 'r2', digits=3, scale=1)} over all features (n = {row.n} "
-            f"places). Of the {TOP} features predicted to rise most at later tokens, "
-            f"{layout.percent(row, 'hits')} are among the {TOP} that do."
-        )
-    return lines

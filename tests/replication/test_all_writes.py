@@ -169,24 +169,3 @@ def test_the_table_has_every_sae_of_the_suite(host, tokens, tmp_path, monkeypatc
     pd.testing.assert_frame_equal(all_writes.all_writes(study), table)
     with pytest.raises(TypeError):
         all_writes.measure(0, host, [case_of(host, tokens, (3,), False)], **OPTIONS)
-
-
-def test_sentences_say_what_is_worse_than_nothing():
-    row = dict(host="mamba2", layer=4, head=2.0, role="pooled", n=510, passages=2, loss_native=2.0, loss_none=2.05)
-    rows = [
-        row | dict(target="write", centre="none", condition="atom", recovered=0.4, ci_low=0.3, ci_high=0.5),
-        row | dict(target="write", centre="mean", condition="atom", recovered=-2, ci_low=-3, ci_high=-1),
-        row | dict(target="write", centre="none", role="main-none-42", condition="atom", recovered=9),
-        row | dict(role="main", condition="token_mean_write", recovered=0, ci_low=-1, ci_high=1),
-        row | dict(role="main", condition="none", recovered=0, ci_low=0, ci_high=0),
-    ]
-    cells = pd.DataFrame([dict(host="mamba2", layer=4, head=2, place="middle")])
-    shown = all_writes.headline(pd.DataFrame(rows), cells)
-    assert len(shown) == 3
-    first, *others = all_writes.verdict(shown, shown[:0], shown.assign(counts=False))
-    assert first == "Mamba-2, middle cell: writing nothing costs 50.0 millinats per token (510 tokens of 2 passages)."
-    assert others == [
-        "  writes, without the mean: top atom: 0.40 [0.30, 0.50].",
-        "  writes, with the mean: top atom: -2.00 [-3.00, -1.00], worse than nothing.",
-        "  no SAE: token's mean write: 0.00 [-1.00, 1.00], not apart from nothing.",
-    ]

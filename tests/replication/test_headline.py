@@ -116,10 +116,3 @@ def test_contrasts_are_paired_by_place_and_seed(firings):
     part = part[part.amplitude == "coefficient"]
     won = (part.kl_atom < part.kl_delete).groupby(part.target).mean()
     assert apart.loc[("none", "coefficient", "middle"), "difference"] == pytest.approx(won["write"] - won["state"])
-
-
-def test_the_verdict_says_what_the_intervals_say(table, firings):
-    lines = headline.verdict(table, headline.contrasts(SmallStudy(), firings), "a")
-    assert len(lines) == 2 * 2 + 2
-    assert all("not clearly apart" in line for line in lines[-2:]), "both targets have the same random KLs"
-    assert "60 places drawn by position (3 seeds)" in lines[0] and "(1 seed)" in lines[2]
