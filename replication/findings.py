@@ -15,6 +15,7 @@ import pandas as pd
 
 from replication.layout import estimate, percent
 from replication.scorecard.claims import papers_value
+from replication.scorecard.criteria import read_criteria
 from replication.scorecard.verdicts import VERDICTS
 from replication.study.paths import dry_run
 from replication.study.study import Study
@@ -381,16 +382,24 @@ def recurrence(results: Results) -> str:
 
     (atoms, auc), (centroids, _), (_, of_raw) = (values(name) for name in ("sae", "kmeans", "raw"))
     return (
-        f"Of the atoms of an SAE of writes {atoms} come back in another training, of an SAE of states {atoms_again(results)}, "
-        f"of the k-means centroids {centroids}. "
+        f"Of the atoms of an SAE of writes {atoms} come back in another training, of the k-means centroids {centroids}, and "
+        f"of an SAE of states with the mean subtracted, as in the paper, {atoms_again(results)}. "
         f"The text says where an atom fires with an AUC of {auc}, and where a raw write is nearest with {of_raw}."
     )
 
 
+MAIN_SAES = dict(host=MAIN, dictionary="sae", target="state", centre="mean")  # rows of recurrence_summary
+
+
 def atoms_again(results: Results) -> str:
     """Return the share of atoms of the main SAEs of states, with the mean, that come back in another training."""
-    row = results.row("recurrence_summary", host=MAIN, dictionary="sae", target="state", centre="mean")
-    return percent(row, "recurs", digits=1)
+    return percent(results.row("recurrence_summary", **MAIN_SAES), "recurs", digits=1)
+
+
+def verdict_on_main_saes(results: Results) -> str:
+    """Return the verdict on claim A5 for the SAEs of `atoms_again`, which the scorecard asks of smaller SAEs."""
+    row, smallest = results.row("recurrence_summary", **MAIN_SAES), read_criteria().borders("A5").high
+    return "contradicted" if row.recurs_low > smallest else "supported" if row.recurs_high < smallest else "unsettled"
 
 
 def own_model(results: Results) -> str:

@@ -109,13 +109,9 @@ def writes(results: Results) -> str:
 
 
 def saes(results: Results) -> str:
-    def ahead(role: str) -> str:
-        rows = results.rows("saes", role=role)
-        errors = rows.pivot(index=["host", "layer", "head"], columns="target", values="fvu")
-        return f"{(errors.write < errors.state).sum()} of {len(errors)}"
-
-    surveyed, chosen = ahead("survey"), ahead("main")
-    return f"The SAE of writes has the smaller error in {surveyed} surveyed and {chosen} chosen cells"
+    errors = results.rows("saes", role="main").groupby("target").fvu
+    states, writes = (f"{share(errors.min()[x])} to {share(errors.max()[x])}" for x in ("state", "write"))
+    return f"In the chosen cells, SAEs leave {states} of states and {writes} of writes unexplained"
 
 
 def classes(results: Results) -> str:
@@ -322,9 +318,9 @@ def newlines(results: Results) -> str:
 
 
 def readers(results: Results) -> str:
-    atoms = results.rows("readers_summary", host=MAIN).groupby(["class", "atom"])
-    most = [f"{part.ratio.max():.1f} ({kind} {atom})" for (kind, atom), part in atoms]
-    return f"The strongest reader reacts {listed(most)} times as much as to a random write"
+    rows = results.rows("top_readers", host=MAIN).to_dict("records")
+    most = [f"{row['ratio']:.1f} ({row['class']} {row['atom']})" for row in rows]
+    return f"On other contexts the strongest reader reacts {listed(most)} times as much as to a random write"
 
 
 def registers(results: Results) -> str:
@@ -392,7 +388,7 @@ def frontier(results: Results) -> str:
 
     fewest = _smallest(results.rows("install_frontier_summary").cells)
     every, few = next_token("all"), next_token(fewest)
-    return f"At the native norm, writes in all cells install {every} of targets, in {fewest} cells {few}"
+    return f"At the native norm, refined writes in all cells install {every} of targets, in {fewest} cells {few}"
 
 
 def delay(results: Results) -> str:
@@ -437,7 +433,7 @@ def every_seed(results: Results) -> str:
     rates = rows.set_index(["target", "host"]).mean_win_rate
     gaps = listed(f"{100 * (rates['write', host] - rates['state', host]):+.0f}" for host in HOSTS)
     spread = 100 * (rows.highest - rows.lowest).max()
-    return f"Training on writes changes the win rate by {gaps} points; seeds differ by at most {spread:.0f}"
+    return f"Training on writes changes the mean over cells by {gaps} points; another seed, by at most {spread:.0f}"
 
 
 def multiverse(results: Results) -> str:
@@ -448,7 +444,7 @@ def multiverse(results: Results) -> str:
 
 def effects(results: Results) -> str:
     rows = of_hosts(results, "multiverse_effects", choice="target", level="write")
-    changes = listed(f"{100 * row.difference:+.0f}" for row in rows)
+    changes = listed(estimate(row, "difference", "ci_low", "ci_high") for row in rows)
     return f"Training on writes instead of states changes the win rate by {changes} points on the three hosts"
 
 

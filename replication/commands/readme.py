@@ -94,6 +94,7 @@ def glance(results, bench) -> str:
         ("Do atoms come back in another seed?", "under 1%", again, "A5", "19_recurrence"),
     ]
     statuses = {claim: verdict(results, claim) for *_, claim, _ in rows if claim} | {"": "new"}
+    statuses["A5"] += f"; {findings.verdict_on_main_saes(results)}"
     lines = [[*texts, statuses[claim], page(name)] for *texts, claim, name in rows]
     return table("Question | Paper | Here | Verdict | Page", lines)
 
@@ -123,10 +124,12 @@ def trust(results, bench) -> str:
     """How many claims are tested, and how many verdicts turn, are unsettled, and rest on one training."""
     kept, repeated = results.rows("scorecard", counts=True), results.rows("repeats_verdicts")
     every = results.rows("scorecard").query("group != 'extension'")
+    tested = set(every[every.value.notna()].id)
+    changed = sum(bool(read_criteria().claims[claim].was) for claim in tested)
     on = listed(HOST[host] for host in HOSTS if (repeated.host == host).any())
     return (
-        f"{every[every.value.notna()].id.nunique()} of the paper's {every.id.nunique()} numbers are tested, by "
-        f"[criteria](paper/criteria.yaml) fixed before the run, {rewritten(results, bench)} of them rewritten after an earlier "
+        f"{len(tested)} of the paper's {every.id.nunique()} numbers are tested, by "
+        f"[criteria](paper/criteria.yaml) fixed before the run, {changed} of them rewritten after an earlier "
         f"one. Of {len(repeated)} verdicts on {on} that were repeated, {repeated.turned.sum()} turn at least once. "
         f"In all, {(kept.status == 'unsettled').sum()} are unsettled, and {(kept.trainings == 1).sum()} rest on one "
         "training."
@@ -172,7 +175,7 @@ def cosine(results, bench) -> str:
     """The rank correlation of wins with the cosine where the state is replaced: three cells, and `regime`."""
     where = dict(host=MAIN, cells="pooled", target="state", centre="none", object="state")
     pooled = estimate(results.row("objects_summary", **where), "rho", digits=2, scale=1)
-    return f"{pooled} in the three cells, and {findings.cosine_in_regime(results)} in the cell nearest to the paper's"
+    return f"{pooled} over three cells, and {findings.cosine_in_regime(results)} in the one whose spectrum is nearest to the paper's"
 
 
 @block
