@@ -216,7 +216,9 @@ def other_hosts(results: Results) -> str:
 def cache_edits(results: Results) -> str:
     where = dict(host=MAIN, target="state", condition="delete", atom="all", dose=1)
     other, same = (
-        estimate(results.row("cache_erase_summary", token_from=x, **where), "median_change", "ci_low", "ci_high", 1, 1000)
+        estimate(
+            results.row("cache_erase_summary", token_from=x, **where), "median_change", "ci_low", "ci_high", 1, 1000
+        )
         for x in ("other", "same")
     )
     kept = results.row("newlines_summary", host=MAIN, mode="kept", role="boundary", dose=5)
@@ -224,7 +226,8 @@ def cache_edits(results: Results) -> str:
     readers = results.rows("top_readers", **{"host": MAIN, "class": "register"})
     return (
         f"Erasing an atom's write changes the log-probability of its preferred token by {other} millinats, and by {same} if "
-        f"the token is found on the tested firings, as in the paper (-116). Amplified atoms of line ends change newlines by {beyond} per 400 tokens more than random atoms do. "
+        f"the token is found on the tested firings, as in the paper (-116). Amplified atoms of line ends change newlines by "
+        f"{beyond} per 400 tokens more than random atoms do. "
         f"The strongest readers of register atoms react {listed(f'{x:.1f}' for x in readers.ratio)} times as much as to a "
         "random write (the paper: 5 to 7.5). All of this is on the main host."
     )

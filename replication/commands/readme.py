@@ -175,7 +175,8 @@ def cosine(results, bench) -> str:
     """The rank correlation of wins with the cosine where the state is replaced: three cells, and `regime`."""
     where = dict(host=MAIN, cells="pooled", target="state", centre="none", object="state")
     pooled = estimate(results.row("objects_summary", **where), "rho", digits=2, scale=1)
-    return f"{pooled} over three cells, and {findings.cosine_in_regime(results)} in the one whose spectrum is nearest to the paper's"
+    regime = findings.cosine_in_regime(results)
+    return f"{pooled} over three cells, and {regime} in the one whose spectrum is nearest to the paper's"
 
 
 @block
