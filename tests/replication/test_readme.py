@@ -70,7 +70,7 @@ def test_another_result_gives_another_text(tmp_path):
     filled = readme.fill(text, findings.Results(tmp_path), findings.Results(ROOT / "results" / "bench"), "../")
     assert filled.endswith("<!--/--> and 5") and "| 12% [10, 15] (no mean); " in filled and "old" not in filled
     assert "](../notebooks/05_replacement.ipynb)" in filled
-    with pytest.raises(ValueError, match="There is no number 'unknown': choose one of all_claims"):
+    with pytest.raises(ValueError, match="There is no number 'unknown': choose one of ahead_at_best"):
         readme.fill("<!--=unknown--><!--/-->", None, None)
 
 
