@@ -261,7 +261,7 @@ CASES = [
         "profile of that name",
         lambda x: load_profile("minni"),
         ValueError,
-        "no profile 'minni': choose one of full, mini",
+        "no profile 'minni': choose one of full, host-seeds, mini",
     ),
     Case("profile: a list", lambda x: profile(x, content="- 1"), ValueError, NO_MAPPING),
     Case("profile: no YAML", lambda x: profile(x, content="{"), ValueError, NO_MAPPING),
@@ -318,7 +318,7 @@ CASES = [
         "grid that is not there", lambda x: sweep.load_grid(x.path / "g.yaml"), ValueError, "no grid .*g.yaml: .* has"
     ),
     Case(
-        "study of no profile", lambda x: open_study("huge"), ValueError, "no profile 'huge': choose one of full, mini"
+        "study of no profile", lambda x: open_study("huge"), ValueError, "no profile 'huge': choose one of full, host-seeds, mini"
     ),
     Case(
         "recipe that is not there", lambda x: read_recipe(x.path / "recipe.yaml"), ValueError, "recipe.yaml is missing"
