@@ -26,6 +26,7 @@ COLOURS = sns.color_palette("colorblind").as_hex()
 HOST = dict(
     gated_deltanet="Gated DeltaNet", mamba2="Mamba-2", rwkv7="RWKV-7", delta_net="DeltaNet", gla="GLA", kda="KDA"
 )
+HOST |= {f"gated_deltanet_{seed}": f"Gated DeltaNet, seed {seed}" for seed in (1, 2)}
 CONDITION = dict(atom=COLOURS[0], delete=COLOURS[7], random=COLOURS[3], reconstruction=COLOURS[2])
 CONDITION |= dict(mean_write=COLOURS[1], resampled=COLOURS[4], native_rescaled=COLOURS[9])
 TARGET = dict(state=COLOURS[3], write=COLOURS[0])

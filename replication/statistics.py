@@ -291,6 +291,16 @@ def wider(*intervals: Interval) -> Interval:
     return Interval(min(x.low for x in intervals), max(x.high for x in intervals))
 
 
+def student(values) -> Interval:
+    """Return Student's interval of the mean of independent estimates [n], such as those of n hosts; both ends
+    are nan for one."""
+    values = _vector(values)
+    if len(values) < 2:
+        return Interval(np.nan, np.nan)
+    reach = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+    return Interval(float(values.mean() - reach), float(values.mean() + reach))
+
+
 # Rows of tables
 
 

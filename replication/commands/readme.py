@@ -180,6 +180,11 @@ def cosine(results, bench) -> str:
 
 
 @block
+def models(results, bench) -> str:
+    return f"{len(findings.more_hosts(results))} of Gated DeltaNet: writes lead by {findings.ahead_over_hosts(results)}"
+
+
+@block
 def memory(results, bench) -> str:
     return percent(win_rate(results, "state", cells="regime"), *WIN)
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import pandas as pd
 
 from replication import layout
-from replication.statistics import cluster_bootstrap, per_group, spearman, with_ends
+from replication.statistics import cluster_bootstrap, per_group, spearman, student, with_ends
+from replication.study.study import Study
 from writesae.evaluate.replacement import AMPLITUDES as OF_THE_PAPER
 
 AMPLITUDES = (*OF_THE_PAPER, "projection")
 RANDOM = "+random"  # in the variants of SAEs whose atoms start at random
+OTHER_SEEDS = "host-seeds"  # the profile with other hosts of the main host's architecture
+MEAN = "mean"  # in the place of a host
+MEASURED = ("state", "write", "difference", "rho")
 
 
 def by_amplitude(saes: pd.DataFrame) -> pd.DataFrame:
@@ -27,11 +31,12 @@ def by_amplitude(saes: pd.DataFrame) -> pd.DataFrame:
 def targets_apart(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return mean win rates over cells per target, and their difference; bootstrap by cell.
 
-    write_ahead: the number of cells with the higher rate for writes. cells: the table of `by_amplitude`."""
+    n: places, which both targets share. write_ahead: the number of cells with the higher rate for writes. cells:
+    the table of `by_amplitude`."""
 
     def row(part: pd.DataFrame) -> dict:
         wide = part.pivot(index=["layer", "head"], columns="target", values="win_atom").dropna()
-        numbers = dict(n_cells=len(wide), n=int(part.n.sum()))
+        numbers = dict(n_cells=len(wide), n=int(part.n.sum()) // part.target.nunique())
         for name, rate in dict(state=wide.state, write=wide.write, difference=wide.write - wide.state).items():
             numbers |= with_ends(name, rate.mean(), cluster_bootstrap(rate, range(len(rate)), seed=seed))
         return numbers | dict(write_ahead=int((wide.write > wide.state).sum()))
@@ -64,6 +69,31 @@ def starts(saes: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         rows = targets_apart(cells, seed).assign(start=name)
         tables.append(rows.merge(errors, on="host").merge(trends, on="host"))
     return pd.concat(tables).sort_values("host", kind="stable").reset_index(drop=True)
+
+
+def over_hosts(saes: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Return one row per host of one architecture, and last their mean (host "mean").
+
+    Columns: of `targets_apart` at the atom's own coefficient; rho, as in `starts`. Intervals of a host cover its
+    cells; those of the mean are Student's over hosts, so that they cover the training of a host. saes: the rows of
+    these hosts in the table of the sweep `cells`."""
+    table = starts(saes, seed).query("start == 'data'")
+    mean = dict(host=MEAN) | table[["n_cells", "n", "write_ahead"]].sum().to_dict()
+    for name in MEASURED:
+        mean |= with_ends(name, table[name].mean(), student(table[name]))
+    columns = [name + end for name in MEASURED for end in ("", "_low", "_high")]
+    whole = pd.concat([table, pd.DataFrame([mean])], ignore_index=True)
+    return whole[["host", "n_cells", "n", "write_ahead", *columns]]
+
+
+def more_hosts(study: Study, saes: pd.DataFrame) -> pd.DataFrame | None:
+    """Return the table of `over_hosts` for the main host of mini and those of the profile `host-seeds`.
+
+    None for another profile, and if the sweep of `host-seeds` is missing. saes: of the sweep `cells`."""
+    more = study.kept_table("sweep-cells", OTHER_SEEDS)
+    if study.profile.name != "mini" or more is None:
+        return None
+    return over_hosts(pd.concat([saes[saes.host == study.main], more]), study.profile.seed)
 
 
 def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
@@ -108,6 +138,14 @@ def shown_starts(table: pd.DataFrame) -> pd.DataFrame:
     columns |= {"FVU, states and writes": [f"{state:.2f}, {write:.2f}" for state, write in errors]}
     rows = table.assign(start=table.start.map(dict(data="at writes", random="at random")))
     return layout.shown(rows, ["host", "start"], columns)
+
+
+def shown_hosts(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `over_hosts` for a reader."""
+    columns = {"places": layout.numbers(table.n, ",.0f")} | layout.of_targets(table)
+    columns |= {"difference (points)": layout.estimates(table, "difference")}
+    columns |= {"cells ahead": [f"{row.write_ahead} of {row.n_cells}" for row in table.itertuples()]}
+    return layout.shown(table, ["host"], columns | {"rho with half-life": layout.plain(table, "rho")})
 
 
 def shown_seeds(spread: pd.DataFrame) -> pd.DataFrame:

@@ -36,7 +36,7 @@ def test_the_difference_of_the_targets_is_paired_by_cell():
     state = generator.random(30)
     table = sweep_of({(i, t): [state[i] + (0.1 if t == "write" else 0)] for i in range(30) for t in ("state", "write")})
     row = every_cell.targets_apart(every_cell.by_amplitude(table)).iloc[0]
-    assert (row.n_cells, row.n, row.write_ahead) == (30, 30 * 2 * 40, 30)
+    assert (row.n_cells, row.n, row.write_ahead) == (30, 30 * 40, 30)
     assert row.difference == pytest.approx(0.1)
     assert row.difference_high - row.difference_low < 1e-9  # the difference is the same in every cell
     assert row.state_high - row.state_low > 0.1  # the win rates differ between cells
@@ -67,3 +67,22 @@ def test_starts_are_compared_cell_by_cell():
     shown = every_cell.shown_starts(every_cell.starts(table))
     assert shown["cells ahead"].tolist() == ["5 of 5", "0 of 5"] and len(shown.columns) + 2 <= 8
     assert every_cell.starts(table[table.variant == "rank1+none"]).start.tolist() == ["data"], "an older sweep"
+
+
+def test_hosts_of_one_architecture_have_an_interval_over_hosts():
+    differences, tables = dict(a=0.1, b=0.2, c=0.6), []
+    for host, gap in differences.items():
+        rates = {(i, target): [0.1 * i + gap * (target == "write")] for i in range(5) for target in ("state", "write")}
+        tables.append(sweep_of(rates).assign(host=host, variant="rank1+none", fvu=0.5))
+    saes = pd.concat(tables, ignore_index=True)
+    saes["half_life_median"] = saes["head"] * np.where(saes.host == "c", -1.0, 1.0)
+    table = every_cell.over_hosts(saes)
+    assert table.host.tolist() == ["a", "b", "c", "mean"] and table.n_cells.tolist() == [5, 5, 5, 15]
+    assert table.n.tolist() == [200, 200, 200, 600], "both targets have the same places"
+    assert table.write_ahead.tolist() == [5, 5, 5, 15] and table.rho.tolist() == pytest.approx([1, 1, -1, 1 / 3])
+    assert table.difference.tolist() == pytest.approx([*differences.values(), 0.3])
+    reach = 4.302653 * np.std([0.1, 0.2, 0.6], ddof=1) / 3**0.5  # Student's t, two degrees of freedom
+    mean = table.iloc[3]
+    assert (mean.difference_low, mean.difference_high) == pytest.approx((0.3 - reach, 0.3 + reach))
+    shown = every_cell.shown_hosts(table)
+    assert shown["cells ahead"].tolist()[-1] == "15 of 15" and len(shown.columns) + 1 <= 8
