@@ -74,7 +74,7 @@ def glance(results, bench) -> str:
     fitted = results.row("scorecard", id="C1", host=MAIN).value
     rows = findings.largest_recall(results)
     kept = listed(percent(row, "kept_atom", "kept_atom_low", "kept_atom_high") for row in rows)
-    recalled = f"in one-layer recall models {kept} of answers stay right"
+    recalled = f"one-layer recall models: {kept} of answers kept"
     papers = f"beats deletion at {papers_value('R1'):.0%}", f"8% → {papers_value('I4'):.0%}"
     states, writes = f"{centred}; {state} if no mean is subtracted", percent(win_rate(results, "write"), *WIN)
     best = [win_rate(results, target, amplitude="projection").win_rate for target in ("write", "state")]
