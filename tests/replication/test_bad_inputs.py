@@ -318,7 +318,10 @@ CASES = [
         "grid that is not there", lambda x: sweep.load_grid(x.path / "g.yaml"), ValueError, "no grid .*g.yaml: .* has"
     ),
     Case(
-        "study of no profile", lambda x: open_study("huge"), ValueError, "no profile 'huge': choose one of full, host-seeds, mini"
+        "study of no profile",
+        lambda x: open_study("huge"),
+        ValueError,
+        "no profile 'huge': choose one of full, host-seeds, mini",
     ),
     Case(
         "recipe that is not there", lambda x: read_recipe(x.path / "recipe.yaml"), ValueError, "recipe.yaml is missing"
