@@ -166,7 +166,7 @@ def objects(results: Results) -> str:
 
 
 def cosine_in_regime(results: Results) -> str:
-    """Return the rank correlation of wins with the cosine where the state is replaced, in the cell `regime`."""
+    """Return the rank correlation of wins with the cosine in the cell `regime` if the state is replaced."""
     where = dict(host=MAIN, target="state", centre="none", object="state", cells="regime")
     return estimate(results.row("objects_summary", **where), "rho", digits=2, scale=1)
 
@@ -318,8 +318,9 @@ def multiverse(results: Results) -> str:
 
 
 def surely(universes: pd.DataFrame, side: str) -> float:
-    """Return the share of universes in which the atom is surely ahead or behind: both intervals of its win rate, by
-    atom and by passage, are above or below one half."""
+    """Return the share of universes in which the atom is surely ahead or behind.
+
+    Both intervals of its win rate, by atom and by passage, are then above or below one half."""
     low, high = (universes[[f"boot_{end}", f"passage_{end}"]] for end in ("low", "high"))
     return float((low.min(axis=1) > 0.5 if side == "ahead" else high.max(axis=1) < 0.5).mean())
 
@@ -403,14 +404,16 @@ MAIN_SAES = dict(host=MAIN, dictionary="sae", target="state", centre="mean")  # 
 
 
 def atoms_again(results: Results) -> str:
-    """Return the share of atoms of the main SAEs of states, with the mean, that come back in another training."""
+    """Return the share of atoms of the main SAEs of states (with the mean) that come back in a retraining."""
     return percent(results.row("recurrence_summary", **MAIN_SAES), "recurs", digits=1)
 
 
 def verdict_on_main_saes(results: Results) -> str:
-    """Return the verdict on claim A5 for the SAEs of `atoms_again`, which the scorecard asks of smaller SAEs."""
+    """Return the verdict on claim A5 for the SAEs of `atoms_again`; the scorecard has smaller SAEs."""
     row, smallest = results.row("recurrence_summary", **MAIN_SAES), read_criteria().borders("A5").high
-    return "contradicted" if row.recurs_low > smallest else "supported" if row.recurs_high < smallest else "unsettled"
+    if row.recurs_low > smallest:
+        return "contradicted"
+    return "supported" if row.recurs_high < smallest else "unsettled"
 
 
 def own_model(results: Results) -> str:

@@ -175,7 +175,8 @@ def predicted_kl(results: Results) -> str:
 def win_rates(results: Results) -> str:
     write, state = (share(win_rate(results, target).win_rate) for target in ("write", "state"))
     random = listed(share(win_rate(results, x, condition="random").win_rate) for x in ("write", "state"))
-    return f"Without the mean, atoms of writes and states beat deletion at {write} and {state} of places (random: {random})"
+    rates = f"{write} and {state} of places (random: {random})"
+    return f"Without the mean, atoms of writes and states beat deletion at {rates}"
 
 
 def _paper_rows(results: Results) -> list[pd.Series]:

@@ -181,7 +181,8 @@ def cosine(results, bench) -> str:
 
 @block
 def models(results, bench) -> str:
-    return f"{len(findings.more_hosts(results))} of Gated DeltaNet: writes lead by {findings.ahead_over_hosts(results)}"
+    count, ahead = len(findings.more_hosts(results)), findings.ahead_over_hosts(results)
+    return f"{count} of Gated DeltaNet: writes lead by {ahead}"
 
 
 @block
@@ -215,7 +216,8 @@ def causes(results, bench) -> str:
         text = estimate(row, "value", "low", "high", 1)
         if row["quantity"] == "difference":
             text = f"{'' if row['value'] < 0 else '+'}{text.replace(' ', ' points ', 1)}"
-            text += f" over all SAEs and controls; {100 * row['states_and_deletion']:+z.1f} for SAEs of states against deletion"
+            alone = f"{100 * row['states_and_deletion']:+z.1f}"
+            text += f" over all SAEs and controls; {alone} for SAEs of states against deletion"
         rows.append([row["cause"], text])
     return table("what is measured | atom beats deletion, % of firings or places", rows)
 

@@ -202,8 +202,8 @@ def ladder(saes: pd.DataFrame) -> pd.DataFrame:
     saes: the table of the sweep `ladder`. Rates are means over seeds. The variance of a mean is that between
     seeds, divided by their number, plus the binomial variance of the places, as if the seeds shared all of it
     and the places were independent; Student's t has Satterthwaite's degrees of freedom. difference: write less
-    state, paired by seed, with the binomial variances of both. Names that end in _projection: with the atom at its
-    best amplitude, else at its own coefficient. n: places per SAE."""
+    state, paired by seed, with the binomial variances of both. Names that end in _projection: with the atom
+    at its best amplitude, else at its own coefficient. n: places per SAE."""
 
     def row(part: pd.DataFrame) -> dict:
         errors, fitted = (part.pivot_table(x, "seed", "target") for x in ("fvu", "final_training_fvu"))

@@ -31,8 +31,8 @@ def by_amplitude(saes: pd.DataFrame) -> pd.DataFrame:
 def targets_apart(cells: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return mean win rates over cells per target, and their difference; bootstrap by cell.
 
-    n: places, which both targets share. write_ahead: the number of cells with the higher rate for writes. cells:
-    the table of `by_amplitude`."""
+    n: places, which both targets share. write_ahead: the number of cells with the higher rate for writes.
+    cells: the table of `by_amplitude`."""
 
     def row(part: pd.DataFrame) -> dict:
         wide = part.pivot(index=["layer", "head"], columns="target", values="win_atom").dropna()
@@ -74,9 +74,9 @@ def starts(saes: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 def over_hosts(saes: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return one row per host of one architecture, and last their mean (host "mean").
 
-    Columns: of `targets_apart` at the atom's own coefficient; rho, as in `starts`. Intervals of a host cover its
-    cells; those of the mean are Student's over hosts, so that they cover the training of a host. saes: the rows of
-    these hosts in the table of the sweep `cells`."""
+    Columns: of `targets_apart` at the atom's own coefficient; rho, as in `starts`. Intervals of a host cover
+    its cells; those of the mean are Student's over hosts, so that they cover the training of a host. saes: the
+    rows of these hosts in the table of the sweep `cells`."""
     table = starts(saes, seed).query("start == 'data'")
     mean = dict(host=MEAN) | table[["n_cells", "n", "write_ahead"]].sum().to_dict()
     for name in MEASURED:

@@ -2,8 +2,8 @@
 
 Everything is read from tables of other pages, for the main host. The lines are not cumulative after A (by
 position, without the mean): each that begins with A changes one thing of A. The lines about single choices of
-the multiverse are differences over all of its combinations, with SAEs of both targets and all controls, which have an
-interval; beside it stands the mean over the combinations with SAEs of states and deletion, which has none."""
+the multiverse are differences over all of its combinations, with SAEs of both targets and all controls, and
+have an interval. Beside it is the mean over the combinations with SAEs of states and deletion, without one."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def causes() -> list[Cause]:
 def measured(tables: Tables, host: str) -> pd.DataFrame:
     """Return one row per cause that this host's tables hold.
 
-    value, low, high: the win rate, or its difference. states_and_deletion: the same difference in the mean over
-    the combinations with SAEs of states and deletion as the control."""
+    value, low, high: the win rate, or its difference. states_and_deletion: the same difference in the mean
+    over the combinations with SAEs of states and deletion as the control."""
     rows = []
     for cause in causes():
         found = rows_with(tables(cause.table), host=host, **cause.where)
