@@ -187,11 +187,10 @@ def starts(saes: pd.DataFrame) -> pd.DataFrame:
         part = part.assign(start=part.name.str.rpartition("_")[2])
         wins, errors = (part.pivot_table(x, "seed", "start") for x in ("win_atom_coefficient", "fvu"))
         apart = wins.random - wins.data
-        found = stats.Estimate(apart.mean(), apart.std() / len(apart) ** 0.5, len(apart) - 1, len(apart))
         numbers = {f"win_{name}": wins[name].mean() for name in wins}
         numbers |= {f"fvu_{name}": errors[name].mean() for name in errors}
         numbers |= dict(seeds=len(apart), n=int(part.drop_duplicates(["layer", "head"]).firings.sum()))
-        return numbers | stats.with_ends("difference", found.value, found.interval())
+        return numbers | stats.with_ends("difference", apart.mean(), stats.student(apart))
 
     return stats.per_group(saes, ["host", "target"], row)
 

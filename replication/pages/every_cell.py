@@ -77,7 +77,7 @@ def over_hosts(saes: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     Columns: of `targets_apart` at the atom's own coefficient; rho, as in `starts`. Intervals of a host cover
     its cells; those of the mean are Student's over hosts, so that they cover the training of a host. saes: the
     rows of these hosts in the table of the sweep `cells`."""
-    table = starts(saes, seed).query("start == 'data'")
+    table = starts(by_start(saes)["data"], seed)
     mean = dict(host=MEAN) | table[["n_cells", "n", "write_ahead"]].sum().to_dict()
     for name in MEASURED:
         mean |= with_ends(name, table[name].mean(), student(table[name]))
