@@ -90,9 +90,9 @@ def of_targets(results: Results, table: str, **values) -> list[pd.Series]:
 
 def hosts(results: Results) -> str:
     table = results.rows("hosts").set_index("host").loc[[*HOSTS]]
-    losses = listed(f"{HOST[row.Index]} {row.heldout_loss:.2f}" for row in table.itertuples())
+    losses = listed(f"{row.heldout_loss:.2f} ({HOST[row.Index]})" for row in table.itertuples())
     tokens = listed(dict.fromkeys(f"{tokens / 1e6:.1f}" for tokens in table.training_tokens))
-    return f"After {tokens} million tokens of training the held-out loss is {losses} nats per token"
+    return f"On the text of the pages the loss is {losses}, after training on {tokens} million tokens"
 
 
 def cells(results: Results) -> str:
