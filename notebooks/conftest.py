@@ -1,4 +1,4 @@
-"""nbval over the notebooks: progress bars and the HTML twin of a table are no part of the comparison."""
+"""nbval over the notebooks: their profile, and what is no part of the comparison (progress bars, a table as HTML)."""
 
 import os
 import tempfile
@@ -9,6 +9,16 @@ from replication.commands.kernel import neutralise
 neutralise(os.environ, Path(tempfile.mkdtemp()))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--profile", default="mini", help="a file in profiles/ (default: %(default)s)")
+
+
 def pytest_collectstart(collector):
     if hasattr(collector, "skip_compare"):
         collector.skip_compare += ("stderr", "text/html")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "parameters" in item.cell.metadata.get("tags", []):
+            item.cell.source += f"\nprofile = {config.getoption('--profile')!r}"

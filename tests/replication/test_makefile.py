@@ -114,13 +114,22 @@ def test_all_notebooks_of_one_make_have_one_run_and_another_make_has_another(clo
 
 def test_notebooks_are_checked_from_nothing_in_their_order(clone):
     _write(clone / "build" / "test" / "stamps" / "00_hosts", "", age=-100)
+    for profile in ("smoke", "big"):
+        _write(clone / "profiles" / f"{profile}.yaml", "")
     text = _make(clone, "-n", "test-notebooks").stdout
     assert text.startswith("rm -rf build/test\n")
     _write(clone / "stub", '#!/bin/sh\necho "$WRITESAE_OUTPUT $@" >> ran\n')
     assert _make(clone, "test-notebooks").returncode == 0
     lines = (clone / "ran").read_text().splitlines()
     assert [line.split("/")[-1].removesuffix(".ipynb") for line in lines] == list(NEEDS)
-    assert all(line.startswith("build/test -m pytest") and " --nbval " in line for line in lines)
+    assert all(line.startswith("build/test -m pytest") for line in lines)
+    assert all(" --nbval-lax " in line and " --profile smoke " in line for line in lines)
+    assert "--nbval" in _ran(clone, "test-notebooks", "PROFILE=mini"), "the outputs are those of mini"
+    assert " --profile big notebooks/00_hosts.ipynb " in " ".join(_ran(clone, "test-notebooks", "PROFILE=big"))
+    for profile in ("smoke", "big"):
+        options = () if profile == "smoke" else (f"PROFILE={profile}",)
+        compared = _make(clone, "-n", "test-reference", *options).stdout
+        assert compared == f"'./stub' -m replication verify --profile {profile} --run build/test\n"
 
 
 def test_a_dry_run_names_what_would_run_and_runs_nothing(done):
