@@ -52,7 +52,7 @@ class Tolerance(BaseModel):
 
     equal: not at all. absolute, relative: by a number, or by a fraction of the reference value's distance
     from `origin` (1 for an R2); the larger one counts. overlap: (low, high) columns of an interval; the
-    intervals of the two sides must overlap.
+    intervals of the two sides must overlap. Two numbers that both have no interval are not compared.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -90,6 +90,8 @@ class Tolerance(BaseModel):
         same = (before == after) | (before.isna() & after.isna())
         before, after = _numbers(before), _numbers(after)
         if self.overlap:  # they overlap if the values differ by at most the sum of the facing halves
+            without = (table[[*self.overlap]].isna().all(axis=1) for table in (reference, fresh))
+            same |= np.logical_and.reduce([*without, before.notna(), after.notna()])
             (low, high), (fresh_low, fresh_high) = (
                 [_numbers(table[end]).fillna(value) for end in self.overlap]  # a missing interval has width 0
                 for table, value in ((reference, before), (fresh, after))

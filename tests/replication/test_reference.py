@@ -93,6 +93,15 @@ def test_an_interval_agrees_with_an_interval_only():
     assert compare(before, before.drop(columns="low"), tolerance) == ["t.csv: the fresh table has no column low"]
 
 
+def test_two_numbers_without_intervals_are_not_compared():
+    bare = TABLE.assign(low=np.nan, high=np.nan)
+    tolerance = _tolerance(overlap=("low", "high"))
+    assert compare(bare, bare.assign(rate=[0.5, 0.1, 0.9]), tolerance) == []
+    assert len(compare(bare, bare.assign(rate=[0.5, np.nan, 0.9]), tolerance)) == 1
+    one = bare.assign(low=[0.4, 0.7, np.nan], high=[0.6, 0.9, np.nan])
+    assert len(compare(one, bare.assign(rate=[0.5, 0.1, 0.9]), tolerance)) == 1, "the reference has an interval"
+
+
 def test_status_must_be_equal():
     assert len(compare(TABLE, _with(0, "status", "y"), _tolerance(metric="status", equal=True))) == 1
 
