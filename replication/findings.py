@@ -287,7 +287,9 @@ def every_cell(results: Results) -> str:
     return (
         f"The write-trained atom is ahead in {cells_ahead(rows)} cells of the three hosts. The state-trained "
         f"atom's win rate and the cell's half-life have a rank correlation of {rhos}. On {len(more_hosts(results))} Gated "
-        f"DeltaNet models from different seeds writes are ahead by {ahead_over_hosts(results)} in the mean over cells."
+        f"DeltaNet models from different seeds writes are ahead by {ahead_over_hosts(results)} points in the mean over "
+        f"cells. In the headline (no mean), atoms of states win at {rates_of_models(results, 'state')} on these models, and "
+        f"atoms of writes at {rates_of_models(results, 'write')}, {headline_over_hosts(results)} points apart in the mean."
     )
 
 
@@ -297,8 +299,19 @@ def more_hosts(results: Results) -> pd.DataFrame:
 
 
 def ahead_over_hosts(results: Results) -> str:
-    """Return how far writes are ahead over all cells, in the mean over the hosts of one architecture."""
-    return f"{estimate(results.row('every_cell_hosts', host='mean'), 'difference')} points"
+    """Return how many points writes are ahead over all cells, in the mean over the hosts of one architecture."""
+    return estimate(results.row("every_cell_hosts", host="mean"), "difference")
+
+
+def rates_of_models(results: Results, target: str) -> str:
+    """Return the win rates in the headline (no mean) on each of the same hosts."""
+    rows = results.rows("every_cell_headline", centre="none").query("host != 'mean'")
+    return listed(f"{rate:.0%}" for rate in rows[target])
+
+
+def headline_over_hosts(results: Results, centre: str = "none") -> str:
+    """Return how many points writes are ahead in the headline, in the mean over the same hosts."""
+    return estimate(results.row("every_cell_headline", host="mean", centre=centre), "difference")
 
 
 def cells_ahead(rows: Iterable[pd.Series]) -> str:

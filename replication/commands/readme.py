@@ -181,8 +181,14 @@ def cosine(results, bench) -> str:
 
 @block
 def models(results, bench) -> str:
-    count, ahead = len(findings.more_hosts(results)), findings.ahead_over_hosts(results)
-    return f"{count} of Gated DeltaNet: writes lead by {ahead}"
+    states, writes = (findings.rates_of_models(results, target) for target in ("state", "write"))
+    return f"{len(findings.more_hosts(results))} of Gated DeltaNet: atoms of states win at {states}, of writes at {writes}"
+
+
+@block
+def models_ahead(results, bench) -> str:
+    centres = (findings.headline_over_hosts(results, centre) for centre in ("none", "mean"))
+    return "{} points in the mean, and {} if the mean is subtracted".format(*centres)
 
 
 @block

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from replication import layout
 from replication.statistics import cluster_bootstrap, per_group, spearman, student, with_ends
+from replication.study.stages import rows_with
 from replication.study.study import Study
 from writesae.evaluate.replacement import AMPLITUDES as OF_THE_PAPER
 
@@ -13,6 +16,7 @@ AMPLITUDES = (*OF_THE_PAPER, "projection")
 RANDOM = "+random"  # in the variants of SAEs whose atoms start at random
 OTHER_SEEDS = "host-seeds"  # the profile with other hosts of the main host's architecture
 MEAN = "mean"  # in the place of a host
+CENTRES = ("none", "mean")
 MEASURED = ("state", "write", "difference", "rho")
 
 
@@ -78,12 +82,17 @@ def over_hosts(saes: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     its cells; those of the mean are Student's over hosts, so that they cover the training of a host. saes: the
     rows of these hosts in the table of the sweep `cells`."""
     table = starts(by_start(saes)["data"], seed)
-    mean = dict(host=MEAN) | table[["n_cells", "n", "write_ahead"]].sum().to_dict()
-    for name in MEASURED:
-        mean |= with_ends(name, table[name].mean(), student(table[name]))
+    totals = table[["n_cells", "n", "write_ahead"]].sum().to_dict()
     columns = [name + end for name in MEASURED for end in ("", "_low", "_high")]
-    whole = pd.concat([table, pd.DataFrame([mean])], ignore_index=True)
-    return whole[["host", "n_cells", "n", "write_ahead", *columns]]
+    return _with_mean(table, MEASURED, totals)[["host", "n_cells", "n", "write_ahead", *columns]]
+
+
+def _with_mean(table: pd.DataFrame, measured: Sequence[str], more: dict) -> pd.DataFrame:
+    """Return a table of hosts with a last row, their mean: its intervals are Student's; `more`: other columns."""
+    mean = dict(host=MEAN) | more
+    for name in measured:
+        mean |= with_ends(name, table[name].mean(), student(table[name]))
+    return pd.concat([table, pd.DataFrame([mean])], ignore_index=True)
 
 
 def more_hosts(study: Study, saes: pd.DataFrame) -> pd.DataFrame | None:
@@ -94,6 +103,34 @@ def more_hosts(study: Study, saes: pd.DataFrame) -> pd.DataFrame | None:
     if study.profile.name != "mini" or more is None:
         return None
     return over_hosts(pd.concat([saes[saes.host == study.main], more]), study.profile.seed)
+
+
+def headlines(study: Study) -> pd.DataFrame | None:
+    """Return the headline of the hosts of `more_hosts`: per centre one row per host, and one of their mean.
+
+    state, write: the share of places at which the atom of an SAE of this target beats deletion, over the paper's
+    cells, by position, at the atom's own coefficient; difference: write - state, paired. Intervals of a host
+    cover its places and trainings, those of the mean the training of a host. None as in `more_hosts`."""
+    names = ("headline", "headline_contrasts")
+    more = [study.kept_table(name, OTHER_SEEDS) for name in names]
+    if study.profile.name != "mini" or any(table is None for table in more):
+        return None
+    own = [rows_with(study.table(name), host=study.main) for name in names]
+    return over_headlines(*(pd.concat(pair) for pair in zip(own, more, strict=True)))
+
+
+def over_headlines(rates: pd.DataFrame, contrasts: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `headlines` from headline.csv and headline_contrasts.csv of these hosts."""
+    same = dict(cells="pooled", amplitude="coefficient")
+    rates = rows_with(rates, **same, draw="positions", condition="atom")
+    ends = ["win_rate", "win_rate_low", "win_rate_high"]
+    wide = rates.pivot(index=["centre", "host"], columns="target", values=ends)
+    wide.columns = [target + end.removeprefix("win_rate") for end, target in wide.columns]
+    table, tables = rows_with(contrasts, **same).merge(wide.reset_index(), on=["centre", "host"]), []
+    for _, part in table[table.centre.isin(CENTRES)].groupby("centre", sort=False):
+        totals = dict(centre=part.centre.iloc[0], n=part.n.sum(), seeds=part.seeds.sum())
+        tables.append(_with_mean(part, ("state", "write", "difference"), totals))
+    return pd.concat(tables, ignore_index=True)
 
 
 def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
@@ -146,6 +183,14 @@ def shown_hosts(table: pd.DataFrame) -> pd.DataFrame:
     columns |= {"difference (points)": layout.estimates(table, "difference")}
     columns |= {"cells ahead": [f"{row.write_ahead} of {row.n_cells}" for row in table.itertuples()]}
     return layout.shown(table, ["host"], columns | {"rho with half-life": layout.plain(table, "rho")})
+
+
+def shown_headlines(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of `headlines` for a reader."""
+    columns = {"places": layout.numbers(table.n, ",.0f"), "trainings": table.seeds} | layout.of_targets(table)
+    return layout.shown(
+        table, ["centre", "host"], columns | {"difference (points)": layout.estimates(table, "difference")}
+    )
 
 
 def shown_seeds(spread: pd.DataFrame) -> pd.DataFrame:

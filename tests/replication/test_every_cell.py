@@ -86,3 +86,27 @@ def test_hosts_of_one_architecture_have_an_interval_over_hosts():
     assert (mean.difference_low, mean.difference_high) == pytest.approx((0.3 - reach, 0.3 + reach))
     shown = every_cell.shown_hosts(table)
     assert shown["cells ahead"].tolist()[-1] == "15 of 15" and len(shown.columns) + 1 <= 8
+
+
+def test_the_headline_of_several_hosts_has_their_mean_per_centre():
+    rates, apart = [], []
+    for centre, shift in dict(mean=0.0, none=0.1, bias=9.0).items():
+        for host, rate in dict(a=0.3, b=0.4, c=0.6).items():
+            where = dict(host=host, centre=centre, cells="pooled", amplitude="coefficient")
+            row = dict(condition="atom", draw="positions", win_rate_low=0.1, win_rate_high=0.9)
+            rates += [where | row | dict(target="state", win_rate=rate)]
+            rates += [where | row | dict(target="write", win_rate=rate + shift)]
+            rates += [where | row | dict(target="write", win_rate=0.0, draw="atoms")]
+            rates += [where | row | dict(target="write", win_rate=0.0, condition="random")]
+            gap = dict(difference=shift, difference_low=shift - 1, difference_high=shift + 1)
+            apart += [where | gap | dict(n=30, seeds=3), where | gap | dict(n=10, seeds=3, cells="early")]
+    table = every_cell.over_headlines(pd.DataFrame(rates), pd.DataFrame(apart)).set_index(["centre", "host"])
+    assert table.index.tolist() == [(centre, host) for centre in ("mean", "none") for host in ("a", "b", "c", "mean")]
+    assert table.n.tolist() == [30, 30, 30, 90] * 2 and table.seeds.tolist() == [3, 3, 3, 9] * 2
+    mean = table.loc["none", "mean"]
+    assert (mean.state, mean.write, mean.difference) == pytest.approx((1.3 / 3, 1.6 / 3, 0.1))
+    reach = 4.302653 * np.std([0.3, 0.4, 0.6], ddof=1) / 3**0.5
+    assert (mean.state_low, mean.state_high) == pytest.approx((1.3 / 3 - reach, 1.3 / 3 + reach))
+    assert table.loc["none", "b"].write_high == 0.9
+    shown = every_cell.shown_headlines(table.reset_index())
+    assert len(shown) == 8 and len(shown.columns) + 2 <= 8
