@@ -182,13 +182,15 @@ def cosine(results, bench) -> str:
 @block
 def models(results, bench) -> str:
     states, writes = (findings.rates_of_models(results, target) for target in ("state", "write"))
-    return f"{len(findings.more_hosts(results))} of Gated DeltaNet: atoms of states win at {states}, of writes at {writes}"
+    return (
+        f"{len(findings.more_hosts(results))} of Gated DeltaNet: atoms of states win at {states}, of writes at {writes}"
+    )
 
 
 @block
 def models_ahead(results, bench) -> str:
     centres = (findings.headline_over_hosts(results, centre) for centre in ("none", "mean"))
-    return "{} points in the mean, and {} if the mean is subtracted".format(*centres)
+    return "{} points in the mean over models, and by {} if the SAEs subtract the mean of the data".format(*centres)
 
 
 @block
