@@ -19,6 +19,7 @@ def pytest_collectstart(collector):
 
 
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if "parameters" in item.cell.metadata.get("tags", []):
-            item.cell.source += f"\nprofile = {config.getoption('--profile')!r}"
+    profile = config.getoption("--profile", "mini")
+    for cell in (item.cell for item in items if hasattr(item, "cell")):
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source += f"\nprofile = {profile!r}"

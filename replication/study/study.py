@@ -167,8 +167,8 @@ class Study:
         return stages.read_table(self.paths.results / f"{name}.csv")
 
     def kept_table(self, name: str, profile: str = "") -> pd.DataFrame | None:
-        """Return a table of stages.KEPT, of this profile or another: that of this run, else the repository's, else
-        None."""
+        """Return a table that this run need not make, of stages.KEPT or of another profile: that of this run, else
+        the repository's, else None."""
         path = self.paths.results.with_name(profile or self.profile.name) / f"{name}.csv"
         both = (path, paths.ROOT / path.relative_to(self.paths.root))
         return next((stages.read_table(path) for path in both if path.is_file()), None)
