@@ -392,24 +392,11 @@ def r2(actual, predicted) -> float:
     return float(r2_score(actual, predicted))
 
 
-def _is_undefined(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.size < 4 or np.ptp(a) == 0 or np.ptp(b) == 0
-
-
-def pearson(a, b) -> Correlation:
-    """Pearson's r with Fisher's interval; all nan for fewer than four pairs or a constant side."""
-    a, b = _pair(a, b)
-    if _is_undefined(a, b):
-        return Correlation(*[np.nan] * 4, a.size)
-    result = stats.pearsonr(a, b)
-    numbers = (result.statistic, *result.confidence_interval(0.95), result.pvalue)
-    return Correlation(*map(float, numbers), a.size)
-
-
 def spearman(a, b) -> Correlation:
-    """Spearman's rho with Bonett and Wright's interval; infinity has a rank. All nan as in `pearson`."""
+    """Spearman's rho with Bonett and Wright's interval; infinity has a rank. All nan for fewer than four pairs or a
+    constant side."""
     a, b = _pair(*(stats.rankdata(x, nan_policy="omit") for x in (a, b)))
-    if _is_undefined(a, b):
+    if a.size < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return Correlation(*[np.nan] * 4, a.size)
     result = stats.spearmanr(a, b)
     rho = float(np.clip(result.statistic, -1, 1))
@@ -423,7 +410,7 @@ def spearman(a, b) -> Correlation:
 def clustered_spearman(a, b, clusters: Sequence, resamples: int, seed: int) -> Correlation:
     """Spearman's rho, with the percentile interval of a bootstrap over clusters.
 
-    Ranks are of the whole sample. All nan as in `pearson`; the ends are nan if a resample is constant.
+    Ranks are of the whole sample. All nan as in `spearman`; the ends are nan if a resample is constant.
     """
     rho, (a, b) = spearman(a, b), _pair(a, b)
     if np.isnan(rho.value):

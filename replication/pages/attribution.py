@@ -14,7 +14,6 @@ from torch import Tensor
 from replication import layout
 from replication import statistics as stats
 from replication.classes import alive_atoms
-from replication.plots import HOST
 from replication.study.firings import encoded_saes, firing_windows, firings_of, passage_prompts
 from replication.study.study import Study
 from writesae.evaluate.attribution import logit_parts, overwriters, shares, survival, weights, without_erase
@@ -289,35 +288,3 @@ def largest_parts(study: Study, host_name: str, tokens: int, count: int = 6) -> 
     columns = {"token": [repr(text[i]) for i in chosen], "tokens ago": tokens - 1 - chosen.numpy()}
     columns |= {"part of the logit (millinats)": layout.numbers(parts[chosen].numpy(), ".1f", 1000)}
     return pd.DataFrame(columns).set_index("token")
-
-
-def verdict(table: pd.DataFrame, fate: pd.DataFrame, classes: pd.DataFrame) -> list[str]:
-    """Return what the tables say, in sentences."""
-    lines = []
-    for row in table.itertuples():
-        lines.append(
-            f"{HOST[row.host]}: in the median of {row.cells} cells half of a read was written within "
-            f"{row.half_distance:.0f} tokens, and {row.share_own:.0%} is the token's own write. Cells with a longer "
-            f"half-life read farther back (rank correlation {layout.estimate(row, 'rho', digits=2, scale=1)})."
-        )
-        if row.decay_error > 0:
-            lines.append(
-                f"  A map without the erasures is wrong by {row.decay_error:.2f} of the size of the read (median)."
-            )
-    for row in fate[fate.same_token.notna()].itertuples():
-        lines.append(
-            f"{HOST[row.host]}, middle cell: erasures remove {layout.percent(row, 'all_erased')} of what "
-            f"the decay leaves of a write, and the strongest eraser {row.erased:.0%} of the write (median). "
-            f"That eraser is the same token in {layout.percent(row, 'same_token', digits=1)} of {row.n:,} "
-            f"writes; a random later token is in {row.by_chance:.1%}."
-        )
-    for host, part in classes.groupby("host", sort=False):
-        rows = part.set_index("class")
-        if {"register", "bundle"} <= set(rows.index):
-            one, other = rows.loc["register"], rows.loc["bundle"]
-            apart = one.reach_low > other.reach_high or one.reach_high < other.reach_low
-            lines.append(
-                f"{HOST[host]}: writes of registers reach {one.reach:.3f}, of bundles {other.reach:.3f}. The intervals are "
-                f"{'apart' if apart else 'not apart'}; the atoms of one class differ by {other.within:.3f}."
-            )
-    return lines

@@ -69,25 +69,12 @@ def test_fates_count_what_all_tokens_erased_and_who_erased_most():
     row = attribution.fates(writes(), 200, 1).iloc[0]
     assert row.all_erased == pytest.approx(0.5)
     assert (row.same_token, row.by_chance, row.wait) == (pytest.approx(0.25), pytest.approx(0.05), 2.5)
-    assert "same token in 25.0%" in attribution.verdict(pd.DataFrame(), pd.DataFrame([row]), _classes())[0]
 
 
 def test_a_host_that_only_decays_has_no_eraser():
     table = attribution.fates(pd.concat([writes(), writes(host="mamba2", erased=np.nan)]), 50, 1)
     assert table.same_token.isna().tolist() == [False, True]
     assert attribution.readable_fates(table)["it is the same token (%)"].tolist()[1] == ""
-
-
-def _classes(register=(0.2, 0.1, 0.3)):
-    rows = [("bundle", 0.5, 0.4, 0.6), ("register", *register)]
-    table = pd.DataFrame(rows, columns=["class", "reach", "reach_low", "reach_high"])
-    return table.assign(host="rwkv7", within=0.05)
-
-
-@pytest.mark.parametrize(("register", "word"), [((0.2, 0.1, 0.3), "are apart"), ((0.45, 0.3, 0.6), "are not apart")])
-def test_the_verdict_on_classes_compares_intervals(register, word):
-    (line,) = attribution.verdict(pd.DataFrame(), pd.DataFrame(dict(same_token=[])), _classes(register))
-    assert word in line
 
 
 def test_classes_weigh_atoms_equally():
