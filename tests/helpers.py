@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -210,3 +212,21 @@ def stepped_logits(host, tokens, edits, row, start, steps):
                 record.outputs[:, t, head] += (read - native[:, t])[0].T @ factors.query[0, t]
         hidden = host.finish(layer, record, None)
     return host.unembed(hidden)[0, start:]
+
+
+def code_of(notebook: Path) -> str:
+    """The code cells of a notebook as one program, without IPython's own lines."""
+    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    lines = "\n".join("".join(cell["source"]) for cell in cells).splitlines()
+    return "\n".join(re.sub(r"^(\s*)[%!].*", r"\1pass", line) for line in lines)
+
+
+def imported_names(tree: ast.AST) -> dict[str, str]:
+    """{local name: full name} of all imports."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {a.asname: a.name for a in node.names if a.asname}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+    return names

@@ -4,11 +4,11 @@ The package, the benchmarks and the notebooks never name a function that would e
 """
 
 import ast
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import code_of, imported_names
 
 from replication.commands import order
 
@@ -34,24 +34,6 @@ FORBIDDEN |= {"builtins.eval", "builtins.exec", "torch.hub.load", "torch.jit.loa
 GUARDED = {"torch.load": ("weights_only", True, None), "numpy.load": ("allow_pickle", False, False)}
 
 
-def code_of(notebook: Path) -> str:
-    """The code cells of a notebook as one program, without IPython's own lines."""
-    cells = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
-    lines = "\n".join("".join(cell["source"]) for cell in cells).splitlines()
-    return "\n".join("" if line.lstrip().startswith(("%", "!")) else line for line in lines)
-
-
-def imported(tree: ast.AST) -> dict[str, str]:
-    """{local name: full name} of all imports."""
-    names = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {a.asname: a.name for a in node.names if a.asname}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
-    return names
-
-
 def dotted(node: ast.AST, names: dict[str, str]) -> str:
     """The full dotted name of a node, such as numpy.load for `np.load`; empty if the node is not a name."""
     if isinstance(node, ast.Name):
@@ -70,7 +52,7 @@ def guarded(call: ast.Call, name: str) -> bool:
 def unsafe(source: str) -> Iterator[str]:
     """The places in a program that could execute a file."""
     tree = ast.parse(source)
-    names = imported(tree)
+    names = imported_names(tree)
     fine = {id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call) and _is_guarded(n, names)}
     for node in ast.walk(tree):
         name = dotted(node, names) if isinstance(getattr(node, "ctx", None), ast.Load) else ""
