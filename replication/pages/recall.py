@@ -279,30 +279,3 @@ def answer(summary: pd.DataFrame) -> str:
         f"{span(main, 'kept_delete')}, and an atom of the true dictionary {span(ceiling, 'kept_atom')}."
         + (f" Left out, because they answer less than half of the queries right: {names}." if names else "")
     )
-
-
-def verdict(summary: pd.DataFrame, of_hosts: pd.DataFrame) -> list[str]:
-    """Return the page's findings in words, with their numbers."""
-    here = against_side(summary[summary.side == SIDE])
-    few, spread = (
-        of_variant(here, Variant("write", "none", 1, 128)),
-        of_variant(here, Variant("write", "none", 4, 256)),
-    )
-    centred, states = of_variant(here, Variant("write", "mean", 1, 256)), here[here.target == "state"]
-    loaded, main = of_variant(summary[summary.side == SIDE]), of_variant(here)
-    loaded = loaded[loaded.pairs == loaded.pairs.max()]
-    quarter = against_side(of_hosts[of_hosts.answers >= LEARNT])
-    return [
-        f"Edits hit their pair alone: at a quarter of the side, the hosts say the value of a counterfactual write in "
-        f"{span(quarter, 'says_new')} of the trials, and keep the old answer in {span(quarter, 'kept_delete')} without the "
-        f"write; {span(quarter, 'others')} of the other right answers stay.",
-        f"At {SIDE} a side, one active atom per write: {span(main, 'own')} of the associations have an atom of their own, "
-        f"with only as many atoms as associations {span(few, 'own')}, with the mean subtracted {span(centred, 'own')}.",
-        f"Four active atoms share a write: the largest keeps {span(spread, 'kept_atom')} of the answers at its coefficient, "
-        f"{span(spread, 'kept_matched')} at the norm of the write.",
-        f"SAEs of states know the directions ({span(states, 'found')} of the true writes have an atom with a cosine of "
-        f"{FOUND} or more), but the largest atom at a token is seldom that of the pair written there: own atoms "
-        f"{span(states, 'own')}, answers kept {span(states, 'kept_atom')}.",
-        f"With {loaded.pairs.iloc[0]} pairs in {SIDE} x {SIDE}, the atom still keeps {span(loaded, 'kept_atom')} of the answers "
-        f"that the host gives right.",
-    ]

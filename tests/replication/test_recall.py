@@ -110,14 +110,5 @@ def test_sentences_have_the_numbers_of_the_table():
     assert "Yes on Mamba-2**" in recall.answer(pd.concat([sure, _truth(summary)]))
 
 
-def test_the_largest_load_is_that_of_its_side():
-    summary = recall.saes(rows(), 200, 1)
-    wider = summary.assign(side=128, pairs=32, kept_atom=0.99)
-    columns = ("answers", "says_new", "kept_delete", "others")
-    hosts = pd.DataFrame(dict(side=[32], pairs=[8]) | dict.fromkeys(columns, 0.75))
-    loaded = pd.concat([summary, summary.assign(pairs=32, kept_atom=0.25), wider])
-    assert "With 32 pairs in 32 x 32, the atom still keeps 25% of" in recall.verdict(loaded, hosts)[-1]
-
-
 def _truth(summary):
     return summary.assign(target="truth", n_atoms=128, kept_atom=1.0)

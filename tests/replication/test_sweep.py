@@ -280,7 +280,8 @@ def test_a_file_that_is_no_grid_is_one_sentence(tmp_path, text, message):
 def test_a_missing_grid_is_one_sentence(output, capsys):
     assert main(["sweep", "--profile", "smoke", "--grid", "profiles/sweeps/none.yaml"]) == 1
     assert capsys.readouterr().err.strip() == (
-        "sweep failed: There is no grid profiles/sweeps/none.yaml: profiles/sweeps/ has cells, ladder, ladder_cells, paper, seeds, start."
+        "sweep failed: There is no grid profiles/sweeps/none.yaml: profiles/sweeps/ has cells, ladder, "
+        "ladder_cells, paper, seeds, start."
     )
 
 
