@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 from IPython.display import DisplayHandle, Markdown, display
+from statsmodels.stats.proportion import proportion_confint
 
 from replication import findings
 from replication.findings import (
@@ -70,8 +71,8 @@ def hosts(results: Results) -> str:
     costs = listed(f"{1000 * x.cost.median():.1f}" for x in cells.values())
     worth = listed(f"{(x.cost_low > 0).sum()} of {len(x)}" for x in cells.values())
     return (
-        f"Of the cells of the three hosts {shares} keep half of a write for 4 tokens or more. What a cell is worth differs "
-        f"more. Without its writes the loss rises by {costs} millinats per token in the median "
+        f"Of the cells of the three hosts {shares} keep half of a write for 4 tokens or more. What a cell is "
+        f"worth differs more. Without its writes the loss rises by {costs} millinats per token in the median "
         f"cell, and certainly rises in {worth} cells."
     )
 
@@ -80,8 +81,8 @@ def harvest(results: Results) -> str:
     rows = [results.rows("harvest", host=host).iloc[0] for host in HOSTS]
     times = listed(f"{row.numbers_per_state / row.numbers_per_token:.0f}" for row in rows)
     return (
-        f"Yes, without states: a cell's history takes {times} times fewer numbers on the three hosts, and every "
-        "product with the states is exact. RWKV-7 saves least, because its decay and its erasure are vectors."
+        f"Yes, without states: a cell's history takes {times} times fewer numbers on the three hosts, and "
+        "every product with the states is exact. RWKV-7 saves least, because its decay and its erasure are vectors."
     )
 
 
@@ -91,9 +92,9 @@ def train_saes(results: Results) -> str:
     shares = [100 * main[main.target == target].fvu.median() for target in ("state", "write")]
     alive = (main.alive / main.n_atoms).min()
     return (
-        f"Training works, and the dictionaries are coarse: the median SAE leaves {shares[0]:.0f}% of its states or "
-        f"{shares[1]:.0f}% of its writes unexplained, and at least {alive:.0%} of the atoms of each are in use. An atom "
-        "that replaces a write is therefore an approximation of it, which the next pages test."
+        f"Training works, and the dictionaries are coarse: the median SAE leaves {shares[0]:.0f}% of its "
+        f"states or {shares[1]:.0f}% of its writes unexplained, and at least {alive:.0%} of the atoms of "
+        "each are in use. An atom that replaces a write is therefore an approximation of it, which the next pages test."
     )
 
 
@@ -104,22 +105,23 @@ def atoms(results: Results) -> str:
         listed(f"the {row.place} cell's {row.target}-trained SAE" for row in two.itertuples()) if len(two) else "none"
     )
     return (
-        f"Of {len(table)} SAEs of the main host, two groups of cosines are certain in {len(two)} ({names}). Elsewhere "
-        "the cosines are one bulk with a tail, and register and bundle name its two ends rather than two kinds."
+        f"Of {len(table)} SAEs of the main host, two Gaussians certainly fit the cosines better than one in {len(two)} "
+        f"({names}), as they would fit one skewed group. Elsewhere the cosines are one bulk with a tail, and "
+        "register and bundle name its two ends rather than two kinds."
     )
 
 
 def logit_shift(results: Results) -> str:
     layer, first = (r2(results, x, 10.0) for x in ("through_layer", "exact"))
     return (
-        "A write's effect on a logit can be predicted without a fit if the edited layer is taken exactly: even at ten "
-        f"native norms R2 is {layer:.2f}, where first order has {first:.1f}. The paper's fitted scalar tests whether "
-        "the shift is linear in the size of the edit, not whether the formula predicts it."
+        "A write's effect on a logit can be predicted without a fit if the edited layer is taken exactly: "
+        f"even at ten native norms R2 is {layer:.2f}, where first order has {first:.1f}. The paper's fitted "
+        "scalar tests whether the shift is linear in the size of the edit, not whether the formula predicts it."
     )
 
 
 def replacement(results: Results) -> str:
-    none, mean, best = (
+    none, mean, scaled = (
         results.row("headline_contrasts", host=MAIN, cells="pooled", amplitude=amplitude, centre=centre)
         for amplitude, centre in (("coefficient", "none"), ("coefficient", "mean"), ("projection", "none"))
     )
@@ -127,11 +129,11 @@ def replacement(results: Results) -> str:
     words = apart(state.win_rate_low - 0.5, state.win_rate_high - 0.5)
     recovered = [percent(win_rate(results, target), "recovered") for target in ("write", "state")]
     return (
-        f"An atom, at its own coefficient, can stand for a write if its SAE was trained on writes without subtracting "
-        f"their mean: it is then {points(none)} ahead of the state-trained atom, whose rate is {words} one half. "
-        f"At its best amplitude the difference is {points(best)}, and with the mean subtracted, as in the paper, "
-        f"{points(mean)}. Rates count places; of the mean KL of deletion, atoms of writes recover {recovered[0]} and atoms "
-        f"of states {recovered[1]}."
+        f"An atom, at its own coefficient, can stand for a write if its SAE was trained on writes without "
+        f"subtracting their mean: it is then {points(none)} ahead of the state-trained atom, whose rate is {words} "
+        f"one half. With atoms scaled to fit the write the difference is {points(scaled)}, and with the mean "
+        f"subtracted, as in the paper, {points(mean)}. Rates count places; of the mean KL of deletion, atoms "
+        f"of writes at their own coefficient recover {recovered[0]} and atoms of states {recovered[1]}."
     )
 
 
@@ -140,9 +142,10 @@ def objects(results: Results) -> str:
     write, state = (results.row("objects_summary", object=x, **where) for x in ("write", "state"))
     rhos = [estimate(row, "rho", "rho_low", "rho_high", 2, scale=1) for row in (write, state)]
     return (
-        f"The paper's pattern is that wins do not depend on the cosine. Over the three cells their rank correlation is "
-        f"{rhos[1]} where the state is replaced, and {rhos[0]} where the write is; in the cell nearest to the paper's "
-        f"spectrum it is {findings.cosine_in_regime(results)} where the state is. Deleting the state has "
+        f"The paper's pattern is that wins do not depend on the cosine. Over the three cells their rank "
+        f"correlation is {rhos[1]} where the state is replaced, and {rhos[0]} where the write is. That is without the "
+        f"mean; if it is subtracted, as in the paper's text, the correlation is {findings.cosine(results, centre='mean')} "
+        f"where the state is replaced. Deleting the state has "
         f"{state.kl_delete / write.kl_delete:.0f} times the median KL of deleting the write."
     )
 
@@ -150,13 +153,14 @@ def objects(results: Results) -> str:
 def all_writes(results: Results) -> str:
     where = dict(host=MAIN, role="pooled", layer=4, centre="none")
     read = results.row("all_writes", condition="read", target="state", **where)
-    atom = results.row("all_writes", condition="atom", target="write", **where)
-    shares = [percent(row, "recovered", "ci_low", "ci_high") for row in (read, atom)]
-    overlap = read.ci_low < atom.ci_high
+    atom, whole = (results.row("all_writes", condition=x, target="write", **where) for x in ("atom", "reconstruction"))
+    shares = [percent(row, "recovered", "ci_low", "ci_high") for row in (read, atom, whole)]
+    overlap = read.ci_low < whole.ci_high
     return (
         f"In the middle cell, reading every state through the state-trained SAE recovers {shares[0]} of the loss that "
-        f"the cell's writes are worth, and putting the write-trained atom in every write's place {shares[1]}. With "
-        f"{read.passages:.0f} passages {'the intervals overlap' if overlap else 'the intervals are apart'}."
+        f"the cell's writes are worth. Putting the write-trained SAE's top atom in every write's place recovers {shares[1]}, "
+        f"and its whole reconstruction {shares[2]}. With {read.passages:.0f} passages the intervals "
+        f"{'overlap' if overlap else 'are apart'}."
     )
 
 
@@ -169,24 +173,32 @@ def baselines(results: Results) -> str:
         target="write",
         centre="none",
     )
-    names = dict(nearest_write="the nearest of 512 raw writes", kmeans="the nearest of 512 k-means centres")
+    names = dict(random="a random atom", mean_write="the mean write", token_mean="the mean write of the token")
+    names |= dict(nearest_write="the nearest of 512 raw writes", kmeans="the nearest of 512 k-means centres")
     names["k1_best_atom"] = "the nearest atom of an SAE with one active atom"
-    parts = []
+    parts = {}
     for method, name in names.items():
-        row = results.row("baselines_contrasts", method=method, size=512, **where)
-        parts.append(f"it is {apart(row.difference_low, row.difference_high)} {name} ({points(row)})")
+        row = results.rows("baselines_contrasts", method=method, **where).iloc[0]
+        group = parts.setdefault(apart(row.difference_low, row.difference_high), [])
+        group.append(f"{name} ({points(row)}; nearer at {percent(row, 'atom_closer', 'ci_low', 'ci_high')} of places)")
     return (
-        "The atom is better than a random atom and than mean writes, and not better than other stand-ins of its size. "
-        f"In the share of KL that is recovered, {', '.join(parts[:-1])} and {parts[-1]}."
+        "In the share of KL that is recovered, the nearest atom is "
+        + "; ".join(f"{words} {listed(group)}" for words, group in parts.items())
+        + "."
     )
 
 
 def population(results: Results) -> str:
-    row = results.row("population_summary", host=MAIN, target="state", amplitude="coefficient", **{"class": "all"})
+    rows = results.rows("population", host=MAIN, amplitude="coefficient")
+    sure = {}
+    for target, part in rows.groupby("target"):
+        low, high = proportion_confint((part.win_rate * part.firings).round(), part.firings, method="beta")
+        sure[target] = (
+            f"{(low > 0.5).sum()} of {len(part)} surely win more often than not, {(high < 0.5).sum()} surely less"
+        )
     return (
-        f"Replacement is a matter of degree over the whole dictionary: the win rates of single state-trained atoms lie "
-        f"between {row.lowest:.0%} and {row.highest:.0%}, with a median of {row.median_win_rate:.0%}, so it is "
-        "not a property of a few of them."
+        f"Of the state-trained atoms {sure['state']}; of the write-trained ones {sure['write']} (95% "
+        "Clopper-Pearson, one atom at a time). The others have too few firings to tell."
     )
 
 
@@ -199,16 +211,17 @@ def other_hosts(results: Results) -> str:
         f"{apart(row.difference_low, row.difference_high)} training on states on {HOST[host]} ({points(row)})"
         for row, host in zip(rows, HOSTS[1:], strict=True)
     ]
-    best = [
+    scaled = [
         results.row("headline_contrasts", host=host, cells="middle", amplitude="projection", centre="none")
         for host in HOSTS[1:]
     ]
     layer, paper = (
-        listed(f"{r2(results, x, 1.0, host):,.1f}" for host in HOSTS[1:]) for x in ("through_layer", "paper")
+        listed(f"{r2(results, x, 1.0, host):,{form}}" for host in HOSTS[1:])
+        for x, form in (("through_layer", ".3f"), ("paper", ".0f"))
     )
     return (
-        f"Training on writes is {listed(parts)}; with atoms at their best amplitude the differences are "
-        f"{listed(points(row) for row in best)}. The closed form that takes the edited layer exactly has an R2 of {layer} "
+        f"Training on writes is {listed(parts)}; with atoms scaled to fit the write the differences are "
+        f"{listed(points(row) for row in scaled)}. The closed form that takes the edited layer exactly has an R2 of {layer} "
         f"there without a fit, at the size of a native write, and the paper's formula without its scalar {paper}."
     )
 
@@ -225,11 +238,11 @@ def cache_edits(results: Results) -> str:
     beyond = estimate(kept, "beyond_random", "beyond_random_low", "beyond_random_high", scale=1)
     readers = results.rows("top_readers", **{"host": MAIN, "class": "register"})
     return (
-        f"Erasing an atom's write changes the log-probability of its preferred token by {other} millinats, and by {same} if "
-        f"the token is found on the tested firings, as in the paper (-116). Amplified atoms of line ends change newlines by "
-        f"{beyond} per 400 tokens more than random atoms do. "
-        f"The strongest readers of register atoms react {listed(f'{x:.1f}' for x in readers.ratio)} times as much as to a "
-        "random write (the paper: 5 to 7.5). All of this is on the main host."
+        f"Erasing an atom's write changes the log-probability of its preferred token by {other} millinats, and by {same} "
+        f"if the token is found on the tested firings, as in the paper (-116). Amplified atoms of line ends "
+        f"change newlines by {beyond} per 400 tokens more than random atoms do. "
+        f"The strongest readers of register atoms react {listed(f'{x:.1f}' for x in readers.ratio)} times as "
+        "much as to a random write (the paper: 5 to 7.5). All of this is on the main host."
     )
 
 
@@ -239,16 +252,18 @@ def install(results: Results) -> str:
         [results.row("install_cells_summary", host=host, direction=name, **where) for host in HOSTS]
         for name in ("refined", "random")
     )
-    installed = listed(f"{row.next_token:.0%}" for row in refined)
+    installed, trials = (
+        listed(f"{row[x]:{form}}" for row in refined) for x, form in (("next_token", ".0%"), ("n", ".0f"))
+    )
     costs, of_random = (listed(f"{row.kl_elsewhere:.2g}" for row in rows) for rows in (refined, random))
     rows = [results.row("install_ceiling_summary", host=host) for host in HOSTS]
     enough = listed(f"{row.enough:.0%}" for row in rows)
     needed, ceiling = (listed(f"{row[name]:.1f}" for row in rows) for name in ("needed", "ceiling"))
     return (
-        f"Writes in all cells, refined by gradient, install {installed} of the words of rank 101 to "
-        f"1,000 on the three hosts, and writes of any size in one cell gain enough for {enough}. Such a word needs {needed} "
-        f"nats, and the best cell can add at most {ceiling}. Writes in all cells change the rest as well: the KL of the "
-        f"other tokens is {costs} nats, after random writes of the same size {of_random}."
+        f"Writes in all cells, refined by gradient, install {installed} of the words of rank 101 to 1,000 three "
+        f"tokens later on the three hosts ({trials} trials), and writes of any size in one cell gain enough for {enough}. "
+        f"Such a word needs {needed} nats, and the best cell can add at most {ceiling}. Writes in all cells change "
+        f"the rest as well: the KL of the other tokens is {costs} nats, after random writes of the same size {of_random}."
     )
 
 
@@ -264,33 +279,36 @@ def ablations(results: Results) -> str:
 
     return (
         "Other encoders, decoders, sparsity rules and ranks have "
-        f"{errors.min():.2f} to {errors.max():.2f} times the error of the bilinear rank-1 TopK SAE on states. In the "
-        f"middle cell the win rate is certainly lower in {lower('state', 'win_rate_coefficient')} variants "
-        f"for states and {lower('write', 'win_rate_coefficient')} for writes, and at the native write's norm in "
-        f"{lower('state', 'win_rate_matched_norm')} and {lower('write', 'win_rate_matched_norm')}. Random "
-        f"starts change the headline's win rate of write-trained atoms by {points(start)} over three cells; page 14 asks "
-        "it in every cell. With up "
+        f"{errors.min():.2f} to {errors.max():.2f} times the error of the bilinear rank-1 TopK SAE on "
+        f"states. In the middle cell the win rate is certainly lower in {lower('state', 'win_rate_coefficient')} "
+        f"variants for states and {lower('write', 'win_rate_coefficient')} for writes, and at the native "
+        f"write's norm in {lower('state', 'win_rate_matched_norm')} and {lower('write', 'win_rate_matched_norm')}. "
+        f"Random starts change the headline's win rate of write-trained atoms by {points(start)} over three "
+        "cells; page 14 asks it in every cell. In the middle cell, with up "
         f"to {large.n_atoms:,.0f} atoms and {large.tokens / small.tokens:.0f} times the training tokens, the errors fall from "
         f"{small.fvu_state:.2f} to {large.fvu_state:.2f} (states) and from {small.fvu_write:.2f} to {large.fvu_write:.2f} "
-        f"(writes), and SAEs of writes are certainly ahead at {(ladder.difference_low > 0).sum()} of {len(ladder)} sizes, by "
-        f"{findings.ladder_ahead(results)}; with atoms at their best amplitude by "
+        f"(writes), and SAEs of writes are certainly ahead at {(ladder.difference_low > 0).sum()} of {len(ladder)} "
+        f"sizes, by {findings.ladder_ahead(results)}; with atoms scaled to fit the write by "
         f"{findings.ladder_ahead(results, '_projection')}."
     )
 
 
 def every_cell(results: Results) -> str:
-    rows, best = (
+    rows, scaled = (
         [results.row("every_cell", host=host, amplitude=amplitude) for host in HOSTS]
         for amplitude in ("coefficient", "projection")
     )
     random = [results.row("every_cell_starts", host=host, start="random") for host in HOSTS]
-    trends = [results.row("every_cell_trend", host=host, target="state", amplitude="coefficient") for host in HOSTS]
-    falls = sum(row.rho_half_life_median_high < 0 for row in trends)
+    falls = [
+        sum(findings.with_memory(results, host, amplitude).rho_half_life_median_high < 0 for host in HOSTS)
+        for amplitude in ("coefficient", "projection")
+    ]
     return (
-        f"The write-trained atom is ahead in {findings.cells_ahead(rows)} cells of the three hosts, in the mean over cells by "
-        f"{listed(points(row) for row in rows)}, at the atom's own coefficient; at its best amplitude it is ahead in "
-        f"{findings.cells_ahead(best)}. If atoms start at random, it is ahead in {findings.cells_ahead(random)}. The "
-        f"state-trained atom's rate certainly falls with the half-life on {falls} of {len(trends)} hosts."
+        f"The write-trained atom is ahead in {findings.cells_ahead(rows)} cells of the three hosts, in the mean over cells "
+        f"by {listed(points(row) for row in rows)}, at the atom's own coefficient; scaled to fit the write it is ahead "
+        f"in {findings.cells_ahead(scaled)}. If atoms start at random, it is ahead in {findings.cells_ahead(random)}. The "
+        f"state-trained atom's rate certainly falls with the half-life on {falls[0]} of {len(HOSTS)} hosts, and on {falls[1]} "
+        "if atoms are scaled to fit the write."
     )
 
 
@@ -313,9 +331,9 @@ def scorecard(results: Results) -> str:
     counts = [f"{(first.status == name).sum()} {name}" for name in first.status.unique()]
     unsettled = f"{(kept.status == 'unsettled').sum()} of {len(kept)}"
     return (
-        f"Of the paper's headline claims, {listed(counts)} on the main host. In all, {unsettled} verdicts are unsettled, "
-        f"and {(kept.trainings == 1).sum()} rest on one training of an SAE, whose intervals are wide: more seeds would "
-        "settle more than more places."
+        f"Of the paper's headline claims, {listed(counts)} on the main host. In all, {unsettled} verdicts "
+        f"are unsettled, and {(kept.trainings == 1).sum()} rest on one training of an SAE, whose intervals "
+        "are widened by what trainings differ by elsewhere."
     )
 
 
@@ -324,9 +342,9 @@ def attribution(results: Results) -> str:
     spans = listed(f"{row.half_distance:.0f}" for row in rows)
     own = listed(f"{row.share_own:.0%}" for row in rows)
     return (
-        f"Half of what a head of the three hosts reads was written within {spans} tokens (median over cells), and {own} is "
-        f"the token's own write. A map from decays alone is wrong by {findings.decay_errors(results)} of the size of the "
-        "read on the Gated DeltaNet and on RWKV-7, because erasures count as well."
+        f"Half of what a head of the three hosts reads was written within {spans} tokens (median over cells), and {own} "
+        f"is the token's own write. A map from decays alone is wrong by {findings.decay_errors(results)} of "
+        "the size of the read on the Gated DeltaNet and on RWKV-7, because erasures count as well."
     )
 
 
@@ -335,9 +353,9 @@ def recall(results: Results) -> str:
     own, nothing = (listed(f"{row[name]:.0%}" for row in rows) for name in ("own", "kept_delete"))
     return (
         f"Atoms of rank 1 do not get worse with the side where the right dictionary has rank 1: {own} of the associations "
-        f"have an atom of their own at side {rows[0].side} (Gated DeltaNet, Mamba-2, RWKV-7). Without the write {nothing} of "
-        "the answers stay right, so the measure can fail. Whether the writes of a language model have such a dictionary is "
-        "another question."
+        f"have an atom of their own at side {rows[0].side} (Gated DeltaNet, Mamba-2, RWKV-7). Without the write {nothing} "
+        "of the answers stay right, so the measure can fail. Whether the writes of a language model have "
+        "such a dictionary is another question."
     )
 
 
@@ -345,17 +363,21 @@ def residual_features(results: Results) -> str:
     where = dict(cells="middle", object="atom", predictor="through_layer")
     hits = percent(results.row("residual_features_summary", **where), "hits", "hits_low", "hits_high")
     return (
-        "One linear pass says which features an atom will raise, and when: of the ten that it is predicted to raise most at "
-        f"later tokens, {hits} are among the ten that rise most."
+        "One linear pass says which features an atom will raise, and when: of the ten that it is predicted "
+        f"to raise most at later tokens, {hits} are among the ten that rise most."
     )
 
 
 def recurrence(results: Results) -> str:
-    where = dict(host=MAIN, target="write", centre="none")
-    tied, means, raw = (results.row("recurrence_summary", dictionary=x, **where) for x in ("tied", "kmeans", "raw"))
+    where = dict(target="write", centre="none")
+    tied, raw = (results.row("recurrence_summary", host=MAIN, dictionary=x, **where) for x in ("tied", "raw"))
+    atoms, means = (
+        listed(f"{results.row('recurrence_summary', host=host, dictionary=x, **where).recurs:.0%}" for host in HOSTS)
+        for x in ("sae", "kmeans")
+    )
     return (
-        f"Few come back, and a simpler dictionary is not steady either: of k-means centroids of drawn writes "
-        f"{means.recurs:.0%} come back. A tied encoder does not help ({tied.recurs:.0%}). That the text tells "
+        f"Few come back: {atoms} of the atoms of writes on the three hosts. Of k-means centroids of drawn "
+        f"writes {means} come back. A tied encoder does not help ({tied.recurs:.0%} on the main host). That the text tells "
         f"where an atom fires does not make it special: the nearest of raw writes is told almost as well ({raw.auc_all:.2f})."
     )
 

@@ -29,7 +29,7 @@ CELLS = {
     "late": (MAIN, "late"),
 }
 CELLS |= {
-    "nearest to the paper's spectrum": (MAIN, "regime"),
+    "σ1/σ2 nearest to the paper's 12": (MAIN, "regime"),
     "matters most for the loss": (MAIN, "weighty"),
 }
 CELLS |= {"Mamba-2, middle": ("mamba2", "middle"), "RWKV-7, middle": ("rwkv7", "middle")}
@@ -93,8 +93,8 @@ def hosts(results: Results) -> str:
     losses = [results.row("hosts", host=host).heldout_loss for host in HOSTS]
     memory = [results.rows("all_cells", host=host).half_life_median.median() for host in HOSTS]
     return (
-        f"The three models read held-out text at {listed(f'{x:.2f}' for x in losses)} nats per token, and their heads "
-        f"keep a write for a median of {listed(f'{x:.0f}' for x in memory)} tokens until half of it has decayed."
+        f"The three models read held-out text at {listed(f'{x:.2f}' for x in losses)} nats per token, and their "
+        f"heads keep a write for a median of {listed(f'{x:.0f}' for x in memory)} tokens until half of it has decayed."
     )
 
 
@@ -112,8 +112,8 @@ def train_saes(results: Results) -> str:
     ends = {target: 100 * part.fvu.agg(["min", "max"]) for target, part in main.groupby("target")}
     shares = [f"{ends[x]['min']:.0f} to {ends[x]['max']:.0f}%" for x in ("state", "write")]
     return (
-        f"SAEs leave {shares[0]} of the variance of states unexplained, and {shares[1]} of the variance of writes, in "
-        "the cells of the main host."
+        f"SAEs leave {shares[0]} of the variance of states unexplained, and {shares[1]} of the variance of "
+        "writes, in the cells of the main host."
     )
 
 
@@ -122,31 +122,36 @@ def atoms(results: Results) -> str:
     again = results.row("atom_match_shares", host=MAIN, target="state", **{"class": "all"})
     share = estimate(again, "share", "ci_low", "ci_high", 1).replace(" ", "% ", 1)
     return (
-        f"Of {row.alive} state-trained atoms that fire in the middle cell, {row.registers} are registers, at a median "
-        f"cosine of {row.register_cosine:.2f} to the write, and the others are at {row.bundle_cosine:.2f}. Of the atoms of "
-        f"smaller SAEs {share} come back in another seed (the paper: under 1%); page 19 asks it of the main ones."
+        f"Of {row.alive} state-trained atoms that fire in the middle cell, {row.registers} are registers, at "
+        f"a median cosine of {row.register_cosine:.2f} to the write, and the others are at {row.bundle_cosine:.2f}. Of the "
+        f"atoms of smaller SAEs {share} come back in another seed (the paper: under 1%); page 19 asks it of the main ones."
     )
 
 
 def logit_shift(results: Results) -> str:
     layer, first, paper, fitted = (r2(results, x, 1.0) for x in ("through_layer", "exact", "paper", "paper_fitted"))
     return (
-        f"With nothing fitted, the closed form through the edited layer has a median R2 of {layer:.3f} at the size of "
-        f"a native write, and the first-order form {first:.2f}; the paper's formula has {paper:.2f}, and {fitted:.2f} "
+        f"With nothing fitted, the closed form through the edited layer has a median R2 of {layer:.3f} at the size "
+        f"of a native write, and the first-order form {first:.2f}; the paper's formula has {paper:.2f}, and {fitted:.2f} "
         "with its fitted scalar."
     )
 
 
 def replacement(results: Results) -> str:
     write, state = (win_rate(results, target) for target in ("write", "state"))
-    floors = [win_rate(results, target, condition="random").win_rate for target in ("write", "state")]
-    best = [win_rate(results, target, amplitude="projection") for target in ("write", "state")]
+    floors, scaled_floors = (
+        listed(
+            f"{win_rate(results, x, condition='random', amplitude=amplitude).win_rate:.0%}" for x in ("write", "state")
+        )
+        for amplitude in ("coefficient", "projection")
+    )
+    scaled = [win_rate(results, target, amplitude="projection") for target in ("write", "state")]
     ceiling = win_rate(results, "write", condition="native_rescaled").win_rate
     return (
         f"An atom of an SAE trained on writes beats deletion at {percent(write, *WIN)} of {write.n:,} places, and one "
-        f"of an SAE trained on states at {percent(state, *WIN)}; random atoms of these SAEs do at "
-        f"{listed(f'{x:.0%}' for x in floors)}, and the write itself at the atom's norm at {ceiling:.0%}. That is at the "
-        f"atom's own coefficient; at its best amplitude the rates are {listed(percent(row, *WIN) for row in best)}."
+        f"of an SAE trained on states at {percent(state, *WIN)}; random atoms of these SAEs do at {floors}, and the write "
+        f"itself at the atom's norm at {ceiling:.0%}. That is at the atom's own coefficient. Scaled to fit the write, "
+        f"the atoms beat deletion at {listed(percent(row, *WIN) for row in scaled)}, and random atoms at {scaled_floors}."
     )
 
 
@@ -159,27 +164,28 @@ def objects(results: Results) -> str:
     rhos = listed(f"{row.rho:.2f}" for row in rows)
     return (
         f"If the atom of an SAE of states without the mean replaces the whole state instead of the write, it beats deletion "
-        f"at {shares} of the places of the three hosts, and the rank correlation with its cosine to the write is {rhos} (in "
-        "the paper's Table 13 the win rate does not depend on the cosine). In the cell nearest to the paper's spectrum it is "
-        f"{cosine_in_regime(results)}."
+        f"at {shares} of the places of the three hosts, and the rank correlation with its cosine to the write is {rhos} "
+        "(in the paper's Table 13 the win rate does not depend on the cosine). On the main host it is "
+        f"{cosine(results, centre='mean')} if the SAE subtracts the mean, as in the paper's text, and "
+        f"{cosine(results, 'regime')} in the cell whose σ1/σ2 is nearest to the paper's 12."
     )
 
 
-def cosine_in_regime(results: Results) -> str:
-    """Return the rank correlation of wins with the cosine in the cell `regime` if the state is replaced."""
-    where = dict(host=MAIN, target="state", centre="none", object="state", cells="regime")
+def cosine(results: Results, cells: str = "pooled", centre: str = "none") -> str:
+    """Return the rank correlation of wins with the cosine on the main host if the atom replaces the state."""
+    where = dict(host=MAIN, target="state", centre=centre, object="state", cells=cells, offset_kept=False)
     return estimate(results.row("objects_summary", **where), "rho", digits=2, scale=1)
 
 
 def all_writes(results: Results) -> str:
     table = results.rows("all_writes", host=MAIN, role="pooled", layer=4).set_index(["condition", "target", "centre"])
     nothing = results.rows("all_writes", host=MAIN, layer=4, condition="none").iloc[0]
-    rows = nothing, *(table.loc[name] for name in (("atom", "write", "none"), ("read", "state", "none")))
-    costs = [estimate(row, "change", digits=1, scale=1000) for row in rows]
+    kinds = ("atom", "write", "none"), ("reconstruction", "write", "none"), ("read", "state", "none")
+    costs = [estimate(row, "change", digits=1, scale=1000) for row in (nothing, *map(table.loc.__getitem__, kinds))]
     return (
         f"Without any write, the middle cell costs {costs[0]} millinats per token. With every write replaced "
-        f"by the write-trained SAE's top atom it costs {costs[1]}, and with every state read through "
-        f"the state-trained SAE {costs[2]}."
+        f"by the write-trained SAE's top atom it costs {costs[1]}, by its whole reconstruction {costs[2]}, "
+        f"and with every state read through the state-trained SAE {costs[3]}."
     )
 
 
@@ -192,7 +198,7 @@ def baselines(results: Results) -> str:
         row = results.row("baselines_summary", **where, method=method, size=512)
         parts.append(f"{words} {percent(row, 'recovered', 'recovered_low', 'recovered_high')}")
     return (
-        "At its best amplitude, the nearest atom of the write-trained SAE recovers "
+        "Scaled to fit the write, the nearest atom of the write-trained SAE recovers "
         f"{percent(atom, 'recovered', 'recovered_low', 'recovered_high')} of the KL of deletion, {listed(parts)}."
     )
 
@@ -203,8 +209,8 @@ def population(results: Results) -> str:
     columns = ("mean_win_rate", "ci_low", "ci_high")
     return (
         f"Averaged over {state.n_atoms} atoms of the middle cell (equally per atom, mean subtracted), the state-trained "
-        f"atom beats deletion at {percent(state, *columns)} of its firings and the write-trained one at "
-        f"{percent(write, *columns)} (the paper: {papers_value('P1'):.0%})."
+        f"atom beats deletion at {percent(state, *columns)} of its firings (the paper: {papers_value('P1'):.0%}), "
+        f"and the write-trained one at {percent(write, *columns)}."
     )
 
 
@@ -228,9 +234,10 @@ def cache_edits(results: Results) -> str:
     )
     rose = results.row("single_write_summary", host=MAIN, direction="paper", predictor="paper")
     return (
-        f"Amplifying the ten atoms of line ends five times changes newlines by {change} per 400 tokens in one cell, as the "
-        f"paper describes it, and by {kept} in a layer, as the author's code does. One write along the paper's direction "
-        f"raises its target's logit in {rose.rose:.0%} of the trials (the paper: {papers_value('I1'):.0%})."
+        f"Amplifying the ten atoms of line ends five times changes newlines by {change} per 400 tokens in one "
+        f"cell, as the paper describes it, and by {kept} in a layer, as the author's code does. One write along "
+        f"the paper's direction raises its target's logit in {rose.rose:.0%} of the trials, and the formula's sign, "
+        f"plus or minus, is right in {rose.sign_agreement:.0%}. The paper's {papers_value('I1'):.0%} can be read as either."
     )
 
 
@@ -240,15 +247,17 @@ def install(results: Results) -> str:
     return (
         f"Three writes at three times the native norm change the share of targets among the new tokens from "
         f"{gamma.included_native:.1%} to {paper.included_edited:.1%} along the paper's direction and to "
-        f"{gamma.included_edited:.1%} along the best direction of one cell. Writes of the native size in every cell make "
-        f"the target the next token at {in_every_cell(results, 'layerwise')} of the trials on the three hosts, and at "
-        f"{in_every_cell(results, 'refined')} if a few gradient steps refine them."
+        f"{gamma.included_edited:.1%} along the best direction of one cell. Writes of the native size in every "
+        f"cell make the target the next token in {in_every_cell(results, 'layerwise')} of the trials on the three "
+        f"hosts if they are 3 tokens before it, and in {in_every_cell(results, 'layerwise', 40)} if they are 40; "
+        f"after a few gradient steps in {in_every_cell(results, 'refined')} and in {in_every_cell(results, 'refined', 40)}."
     )
 
 
-def in_every_cell(results: Results, direction: str) -> str:
-    """Return the shares of targets that writes of the native size in all cells make the next token."""
-    where = dict(cells="all", direction=direction, magnitude=1.0, writes=3, target_class="all", distance="all")
+def in_every_cell(results: Results, direction: str, distance: int = 3) -> str:
+    """Return the shares of targets that writes of the native size in all cells, so many tokens before, make the
+    next token."""
+    where = dict(cells="all", direction=direction, magnitude=1, writes=3, target_class="all", distance=f"{distance}")
     rows = [results.row("install_cells_summary", host=host, **where) for host in HOSTS]
     return listed(f"{row.next_token:.0%}" for row in rows)
 
@@ -275,22 +284,30 @@ def ends_of_ladder(results: Results) -> tuple[pd.Series, pd.Series]:
 def ladder_ahead(results: Results, amplitude: str = "") -> str:
     """Return how far writes are ahead, from the least to the most of all sizes of ablation_ladder.
 
-    amplitude: "_projection" for atoms at their best amplitude, else at their own coefficient."""
+    amplitude: "_projection" for atoms scaled to fit the write, else at their own coefficient."""
     apart = 100 * results.rows("ablation_ladder")[f"difference{amplitude}"]
     return f"{apart.min():.0f} to {apart.max():.0f} points"
 
 
 def every_cell(results: Results) -> str:
     rows = [results.row("every_cell", host=host, amplitude="coefficient") for host in HOSTS]
-    trend = [results.row("every_cell_trend", host=host, target="state", amplitude="coefficient") for host in HOSTS]
-    rhos = listed(f"{row.rho_half_life_median:.2f}" for row in trend)
+    rhos, scaled = (
+        listed(f"{with_memory(results, host, amplitude).rho_half_life_median:.2f}" for host in HOSTS)
+        for amplitude in ("coefficient", "projection")
+    )
     return (
-        f"The write-trained atom is ahead in {cells_ahead(rows)} cells of the three hosts. The state-trained "
-        f"atom's win rate and the cell's half-life have a rank correlation of {rhos}. On {len(more_hosts(results))} Gated "
+        f"At its own coefficient, the write-trained atom is ahead in {cells_ahead(rows)} cells of the three "
+        f"hosts. The state-trained atom's win rate and the cell's half-life have a rank correlation of {rhos} ({scaled} "
+        f"with atoms scaled to fit the write). On {len(more_hosts(results))} Gated "
         f"DeltaNet models from different seeds writes are ahead by {ahead_over_hosts(results)} points in the mean over "
         f"cells. In the headline (no mean), atoms of states win at {rates_of_models(results, 'state')} on these models, and "
         f"atoms of writes at {rates_of_models(results, 'write')}, {headline_over_hosts(results)} points apart in the mean."
     )
+
+
+def with_memory(results: Results, host: str = MAIN, amplitude: str = "coefficient") -> pd.Series:
+    """Return the rank correlations of the state-trained atom's win rate with properties of the cell."""
+    return results.row("every_cell_trend", host=host, target="state", amplitude=amplitude)
 
 
 def more_hosts(results: Results) -> pd.DataFrame:
@@ -320,22 +337,23 @@ def cells_ahead(rows: Iterable[pd.Series]) -> str:
 
 
 def multiverse(results: Results) -> str:
-    tables = [results.rows("multiverse", control="delete", host=host) for host in HOSTS]
-    ahead, behind = (listed(f"{surely(table, side):.0%}" for table in tables) for side in ("ahead", "behind"))
+    states, writes = (results.rows("multiverse", control="delete", target=target) for target in ("state", "write"))
+    ahead, behind = ([surely(table, side) for table in (states, writes)] for side in ("ahead", "behind"))
     target = listed(f"{results.rows('multiverse_effects', host=h, choice='target').share.iloc[0]:.0%}" for h in HOSTS)
     return (
-        f"Of the combinations of open choices in which the control is deletion, the atom is surely ahead in {ahead} on the "
-        f"three hosts and surely behind in {behind}. Over all {len(results.rows('multiverse')):,} combinations, the target of "
-        f"the SAE explains {target} of the variance."
+        f"Where the control is deletion, the state-trained atom is surely ahead in {ahead[0]} of {len(states)} combinations "
+        f"of open choices and surely behind in {behind[0]}, the write-trained one in {ahead[1]} and {behind[1]} "
+        f"of {len(writes)}, over the three hosts. Over all {len(results.rows('multiverse')):,} combinations, "
+        f"the target of the SAE explains {target} of the variance."
     )
 
 
-def surely(universes: pd.DataFrame, side: str) -> float:
-    """Return the share of universes in which the atom is surely ahead or behind.
+def surely(universes: pd.DataFrame, side: str) -> int:
+    """Return the number of universes in which the atom is surely ahead or behind.
 
     Both intervals of its win rate, by atom and by passage, are then above or below one half."""
     low, high = (universes[[f"boot_{end}", f"passage_{end}"]] for end in ("low", "high"))
-    return float((low.min(axis=1) > 0.5 if side == "ahead" else high.max(axis=1) < 0.5).mean())
+    return int((low.min(axis=1) > 0.5 if side == "ahead" else high.max(axis=1) < 0.5).sum())
 
 
 def scorecard(results: Results) -> str:
@@ -343,8 +361,8 @@ def scorecard(results: Results) -> str:
     verdicts = listed(f"{(kept.status == name).sum()} {name}" for name in VERDICTS)
     turned = results.rows("repeats_verdicts").turned
     return (
-        f"{len(kept)} verdicts count, over three hosts: {verdicts}. Of {len(turned)} that were repeated in three more runs, "
-        f"{turned.sum()} change in at least one."
+        f"{len(kept)} verdicts count, over three hosts: {verdicts}. Of {len(turned)} that were repeated in "
+        f"three more runs, {turned.sum()} change in at least one."
     )
 
 
@@ -353,9 +371,9 @@ def attribution(results: Results) -> str:
     erased = results.row("attribution_fates", host=MAIN).all_erased
     return (
         "The exact attention map of a recurrent head gives the head's output with an error below "
-        f"{np.ceil(1e6 * error.max()):.0f} millionths in all {len(error)} cells. A map from decays alone is wrong "
-        f"by {decay_errors(results)} of the size of the read in the median cell of the Gated DeltaNet and of RWKV-7; "
-        f"erasures take {erased:.0%} of what the decay leaves of a write."
+        f"{np.ceil(1e6 * error.max()):.0f} millionths in all {len(error)} cells. A map from decays alone is "
+        f"wrong by {decay_errors(results)} of the size of the read in the median cell of the Gated DeltaNet "
+        f"and of RWKV-7; erasures take {erased:.0%} of what the decay leaves of a write."
     )
 
 
@@ -367,10 +385,12 @@ def decay_errors(results: Results) -> str:
 def recall(results: Results) -> str:
     rows = largest_recall(results)
     kept = listed(percent(row, "kept_atom", "kept_atom_low", "kept_atom_high") for row in rows)
-    side = rows[0].side
+    side, of_states = rows[0].side, results.rows("recall_summary", target="state").set_index("family")
+    smaller = of_states.side.iloc[0]
     return (
-        f"Where one association is one write, the atom in its place keeps {kept} of the right answers of states of "
-        f"{side} x {side} (Gated DeltaNet, Mamba-2, RWKV-7)."
+        f"Where one association is one write, the atom of an SAE of writes with one active atom keeps {kept} of "
+        f"the right answers of states of {side} x {side} (Gated DeltaNet, Mamba-2, RWKV-7). Atoms of SAEs of states, with "
+        f"four active atoms, keep {listed(f'{of_states.kept_atom[host]:.0%}' for host in HOSTS)} at {smaller} x {smaller}."
     )
 
 
@@ -395,8 +415,8 @@ def residual_features(results: Results) -> str:
         for x in ("through_layer", "exact")
     )
     return (
-        "How much a feature of a residual-stream SAE changes without a write of the middle cell is predicted through the "
-        f"layer with an R2 of {through}, to first order with {first}."
+        "How much a feature of a residual-stream SAE changes without a write of the middle cell is predicted "
+        f"through the layer with an R2 of {through}, to first order with {first}."
     )
 
 
@@ -408,7 +428,8 @@ def recurrence(results: Results) -> str:
     (atoms, auc), (centroids, _), (_, of_raw) = (values(name) for name in ("sae", "kmeans", "raw"))
     return (
         f"Of the atoms of an SAE of writes {atoms} come back in another training, of the k-means centroids {centroids}, and "
-        f"of an SAE of states with the mean subtracted, as in the paper, {atoms_again(results)}. "
+        f"of SAEs of states with the mean subtracted, as in the paper, {listed(atoms_again(results, x) for x in HOSTS)} "
+        f"on the three hosts. "
         f"The text says where an atom fires with an AUC of {auc}, and where a raw write is nearest with {of_raw}."
     )
 
@@ -416,9 +437,9 @@ def recurrence(results: Results) -> str:
 MAIN_SAES = dict(host=MAIN, dictionary="sae", target="state", centre="mean")  # rows of recurrence_summary
 
 
-def atoms_again(results: Results) -> str:
+def atoms_again(results: Results, host: str = MAIN) -> str:
     """Return the share of atoms of the main SAEs of states (with the mean) that come back in a retraining."""
-    return percent(results.row("recurrence_summary", **MAIN_SAES), "recurs", digits=1)
+    return percent(results.row("recurrence_summary", **MAIN_SAES | dict(host=host)), "recurs", digits=1)
 
 
 def verdict_on_main_saes(results: Results) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from replication.plots import CENTRE_NAMES, CONDITION_NAMES, PREDICTOR_NAMES, named, variant_name
 
-PLACES = dict(regime="nearest to the paper's spectrum", weighty="largest cost")
+PLACES = dict(regime="σ1/σ2 nearest to the paper's 12", weighty="largest cost")
 WORDS: dict[str, Mapping] = dict(centre=CENTRE_NAMES, condition=CONDITION_NAMES, predictor=PREDICTOR_NAMES)
 WORDS |= dict(place=PLACES, cells=PLACES, target=dict(state="states", write="writes"))
 WORDS |= dict(direction=dict(paper="the paper's", gamma="top pair of Γ"))

@@ -64,36 +64,48 @@ def verdict(results: Results, claim: str) -> str:
 def glance(results, bench) -> str:
     """Question, the paper's number, ours, verdict and page."""
     centred, state = (percent(win_rate(results, "state", centre), *WIN) for centre in ("mean", "none"))
-    trend = results.row("every_cell_trend", host=MAIN, target="state", amplitude="coefficient")
-    rho = estimate(trend, *(f"rho_half_life_median{end}" for end in ("", "_low", "_high")), 2, scale=1)
-    memory = f"where memory is long: rank correlation {rho}"
+    rhos = [
+        estimate(findings.with_memory(results, amplitude=amplitude), "rho_half_life_median", digits=2, scale=1)
+        for amplitude in ("coefficient", "projection")
+    ]
+    memory = "where memory is long: rank correlation {}; scaled to fit {}".format(*rhos)
     again = estimate(results.row("scorecard", id="A5", host=MAIN), "value", "ci_low", "ci_high", 1)
-    again = f"small SAEs: {again.replace(' ', '% ', 1)}; main SAEs: {findings.atoms_again(results)}"
+    of_hosts = listed(findings.atoms_again(results, host) for host in HOSTS)
+    again = f"small SAEs: {again.replace(' ', '% ', 1)}; main SAEs: {of_hosts}"
     closed = listed(f"{r2(results, 'through_layer', 1.0, host):.3f}" for host in HOSTS)
     said = results.row("install_summary", host=MAIN, direction="paper", target_class="all", magnitude=3.0)
     fitted = results.row("scorecard", id="C1", host=MAIN).value
     rows = findings.largest_recall(results)
     kept = listed(percent(row, "kept_atom", "kept_atom_low", "kept_atom_high") for row in rows)
-    recalled = f"one-layer recall models: {kept} of answers kept"
+    recalled = f"SAEs of writes, recall models: {kept} of answers kept"
     papers = f"beats deletion at {papers_value('R1'):.0%}", f"8% → {papers_value('I4'):.0%}"
     states, writes = f"{centred}; {state} if no mean is subtracted", percent(win_rate(results, "write"), *WIN)
-    best = [win_rate(results, target, amplitude="projection").win_rate for target in ("write", "state")]
-    at_best = f"; at its best amplitude {best[0]:.0%} (of *states*: {best[1]:.0%})"
-    next_token = f"the next token: {findings.in_every_cell(results, 'layerwise')}"
+    scaled = [win_rate(results, target, amplitude="projection").win_rate for target in ("write", "state")]
+    random = win_rate(results, "write", amplitude="projection", condition="random").win_rate
+    fitted_write = f"; scaled to fit the write {scaled[0]:.0%} (of *states* {scaled[1]:.0%}, random {random:.0%})"
+    near, far = (findings.in_every_cell(results, "layerwise", distance) for distance in (3, 40))
+    next_token = f"{near} if 3 tokens away; {far} if 40"
     words = f"{said.included_native:.1%} → {said.included_edited:.1%}"
-    formula = f"R² {papers_value('C1'):.2f}", f"R² {fitted:.2f}"
+    formula = f"R² {papers_value('C1'):.2f}", f"R² {fitted:.2f} (four sizes)"
     rows = [  # question, the paper's number, ours, claim, page
         ("Can an atom of an SAE of *states* stand for a write?", papers[0], states, "R1", "05_replacement"),
-        ("Can an atom of an SAE of *writes*?", "–", f"{writes} (no mean){at_best}", "", "05_replacement"),
+        ("Can an atom of an SAE of *writes*?", "–", f"{writes} (no mean){fitted_write}", "", "05_replacement"),
         ("Where do atoms of states fail?", "–", memory, "", "14_every_cell"),
         ("Does the paper's formula, with a fitted scalar, predict a logit?", *formula, "C1", "04_logit_shift"),
-        ("Does our formula, without a fit?", "–", f"R² {closed} on three models", "", "04_logit_shift"),
+        (
+            "Does our formula, without a fit?",
+            "–",
+            f"R² {closed} at a write's size",
+            "",
+            "04_logit_shift",
+        ),
         ("Do three writes make the model say a word?", papers[1], words, "I4", "12_install"),
         ("Do writes of the native size in every cell?", "–", next_token, "", "12_install"),
         ("Do rank-1 atoms work in larger states?", "open", recalled, "", "17_recall"),
         ("Do atoms come back in another seed?", "under 1%", again, "A5", "19_recurrence"),
     ]
     statuses = {claim: verdict(results, claim) for *_, claim, _ in rows if claim} | {"": "new"}
+    statuses["I4"] = statuses["I4"].replace("equivalent", "no effect")
     statuses["A5"] += f"; {findings.verdict_on_main_saes(results)}"
     lines = [[*texts, statuses[claim], page(name)] for *texts, claim, name in rows]
     return table("Question | Paper | Here | Verdict | Page", lines)
@@ -131,8 +143,7 @@ def trust(results, bench) -> str:
         f"{len(tested)} of the paper's {every.id.nunique()} numbers are tested, by "
         f"[criteria](paper/criteria.yaml) fixed before the run, {changed} of them rewritten after an earlier "
         f"one. Of {len(repeated)} verdicts on {on} that were repeated, {repeated.turned.sum()} turn at least once. "
-        f"In all, {(kept.status == 'unsettled').sum()} are unsettled, and {(kept.trainings == 1).sum()} rest on one "
-        "training."
+        f"{(kept.trainings == 1).sum()} of all {len(kept)} rest on one training."
     )
 
 
@@ -145,13 +156,15 @@ def differ(results, bench) -> str:
 @block
 def papers_protocol(results, bench) -> str:
     row = results.rows("causes").iloc[0]
-    return f"{percent(row, 'value', 'low', 'high')} of {row.n:,.0f} firings"
+    every = results.row("replacement_summary", host=MAIN, cells="pooled", target="state", amplitude="coefficient")
+    rates = percent(row, "value", "low", "high"), percent(every, "win_rate", "boot_low", "boot_high")
+    return f"{rates[0]} of {row.n:,.0f} firings, and {rates[1]} of {every.n:,}"
 
 
 @block
 def rungs(results, bench) -> str:
     amplitudes = [findings.ladder_ahead(results, amplitude) for amplitude in ("", "_projection")]
-    return f"{amplitudes[0]} ahead ({amplitudes[1]} with atoms at their best amplitude)"
+    return f"{amplitudes[0]} ahead ({amplitudes[1]} with atoms scaled to fit the write)"
 
 
 @block
@@ -172,11 +185,9 @@ def deletion(results, bench) -> str:
 
 @block
 def cosine(results, bench) -> str:
-    """The rank correlation of wins with the cosine where the state is replaced: three cells, and `regime`."""
-    where = dict(host=MAIN, cells="pooled", target="state", centre="none", object="state")
-    pooled = estimate(results.row("objects_summary", **where), "rho", digits=2, scale=1)
-    regime = findings.cosine_in_regime(results)
-    return f"{pooled} over three cells, and {regime} in the one whose spectrum is nearest to the paper's"
+    """The rank correlation of wins with the cosine where the state is replaced, over three cells."""
+    none, mean = (findings.cosine(results, centre=centre) for centre in ("none", "mean"))
+    return f"{none} without the mean, but {mean} if subtracted, as in the paper's text"
 
 
 @block
@@ -231,20 +242,27 @@ def causes(results, bench) -> str:
 
 
 def _higher(results: Results, one: tuple[str, str], other: tuple[str, str]) -> str:
-    """Return in how many rows of the headline's table one training (target, centre) wins more often: "7 of 8"."""
-    cells = [dict(host=host, cells=cells) for host, cells in findings.CELLS.values()]
-    pairs = [[win_rate(results, *training, **cell).win_rate for training in (one, other)] for cell in cells]
-    return f"{sum(first > second for first, second in pairs)} of {len(pairs)}"
+    """Return in how many cells of the headline's table one training (target, centre) wins more often, and by how
+    many points: "6 of 7 cells (by -1 to 20 points)"."""
+    cells = [dict(host=host, cells=cells) for host, cells in findings.CELLS.values() if cells != "pooled"]
+    rates = [[100 * win_rate(results, *training, **cell).win_rate for training in (one, other)] for cell in cells]
+    apart = [first - second for first, second in rates]
+    return f"{sum(x > 0 for x in apart)} of {len(apart)} cells (by {min(apart):.0f} to {max(apart):.0f} points)"
 
 
 @block
 def write_ahead(results, bench) -> str:
-    return _higher(results, ("write", "none"), ("state", "none"))
+    where = dict(centre="none", amplitude="coefficient")
+    rows = [
+        results.row("headline_contrasts", host=h, cells=c, **where) for h, c in findings.CELLS.values() if c != "pooled"
+    ]
+    higher = _higher(results, ("write", "none"), ("state", "none"))
+    return f"{higher}, with an interval above 0 in {sum(row.difference_low > 0 for row in rows)}"
 
 
 @block
 def ahead_at_best(results, bench) -> str:
-    """How far writes are ahead with atoms at their best amplitude, on each host."""
+    """How far writes are ahead with atoms scaled to fit the write, on each host."""
     where = dict(centre="none", amplitude="projection", cells="pooled")
     rows = [results.row("headline_contrasts", host=host, **where) for host in HOSTS]
     return listed(estimate(row, "difference") for row in rows)

@@ -6,7 +6,7 @@ by the whole atom if its rank is above 1."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from replication import layout
 from replication import statistics as stats
 from replication.classes import described_atoms, partition, scanned
-from replication.study.firings import firing_windows, firings_of, run_firings
+from replication.study.firings import by_place, firing_windows, firings_of, run_firings
 from replication.study.stages import rows_with
 from replication.study.study import Study
 from replication.study.training import ablation_hosts, ablation_role, ablation_variants
@@ -195,32 +195,46 @@ def starts(saes: pd.DataFrame) -> pd.DataFrame:
     return stats.per_group(saes, ["host", "target"], row)
 
 
-def ladder(saes: pd.DataFrame) -> pd.DataFrame:
-    """Return win rates by position and FVUs of both targets for each size of SAE and training, of one cell.
+def ladder(saes: pd.DataFrame, of: Sequence[str] = ("layer", "head")) -> pd.DataFrame:
+    """Return win rates by position and FVUs of both targets for each size of SAE and training.
 
-    saes: the table of the sweep `ladder`. Rates are means over seeds. The variance of a mean is that between
-    seeds, divided by their number, plus the binomial variance of the places, as if the seeds shared all of it
-    and the places were independent; Student's t has Satterthwaite's degrees of freedom. difference: write less
-    state, paired by seed, with the binomial variances of both. Names that end in _projection: with the atom
-    at its best amplitude, else at its own coefficient. n: places per SAE."""
+    saes: the table of the sweep `ladder`, one row per SAE; of: the columns that name a cell, or a set of cells. Rates
+    are means over seeds and cells. The variance of a mean is that between seeds, divided by their number, plus the
+    binomial variance of the places, as if the seeds shared all of it and the places were independent; Student's t
+    has Satterthwaite's degrees of freedom. difference: write less state, paired by seed, with the binomial variances
+    of both. Names that end in _projection: with the atom scaled to fit the write, else at its own coefficient. n:
+    places per seed."""
 
     def row(part: pd.DataFrame) -> dict:
-        errors, fitted = (part.pivot_table(x, "seed", "target") for x in ("fvu", "final_training_fvu"))
-        n, m = int(part.firings.min()), len(errors)
+        places = part.groupby(["layer", "head"]).firings.min()
+        n, m = int(places.sum()), part.seed.nunique()
         numbers = dict(n=n, seeds=m)
         for amplitude, ending in dict(coefficient="", projection="_projection").items():
-            wins = part.pivot_table(f"win_atom_{amplitude}", "seed", "target")
-            sampling = (wins * (1 - wins)).mean() / n
+            rate = part[f"win_atom_{amplitude}"]
+            wins = part.pivot_table(rate.name, "seed", "target")
+            binomial = (rate * (1 - rate) / part.firings).groupby(part.target).sum()
+            sampling = binomial / m / len(places) ** 2
             sampling["difference"] = sampling.sum()
             for name, values in wins.assign(difference=wins.write - wins.state).items():
-                own, places = values.var() / m, sampling[name]
-                freedom = stats.satterthwaite(places, n - 1, own, m - 1)
-                found = stats.Estimate(values.mean(), (own + places) ** 0.5, float(freedom), n, m, values.std())
+                own, shared = values.var() / m, sampling[name]
+                freedom = stats.satterthwaite(shared, n - len(places), own, m - 1)
+                found = stats.Estimate(values.mean(), (own + shared) ** 0.5, float(freedom), n, m, values.std())
                 numbers |= stats.with_ends(f"{name}{ending}", found.value, found.interval())
-        numbers |= {f"fvu_{name}": errors[name].mean() for name in errors}
-        return numbers | {f"training_fvu_{name}": fitted[name].mean() for name in fitted}
+        for name, column in dict(fvu="fvu", training_fvu="final_training_fvu").items():
+            means = part.groupby("target")[column].mean()
+            numbers |= {f"{name}_{target}": mean for target, mean in means.items()}
+        return numbers
 
-    return stats.per_group(saes, ["host", "layer", "head", "n_atoms", "k", "tokens"], row)
+    return stats.per_group(saes, ["host", *of, "n_atoms", "k", "tokens"], row)
+
+
+def ladder_of_headline(saes: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """Return `ladder` over the headline's cells ("pooled") and in each, for sizes and seeds that were trained in all.
+
+    saes: the tables of the sweeps `ladder` and `ladder_cells`; cells: cells.csv."""
+    placed = by_place(saes, cells)
+    trained = placed.groupby(["n_atoms", "k", "tokens", "target", "seed"]).cells.transform("nunique")
+    return ladder(placed[trained == trained.max()], ["cells"])
 
 
 def tables(study: Study, windows, classes, firings) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -263,13 +277,14 @@ def shown_starts(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def shown_ladder(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the table of `ladder` for a reader."""
+    """Return the table of `ladder` or `ladder_of_headline` for a reader."""
     names = [f"{x.n_atoms:,}, {x.k}, {x.tokens / 1e6:.1f} million" for x in table.itertuples()]
     columns = layout.of_targets(table) | {"difference (points)": layout.estimates(table, "difference")}
-    columns["the same, best amplitude"] = layout.estimates(table, "difference_projection")
+    columns["the same, scaled to fit"] = layout.estimates(table, "difference_projection")
     for name in ("state", "write"):
         columns[f"FVU, {name}s"] = layout.numbers(table[f"fvu_{name}"])
-    return layout.shown(table.assign(**{"atoms, active, tokens": names}), ["atoms, active, tokens"], columns)
+    by = [*table.columns.intersection(["cells"]), "atoms, active, tokens"]
+    return layout.shown(table.assign(**{by[-1]: names}), by, columns)
 
 
 def shown_classes(table: pd.DataFrame) -> pd.DataFrame:

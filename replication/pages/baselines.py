@@ -373,7 +373,7 @@ def described(table: pd.DataFrame) -> list[str]:
 
 
 def at_projection(summary: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of one host at their best amplitude, and the ceiling, in order of the KL recovered.
+    """Return the rows of one host scaled to fit the write, and the ceiling, in order of the KL recovered.
 
     Floor and ceiling are those of the uncentred SAE of writes.
     """
@@ -447,32 +447,13 @@ def shown_matched(matched: pd.DataFrame) -> pd.DataFrame:
     return layout.shown(matched, ["target", "condition"], columns)
 
 
-def judged(row) -> str:
-    """Return what a row of `contrasts` says about the reference, in points of the KL recovered."""
-    points = f"{100 * abs(row.difference):.0f} points"
-    interval = f"[{100 * row.difference_low:.0f}, {100 * row.difference_high:.0f}]"
-    if row.difference_low <= 0 <= row.difference_high:
-        return f"no difference is shown {interval}"
-    return f"the SAE's atom recovers {points} {'more' if row.difference > 0 else 'less'} {interval}"
+def shown_contrasts(table: pd.DataFrame) -> pd.DataFrame:
+    """Return for a reader what the SAE's best atom recovers beyond each other replacement, its cells pooled.
 
-
-def verdicts(summary: pd.DataFrame, table: pd.DataFrame, host: str) -> list[str]:
-    """Return the answers for a host, its cells pooled: summary of `summarise`, table of `contrasts`."""
-    rows, sentences = summary[summary.host.eq(host) & summary.cells.eq("pooled")], []
-    of_sae = rows.target.eq("write") & rows.centre.eq("none") & rows.amplitude.eq("projection")
-    for method, words in dict(atom="firing's atom", best_atom="best atom").items():
-        (row,) = rows[of_sae & rows.method.eq(method)].itertuples()
-        recovered = layout.percent(row, "recovered")
-        wins = layout.percent(row, "win_rate", "ci_low", "ci_high")
-        sentences.append(
-            f"At its projection, the {words} of the uncentred SAE of writes recovers {recovered} of the KL of "
-            f"deletion and beats deletion at {wins} of {row.n:,} places."
-        )
-    against = table[table.host.eq(host) & table.cells.eq("pooled") & table.reference.eq("best_atom")]
-    against = against[against.amplitude.isin(["projection", "fitted"]) & ~against.method.isin(OF_SAES)]
-    for row, name in zip(against.itertuples(), described(against), strict=True):
-        closer = layout.percent(row, "atom_closer", "ci_low", "ci_high")
-        numbers = f"{row.per_write:,} numbers per write" if row.per_write > 1 else "1 number per write"
-        says = f"{judged(row)}; it is closer at {closer} of places."
-        sentences.append(f"Best atom against {name} ({numbers}): {says}")
-    return sentences
+    table: of `contrasts`; replacements are scaled to fit the write."""
+    rows = table[table.cells.eq("pooled") & table.reference.eq("best_atom") & ~table.method.isin(OF_SAES)]
+    rows = rows[rows.amplitude.isin(["projection", "fitted"])]
+    columns = {"numbers per write": rows.per_write}
+    columns |= {"more KL recovered (points)": layout.estimates(rows, "difference")}
+    columns |= {"nearer (% of places)": layout.estimates(rows, "atom_closer", "ci_low", "ci_high")}
+    return layout.shown(rows.assign(against=described(rows)), ["host", "against"], columns)

@@ -35,8 +35,10 @@ def causes() -> list[Cause]:
         Cause("the paper's protocol on this host", "headline", PAPER),
         Cause("places by position, not equally per atom", "headline", PAPER | dict(draw="positions")),
         Cause("A: by position, and without the data's mean", "headline", HERE),
-        Cause("A, with the atom at its best amplitude", "headline", HERE | dict(amplitude="projection")),
-        Cause("A, in the cell nearest to the paper's sigma1/sigma2", "headline", HERE | dict(cells="regime")),
+        Cause("A, with the atom scaled to fit the write", "headline", HERE | dict(amplitude="projection")),
+        Cause(
+            "A, in the cell whose sigma1/sigma2 is nearest to the paper's 12", "headline", HERE | dict(cells="regime")
+        ),
         Cause("A, in the cell that matters most for the loss", "headline", HERE | dict(cells="weighty")),
         Cause("A, with SAEs trained on writes", "headline", HERE | dict(target="write")),
     ]

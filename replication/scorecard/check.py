@@ -144,23 +144,8 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
     return layout.shown(rows, ["compared", "kind"], columns)
 
 
-def sentences(rows: pd.DataFrame, bins: pd.DataFrame) -> list[str]:
-    """Return what the comparisons say, in sentences."""
-    lines, found = [], {(x.compared, x.kind): x for x in rows.itertuples()}
-    for size in (1, 5):
-        same, other = (found[named(size, places), "simulated"] for places in (True, False))
-        lines.append(
-            f"Simulated, {named(size, True)}: {layout.percent(same, 'differ', digits=1)} of "
-            f"{same.claims} verdicts differ ({other.differ:.1%} at other places), and "
-            f"{same.opposed:.2%} ({other.opposed:.2%}) go from supported to contradicted."
-        )
-    for row in rows[rows.kind == "observed"].itertuples():
-        lines.append(
-            f"Observed, {row.compared}: {layout.percent(row, 'differ', digits=1)} of the verdicts on {row.claims} "
-            f"claims differ; the stated probabilities expect {row.stated:.1%}, the simulation {row.simulated:.1%}."
-        )
-    off = bins.assign(off=(bins.stated - bins.repeated).abs() * bins.n)
-    off = off.groupby("compared")[["off", "n"]].sum().pipe(lambda x: x.off / x.n)
-    for name in off.index.intersection([named(5, False), WHOLE]):
-        lines.append(f"The stated probability is off by {off[name]:.1%} in the mean over pairs: {name}.")
-    return lines
+def misstated(bins: pd.DataFrame) -> pd.Series:
+    """Return by how much the stated probabilities are off, in the mean over pairs, per comparison."""
+    return (bins.stated - bins.repeated).abs().mul(bins.n).groupby(bins.compared).sum() / bins.groupby(
+        "compared"
+    ).n.sum()

@@ -14,7 +14,6 @@ from functools import cache
 import pandas as pd
 
 from replication import layout
-from replication.plots import HOST
 from replication.scorecard.claims import CLAIMS
 from replication.scorecard.criteria import GROUPS, Criteria, read_criteria
 from replication.scorecard.verdicts import NOT_ASKED, VERDICTS, holm
@@ -113,21 +112,3 @@ def shown_never_asked(table: pd.DataFrame) -> pd.DataFrame:
     never = table[~table.id.isin(table.id[table.value.notna()])]
     rows = never.groupby("experiment").id.agg(", ".join).reset_index()
     return layout.shown(rows, ["experiment"], {"claims": rows.id})
-
-
-def sentences(table: pd.DataFrame) -> list[str]:
-    """Return what the scorecard says, in sentences."""
-    kept = table[table.counts.astype(bool)]
-    words = ", ".join(f"{(kept.status == name).sum()} {name}" for name in VERDICTS)
-    settled = kept[kept.status != "unsettled"]
-    alone = (kept.trainings == 1).sum()
-    lines = [
-        f"{len(kept)} verdicts count: {words}. {(settled.holm <= 0.05).sum()} of the {len(settled)} that are "
-        "settled are so after Holm's adjustment within their host.",
-        f"{alone} rest on one training, and their intervals are widened by what another training adds.",
-    ]
-    headline = dict(list(kept[kept.group == "headline"].groupby("host")))
-    for host in table.host[table.host.isin(headline)].unique():
-        said = "; ".join(f"{x.id}, {x.claim}: {x.status}" for x in headline[host].itertuples())
-        lines.append(f"Headline claims, {HOST.get(host, host)}: {said}.")
-    return lines

@@ -369,3 +369,44 @@ def test_a_rung_of_the_ladder_has_the_errors_of_seeds_and_of_places():
     assert (large.state_projection, large.difference_projection) == pytest.approx((0.22, 0.155))
     shown = ablations.shown_ladder(ablations.ladder(pd.DataFrame(rows)))
     assert shown.index.tolist() == ["512, 16, 0.0 million", "2,048, 16, 0.0 million"]
+
+
+def test_the_ladder_of_the_headline_is_the_mean_over_its_cells_for_each_seed():
+    layers, size = dict(early=1, middle=4, late=6, regime=2), dict(n_atoms=512, k=16)
+    cells = pd.DataFrame([dict(host="a", layer=layer, head=3, place=name) for name, layer in layers.items()])
+    random = np.random.default_rng(0)
+    rates = {
+        (layer, target, seed): random.uniform(0.2, 0.8)
+        for layer in (1, 4, 6)
+        for target in ("state", "write")
+        for seed in (1, 2, 3)
+    }
+    rows = [
+        dict(host="a", layer=layer, head=3, target=target, seed=seed, tokens=5, firings=100 * layer)
+        | size
+        | dict(win_atom_coefficient=rate, win_atom_projection=rate, fvu=layer / 10, final_training_fvu=0.1)
+        for (layer, target, seed), rate in rates.items()
+    ]
+    only_there = [row | other for row in rows if row["layer"] == 4 for other in (dict(tokens=7), dict(seed=9))]
+    table = ablations.ladder_of_headline(pd.DataFrame(rows + only_there), cells)
+    assert table.cells.tolist() == ["pooled", "early", "middle", "late"] and set(table.tokens) == {5}
+    pooled = table.iloc[0]
+    assert (pooled.n, pooled.seeds) == (1100, 3) and pooled.fvu_state == pytest.approx(11 / 30)
+    by_seed = [
+        np.mean([rates[layer, "write", seed] - rates[layer, "state", seed] for layer in (1, 4, 6)])
+        for seed in (1, 2, 3)
+    ]
+    places = sum(
+        np.mean([rates[layer, target, seed] * (1 - rates[layer, target, seed]) for seed in (1, 2, 3)])
+        / (100 * layer)
+        / 9
+        for layer in (1, 4, 6)
+        for target in ("state", "write")
+    )
+    own = np.var(by_seed, ddof=1) / 3
+    freedom = (own + places) ** 2 / (own**2 / 2 + places**2 / 1097)
+    assert pooled.difference == pytest.approx(np.mean(by_seed))
+    reach = scipy.stats.t.ppf(0.975, freedom) * (own + places) ** 0.5
+    assert pooled.difference_high - pooled.difference == pytest.approx(reach, rel=1e-6)
+    shown = ablations.shown_ladder(table)
+    assert shown.index.names == ["cell", "atoms, active, tokens"] and len(shown) == 4

@@ -248,19 +248,14 @@ def test_pooled_are_the_papers_cells():
     assert counts.to_dict() == dict(pooled=6, early=6, regime=6)
 
 
-def test_verdicts_say_the_numbers_and_which_is_better():
+def test_a_reader_sees_what_the_best_atom_recovers_beyond_each_replacement():
     table, cells = some_rows()
     table = pd.concat([table, table[table.method == "kmeans"].assign(method="kmeans_pair", kl=0.9 * table.kl_delete)])
-    summary, rows = baselines.summarise(table, cells, 100, 0), baselines.contrasts(table, cells, 100, 0)
-    sentences = baselines.verdicts(summary, rows, "h")
-    assert sentences[0].startswith(
-        "At its projection, the firing's atom of the uncentred SAE of writes recovers 50% [50"
-    )
-    assert "beats deletion at 100% [100, 100] of 12 places" in sentences[1]
-    by_name = {sentence.split(" (2 numbers")[0]: sentence for sentence in sentences[2:]}
-    pair = by_name["Best atom against k-means, top singular pair"]
-    assert "recovers 40 points more [40, 40]; it is closer at 100% [100, 100] of places" in pair
-    assert "no difference is shown" in by_name["Best atom against k-means, 8 centroids"]
+    shown = baselines.shown_contrasts(baselines.contrasts(table, cells, 100, 0)).reset_index().set_index("against")
+    pair = shown.loc["k-means, top singular pair"]
+    assert pair["numbers per write"] == 2 and pair["more KL recovered (points)"] == "40 [40, 40]"
+    assert pair["nearer (% of places)"] == "100 [100, 100]"
+    assert not shown.index.str.startswith("best atom; SAE of").any()
 
 
 def test_ratio_bootstrap_draws_whole_clusters():

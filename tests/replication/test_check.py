@@ -105,8 +105,8 @@ def test_the_check_sets_what_was_observed_beside_the_simulation(monkeypatch):
     assert observed.simulated.notna().all() and observed.differ[check.WHOLE] == 0, "the other run is this one"
     assert set(bins.compared) == set(rows.compared) and bins.n.gt(0).all()
     assert len(check.shown(rows)) == len(rows) and check.shown(rows).reset_index().shape[1] <= 8
-    lines = check.sentences(rows, bins)
+    some = pd.DataFrame(dict(compared=["a", "a", "b"], stated=[0.5, 0.9, 0.7], repeated=[0.6, 0.6, 0.7], n=[3, 1, 5]))
+    assert check.misstated(some).to_dict() == pytest.approx(dict(a=(0.3 + 0.3) / 4, b=0.0))
     alone, _ = check.check(read, ["a"], 1, None)
     kinds = check.shown(alone).index.get_level_values("kind")
     assert set(kinds) == {"simulated", "observed"} and check.WHOLE not in set(alone.compared)
-    assert lines[0].startswith("Simulated, 1 training and another") and "Observed, whole runs" in lines[3]
