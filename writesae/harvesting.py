@@ -52,12 +52,15 @@ def harvest(
     """Return the factors of one cell, or of several by cell, over windows or their tokens [N, T].
 
     batch: windows per run. The factors are in fp32 on the CPU: key, added and log_decay; effective for scalar
-    decays and KDA; erase and taken for vector decays. Raises ValueError for no cell, a cell that the host
-    does not have, a batch below 1, and tokens that `Host.run` refuses.
+    decays and KDA; erase and taken for vector decays. Raises ValueError for no cell, for what is no pair, a cell
+    that the host does not have, a batch below 1, and tokens that `Host.run` refuses.
     """
     if (layer is None) != (head is None) or (layer is None) == (cells is None):
         raise ValueError("A harvest is of one cell (layer and head) or of a list of cells.")
-    chosen = list(cells) if layer is None else [(layer, head)]
+    pairs = list(cells) if layer is None else [(layer, head)]
+    if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
+        raise ValueError("Each cell is a pair (layer, head): pass a list of pairs, such as [(4, 3)].")
+    chosen = list(dict.fromkeys(map(tuple, pairs)))
     if not chosen:
         raise ValueError(f"A harvest needs at least one cell: {host.name} has them in layers {host.recurrent_layers}.")
     if batch < 1:
@@ -185,7 +188,7 @@ class ShardedHistory:
     """A cell's history on disk, from which windows are read by index; `train` takes it like a History.
 
     target, write: as for `Factors.history`; limit: only the first windows. Raises ArtifactError for missing
-    or damaged shards; ValueError for an unknown target, a write that was not harvested, and too high a limit.
+    or damaged shards; ValueError for an unknown target, a write that was not harvested, and a limit below 1 or too high.
     """
 
     def __init__(self, folder: Path | str, cell: Cell, target: str, write: str = "added", limit: int | None = None):
@@ -193,7 +196,7 @@ class ShardedHistory:
         host, shards = self._manifest()
         self.origin = Origin(host, *cell, write)
         total = sum(shard["windows"] for shard in shards)
-        if (limit or 0) > total:
+        if limit is not None and not 1 <= limit <= total:
             raise ValueError(f"{limit} windows are asked for and {self.place} has {total}.")
         self.windows, self.length, self.per_shard = limit or total, shards[0]["length"], shards[0]["windows"]
         self._identity = str((self.windows, target, write, [shard["sha256"] for shard in shards]))

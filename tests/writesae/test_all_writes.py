@@ -188,6 +188,8 @@ def test_the_loss_is_that_of_the_changed_run(host, tokens):
     table = replace_all_writes(host, windows, saes, means, layer=LAYER, batch=2)
     assert (table.groupby(["sae", "condition"]).window.agg(list).map(sorted) == [[0, 1, 2]] * len(table[::3])).all()
     assert table.groupby("window").passage.unique().map(list).tolist() == [[4], [4], [9]]
+    with pytest.raises(ValueError, match=r"An SAE of the cell .layer, head. \(1, 0\) is given for \(1, 2\)"):
+        replace_all_writes(host, windows, {"a": dict.fromkeys(HEADS, saes["write"][0])}, means, layer=LAYER)
     none = [output_change(factors[head], [lambda t: torch.zeros(3, host.d_k, host.d_v)])[0] for head in HEADS]
     cases = {("", "native"): 0, ("", "none"): torch.stack(none, 2)}
     for name, condition in (("write", "atom"), ("state", "read")):
@@ -202,3 +204,19 @@ def test_the_loss_is_that_of_the_changed_run(host, tokens):
         assert_close(torch.tensor(ours.loss.to_numpy()), wanted, f"{name} {condition}", 1e-5)
         moved = abs(ours.loss - ours.loss_native).max()
         assert moved < 1e-5 if condition == "native" else moved > 1e-3
+
+
+def test_the_write_is_that_of_the_saes(gated_deltanet, tokens):
+    host, windows = gated_deltanet, Windows(tokens, torch.tensor([4, 4, 9]))
+    added, effective = sae_of(host, "write"), sae_of(host, "write")
+    effective.config = effective.config.model_copy(update=dict(write="effective"))
+    history = host.factors(host.run(tokens), LAYER, HEAD).history("write")
+    means = {HEAD: MeanWrites.of(history, tokens, tokens[:1])}
+
+    def losses(sae, **options):
+        table = replace_all_writes(host, windows, {"a": {HEAD: sae}}, means, layer=LAYER, **options)
+        return table[table.condition == "atom"].loss.tolist()
+
+    assert losses(effective) == losses(effective, write="effective") != losses(added) == losses(added, write="added")
+    with pytest.raises(ValueError, match="different definitions of the write"):
+        replace_all_writes(host, windows, {"a": {HEAD: added}, "b": {HEAD: effective}}, means, layer=LAYER)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers import assert_close
-from writesae.evaluate.cells import cost_of_no_writes, state_reads
+from writesae.evaluate.cells import cost_of_no_writes, state_reads, survey_cells
 from writesae.recurrence import step_states
 
 
@@ -66,3 +66,15 @@ def test_without_writes_the_head_only_loses_its_reads(gated_deltanet, tokens):
 def test_a_cell_must_exist(gated_deltanet, tokens, cell, message):
     with pytest.raises(ValueError, match=message):
         cost_of_no_writes(gated_deltanet, gated_deltanet.run(tokens), [cell])
+
+
+def test_the_spectrum_is_of_the_states_before_every_8th_token(host, run):
+    cell = host.recurrent_layers[1], 2
+    states = step_states(host.factors(run, *cell))
+    for first in (9, 21, 90):
+        sigma = torch.linalg.svdvals(states[:4, first - 1 :: 8].double()).flatten(0, 1)
+        found = survey_cells(host, run, first, [cell]).sigma1_over_sigma2[0]
+        assert found == pytest.approx((sigma[:, 0] / sigma[:, 1]).median().item(), rel=1e-6)
+    for first in (0, 91):
+        with pytest.raises(ValueError, match=f"first_position is from 1 to 90, .* not {first}"):
+            survey_cells(host, run, first, [cell])

@@ -116,6 +116,9 @@ def test_the_cost_of_a_deletion_is_that_of_an_edited_run(host, tokens):
         wanted = kl(host.logits(native), host.logits(final)).item()
         assert wanted > 1e-9
         assert part.kl.iloc[number] == pytest.approx(wanted, rel=1e-3)
+    for row, position in ((3, 5), (-1, 5), (0, 89), (0, -1)):
+        with pytest.raises(ValueError, match="Places are in 3 windows and have a token after them: positions 0 to 88"):
+            cost_of_deletions(host, run, [(layer, head)], torch.tensor([row]), torch.tensor([position]))
 
 
 @pytest.fixture(scope="module")

@@ -89,6 +89,15 @@ def test_an_sae_below_the_edit_is_refused(host, run, sae):
             feature_changes(host, run, LAYER, HEAD, edit_of(host, 1.0), sae, at, STEPS)
 
 
+def test_an_sae_of_another_width_is_refused(host, run, sae):
+    narrow = VectorSAE(sae.encoder[:-4], sae.encoder_bias, sae.decoder[:, :-4], sae.decoder_bias[:-4], k=3)
+    width = len(sae.encoder)
+    with pytest.raises(ValueError, match=f"reads vectors of {width - 4} numbers, and the residual stream has {width}"):
+        feature_changes(host, run, LAYER, HEAD, edit_of(host, 1.0), narrow, AT, STEPS)
+    with pytest.raises(ValueError, match="the residual stream has"):
+        feature_gamma(host, run, LAYER, HEAD, ROWS, T0, narrow, AT, 5, STEPS)
+
+
 def test_several_threads_have_the_changes_of_one(host, run, sae):
     place = LAYER, HEAD, edit_of(host, 0.4), sae, AT, STEPS
     wanted = feature_changes(host, run, *place)

@@ -68,6 +68,11 @@ def test_a_harvest_of_one_cell_is_that_of_a_list(single, windows):
             assert torch.equal(x, getattr(several[layer, head], name)), name
     states = step_states(single.factors(single.run(windows.tokens), LAYER, HEAD))
     assert_close(several[LAYER, HEAD].history("state").steps(), states, "states", 1e-5)
+    twice = ws.harvest(single, windows, cells=[*cells, list(cells[0])], progress=False)
+    assert list(twice) == cells and len(twice[cells[0]].key) == len(windows)
+    for wrong in (cells[0], [(1, 2, 3)]):
+        with pytest.raises(ValueError, match="Each cell is a pair"):
+            ws.harvest(single, windows, cells=wrong, progress=False)
     for wrong in (dict(layer=1), dict(cells=cells, layer=1, head=2), {}):
         with pytest.raises(ValueError, match="one cell .layer and head. or of a list of cells"):
             ws.harvest(single, windows, **wrong)
@@ -92,8 +97,15 @@ def test_firings_are_the_largest_coefficients(single, windows, target):
 
 def test_firings_of_what_does_not_fit_are_refused(gated_deltanet, windows):
     cell, sae = trained(gated_deltanet, windows, "write")
-    with pytest.raises(ValueError, match="harvested over 3 windows, and these are 2"):
+    with pytest.raises(ValueError, match="harvested over 3 windows of 90 tokens, and these are 2 windows of 90 tokens"):
         ws.find_firings(sae, cell, windows[slice(2)])
+    with pytest.raises(ValueError, match="and these are 3 windows of 80 tokens"):
+        ws.find_firings(sae, cell, windows.beginnings(80))
+    for first, last in ((-1, 9), (9, 9), (5, 91)):
+        with pytest.raises(ValueError, match=f"0 <= first < last <= 90, not first {first} and last {last}"):
+            ws.find_firings(sae, cell, windows, first=first, last=last)
+    with pytest.raises(ValueError, match="This SAE is in torch.float32 and the data in torch.float16"):
+        sae.encode_history(cell.history("write").map(torch.Tensor.half))
     other = ws.harvest(gated_deltanet, windows, layer=0, head=1, progress=False)
     with pytest.raises(ValueError, match=r"cell .layer, head. \(1, 2\), and the harvest is of \(0, 1\)"):
         ws.find_firings(sae, other, windows)
@@ -137,6 +149,64 @@ def test_replacements_that_cannot_be_are_refused(gated_deltanet, windows):
         ws.replace_writes(gated_deltanet, windows, sae, firings)
     with pytest.raises(ValueError, match="replacement test has no 'nothing'"):
         ws.replace_writes(gated_deltanet, windows, sae, firings, conditions=("nothing",))
+    firings = ws.find_firings(sae, cell, windows, last=80)
+    plain = uncentred(cell)  # it has neither a mean nor atoms of a higher rank
+    own = ws.find_firings(plain, cell, windows).head(5)
+    with pytest.raises(ValueError, match="none of the conditions atom_and_mean, whole_atom"):
+        ws.replace_writes(gated_deltanet, windows, plain, own, conditions=("atom_and_mean", "whole_atom"))
+    with pytest.raises(ValueError, match="Nothing is asked"):
+        ws.replace_writes(gated_deltanet, windows, sae, firings, scopes=())
+
+
+def uncentred(cell):
+    return ws.train(cell.history("write"), settings().model_copy(update=dict(centre="none")), progress=False)[0]
+
+
+def test_firings_of_other_windows_or_of_another_sae_are_refused(gated_deltanet, windows):
+    cell, sae = trained(gated_deltanet, windows, "write")
+    later = ws.harvest(gated_deltanet, windows[slice(1, 3)], layer=LAYER, head=HEAD, progress=False)
+    firings = ws.find_firings(sae, later, windows[slice(1, 3)])
+    with pytest.raises(ValueError, match=r"of the \d+ firings are not of this SAE on these windows"):
+        ws.replace_writes(gated_deltanet, windows, sae, firings)
+    with pytest.raises(ValueError, match="A firing is in window 1, and there are 1 windows"):
+        ws.replace_writes(gated_deltanet, windows[slice(1)], sae, firings)
+    with pytest.raises(ValueError, match="firings are not of this SAE"):
+        ws.replace_writes(gated_deltanet, windows, uncentred(cell), ws.find_firings(sae, cell, windows))
+    moved = ws.replace_writes(gated_deltanet, windows, sae, firings.assign(window=firings.window + 1))
+    direct = ws.replace_writes(gated_deltanet, windows[slice(1, 3)], sae, firings)
+    assert_close(torch.tensor(moved.kl_atom.to_numpy()), direct.kl_atom.to_list(), "KL", 1e-3)
+
+
+def test_one_atom_has_no_random_other_one(gated_deltanet, windows):
+    cell, sae = trained(gated_deltanet, windows, "write")
+    alone = copy.deepcopy(sae)
+    with torch.no_grad():
+        alone.encoder.bias.fill_(-1e6)
+        alone.encoder.bias[3] = 0
+    firings = ws.find_firings(alone, cell, windows).head(4)
+    assert set(firings.atom) == {3}
+    with pytest.raises(ValueError, match="Only one atom fires"):
+        ws.replace_writes(gated_deltanet, windows, alone, firings)
+    tests = ws.replace_writes(gated_deltanet, windows, alone, firings, conditions=("atom",))
+    assert tests.kl_atom.notna().all()
+
+
+def test_a_host_of_16_bits_is_warned_of(gated_deltanet, windows):
+    cell, sae = trained(gated_deltanet, windows, "write")
+    rounded = type(gated_deltanet)(copy.deepcopy(gated_deltanet.model).bfloat16(), None, "small")
+    firings = ws.find_firings(sae, ws.harvest(rounded, windows, layer=LAYER, head=HEAD, progress=False), windows)
+    with pytest.warns(UserWarning, match="computes in torch.bfloat16: KLs of single writes are mostly rounding"):
+        ws.replace_writes(rounded, windows, sae, firings.head(8))
+
+
+def test_a_projection_on_a_host_of_64_bits(gated_deltanet, windows):
+    """At that amplitude the atom's inner product with what is left of the write is zero."""
+    cell, sae = trained(gated_deltanet, windows, "write")
+    precise = type(gated_deltanet)(copy.deepcopy(gated_deltanet.model).double(), None, "small")
+    firings = ws.find_firings(sae, cell, windows).head(12)
+    options = dict(conditions=("atom", "mean_write"), amplitudes=("projection",))
+    ours, single = (ws.replace_writes(host, windows, sae, firings, **options) for host in (precise, gated_deltanet))
+    assert_close(torch.tensor(ours.kl_atom.to_numpy()), single.kl_atom.to_list(), "KL", 1e-2)
 
 
 def sides(host, seed=0):

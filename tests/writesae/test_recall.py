@@ -288,6 +288,9 @@ def test_the_benchmark_takes_any_sae_of_a_recall_host(recall_host, contexts):
     with pytest.raises(ValueError, match="does not say what it was trained on"):
         recall_benchmark(recall_host, sae, TASK, contexts)
     sae.config = sae.config.model_copy(update=dict(target="write", write="added"))
+    flat = SAE(sae.config.model_copy(update=dict(decoder="flat")), sae.d_k, sae.d_v).double()
+    with pytest.raises(ValueError, match="atoms of rank 1, of added writes"):
+        recall_benchmark(recall_host, flat, TASK, contexts)
     one, two = recall_benchmark(recall_host, sae, TASK, contexts, seed=4)
     assert one.n.sum() == 5 * PAIRS and one.cosine.to_numpy() == pytest.approx(1)
     atoms = two[two.cosine > 1 - 1e-9]  # the right atom fired: it is the native write

@@ -157,6 +157,8 @@ def test_what_is_damaged_is_refused(gated_deltanet, tokens, tmp_path):
         ShardedHistory(tmp_path, CELLS[0], "write", write="whole")
     with pytest.raises(ValueError, match="12 windows are asked for and .* has 11"):
         ShardedHistory(tmp_path, CELLS[0], "state", limit=12)
+    with pytest.raises(ValueError, match="^0 windows are asked for"):
+        ShardedHistory(tmp_path, CELLS[0], "state", limit=0)
     other = cell_folder(tmp_path, CELLS[1])
     for suffix in (".safetensors", ".safetensors.json"):
         (place / f"00001{suffix}").write_bytes((other / f"00001{suffix}").read_bytes())

@@ -172,18 +172,29 @@ def replace_all_writes(
     means: Mapping[int, MeanWrites],
     *,
     layer: int,
-    write: str = "added",
+    write: str | None = None,
     batch: int = 16,
 ) -> pd.DataFrame:
     """Replace all writes of one or more heads of a layer at once, and return the loss of every window.
 
     saes: name -> head -> SAE. means: head -> mean writes; its heads are those that are replaced, and each SAE
-    name has all of them. write: the definition of the native write. batch: windows per run.
+    name has all of them. write: the definition of the native write, by default that of the SAEs, else "added".
+    batch: windows per run.
 
     Columns: sae (a name, or "" for the conditions WITHOUT_SAE), condition, window, passage, and loss and
-    loss_native, means over predicted tokens in nats. Raises ValueError as `Host.branch` and `trained_on`.
+    loss_native, means over predicted tokens in nats. Raises ValueError for SAEs of other cells or of different
+    definitions of the write, and as `Host.branch` and `trained_on`.
     """
     heads, tables = list(means), []
+    configs = [(head, sae.config) for of_heads in saes.values() for head, sae in of_heads.items()]
+    for head, config in configs:
+        if None not in (trained := (config.layer, config.head)) and trained != (layer, head):
+            raise ValueError(f"An SAE of the cell (layer, head) {trained} is given for {(layer, head)}.")
+    if write is None:
+        said = {config.write for _, config in configs if config.write}
+        if len(said) > 1:
+            raise ValueError("These SAEs are of different definitions of the write: pass write.")
+        write = said.pop() if said else "added"
     for start in range(0, len(windows), batch):
         part = windows[slice(start, start + batch)]
         run, rows = host.run(part.tokens), torch.arange(len(part))

@@ -31,10 +31,14 @@ def survey_cells(
 ) -> pd.DataFrame:
     """Return one row per cell (by default of all) over a native run.
 
-    Columns: the median half-life in tokens (ln 2 / -log alpha); the median over positions of sigma1/sigma2 of
-    its states; the ranks of its added and effective writes, from differences of states in fp64. Raises
-    ValueError for a cell that the host does not have.
+    Columns: the median half-life in tokens (ln 2 / -log alpha); the median of sigma1/sigma2 of the states
+    before every 8th token from first_position on, in the first 4 windows; the ranks of its added and effective
+    writes, from differences of states in fp64. Raises ValueError for a cell that the host does not have, and
+    for a first_position without a state before it in the windows.
     """
+    length = run.tokens.shape[1]
+    if not 1 <= first_position <= length:
+        raise ValueError(f"first_position is from 1 to {length}, the windows' length, not {first_position}.")
     rows = []
     for layer, head in host.cells if cells is None else cells:
         f = host.factors(run, layer, head)
@@ -88,6 +92,9 @@ def cost_of_deletions(
     One row per cell and place: the places are positions[i] of window rows[i], the same in every cell.
     Columns: host, layer, head, window, position, kl. Raises ValueError for unknown places and cells.
     """
+    windows, length = run.tokens.shape
+    if not ((rows >= 0) & (rows < windows) & (positions >= 0) & (positions < length - 1)).all():
+        raise ValueError(f"Places are in {windows} windows and have a token after them: positions 0 to {length - 2}.")
     native, tables = host.logits(run.final[rows, positions + 1]), []
     for layer, head in cells:
         factors = host.factors(run, layer, head)

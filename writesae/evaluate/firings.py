@@ -109,15 +109,19 @@ def find_firings(
 
     cell: harvested over these windows. first, last: only positions first <= t < last. target, write: of the
     SAE's training data, by default from its config. Raises ValueError if unknown, for another cell, and
-    for a harvest over another number of windows.
+    for a harvest over windows of another number or length.
     """
-    if len(windows) != len(cell.key):
-        raise ValueError(f"The cell was harvested over {len(cell.key)} windows, and these are {len(windows)}.")
+    if (given := tuple(windows.tokens.shape)) != (harvested := tuple(cell.key.shape[:2])):
+        one, other = (f"{count} windows of {length} tokens" for count, length in (harvested, given))
+        raise ValueError(f"The cell was harvested over {one}, and these are {other}.")
+    last = given[1] if last is None else last
+    if not 0 <= first < last <= given[1]:
+        raise ValueError(f"Positions are 0 <= first < last <= {given[1]}, not first {first} and last {last}.")
     trained, origin = (sae.config.layer, sae.config.head), cell.origin
     if origin and trained[0] is not None and trained != (harvested := (origin.layer, origin.head)):
         raise ValueError(f"The SAE is of the cell (layer, head) {trained}, and the harvest is of {harvested}.")
     active = encode(sae, cell.history(*trained_on(sae, target, write)))
-    return all_firings(active, windows.passage, first, cell.key.shape[1] if last is None else last)
+    return all_firings(active, windows.passage, first, last)
 
 
 def trained_on(sae: SAE, target: str | None, write: str | None) -> tuple[str, str]:

@@ -188,7 +188,7 @@ def doses(host: Host, cell: Cell, trial: Setting, *, grid: Sequence[float], bise
             return logits.argmax(-1) == goal.tokens[which]
 
         low, high = torch.zeros(len(goal.rows)), torch.full((len(goal.rows),), torch.inf)
-        for dose in map(float, grid):
+        for dose in map(float, sorted(grid)):
             waiting = torch.nonzero(high.isinf())[:, 0]
             won = succeeds(waiting, torch.full((len(waiting),), dose)) if len(waiting) else waiting.bool()
             high[waiting[won]] = low[waiting[~won]] = dose

@@ -37,6 +37,7 @@ from writesae.hosts.base import Host
 from writesae.recurrence import torch_defaults
 from writesae.sae.config import Architecture
 from writesae.sae.model import SAE
+from writesae.sae.parts import RankOneDecoder
 
 
 class Contexts(NamedTuple):
@@ -259,7 +260,12 @@ def replaced(trials: Trials, cell_sae: CellSAE, seed: int) -> pd.DataFrame:
     Conditions, atom: the firing's atom at its coefficient; matched: at the norm of the native write;
     reconstruction: all active atoms, with the offset for an SAE of writes; random: another atom that fires in
     these contexts, at the coefficient; delete: nothing. Columns atom, coefficient, cosine: of the firing.
+    Raises ValueError for atoms of another rank than 1, for another write than "added", and for a single atom.
     """
+    if not isinstance(cell_sae.sae.decoder, RankOneDecoder) or cell_sae.write != "added":
+        raise ValueError("The recall test takes SAEs with atoms of rank 1, of added writes or of states.")
+    if len(cell_sae.alive) < 2:
+        raise ValueError("The recall test needs two atoms that fire in these contexts.")
     where = trials.rows, trials.place
     key, value = cell_sae.sae.atoms()
     indices, coefficients = cell_sae.indices[where], cell_sae.coefficients[where]

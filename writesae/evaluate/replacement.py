@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
+from warnings import warn
 
 import pandas as pd
 import torch
@@ -213,6 +214,10 @@ def replace(
     available["atom_and_mean"] = has_offset(cell_sae)
     asked = conditions if isinstance(conditions, Mapping) else dict.fromkeys(amplitudes, conditions)
     measured = {a: [name for name in names if available.get(name, True)] for a, names in asked.items()}
+    if not any(measured.values()):
+        raise ValueError(
+            f"This SAE has none of the conditions {', '.join(dict.fromkeys(sum(map(list, asked.values()), [])))}."
+        )
     factors, tables = host.factors(run, cell_sae.layer, cell_sae.head), []
     for part, some in places.pieces(len(scopes) * sum(map(len, measured.values())), batch_rows):
         put_in = replacements(cell_sae, some, factors, seed)
@@ -235,7 +240,7 @@ def _scales(put_in: dict[str, Terms], names, amplitude: str, coefficient, key, w
         right = put_in[name][1]
         size = right.flatten(1).norm(dim=1) if name in OWN_NORM else 1.0  # left is the identity, or of norm 1
         if amplitude == "projection":
-            scales[name] = inner(put_in[name], key, write) / size**2
+            scales[name] = inner(tuple(x.to(key) for x in put_in[name]), key, write) / size**2
         elif amplitude == "matched_norm":
             scales[name] = key.norm(dim=-1) * write.norm(dim=-1) / size
         else:
@@ -314,6 +319,23 @@ def measure_group(
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame({"host": []})
 
 
+def _refuse_other_firings(cell_sae: CellSAE, firings: pd.DataFrame) -> None:
+    """Raise ValueError unless nearly all firings are the SAE's: rounding may exchange two close atoms."""
+    places = Places.of(firings)
+    if (places.window >= len(cell_sae.indices)).any():
+        raise ValueError(
+            f"A firing is in window {int(places.window.max())}, and there are {len(cell_sae.indices)} windows."
+        )
+    same = cell_sae.indices[places.window, places.position] == places.atom[:, None]
+    found = (cell_sae.coefficients[places.window, places.position] * same).sum(-1)
+    other = (found - places.coefficient).abs() > 0.1 * places.coefficient.abs()
+    if other.double().mean() > 0.1:
+        raise ValueError(
+            f"{int(other.sum())} of the {len(other)} firings are not of this SAE on these windows: pass the windows and "
+            "the SAE that find_firings was given."
+        )
+
+
 @torch_defaults()
 def replace_writes(
     host: Host,
@@ -338,7 +360,9 @@ def replace_writes(
     `find_firings` on these windows; those without two tokens after them are left out. Cell, target and write
     are by default those in the SAE's config. batch, batch_rows: windows and edited rows per run.
 
-    Raises ValueError for an unknown cell, target, condition, scope or amplitude, and where no firing is left.
+    Warns if the host computes in 16 bits: KLs of single writes are then mostly rounding. Raises ValueError for
+    an unknown cell, target, condition, scope or amplitude, for firings of other windows or of another SAE, for
+    "random" if only one atom fires, and where no firing is left.
     """
     cell = sae.config.layer if layer is None else layer, sae.config.head if head is None else head
     if None in cell:
@@ -347,11 +371,19 @@ def replace_writes(
     for asked, possible in zip((conditions, scopes, amplitudes), choices, strict=True):
         if unknown := [name for name in asked if name not in possible]:
             raise ValueError(f"The replacement test has no {unknown[0]!r}: choose among {', '.join(possible)}.")
+        if not asked:
+            raise ValueError(f"Nothing is asked of the replacement test: choose among {', '.join(possible)}.")
+    if (dtype := next(host.model.parameters()).dtype).itemsize < 4:
+        advice = "KLs of single writes are mostly rounding. Load it with dtype=torch.float32."
+        warn(f"The host computes in {dtype}: {advice}", stacklevel=2)
     firings = firings[firings.position < windows.tokens.shape[1] - STEPS]
     if firings.empty:
         raise ValueError("There is nothing to replace: no firing has two tokens after it in its window.")
     factors = harvest(host, windows, [cell], batch, progress=False)[cell]
     cell_sae = encode_cell(cell, *trained_on(sae, target, write), sae, factors)
+    _refuse_other_firings(cell_sae, firings)
+    if "random" in conditions and len(cell_sae.alive) < 2:
+        raise ValueError("Only one atom fires in these windows, so there is no random other one: leave out 'random'.")
     options = dict(conditions=conditions, scopes=scopes, amplitudes=amplitudes, batch_rows=batch_rows)
     starts = sorted({start - start % batch for start in firings.window})
     groups = [measure_group(host, windows, [(cell_sae, firings)], x, batch, seed, **options) for x in starts]

@@ -113,7 +113,7 @@ class SAE(nn.Module):
         """
         if matrices.shape[-2:] != (self.d_k, self.d_v):
             raise ValueError(f"This SAE takes matrices [..., {self.d_k}, {self.d_v}], not {tuple(matrices.shape)}.")
-        self._check_dtype(matrices)
+        self._check_dtype(torch.result_type(matrices, self.mean))
         if not torch.isfinite(matrices).all():
             raise ValueError("The matrices hold values that are not finite.")
         return self._raw(self.encoder.dense(self.standardise(matrices)))
@@ -134,14 +134,14 @@ class SAE(nn.Module):
         return self.encoder.dense(self.standardise(history.steps()))
 
     def check_history(self, history: History) -> None:
-        """Raise ValueError for a history of another shape or a wider dtype than the SAE's."""
+        """Raise ValueError for a history of another shape or dtype than the SAE's."""
         if (history.d_k, history.d_v) != (self.d_k, self.d_v):
             raise ValueError(f"This SAE takes {self.d_k} x {self.d_v} matrices, not {history.d_k} x {history.d_v}.")
-        self._check_dtype(history.key)
+        self._check_dtype(history.key.dtype)
 
-    def _check_dtype(self, x: Tensor) -> None:
-        if torch.result_type(x, self.mean) != self.mean.dtype:
-            raise ValueError(f"This SAE is in {self.mean.dtype} and the data in {x.dtype}: convert one of them (.to).")
+    def _check_dtype(self, dtype: torch.dtype) -> None:
+        if dtype != self.mean.dtype:
+            raise ValueError(f"This SAE is in {self.mean.dtype} and the data in {dtype}: convert one of them (.to).")
 
     def group_size(self, history: History) -> int:
         """Return the number of windows to encode at once, for about GROUP_ELEMENTS numbers in memory."""
