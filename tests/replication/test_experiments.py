@@ -403,7 +403,7 @@ def test_the_table_of_chosen_cells_ranks_their_costs():
     assert table["rank of the cost"].tolist() == ["3 of 6", "2 of 6", "1 of 6"]
     assert table["cost (millinats per token)"]["late"] == "30.0 [20.0, 50.0]"
     assert (
-        table.rule["nearest to the paper's spectrum"]
+        table.rule["σ1/σ2 nearest to the paper's 12"]
         == "sigma1/sigma2 nearest to 12, any layer; its first choice is late"
     )
 
