@@ -284,11 +284,11 @@ def ablations(results: Results) -> str:
         f"variants for states and {lower('write', 'win_rate_coefficient')} for writes, and at the native "
         f"write's norm in {lower('state', 'win_rate_matched_norm')} and {lower('write', 'win_rate_matched_norm')}. "
         f"Random starts change the headline's win rate of write-trained atoms by {points(start)} over three "
-        "cells; page 14 asks it in every cell. In the middle cell, with up "
-        f"to {large.n_atoms:,.0f} atoms and {large.tokens / small.tokens:.0f} times the training tokens, the errors fall from "
-        f"{small.fvu_state:.2f} to {large.fvu_state:.2f} (states) and from {small.fvu_write:.2f} to {large.fvu_write:.2f} "
-        f"(writes), and SAEs of writes are certainly ahead at {(ladder.difference_low > 0).sum()} of {len(ladder)} "
-        f"sizes, by {findings.ladder_ahead(results)}; with atoms scaled to fit the write by "
+        f"cells; page 14 asks it in every cell. With {large.n_atoms:,.0f} atoms and {large.tokens / small.tokens:.0f} "
+        f"times the training tokens, the errors fall {findings.errors_of_ladder(results)} over the three cells of "
+        f"the headline, and SAEs of writes are {points(large)} ahead ({points(small)} with the smallest SAEs). In the "
+        f"middle cell they are certainly ahead at {(ladder.difference_low > 0).sum()} of {len(ladder)} sizes, by "
+        f"{findings.ladder_ahead(results)}; with atoms scaled to fit the write by "
         f"{findings.ladder_ahead(results, '_projection')}."
     )
 

@@ -255,8 +255,7 @@ def install(results: Results) -> str:
 
 
 def in_every_cell(results: Results, direction: str, distance: int = 3) -> str:
-    """Return the shares of targets that writes of the native size in all cells, so many tokens before, make the
-    next token."""
+    """Return the shares of targets that writes in all cells, so many tokens before, make the next token."""
     where = dict(cells="all", direction=direction, magnitude=1, writes=3, target_class="all", distance=f"{distance}")
     rows = [results.row("install_cells_summary", host=host, **where) for host in HOSTS]
     return listed(f"{row.next_token:.0%}" for row in rows)
@@ -276,9 +275,15 @@ def ablations(results: Results) -> str:
 
 
 def ends_of_ladder(results: Results) -> tuple[pd.Series, pd.Series]:
-    """Return the rows of the smallest and of the largest SAE of ablation_ladder."""
-    rows = results.rows("ablation_ladder")
+    """Return the rows of the smallest and of the largest SAE over the headline's cells."""
+    rows = results.rows("ablation_ladder_headline", cells="pooled")
     return rows.iloc[0], rows.iloc[-1]
+
+
+def errors_of_ladder(results: Results) -> str:
+    """Return how the held-out FVU falls from the smallest to the largest SAE of `ends_of_ladder`."""
+    small, large = ends_of_ladder(results)
+    return listed(f"from {small[f'fvu_{x}']:.2f} to {large[f'fvu_{x}']:.2f} ({x}s)" for x in ("state", "write"))
 
 
 def ladder_ahead(results: Results, amplitude: str = "") -> str:

@@ -21,7 +21,6 @@ from replication.findings import (
     ends_of_ladder,
     estimate,
     has_words,
-    ladder_ahead,
     largest_recall,
     listed,
     r2,
@@ -414,7 +413,7 @@ def ladder(results: Results) -> str:
     small, large = ends_of_ladder(results)
     atoms, training = large.n_atoms / small.n_atoms, large.tokens / small.tokens
     longer = f"{atoms:.0f} times the atoms and {training:.0f} times the training"
-    return f"With up to {longer}, SAEs of writes are {ladder_ahead(results)} ahead"
+    return f"With {longer}, SAEs of writes are {estimate(large, 'difference')} points ahead over the three cells"
 
 
 def selectivity(results: Results) -> str:

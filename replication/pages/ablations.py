@@ -201,9 +201,9 @@ def ladder(saes: pd.DataFrame, of: Sequence[str] = ("layer", "head")) -> pd.Data
     saes: the table of the sweep `ladder`, one row per SAE; of: the columns that name a cell, or a set of cells. Rates
     are means over seeds and cells. The variance of a mean is that between seeds, divided by their number, plus the
     binomial variance of the places, as if the seeds shared all of it and the places were independent; Student's t
-    has Satterthwaite's degrees of freedom. difference: write less state, paired by seed, with the binomial variances
-    of both. Names that end in _projection: with the atom scaled to fit the write, else at its own coefficient. n:
-    places per seed."""
+    has Satterthwaite's degrees of freedom. With one seed the interval is that of the places. difference: write less
+    state, paired by seed, with the binomial variances of both. Names that end in _projection: with the atom scaled
+    to fit the write, else at its own coefficient. n: places per seed."""
 
     def row(part: pd.DataFrame) -> dict:
         places = part.groupby(["layer", "head"]).firings.min()
@@ -216,8 +216,8 @@ def ladder(saes: pd.DataFrame, of: Sequence[str] = ("layer", "head")) -> pd.Data
             sampling = binomial / m / len(places) ** 2
             sampling["difference"] = sampling.sum()
             for name, values in wins.assign(difference=wins.write - wins.state).items():
-                own, shared = values.var() / m, sampling[name]
-                freedom = stats.satterthwaite(shared, n - len(places), own, m - 1)
+                own, shared = values.var() / m if m > 1 else 0.0, sampling[name]
+                freedom = stats.satterthwaite(shared, n - len(places), own, max(1, m - 1))
                 found = stats.Estimate(values.mean(), (own + shared) ** 0.5, float(freedom), n, m, values.std())
                 numbers |= stats.with_ends(f"{name}{ending}", found.value, found.interval())
         for name, column in dict(fvu="fvu", training_fvu="final_training_fvu").items():

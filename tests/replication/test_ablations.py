@@ -408,5 +408,9 @@ def test_the_ladder_of_the_headline_is_the_mean_over_its_cells_for_each_seed():
     assert pooled.difference == pytest.approx(np.mean(by_seed))
     reach = scipy.stats.t.ppf(0.975, freedom) * (own + places) ** 0.5
     assert pooled.difference_high - pooled.difference == pytest.approx(reach, rel=1e-6)
+    one = ablations.ladder(pd.DataFrame(rows).query("seed == 2 and layer == 6")).iloc[0]
+    places = rates[6, "state", 2] * (1 - rates[6, "state", 2]) / 600
+    assert one.seeds == 1 and one.state == rates[6, "state", 2], "one seed: the interval of the places"
+    assert one.state_high - one.state == pytest.approx(scipy.stats.t.ppf(0.975, 599) * places**0.5)
     shown = ablations.shown_ladder(table)
     assert shown.index.names == ["cell", "atoms, active, tokens"] and len(shown) == 4
