@@ -307,6 +307,7 @@ def logits_at(single, trial, name, magnitude):
 
 def test_a_dose_is_where_the_target_first_comes_next(single, trial):
     table, target = install.doses(single, CELL, trial, grid=DOSES, bisections=3), trial.goal.tokens
+    pd.testing.assert_frame_equal(install.doses(single, CELL, trial, grid=DOSES[::-1], bisections=3), table)
     for name, part in table.groupby("direction"):
         dose = torch.tensor(part.dose.to_numpy())
         won = torch.nonzero(dose.isfinite())[:, 0]

@@ -39,7 +39,7 @@ def feature_changes(
     forward-mode pass each. Raises ValueError for a layer below the edited one, for an SAE of another width, and as
     `head_change`.
     """
-    _check_layer(host, layer, at, sae)
+    _check_sae(host, run, layer, at, sae)
     change, _ = head_change(host.factors(run, layer, head), edit, steps)
     places = run, layer, head, edit.rows, edit.starts
 
@@ -77,7 +77,7 @@ def feature_gamma(
     A write x w^T at starts[r], which the token there reads, changes the pre-activation by x^T Gamma w to
     first order: one backward pass ranks every write and every atom. Raises ValueError as `feature_changes`.
     """
-    _check_layer(host, layer, at, sae)
+    _check_sae(host, run, layer, at, sae)
 
     def chosen(pre: Tensor) -> Tensor:
         return pre[:, [feature]]
@@ -91,8 +91,8 @@ def _read(sae: VectorSAE, hidden: Tensor) -> Tensor:
     return sae.pre(hidden[..., : len(sae.encoder)])
 
 
-def _check_layer(host: Host, layer: int, at: int, sae: VectorSAE) -> None:
-    if len(sae.encoder) != (width := host.unembedding().shape[1]):
+def _check_sae(host: Host, run: Run, layer: int, at: int, sae: VectorSAE) -> None:
+    if len(sae.encoder) != (width := run.final.shape[-1]):
         raise ValueError(f"The SAE reads vectors of {len(sae.encoder)} numbers, and the residual stream has {width}.")
     if not layer <= at < host.layers:
         raise ValueError(

@@ -111,8 +111,9 @@ def find_firings(
     SAE's training data, by default from its config. Raises ValueError if unknown, for another cell, and
     for a harvest over windows of another number or length.
     """
-    if (given := tuple(windows.tokens.shape)) != (harvested := tuple(cell.key.shape[:2])):
-        one, other = (f"{count} windows of {length} tokens" for count, length in (harvested, given))
+    given, over = tuple(windows.tokens.shape), tuple(cell.key.shape[:2])
+    if given != over:
+        one, other = (f"{count} windows of {length} tokens" for count, length in (over, given))
         raise ValueError(f"The cell was harvested over {one}, and these are {other}.")
     last = given[1] if last is None else last
     if not 0 <= first < last <= given[1]:
