@@ -279,7 +279,8 @@ def shown_starts(table: pd.DataFrame) -> pd.DataFrame:
 def shown_ladder(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `ladder` or `ladder_of_headline` for a reader."""
     names = [f"{x.n_atoms:,}, {x.k}, {x.tokens / 1e6:.1f} million" for x in table.itertuples()]
-    columns = layout.of_targets(table) | {"difference (points)": layout.estimates(table, "difference")}
+    columns = {"seeds": table.seeds} | layout.of_targets(table)
+    columns["difference (points)"] = layout.estimates(table, "difference")
     columns["the same, scaled to fit"] = layout.estimates(table, "difference_projection")
     for name in ("state", "write"):
         columns[f"FVU, {name}s"] = layout.numbers(table[f"fvu_{name}"])
