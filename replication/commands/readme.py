@@ -92,13 +92,7 @@ def glance(results, bench) -> str:
         ("Can an atom of an SAE of *writes*?", "–", f"{writes} (no mean){fitted_write}", "", "05_replacement"),
         ("Where do atoms of states fail?", "–", memory, "", "14_every_cell"),
         ("Does the paper's formula, with a fitted scalar, predict a logit?", *formula, "C1", "04_logit_shift"),
-        (
-            "Does our formula, without a fit?",
-            "–",
-            f"R² {closed} at a write's size",
-            "",
-            "04_logit_shift",
-        ),
+        ("Does our formula, without a fit?", "–", f"R² {closed} at a write's size", "", "04_logit_shift"),
         ("Do three writes make the model say a word?", papers[1], words, "I4", "12_install"),
         ("Do writes of the native size in every cell?", "–", next_token, "", "12_install"),
         ("Do rank-1 atoms work in larger states?", "open", recalled, "", "17_recall"),
@@ -172,7 +166,7 @@ def larger(results, bench) -> str:
     """Win rates of the largest and of the smallest SAE of the ladder."""
     small, large = findings.ends_of_ladder(results)
     rates = f"{large.state:.0%} (states) and {large.write:.0%} (writes)"
-    return f"{rates}; {small.n_atoms} atoms, {small.state:.0%} and {small.write:.0%}"
+    return f"{rates}; {small.n_atoms} atoms, {small.state:.0%} and {small.write:.0%} (seeds: {small.seeds})"
 
 
 @block
@@ -211,7 +205,9 @@ def models_ahead(results, bench) -> str:
 
 @block
 def memory(results, bench) -> str:
-    return percent(win_rate(results, "state", cells="regime"), *WIN)
+    half_life = results.row("cells", host=MAIN, place="regime").half_life_median
+    wins = percent(win_rate(results, "state", cells="regime"), *WIN)
+    return f"{half_life:.1f} tokens, the state-trained atom wins at {wins}"
 
 
 # docs/
