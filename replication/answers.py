@@ -173,12 +173,17 @@ def baselines(results: Results) -> str:
         target="write",
         centre="none",
     )
-    names = dict(random="a random atom", mean_write="the mean write", token_mean="the mean write of the token")
-    names |= dict(nearest_write="the nearest of 512 raw writes", kmeans="the nearest of 512 k-means centres")
-    names["k1_best_atom"] = "the nearest atom of an SAE with one active atom"
+    others = {
+        "a random atom": dict(method="random"),
+        "the mean write": dict(method="mean_write"),
+        "the mean write of the token": dict(method="token_mean"),
+        "the nearest of 512 raw writes": dict(method="nearest_write", size=512),
+        "the nearest of 512 k-means centres": dict(method="kmeans", size=512),
+        "the nearest atom of an SAE with one active atom": dict(method="k1_best_atom", size=512),
+    }
     parts = {}
-    for method, name in names.items():
-        row = results.rows("baselines_contrasts", method=method, **where).iloc[0]
+    for name, other in others.items():
+        row = results.row("baselines_contrasts", **other, **where)
         group = parts.setdefault(apart(row.difference_low, row.difference_high), [])
         group.append(f"{name} ({points(row)}; nearer at {percent(row, 'atom_closer', 'ci_low', 'ci_high')} of places)")
     return (

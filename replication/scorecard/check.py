@@ -146,6 +146,5 @@ def shown(rows: pd.DataFrame) -> pd.DataFrame:
 
 def misstated(bins: pd.DataFrame) -> pd.Series:
     """Return by how much the stated probabilities are off, in the mean over pairs, per comparison."""
-    return (bins.stated - bins.repeated).abs().mul(bins.n).groupby(bins.compared).sum() / bins.groupby(
-        "compared"
-    ).n.sum()
+    off = (bins.stated - bins.repeated).abs() * bins.n
+    return off.groupby(bins.compared).sum() / bins.n.groupby(bins.compared).sum()
