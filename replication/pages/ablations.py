@@ -282,8 +282,7 @@ def shown_ladder(table: pd.DataFrame) -> pd.DataFrame:
     columns = {"seeds": table.seeds} | layout.of_targets(table)
     columns["difference (points)"] = layout.estimates(table, "difference")
     columns["the same, scaled to fit"] = layout.estimates(table, "difference_projection")
-    for name in ("state", "write"):
-        columns[f"FVU, {name}s"] = layout.numbers(table[f"fvu_{name}"])
+    columns["FVU, states and writes"] = [f"{x.fvu_state:.2f}, {x.fvu_write:.2f}" for x in table.itertuples()]
     by = [*table.columns.intersection(["cells"]), "atoms, active, tokens"]
     return layout.shown(table.assign(**{by[-1]: names}), by, columns)
 

@@ -168,11 +168,10 @@ def shown(apart: pd.DataFrame) -> pd.DataFrame:
 
 def shown_starts(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `starts` for a reader."""
-    errors = zip(table.fvu_state, table.fvu_write, strict=True)
     columns = layout.of_targets(table)
     columns |= {"cells ahead": [f"{row.write_ahead} of {row.n_cells}" for row in table.itertuples()]}
     columns |= {"rho with half-life": layout.plain(table, "rho")}
-    columns |= {"FVU, states and writes": [f"{state:.2f}, {write:.2f}" for state, write in errors]}
+    columns |= {"FVU, states and writes": [f"{x.fvu_state:.2f}, {x.fvu_write:.2f}" for x in table.itertuples()]}
     rows = table.assign(start=table.start.map(dict(data="at writes", random="at random")))
     return layout.shown(rows, ["host", "start"], columns)
 
