@@ -107,7 +107,7 @@ def run_edited(
 
 def run_under(host: Host, windows: Windows | Tensor, edits: Edits) -> tuple[Run, Edits]:
     """Return a native run of the edited windows, and the edits with rows in that run, in its dtype."""
-    tokens, rows = windows if isinstance(windows, Tensor) else windows.tokens, _rows(edits)
+    tokens, rows = host.check_windows(windows), _rows(edits)
     for cell, edit in edits.items():
         host.check_cell(*cell)
         check_places(rows, edit.positions, tokens)  # before the run, which has other rows
@@ -122,6 +122,9 @@ def _rows(edits: Edits) -> Tensor:
     """Return the rows [R] of edits. Raises ValueError for no edits, and for edits of different rows."""
     if not edits:
         raise ValueError("There is no edit: give {(layer, head): edit} with at least one cell.")
+    for cell, edit in edits.items():
+        if not isinstance(edit, Edit):
+            raise ValueError(f"Each cell takes one Edit, and {cell} has a {type(edit).__name__}.")
     (first, edit), *others = edits.items()
     for cell, other in others:
         if not torch.equal(edit.rows, other.rows):

@@ -55,8 +55,9 @@ def harvest(
     decays and KDA; erase and taken for vector decays. Raises ValueError for no cell, for what is no pair, a cell
     that the host does not have, a batch below 1, and tokens that `Host.run` refuses.
     """
-    if (layer is None) != (head is None) or (layer is None) == (cells is None):
-        raise ValueError("A harvest is of one cell (layer and head) or of a list of cells.")
+    one = layer is not None
+    if one != (head is not None) or one != (cells is None) or isinstance(cells, int):
+        raise ValueError("A harvest is of one cell (layer= and head=) or of a list of cells.")
     pairs = list(cells) if layer is None else [(layer, head)]
     if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
         raise ValueError("Each cell is a pair (layer, head): pass a list of pairs, such as [(4, 3)].")
@@ -65,8 +66,7 @@ def harvest(
         raise ValueError(f"A harvest needs at least one cell: {host.name} has them in layers {host.recurrent_layers}.")
     if batch < 1:
         raise ValueError(f"A batch takes at least one window, not {batch}.")
-    tokens = windows if isinstance(windows, Tensor) else windows.tokens
-    host.check_windows(tokens)
+    tokens = host.check_windows(windows)
     for cell in chosen:
         host.check_cell(*cell)
     parts: dict[Cell, list[Factors]] = {cell: [] for cell in chosen}
@@ -127,10 +127,10 @@ def harvest_shards(
     Shards of the same tokens and identity are kept. Raises ValueError for no windows, windows of several
     lengths, a cell that the host does not have, and values that are not finite.
     """
+    if not cells:
+        raise ValueError("A harvest needs at least one cell.")
     base = json.dumps(identity, sort_keys=True, default=files._plain)
     places = {cell: cell_folder(folder, cell) for cell in cells}
-    for place in places.values():
-        (place / "shards.json").unlink(missing_ok=True)
     count = 0
     for count, tokens in enumerate(_stacked(windows, shard_windows), 1):
         paths = {cell: _shard(places[cell], count - 1) for cell in cells}
@@ -167,6 +167,7 @@ def _store(host: Host, tokens: Tensor, paths: dict[Cell, Path], batch: int, expe
             factors[cell].history("state"), factors[cell].history("write")  # checks that values are finite
         except ValueError as error:
             raise ValueError(f"Cell {cell}, shard {path.stem}: {error}") from error
+        (path.parent / "shards.json").unlink(missing_ok=True)
         files.save_tensors(path, factors.pop(cell).tensors(), {"fingerprint": expected})
 
 

@@ -136,8 +136,14 @@ class Factors(TensorFields):
         taken = self.taken_by_erase() if self.taken is None else self.taken
         return VectorHistory(self.key, self.added, self.log_decay, self.erase, taken, origin=origin)
 
+    def refuse_harvest(self) -> None:
+        """Raise ValueError for the factors of a harvest, which lack queries and transitions."""
+        if self.query is None:
+            raise ValueError("A harvest has no queries and no whole transitions: take Host.factors of a run.")
+
     def transition(self, x: Tensor) -> Tensor:
         """Return A_t x, for factors of single positions [R, d] and x [R, r, d_k]."""
+        self.refuse_harvest()
         moved = self.log_decay.exp()[:, None] * x
         if self.erase is not None:
             moved = moved - (x @ self.probe[:, :, None]) * self.erase[:, None]
@@ -145,6 +151,7 @@ class Factors(TensorFields):
 
     def transition_transposed(self, y: Tensor) -> Tensor:
         """Return A_t^T Y, for factors of single positions [R, d] and Y [R, d_k, d_v]."""
+        self.refuse_harvest()
         moved = self.log_decay.exp()[:, :, None] * y
         if self.erase is not None:
             moved = moved - self.probe[:, :, None] * (self.erase[:, None] @ y)
@@ -152,6 +159,7 @@ class Factors(TensorFields):
 
     def walk(self, state: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield S_t [B, d_k, d_v] and S_{t-1}^T probe_t [B, 1, d_v] (None without erase) token by token."""
+        self.refuse_harvest()
         if state is None:
             state = self.key.new_zeros(len(self.key), self.key.shape[-1], self.added.shape[-1])
         for t in range(self.key.shape[1]):

@@ -211,6 +211,7 @@ def gamma(factors: Factors, rows: Tensor, starts: Tensor, gradient: Tensor) -> T
 
     gradient: as from `logit_gradient`. Raises ValueError for places outside the run.
     """
+    factors.refuse_harvest()
     steps, influence = gradient.shape[1], []
     check_places(rows, torch.stack([starts, starts + steps - 1]), factors.key)
     for step in reversed(range(steps)):

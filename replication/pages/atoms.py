@@ -22,7 +22,6 @@ from writesae.evaluate.atoms import (
     ATOM_KEYS,
     CLASSES,
     MATCH,
-    choose_exemplars,
     frequent_tokens,
     matches,
     top_contexts,
@@ -237,6 +236,13 @@ def seeds(study: Study, alive: pd.DataFrame, parts: pd.DataFrame) -> tuple[pd.Da
             shares.append(match_shares(pairs, study.profile.seed).assign(host=name, target=target))
     tables = dict(atom_seeds=pd.DataFrame(counts), atom_matches=pd.concat(matched), atom_match_shares=pd.concat(shares))
     return tuple(study.write(name, table) for name, table in tables.items())
+
+
+def choose_exemplars(alive: pd.DataFrame, counts: dict[str, int], fewest_passages: int) -> pd.DataFrame:
+    """Return per class the counts[class] atoms with the most firings, of those in enough passages."""
+    able = alive[alive.passages >= fewest_passages]
+    chosen = (able[able["class"] == name].nlargest(count, "firings") for name, count in counts.items())
+    return pd.concat(chosen)
 
 
 def exemplars(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, ...]:

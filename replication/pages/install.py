@@ -58,7 +58,7 @@ def _trials(distance: int, host, prompts, cell, write, settings, seed, dose: boo
         rows = doses(host, cell, trial, grid=settings.doses, bisections=settings.bisections)
     else:
         native = native_continuations(host, run, settings.new_tokens)
-        rows = trials(host, cell, trial, native, magnitudes=settings.magnitudes, new_tokens=settings.new_tokens)
+        rows = trials(host, cell, trial, native, magnitudes=settings.magnitudes)
     return rows.assign(host=host.name, layer=cell[0], head=cell[1], distance=distance)
 
 

@@ -12,7 +12,6 @@ from replication.study.firings import encoded_saes, firings_of
 from replication.study.study import Study
 from writesae.evaluate.firings import draw_atoms
 from writesae.evaluate.shifts import (
-    ATOM_WINDOWS,
     GROUP,
     PAPER_EPS,
     PREDICTORS,
@@ -20,6 +19,8 @@ from writesae.evaluate.shifts import (
     fit_paper_scalar,
     measure_shifts,
 )
+
+ATOM_WINDOWS = 64  # held-out windows on which an atom must fire to be drawn
 
 
 def score(shifts: pd.DataFrame) -> pd.DataFrame:

@@ -32,7 +32,6 @@ from replication.study.study import Study
 from replication.study.training import TIED, main_variants, tied_specs, train_tied
 from writesae.evaluate.atoms import MATCH, Pairs, inner_products
 from writesae.evaluate.detection import detect
-from writesae.evaluate.firings import encode
 from writesae.harvesting import harvest
 from writesae.history import History
 from writesae.recurrence import Factors
@@ -147,7 +146,7 @@ def cosines(book: Pairs | Tensor, others: Pairs | Tensor) -> Tensor:
 def fires(book: SAE | Pairs | Tensor, history: History) -> Tensor:
     """Return the entry that fires at each place of a history, [N, T] int64; -1: none is active."""
     if isinstance(book, SAE):
-        active = encode(book, history)
+        active = book.encode_history(history)
         largest, slot = active.coefficients.max(-1)
         return torch.where(largest > 0, active.indices.gather(-1, slot[..., None])[..., 0], -1)
     rows = []

@@ -192,7 +192,7 @@ def test_exemplars_fire_most_and_in_enough_passages():
     alive = pd.DataFrame(
         {"atom": range(5), "firings": [9, 80, 30, 5, 6], "passages": [4, 1, 4, 4, 4], "class": classes}
     )
-    assert atoms_module.choose_exemplars(alive, dict(register=1, bundle=2), 2).atom.tolist() == [2, 4, 3]
+    assert atoms.choose_exemplars(alive, dict(register=1, bundle=2), 2).atom.tolist() == [2, 4, 3]
 
 
 # Axes of the classes

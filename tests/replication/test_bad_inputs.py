@@ -26,9 +26,12 @@ from replication.study import fingerprint, stages
 from replication.study.profile import Install, load_profile
 from replication.study.study import open_study, split_windows
 from writesae import edit, files, shift
-from writesae.evaluate import install, steering
+from writesae.evaluate import attribution, install, recall, steering
+from writesae.evaluate.firings import find_firings
+from writesae.evaluate.replacement import replace_writes
+from writesae.evaluate.shifts import measure_shifts
 from writesae.files import ArtifactError
-from writesae.harvesting import harvest
+from writesae.harvesting import harvest, harvest_shards
 from writesae.history import History
 from writesae.hosts import load
 from writesae.hosts.load import load_host
@@ -137,11 +140,6 @@ def table(x, **changes):
     return path
 
 
-def tensors(x):
-    files.save_tensors(x.path / "t.safetensors", dict(a=torch.ones(2)), {})
-    return x.path / "t.safetensors"
-
-
 def tokens_with(x, token) -> torch.Tensor:
     return torch.where(torch.arange(x.tokens.shape[1]) == 7, token, x.tokens)
 
@@ -198,9 +196,28 @@ INSTALL = Install(
 )
 
 
-def installed(x, targets, distance=5):
+def installed(x, targets, distance=5, labels=("top",), writes=3):
     targets = torch.as_tensor(targets)
-    return install.setting(x.host, x.run, targets, np.array(["top"]), distance, writes=3)
+    return install.setting(x.host, x.run, targets, np.array(labels), distance, writes=writes)
+
+
+def goal(x, start=40, writes=2, tokens=(5, 6)):
+    return steering.Goal(x.run, torch.tensor([0, 2]), torch.tensor(tokens), start, writes)
+
+
+def shifts(x, t0=(4, 5, 6), **options):
+    """Measured logit shifts of one atom in the three windows."""
+    sides, windows = (torch.ones(1, 12).double(), torch.ones(1, 20).double()), Windows(x.tokens, torch.arange(3))
+    return measure_shifts(x.host, windows, torch.tensor(t0), CELL, *sides, **dict(eps=(1.0,), horizon=2) | options)
+
+
+def predicted(x, made):
+    return shift.predict_shift(x.host, x.tokens, made, 5, layer=LAYER, head=HEAD, steps=2)
+
+
+def replaced_without(x, *columns):
+    firings = pd.DataFrame(dict(window=[0], position=[4], atom=[1], coefficient=[0.5])).drop(columns=[*columns])
+    return replace_writes(x.host, Windows(x.tokens, torch.arange(3)), new_sae(12, 20), firings, layer=1, head=2)
 
 
 def steered(x, name="gamma", cells=(CELL,), steps=1):
@@ -484,7 +501,6 @@ CASES = [
         "t.csv is missing: run the stage",
     ),
     Case("table: a folder", lambda x: stages.read_table(x.path), ArtifactError, "is missing: run the stage"),
-    Case("table: tensors", lambda x: stages.read_table(tensors(x)), ArtifactError, "t.safetensors is no table"),
     Case("tensors: a table", lambda x: files.load_tensors(table(x)), ArtifactError, "t.csv holds no tensors"),
     Case(
         "table: another version",
@@ -497,12 +513,6 @@ CASES = [
         lambda x: stages.write_table(pd.DataFrame(), x.path / "t.csv", PROVENANCE),
         ValueError,
         "The table for t.csv has no columns",
-    ),
-    Case(
-        "table: no provenance",
-        lambda x: stages.write_table(pd.DataFrame(dict(a=[1])), x.path / "t.csv", {}),
-        ValueError,
-        "The provenance of t.csv lacks profile, config, host",
     ),
     Case(
         "fingerprint: a module", lambda x: fingerprint.fingerprint(["writesae.no"]), ValueError, "no module writesae.no"
@@ -682,6 +692,7 @@ CASES = [
     ),
     Case("edit: tokens too many", lambda x: edited(x, steps=51), ValueError, "no position 90"),
     Case("edit: no tokens", lambda x: edited(x, steps=0), ValueError, "at least one token, not 0"),
+    Case("edit: a position in a float", lambda x: edited(x, position=PLACE / 1.0), ValueError, "take int.. of it"),
     Case("edits: no cell", lambda x: under(x, {}), ValueError, "no edit: give .* with at least one cell"),
     Case(
         "edits: other rows",
@@ -726,18 +737,53 @@ CASES = [
         ValueError,
         "no rank-1 write 'effective': choose added",
     ),
+    # What is not what a function takes
+    Case("run: texts", lambda x: x.host.run(["a text"]), ValueError, "takes Windows or their tokens, not a list"),
+    Case("harvest: layer, head", lambda x: harvest(x.host, x.tokens, 1, 2), ValueError, "one cell .layer= and head=."),
+    Case("shards: no cells", lambda x: harvest_shards(x.host, x.tokens, [], x.path, ""), ValueError, "at least one"),
+    Case("train: factors", lambda x: train(x.factors, settings()), ValueError, r'cell\.history\("write"\)'),
+    Case("firings: tokens", lambda x: find_firings(x.sae, x.factors, x.tokens), ValueError, "one cell .* and Windows"),
+    Case("predict: several", lambda x: predicted(x, {CELL: 1}), ValueError, r"takes one Edit, and .* has a dict"),
+    Case("replace: no atom", lambda x: replaced_without(x, "atom"), ValueError, "lack atom: pass rows of find_firings"),
+    Case("states: of a harvest", lambda x: list(x.factors.walk()), ValueError, "A harvest has no queries"),
+    Case("Gamma: of a harvest", lambda x: attribution.weights(x.factors), ValueError, "A harvest has no queries"),
+    Case("readers: of a harvest", lambda x: attribution.overwriters(x.factors), ValueError, "A harvest has no queries"),
+    Case("recall: more keys than there are", lambda x: recall.Task(4, 9, shown=5), ValueError, "shows no more than"),
+    # Measured shifts
+    Case("shifts: past the end", lambda x: shifts(x, (4, 5, 88)), ValueError, "no position 90: it has 0 to 89"),
+    Case("shifts: one place", lambda x: shifts(x, (4,)), ValueError, r"3 windows takes one t0; got \[1\]"),
+    Case("shifts: no horizon", lambda x: shifts(x, horizon=0), ValueError, "are from 1 on, not 0"),
+    Case("shifts: rank 0", lambda x: shifts(x, ranks=(0, 1)), ValueError, r"are from 1 on, not 2 and \[0, 1\]"),
     # Install
+    Case("goal: past the end", lambda x: goal(x, 89), ValueError, "no position 90: it has 0 to 89"),
+    Case("goal: a negative start", lambda x: goal(x, -3), ValueError, "no position -3"),
+    Case("goal: tokens", lambda x: goal(x, tokens=(5,)), ValueError, "a token per row; got 1 for 2 rows"),
+    Case("install: no writes", lambda x: installed(x, [[5]] * 3, writes=0), ValueError, "at least one write, not 0"),
+    Case(
+        "install: labels",
+        lambda x: installed(x, [[5]] * 3, labels=("top", "near")),
+        ValueError,
+        r"here \[3, 2\] with their labels; got \[3, 1\]",
+    ),
+    Case(
+        "install: nothing to generate",
+        lambda x: install.native_continuations(x.host, x.run, 0),
+        ValueError,
+        "nothing to generate: 0 tokens",
+    ),
+    Case("pairs: no cell", lambda x: steering.gamma_pairs(x.host, goal(x), []), ValueError, "need at least one cell"),
+    Case("ceilings: of attention", lambda x: steering.ceilings(x.host, goal(x), [(2, 1)]), ValueError, "not recurrent"),
     Case(
         "install: a target of two tokens",
         lambda x: installed(x, [[[5, 6]]] * 3),
         ValueError,
-        r"single tokens, \[prompts, targets\] with 3 prompts here; got \[3, 1, 2\]",
+        r"single tokens, \[prompts, targets\], here \[3, 1\] with their labels; got \[3, 1, 2\]",
     ),
     Case(
         "install: targets of one prompt",
         lambda x: installed(x, [[5]]),
         ValueError,
-        r"with 3 prompts here; got \[1, 1\]",
+        r"here \[3, 1\] with their labels; got \[1, 1\]",
     ),
     Case("install: no such token", lambda x: installed(x, [[5], [6], [300]]), ValueError, "small has no token 300"),
     Case(
@@ -819,18 +865,6 @@ CASES = [
         lambda x: statistics.cluster_bootstrap([1, np.nan], [0, 1]),
         ValueError,
         "1 of 2 values are not fin",
-    ),
-    Case(
-        "bootstrap: no resamples",
-        lambda x: statistics.cluster_bootstrap([1, 2], [0, 1], resamples=0),
-        ValueError,
-        "not 0",
-    ),
-    Case(
-        "mixture: too few",
-        lambda x: statistics.gaussian_mixture_bic([1, 2]),
-        ValueError,
-        "2 values cannot make .* of 3",
     ),
     Case("r2: one pair", lambda x: statistics.r2([1], [2]), ValueError, "at least two pairs"),
     # Scorecard, notebooks

@@ -20,7 +20,7 @@ from replication.study.profile import HostSection, Install
 from replication.study.stages import read_table, rows_with
 from replication.study.study import Study
 from writesae.edit import Edit, edited_hidden, head_change, make_edit
-from writesae.evaluate.firings import all_firings, encode
+from writesae.evaluate.firings import all_firings
 from writesae.harvesting import harvest
 from writesae.hosts.past import Record
 from writesae.recurrence import step_states
@@ -88,7 +88,7 @@ def test_preferred_tokens_fall_most_when_single_writes_are_deleted(lone):
 
 def test_places_are_firings_and_silent_ones(lone, tokens):
     sae = small_sae(lone.host)
-    encoded = encode(sae, harvested(lone.host, tokens).history("write").double())
+    encoded = sae.encode_history(harvested(lone.host, tokens).history("write").double())
     firings = all_firings(encoded, torch.tensor([4, 5, 6]), 8, 80)
     atoms = firings.atom.value_counts().index[:2].to_numpy()
     drawn = erase.draw_places(firings, encoded, atoms, 5, seed=1)

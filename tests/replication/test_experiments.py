@@ -321,7 +321,7 @@ def test_a_dose_is_where_the_target_first_comes_next(single, trial):
 
 def test_trials_say_what_was_generated(single, trial):
     native = install.native_continuations(single, trial.goal.run, 4)
-    table = install.trials(single, CELL, trial, native, magnitudes=[3.0], new_tokens=4)
+    table = install.trials(single, CELL, trial, native, magnitudes=[3.0])
     assert len(table) == len(install.ONE_CELL) * len(trial.label)
     part = table[table.direction == "gamma"].reset_index(drop=True)
     logits = logits_at(single, trial, "gamma", torch.full((len(part),), 3.0))

@@ -22,7 +22,7 @@ from replication.study import paths
 from replication.study import study as study_module
 from replication.study.lock import LockError
 from replication.study.profile import Profile, load_profile
-from writesae.evaluate.firings import CellSAE, Places, draw_positions, encode, firings_at
+from writesae.evaluate.firings import CellSAE, Places, draw_positions, firings_at
 from writesae.evaluate.replacement import replace
 from writesae.harvesting import harvest
 from writesae.hosts import load
@@ -123,7 +123,7 @@ def test_every_line_is_that_of_a_plain_run(output, profile, folder, serial):
     assert (row.k, row.alive, row.tokens) == (3, record.alive, 30 * 2 * LENGTH)
 
     writes = found["heldout"].at(slice(8)).history("write")
-    cell_sae = CellSAE(3, 3, "write", "added", sae, *encode(sae, writes), writes)
+    cell_sae = CellSAE(3, 3, "write", "added", sae, *sae.encode_history(writes), writes)
     heldout = windows["heldout"][slice(0, 8)]
     drawn = firings_at(cell_sae, draw_positions(heldout.passage, 8, LENGTH - 2, 25, profile.seed))
     native = host.run(heldout.tokens)

@@ -7,7 +7,6 @@ from helpers import assert_close
 from writesae.edit import edited_hidden, make_edit
 from writesae.evaluate import all_writes
 from writesae.evaluate.all_writes import MeanWrites, output_change, rank_one_writes, replace_all_writes
-from writesae.evaluate.firings import encode
 from writesae.recurrence import Factors
 from writesae.sae.config import Architecture
 from writesae.sae.model import SAE
@@ -155,7 +154,7 @@ def test_means_of_tokens_are_means_of_their_writes():
 )
 def test_every_condition_writes_what_its_name_says(host, run, target, centre):
     factors, sae = host.factors(run, LAYER, HEAD), sae_of(host, target, centre=centre)
-    indices, coefficients = encode(sae, factors.history(target, "added"))
+    indices, coefficients = sae.encode_history(factors.history(target, "added"))
     assert (coefficients > 0).sum() > 100
     atoms = sae.decoder.weight()
     native = native_writes(factors)

@@ -18,7 +18,7 @@ from helpers import assert_close
 
 import writesae as ws
 from writesae.edit import edited_hidden, make_edit
-from writesae.evaluate.firings import Places, encode, encode_cell
+from writesae.evaluate.firings import Places, encode_cell
 from writesae.evaluate.replacement import replace
 from writesae.recurrence import step_states
 from writesae.shift import PREDICTORS, cache_gamma, direct_path, gamma, logit_gradient, reads
@@ -87,7 +87,7 @@ def test_firings_are_the_largest_coefficients(single, windows, target):
     pd.testing.assert_frame_equal(every.query("5 <= position < 70").reset_index(drop=True), found)
     assert every.position.min() < 5 and every.position.max() >= 70
     assert (found.passage == np.array([4, 4, 7])[found.window]).all()
-    indices, coefficients = encode(sae, cell.history(target))
+    indices, coefficients = sae.encode_history(cell.history(target))
     for row in found.sample(15, random_state=0).itertuples():
         place = coefficients[row.window, row.position]
         assert row.coefficient == pytest.approx(place.max().item())

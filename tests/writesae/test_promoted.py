@@ -1,5 +1,7 @@
 """Promoted tokens: each kind of shift against edited runs, finite differences and loops over firings."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pandas as pd
 import pytest
 import torch
@@ -97,3 +99,11 @@ def test_top_tokens_by_hand():
     assert fits["exact"] == pytest.approx(r2_score(measured[1], measured[1] / 2)) == pytest.approx(0.75)
     assert fits["paper"] == pytest.approx(r2_score(measured[1], -measured[1])) == pytest.approx(-3)
     assert table[table.kind == "measured"].r2.isna().all()
+
+
+def test_several_threads_have_the_shifts_of_one(host, run):
+    place = host, run, CELL, "added", ROWS, POSITION, *sides(host, len(ROWS))
+    wanted = promoted.token_shifts(*place)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: promoted.token_shifts(*place), range(12)):
+            assert_close(found["exact"], wanted["exact"], "exact", 1e-12)

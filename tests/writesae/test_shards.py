@@ -182,6 +182,14 @@ def test_streams_that_cannot_be_harvested_are_refused(gated_deltanet, tokens, tm
         harvest_shards(gated_deltanet, tokens, [(2, 0)], tmp_path, identity="test")
 
 
+def test_what_is_refused_leaves_a_finished_harvest(gated_deltanet, tokens, tmp_path):
+    stored(gated_deltanet, tokens, tmp_path)
+    for windows in (iter(()), [[999] * 40] * 3):
+        with pytest.raises(ValueError, match="holds no window|has no token 999"):
+            stored(gated_deltanet, windows, tmp_path)
+    assert len(ShardedHistory(tmp_path, CELLS[0], "write")) == 11
+
+
 class Characters:
     eos_token_id = 0
 
@@ -210,7 +218,7 @@ from writesae.sae.train import TrainingSettings, train
 class Host:
     name, scalar_decay, device = "random", True, "cpu"
     def check_cell(self, layer, head): pass
-    def check_windows(self, tokens): pass
+    def check_windows(self, tokens): return tokens
     def each_record(self, rows, layers): yield rows
     def cell_factors(self, rows, head):
         key, added, effective = (torch.randn(*rows.shape, 64) for _ in range(3))

@@ -84,7 +84,7 @@ def everything(folder, place) -> list:
     moved = shifts.measure_shifts(host, windows[:3], run.tokens[:3, 0] * 0 + 6, cell, *sae.atoms(), **sizes)
     trial = install.setting(host, run, run.tokens[:, :1] * 0 + 3, ["word"], 3, writes=2)
     native = install.native_continuations(host, run, 3)
-    installed = install.trials(host, cell, trial, native, magnitudes=[2.0], new_tokens=3)
+    installed = install.trials(host, cell, trial, native, magnitudes=[2.0])
     numbers += [ws.run_edited(host, windows, edit, **place), gradient, logits, *factors.tensors().values()]
     numbers += [
         *sae.state_dict().values(),

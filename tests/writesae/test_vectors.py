@@ -79,6 +79,7 @@ def test_norms_of_a_decoder_that_scale_the_coefficients_are_folded(tmp_path):
         (dict(normalize_activations="layer_norm"), "normalize_activations = layer_norm: fold it"),
         (dict(d_sae=N + 1), r"has no W_enc of \[5, 9\]"),
         (dict(architecture="jumprelu"), r"has no threshold of \[8\]"),
+        (dict(k=None), "has no number k in its cfg.json, as SAEs of topk have"),
     ],
 )
 def test_other_files_are_refused(changes, says, tmp_path):

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from writesae.evaluate.atoms import inner_products
-from writesae.evaluate.firings import encode, trained_on
+from writesae.evaluate.firings import trained_on
 from writesae.history import History
 from writesae.hosts.base import Host, Run
 from writesae.recurrence import Factors, torch_defaults
@@ -116,7 +116,7 @@ def output_changes_by_sae(sae: SAE, factors: Factors, write: str) -> dict[str, T
     """
     target, _ = trained_on(sae, None, write)
     factors = factors.map(lambda x: x.to(sae.mean.dtype))
-    indices, coefficients = encode(sae, factors.history(target, write))
+    indices, coefficients = sae.encode_history(factors.history(target, write))
     key, value = sae.atoms()
     largest, slot = coefficients.max(-1, keepdim=True)
     top = indices.gather(-1, slot)[..., 0]

@@ -38,13 +38,6 @@ def matches(seeds: dict[int, SAE], seed: int = 0) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def choose_exemplars(alive: pd.DataFrame, counts: dict[str, int], fewest_passages: int) -> pd.DataFrame:
-    """Return per class the counts[class] atoms with the most firings, of those in enough passages."""
-    able = alive[alive.passages >= fewest_passages]
-    chosen = (able[able["class"] == name].nlargest(count, "firings") for name, count in counts.items())
-    return pd.concat(chosen)
-
-
 def marked(tokenizer, tokens: Sequence[int], position: int, before: int = 14, after: int = 6) -> str:
     """Return the text around a position, its token between ⟦ and ⟧, line breaks as ⏎."""
     parts = tokens[max(0, position - before) : position], [tokens[position]], tokens[position + 1 :][:after]

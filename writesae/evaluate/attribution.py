@@ -30,6 +30,7 @@ def attribution(host: Host, run: Run, layer: int, head: int) -> Tensor:
 
 def weights(factors: Factors) -> Tensor:
     """Return weight_ts [B, T, T] of a cell's factors over [B, T]; 0 where s > t."""
+    factors.refuse_harvest()
     count, length, d_k = factors.key.shape
     moved, columns = factors.key.new_zeros(count, d_k, length), []  # column t: A_{s+1}^T ... A_t^T q_t
     for s in reversed(range(length)):
@@ -70,6 +71,7 @@ def overwriters(factors: Factors) -> tuple[Tensor, Tensor]:
 
     The share is of the write's key at the start: the length that the erasure of one token takes, beyond the
     decay. Where nothing is erased the share is 0. Raises ValueError for a host that erases nothing."""
+    factors.refuse_harvest()
     if factors.erase is None or not factors.erase.any():
         raise ValueError("The states of this host only decay: no token erases what another wrote.")
     count, length, d_k = factors.key.shape

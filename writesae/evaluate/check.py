@@ -374,7 +374,7 @@ def examine(host: Host, windows: Windows | Tensor, cells: int | None = None) -> 
     cells: the number of cells in the table, evenly spaced; by default as many as fit into about a minute.
     Raises ValueError for windows below 64 tokens, no cells, and as `Host.run`.
     """
-    tokens = windows if isinstance(windows, Tensor) else windows.tokens
+    tokens = host.check_windows(windows)
     if tokens.shape[-1] < SHORTEST:
         raise ValueError(f"A check takes windows of at least {SHORTEST} tokens, and these have {tokens.shape[-1]}.")
     if cells is not None and cells < 1:

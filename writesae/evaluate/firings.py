@@ -50,15 +50,8 @@ class CellSAE:
 
 def encode_cell(cell: tuple[int, int], target: str, write: str, sae: SAE, factors: Factors) -> CellSAE:
     """Return the SAE of a cell (layer, head), applied to harvested factors."""
-    active = encode(sae, factors.history(target, write))
+    active = sae.encode_history(factors.history(target, write))
     return CellSAE(*cell, target, write, sae, *active, factors.history("write", write))
-
-
-@torch_defaults()
-def encode(sae: SAE, history: History, batch: int = 16) -> Active:
-    """Return the active atoms at every position, [N, T, slots], `batch` windows at a time."""
-    parts = [sae.encode_history(history[rows]) for rows in torch.arange(len(history.key)).split(batch)]
-    return Active(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 @torch_defaults()
@@ -111,6 +104,8 @@ def find_firings(
     SAE's training data, by default from its config. Raises ValueError if unknown, for another cell, and
     for a harvest over windows of another number or length.
     """
+    if not isinstance(cell, Factors) or not isinstance(windows, Windows):
+        raise ValueError("Firings are found in the factors of one cell (harvest with layer and head) and Windows.")
     given, over = tuple(windows.tokens.shape), tuple(cell.key.shape[:2])
     if given != over:
         one, other = (f"{count} windows of {length} tokens" for count, length in (over, given))
@@ -121,7 +116,7 @@ def find_firings(
     trained, origin = (sae.config.layer, sae.config.head), cell.origin
     if origin and trained[0] is not None and trained != (harvested := (origin.layer, origin.head)):
         raise ValueError(f"The SAE is of the cell (layer, head) {trained}, and the harvest is of {harvested}.")
-    active = encode(sae, cell.history(*trained_on(sae, target, write)))
+    active = sae.encode_history(cell.history(*trained_on(sae, target, write)))
     return all_firings(active, windows.passage, first, last)
 
 

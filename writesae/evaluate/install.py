@@ -119,8 +119,8 @@ def setting(
     for targets of another shape, and for writes or a distance that do not fit into the prompt.
     """
     count, length = run.tokens.shape
-    if targets.dim() != 2 or len(targets) != count:
-        shapes = f"[prompts, targets] with {count} prompts here; got {list(targets.shape)}"
+    if targets.shape != (count, len(labels)):
+        shapes = f"[prompts, targets], here {[count, len(labels)]} with their labels; got {list(targets.shape)}"
         raise ValueError(f"Targets are single tokens, {shapes}.")
     host.check_tokens(targets)
     if distance > length:
@@ -152,12 +152,11 @@ def trials(
     native: Tensor,
     *,
     magnitudes: Sequence[float],
-    new_tokens: int,
     batch_rows: int = 512,
 ) -> pd.DataFrame:
     """Return one row per trial, direction and magnitude (in native write norms): ranks, inclusion, lift.
 
-    native: the unedited continuations [prompts, new_tokens].
+    native: the unedited continuations [prompts, count]; the edited ones are as long.
     """
     goal, rows = trial.goal, []
     before, target = log_p(_native(host, goal), goal.tokens), goal.tokens[:, None]
@@ -167,7 +166,7 @@ def trials(
         for magnitude in magnitudes:
             larger = scaled(edits, torch.full((len(target),), magnitude))
             pieces = [part(larger, which) for which in torch.arange(len(target)).split(batch_rows)]
-            pieces = [generate_under(host, goal.run, piece, new_tokens) for piece in pieces]
+            pieces = [generate_under(host, goal.run, piece, native.shape[1]) for piece in pieces]
             tokens, logits = (torch.cat(x) for x in zip(*pieces, strict=True))
             columns = dict(magnitude=magnitude, native_rank=trial.native_rank.numpy())
             columns |= dict(edited_rank=ranks(logits, goal.tokens).numpy(), included_native=included_native)
@@ -226,13 +225,8 @@ def kl_elsewhere(native: Tensor, edited: Tensor, tokens: Tensor) -> Tensor:
 @torch_defaults()
 def native_losses(host: Host, run: Run, rows: Tensor, tokens: Tensor) -> Tensor:
     """Return the loss in nats of each token [R, count] after window rows[r], in the unedited model."""
-    length = run.tokens.shape[1]
-    positions = (length + torch.arange(tokens.shape[1] - 1, device=host.device)).expand(len(rows), -1)
-    hidden = host.embed(tokens[:, :-1].to(host.device))
-    for layer, record in enumerate(run.records):
-        past = host.past_at(record, rows, torch.full_like(rows, length))
-        past.last = True
-        hidden = host.finish(layer, host.mix(layer, hidden, past, positions), past)
+    ends, embedded = torch.full_like(rows, run.tokens.shape[1]), host.embed(tokens[:, :-1].to(host.device))
+    hidden, _ = host.layers_above(run, -1, rows, ends, embedded)  # all layers
     logits = torch.cat([host.logits(run.final[rows, -1:]), host.logits(hidden)], 1)
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
 
@@ -240,6 +234,8 @@ def native_losses(host: Host, run: Run, rows: Tensor, tokens: Tensor) -> Tensor:
 @torch_defaults()
 def native_continuations(host: Host, run: Run, new_tokens: int) -> Tensor:
     """Return the unedited greedy continuations [prompts, new_tokens]."""
+    if new_tokens < 1:
+        raise ValueError(f"There is nothing to generate: {new_tokens} tokens were asked for.")
     count, length = run.tokens.shape
     ends = torch.full((count,), length)
     pasts = [host.past_at(record, torch.arange(count), ends) for record in run.records]

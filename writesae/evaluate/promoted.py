@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from writesae.edit import head_change, make_edit
+from writesae.evaluate.features import FORWARD_MODE
 from writesae.hosts.base import Host, Run
 from writesae.recurrence import torch_defaults
 from writesae.sae.model import SAE
@@ -42,7 +43,8 @@ def token_shifts(
     def logits(change: torch.Tensor) -> torch.Tensor:
         return host.logits(host.branch(run, *cell, rows, start, change)[0][:, -1])
 
-    native, exact = torch.func.jvp(logits, (torch.zeros_like(change),), (change,))
+    with FORWARD_MODE:
+        native, exact = torch.func.jvp(logits, (torch.zeros_like(change),), (change,))
     with torch.no_grad():
         decay = reads(factors, rows, position, HORIZON, key)[0].diagonal()
         direct = direct_path(host, *cell, value.float(), torch.arange(host.vocabulary))

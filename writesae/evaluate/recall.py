@@ -78,6 +78,10 @@ class Task:
     shown: int = 0
     choices: int = 0
 
+    def __post_init__(self) -> None:
+        if not (0 <= self.shown <= self.keys != 0 and 0 <= self.choices <= self.values != 0):
+            raise ValueError(f"A task has keys and values, and shows no more than those; got {self}.")
+
     def possible(self) -> Tensor:
         """Return the possible values of each shown key as token ids, [shown, choices]."""
         generator = torch.Generator().manual_seed(0)

@@ -376,6 +376,8 @@ def replace_writes(
     if (dtype := next(host.model.parameters()).dtype).itemsize < 4:
         advice = "KLs of single writes are mostly rounding. Load it with dtype=torch.float32."
         warn(f"The host computes in {dtype}: {advice}", stacklevel=2)
+    if lacking := {"window", "position", "atom", "coefficient"} - set(firings):
+        raise ValueError(f"The firings lack {', '.join(sorted(lacking))}: pass rows of find_firings.")
     firings = firings[firings.position < windows.tokens.shape[1] - STEPS]
     if firings.empty:
         raise ValueError("There is nothing to replace: no firing has two tokens after it in its window.")

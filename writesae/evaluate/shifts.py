@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from writesae.edit import head_change, make_edit
-from writesae.hosts.base import Host
+from writesae.hosts.base import Host, check_places
 from writesae.recurrence import torch_defaults
 from writesae.shift import Gradients, cache_gamma, direct_path, logit_gradients, reads
 from writesae.text import Windows
 
 GROUP = 20  # prompts run together
-ATOM_WINDOWS = 64  # held-out windows on which an atom must fire to be drawn
 PREDICTORS = ("paper", "paper_fitted", "transport", "exact", "through_layer", "through_norm")
 PAPER_EPS = (0.1, 0.3, 1.0, 3.0)  # the sizes of the paper: only these enter the fit
 
@@ -54,6 +53,11 @@ def measure_shifts(
     d_v]: unit atoms. eps: in norms of the native write. ranks: 1 is the native top token.
     """
     run, rows = host.run(windows.tokens), torch.arange(len(windows))
+    if t0.shape != rows.shape:
+        raise ValueError(f"Each of the {len(rows)} windows takes one t0; got {list(t0.shape)}.")
+    if horizon < 1 or not all(1 <= rank <= host.vocabulary for rank in ranks):
+        raise ValueError(f"A horizon and ranks are from 1 on, not {horizon} and {list(ranks)}.")
+    check_places(rows, torch.stack([t0, t0 + horizon]), run.tokens)
     factors = host.factors(run, *cell)
     native_norm = factors.key[rows, t0].norm(dim=-1) * factors.write(write)[rows, t0].norm(dim=-1)
     with torch.no_grad():

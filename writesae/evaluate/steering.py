@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from writesae.edit import Edit, Edits, alteration, hidden_under
-from writesae.hosts.base import Host, Run
+from writesae.edit import Edit, Edits, alteration, hidden_under, make_edit
+from writesae.hosts.base import Host, Run, check_places
 from writesae.hosts.past import Past, Record
 from writesae.recurrence import Factors, torch_defaults
 
@@ -50,6 +50,13 @@ class Goal:
     writes: int
     write: str = "added"
 
+    def __post_init__(self) -> None:
+        if self.writes < 1:
+            raise ValueError(f"A goal takes at least one write, not {self.writes}.")
+        if self.rows.shape != self.tokens.shape:
+            raise ValueError(f"A goal takes a token per row; got {len(self.tokens)} for {len(self.rows)} rows.")
+        check_places(self.rows, torch.tensor([self.start, self.start + self.writes - 1]), self.run.tokens)
+
     @property
     def steps(self) -> int:
         """The number of tokens from the first write to the end of the window."""
@@ -72,8 +79,7 @@ class Goal:
     def edit(self, key: Tensor, value: Tensor, size: Tensor) -> Edit:
         """Return the edit: unit keys [R, writes, d_k] and values [R, writes, d_v], times size [R, writes]."""
         positions = (self.start + torch.arange(self.writes)).expand(len(self.rows), -1)
-        seen = torch.ones(len(self.rows), dtype=torch.bool)
-        return Edit(self.rows, positions, key.to(size), (value * size[..., None]).to(size), seen)
+        return make_edit(self.rows, positions, key.to(size), (value * size[..., None]).to(size))
 
 
 def directions(
@@ -85,10 +91,7 @@ def directions(
     """
     if name not in DIRECTIONS:
         raise ValueError(f"There is no direction {name!r}: choose one of {', '.join(DIRECTIONS)}.")
-    if not cells:
-        raise ValueError("Writes that raise a logit need at least one cell.")
-    for cell in cells:
-        host.check_cell(*cell)
+    _lowest(host, cells)
     if name == "layerwise":
         return _layerwise(host, goal, cells, magnitude)
     if name == "gamma":
@@ -104,6 +107,15 @@ def directions(
     return {cell: goal.edit(*pair, magnitude * goal.sizes(host, cell)) for cell, pair in pairs.items()}
 
 
+def _lowest(host: Host, cells: Sequence[Cell]) -> int:
+    """Return the lowest layer of cells. Raises ValueError for none, and as `Host.check_cell`."""
+    if not cells:
+        raise ValueError("Writes that raise a logit need at least one cell.")
+    for cell in cells:
+        host.check_cell(*cell)
+    return min(layer for layer, _ in cells)
+
+
 def _paper(host: Host, goal: Goal, cell: Cell) -> tuple[Tensor, Tensor]:
     value = F.normalize(host.unembedding()[goal.tokens] @ host.output_projection(*cell), dim=-1)
     key = host.factors(goal.run, *cell).key[goal.rows, goal.start : goal.start + goal.writes]
@@ -112,7 +124,7 @@ def _paper(host: Host, goal: Goal, cell: Cell) -> tuple[Tensor, Tensor]:
 
 def gamma_pairs(host: Host, goal: Goal, cells: Sequence[Cell]) -> dict[Cell, tuple[Tensor, Tensor, Tensor]]:
     """Return `top_pairs` of every cell in the native run, from one backward pass."""
-    heads, _ = gradients_by_layer(host, goal, min(layer for layer, _ in cells))
+    heads, _ = gradients_by_layer(host, goal, _lowest(host, cells))
     return {
         (layer, head): top_pairs(
             host.factors(goal.run, layer, head), goal.rows, goal.starts, heads[layer][:, :, head], goal.writes
@@ -182,7 +194,7 @@ def _upward(
 
 @torch_defaults()
 def _layerwise(host: Host, goal: Goal, cells: Sequence[Cell], magnitude: float) -> Edits:
-    lowest, edits = min(layer for layer, _ in cells), {}
+    lowest, edits = _lowest(host, cells), {}
     _, above = gradients_by_layer(host, goal, lowest)
     rows, starts = torch.arange(len(goal.rows)), torch.zeros_like(goal.rows)
 
@@ -213,8 +225,7 @@ def ceilings(host: Host, goal: Goal, cells: Sequence[Cell]) -> dict[Cell, Tensor
     ||n|| <= sqrt(d_v), whatever is written. This is exact. The path from there to the logit is linearised at
     the native run, so that runs can exceed the ceiling where it is curved. Each token has its own maximum.
     """
-    inputs, hooks = {}, []
-    lowest = min(layer for layer, _ in cells)
+    inputs, hooks, lowest = {}, [], _lowest(host, cells)
     for layer in sorted({layer for layer, _ in cells}):
         keep = partial(_keep_input, inputs, layer, threading.get_ident())
         hooks.append(host.behind_heads(layer).register_forward_pre_hook(keep))

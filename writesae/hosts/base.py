@@ -23,6 +23,7 @@ from torch import Tensor
 from writesae.hosts.layers import slow_decays
 from writesae.hosts.past import Past, Prefix, Record, extend
 from writesae.recurrence import Factors, Groups, states_before, torch_defaults
+from writesae.text import Windows
 
 KEPT_NUMBERS = 2**22  # maximum size of what a record keeps for the next edited run
 
@@ -191,11 +192,15 @@ class Host(ABC):
         if len(outside):
             raise ValueError(f"{self.name} has no token {int(outside[0])}: its ids are 0 to {self.vocabulary - 1}.")
 
-    def check_windows(self, tokens: Tensor) -> None:
-        """Raise ValueError for tokens that are not [windows, time], and as `check_tokens`."""
+    def check_windows(self, windows: Windows | Tensor) -> Tensor:
+        """Return the tokens [windows, time]. Raises ValueError for anything else, and as `check_tokens`."""
+        tokens = getattr(windows, "tokens", windows)
+        if not isinstance(tokens, Tensor):
+            raise ValueError(f"A run takes Windows or their tokens, not a {type(tokens).__name__}.")
         self.check_tokens(tokens)
         if tokens.dim() != 2:
             raise ValueError(f"A run takes tokens [windows, time], not of shape {list(tokens.shape)}.")
+        return tokens
 
     def _positions(self, tokens: Tensor) -> Tensor:
         return torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape)
@@ -222,7 +227,7 @@ class Host(ABC):
 
         Raises ValueError for tokens of another shape or vocabulary, and for an `upto` outside 0..layers.
         """
-        self.check_windows(tokens)
+        tokens = self.check_windows(tokens)
         if upto is not None and not 0 <= upto <= self.layers:
             raise ValueError(f"{self.name} has {self.layers} layers: upto is at most that, and not {upto}.")
         layers = self.layers if upto is None else upto
@@ -433,6 +438,8 @@ def _edited(native: Record, rows, positions, heads: Sequence[int], change: Tenso
 def check_places(rows: Tensor, positions: Tensor, tokens: Tensor) -> None:
     """Raise ValueError for rows or positions, of any shape, outside of tokens [B, T, ...]."""
     for what, places, count in (("window", rows, tokens.shape[0]), ("position", positions, tokens.shape[1])):
+        if places.is_floating_point():
+            raise ValueError(f"The number of a {what} is an integer, not a {places.dtype}: take int() of it.")
         outside = places[(places < 0) | (places >= count)]
         if outside.numel():
             raise ValueError(f"The run has no {what} {int(outside[0])}: it has 0 to {count - 1}.")

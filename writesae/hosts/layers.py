@@ -38,9 +38,9 @@ def normalized(x: Tensor, eps: float, groups: int = 1) -> Tensor:
     return (parts * torch.rsqrt(parts.pow(2).mean(-1, keepdim=True) + eps)).flatten(-2)
 
 
-def rms_norm(x: Tensor, norm: nn.Module, groups: int = 1) -> Tensor:
+def rms_norm(x: Tensor, norm: nn.Module) -> Tensor:
     """Return `normalized` x times the norm's weight, in the dtype of x."""
-    return norm.weight * normalized(x, norm.variance_epsilon, groups).to(x.dtype)
+    return norm.weight * normalized(x, norm.variance_epsilon).to(x.dtype)
 
 
 def short_convolution(inputs: Tensor, before: Tensor | None, weight: Tensor, bias: Tensor | None = None) -> Tensor:

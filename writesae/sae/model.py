@@ -118,7 +118,7 @@ class SAE(nn.Module):
             raise ValueError("The matrices hold values that are not finite.")
         return self._raw(self.encoder.dense(self.standardise(matrices)))
 
-    @torch.no_grad()
+    @torch_defaults()
     def encode_history(self, history: History) -> Active:
         """Return indices and raw coefficients [N, T, slots] of every X_t. Raises as `check_history`."""
         self.check_history(history)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from writesae.files import local_path, reading, write_atomically
 from writesae.history import History
-from writesae.recurrence import torch_defaults
+from writesae.recurrence import Factors, torch_defaults
 from writesae.sae.config import Architecture, SAEConfig
 from writesae.sae.losses import loss_of, tf32
 from writesae.sae.model import SAE
@@ -131,6 +131,8 @@ def train(
     the same result. Raises ValueError for fewer windows than a batch, constant data, validation data of
     another kind, and a checkpoint of another run; FloatingPointError when the loss is not finite.
     """
+    if isinstance(history, Factors):
+        raise ValueError('SAEs are trained on a history: cell.history("write"), or cell.history("state").')
     if len(history) < settings.batch_windows:
         raise ValueError(f"A batch takes {settings.batch_windows} windows, the history has {len(history)}.")
     checkpoint = local_path(checkpoint) if checkpoint else None

@@ -96,6 +96,9 @@ class VectorSAE:
         for option in ("normalize_activations", "reshape_activations"):
             if config.get(option, "none") != "none":
                 raise ValueError(f"{name} has {option} = {config[option]}: fold it into the weights in SAELens first.")
+        sizes = ["d_in", "d_sae"] + ["k"] * (rule == "topk")
+        if lacking := [size for size in sizes if not isinstance(config.get(size), int)]:
+            raise ValueError(f"{name} has no number {lacking[0]} in its {CONFIG}, as SAEs of {rule} have.")
         d, n = config["d_in"], config["d_sae"]
         shapes = dict(W_enc=(d, n), b_enc=(n,), W_dec=(n, d), b_dec=(d,))
         shapes |= dict(threshold=(n,)) if rule == "jumprelu" else {}
@@ -123,9 +126,7 @@ class VectorSAE:
             raise ValueError(f"This SAE is {sae.config.variant} of {sae.d_k} x {sae.d_v} matrices, not topk of rows.")
         encoder, decoder = ((part.key * part.value).detach() for part in (sae.encoder, sae.decoder))
         bias, rest = sae.encoder.bias.detach() * sae.scale, sae.offset[0]
-        if sae.bias is not None:
-            return cls(encoder.T, bias, decoder, rest, k=sae.k, centred=False, metadata=metadata)
-        return cls(encoder.T, bias, decoder, rest, k=sae.k, metadata=metadata)
+        return cls(encoder.T, bias, decoder, rest, k=sae.k, centred=sae.bias is None, metadata=metadata)
 
 
 @torch_defaults()
