@@ -22,6 +22,7 @@ from replication.findings import (
     has_words,
     largest_recall,
     listed,
+    of_hosts,
     percent,
     r2,
     win_rate,
@@ -61,8 +62,8 @@ def apart(low: float, high: float) -> str:
     return "ahead of" if low > 0 else "behind" if high < 0 else "not apart from"
 
 
-def points(row: pd.Series, name: str = "difference") -> str:
-    return f"{estimate(row, name, f'{name}_low', f'{name}_high')} points"
+def points(row: pd.Series) -> str:
+    return f"{estimate(row, 'difference')} points"
 
 
 def hosts(results: Results) -> str:
@@ -140,7 +141,7 @@ def replacement(results: Results) -> str:
 def objects(results: Results) -> str:
     where = dict(host=MAIN, cells="pooled", target="state", centre="none")
     write, state = (results.row("objects_summary", object=x, **where) for x in ("write", "state"))
-    rhos = [estimate(row, "rho", "rho_low", "rho_high", 2, scale=1) for row in (write, state)]
+    rhos = [estimate(row, "rho", digits=2, scale=1) for row in (write, state)]
     return (
         f"The paper's pattern is that wins do not depend on the cosine. Over the three cells their rank "
         f"correlation is {rhos[1]} where the state is replaced, and {rhos[0]} where the write is. That is without the "
@@ -165,14 +166,8 @@ def all_writes(results: Results) -> str:
 
 
 def baselines(results: Results) -> str:
-    where = dict(
-        host=MAIN,
-        cells="pooled",
-        reference="best_atom",
-        amplitude="projection",
-        target="write",
-        centre="none",
-    )
+    where = dict(host=MAIN, cells="pooled", target="write", centre="none")
+    where |= dict(amplitude="projection", reference="best_atom")
     others = {
         "a random atom": dict(method="random"),
         "the mean write": dict(method="mean_write"),
@@ -208,17 +203,13 @@ def population(results: Results) -> str:
 
 
 def other_hosts(results: Results) -> str:
-    rows = [
-        results.row("headline_contrasts", host=host, cells="middle", amplitude="coefficient", centre="none")
-        for host in HOSTS[1:]
-    ]
+    rows, scaled = (
+        of_hosts(results, "headline_contrasts", cells="middle", amplitude=x, centre="none")[1:]
+        for x in ("coefficient", "projection")
+    )
     parts = [
         f"{apart(row.difference_low, row.difference_high)} training on states on {HOST[host]} ({points(row)})"
         for row, host in zip(rows, HOSTS[1:], strict=True)
-    ]
-    scaled = [
-        results.row("headline_contrasts", host=host, cells="middle", amplitude="projection", centre="none")
-        for host in HOSTS[1:]
     ]
     layer, paper = (
         listed(f"{r2(results, x, 1.0, host):,{form}}" for host in HOSTS[1:])
@@ -240,7 +231,7 @@ def cache_edits(results: Results) -> str:
         for x in ("other", "same")
     )
     kept = results.row("newlines_summary", host=MAIN, mode="kept", role="boundary", dose=5)
-    beyond = estimate(kept, "beyond_random", "beyond_random_low", "beyond_random_high", scale=1)
+    beyond = estimate(kept, "beyond_random", scale=1)
     readers = results.rows("top_readers", **{"host": MAIN, "class": "register"})
     return (
         f"Erasing an atom's write changes the log-probability of its preferred token by {other} millinats, and by {same} "
@@ -253,15 +244,12 @@ def cache_edits(results: Results) -> str:
 
 def install(results: Results) -> str:
     where = dict(cells="all", magnitude=1, writes=3, target_class="middle", distance="3")
-    refined, random = (
-        [results.row("install_cells_summary", host=host, direction=name, **where) for host in HOSTS]
-        for name in ("refined", "random")
-    )
+    refined, random = (of_hosts(results, "install_cells_summary", direction=x, **where) for x in ("refined", "random"))
     installed, trials = (
         listed(f"{row[x]:{form}}" for row in refined) for x, form in (("next_token", ".0%"), ("n", ".0f"))
     )
     costs, of_random = (listed(f"{row.kl_elsewhere:.2g}" for row in rows) for rows in (refined, random))
-    rows = [results.row("install_ceiling_summary", host=host) for host in HOSTS]
+    rows = of_hosts(results, "install_ceiling_summary")
     enough = listed(f"{row.enough:.0%}" for row in rows)
     needed, ceiling = (listed(f"{row[name]:.1f}" for row in rows) for name in ("needed", "ceiling"))
     return (
@@ -299,11 +287,8 @@ def ablations(results: Results) -> str:
 
 
 def every_cell(results: Results) -> str:
-    rows, scaled = (
-        [results.row("every_cell", host=host, amplitude=amplitude) for host in HOSTS]
-        for amplitude in ("coefficient", "projection")
-    )
-    random = [results.row("every_cell_starts", host=host, start="random") for host in HOSTS]
+    rows, scaled = (of_hosts(results, "every_cell", amplitude=x) for x in ("coefficient", "projection"))
+    random = of_hosts(results, "every_cell_starts", start="random")
     falls = [
         sum(findings.with_memory(results, host, amplitude).rho_half_life_median_high < 0 for host in HOSTS)
         for amplitude in ("coefficient", "projection")
@@ -343,7 +328,7 @@ def scorecard(results: Results) -> str:
 
 
 def attribution(results: Results) -> str:
-    rows = [results.row("attribution_trend", host=host) for host in HOSTS]
+    rows = of_hosts(results, "attribution_trend")
     spans = listed(f"{row.half_distance:.0f}" for row in rows)
     own = listed(f"{row.share_own:.0%}" for row in rows)
     return (
@@ -366,7 +351,7 @@ def recall(results: Results) -> str:
 
 def residual_features(results: Results) -> str:
     where = dict(cells="middle", object="atom", predictor="through_layer")
-    hits = percent(results.row("residual_features_summary", **where), "hits", "hits_low", "hits_high")
+    hits = percent(results.row("residual_features_summary", **where), "hits")
     return (
         "One linear pass says which features an atom will raise, and when: of the ten that it is predicted "
         f"to raise most at later tokens, {hits} are among the ten that rise most."

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from scipy import stats
 from sklearn.mixture import GaussianMixture
 
-from replication.statistics import cluster_bootstrap, fit_mixture, gaussian_mixture_bic, wilson
+from replication.statistics import cluster_bootstrap, fit_mixture, wilson
 from writesae.evaluate.atoms import CLASSES, sides
 from writesae.evaluate.firings import CellSAE, Places
 from writesae.evaluate.replacement import STEPS
@@ -52,23 +52,18 @@ def partition(alive: pd.DataFrame, seed: int = 0) -> dict:
     return row | dict(elsewhere_cosine=alive.elsewhere.median(), bimodality=bimodality(alive.cosine))
 
 
-def log_density(mixture: GaussianMixture, values: np.ndarray) -> np.ndarray:
-    """Return the log densities [n] of values [n] under a mixture."""
-    return mixture.score_samples(values[:, None])
-
-
 def mixtures(cosines: Sequence[float], seed: int = 0) -> pd.DataFrame:
     """Return the BIC of mixtures with one, two and three components, one row each.
 
     delta_bic is the BIC minus that with one component fewer, below 0 if the larger mixture is better. It is a
     sum over values plus a penalty, so its interval is from a bootstrap of the values under unchanged fits.
     """
-    values = np.asarray(cosines, dtype=np.float64)
-    n, fits = len(values), gaussian_mixture_bic(cosines, (1, 2, 3), seed)
-    bic = [fit.bic(values[:, None]) for fit in fits]
+    values = np.asarray(cosines, dtype=np.float64)[:, None]
+    n, fits = len(values), [fit_mixture(values, count, seed) for count in (1, 2, 3)]
+    bic = [fit.bic(values) for fit in fits]
     rows = [dict(components=1, bic=bic[0], n=n)]
     for i, (fewer, more) in enumerate(pairwise(fits)):
-        gain = 2 * n * (log_density(fewer, values) - log_density(more, values))
+        gain = 2 * n * (fewer.score_samples(values) - more.score_samples(values))
         penalty = 3 * np.log(n)  # weight, mean and deviation of the additional component
         low, high = (end + penalty for end in cluster_bootstrap(gain, np.arange(n), seed=seed))
         row = dict(components=more.n_components, bic=bic[i + 1], delta_bic=bic[i + 1] - bic[i])

@@ -22,16 +22,8 @@ from replication.study.study import Study
 
 HOSTS = ("gated_deltanet", "mamba2", "rwkv7")
 MAIN = HOSTS[0]
-CELLS = {
-    "three cells": (MAIN, "pooled"),
-    "early": (MAIN, "early"),
-    "middle": (MAIN, "middle"),
-    "late": (MAIN, "late"),
-}
-CELLS |= {
-    "σ1/σ2 nearest to the paper's 12": (MAIN, "regime"),
-    "matters most for the loss": (MAIN, "weighty"),
-}
+CELLS = {"three cells": (MAIN, "pooled")} | {place: (MAIN, place) for place in ("early", "middle", "late")}
+CELLS |= {"σ1/σ2 nearest to the paper's 12": (MAIN, "regime"), "matters most for the loss": (MAIN, "weighty")}
 CELLS |= {"Mamba-2, middle": ("mamba2", "middle"), "RWKV-7, middle": ("rwkv7", "middle")}
 
 
@@ -73,13 +65,17 @@ def listed(parts) -> str:
 
 
 WIN = ("win_rate", "win_rate_low", "win_rate_high")
-ALL_CHOICES = dict(amplitude="coefficient", draw="positions", condition="atom")
 
 
 def win_rate(results: Results, target: str, centre: str = "none", **values) -> pd.Series:
     """Return the row of headline.csv of one training, by default pooled over the main host's three cells."""
-    where = dict(host=MAIN, cells="pooled") | ALL_CHOICES | values
+    where = dict(host=MAIN, cells="pooled", amplitude="coefficient", draw="positions", condition="atom") | values
     return results.row("headline", target=target, centre=centre, **where)
+
+
+def of_hosts(results: Results, table: str, **values) -> list[pd.Series]:
+    """Return the only row of each host that has these values."""
+    return [results.row(table, host=host, **values) for host in HOSTS]
 
 
 def r2(results: Results, predictor: str, eps: float, host: str = MAIN) -> float:
@@ -120,7 +116,7 @@ def train_saes(results: Results) -> str:
 def atoms(results: Results) -> str:
     row = results.row("atom_partition", host=MAIN, place="middle", target="state", role="main", k=16, seed=42)
     again = results.row("atom_match_shares", host=MAIN, target="state", **{"class": "all"})
-    share = estimate(again, "share", "ci_low", "ci_high", 1).replace(" ", "% ", 1)
+    share = percent(again, "share", "ci_low", "ci_high", digits=1)
     return (
         f"Of {row.alive} state-trained atoms that fire in the middle cell, {row.registers} are registers, at "
         f"a median cosine of {row.register_cosine:.2f} to the write, and the others are at {row.bundle_cosine:.2f}. Of the "
@@ -156,10 +152,7 @@ def replacement(results: Results) -> str:
 
 
 def objects(results: Results) -> str:
-    rows = [
-        results.row("objects_summary", host=host, target="state", centre="none", object="state", cells=cells)
-        for host, cells in zip(HOSTS, ("pooled", "middle", "middle"), strict=True)
-    ]
+    rows = of_hosts(results, "objects_summary", target="state", centre="none", object="state", cells="pooled")
     shares = listed(f"{row.win_rate:.0%}" for row in rows)
     rhos = listed(f"{row.rho:.2f}" for row in rows)
     return (
@@ -196,10 +189,10 @@ def baselines(results: Results) -> str:
     parts = []
     for method, words in names.items():
         row = results.row("baselines_summary", **where, method=method, size=512)
-        parts.append(f"{words} {percent(row, 'recovered', 'recovered_low', 'recovered_high')}")
+        parts.append(f"{words} {percent(row, 'recovered')}")
     return (
         "Scaled to fit the write, the nearest atom of the write-trained SAE recovers "
-        f"{percent(atom, 'recovered', 'recovered_low', 'recovered_high')} of the KL of deletion, {listed(parts)}."
+        f"{percent(atom, 'recovered')} of the KL of deletion, {listed(parts)}."
     )
 
 
@@ -229,8 +222,7 @@ def other_hosts(results: Results) -> str:
 def cache_edits(results: Results) -> str:
     where = dict(host=MAIN, role="boundary", dose=5)
     change, kept = (
-        estimate(results.row("newlines_summary", mode=mode, **where), "change", "change_low", "change_high", scale=1)
-        for mode in ("offset", "kept")
+        estimate(results.row("newlines_summary", mode=mode, **where), "change", scale=1) for mode in ("offset", "kept")
     )
     rose = results.row("single_write_summary", host=MAIN, direction="paper", predictor="paper")
     return (
@@ -257,7 +249,7 @@ def install(results: Results) -> str:
 def in_every_cell(results: Results, direction: str, distance: int = 3) -> str:
     """Return the shares of targets that writes in all cells, so many tokens before, make the next token."""
     where = dict(cells="all", direction=direction, magnitude=1, writes=3, target_class="all", distance=f"{distance}")
-    rows = [results.row("install_cells_summary", host=host, **where) for host in HOSTS]
+    rows = of_hosts(results, "install_cells_summary", **where)
     return listed(f"{row.next_token:.0%}" for row in rows)
 
 
@@ -295,16 +287,17 @@ def ladder_ahead(results: Results, amplitude: str = "") -> str:
 
 
 def every_cell(results: Results) -> str:
-    rows = [results.row("every_cell", host=host, amplitude="coefficient") for host in HOSTS]
+    rows = of_hosts(results, "every_cell", amplitude="coefficient")
     rhos, scaled = (
         listed(f"{with_memory(results, host, amplitude).rho_half_life_median:.2f}" for host in HOSTS)
         for amplitude in ("coefficient", "projection")
     )
+    ahead = estimate(results.row("every_cell_hosts", host="mean"), "difference")
     return (
         f"At its own coefficient, the write-trained atom is ahead in {cells_ahead(rows)} cells of the three "
         f"hosts. The state-trained atom's win rate and the cell's half-life have a rank correlation of {rhos} ({scaled} "
         f"with atoms scaled to fit the write). On {len(more_hosts(results))} Gated "
-        f"DeltaNet models from different seeds writes are ahead by {ahead_over_hosts(results)} points in the mean over "
+        f"DeltaNet models from different seeds writes are ahead by {ahead} points in the mean over "
         f"cells. In the headline (no mean), atoms of states win at {rates_of_models(results, 'state')} on these models, and "
         f"atoms of writes at {rates_of_models(results, 'write')}, {headline_over_hosts(results)} points apart in the mean."
     )
@@ -318,11 +311,6 @@ def with_memory(results: Results, host: str = MAIN, amplitude: str = "coefficien
 def more_hosts(results: Results) -> pd.DataFrame:
     """Return the hosts of every_cell_hosts, without the row of their mean."""
     return results.rows("every_cell_hosts").query("host != 'mean'")
-
-
-def ahead_over_hosts(results: Results) -> str:
-    """Return how many points writes are ahead over all cells, in the mean over the hosts of one architecture."""
-    return estimate(results.row("every_cell_hosts", host="mean"), "difference")
 
 
 def rates_of_models(results: Results, target: str) -> str:
@@ -389,7 +377,7 @@ def decay_errors(results: Results) -> str:
 
 def recall(results: Results) -> str:
     rows = largest_recall(results)
-    kept = listed(percent(row, "kept_atom", "kept_atom_low", "kept_atom_high") for row in rows)
+    kept = listed(percent(row, "kept_atom") for row in rows)
     side, of_states = rows[0].side, results.rows("recall_summary", target="state").set_index("family")
     smaller = of_states.side.iloc[0]
     return (
@@ -409,14 +397,7 @@ def largest_recall(results: Results) -> list[pd.Series]:
 def residual_features(results: Results) -> str:
     where = dict(cells="middle", object="write")
     through, first = (
-        estimate(
-            results.row("residual_features_summary", predictor=x, **where),
-            "r2",
-            "r2_low",
-            "r2_high",
-            3,
-            scale=1,
-        )
+        estimate(results.row("residual_features_summary", predictor=x, **where), "r2", digits=3, scale=1)
         for x in ("through_layer", "exact")
     )
     return (
@@ -428,7 +409,7 @@ def residual_features(results: Results) -> str:
 def recurrence(results: Results) -> str:
     def values(dictionary: str) -> tuple[str, str]:
         row = results.row("recurrence_summary", host=MAIN, dictionary=dictionary, target="write", centre="none")
-        return percent(row, "recurs", "recurs_low", "recurs_high"), f"{row.auc_all:.2f}"
+        return percent(row, "recurs"), f"{row.auc_all:.2f}"
 
     (atoms, auc), (centroids, _), (_, of_raw) = (values(name) for name in ("sae", "kmeans", "raw"))
     return (

@@ -6,6 +6,7 @@ A page's functions `shown` choose at most eight columns, the index included; the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pandas as pd
@@ -15,7 +16,8 @@ from replication.plots import CENTRE_NAMES, CONDITION_NAMES, PREDICTOR_NAMES, na
 PLACES = dict(regime="σ1/σ2 nearest to the paper's 12", weighty="largest cost")
 WORDS: dict[str, Mapping] = dict(centre=CENTRE_NAMES, condition=CONDITION_NAMES, predictor=PREDICTOR_NAMES)
 WORDS |= dict(place=PLACES, cells=PLACES, target=dict(state="states", write="writes"))
-WORDS |= dict(direction=dict(paper="the paper's", gamma="top pair of Γ"))
+WORDS |= dict(direction=dict(paper="the paper's", gamma="top pair of Γ"), where=dict(firing="its firings"))
+WORDS |= dict(token_from=dict(other="other text", same="the tested firings"))
 HEADINGS = dict(place="cell", cells="cell", target="SAE of", centre="the mean", eps="size")
 HEADINGS |= dict(predictor="prediction", target_class="target", magnitude="size", token_from="token found on")
 
@@ -70,6 +72,12 @@ def ranges(low: Iterable[float], high: Iterable[float], digits: int = 0, scale: 
 def p_values(values: Iterable[float]) -> list[str]:
     """Return p-values as text; those below 0.001 as "< 0.001"."""
     return ["" if pd.isna(p) else "< 0.001" if p < 0.001 else f"{p:.2g}" for p in values]
+
+
+def bin_names(edges: Iterable[float]) -> list[str]:
+    """Return the names of bins between ascending edges, as "below 0", "0 to 0.05", "0.3 and above"."""
+    names = [f"{edge:g}" for edge in edges]
+    return [f"below {names[0]}", *map(" to ".join, pairwise(names)), f"{names[-1]} and above"]
 
 
 def cell_names(table: pd.DataFrame) -> list[str]:

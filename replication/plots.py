@@ -109,18 +109,17 @@ def origin(name: str, profile: str) -> str:
     return f"page {page}; tables {', '.join(tables) or 'none'}; profile {profile}; commit {git_commit()}"
 
 
-VARIANT_NAMES = dict(rank1="rank 1", rank2="rank 2", batch_topk="BatchTopK", jumprelu="JumpReLU", tied="tied encoder")
-VARIANT_NAMES |= dict(none="no mean", bias="learnt bias")
-CHOICE_NAMES = dict(target="SAE of", centre="centre", write="write", pooling="firings", amplitude="amplitude")
-CHOICE_NAMES |= dict(reading="read by", kl_direction="KL", control="against")
-LEVEL_NAMES = dict(state="states", write="writes", mean="mean subtracted", none="no mean", rounds="equally per atom")
-LEVEL_NAMES |= dict(most_firing="of the most frequent", positions="by position", random="a random atom", fresh="noise")
+VARIANT_NAMES = CENTRE_NAMES | dict(rank1="rank 1", rank2="rank 2", tied="tied encoder")
+VARIANT_NAMES |= dict(batch_topk="BatchTopK", jumprelu="JumpReLU")
+CHOICE_NAMES = dict(target="SAE of", pooling="firings", reading="read by", kl_direction="KL", control="against")
+LEVEL_NAMES = CENTRE_NAMES | dict(state="states", write="writes", rounds="equally per atom", random="a random atom")
+LEVEL_NAMES |= dict(most_firing="of the most frequent", positions="by position", fresh="noise")
 LEVEL_NAMES |= dict(native_patched="from the native run", patched_native="from the edited run")
 
 
 def level_name(choice: str, level: str) -> str:
     """Return the name of a level of one of the choices of the multiverse, e.g. "SAE of writes"."""
-    return f"{CHOICE_NAMES[choice]} {LEVEL_NAMES.get(level, named(level))}"
+    return f"{CHOICE_NAMES.get(choice, choice)} {LEVEL_NAMES.get(level, named(level))}"
 
 
 def named(text: str) -> str:
@@ -272,11 +271,9 @@ def family_lines(axes: plt.Axes, table: pd.DataFrame, x: str, **measures: str) -
     shifts = iter(dodge(len(measures) * table.family.nunique(), 0.2))
     for marker, (name, label) in zip(MARKERS, measures.items()):
         for family, part in table.sort_values(x).groupby("family", sort=False):
-            colour = COLOURS[list(HOST).index(family)]
-            look = dict(marker=marker, linestyle="-" if marker == MARKERS[0] else ":", linewidth=1, color=colour)
-            with_interval(
-                axes, part[x] * 2 ** next(shifts), part[name], part[f"{name}_low"], part[f"{name}_high"], **look
-            )
+            look = dict(marker=marker, linestyle="-" if marker == MARKERS[0] else ":", linewidth=1)
+            bars = (part[name + end] for end in ("", "_low", "_high"))
+            with_interval(axes, part[x] * 2 ** next(shifts), *bars, color=HOST_COLOUR[family], **look)
         if len(measures) > 1:
             axes.plot([], [], marker=marker, color="0.4", markersize=4, linewidth=1, label=label)
     axes.set(xscale="log", ylim=(-0.04, 1.04))
@@ -288,8 +285,7 @@ def family_lines(axes: plt.Axes, table: pd.DataFrame, x: str, **measures: str) -
 
 def family_legend(figure: plt.Figure, families: Sequence[str]) -> None:
     """Put the families' colours below the panels of `family_lines`."""
-    colours = [COLOURS[list(HOST).index(family)] for family in families]
-    lines = [plt.Line2D([], [], color=colour, marker="o", markersize=4) for colour in colours]
+    lines = [plt.Line2D([], [], color=HOST_COLOUR[family], marker="o", markersize=4) for family in families]
     names = [HOST[family] for family in families]
     figure.legend(lines, names, loc="outside lower center", ncols=len(names), fontsize=8)
 
@@ -304,8 +300,7 @@ def densities(axes: plt.Axes, table: pd.DataFrame, value: str, by: str, colours:
 def levels(axes: plt.Axes, table: pd.DataFrame, choices: Mapping[str, Sequence[str]]) -> None:
     """Draw the lower half of a specification curve: for each level of each choice, a row of marks at the
     indices of the table's rows with that level. Choices with a single level are not drawn."""
-    shown = [(c, level) for c, all_levels in choices.items() for level in all_levels]
-    shown = [(c, level) for c, level in shown if 0 < (table[c] == level).mean() < 1]
+    shown = [(c, x) for c, of_choice in choices.items() for x in of_choice if 0 < (table[c] == x).mean() < 1]
     for row, (choice, level) in enumerate(shown):
         places = table.index[table[choice] == level]
         colour = COLOURS[list(choices).index(choice)]

@@ -49,23 +49,11 @@ class Estimate(NamedTuple):
 
 
 class Correlation(NamedTuple):
-    """A correlation, its 95% interval, and the p-value of the hypothesis that it is zero."""
+    """A correlation and its 95% interval."""
 
     value: float
     low: float
     high: float
-    p: float
-    n: int
-
-
-class Test(NamedTuple):
-    """The statistic and p-value of a test; n is the number of values, or of pairs in a paired test."""
-
-    __test__ = False  # not a test case of pytest
-
-    statistic: float
-    p: float
-    n: int
 
 
 def _finite(values) -> np.ndarray:
@@ -77,12 +65,8 @@ def _finite(values) -> np.ndarray:
     return values
 
 
-def _vector(values) -> np.ndarray:
-    return _finite(values).ravel()
-
-
 def _pair(a, b) -> tuple[np.ndarray, np.ndarray]:
-    a, b = _vector(a), _vector(b)
+    a, b = _finite(a), _finite(b)
     if a.size != b.size:
         raise ValueError(f"Paired values must be equally many: {a.size} and {b.size}.")
     return a, b
@@ -100,8 +84,7 @@ def wilson(successes: int, n: int) -> Interval:
 
 
 def _percentiles(samples: np.ndarray) -> Interval:
-    low, high = np.quantile(samples, [0.025, 0.975], axis=-1)
-    return Interval(low, high) if low.ndim else Interval(float(low), float(high))
+    return Interval(*np.quantile(samples, [0.025, 0.975], axis=-1))
 
 
 def _codes(clusters) -> tuple[np.ndarray, int]:
@@ -135,10 +118,8 @@ def cluster_bootstrap(
 
     values: a vector [n]; a matrix [n, m], for the means of all columns from the same draws (`statistic` is
     the mean, the ends are [m]); or a function of row numbers, for a statistic of several columns. clusters:
-    one label per row. Both ends are nan for a single cluster. Raises ValueError also for resamples < 1.
+    one label per row. Both ends are nan for a single cluster.
     """
-    if resamples < 1:
-        raise ValueError(f"A bootstrap takes at least one resample, not {resamples}.")
     if callable(values):
         values, statistic = np.arange(len(clusters)), values
     else:
@@ -282,7 +263,7 @@ def difference_bootstrap(a, b, clusters: tuple[Sequence, Sequence], resamples: i
         codes, count = _codes(labels)
         if count < 2:
             return Interval(np.nan, np.nan)
-        means.append(_means(_vector(values), codes, _draws(count, resamples, generator)))
+        means.append(_means(_finite(values), codes, _draws(count, resamples, generator)))
     return _percentiles(means[0] - means[1])
 
 
@@ -294,7 +275,7 @@ def wider(*intervals: Interval) -> Interval:
 def student(values) -> Interval:
     """Return Student's interval of the mean of independent estimates [n], such as those of n hosts; both ends
     are nan for one."""
-    values = _vector(values)
+    values = _finite(values)
     if len(values) < 2:
         return Interval(np.nan, np.nan)
     reach = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
@@ -335,8 +316,7 @@ def rate_row(happened, resamples: int, seed: int, name: str = "win_rate", **clus
     bootstrap interval over these clusters (KIND_low, KIND_high).
     """
     happened = np.asarray(happened, dtype=bool)
-    low, high = wilson(int(happened.sum()), len(happened))
-    row = {name: happened.mean(), "ci_low": low, "ci_high": high}
+    row = {name: happened.mean()} | ci(wilson(int(happened.sum()), len(happened)))
     for kind, labels in clusters.items():
         low, high = cluster_bootstrap(happened, labels, resamples=resamples, seed=seed)
         row |= {f"{kind}_low": low, f"{kind}_high": high}
@@ -346,42 +326,31 @@ def rate_row(happened, resamples: int, seed: int, name: str = "win_rate", **clus
 # Tests and correlations
 
 
-def paired_wilcoxon(a, b) -> Test:
-    """Wilcoxon's two-sided signed-rank test of a - b; p = 1 if all pairs are equal."""
+def paired_wilcoxon(a, b) -> float:
+    """Return p of Wilcoxon's two-sided signed-rank test of a - b; 1 if all pairs are equal."""
     a, b = _pair(a, b)
-    if (a == b).all():
-        return Test(0.0, 1.0, a.size)
-    return Test(*map(float, stats.wilcoxon(a, b)), a.size)
-
-
-def mann_whitney(a, b) -> Test:
-    """The two-sided Mann-Whitney U test of two independent samples; the statistic is U of `a`."""
-    a, b = _vector(a), _vector(b)
-    return Test(*map(float, stats.mannwhitneyu(a, b)), a.size + b.size)
+    return 1.0 if (a == b).all() else float(stats.wilcoxon(a, b).pvalue)
 
 
 def cliffs_delta(a, b) -> float:
     """Return P(a > b) - P(a < b) over all pairs, computed from U."""
-    a, b = _vector(a), _vector(b)
+    a, b = _finite(a), _finite(b)
     return float(2 * stats.mannwhitneyu(a, b).statistic / (a.size * b.size) - 1)
 
 
-def permutation_test(a, b, paired: bool = False, resamples: int = 10_000, seed: int = 0) -> Test:
-    """Two-sided test of mean(a) - mean(b) by exchange of labels, or of the two values of a pair.
+def permutation_test(a, b, paired: bool = False, resamples: int = 10_000, seed: int = 0) -> float:
+    """Return p of a two-sided test of mean(a) - mean(b) by exchange of labels, or within pairs.
 
     Also raises ValueError for fewer than two values on a side.
     """
-    a, b = _pair(a, b) if paired else (_vector(a), _vector(b))
-    if min(a.size, b.size) < 2:
-        raise ValueError("A permutation test needs at least two values on each side.")
+    a, b = _pair(a, b) if paired else (_finite(a), _finite(b))
 
     def difference(x: np.ndarray, y: np.ndarray, axis: int) -> np.ndarray:
         return x.mean(axis=axis) - y.mean(axis=axis)
 
     options = dict(permutation_type="samples" if paired else "independent", vectorized=True, batch=500)
     options |= dict(n_resamples=resamples, rng=np.random.default_rng(seed))
-    result = stats.permutation_test((a, b), difference, **options)
-    return Test(float(result.statistic), float(result.pvalue), a.size if paired else a.size + b.size)
+    return float(stats.permutation_test((a, b), difference, **options).pvalue)
 
 
 def r2(actual, predicted) -> float:
@@ -397,14 +366,13 @@ def spearman(a, b) -> Correlation:
     constant side."""
     a, b = _pair(*(stats.rankdata(x, nan_policy="omit") for x in (a, b)))
     if a.size < 4 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return Correlation(*[np.nan] * 4, a.size)
-    result = stats.spearmanr(a, b)
-    rho = float(np.clip(result.statistic, -1, 1))
+        return Correlation(*[np.nan] * 3)
+    rho = float(np.clip(stats.spearmanr(a, b).statistic, -1, 1))
     if abs(rho) == 1:
-        return Correlation(rho, rho, rho, float(result.pvalue), a.size)
+        return Correlation(rho, rho, rho)
     reach = stats.norm.ppf(0.975) * np.sqrt((1 + rho**2 / 2) / (a.size - 3))
     low, high = np.tanh(np.arctanh(rho) + np.array([-reach, reach]))
-    return Correlation(rho, float(low), float(high), float(result.pvalue), a.size)
+    return Correlation(rho, float(low), float(high))
 
 
 def clustered_spearman(a, b, clusters: Sequence, resamples: int, seed: int) -> Correlation:
@@ -439,14 +407,3 @@ def kmeans(rows: np.ndarray, count: int, seed: int) -> np.ndarray:
 def fit_mixture(values: np.ndarray, components: int, seed: int) -> GaussianMixture:
     """Return scikit-learn's Gaussian mixture of values [n, 1], fitted in their dtype."""
     return GaussianMixture(components, n_init=5, random_state=seed).fit(values)
-
-
-def gaussian_mixture_bic(values, components: Sequence[int] = (1, 2, 3), seed=0) -> list[GaussianMixture]:
-    """Return one Gaussian mixture per number of components; the one with the lowest `bic` is the best.
-
-    Also raises ValueError for fewer values than components.
-    """
-    values = _vector(values)[:, None]
-    if len(values) < max(components):
-        raise ValueError(f"{len(values)} values cannot make a mixture of {max(components)} components.")
-    return [fit_mixture(values, count, seed) for count in components]

@@ -53,10 +53,6 @@ def page_title(name: str) -> str:
     return first.splitlines()[0].removeprefix("# ")
 
 
-def verdict(results: Results, claim: str) -> str:
-    return results.row("scorecard", id=claim, host=MAIN).status
-
-
 # The README
 
 
@@ -69,14 +65,14 @@ def glance(results, bench) -> str:
         for amplitude in ("coefficient", "projection")
     ]
     memory = "where memory is long: rank correlation {}; scaled to fit {}".format(*rhos)
-    again = estimate(results.row("scorecard", id="A5", host=MAIN), "value", "ci_low", "ci_high", 1)
+    again = percent(results.row("scorecard", id="A5", host=MAIN), "value", "ci_low", "ci_high", digits=1)
     of_hosts = listed(findings.atoms_again(results, host) for host in HOSTS)
-    again = f"small SAEs: {again.replace(' ', '% ', 1)}; main SAEs: {of_hosts}"
+    again = f"small SAEs: {again}; main SAEs: {of_hosts}"
     closed = listed(f"{r2(results, 'through_layer', 1.0, host):.3f}" for host in HOSTS)
     said = results.row("install_summary", host=MAIN, direction="paper", target_class="all", magnitude=3.0)
     fitted = results.row("scorecard", id="C1", host=MAIN).value
     rows = findings.largest_recall(results)
-    kept = listed(percent(row, "kept_atom", "kept_atom_low", "kept_atom_high") for row in rows)
+    kept = listed(percent(row, "kept_atom") for row in rows)
     recalled = f"SAEs of writes, recall models: {kept} of answers kept"
     papers = f"beats deletion at {papers_value('R1'):.0%}", f"8% → {papers_value('I4'):.0%}"
     states, writes = f"{centred}; {state} if no mean is subtracted", percent(win_rate(results, "write"), *WIN)
@@ -98,7 +94,8 @@ def glance(results, bench) -> str:
         ("Do rank-1 atoms work in larger states?", "open", recalled, "", "17_recall"),
         ("Do atoms come back in another seed?", "under 1%", again, "A5", "19_recurrence"),
     ]
-    statuses = {claim: verdict(results, claim) for *_, claim, _ in rows if claim} | {"": "new"}
+    status = results.rows("scorecard", host=MAIN).set_index("id").status
+    statuses = {claim: status[claim] for *_, claim, _ in rows if claim} | {"": "new"}
     statuses["I4"] = statuses["I4"].replace("equivalent", "no effect")
     statuses["A5"] += f"; {findings.verdict_on_main_saes(results)}"
     lines = [[*texts, statuses[claim], page(name)] for *texts, claim, name in rows]
@@ -144,7 +141,7 @@ def trust(results, bench) -> str:
 @block
 def differ(results, bench) -> str:
     row = results.row("verdict_repeats", compared="whole runs with other seeds", kind="observed")
-    return estimate(row, "differ", "differ_low", "differ_high").replace(" ", "% ", 1)
+    return percent(row, "differ")
 
 
 @block
@@ -177,8 +174,7 @@ def errors(results, bench) -> str:
 @block
 def deletion(results, bench) -> str:
     """What deleting a write does on each host."""
-    cells = dict(zip(HOSTS, ("pooled", "middle", "middle"), strict=True))
-    rows = [win_rate(results, "state", host=host, cells=cells[host]) for host in HOSTS]
+    rows = [win_rate(results, "state", host=host) for host in HOSTS]
     return listed(f"{1000 * row.kl_delete_median:.2g}" for row in rows)
 
 

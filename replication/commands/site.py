@@ -20,8 +20,8 @@ import yaml
 
 from replication.commands import CommandError, makers, order
 from replication.commands.readme import address, page_title
-from replication.study.git import GitError, git
 from replication.study.paths import ROOT
+from replication.study.stages import git_commit
 from writesae.files import read_json
 
 DOCUMENTS = {  # in the order of the navigation
@@ -213,13 +213,6 @@ def api(folder: Path) -> list:
     return pages
 
 
-def commit() -> str:
-    try:
-        return git("rev-parse", "--short=10", "HEAD").strip()
-    except GitError:
-        return "unknown"
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "site", help="default: build/site")
 
@@ -228,7 +221,7 @@ def main(options: argparse.Namespace) -> int:
     source = options.folder.with_name(f"{options.folder.name}-source").resolve()
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     config |= dict(docs_dir=str(source), site_dir=str(options.folder.resolve()), nav=gather(source))
-    config["copyright"] = f"Built from commit {commit()}; the numbers are those of the profile mini"
+    config["copyright"] = f"Built from commit {git_commit()}; the numbers are those of the profile mini"
     config["plugins"][1]["mkdocstrings"]["handlers"]["python"]["paths"] = [str(ROOT)]
     file = source.with_suffix(".json")  # JSON is YAML
     file.write_text(json.dumps(config), encoding="utf-8")

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky.process_executor import TerminatedWorkerError
-from pydantic import Field, NonNegativeInt, ValidationError
+from pydantic import Field, NonNegativeInt
 from tqdm import tqdm
 
 from replication.commands import CommandError, check_disk, positive, read_yaml
@@ -31,13 +31,13 @@ from replication.study.lock import writing
 from replication.study.profile import Profile, Section, Target, load_profile
 from replication.study.study import OUT_OF_MEMORY, Study, threads
 from replication.study.training import VALIDATION_WINDOWS, SaeSpec, train_one
+from replication.study.yaml_files import checked
 from writesae.evaluate.cells import survey_cells
 from writesae.evaluate.firings import CellSAE, draw_in_rounds, encode_cell, firings_at
 from writesae.evaluate.replacement import AMPLITUDES, measure_group
 from writesae.files import load_tensors, read_sidecar, save_tensors, up_to_date
 from writesae.harvesting import ShardedHistory, harvest, harvest_shards
 from writesae.recurrence import Factors
-from writesae.sae.config import first_problem
 from writesae.sae.train import TrainingSettings
 from writesae.text import Windows
 
@@ -128,9 +128,7 @@ class Sweep:
         named = {"all": list(profile.hosts), "main": [self.study.main]}
         hosts = grid.hosts if isinstance(grid.hosts, list) else named[grid.hosts]
         for name in hosts:
-            if name not in profile.hosts:
-                known = ", ".join(profile.hosts)
-                raise ValueError(f"Profile {profile.name} has no host {name!r}: choose among {known}.")
+            self.study.host_path(name)  # ValueError for an unknown host
         cells = [(host, *cell) for host in hosts for cell in self.cells(host)]
         points = [Point(*cell, *rest) for cell in cells for rest in product(grid.variants, grid.seeds)]
         if not points:
@@ -155,11 +153,8 @@ class Sweep:
         """Return the training settings of an SAE. Raises ValueError if they are invalid."""
         variant = self.grid.variants[point.variant]
         base = getattr(self.profile.section("saes", point.host), variant.role).model_dump()
-        try:
+        with checked(f"Grid {self.grid.name}: variants.{point.variant}"):
             return TrainingSettings(**base | variant.settings | dict(seed=point.seed))
-        except ValidationError as error:
-            place = f"Grid {self.grid.name}: variants.{point.variant}"
-            raise ValueError(f"{place}: {first_problem(error)}.") from None
 
     def training_windows(self, variant: str) -> int:
         """Return the number of training windows of a variant."""

@@ -28,15 +28,16 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from replication.commands import CommandError
 from replication.study import paths as paths_module
 from replication.study import stages
 from replication.study.git import GitError, git
+from replication.study.profile import Section
 from replication.study.stages import read_table
+from replication.study.yaml_files import checked
 from writesae.files import ArtifactError, read_sidecar
-from writesae.sae.config import first_problem
 
 TOLERANCES = paths_module.ROOT / "tests" / "reference" / "tolerances.yaml"
 TIMES = ("seconds", "training_seconds", "tokens_per_second")  # columns that measure time
@@ -47,7 +48,7 @@ MOST = 5  # columns that a report names
 DIGITS = 20  # of a commit or a hash
 
 
-class Tolerance(BaseModel):
+class Tolerance(Section):
     """One entry of tolerances.yaml: how far a metric may differ between rows with equal `keys`.
 
     equal: not at all. absolute, relative: by a number, or by a fraction of the reference value's distance
@@ -55,7 +56,6 @@ class Tolerance(BaseModel):
     intervals of the two sides must overlap. Two numbers that both have no interval are not compared.
     """
 
-    model_config = ConfigDict(extra="forbid")
     file: str
     keys: list[str] = Field(min_length=1)
     metric: str
@@ -112,10 +112,8 @@ def _numbers(column: pd.Series) -> pd.Series:
 def read_tolerances(path: Path) -> list[Tolerance]:
     """Return the entries of a YAML list. Raises ValueError if the file is empty or an entry is wrong."""
     entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    try:
+    with checked(str(path)):
         return TypeAdapter(list[Tolerance]).validate_python(entries)
-    except ValidationError as error:
-        raise ValueError(f"{path}: {first_problem(error)}.") from error
 
 
 # One metric of one table

@@ -259,10 +259,8 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     """Return the errors of the variants for a reader."""
     columns = {"atoms": table.n_atoms, "FVU": layout.plain(table, "fvu", digits=3)}
     columns |= {"active per token": layout.numbers(table.l0, ".1f"), "dead": table.dead}
-    columns |= {
-        "tokens": layout.numbers(table.n_tokens, ",.0f"),
-        "training (seconds)": layout.numbers(table.training_seconds, ".0f"),
-    }
+    columns |= {"tokens": layout.numbers(table.n_tokens, ",.0f")}
+    columns |= {"training (seconds)": layout.numbers(table.training_seconds, ".0f")}
     return layout.shown(table, BY, columns)
 
 

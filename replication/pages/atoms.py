@@ -5,7 +5,7 @@ Besides the main SAEs there are *variants* for one cell, each with another k or 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise, product
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from scipy import stats
 
 from replication import layout
 from replication.classes import described_atoms, mixtures, partition, scanned, thresholds
-from replication.statistics import Interval, ci, cliffs_delta, cluster_bootstrap, mann_whitney, per_group
+from replication.statistics import Interval, ci, cliffs_delta, cluster_bootstrap, per_group
 from replication.study.fingerprint import Later
 from replication.study.firings import firing_windows
 from replication.study.study import Study
@@ -36,8 +36,6 @@ SAE_KEYS = ["host", "place", "layer", "head", "target", "role", "k", "seed", "n_
 def variation(counts: Sequence[float]) -> dict:
     """Return the coefficient of variation of at least two counts, with its chi-square interval."""
     n = len(counts)
-    if n < 2:
-        raise ValueError("A coefficient of variation needs at least two counts.")
     cv = float(stats.variation(counts, ddof=1))
     low, high = cv * np.sqrt((n - 1) / stats.chi2.ppf([0.975, 0.025], n - 1))
     return dict(mean=float(np.mean(counts)), cv=cv, ci_low=float(low), ci_high=float(high), n=n)
@@ -54,7 +52,6 @@ def match_shares(pairs: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-AXES = ("delta_kl", "flip_delete", "flip_atom", "firings_per_10k")
 COSINE_EDGES = (0.0, 0.05, 0.2, 0.3)  # Table 13
 
 
@@ -95,14 +92,15 @@ def class_axes(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return Table 17: one row per (axis, cell, target, amplitude); delta > 0 if registers are higher."""
     rows, keys = [], ["host", "layer", "head", "target", "amplitude"]
     for values, part in table.groupby(keys, sort=False):
-        for axis in AXES:
+        for axis in SCALES:
             register, bundle = (part.loc[part["class"] == name, axis] for name in CLASSES)
             row = dict(zip(keys, values, strict=True), axis=axis, n_register=len(register), n_bundle=len(bundle))
             row |= dict(register_median=register.median(), bundle_median=bundle.median())
             row |= dict.fromkeys(["cliffs_delta", "ci_low", "ci_high", "p"], np.nan)
             if min(len(register), len(bundle)) > 1:
                 row |= ci(delta_interval(register, bundle, seed))
-                row |= dict(cliffs_delta=cliffs_delta(register, bundle), p=mann_whitney(register, bundle).p)
+                p = stats.mannwhitneyu(register, bundle).pvalue
+                row |= dict(cliffs_delta=cliffs_delta(register, bundle), p=p)
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -110,11 +108,7 @@ def class_axes(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 def by_cosine(firings: pd.DataFrame, alive: pd.DataFrame, edges=COSINE_EDGES, seed: int = 0) -> pd.DataFrame:
     """Return Table 13: the atom's win rate over deletion per bin of its median cosine; bootstrap by atom."""
     binned = with_atoms(firings.assign(win=firings.kl_atom < firings.kl_delete), alive)
-    names = [
-        f"below {edges[0]:g}",
-        *(f"{a:g} to {b:g}" for a, b in pairwise(edges)),
-        f"{edges[-1]:g} and above",
-    ]
+    names = layout.bin_names(edges)
     binned["cosine_bin"] = pd.cut(binned.atom_cosine, [-np.inf, *edges, np.inf], right=False, labels=names)
 
     def row(part: pd.DataFrame) -> dict:

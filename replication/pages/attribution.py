@@ -177,14 +177,8 @@ def remembered(writes: pd.DataFrame, study: Study, count: int = 6) -> pd.DataFra
             rows = part[part.token == ratios.index[rank]]
             ends = stats.cluster_bootstrap(rows.far / part.far.mean(), rows.passage, seed=study.profile.seed)
             text = repr(study.host(name).tokenizer.decode([int(ratios.index[rank])]))
-            row = dict(
-                host=name,
-                rank=rank + 1,
-                of=len(ratios),
-                token=int(ratios.index[rank]),
-                text=text,
-                n=len(rows),
-            )
+            row = dict(host=name, rank=rank + 1, of=len(ratios), token=int(ratios.index[rank]))
+            row |= dict(text=text, n=len(rows))
             tables.append(row | stats.with_ends("ratio", ratios.iloc[rank], ends))
     return study.write("attribution_tokens", pd.DataFrame(tables))
 

@@ -159,10 +159,8 @@ def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
 def shown(apart: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `targets_apart` for a reader, in percent and points."""
     columns = {"cells": apart.n_cells, "places": layout.numbers(apart.n, ",.0f")}
-    columns |= layout.of_targets(apart) | {
-        "difference (points)": layout.estimates(apart, "difference"),
-        "cells ahead": apart.write_ahead,
-    }
+    columns |= layout.of_targets(apart)
+    columns |= {"difference (points)": layout.estimates(apart, "difference"), "cells ahead": apart.write_ahead}
     return layout.shown(apart, ["host", "amplitude"], columns)
 
 
@@ -187,9 +185,8 @@ def shown_hosts(table: pd.DataFrame) -> pd.DataFrame:
 def shown_headlines(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `headlines` for a reader."""
     columns = {"places": layout.numbers(table.n, ",.0f"), "trainings": table.seeds} | layout.of_targets(table)
-    return layout.shown(
-        table, ["centre", "host"], columns | {"difference (points)": layout.estimates(table, "difference")}
-    )
+    columns |= {"difference (points)": layout.estimates(table, "difference")}
+    return layout.shown(table, ["centre", "host"], columns)
 
 
 def shown_seeds(spread: pd.DataFrame) -> pd.DataFrame:

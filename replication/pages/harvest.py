@@ -58,6 +58,5 @@ def shown(table: pd.DataFrame) -> pd.DataFrame:
     columns |= {"numbers per token": table.numbers_per_token, "numbers per state": table.numbers_per_state}
     columns |= {"median norm, added write": layout.numbers(table.median_write_norm)}
     columns |= {"median norm, effective write": layout.numbers(table.median_effective_norm)}
-    return layout.shown(
-        table, ["host"], columns | {"tokens per second": layout.numbers(table.tokens_per_second, ",.0f")}
-    )
+    columns |= {"tokens per second": layout.numbers(table.tokens_per_second, ",.0f")}
+    return layout.shown(table, ["host"], columns)

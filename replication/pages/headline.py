@@ -68,13 +68,10 @@ def summarise(study: Study, firings: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for values, group in firings.groupby(KEYS, sort=False):
-        where, parts = (
-            dict(zip(KEYS, values, strict=True)),
-            by_place(group, study.cells).groupby("cells", sort=False),
-        )
+        parts = by_place(group, study.cells).groupby("cells", sort=False)
         for (cells, part), condition in product(parts, CONDITIONS):
             if part[f"kl_{condition}"].notna().all():
-                row = where | dict(cells=cells, condition=condition)
+                row = dict(zip(KEYS, values, strict=True), cells=cells, condition=condition)
                 rows.append(row | dict(paper=PAPER.items() <= row.items()) | _row(part, condition, study))
     return study.write("headline", pd.DataFrame(rows))
 

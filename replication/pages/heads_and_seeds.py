@@ -85,9 +85,8 @@ def per(by: list[str], firings: pd.DataFrame, resamples: int, seed: int) -> pd.D
 
 def _rate(happened: pd.Series, part: pd.DataFrame, name: str, resamples: int, seed: int) -> dict:
     """Return n and the share of firings, with Wilson's interval and the bootstraps by atom and by passage."""
-    return dict(n=len(part)) | stats.rate_row(
-        happened, resamples, seed, name, boot=atom_names(part), passage=part.passage
-    )
+    clusters = dict(boot=atom_names(part), passage=part.passage)
+    return dict(n=len(part)) | stats.rate_row(happened, resamples, seed, name, **clusters)
 
 
 def over_heads(table: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
@@ -152,7 +151,7 @@ def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -
         failed, quarter = (atom >= delete).astype(float), quartiles(part.kl_delete).to_numpy()
 
         def permuted(*sides, **paired) -> float:
-            return stats.permutation_test(*sides, **paired, resamples=permutations, seed=seed).p
+            return stats.permutation_test(*sides, **paired, resamples=permutations, seed=seed)
 
         def delta(rows):
             return stats.cliffs_delta(delete[rows], atom[rows])
@@ -160,7 +159,7 @@ def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -
         def gap(rows):
             return failed[rows][quarter[rows] == "Q1"].mean() - failed[rows][quarter[rows] == "Q4"].mean()
 
-        numbers = dict(n=len(part), n_atoms=len(by_atom), wilcoxon_p=stats.paired_wilcoxon(atom, delete).p)
+        numbers = dict(n=len(part), n_atoms=len(by_atom), wilcoxon_p=stats.paired_wilcoxon(atom, delete))
         numbers |= dict(mean_log_ratio=ratio.mean(), permutation_p=permuted(ratio, 0 * ratio, paired=True))
         numbers["permutation_by_atom_p"] = permuted(by_atom, 0 * by_atom, paired=True)
         for name, statistic in (("cliffs_delta", delta), ("q1_minus_q4", gap)):
@@ -177,10 +176,8 @@ def tests(firings: pd.DataFrame, permutations: int, resamples: int, seed: int) -
 
 def shown(rates: pd.DataFrame, *by: str) -> pd.DataFrame:
     """Return the table of `per` for a reader; by: head or seed."""
-    columns = {
-        "firings": rates.n,
-        "beats deletion (%)": layout.estimates(rates, "win_rate", "boot_low", "boot_high"),
-    }
+    columns = {"firings": rates.n}
+    columns |= {"beats deletion (%)": layout.estimates(rates, "win_rate", "boot_low", "boot_high")}
     sizes = zip(1000 * rates.kl_atom, 1000 * rates.kl_delete, strict=True)
     columns |= {"KL atom, deletion (millinats)": [f"{atom:.3f}, {delete:.3f}" for atom, delete in sizes]}
     return layout.shown(rates, [*GROUP, *by], columns)
@@ -188,14 +185,10 @@ def shown(rates: pd.DataFrame, *by: str) -> pd.DataFrame:
 
 def shown_heads(over: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `over_heads` for a reader, in percent and points."""
-    columns = {
-        "heads": over["heads"],
-        "mean (%)": layout.estimates(over, "mean_win_rate", "ci_low", "ci_high"),
-    }
-    columns |= {
-        "sd (points)": layout.numbers(over.sd, ".0f", 100),
-        "range (%)": layout.ranges(over.lowest, over.highest),
-    }
+    columns = {"heads": over["heads"]}
+    columns |= {"mean (%)": layout.estimates(over, "mean_win_rate", "ci_low", "ci_high")}
+    columns |= {"sd (points)": layout.numbers(over.sd, ".0f", 100)}
+    columns |= {"range (%)": layout.ranges(over.lowest, over.highest)}
     sides = zip(over.above_half, over.below_half, strict=True)
     columns["above, below one half"] = [f"{above}, {below}" for above, below in sides]
     return layout.shown(over, GROUP, columns)
@@ -203,11 +196,8 @@ def shown_heads(over: pd.DataFrame) -> pd.DataFrame:
 
 def shown_seeds(spread: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `over_seeds` for a reader, in percent and points."""
-    columns = {
-        "seeds": spread.seeds,
-        "firings": spread.n,
-        "mean (%)": layout.numbers(spread.mean_win_rate, ".0f", 100),
-    }
+    columns = {"seeds": spread.seeds, "firings": spread.n}
+    columns |= {"mean (%)": layout.numbers(spread.mean_win_rate, ".0f", 100)}
     columns |= {"sd (points)": layout.numbers(spread.sd, ".1f", 100)}
     return layout.shown(spread, GROUP, columns | {"range (%)": layout.ranges(spread.lowest, spread.highest)})
 

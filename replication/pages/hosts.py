@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from replication import layout
-from replication.statistics import ci, cluster_bootstrap, per_group
+from replication.statistics import ci, cluster_bootstrap, per_group, with_ends
 from replication.study import docstrings
 from replication.study.fingerprint import Later
 from replication.study.firings import firing_windows
@@ -160,8 +160,7 @@ def _survey(layer: int, host: Host, run: Later, heldout: Later, passage, first, 
 def _cost(windows: pd.DataFrame, passage: torch.Tensor, seed: int) -> dict:
     """Return a cell's mean cost in nats per token, and its interval over passages, from a row per window."""
     interval = cluster_bootstrap(windows.cost, passage.numpy()[windows.window], seed=seed)
-    ends = dict(cost_low=interval.low, cost_high=interval.high)
-    return dict(cost=windows.cost.mean()) | ends | dict(cost_windows=len(windows))
+    return with_ends("cost", windows.cost.mean(), interval) | dict(cost_windows=len(windows))
 
 
 def choose(study: Study, cells: pd.DataFrame) -> pd.DataFrame:
@@ -176,9 +175,7 @@ def shown(hosts: pd.DataFrame) -> pd.DataFrame:
     layers = [f"{some} of {every}" for some, every in zip(hosts.recurrent_layers, hosts.layers, strict=True)]
     columns = {
         "parameters (millions)": layout.numbers(hosts.parameters / 1e6, ".1f"),
-        "held-out loss (nats per token)": layout.estimates(
-            hosts, "heldout_loss", "ci_low", "ci_high", digits=2, scale=1
-        ),
+        "held-out loss (nats per token)": layout.plain(hosts, "heldout_loss", "ci_low", "ci_high"),
         "recurrent layers": layers,
         "heads": hosts["heads"],
         "state": [f"{d_k} x {d_v}" for d_k, d_v in zip(hosts.d_k, hosts.d_v, strict=True)],

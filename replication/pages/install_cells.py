@@ -287,17 +287,15 @@ def named(summary: pd.DataFrame, nearest: int, target_class: str = MIDDLE) -> pd
     part = summary[(summary.distance == str(nearest)) & (summary.target_class == target_class)]
     part = part[part.cells.isin(WHERE)].copy()
     single = part.writes.lt(part.writes.max()).map({True: ", one write", False: ""})
-    return part.assign(
-        condition=part.cells.map(WHERE) + ", " + part.direction + [f", {x:g}x" for x in part.magnitude] + single
-    )
+    sizes = [f", {x:g}x" for x in part.magnitude]
+    return part.assign(condition=part.cells.map(WHERE) + ", " + part.direction + sizes + single)
 
 
 def shown(part: pd.DataFrame, *by: str, names: Mapping[str, str]) -> pd.DataFrame:
     """Return columns of the summary with intervals for a notebook. names: headings; by: keys of rows."""
     columns = {"n": part.n}
     for name, heading in names.items():
-        form = dict(digits=0, scale=100) if name in SHARES else dict(digits=2, scale=1)
-        columns[heading] = layout.estimates(part, name, **form)
+        columns[heading] = layout.estimates(part, name) if name in SHARES else layout.plain(part, name)
     return layout.shown(part, ["host", *by], columns)
 
 
@@ -309,10 +307,8 @@ COSTS |= dict(extra_loss="extra loss of the text (nats per token)")
 def shown_least(least: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `least` for a reader."""
     columns = {"n": least.n, "total size": layout.numbers(least.total_size, ".3f"), "cells": least.n_cells}
-    columns |= {
-        "size of each": layout.numbers(least.magnitude),
-        "next token (%)": layout.estimates(least, "next_token"),
-    }
+    columns |= {"size of each": layout.numbers(least.magnitude)}
+    columns |= {"next token (%)": layout.estimates(least, "next_token")}
     columns |= {"fewest cells, any size": layout.numbers(least.fewest_cells, ".0f")}
     return layout.shown(least, ["host", "target_class"], columns)
 

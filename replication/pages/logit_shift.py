@@ -151,6 +151,5 @@ def shown_hosts(summary: pd.DataFrame) -> pd.DataFrame:
 def shown_ranks(ranks: pd.DataFrame) -> pd.DataFrame:
     """Return the median R2 for a reader: predictors down, ranks of the token across."""
     texts = layout.plain(ranks, "r2_median", "ci_low", "ci_high", digits=3)
-    return layout.across(
-        ranks.rename(columns=dict(rank="rank of the token")), ["predictor"], "rank of the token", texts
-    )
+    rows = ranks.rename(columns=dict(rank="rank of the token"))
+    return layout.across(rows, ["predictor"], "rank of the token", texts)

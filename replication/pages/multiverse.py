@@ -31,6 +31,7 @@ from replication import layout
 from replication.plots import level_name
 from replication.statistics import cluster_bootstrap, wilson
 from replication.study.firings import run_firings
+from replication.study.stages import rows_with
 from replication.study.study import Study
 from replication.study.training import main_role, other_role, other_specs, train_all, write_definitions
 from writesae.edit import SCOPES, head_change, make_edit
@@ -234,11 +235,6 @@ def universes(won: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     return whole[["host", *CHOICES, *(name for name in whole if name not in ("host", *CHOICES))]]
 
 
-def is_(universe: dict, table: pd.DataFrame) -> pd.Series:
-    """Return a mask of the rows of a table that belong to this universe."""
-    return np.logical_and.reduce([table[choice] == level for choice, level in universe.items()])
-
-
 def effects(won: pd.DataFrame, lines: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     """Return one row per (host, choice, level), for the choices that have several levels on the host.
 
@@ -293,7 +289,7 @@ def _fit(win: np.ndarray, part: pd.DataFrame, levels: dict, clusterings) -> dict
 
 def shown_universes(universes: pd.DataFrame, some: dict[str, dict]) -> pd.DataFrame:
     """Return some universes of every host for a reader. some: name -> level of each choice."""
-    rows = pd.concat([universes[is_(levels, universes)].assign(universe=name) for name, levels in some.items()])
+    rows = pd.concat([rows_with(universes, **levels).assign(universe=name) for name, levels in some.items()])
     columns = {"firings": rows.n, "atoms": rows.n_atoms}
     columns |= {"win rate (%)": layout.estimates(rows, "win_rate", "boot_low", "boot_high")}
     columns |= {"median gain (millinats)": layout.numbers(rows.median_gain, ".3f", 1000)}

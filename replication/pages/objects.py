@@ -126,18 +126,12 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
     return layout.shown(pooled.rename(columns=dict(line="replaced")), ["host", "centre", "replaced"], columns)
 
 
-def bin_names(bins: pd.DataFrame) -> list[str]:
-    """Return the readable names of bins of cosines, as "below 0", "0 to 0.05", "0.3 and above"."""
-    middle = [f"{low:g} to {high:g}" for low, high in zip(bins.cosine_low[1:-1], bins.cosine_high[1:-1], strict=True)]
-    return [f"below {bins.cosine_high.iloc[0]:g}", *middle, f"{bins.cosine_low.iloc[-1]:g} and above"]
-
-
 def readable_bins(binned: pd.DataFrame, bins: pd.DataFrame, host: str, cosine_of: str) -> pd.DataFrame:
     """Return the win rates (%) of a host as text, one row per centre and line, one column per bin, below the
     paper's. bins: `papers_table13`."""
     part = named(binned[(binned.host == host) & (binned.cosine_of == cosine_of)])
     texts = [f"{100 * rate:.0f} (n = {n:,})" for rate, n in zip(part.win_rate, part.n, strict=True)]
-    names, heading = bin_names(bins), "cosine of the atom"
+    names, heading = layout.bin_names(bins.cosine_low[1:]), "cosine of the atom"
     part = part.assign(**{heading: part.bin.map(dict(enumerate(names))), "replaced": part.line})
     wide = layout.across(part, ["centre", "replaced"], heading, texts).reindex(columns=names, fill_value="")
     paper = [f"{100 * rate:.0f} (n = {n:,})" for rate, n in zip(bins.atom_wins, bins.firings, strict=True)]

@@ -121,9 +121,8 @@ def _parts(points: pd.DataFrame) -> dict:
     size = ((points.measured - points.measured.mean()) ** 2).sum()
     row = {name: r2(points.measured, points[name]) for name in CLOSED_FORMS}
     row |= dict(linear_layer=(layer**2).sum() / size, linear_above=(above**2).sum() / size)
-    return row | dict(
-        rest=1 - row["through_norm"], cosine=(layer * above).sum() / np.sqrt((layer**2).sum() * (above**2).sum())
-    )
+    cosine = (layer * above).sum() / np.sqrt((layer**2).sum() * (above**2).sum())
+    return row | dict(rest=1 - row["through_norm"], cosine=cosine)
 
 
 def summarise_cells(study: Study, cells: pd.DataFrame) -> pd.DataFrame:
@@ -133,9 +132,8 @@ def summarise_cells(study: Study, cells: pd.DataFrame) -> pd.DataFrame:
     Wilson's intervals. cosine_behind: median cosine in the cells in which through_layer has the lower one."""
 
     def row(part: pd.DataFrame) -> dict:
-        numbers = (
-            dict(n_cells=len(part)) | part[[*CLOSED_FORMS, "linear_layer", "linear_above", "rest"]].median().to_dict()
-        )
+        medians = part[[*CLOSED_FORMS, "linear_layer", "linear_above", "rest"]].median()
+        numbers = dict(n_cells=len(part)) | medians.to_dict()
         for name in ("layer", "norm"):
             ahead = part[f"through_{name}"] > part.exact
             numbers |= with_ends(f"{name}_ahead", ahead.mean(), wilson(int(ahead.sum()), len(part)))

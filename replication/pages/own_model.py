@@ -124,16 +124,14 @@ def draw(firings: pd.DataFrame, count: int, seed: int) -> pd.DataFrame:
 def verdict(table: pd.DataFrame) -> str:
     """Return what own_model.csv says, in three sentences."""
     rows = table.set_index("question")
-    exact, lift = (
-        rows[rows.index.str.startswith("R2 of exact at ")].iloc[0],
-        rows.loc["lift of the word, 3x along gamma"],
-    )
-    shares = {name: rows.loc[f"{name} beats deletion"] for name in ("atom", "random")}
-    atom, random = (f"{layout.percent(x, 'value', 'ci_low', 'ci_high')}" for x in shares.values())
+    exact = rows[rows.index.str.startswith("R2 of exact at ")].iloc[0]
+    lift = rows.loc["lift of the word, 3x along gamma"]
+    shares = [rows.loc[f"{name} beats deletion"] for name in ("atom", "random")]
+    atom, random = (layout.percent(x, "value", "ci_low", "ci_high") for x in shares)
     return (
         f"The edited run {'reads' if exact.value > 0.9 else 'does not read'} what was predicted: R2 is "
         f"{exact.value:.3f} at {exact.name.rpartition(' ')[2]} native write norms (n = {int(exact.n)}).\n"
-        f"At the native write's norm the atom beats deletion on {atom} of {int(shares['atom'].n)} firings, and a "
+        f"At the native write's norm the atom beats deletion on {atom} of {int(shares[0].n)} firings, and a "
         f"random atom on {random}.\n"
         f"Three writes along gamma change the log-probability of the word by "
         f"{layout.estimate(lift, 'value', 'ci_low', 'ci_high', digits=2, scale=1)} nats in "
@@ -148,10 +146,8 @@ def shown_cells(cells: pd.DataFrame) -> pd.DataFrame:
     """Return a survey of cells for a reader."""
     columns = {"half-life (tokens)": layout.numbers(cells.half_life_median, ".1f")}
     columns |= {"sigma1/sigma2": layout.numbers(cells.sigma1_over_sigma2)}
-    columns |= {
-        "rank of added writes": cells.added_write_rank,
-        "of effective writes": cells.effective_write_rank,
-    }
+    columns |= {"rank of added writes": cells.added_write_rank}
+    columns |= {"of effective writes": cells.effective_write_rank}
     return layout.shown(cells.assign(cell=layout.cell_names(cells)), ["cell"], columns)
 
 
@@ -176,15 +172,9 @@ def shown_scores(scores: dict[tuple[str, float], float]) -> pd.DataFrame:
 def shown_trials(trials: pd.DataFrame) -> pd.DataFrame:
     """Return what installs do, for a reader: medians over prompts, and shares of prompts."""
     by = trials.groupby("direction", sort=False)
-    medians, shares = (
-        by[["native_rank", "edited_rank", "first_step_lift"]].median(),
-        by.included_edited.mean(),
-    )
-    columns = {
-        "rank of the word": medians.native_rank.astype(int),
-        "after the writes": medians.edited_rank.astype(int),
-    }
+    medians = by[["native_rank", "edited_rank", "first_step_lift"]].median()
+    columns = {"rank of the word": medians.native_rank.astype(int)}
+    columns |= {"after the writes": medians.edited_rank.astype(int)}
     columns |= {"lift (nats)": layout.numbers(medians.first_step_lift)}
-    return layout.shown(
-        medians.reset_index(), ["direction"], columns | {"said (%)": layout.numbers(shares, ".0f", 100)}
-    )
+    columns |= {"said (%)": layout.numbers(by.included_edited.mean(), ".0f", 100)}
+    return layout.shown(medians.reset_index(), ["direction"], columns)

@@ -15,18 +15,18 @@ from replication.study.firings import (
     run_firings,
 )
 from replication.study.study import Study
+from writesae.evaluate.atoms import ATOM_KEYS
 from writesae.evaluate.firings import draw_atoms
 
 
-def per_atom(firings: pd.DataFrame, classes: pd.Series) -> pd.DataFrame:
-    """Return firings, median cosine, class, and win rates per (atom, amplitude)."""
+def per_atom(firings: pd.DataFrame, alive: pd.DataFrame) -> pd.DataFrame:
+    """Return firings, median cosine, win rates and class per (atom, amplitude)."""
     marked = firings.assign(win=beats(firings), win_random=beats(firings, "atom", "random"))
-    keys = ["host", "layer", "head", "target", "atom", "amplitude"]
     columns = dict(cosine=("cosine", "median"), firings=("win", "size"), win_rate=("win", "mean"))
     columns["win_rate_over_random"] = ("win_random", "mean")
     columns |= {name: (name, "median") for name in ("kl_atom", "kl_delete")}
-    table = marked.groupby(keys, as_index=False).agg(**columns)
-    return table.assign(**{"class": table.atom.map(classes)})
+    table = marked.groupby([*ATOM_KEYS, "amplitude"], as_index=False).agg(**columns)
+    return table.merge(alive[[*ATOM_KEYS, "class"]], how="left", on=ATOM_KEYS)
 
 
 def summarise(atoms: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -63,11 +63,7 @@ def run(study: Study) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def tables(study: Study, alive: pd.DataFrame, firings: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write and return results population.csv and population_summary.csv."""
-    atoms = pd.concat(
-        per_atom(part, alive[(alive.host == host) & (alive.target == target)].set_index("atom")["class"])
-        for (host, target), part in firings.groupby(["host", "target"])
-    )
-    atoms = study.write("population", atoms.reset_index(drop=True))
+    atoms = study.write("population", per_atom(firings, alive))
     return atoms, study.write("population_summary", summarise(atoms, study.profile.seed))
 
 

@@ -20,7 +20,5 @@ def shown(saes: pd.DataFrame) -> pd.DataFrame:
 def _over_seeds(error: pd.DataFrame) -> list[str]:
     """Return means, with the range of the seeds where there are several."""
     spans = layout.ranges(error["min"], error["max"], 3, 1)
-    several = error["min"] < error["max"]
-    return [
-        f"{mean:.3f} ({span})" if more else f"{mean:.3f}" for mean, span, more in zip(error["mean"], spans, several)
-    ]
+    rows = zip(error["mean"], spans, error["min"] < error["max"])
+    return [f"{mean:.3f} ({span})" if several else f"{mean:.3f}" for mean, span, several in rows]

@@ -106,9 +106,8 @@ def examine(
         alive, firings = labels[:, first:][labels[:, first:] >= 0].unique(return_counts=True)
         others = [x for other, x in matrices.items() if other != number]
         best = torch.stack([cosines(matrices[number], x).abs().amax(1)[alive] for x in others])
-        table = dict(seed=number, atom=alive, firings=firings, best=best.mean(0))
-        table = pd.DataFrame({k: v if isinstance(v, int) else v.numpy() for k, v in table.items()})
-        table["recurs"] = (best > MATCH).float().mean(0).numpy()
+        columns = dict(atom=alive, firings=firings, best=best.mean(0), recurs=(best > MATCH).float().mean(0))
+        table = pd.DataFrame(dict(seed=number) | {name: x.numpy() for name, x in columns.items()})
         drawn = np.random.default_rng(seed).permutation(alive.numpy())[:atoms]
         rows.append(table.merge(detect(labels, windows.tokens, fit, np.sort(drawn), first), how="left", on="atom"))
     return pd.concat(rows).assign(**kind._asdict())
@@ -170,8 +169,8 @@ def summarise(table: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
         for name, (rows, value) in values.items():
             made = stats.over_trainings(value, atoms=rows.atom, trainings=rows.seed, resamples=resamples, seed=seed)
             numbers |= stats.with_ends(name, made.value, made.interval())
-        per_training = dict(n=len(part), examined=len(examined))
-        return numbers | {name: count // numbers["trainings"] for name, count in per_training.items()}
+        m = numbers["trainings"]
+        return numbers | dict(n=len(part) // m, examined=len(examined) // m)
 
     return stats.per_group(table, ["host", *KIND], row)
 

@@ -85,7 +85,7 @@ def _summary(part: pd.DataFrame, resamples: int, seed: int) -> dict:
     row["strict_chain"] = (win & stats.beats(part, "delete", "random")).mean()
     row["median_ratio_delete_over_atom"] = (part.kl_delete / part.kl_atom).median()
     row["median_ratio_random_over_atom"] = (part.kl_random / part.kl_atom).median()
-    row["wilcoxon_p"] = stats.paired_wilcoxon(part.kl_atom, part.kl_delete).p
+    row["wilcoxon_p"] = stats.paired_wilcoxon(part.kl_atom, part.kl_delete)
     row |= dict(cliffs_delta=stats.cliffs_delta(part.kl_delete, part.kl_atom), median_cosine=part.cosine.median())
     measured = [name for name in CONDITIONS if f"kl_{name}" in part and part[f"kl_{name}"].notna().all()]
     row |= {f"kl_{name}": part[f"kl_{name}"].median() for name in measured}

@@ -129,7 +129,7 @@ def against(part: pd.DataFrame, control: str, resamples: int, seed: int) -> dict
     row = dict(n=len(part), n_atoms=atoms.nunique())
     row |= rate_row(beats(part, "atom", control), resamples, seed, "atom_closer", boot=atoms)
     row |= dict(kl_atom=part.kl_atom.median(), kl_control=other.median(), kl_delete=part.kl_delete.median())
-    wilcoxon_p = paired_wilcoxon(part.kl_atom, other).p
+    wilcoxon_p = paired_wilcoxon(part.kl_atom, other)
     return row | dict(wilcoxon_p=wilcoxon_p, cliffs_delta=cliffs_delta(other, part.kl_atom))
 
 
@@ -147,13 +147,9 @@ def _overlaps(part: pd.DataFrame, control: str, resamples: int, seed: int) -> li
 def shown(summary: pd.DataFrame) -> pd.DataFrame:
     """Return how often the atom's KL is below the control's, for a reader."""
     sizes = zip(1000 * summary.kl_atom, 1000 * summary.kl_control, strict=True)
-    columns = {
-        "firings": summary.n,
-        "atom nearer (%)": layout.estimates(summary, "atom_closer", "boot_low", "boot_high"),
-    }
+    columns = {"firings": summary.n}
+    columns |= {"atom nearer (%)": layout.estimates(summary, "atom_closer", "boot_low", "boot_high")}
     columns |= {"KL atom, control (millinats)": [f"{atom:.2f}, {control:.2f}" for atom, control in sizes]}
-    columns |= {
-        "p": layout.p_values(summary.wilcoxon_p),
-        "Cliff's delta": layout.numbers(summary.cliffs_delta),
-    }
+    columns |= {"p": layout.p_values(summary.wilcoxon_p)}
+    columns |= {"Cliff's delta": layout.numbers(summary.cliffs_delta)}
     return layout.shown(summary, ["target", "placement", "control"], columns)

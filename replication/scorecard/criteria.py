@@ -10,31 +10,28 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from replication.scorecard.claims import CLAIMS
 from replication.scorecard.measures import MEASURES
 from replication.scorecard.verdicts import Borders, Claimed
 from replication.statistics import Estimate
 from replication.study.paths import ROOT
-from writesae.sae.config import first_problem
+from replication.study.profile import Section
+from replication.study.yaml_files import checked, read_mapping
 
 GROUPS = ("headline", "supporting", "bookkeeping", "cannot_fail", "extension")
 RATIO, R2 = (np.log, np.exp), (lambda x: -np.log1p(-x), lambda x: -np.expm1(-x))
 PLAIN = (np.asarray, np.asarray)
-STRICT = dict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Criterion(BaseModel):
+class Criterion(Section):
     """How a claim is judged: `measure`, with `arguments`, should be above, below or equal to `indifference`.
 
     A claim about one architecture has its `family`; a claim about one size has its `model`, a path in
     hosts.csv. The claim is not asked of other hosts. On hosts of a family in `same_as` (or "any") another
     claim has the same value and counts in its place. `was` and `because`: the criterion before, and why not.
     """
-
-    model_config = STRICT
 
     claim: str = Field(min_length=1)
     group: Literal["headline", "supporting", "bookkeeping", "cannot_fail", "extension"]
@@ -80,13 +77,11 @@ class Criterion(BaseModel):
         return MEASURES[self.measure](tables, host, **self.arguments)
 
 
-class Criteria(BaseModel):
+class Criteria(Section):
     """The file: smallest effects and factors by kind, the variance of another training, and the claims.
 
     `experiments`: the experiment of each claim, from claims.csv.
     """
-
-    model_config = STRICT
 
     smallest_effects: dict[str, float]
     smallest_factors: dict[str, float]
@@ -139,12 +134,9 @@ def read_criteria(path: Path = ROOT / "paper/criteria.yaml", claims: Path = CLAI
     Raises ValueError for a claim without criterion, a criterion without claim, and a missing or unknown
     field, measure, argument, kind of effect, or experiment of another training.
     """
-    content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    listed = pd.read_csv(claims)
-    try:
-        criteria = Criteria.model_validate(content)
-    except ValidationError as error:
-        raise ValueError(f"{path}: {first_problem(error)}.") from None
+    content, listed = read_mapping(path, str(path)), pd.read_csv(claims)
+    with checked(str(path)):
+        criteria = Criteria(**content)
     if missing := [name for name in listed.id if name not in criteria.claims]:
         raise ValueError(f"{path}: claim {missing[0]} has no criterion.")
     if unknown := [name for name in criteria.claims if name not in set(listed.id)]:

@@ -140,13 +140,11 @@ def kl_ratio(tables: Tables, host: str, control: str, median: str) -> Estimate:
     part = _places(tables, host)
     atom, other = part.kl_atom.to_numpy(), part[f"kl_{control}"].to_numpy()
 
-    def of_each(rows: np.ndarray) -> float:
-        return np.log(np.median(other[rows]) / np.median(atom[rows]))
+    def log_ratio(rows: np.ndarray) -> float:
+        above, below = other[rows], atom[rows]
+        return np.log(np.median(above / below) if median == "of_ratios" else np.median(above) / np.median(below))
 
-    def of_ratios(rows: np.ndarray) -> float:
-        return np.log(np.median(other[rows] / atom[rows]))
-
-    return _over_places(dict(of_each=of_each, of_ratios=of_ratios)[median], part)
+    return _over_places(log_ratio, part)
 
 
 def chains(tables: Tables, host: str) -> Estimate:
@@ -424,7 +422,7 @@ def _trials(tables: Tables, host: str, targets: str, magnitude: float = 3.0) -> 
 
 
 def _change(change, prompts: pd.Series) -> Estimate:
-    """Return a mean change of inclusion by prompt; with the exact bound of a zero count if there is none."""
+    """Return a mean of inclusion, or of its change, by prompt; with the exact bound of a zero count if there is none."""
     change = np.asarray(change, dtype=float)
     return rarely(_mean(change, prompts), np.count_nonzero(change), prompts.nunique())
 
@@ -438,8 +436,7 @@ def installed(tables: Tables, host: str, targets: str) -> Estimate:
 def native_inclusion(tables: Tables, host: str) -> Estimate:
     """Share of targets of native rank 101 to 1,000 that come without an edit."""
     part = _trials(tables, host, "middle")
-    found = _mean(part.included_native, part.prompt)
-    return rarely(found, int(part.included_native.sum()), part.prompt.nunique())
+    return _change(part.included_native, part.prompt)
 
 
 def saturation(tables: Tables, host: str) -> Estimate:

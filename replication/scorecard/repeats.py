@@ -32,10 +32,6 @@ COLUMNS = dict(
 FILES = dict(scorecard="scorecard", replacement="replacement_summary")
 
 
-class RepeatsError(ValueError):
-    """A run that cannot be compared with the others."""
-
-
 def answered(scorecard: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of a scorecard that have a verdict."""
     return scorecard[scorecard.status != NOT_ASKED]
@@ -44,7 +40,7 @@ def answered(scorecard: pd.DataFrame) -> pd.DataFrame:
 def read_run(folder: Path, profile: str, kind: str) -> pd.DataFrame:
     """Return a table of a run (`kind`: a key of COLUMNS) with the columns RUN, without claims not asked.
 
-    Raises ArtifactError if the table is missing or damaged, RepeatsError if the profile of the run differs
+    Raises ArtifactError if the table is missing or damaged, ValueError if the profile of the run differs
     from `profile` in more than its seed.
     """
     path = Path(folder) / f"{FILES[kind]}.csv"
@@ -52,7 +48,7 @@ def read_run(folder: Path, profile: str, kind: str) -> pd.DataFrame:
     name = record["profile"]
     settings, wanted = (load_profile(x).model_dump(exclude={"name", "seed"}) for x in (name, profile))
     if settings != wanted:
-        raise RepeatsError(f"{folder} is a run of {name}, which differs from {profile} not only in its seed.")
+        raise ValueError(f"{folder} is a run of {name}, which differs from {profile} not only in its seed.")
     table = answered(table) if kind == "scorecard" else table
     return table.assign(**{name: record[name] for name in RUN})[[*RUN, *COLUMNS[kind]]]
 
@@ -60,18 +56,18 @@ def read_run(folder: Path, profile: str, kind: str) -> pd.DataFrame:
 def gather(folders: list[Path], profile: str, kind: str) -> pd.DataFrame:
     """Return the rows of `read_run` for all folders.
 
-    Also raises RepeatsError for a run that is given twice, and if all runs have the seed of the profile.
+    Also raises ValueError for a run that is given twice, and if all runs have the seed of the profile.
     """
     folder_of, tables = {}, []
     for folder in folders:
         tables.append(read_run(folder, profile, kind))
         run = tuple(tables[-1][RUN].iloc[0])
         if run in folder_of:
-            raise RepeatsError(f"{folder_of[run]} and {folder} are the same run: name each once.")
+            raise ValueError(f"{folder_of[run]} and {folder} are the same run: name each once.")
         folder_of[run] = folder
     table, seed = pd.concat(tables, ignore_index=True), load_profile(profile).seed
     if (table.seed == seed).all():
-        raise RepeatsError(f"All runs have {profile}'s own seed, {seed}: give one with another.")
+        raise ValueError(f"All runs have {profile}'s own seed, {seed}: give one with another.")
     return table
 
 
@@ -165,10 +161,7 @@ def shown_runs(repeats: pd.DataFrame) -> pd.DataFrame:
 def shown_turned(verdicts: pd.DataFrame) -> pd.DataFrame:
     """Return the verdicts of the table of `stability` that change, for a reader."""
     rows = verdicts[verdicts.turned]
-    columns = {
-        "verdict": rows.status,
-        "runs that agree": [f"{x.agree} of {x.runs}" for x in rows.itertuples()],
-    }
+    columns = {"verdict": rows.status, "runs that agree": [f"{x.agree} of {x.runs}" for x in rows.itertuples()]}
     columns |= {"value": layout.numbers(rows.value, ".3g")}
     columns |= {"range": [f"{x.least:.3g} to {x.most:.3g}" for x in rows.itertuples()]}
     columns |= {"largest distance (standard errors)": layout.numbers(rows.z_most, ".1f")}
@@ -178,10 +171,8 @@ def shown_turned(verdicts: pd.DataFrame) -> pd.DataFrame:
 
 def shown_held(held: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `held` for a reader."""
-    columns = {
-        "pairs": layout.numbers(held.n, ",.0f"),
-        "held (%)": layout.estimates(held, "share", "ci_low", "ci_high"),
-    }
+    columns = {"pairs": layout.numbers(held.n, ",.0f")}
+    columns |= {"held (%)": layout.estimates(held, "share", "ci_low", "ci_high")}
     return layout.shown(held, ["host"], columns | {"if right (%)": layout.numbers(held.expected, ".0f", 100)})
 
 

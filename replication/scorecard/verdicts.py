@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from replication.statistics import Estimate
 
@@ -79,8 +80,5 @@ class Borders:
 
 def holm(scorecard: pd.DataFrame) -> pd.Series:
     """Return Holm's p-values within each host, over the claims that count; nan for others."""
-    adjusted = pd.Series(np.nan, index=scorecard.index)
-    for _, part in scorecard[scorecard.counts].groupby("host"):
-        p = part.p.sort_values()
-        adjusted[p.index] = (p * np.arange(len(p), 0, -1)).cummax().clip(upper=1)
-    return adjusted
+    by_host = scorecard[scorecard.counts].groupby("host").p
+    return by_host.transform(lambda p: multipletests(p, method="holm")[1]).reindex(scorecard.index)

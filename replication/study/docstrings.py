@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from writesae.files import reading
 from writesae.text import as_text, split_of
 
 PACKAGES = ("numpy", "scipy", "pandas", "matplotlib", "sklearn", "sympy", "networkx", "statsmodels")
@@ -75,13 +74,8 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 def _files() -> Iterator[Path]:
     """Yield the Python files of the standard library and of PACKAGES, without tests."""
-    roots = [Path(sysconfig.get_path("stdlib"))]
-    for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
-        if spec is None:
-            raise ModuleNotFoundError(f"The corpus needs the package {package}: install it with `make env`.")
-        roots.append(Path(spec.submodule_search_locations[0]))
-    for root in roots:
+    packages = (importlib.util.find_spec(name).submodule_search_locations[0] for name in PACKAGES)
+    for root in map(Path, (sysconfig.get_path("stdlib"), *packages)):
         yield from (path for path in root.rglob("[!.]*.py") if not LEFT_OUT & set(path.relative_to(root).parts))
 
 
@@ -110,8 +104,7 @@ def texts(split: str) -> list[str]:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of PACKAGES, without reading the text."""
     distribution = {"sklearn": "scikit-learn"}
-    with reading("The versions of the text's packages", "install them with `make env`"):
-        packages = {p: importlib.metadata.version(distribution.get(p, p)) for p in PACKAGES}
+    packages = {p: importlib.metadata.version(distribution.get(p, p)) for p in PACKAGES}
     return {"python": platform.python_version()} | packages
 
 

@@ -28,7 +28,6 @@ from tqdm import tqdm
 from replication.study.git import GitError, git
 from writesae.files import ArtifactError, _store, read_sidecar, up_to_date
 
-REQUIRED = ("profile", "config", "host", "seed", "seconds")
 VERSIONS = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "pandas", "scikit-learn")
 KEPT = re.compile(r"(sweep|repeats)-.*\.csv")  # tables of `make sweep` and `make repeats`, not of notebooks
 
@@ -79,23 +78,18 @@ def _write_csv(frame: pd.DataFrame, path: Path, fields: Mapping[str, Any], float
 def write_table(frame: pd.DataFrame, path: Path, provenance: Mapping[str, Any]) -> None:
     """Write a CSV (floats with six significant digits) and its sidecar.
 
-    `provenance` has at least the fields REQUIRED (config is a hash), and the fingerprint if the stage is to
-    be skipped next time. Raises ValueError for a table without columns and for a missing field.
+    `provenance` is that of `Study.provenance`, with the fingerprint if the stage is to be skipped next time.
+    Raises ValueError for a table without columns.
     """
-    if missing := [name for name in REQUIRED if name not in provenance]:
-        raise ValueError(f"The provenance of {Path(path).name} lacks {', '.join(missing)}.")
     _write_csv(frame, Path(path), {**environment(), **provenance}, "%.6g")
 
 
 def read_table(path: Path) -> pd.DataFrame:
     """Read a table. Only an empty field is a missing value, so that a token `null` stays text.
 
-    Raises ArtifactError if the file is missing, damaged, not a table, or of another format version.
+    Raises ArtifactError if the file is missing, damaged or of another format version.
     """
-    record = read_sidecar(path)
-    if "text_columns" not in record:
-        raise ArtifactError(f"{path} is no table: write_table writes those.")
-    text = dict.fromkeys(record["text_columns"], str)
+    text = dict.fromkeys(read_sidecar(path)["text_columns"], str)
     return pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
 
 

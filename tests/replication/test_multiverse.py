@@ -16,6 +16,7 @@ from replication.pages import heads_and_seeds, multiverse
 from replication.statistics import cluster_bootstrap
 from replication.study import training
 from replication.study.profile import HostSection, load_profile
+from replication.study.stages import rows_with
 from replication.study.study import Study
 from writesae import files
 from writesae.edit import edited_hidden, kl, make_edit
@@ -186,7 +187,7 @@ def test_there_are_as_many_universes_as_choices_multiply_to():
     assert prod(map(len, multiverse.CHOICES.values())) == 2**5 * 3 * 5 * 5 == 2400
     assert lines.groupby("host").size().to_dict() == dict(a=2400, b=2400)
     assert not lines.duplicated(["host", *multiverse.CHOICES]).any()
-    assert multiverse.is_(multiverse.DEFAULT, lines).sum() == multiverse.is_(multiverse.PAPER, lines).sum() == 2
+    assert len(rows_with(lines, **multiverse.DEFAULT)) == len(rows_with(lines, **multiverse.PAPER)) == 2
     assert "cache, writing" not in set(lines.reading)
 
 

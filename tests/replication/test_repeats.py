@@ -8,7 +8,6 @@ from scipy.stats import norm
 from replication.__main__ import main
 from replication.scorecard import repeats
 from replication.scorecard.criteria import read_criteria
-from replication.scorecard.repeats import RepeatsError
 from replication.scorecard.table import COLUMNS
 from replication.study import paths, stages
 from replication.study.profile import load_profile
@@ -128,12 +127,12 @@ def test_runs_are_gathered_into_one_table(runs, capsys):
 
 
 def test_what_cannot_stand_beside_the_others_is_refused(runs, capsys, monkeypatch):
-    with pytest.raises(RepeatsError, match="run1 and .*run1 are the same run: name each once"):
+    with pytest.raises(ValueError, match="run1 and .*run1 are the same run: name each once"):
         repeats.gather([runs[0], runs[0]], "smoke", "replacement")
-    with pytest.raises(RepeatsError, match="is a run of smoke, which differs from mini not only in its seed"):
+    with pytest.raises(ValueError, match="is a run of smoke, which differs from mini not only in its seed"):
         repeats.gather(runs, "mini", "scorecard")
     monkeypatch.setattr(repeats, "load_profile", lambda name: PROFILE.model_copy(update=dict(seed=1)))
-    with pytest.raises(RepeatsError, match="All runs have smoke's own seed, 1: give one with another"):
+    with pytest.raises(ValueError, match="All runs have smoke's own seed, 1: give one with another"):
         repeats.gather(runs[:1], "smoke", "scorecard")
     with pytest.raises(ArtifactError, match=r"scorecard\.csv is missing"):
         repeats.gather([runs[0].parent], "smoke", "scorecard")

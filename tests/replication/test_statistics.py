@@ -101,23 +101,16 @@ def test_cliffs_delta_is_the_double_loop_with_ties():
     assert statistics.cliffs_delta(a, b) == pytest.approx(expected, abs=1e-12)
 
 
-def test_mann_whitney_u_counts_pairs():
-    result = statistics.mann_whitney(A, B)
-    assert result.statistic == sum(x > y for x, y in itertools.product(A, B))
-    assert result.n == 60
-    assert result.p == pytest.approx(scipy_stats.ranksums(A, B).pvalue, rel=0.05)
-
-
-def test_paired_wilcoxon_is_the_sum_of_ranks():
-    difference = A - B
+def test_paired_wilcoxon_counts_the_signs_that_give_a_sum_of_ranks_as_extreme():
+    difference = (A - B)[:10]
     ranks = scipy_stats.rankdata(abs(difference))
-    result = statistics.paired_wilcoxon(A, B)
-    assert result.statistic == min(ranks[difference > 0].sum(), ranks[difference < 0].sum())
-    assert result.n == 30
+    sums = np.array([ranks[list(signs)].sum() for signs in itertools.product([False, True], repeat=10)])
+    expected = np.mean(abs(sums - 27.5) >= abs(ranks[difference > 0].sum() - 27.5))
+    assert statistics.paired_wilcoxon(A[:10], B[:10]) == pytest.approx(expected)
 
 
 def test_paired_wilcoxon_of_equal_pairs_finds_nothing():
-    assert statistics.paired_wilcoxon(A, A) == (0.0, 1.0, 30)
+    assert statistics.paired_wilcoxon(A, A) == 1
 
 
 def test_r2_fits_neither_slope_nor_offset():
@@ -128,7 +121,6 @@ def test_the_rank_correlation_is_numpys():
     ranks = statistics.spearman(A, A + B)
     assert ranks.value == pytest.approx(np.corrcoef(A.argsort().argsort(), (A + B).argsort().argsort())[0, 1])
     assert ranks.low < ranks.value < ranks.high
-    assert ranks.n == 30
 
 
 def test_infinity_has_a_rank():
@@ -136,24 +128,22 @@ def test_infinity_has_a_rank():
     large = np.median(A) < A
     far = np.where(large, np.inf, A)
     assert statistics.spearman(far, B) == statistics.spearman(np.where(large, 1e9, A), B)
-    assert np.isnan(statistics.spearman(np.full(30, np.inf), B)[:4]).all()
+    assert np.isnan(statistics.spearman(np.full(30, np.inf), B)).all()
 
 
 def test_a_perfect_order_has_rho_one():
-    assert statistics.spearman(A, np.exp(A))[:3] == (1.0, 1.0, 1.0)
+    assert statistics.spearman(A, np.exp(A)) == (1.0, 1.0, 1.0)
 
 
 def test_nothing_is_known_of_a_correlation_with_a_constant_or_of_three_pairs():
     for a, b in ((A, np.ones(30)), (np.zeros(30), A), (A[:3], np.exp(A[:3]))):
-        found = statistics.spearman(a, b)
-        assert np.isnan(found[:4]).all()
-        assert found.n == len(a)
-    assert not np.isnan(statistics.spearman(A[:4], np.exp(A[:4]))[:2]).any()
+        assert np.isnan(statistics.spearman(a, b)).all()
+    assert not np.isnan(statistics.spearman(A[:4], np.exp(A[:4]))).any()
 
 
 def test_bic_prefers_two_components_for_two_modes():
     values = np.concatenate([RNG.normal(-4, 1, 150), RNG.normal(4, 0.5, 50)])
-    mixtures = statistics.gaussian_mixture_bic(values)
+    mixtures = [statistics.fit_mixture(values[:, None], count, 0) for count in (1, 2, 3)]
     best = min(mixtures, key=lambda m: m.bic(values[:, None]))
     order = best.means_[:, 0].argsort()
     assert best.n_components == 2
@@ -169,20 +159,17 @@ def test_permutation_p_is_the_exact_count_for_small_samples():
     whole = np.array(a + b)
     found = [whole[list(chosen)].mean() * 2 - whole.mean() * 2 for chosen in itertools.combinations(range(8), 4)]
     expected = np.mean([abs(x) >= abs(np.mean(a) - np.mean(b)) - 1e-12 for x in found])
-    result = statistics.permutation_test(a, b)
-    assert result.p == pytest.approx(expected)
-    assert result.statistic == pytest.approx(np.mean(a) - np.mean(b))
+    assert statistics.permutation_test(a, b) == pytest.approx(expected)
 
 
 def test_paired_permutation_flips_signs():
     a, b = np.array([3.0, 4.0, 5.0, 6.0, 7.0]), np.array([1.0, 1.0, 1.0, 1.0, 1.0])
-    assert statistics.permutation_test(a, b, paired=True).p == pytest.approx(2 / 2**5)
+    assert statistics.permutation_test(a, b, paired=True) == pytest.approx(2 / 2**5)
 
 
-ONE = [lambda x: statistics.cluster_bootstrap(x, [0] * len(x)), statistics.gaussian_mixture_bic]
+ONE = [lambda x: statistics.cluster_bootstrap(x, [0] * len(x)), statistics.student]
 TWO = [
     statistics.paired_wilcoxon,
-    statistics.mann_whitney,
     statistics.cliffs_delta,
     statistics.r2,
     statistics.spearman,

@@ -239,7 +239,7 @@ def test_a_sweep_waits_for_no_other_writer(output, profile, monkeypatch):
 
 
 WRONG = [
-    (dict(hosts=["other"]), "has no host 'other': choose among tiny"),
+    (dict(hosts=["other"]), "no host 'other': choose one of tiny"),
     (dict(layers=[2]), "Layer 2 of .* is not recurrent: choose one of 0, 1, 3, 4"),
     (dict(heads=[4]), "has no head 4"),
     (dict(variants=dict(a=dict(role="main", target="state", settings=dict(k=99)))), "variants.a: .*k = 99 exceeds"),

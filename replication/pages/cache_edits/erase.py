@@ -106,6 +106,6 @@ def summarise_erase(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             row = dict(zip(keys, values, strict=True), atom=str(atom), n=len(part), n_passages=part.passage.nunique())
             row |= dict(median_change=part.change.median()) | ci(wider(*ends))
             row |= with_ends("falls", falls.mean(), wilson(int(falls.sum()), len(part)))
-            row["wilcoxon_p"] = paired_wilcoxon(part.log_p + part.change, part.log_p).p
+            row["wilcoxon_p"] = paired_wilcoxon(part.log_p + part.change, part.log_p)
             rows.append(row | {f"median_{n}": part[n].median() for n in ("native_rank", "edited_rank")})
     return pd.DataFrame(rows)

@@ -236,7 +236,7 @@ def summarise_newlines(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
                 compared["beyond_random"] = part.newlines - controls[mode_and_dose].set_index("prompt").newlines
             for label, series in compared.items():
                 row |= with_ends(label, series.mean(), interval(series, series.index, seed=seed))
-            row["wilcoxon_p"] = paired_wilcoxon(part.newlines, baseline).p
+            row["wilcoxon_p"] = paired_wilcoxon(part.newlines, baseline)
             row["cohens_d"] = change.mean() / change.std() if change.std() > 0 else 0.0
             rows.append(row | part[MEANS].mean().to_dict())
     return pd.DataFrame(rows)

@@ -73,5 +73,5 @@ def summarise_registers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             for label, values in (("rise", part.rise), ("excess", part.rise - delete)):
                 row |= with_ends(label, values.mean(), interval(values, part.index, seed=seed))
             row["above_delete"], (row["above_low"], row["above_high"]) = more, wilson(more, len(part))
-            rows.append(row | dict(wilcoxon_p=paired_wilcoxon(part.rise, delete).p))
+            rows.append(row | dict(wilcoxon_p=paired_wilcoxon(part.rise, delete)))
     return pd.DataFrame(rows)

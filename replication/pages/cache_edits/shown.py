@@ -12,38 +12,32 @@ from replication.study.stages import rows_with
 
 DONE = dict(delete="write deleted", subtract="atom taken out", add="atom added", random="another atom added")
 ERASED = dict(delete="deleted", atom="atom instead", random="random instead", beside="random beside")
-SOURCES = dict(other="other text", same="the tested firings")
 CHANGE = ("median_change", "ci_low", "ci_high")
 
 
 def _erased(table: pd.DataFrame) -> dict:
     """Return the columns of an erasure: log p in millinats."""
-    columns = {
-        "n": table.n,
-        "change of log p (millinats)": layout.estimates(table, *CHANGE, digits=1, scale=1000),
-    }
+    columns = {"n": table.n}
+    columns["change of log p (millinats)"] = layout.estimates(table, *CHANGE, digits=1, scale=1000)
     columns["falls (%)"] = layout.estimates(table, "falls")
     return columns | {"p": layout.p_values(table.wilcoxon_p)}
 
 
 def preferred(table: pd.DataFrame) -> pd.DataFrame:
     """Return the preferred token of each atom, found on other text and on the tested firings."""
-    rows = table.assign(token_from=table.token_from.map(SOURCES))
-    texts = [f"{row.text} (n = {row.firings})" for row in rows.itertuples()]
-    return layout.across(rows, ["atom"], "token_from", texts)
+    texts = [f"{row.text} (n = {row.firings})" for row in table.itertuples()]
+    return layout.across(table, ["atom"], "token_from", texts)
 
 
 def erased(table: pd.DataFrame) -> pd.DataFrame:
     """Return the changes of log p over all atoms."""
-    rows = table.assign(token_from=table.token_from.map(SOURCES), done=table.condition.map(DONE))
-    rows["where"] = rows["where"].map(dict(firing="its firings", elsewhere="elsewhere"))
+    rows = table.assign(done=table.condition.map(DONE))
     return layout.shown(rows, ["where", "done", "dose", "token_from"], _erased(table))
 
 
 def each_atom(table: pd.DataFrame) -> pd.DataFrame:
     """Return the changes of log p atom by atom."""
-    rows = table.assign(token_from=table.token_from.map(SOURCES))
-    return layout.shown(rows, ["atom", "token_from"], _erased(table))
+    return layout.shown(table, ["atom", "token_from"], _erased(table))
 
 
 def single(table: pd.DataFrame, paper: float) -> pd.DataFrame:
@@ -59,10 +53,8 @@ def single(table: pd.DataFrame, paper: float) -> pd.DataFrame:
 
 def text_quality(table: pd.DataFrame) -> pd.DataFrame:
     """Return what amplified atoms do to the text besides newlines."""
-    columns = {
-        "heads": layout.numbers(table["heads"], ".0f"),
-        "norm of the state": layout.numbers(table.state_norm),
-    }
+    columns = {"heads": layout.numbers(table["heads"], ".0f")}
+    columns |= {"norm of the state": layout.numbers(table.state_norm)}
     columns |= {"paragraphs": layout.numbers(table.paragraphs, ".1f")}
     columns |= {"word length": layout.numbers(table.word_length, ".1f")}
     columns |= {"different tokens (%)": layout.numbers(table.distinct, ".0f", 100)}
