@@ -12,11 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from replication.layout import estimate, percent
 from replication.scorecard.claims import papers_value
 from replication.scorecard.criteria import read_criteria
 from replication.scorecard.verdicts import VERDICTS
+from replication.statistics import Estimate
 from replication.study.paths import dry_run
 from replication.study.study import Study
 
@@ -236,21 +238,28 @@ def cache_edits(results: Results) -> str:
 def install(results: Results) -> str:
     where = dict(host=MAIN, target_class="all", magnitude=3.0)
     gamma, paper = (results.row("install_summary", direction=x, **where) for x in ("gamma", "paper"))
+    trials = listed(f"{row.n:.0f}" for row in trials_in_every_cell(results, "layerwise", 40))
     return (
         f"Three writes at three times the native norm change the share of targets among the new tokens from "
         f"{gamma.included_native:.1%} to {paper.included_edited:.1%} along the paper's direction and to "
         f"{gamma.included_edited:.1%} along the best direction of one cell. Writes of the native size in every "
-        f"cell make the target the next token in {in_every_cell(results, 'layerwise')} of the trials on the three "
-        f"hosts if they are 3 tokens before it, and in {in_every_cell(results, 'layerwise', 40)} if they are 40; "
-        f"after a few gradient steps in {in_every_cell(results, 'refined')} and in {in_every_cell(results, 'refined', 40)}."
+        f"cell make a target of native rank 101 to 1,000 the next token in {in_every_cell(results, 'layerwise')} of "
+        f"{trials} trials on the three hosts if they are 3 tokens before it, and in "
+        f"{in_every_cell(results, 'layerwise', 40)} if they are 40; after a few gradient steps in "
+        f"{in_every_cell(results, 'refined')} and in {in_every_cell(results, 'refined', 40)}."
     )
 
 
 def in_every_cell(results: Results, direction: str, distance: int = 3) -> str:
-    """Return the shares of targets that writes in all cells, so many tokens before, make the next token."""
-    where = dict(cells="all", direction=direction, magnitude=1, writes=3, target_class="all", distance=f"{distance}")
-    rows = of_hosts(results, "install_cells_summary", **where)
-    return listed(f"{row.next_token:.0%}" for row in rows)
+    """Return the shares of targets that writes in all cells, so many tokens before, make the next token.
+
+    The targets have native rank 101 to 1,000: at 40 tokens no others are tried."""
+    return listed(f"{row.next_token:.0%}" for row in trials_in_every_cell(results, direction, distance))
+
+
+def trials_in_every_cell(results: Results, direction: str, distance: int) -> list[pd.Series]:
+    where = dict(cells="all", direction=direction, magnitude=1, writes=3, target_class="middle")
+    return of_hosts(results, "install_cells_summary", distance=f"{distance}", **where)
 
 
 def ablations(results: Results) -> str:
@@ -430,10 +439,9 @@ def atoms_again(results: Results, host: str = MAIN) -> str:
 
 def verdict_on_main_saes(results: Results) -> str:
     """Return the verdict on claim A5 for the SAEs of `atoms_again`; the scorecard has smaller SAEs."""
-    row, smallest = results.row("recurrence_summary", **MAIN_SAES), read_criteria().borders("A5").high
-    if row.recurs_low > smallest:
-        return "contradicted"
-    return "supported" if row.recurs_high < smallest else "unsettled"
+    row = results.row("recurrence_summary", **MAIN_SAES)
+    error = (row.recurs_high - row.recurs) / stats.t.ppf(0.975, row.trainings - 1)
+    return read_criteria().borders("A5").verdict(Estimate(row.recurs, error, row.trainings - 1, row.n))
 
 
 def own_model(results: Results) -> str:

@@ -18,6 +18,8 @@ from sklearn.metrics import r2_score
 from sklearn.mixture import GaussianMixture
 from statsmodels.stats.proportion import proportion_confint
 
+FEWEST = 5  # clusters with an event: a bootstrap of fewer is too narrow
+
 
 class Interval(NamedTuple):
     """A 95% interval; the ends are arrays [m] for a statistic with m columns."""
@@ -228,16 +230,41 @@ def deviation(samples: np.ndarray) -> np.ndarray:
     return (high - low) / (2 * stats.norm.ppf(0.975))
 
 
-def rarely(estimate: Estimate, events: int, clusters: int) -> Estimate:
-    """Return the estimate of a share or of a change, with the error of a zero count if there are no `events`.
+def rarely(estimate: Estimate, affected: int, clusters: int, size: float = 1.0) -> Estimate:
+    """Return the estimate of a share or a change that is 0 but in a few clusters, with the error of so few.
 
-    A bootstrap of zeros has no width. The error is then such that the one-sided 95% end is Clopper and
-    Pearson's for 0 of so many clusters (prompts).
+    affected: clusters (prompts) with an event; size: their mean share or change. A bootstrap of zeros has no
+    width, and that of a single event is too narrow. Below FEWEST affected clusters the error is at least such
+    that the one-sided 95% end is Clopper and Pearson's for the share of affected clusters, times the size.
     """
-    if events:
+    if affected >= FEWEST:
         return estimate
-    bound = proportion_confint(0, clusters, alpha=0.1, method="beta")[1]
-    return estimate._replace(error=max(estimate.error, float(bound / stats.t.ppf(0.95, estimate.df))))
+    bound = size * proportion_confint(affected, clusters, alpha=0.1, method="beta")[1]
+    reach = float((bound - abs(estimate.value)) / stats.t.ppf(0.95, estimate.df))
+    return estimate._replace(error=max(estimate.error, reach))
+
+
+def over_pairs(values, trainings: Sequence) -> Estimate:
+    """Return the mean over trainings of values that compare the entries of one training with all others.
+
+    values: a vector [n], for its mean; or a matrix [n, 2], for the mean of the first column over that of the
+    second. trainings: n labels. The means of m trainings share their comparisons (that of A with B is that of
+    B with A), so they differ less than means of other trainings would. The variance is the sampling variance
+    of one training's mean, plus what the delete-one jackknife finds beyond it (for m = 2 nothing), and the
+    degrees of freedom are m - 1.
+    """
+    codes, count = _codes(trainings)
+    values = _finite(values)
+    parts = [values[codes == number] for number in range(count)]
+    means = np.array([_of_rows(values, codes == number) for number in range(count)])
+    if values.ndim == 2:  # the residuals of a ratio, to first order
+        parts = [(x[:, 0] - mean * x[:, 1]) / x[:, 1].mean() for x, mean in zip(parts, means, strict=True)]
+    sampling, beyond = np.mean([x.var(ddof=1) / len(x) if len(x) > 1 else np.nan for x in parts]), 0.0
+    if count > 2:
+        beyond = max(0.0, means.var(ddof=1) - sampling * (count - 2) / (count - 1))
+        beyond *= 4 / count * ((count - 1) / (count - 2)) ** 2
+    error, between = float(np.sqrt(sampling + beyond)), float(means.std(ddof=1))
+    return Estimate(float(means.mean()), error, count - 1, len(values) // count, count, between)
 
 
 def ratio_bootstrap(a, b, clusters: Sequence, resamples: int, seed: int) -> Interval:

@@ -170,7 +170,7 @@ def _dead_contrast(a: pd.Series, b: pd.Series) -> dict:
 
 
 def _win_contrast(a: pd.DataFrame, b: pd.DataFrame, amplitude: str, resamples: int, seed: int) -> dict:
-    wins = stats.beats(a), stats.beats(b)
+    wins = [stats.beats(x, "whole_atom" if x.kl_whole_atom.notna().all() else "atom") for x in (a, b)]
     by = (stats.difference_bootstrap(*wins, (a[name], b[name]), resamples, seed) for name in ("passage", "atom"))
     row = dict(quantity=f"win_rate_{amplitude}", value=wins[0].mean() - wins[1].mean())
     return row | stats.ci(stats.wider(*by)) | dict(n=len(a) + len(b))

@@ -13,7 +13,7 @@ from scipy import stats
 
 from replication import layout
 from replication.classes import described_atoms, mixtures, partition, scanned, thresholds
-from replication.statistics import Interval, ci, cliffs_delta, cluster_bootstrap, per_group
+from replication.statistics import Interval, ci, cliffs_delta, cluster_bootstrap, over_pairs, per_group
 from replication.study.fingerprint import Later
 from replication.study.firings import firing_windows
 from replication.study.study import Study
@@ -41,14 +41,16 @@ def variation(counts: Sequence[float]) -> dict:
     return dict(mean=float(np.mean(counts)), cv=cv, ci_low=float(low), ci_high=float(high), n=n)
 
 
-def match_shares(pairs: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """Return the share of (atom, other seed) pairs with |cosine| > MATCH per class; bootstrap by atom."""
+def match_shares(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Return the share of (atom, other seed) pairs with |cosine| > MATCH, by class, with `over_pairs`' interval."""
     rows = []
     for name, part in [("all", pairs), *pairs.groupby("class")]:
-        atom, matched = part.seed.astype(str) + "." + part.atom.astype(str), part.best > MATCH
-        row = {"class": name, "share": matched.mean()} | ci(cluster_bootstrap(matched, atom, seed=seed))
+        matched = (part.best > MATCH).groupby([part.seed, part.atom]).mean()
+        found = over_pairs(matched, matched.index.get_level_values("seed"))
+        low, high = found.interval()
+        row = {"class": name, "share": found.value} | ci(Interval(max(0.0, low), min(1.0, high)))
         row |= dict(chance=(part.chance > MATCH).mean(), median_best=part.best.median())
-        rows.append(row | dict(n_atoms=atom.nunique(), n=len(part)))
+        rows.append(row | dict(n_atoms=len(matched), n=len(part)))
     return pd.DataFrame(rows)
 
 
@@ -227,7 +229,7 @@ def seeds(study: Study, alive: pd.DataFrame, parts: pd.DataFrame) -> tuple[pd.Da
             classes = alive[(alive.host == name) & (alive.target == target) & alive.role.isin(part.role)]
             pairs = matches(saes, study.profile.seed).merge(classes[["seed", "atom", "class"]], on=["seed", "atom"])
             matched.append(pairs.assign(**where))
-            shares.append(match_shares(pairs, study.profile.seed).assign(host=name, target=target))
+            shares.append(match_shares(pairs).assign(host=name, target=target))
     tables = dict(atom_seeds=pd.DataFrame(counts), atom_matches=pd.concat(matched), atom_match_shares=pd.concat(shares))
     return tuple(study.write(name, table) for name, table in tables.items())
 

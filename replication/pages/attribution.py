@@ -117,9 +117,9 @@ def middle_cells(study: Study) -> pd.DataFrame:
     Writes of the held-out windows, of the tokens from first_position on, except for the last `horizon` of a
     window. token: id. atom, class: of the write-trained SAE's firing there. far: the write's mean share in
     reads NEAR to `horizon` tokens later. reach: the share of those among all reads of the write, within
-    `horizon` tokens. left: what is left of its key after `horizon` tokens, decay: what the decay alone would
-    leave. erased: the share of its key that one token erased, after `wait` tokens; same_token: whether that
-    token had the same id, by_chance: the share of the later tokens with it."""
+    `horizon` tokens. left: what is left of its key when the last of these reads, decay: what the decay alone
+    would leave. erased: the share of its key that one token erased, after `wait` tokens; same_token: whether
+    that token had the same id, by_chance: the share of the later tokens with it."""
     tables = []
     for name in study.profile.hosts:
         windows, cell = firing_windows(study, name), study.cell(name, "middle")

@@ -141,17 +141,15 @@ def over_seeds(cells: pd.DataFrame) -> pd.DataFrame:
     | mean_win_rate | mean over cells and seeds                                                           |
     | seed_sd       | standard deviation of the seeds' means over cells; lowest, highest: their extremes  |
     | cell_sd       | variation of a cell's rate between seeds: root of the mean variance within a cell   |
-    | sampling_sd   | the variation expected from the number of firings alone                             |
     | between_sd    | standard deviation between cells of their means over seeds                          |
     """
 
     def row(part: pd.DataFrame) -> dict:
         wide = part.pivot(index=["layer", "head"], columns="seed", values="win_atom").dropna()
-        means, variances = wide.mean(), part.win_atom * (1 - part.win_atom) / part.n
+        means = wide.mean()
         numbers = dict(n_cells=len(wide), n_seeds=len(means), n=int(part.n.sum()), mean_win_rate=means.mean())
         numbers |= dict(lowest=means.min(), highest=means.max(), seed_sd=means.std())
-        numbers |= dict(cell_sd=wide.var(axis=1).mean() ** 0.5, sampling_sd=variances.mean() ** 0.5)
-        return numbers | dict(between_sd=wide.mean(axis=1).std())
+        return numbers | dict(cell_sd=wide.var(axis=1).mean() ** 0.5, between_sd=wide.mean(axis=1).std())
 
     return per_group(cells, ["host", "target", "amplitude"], row)
 
@@ -191,9 +189,8 @@ def shown_headlines(table: pd.DataFrame) -> pd.DataFrame:
 
 def shown_seeds(spread: pd.DataFrame) -> pd.DataFrame:
     """Return the table of `over_seeds` for a reader; standard deviations in points."""
-    own = zip(100 * spread.cell_sd, 100 * spread.sampling_sd, strict=True)
     columns = {"cells": spread.n_cells, "mean (%)": layout.numbers(spread.mean_win_rate, ".0f", 100)}
     columns |= {"sd of the seeds' means": layout.numbers(spread.seed_sd, ".1f", 100)}
-    columns |= {"sd of one cell (sampling)": [f"{cell:.1f} ({sampling:.1f})" for cell, sampling in own]}
+    columns |= {"sd of one cell": layout.numbers(spread.cell_sd, ".1f", 100)}
     columns |= {"sd between cells": layout.numbers(spread.between_sd, ".1f", 100)}
     return layout.shown(spread, ["host", "target", "amplitude"], columns)

@@ -172,8 +172,9 @@ def share(values: pd.Series, places: pd.Series, weights=1.0, trainings=None, **o
         return stats.with_ends(values.name, np.nan, stats.Interval(np.nan, np.nan))
     weighted = np.stack([values * weights, np.broadcast_to(weights, len(values))], 1)
     estimate = stats.over_trainings(weighted, places, trainings=trainings, **options)
-    events = 0 if estimate.value in (0, 1) else 1
-    low, high = stats.rarely(estimate, events, places.nunique()).interval()
+    if estimate.value in (0, 1):
+        estimate = stats.rarely(estimate._replace(value=0), 0, places.nunique())._replace(value=estimate.value)
+    low, high = estimate.interval()
     return stats.with_ends(values.name, estimate.value, stats.Interval(max(0.0, low), min(1.0, high)))
 
 

@@ -164,10 +164,12 @@ def summarise(table: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:
     def row(part: pd.DataFrame) -> dict:
         examined, numbers = part[part.auc_all.notna()], dict(trainings=part.seed.nunique())
         by_firing = np.column_stack([part.recurs * part.firings, part.firings])
-        values = dict(recurs=(part, part.recurs), recurs_by_firing=(part, by_firing), best=(part, part.best))
-        values |= {name: (examined, examined[name]) for name in ("auc_position", "auc_token", "auc_pair", "auc_all")}
-        for name, (rows, value) in values.items():
-            made = stats.over_trainings(value, atoms=rows.atom, trainings=rows.seed, resamples=resamples, seed=seed)
+        for name, values in dict(recurs=part.recurs, recurs_by_firing=by_firing, best=part.best).items():
+            made = stats.over_pairs(values, part.seed)
+            numbers |= stats.with_ends(name, made.value, made.interval())
+        own = dict(atoms=examined.atom, trainings=examined.seed, resamples=resamples, seed=seed)
+        for name in ("auc_position", "auc_token", "auc_pair", "auc_all"):
+            made = stats.over_trainings(examined[name], **own)
             numbers |= stats.with_ends(name, made.value, made.interval())
         m = numbers["trainings"]
         return numbers | dict(n=len(part) // m, examined=len(examined) // m)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from replication import layout
+from replication.statistics import Interval, wider
 from replication.study.stages import rows_with
 
 Tables = Callable[[str], pd.DataFrame]
@@ -73,10 +74,11 @@ def measured(tables: Tables, host: str) -> pd.DataFrame:
         if found.empty:
             continue
         row = found.iloc[0]
-        names = (
-            ("difference", "ci_low", "ci_high") if cause.difference else ("win_rate", "win_rate_low", "win_rate_high")
-        )
-        value, low, high = (row[name] for name in names)
+        if cause.difference:
+            by_atom, by_passage = Interval(row.ci_low, row.ci_high), Interval(row.passage_low, row.passage_high)
+            value, (low, high) = row.difference, wider(by_atom, by_passage)
+        else:
+            value, low, high = row.win_rate, row.win_rate_low, row.win_rate_high
         line = dict(cause=cause.cause, quantity="difference" if cause.difference else "win rate", value=value)
         line |= dict(low=low, high=high, n=row.get("n"), seeds=row.get("seeds"), table=cause.table)
         if cause.difference:

@@ -19,7 +19,7 @@ from statsmodels.stats.proportion import confint_proportions_2indep
 
 from replication.classes import registers
 from replication.scorecard.claims import papers_table13
-from replication.statistics import Estimate, beats, fit_mixture, over_trainings, rarely
+from replication.statistics import Estimate, beats, fit_mixture, over_pairs, over_trainings, rarely
 from replication.study.stages import rows_with
 from writesae.evaluate.firings import atom_names
 from writesae.evaluate.shifts import PAPER_EPS
@@ -106,9 +106,10 @@ def sign_agreement(tables: Tables, host: str) -> Estimate:
 
 
 def _share(share: float, n: int) -> Estimate:
-    """Return a share of n with its binomial error; the exact bound if it is 0 or 1."""
-    estimate = Estimate(float(share), float(np.sqrt(share * (1 - share) / n)), n - 1, n)
-    return rarely(estimate, estimate.error > 0, n)
+    """Return a share of n with its binomial error, or that of `rarely` for few with it or without it."""
+    rarer = min(share, 1 - share)
+    estimate = Estimate(float(rarer), float(np.sqrt(share * (1 - share) / n)), n - 1, n)
+    return rarely(estimate, round(rarer * n), n)._replace(value=float(share))
 
 
 # The replacement test, by position
@@ -320,11 +321,9 @@ def recurring(tables: Tables, host: str) -> Estimate | None:
     part = rows_with(tables("atom_matches"), host=host, target="state")
     if part.empty:
         return None
-    atom = part.seed.astype(str) + "." + part.atom.astype(str)
-    matched = part.best > 0.9
-    values = matched.astype(float).to_numpy()
-    found = over_trainings(values, atoms=atom, trainings=part.seed, resamples=RESAMPLES)
-    return rarely(found, int(matched.sum()), atom.nunique())
+    by_atom = (part.best > 0.9).groupby([part.seed, part.atom]).mean()
+    found = over_pairs(by_atom, by_atom.index.get_level_values("seed"))
+    return found if found.value else rarely(found, 0, found.n)
 
 
 def threshold_ratio(tables: Tables, host: str) -> Estimate:
@@ -401,10 +400,12 @@ def random_excess(tables: Tables, host: str) -> Estimate:
     return _mean(excess, excess.index)
 
 
-def erased(tables: Tables, host: str, where: str, condition: str, dose: float) -> Estimate:
+def erased(tables: Tables, host: str, where: str, condition: str, dose: float) -> Estimate | None:
     """Median change of log p of the atoms' preferred tokens, which were found in other text."""
     chosen = dict(target="state", token_from="other", where=where, condition=condition, dose=dose)
     part = rows_with(tables("cache_erase"), host=host, **chosen)
+    if part.atom.nunique() < FEWEST_ATOMS:
+        return None
     change = part.change.to_numpy()
     return over_trainings(lambda rows: np.median(change[rows]), part.passage, part.atom, resamples=RESAMPLES)
 
@@ -422,9 +423,10 @@ def _trials(tables: Tables, host: str, targets: str, magnitude: float = 3.0) -> 
 
 
 def _change(change, prompts: pd.Series) -> Estimate:
-    """Return a mean of inclusion, or of its change, by prompt; with the exact bound of a zero count if there is none."""
-    change = np.asarray(change, dtype=float)
-    return rarely(_mean(change, prompts), np.count_nonzero(change), prompts.nunique())
+    """Return the mean of inclusion, or of its change, by prompt, with the error of `rarely`."""
+    by_prompt = pd.Series(np.asarray(change, dtype=float)).groupby(prompts.to_numpy())
+    affected = by_prompt.mean()[by_prompt.apply(np.any)].abs()
+    return rarely(_mean(change, prompts), len(affected), len(by_prompt), affected.mean() if len(affected) else 1.0)
 
 
 def installed(tables: Tables, host: str, targets: str) -> Estimate:
@@ -461,8 +463,8 @@ def in_all_cells(
     if of == "change":
         return _change(part.included_edited - part.included_native, part.prompt)
     happened = part.first_step_lift > 0 if of == "raised" else part.included_edited == 1
-    events = min(happened.sum(), (~happened).sum())
-    return rarely(_mean(happened, part.prompt), int(events), part.prompt.nunique())
+    rarer = happened if happened.mean() <= 0.5 else ~happened
+    return _change(rarer, part.prompt)._replace(value=float(happened.mean()))
 
 
 def saturation_in_all_cells(tables: Tables, host: str) -> Estimate | None:

@@ -71,7 +71,7 @@ def firings_of(variant: str, wins, atoms=None) -> pd.DataFrame:
     where = dict(host="h", place="middle", layer=1, head=2, target="state", variant=variant)
     atoms = np.arange(len(wins)) % 4 if atoms is None else atoms
     frame = dict(passage=np.arange(len(wins)) % 5, atom=atoms, kl_delete=1.0, kl_random=2.0)
-    frame = pd.DataFrame(where | frame | dict(kl_atom=np.where(wins, 0.5, 1.5)))
+    frame = pd.DataFrame(where | frame | dict(kl_atom=np.where(wins, 0.5, 1.5), kl_whole_atom=np.nan))
     return pd.concat([frame.assign(amplitude=name) for name in ("coefficient", "matched_norm")])
 
 
@@ -118,6 +118,9 @@ def test_contrasts_are_against_the_reference():
         by_atom.append(rates[0] - rates[1])
     assert (row.ci_low, row.ci_high) == pytest.approx(np.quantile(by_atom, [0.025, 0.975]), abs=0.15), "the wider one"
     assert ablations.contrasts(windows[windows.variant == "b"], firings_of("b", ours), 50, 0).empty
+    whole = firings_of("b", ours).assign(kl_whole_atom=np.where(np.arange(240) % 10, 1.5, 0.5))  # of a higher rank
+    table = ablations.contrasts(windows, pd.concat([firings_of(REFERENCE, base), whole]), 50, 0)
+    assert table.set_index("quantity").value["win_rate_coefficient"] == pytest.approx(0.1 - 0.5), "by the whole atom"
 
 
 # A small study

@@ -141,16 +141,19 @@ def test_inner_products_are_those_of_the_matrices():
     torch.testing.assert_close(atoms_module.inner_products(a.atoms(), b.atoms()), wanted)
 
 
-def test_match_shares_count_atoms_of_a_class_as_clusters():
-    found = pd.DataFrame(dict(seed=[0] * 4 + [1] * 4, atom=[0, 0, 1, 1] * 2, chance=0.1))
-    found["best"] = [0.95, 0.91, 0.9, 0.2, 0.99, 0.3, 0.1, 0.2]
-    found["class"] = ["register", "register", "bundle", "bundle"] * 2
+def test_match_shares_are_means_over_trainings_of_atoms():
+    found = pd.DataFrame(dict(seed=[0] * 8 + [1] * 8 + [2] * 8, atom=np.tile([0, 0, 1, 1, 2, 2, 3, 3], 3), chance=0.1))
+    found["best"] = np.random.default_rng(0).choice([0.95, 0.2], 24, p=[0.4, 0.6])
+    found["class"] = np.tile(["register"] * 4 + ["bundle"] * 4, 3)
     table = atoms.match_shares(found).set_index("class")
-    assert table.share.to_dict() == {"all": 3 / 8, "register": 3 / 4, "bundle": 0}
-    assert table.n_atoms.to_dict() == {"all": 4, "register": 2, "bundle": 2}
-    assert table.n.to_dict() == {"all": 8, "register": 4, "bundle": 4}
-    wanted = statistics.cluster_bootstrap(found.best > 0.9, [0, 0, 1, 1, 2, 2, 3, 3])
-    assert (table.ci_low["all"], table.ci_high["all"]) == wanted
+    matched = (found.best > 0.9).to_numpy().reshape(3, 4, 2)
+    assert table.share.to_dict() == pytest.approx(
+        {"all": matched.mean(), "register": matched[:, :2].mean(), "bundle": matched[:, 2:].mean()}
+    )
+    assert table.n_atoms.to_dict() == {"all": 12, "register": 6, "bundle": 6}
+    assert table.n.to_dict() == {"all": 24, "register": 12, "bundle": 12}
+    low, high = statistics.over_pairs(matched.mean(2).ravel(), np.repeat([0, 1, 2], 4)).interval()
+    assert (table.ci_low["all"], table.ci_high["all"]) == (max(0, low), min(1, high))
 
 
 # Exemplars

@@ -482,6 +482,12 @@ def test_no_inclusion_at_all_has_the_exact_bound_over_prompts():
         measures.native_inclusion(lambda name: zero, "h"),
     ):
         assert found.value == 0 and found.interval(0.9).high == pytest.approx(0.095, abs=5e-4)
+    one = trials(np.r_[1, np.zeros(299, int)], np.zeros(300, int))
+    found = measures.installed(lambda name: one, "h", "middle")
+    assert found.value == pytest.approx(1 / 300)
+    assert stats.binom.cdf(1, 30, 10 * found.interval(0.9).high) == pytest.approx(0.05), (
+        "a tenth of one prompt's trials"
+    )
     rows = trials(np.r_[np.ones(30, int), np.zeros(270, int)], np.zeros(300, int))
     six = rows.assign(magnitude=6.0, included_edited=np.r_[np.ones(10, int), np.zeros(290, int)])
     assert measures.installed(lambda name: rows, "h", "all").value == pytest.approx(0.1)
@@ -536,6 +542,19 @@ def test_the_median_of_an_erased_atom_is_clustered_by_passage_and_atom():
     found = measures.erased(lambda name: table, "h", "firing", "delete", 1.0)
     assert found.value == pytest.approx(np.median(change))
     assert found.df < 8 and found.error > 0.25, "five atoms decide"
+    assert measures.erased(lambda name: table[table.atom < 4], "h", "firing", "delete", 1.0) is None, "four do not"
+
+
+def test_atoms_that_come_back_are_counted_once_per_pair_of_trainings():
+    pairs = pd.DataFrame([(s, o, a) for s in range(3) for o in range(3) if s != o for a in range(200)])
+    pairs.columns = ["seed", "other_seed", "atom"]
+    pairs["best"] = np.where(pairs.atom < 10 + pairs.seed + pairs.other_seed, 0.95, 0.5)
+    table = pairs.assign(host="h", target="state")
+    found = measures.recurring(lambda name: table, "h")
+    assert found.value == pytest.approx(12 / 200) and found.df == 2
+    assert found.error == pytest.approx(np.sqrt(0.06 * 0.94 / 200), rel=0.05), "the same atoms come back in both"
+    none = measures.recurring(lambda name: table.assign(best=0.5), "h")
+    assert none.value == 0 and none.interval(0.9).high == pytest.approx(1 - 0.05 ** (1 / 200))
 
 
 # The paper's numbers

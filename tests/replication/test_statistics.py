@@ -292,8 +292,48 @@ def test_a_zero_count_has_the_exact_bound_over_prompts():
     assert zero.interval() == (0, 0)
     exact = statistics.rarely(zero, 0, 30)
     assert exact.interval(0.9).high == pytest.approx(1 - 0.05 ** (1 / 30))
-    one = statistics.over_trainings((np.arange(300) == 7).astype(float), prompts)
-    assert statistics.rarely(one, 1, 30) == one
+
+
+def test_few_events_are_less_sure_than_none_only_where_they_say_more():
+    """The end of one affected prompt of 30 by the binomial distribution; from FEWEST on the bootstrap's error."""
+    prompts, errors = np.repeat(np.arange(30), 10), []
+    for affected in range(8):
+        happened = np.isin(np.arange(300), 10 * np.arange(affected)).astype(float)
+        estimate = statistics.over_trainings(happened, prompts)
+        found = statistics.rarely(estimate, affected, 30, size=0.1)
+        errors.append(found.error)
+        if affected in (1, 4):
+            share = 10 * found.interval(0.9).high
+            assert scipy_stats.binom.cdf(affected, 30, share) == pytest.approx(0.05)
+        assert (found == estimate) == (affected >= statistics.FEWEST)
+    assert errors[:5] == sorted(errors[:5]) and min(errors) == errors[0], "an event makes nothing surer"
+
+
+def test_pairs_of_trainings_are_compared_once():
+    """Against trainings whose effects are added to every comparison: over many draws the error is the spread."""
+    generator, m, n, found = np.random.default_rng(1), 4, 300, []
+    for _ in range(400):
+        own, values = generator.normal(0, 0.1, m), np.zeros((m, n, m))
+        for one, other in itertools.combinations(range(m), 2):
+            same = own[one] + own[other] + generator.normal(0, 1, n)
+            values[one, :, other] = values[other, :, one] = same
+        found.append(statistics.over_pairs(values.sum(2).ravel() / (m - 1), np.repeat(range(m), n)))
+    spread = np.std([x.value for x in found])
+    assert np.sqrt(np.mean([x.error**2 for x in found])) == pytest.approx(spread, rel=0.15)
+    assert np.mean([x.interval().low < 0 < x.interval().high for x in found]) == pytest.approx(0.95, abs=0.03)
+    assert found[0].df == m - 1 and found[0].trainings == m and found[0].n == n
+
+
+def test_a_ratio_over_pairs_has_the_error_of_its_residuals():
+    generator, trainings = np.random.default_rng(2), np.repeat([0, 1], 500)
+    weights = generator.integers(1, 9, 1000).astype(float)
+    happened = generator.random(1000) < 0.3
+    found = statistics.over_pairs(np.stack([happened * weights, weights], 1), trainings)
+    parts = [(happened[:500], weights[:500]), (happened[500:], weights[500:])]
+    assert found.value == pytest.approx(np.mean([np.average(x, weights=w) for x, w in parts]))
+    draws = generator.integers(0, 500, (2000, 500))
+    spread = [np.std([np.average(x[rows], weights=w[rows]) for rows in draws]) for x, w in parts]
+    assert found.error == pytest.approx(np.sqrt(np.mean(np.square(spread))), rel=0.06)
 
 
 def test_a_single_document_gives_no_interval_and_not_one_of_no_width():
