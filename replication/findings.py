@@ -254,7 +254,8 @@ def in_every_cell(results: Results, direction: str, distance: int = 3) -> str:
     """Return the shares of targets that writes in all cells, so many tokens before, make the next token.
 
     The targets have native rank 101 to 1,000: at 40 tokens no others are tried."""
-    return listed(f"{row.next_token:.0%}" for row in trials_in_every_cell(results, direction, distance))
+    shares = [f"{row.next_token:.0%}" for row in trials_in_every_cell(results, direction, distance)]
+    return shares[0] if len(set(shares)) == 1 else listed(shares)
 
 
 def trials_in_every_cell(results: Results, direction: str, distance: int) -> list[pd.Series]:
