@@ -74,7 +74,7 @@ def test_a_harvest_of_one_cell_is_that_of_a_list(single, windows):
         with pytest.raises(ValueError, match="Each cell is a pair"):
             ws.harvest(single, windows, cells=wrong, progress=False)
     for wrong in (dict(layer=1), dict(cells=cells, layer=1, head=2), {}):
-        with pytest.raises(ValueError, match="one cell .layer and head. or of a list of cells"):
+        with pytest.raises(ValueError, match="one cell .layer= and head=. or of a list of cells"):
             ws.harvest(single, windows, **wrong)
 
 
