@@ -44,7 +44,7 @@ def test_the_packages_do_not_grow():
         package: sum(path.read_text(encoding="utf-8").count("\n") for path in (ROOT / package).rglob("[!.]*.py"))
         for package in ("writesae", "replication")
     }
-    assert lines["writesae"] <= 9_600 and lines["replication"] <= 15_900, lines
+    assert lines["writesae"] <= 9_600 and lines["replication"] <= 15_700, lines
 
 
 def imported(package):
