@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from scipy import stats
 from sklearn.mixture import GaussianMixture
 
-from replication.statistics import cluster_bootstrap, fit_mixture, wilson
-from writesae.evaluate.atoms import CLASSES, sides
+from replication.statistics import Estimate, cluster_bootstrap, fit_mixture, over_pairs, wilson
+from writesae.evaluate.atoms import CLASSES, MATCH, sides
 from writesae.evaluate.firings import CellSAE, Places
 from writesae.evaluate.replacement import STEPS
 from writesae.text import Windows
@@ -50,6 +50,12 @@ def partition(alive: pd.DataFrame, seed: int = 0) -> dict:
         cosine = median(alive.cosine[alive["class"] == name], seed)
         row |= zip((f"{name}_cosine", f"{name}_low", f"{name}_high"), cosine, strict=True)
     return row | dict(elsewhere_cosine=alive.elsewhere.median(), bimodality=bimodality(alive.cosine))
+
+
+def recurrence(pairs: pd.DataFrame) -> Estimate:
+    """Return the share of (atom, other training) pairs of `matches` with a cosine above MATCH."""
+    matched = (pairs.best > MATCH).groupby([pairs.seed, pairs.atom]).mean()
+    return over_pairs(matched, matched.index.get_level_values("seed"))
 
 
 def mixtures(cosines: Sequence[float], seed: int = 0) -> pd.DataFrame:

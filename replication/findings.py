@@ -238,13 +238,12 @@ def cache_edits(results: Results) -> str:
 def install(results: Results) -> str:
     where = dict(host=MAIN, target_class="all", magnitude=3.0)
     gamma, paper = (results.row("install_summary", direction=x, **where) for x in ("gamma", "paper"))
-    trials = listed(f"{row.n:.0f}" for row in trials_in_every_cell(results, "layerwise", 40))
     return (
         f"Three writes at three times the native norm change the share of targets among the new tokens from "
         f"{gamma.included_native:.1%} to {paper.included_edited:.1%} along the paper's direction and to "
         f"{gamma.included_edited:.1%} along the best direction of one cell. Writes of the native size in every "
         f"cell make a target of native rank 101 to 1,000 the next token in {in_every_cell(results, 'layerwise')} of "
-        f"{trials} trials on the three hosts if they are 3 tokens before it, and in "
+        f"{counts_in_every_cell(results)} trials on the three hosts if they are 3 tokens before it, and in "
         f"{in_every_cell(results, 'layerwise', 40)} if they are 40; after a few gradient steps in "
         f"{in_every_cell(results, 'refined')} and in {in_every_cell(results, 'refined', 40)}."
     )
@@ -258,7 +257,13 @@ def in_every_cell(results: Results, direction: str, distance: int = 3) -> str:
     return shares[0] if len(set(shares)) == 1 else listed(shares)
 
 
+def counts_in_every_cell(results: Results) -> str:
+    """Return the numbers of these trials on the hosts."""
+    return listed(f"{row.n:.0f}" for row in trials_in_every_cell(results, "layerwise", 40))
+
+
 def trials_in_every_cell(results: Results, direction: str, distance: int) -> list[pd.Series]:
+    """Return each host's row of these trials."""
     where = dict(cells="all", direction=direction, magnitude=1, writes=3, target_class="middle")
     return of_hosts(results, "install_cells_summary", distance=f"{distance}", **where)
 

@@ -256,7 +256,7 @@ def over_pairs(values, trainings: Sequence) -> Estimate:
     codes, count = _codes(trainings)
     values = _finite(values)
     parts = [values[codes == number] for number in range(count)]
-    means = np.array([_of_rows(values, codes == number) for number in range(count)])
+    means = np.array([_of_rows(part, slice(None)) for part in parts])
     if values.ndim == 2:  # the residuals of a ratio, to first order
         parts = [(x[:, 0] - mean * x[:, 1]) / x[:, 1].mean() for x, mean in zip(parts, means, strict=True)]
     sampling, beyond = np.mean([x.var(ddof=1) / len(x) if len(x) > 1 else np.nan for x in parts]), 0.0

@@ -80,8 +80,7 @@ def glance(results, bench) -> str:
     random = win_rate(results, "write", amplitude="projection", condition="random").win_rate
     fitted_write = f"; scaled to fit the write {scaled[0]:.0%} (of *states* {scaled[1]:.0%}, random {random:.0%})"
     near, far = (findings.in_every_cell(results, "layerwise", distance) for distance in (3, 40))
-    trials = listed(f"{row.n:.0f}" for row in findings.trials_in_every_cell(results, "layerwise", 40))
-    next_token = f"{near} at 3 tokens; {far} at 40 (n = {trials})"
+    next_token = f"{near} at 3 tokens; {far} at 40 (n = {findings.counts_in_every_cell(results)})"
     words = f"{said.included_native:.1%} → {said.included_edited:.1%}"
     formula = f"R² {papers_value('C1'):.2f}", f"R² {fitted:.2f} (four sizes)"
     rows = [  # question, the paper's number, ours, claim, page

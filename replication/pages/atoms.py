@@ -12,8 +12,8 @@ import pandas as pd
 from scipy import stats
 
 from replication import layout
-from replication.classes import described_atoms, mixtures, partition, scanned, thresholds
-from replication.statistics import Interval, ci, cliffs_delta, cluster_bootstrap, over_pairs, per_group
+from replication.classes import described_atoms, mixtures, partition, recurrence, scanned, thresholds
+from replication.statistics import Interval, ci, cliffs_delta, cluster_bootstrap, per_group
 from replication.study.fingerprint import Later
 from replication.study.firings import firing_windows
 from replication.study.study import Study
@@ -45,12 +45,11 @@ def match_shares(pairs: pd.DataFrame) -> pd.DataFrame:
     """Return the share of (atom, other seed) pairs with |cosine| > MATCH, by class, with `over_pairs`' interval."""
     rows = []
     for name, part in [("all", pairs), *pairs.groupby("class")]:
-        matched = (part.best > MATCH).groupby([part.seed, part.atom]).mean()
-        found = over_pairs(matched, matched.index.get_level_values("seed"))
+        found = recurrence(part)
         low, high = found.interval()
         row = {"class": name, "share": found.value} | ci(Interval(max(0.0, low), min(1.0, high)))
         row |= dict(chance=(part.chance > MATCH).mean(), median_best=part.best.median())
-        rows.append(row | dict(n_atoms=len(matched), n=len(part)))
+        rows.append(row | dict(n_atoms=part.groupby(["seed", "atom"]).ngroups, n=len(part)))
     return pd.DataFrame(rows)
 
 

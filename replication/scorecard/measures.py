@@ -17,9 +17,9 @@ from scipy import stats
 from sklearn.mixture import GaussianMixture
 from statsmodels.stats.proportion import confint_proportions_2indep
 
-from replication.classes import registers
+from replication.classes import recurrence, registers
 from replication.scorecard.claims import papers_table13
-from replication.statistics import Estimate, beats, fit_mixture, over_pairs, over_trainings, rarely
+from replication.statistics import Estimate, beats, fit_mixture, over_trainings, rarely
 from replication.study.stages import rows_with
 from writesae.evaluate.firings import atom_names
 from writesae.evaluate.shifts import PAPER_EPS
@@ -321,8 +321,7 @@ def recurring(tables: Tables, host: str) -> Estimate | None:
     part = rows_with(tables("atom_matches"), host=host, target="state")
     if part.empty:
         return None
-    by_atom = (part.best > 0.9).groupby([part.seed, part.atom]).mean()
-    found = over_pairs(by_atom, by_atom.index.get_level_values("seed"))
+    found = recurrence(part)
     return found if found.value else rarely(found, 0, found.n)
 
 
