@@ -5,7 +5,6 @@ and choices of the profile mini; with another profile a page says so."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -28,6 +27,7 @@ from replication.findings import (
     win_rate,
 )
 from replication.plots import HOST
+from replication.study.paths import ROOT
 from replication.study.study import Study
 
 
@@ -57,9 +57,8 @@ def conclude(opened: DisplayHandle, page: str, study: Study) -> Markdown:
 
 
 def apart(low: float, high: float) -> str:
-    """Return in words whether a difference with this interval is above or below 0: "ahead of", for
-    example."""
-    return "ahead of" if low > 0 else "behind" if high < 0 else "not apart from"
+    """Return in words whether a difference with this interval is above or below 0, e.g. "ahead of"."""
+    return "ahead of" if low > 0 else "behind" if high < 0 else "not significantly different from"
 
 
 def points(row: pd.Series) -> str:
@@ -72,9 +71,9 @@ def hosts(results: Results) -> str:
     costs = listed(f"{1000 * x.cost.median():.1f}" for x in cells.values())
     worth = listed(f"{(x.cost_low > 0).sum()} of {len(x)}" for x in cells.values())
     return (
-        f"Of the cells of the three hosts {shares} keep half of a write for 4 tokens or more. What a cell is "
-        f"worth differs more. Without its writes the loss rises by {costs} millinats per token in the median "
-        f"cell, and certainly rises in {worth} cells."
+        f"On the three hosts {shares} of the cells have a half-life of 4 tokens or more. The cost of removing a "
+        f"cell's writes differs more between cells. Without its writes the loss rises by {costs} millinats per "
+        f"token in the median cell, and certainly rises in {worth} cells."
     )
 
 
@@ -82,8 +81,8 @@ def harvest(results: Results) -> str:
     rows = [results.rows("harvest", host=host).iloc[0] for host in HOSTS]
     times = listed(f"{row.numbers_per_state / row.numbers_per_token:.0f}" for row in rows)
     return (
-        f"Yes, without states: a cell's history takes {times} times fewer numbers on the three hosts, and "
-        "every product with the states is exact. RWKV-7 saves least, because its decay and its erasure are vectors."
+        f"Yes, without states: a cell's history takes {times} times fewer numbers on the three hosts, and every "
+        "product with the states is exact. RWKV-7 saves least, because its decay and its erasure are vectors."
     )
 
 
@@ -93,9 +92,9 @@ def train_saes(results: Results) -> str:
     shares = [100 * main[main.target == target].fvu.median() for target in ("state", "write")]
     alive = (main.alive / main.n_atoms).min()
     return (
-        f"Training works, and the dictionaries are coarse: the median SAE leaves {shares[0]:.0f}% of its "
-        f"states or {shares[1]:.0f}% of its writes unexplained, and at least {alive:.0%} of the atoms of "
-        "each are in use. An atom that replaces a write is therefore an approximation of it, which the next pages test."
+        f"Training works, and the dictionaries are coarse: the median SAE leaves {shares[0]:.0f}% of its states "
+        f"or {shares[1]:.0f}% of its writes unexplained, and at least {alive:.0%} of the atoms of each are in "
+        "use. An atom that replaces a write is therefore an approximation of it, which the next pages test."
     )
 
 
@@ -106,18 +105,18 @@ def atoms(results: Results) -> str:
         listed(f"the {row.place} cell's {row.target}-trained SAE" for row in two.itertuples()) if len(two) else "none"
     )
     return (
-        f"Of {len(table)} SAEs of the main host, two Gaussians certainly fit the cosines better than one in {len(two)} "
-        f"({names}), as they would fit one skewed group. Elsewhere the cosines are one bulk with a tail, and "
-        "register and bundle name its two ends rather than two kinds."
+        f"Of {len(table)} SAEs of the main host, the BIC of two Gaussians is certainly below that of one in "
+        f"{len(two)} ({names}). One skewed group would give the same, and claim A4 asks for more. Elsewhere the "
+        "cosines are one bulk with a tail, and register and bundle name its two ends rather than two kinds."
     )
 
 
 def logit_shift(results: Results) -> str:
     layer, first = (r2(results, x, 10.0) for x in ("through_layer", "exact"))
     return (
-        "A write's effect on a logit can be predicted without a fit if the edited layer is taken exactly: "
-        f"even at ten native norms R2 is {layer:.2f}, where first order has {first:.1f}. The paper's fitted "
-        "scalar tests whether the shift is linear in the size of the edit, not whether the formula predicts it."
+        "A write's effect on a logit can be predicted without a fit if the edited layer is taken exactly: even "
+        f"at ten native norms R2 is {layer:.2f}, where first order has {first:.1f}. The paper's fitted scalar "
+        "tests whether the shift is linear in the size of the edit, not whether the formula predicts it."
     )
 
 
@@ -130,11 +129,11 @@ def replacement(results: Results) -> str:
     words = apart(state.win_rate_low - 0.5, state.win_rate_high - 0.5)
     recovered = [percent(win_rate(results, target), "recovered") for target in ("write", "state")]
     return (
-        f"An atom, at its own coefficient, can stand for a write if its SAE was trained on writes without "
-        f"subtracting their mean: it is then {points(none)} ahead of the state-trained atom, whose rate is {words} "
-        f"one half. With atoms scaled to fit the write the difference is {points(scaled)}, and with the mean "
-        f"subtracted, as in the paper, {points(mean)}. Rates count places; of the mean KL of deletion, atoms "
-        f"of writes at their own coefficient recover {recovered[0]} and atoms of states {recovered[1]}."
+        "An atom, at its own coefficient, can stand for a write if its SAE was trained on writes without "
+        f"subtracting their mean: it is then {points(none)} ahead of the state-trained atom, whose rate is "
+        f"{words} one half. With atoms scaled to fit the write the difference is {points(scaled)}, and with the "
+        f"mean subtracted, as in the paper, {points(mean)}. Rates count places; of the mean KL of deletion, "
+        f"atoms of writes at their own coefficient recover {recovered[0]} and atoms of states {recovered[1]}."
     )
 
 
@@ -143,10 +142,10 @@ def objects(results: Results) -> str:
     write, state = (results.row("objects_summary", object=x, **where) for x in ("write", "state"))
     rhos = [estimate(row, "rho", digits=2, scale=1) for row in (write, state)]
     return (
-        f"The paper's pattern is that wins do not depend on the cosine. Over the three cells their rank "
-        f"correlation is {rhos[1]} where the state is replaced, and {rhos[0]} where the write is. That is without the "
-        f"mean; if it is subtracted, as in the paper's text, the correlation is {findings.cosine(results, centre='mean')} "
-        f"where the state is replaced. Deleting the state has "
+        "The paper's pattern is that wins do not depend on the cosine. Over the three cells their rank "
+        f"correlation is {rhos[1]} where the state is replaced, and {rhos[0]} where the write is. That is "
+        "without the mean; if it is subtracted, as in the paper's text, the correlation is "
+        f"{findings.cosine(results, centre='mean')} where the state is replaced. Deleting the state has "
         f"{state.kl_delete / write.kl_delete:.0f} times the median KL of deleting the write."
     )
 
@@ -158,10 +157,10 @@ def all_writes(results: Results) -> str:
     shares = [percent(row, "recovered", "ci_low", "ci_high") for row in (read, atom, whole)]
     overlap = read.ci_low < whole.ci_high
     return (
-        f"In the middle cell, reading every state through the state-trained SAE recovers {shares[0]} of the loss that "
-        f"the cell's writes are worth. Putting the write-trained SAE's top atom in every write's place recovers {shares[1]}, "
-        f"and its whole reconstruction {shares[2]}. With {read.passages:.0f} passages the intervals "
-        f"{'overlap' if overlap else 'are apart'}."
+        f"In the middle cell, reading every state through the state-trained SAE (no mean) recovers {shares[0]} "
+        "of the loss that the cell's writes are worth. Putting the write-trained SAE's top atom in every "
+        f"write's place recovers {shares[1]}, and its whole reconstruction {shares[2]}. With "
+        f"{read.passages:.0f} passages the intervals {'overlap' if overlap else 'are apart'}."
     )
 
 
@@ -193,12 +192,11 @@ def population(results: Results) -> str:
     sure = {}
     for target, part in rows.groupby("target"):
         low, high = proportion_confint((part.win_rate * part.firings).round(), part.firings, method="beta")
-        sure[target] = (
-            f"{(low > 0.5).sum()} of {len(part)} surely win more often than not, {(high < 0.5).sum()} surely less"
-        )
+        above, below = (low > 0.5).sum(), (high < 0.5).sum()
+        sure[target] = f"{above} of {len(part)} have a win rate above one half, and {below} below it"
     return (
-        f"Of the state-trained atoms {sure['state']}; of the write-trained ones {sure['write']} (95% "
-        "Clopper-Pearson, one atom at a time). The others have too few firings to tell."
+        f"Of the state-trained atoms {sure['state']}; of the write-trained ones {sure['write']} (the 95% "
+        "Clopper-Pearson interval of each atom is beyond one half). The intervals of the others contain it."
     )
 
 
@@ -207,18 +205,17 @@ def other_hosts(results: Results) -> str:
         of_hosts(results, "headline_contrasts", cells="middle", amplitude=x, centre="none")[1:]
         for x in ("coefficient", "projection")
     )
-    parts = [
-        f"{apart(row.difference_low, row.difference_high)} training on states on {HOST[host]} ({points(row)})"
-        for row, host in zip(rows, HOSTS[1:], strict=True)
-    ]
+    sides = [apart(row.difference_low, row.difference_high) for row in rows]
+    parts = [f"{points(row)} on {HOST[host]}" for row, host in zip(rows, HOSTS[1:], strict=True)]
     layer, paper = (
         listed(f"{r2(results, x, 1.0, host):,{form}}" for host in HOSTS[1:])
         for x, form in (("through_layer", ".3f"), ("paper", ".0f"))
     )
     return (
-        f"Training on writes is {listed(parts)}; with atoms scaled to fit the write the differences are "
-        f"{listed(points(row) for row in scaled)}. The closed form that takes the edited layer exactly has an R2 of {layer} "
-        f"there without a fit, at the size of a native write, and the paper's formula without its scalar {paper}."
+        f"Training on writes is {listed(dict.fromkeys(sides))} training on states, by {listed(parts)}; with "
+        f"atoms scaled to fit the write the differences are {listed(points(row) for row in scaled)}. The closed "
+        f"form that takes the edited layer exactly has an R2 of {layer} there without a fit, at the size of a "
+        f"native write, and the paper's formula without its scalar {paper}."
     )
 
 
@@ -230,15 +227,19 @@ def cache_edits(results: Results) -> str:
         )
         for x in ("other", "same")
     )
-    kept = results.row("newlines_summary", host=MAIN, mode="kept", role="boundary", dose=5)
-    beyond = estimate(kept, "beyond_random", scale=1)
+    where = dict(host=MAIN, role="boundary", dose=5)
+    beyond, cell = (
+        estimate(results.row("newlines_summary", mode=mode, **where), "beyond_random", scale=1)
+        for mode in ("kept", "offset")
+    )
     readers = results.rows("top_readers", **{"host": MAIN, "class": "register"})
     return (
-        f"Erasing an atom's write changes the log-probability of its preferred token by {other} millinats, and by {same} "
-        f"if the token is found on the tested firings, as in the paper (-116). Amplified atoms of line ends "
-        f"change newlines by {beyond} per 400 tokens more than random atoms do. "
-        f"The strongest readers of register atoms react {listed(f'{x:.1f}' for x in readers.ratio)} times as "
-        "much as to a random write (the paper: 5 to 7.5). All of this is on the main host."
+        f"Erasing an atom's write changes the log-probability of its preferred token by {other} millinats, and "
+        f"by {same} if the token is found on the tested firings, as in the paper (-116). Amplified atoms of "
+        f"line ends change newlines by {beyond} per 400 tokens more than random atoms do in a layer, as in the "
+        f"author's code, and by {cell} in one cell, as the paper describes it. The strongest readers of "
+        f"register atoms react {listed(f'{x:.1f}' for x in readers.ratio)} times as much as to a random write "
+        "(the paper: 5 to 7.5). All of this is on the main host."
     )
 
 
@@ -254,9 +255,10 @@ def install(results: Results) -> str:
     needed, ceiling = (listed(f"{row[name]:.1f}" for row in rows) for name in ("needed", "ceiling"))
     return (
         f"Writes in all cells, refined by gradient, install {installed} of the words of rank 101 to 1,000 three "
-        f"tokens later on the three hosts ({trials} trials), and writes of any size in one cell gain enough for {enough}. "
-        f"Such a word needs {needed} nats, and the best cell can add at most {ceiling}. Writes in all cells change "
-        f"the rest as well: the KL of the other tokens is {costs} nats, after random writes of the same size {of_random}."
+        f"tokens later on the three hosts ({trials} trials), and the best writes tried in one cell gain enough "
+        f"for {enough}. Such a word needs {needed} nats, and the ceiling of the best cell is {ceiling} in the "
+        f"mean. Writes in all cells change the rest as well: the KL of the other tokens is {costs} nats, after "
+        f"random writes of the same size {of_random}."
     )
 
 
@@ -271,17 +273,17 @@ def ablations(results: Results) -> str:
         return f"{(rows.ci_high < 0).sum()} of {len(rows)}"
 
     return (
-        "Other encoders, decoders, sparsity rules and ranks have "
-        f"{errors.min():.2f} to {errors.max():.2f} times the error of the bilinear rank-1 TopK SAE on "
-        f"states. In the middle cell the win rate is certainly lower in {lower('state', 'win_rate_coefficient')} "
-        f"variants for states and {lower('write', 'win_rate_coefficient')} for writes, and at the native "
-        f"write's norm in {lower('state', 'win_rate_matched_norm')} and {lower('write', 'win_rate_matched_norm')}. "
-        f"Random starts change the headline's win rate of write-trained atoms by {points(start)} over three "
-        f"cells; page 14 asks it in every cell. With {large.n_atoms:,.0f} atoms and {large.tokens / small.tokens:.0f} "
-        f"times the training tokens, the errors fall {findings.errors_of_ladder(results)} over the three cells of "
-        f"the headline, and SAEs of writes are {points(large)} ahead ({points(small)} with the smallest SAEs). In the "
-        f"middle cell they are certainly ahead at {(ladder.difference_low > 0).sum()} of {len(ladder)} sizes, by "
-        f"{findings.ladder_ahead(results)}; with atoms scaled to fit the write by "
+        f"Other encoders, decoders, sparsity rules and ranks have {errors.min():.2f} to {errors.max():.2f} "
+        "times the error of the bilinear rank-1 TopK SAE on states. In the middle cell the win rate is "
+        f"certainly lower in {lower('state', 'win_rate_coefficient')} variants for states and "
+        f"{lower('write', 'win_rate_coefficient')} for writes, and at the native write's norm in "
+        f"{lower('state', 'win_rate_matched_norm')} and {lower('write', 'win_rate_matched_norm')}. Random "
+        f"starts change the headline's win rate of write-trained atoms by {points(start)} over three cells; "
+        f"page 14 asks it in every cell. With {large.n_atoms:,.0f} atoms and {large.tokens / small.tokens:.0f} "
+        f"times the training tokens, the errors fall {findings.errors_of_ladder(results)} over the three cells "
+        f"of the headline, and SAEs of writes are {points(large)} ahead ({points(small)} with the smallest "
+        f"SAEs). In the middle cell they are certainly ahead at {(ladder.difference_low > 0).sum()} of "
+        f"{len(ladder)} sizes, by {findings.ladder_ahead(results)}; with atoms scaled to fit the write by "
         f"{findings.ladder_ahead(results, '_projection')}."
     )
 
@@ -294,11 +296,11 @@ def every_cell(results: Results) -> str:
         for amplitude in ("coefficient", "projection")
     ]
     return (
-        f"The write-trained atom is ahead in {findings.cells_ahead(rows)} cells of the three hosts, in the mean over cells "
-        f"by {listed(points(row) for row in rows)}, at the atom's own coefficient; scaled to fit the write it is ahead "
-        f"in {findings.cells_ahead(scaled)}. If atoms start at random, it is ahead in {findings.cells_ahead(random)}. The "
-        f"state-trained atom's rate certainly falls with the half-life on {falls[0]} of {len(HOSTS)} hosts, and on {falls[1]} "
-        "if atoms are scaled to fit the write."
+        f"The write-trained atom is ahead in {findings.cells_ahead(rows)} cells of the three hosts, in the mean "
+        f"over cells by {listed(points(row) for row in rows)}, at the atom's own coefficient; scaled to fit the "
+        f"write it is ahead in {findings.cells_ahead(scaled)}. If atoms start at random, it is ahead in "
+        f"{findings.cells_ahead(random)}. The state-trained atom's rate certainly falls with the half-life on "
+        f"{falls[0]} of {len(HOSTS)} hosts, and on {falls[1]} if atoms are scaled to fit the write."
     )
 
 
@@ -321,9 +323,9 @@ def scorecard(results: Results) -> str:
     counts = [f"{(first.status == name).sum()} {name}" for name in first.status.unique()]
     unsettled = f"{(kept.status == 'unsettled').sum()} of {len(kept)}"
     return (
-        f"Of the paper's headline claims, {listed(counts)} on the main host. In all, {unsettled} verdicts "
-        f"are unsettled, and {(kept.trainings == 1).sum()} rest on one training of an SAE, whose intervals "
-        "are widened by what trainings differ by elsewhere."
+        f"The verdicts on the paper's headline claims are {listed(counts)} on the main host. In all, "
+        f"{unsettled} verdicts are unsettled, and {(kept.trainings == 1).sum()} rest on one training of an SAE, "
+        "so their intervals are widened by the spread between trainings in other experiments."
     )
 
 
@@ -332,9 +334,10 @@ def attribution(results: Results) -> str:
     spans = listed(f"{row.half_distance:.0f}" for row in rows)
     own = listed(f"{row.share_own:.0%}" for row in rows)
     return (
-        f"Half of what a head of the three hosts reads was written within {spans} tokens (median over cells), and {own} "
-        f"is the token's own write. A map from decays alone is wrong by {findings.decay_errors(results)} of "
-        "the size of the read on the Gated DeltaNet and on RWKV-7, because erasures count as well."
+        f"In the median cell of the three hosts, half of what a head reads was written within {spans} tokens, "
+        f"and {own} is the token's own write. A map from decays alone has an error of "
+        f"{findings.decay_errors(results)} times the size of the read on the Gated DeltaNet and on RWKV-7, "
+        "because erasures count as well."
     )
 
 
@@ -342,10 +345,10 @@ def recall(results: Results) -> str:
     rows = largest_recall(results)
     own, nothing = (listed(f"{row[name]:.0%}" for row in rows) for name in ("own", "kept_delete"))
     return (
-        f"Atoms of rank 1 do not get worse with the side where the right dictionary has rank 1: {own} of the associations "
-        f"have an atom of their own at side {rows[0].side} (Gated DeltaNet, Mamba-2, RWKV-7). Without the write {nothing} "
-        "of the answers stay right, so the measure can fail. Whether the writes of a language model have "
-        "such a dictionary is another question."
+        f"Atoms of rank 1 do not get worse with the side where the right dictionary has rank 1: {own} of the "
+        f"associations have an atom of their own at side {rows[0].side} (Gated DeltaNet, Mamba-2, RWKV-7). "
+        f"Without the write {nothing} of the answers stay right, so the measure can fail. Whether the writes of "
+        "a language model have such a dictionary is another question."
     )
 
 
@@ -353,8 +356,8 @@ def residual_features(results: Results) -> str:
     where = dict(cells="middle", object="atom", predictor="through_layer")
     hits = percent(results.row("residual_features_summary", **where), "hits")
     return (
-        "One linear pass says which features an atom will raise, and when: of the ten that it is predicted "
-        f"to raise most at later tokens, {hits} are among the ten that rise most."
+        "The form through the layer predicts which features an atom raises, and when: of the ten features that "
+        f"it predicts to rise most at later tokens, {hits} are among the ten that rise most."
     )
 
 
@@ -367,33 +370,12 @@ def recurrence(results: Results) -> str:
     )
     return (
         f"Few come back: {atoms} of the atoms of writes on the three hosts. Of k-means centroids of drawn "
-        f"writes {means} come back. A tied encoder does not help ({tied.recurs:.0%} on the main host). That the text tells "
-        f"where an atom fires does not make it special: the nearest of raw writes is told almost as well ({raw.auc_all:.2f})."
+        f"writes {means} come back. A tied encoder does not help ({tied.recurs:.0%} on the main host). The text "
+        f"predicts where an atom fires, and where a raw write is nearest almost as well (AUC {raw.auc_all:.2f})."
     )
 
 
-Sentence = Callable[[Results], str]
-PAGES: dict[str, tuple[Sentence, Sentence | None]] = {  # the finding and the verdict of each page
-    "00_hosts": (findings.hosts, hosts),
-    "01_harvest": (findings.harvest, harvest),
-    "02_train_saes": (findings.train_saes, train_saes),
-    "03_atoms": (findings.atoms, atoms),
-    "04_logit_shift": (findings.logit_shift, logit_shift),
-    "05_replacement": (findings.replacement, replacement),
-    "06_all_writes": (findings.all_writes, all_writes),
-    "07_objects": (findings.objects, objects),
-    "08_baselines": (findings.baselines, baselines),
-    "09_population": (findings.population, population),
-    "10_other_hosts": (findings.other_hosts, other_hosts),
-    "11_cache_edits": (findings.cache_edits, cache_edits),
-    "12_install": (findings.install, install),
-    "13_ablations": (findings.ablations, ablations),
-    "14_every_cell": (findings.every_cell, every_cell),
-    "15_multiverse": (findings.multiverse, multiverse),
-    "16_attribution": (findings.attribution, attribution),
-    "17_recall": (findings.recall, recall),
-    "18_residual_features": (findings.residual_features, residual_features),
-    "19_recurrence": (findings.recurrence, recurrence),
-    "20_scorecard": (findings.scorecard, scorecard),
-    "90_your_own_model": (findings.own_model, None),
+PAGES = {  # the finding and the verdict of each page, which are named after it
+    path.stem: (getattr(findings, path.stem[3:]), globals().get(path.stem[3:]))
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 }

@@ -244,6 +244,15 @@ def rarely(estimate: Estimate, affected: int, clusters: int, size: float = 1.0) 
     return estimate._replace(error=max(estimate.error, reach))
 
 
+def share_of_trials(happened, trials: pd.DataFrame, resamples: int = 1000) -> Interval:
+    """Return the wider of a bootstrap over prompts and Clopper and Pearson's interval of a share of trials.
+
+    The latter counts each pair of prompt and target once. trials: with the columns prompt and target."""
+    pairs = len(trials[["prompt", "target"]].drop_duplicates())
+    exact = Interval(*proportion_confint(np.mean(happened) * pairs, pairs, method="beta"))
+    return wider(exact, cluster_bootstrap(happened, trials.prompt, resamples=resamples))
+
+
 def over_pairs(values, trainings: Sequence) -> Estimate:
     """Return the mean over trainings of values that compare the entries of one training with all others.
 

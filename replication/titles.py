@@ -91,7 +91,7 @@ def fig00_hosts(results: Results) -> str:
 def fig00_cells(results: Results) -> str:
     parts = [results.rows("all_cells", host=host) for host in HOSTS]
     rises = listed(f"{(part.cost_low > 0).sum()} of {len(part)}" for part in parts)
-    most = listed(f"{1000 * part.cost.max():.0f}" for part in parts)
+    most = listed(f"{1000 * part.cost.max():.1f}" for part in parts)
     return f"The loss surely rises without the writes of {rises} cells, by at most {most} millinats per token"
 
 
@@ -200,10 +200,10 @@ def fig05_half_life(results: Results) -> str:
 def fig06_all_writes(results: Results) -> str:
     rows = results.rows("all_writes", role="pooled")
     rows = rows[rows["head"].notna()].set_index(["condition", "target", "centre"]).recovered
-    keys = ("read", "state", "mean"), ("atom", "write", "none")
+    keys = ("read", "state", "none"), ("atom", "write", "none")
     read, atom = (share(rows.xs(key).median()) for key in keys)
     read = f"states read through the SAE recover {read} of the loss"
-    return f"In the median cell {read}, top atoms of writes {atom}"
+    return f"Without the mean, in the median cell {read}, top atoms of writes {atom}"
 
 
 def fig06_all_writes_cells(results: Results) -> str:
@@ -221,7 +221,7 @@ def fig07_objects(results: Results) -> str:
         word = moves(min(row.rho_low for row in rows), max(row.rho_high for row in rows))
         return f"{word} if the {name} is replaced (rho {numbers(row.rho for row in rows)})"
 
-    return f"With the cosine the win rate {' and '.join(map(with_cosine, ('write', 'state')))}"
+    return f"Without the mean, with the cosine the win rate {' and '.join(map(with_cosine, ('write', 'state')))}"
 
 
 def fig07_objects_kl(results: Results) -> str:
@@ -414,7 +414,7 @@ def fig13_selectivity(results: Results) -> str:
     where = dict(cells="pooled", placement="coefficient", control="random")
     write, state = (share(row.atom_closer) for row in of_targets(results, "selectivity_summary", **where))
     firings = f"{state} (states) and {write} (writes) of firings"
-    return f"At its own coefficient the atom is nearer than a random one at {firings}"
+    return f"At its own coefficient the atom is nearer than a random direction at {firings}"
 
 
 def fig14_every_cell(results: Results) -> str:
@@ -427,12 +427,12 @@ def fig14_every_seed(results: Results) -> str:
     rates = rows.set_index(["target", "host"]).mean_win_rate
     gaps = listed(f"{100 * (rates['write', host] - rates['state', host]):+.0f}" for host in HOSTS)
     spread = 100 * (rows.highest - rows.lowest).max()
-    return f"Training on writes changes the mean over cells by {gaps} points; another seed, by at most {spread:.0f}"
+    return f"Training on writes changes the mean over cells by {gaps} points; another seed, by at most {spread:.1f}"
 
 
 def fig15_multiverse(results: Results) -> str:
     tables = [results.rows("multiverse", host=host) for host in HOSTS]
-    ahead, behind = (shares(surely(table, side) for table in tables) for side in ("ahead", "behind"))
+    ahead, behind = (shares(surely(table, side) / len(table) for table in tables) for side in ("ahead", "behind"))
     return f"The atom is surely ahead of the control in {ahead} of universes, surely behind in {behind}"
 
 
@@ -467,7 +467,7 @@ def fig16_cells(results: Results) -> str:
     rows = of_hosts(results, "attribution_trend")
     spans, errors = numbers([x.half_distance for x in rows], 0), numbers([x.decay_error for x in rows], 1)
     error = f"the decays alone are wrong by {errors} times the read"
-    return f"In the median cell half of a read is from the last {spans} tokens; {error}"
+    return f"In the median cell half of a read is from at most {spans} tokens ago; {error}"
 
 
 def fig16_maps(results: Results) -> str:

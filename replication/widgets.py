@@ -77,7 +77,7 @@ def atom_page(study: Study, row: pd.Series, firings: pd.DataFrame) -> str:
     """Return the page of one atom, given its row of atoms.csv and all of its firings."""
     tokenizer, windows = study.host(row.host).tokenizer, firing_windows(study, row.host)
     facts = {"class": row["class"], "median cosine to the write": row.cosine, "of the keys": row.cosine_key}
-    facts |= {"of the values": row.cosine_value, "at other atoms' firings": row.elsewhere}
+    facts |= {"of the values": row.cosine_value, "at random firings": row.elsewhere}
     facts |= {"firings": f"{row.firings:,} in {row.passages} passages", "share of tokens": f"{row.rate:.2%}"}
     facts |= {"fires on": fires_on(tokenizer, windows, firings)[row.atom]}
     title = f"Atom {row.atom} (layer {row.layer} head {row['head']} of {named(row.host)}, trained on {row.target}s)"

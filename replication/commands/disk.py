@@ -35,13 +35,6 @@ class Need(NamedTuple):
     size: float
 
 
-def weight_bytes(name: str, revision: str | None) -> int:
-    """Return the bytes that `load_host` has still to download: safetensors, or pickles if there are none."""
-    sizes = download_sizes(name, {*MODEL_FILES, *PICKLED_FILES}, revision)
-    safe = any(file.endswith(".safetensors") for file in sizes)
-    return sum(size for file, size in sizes.items() if not (safe and file.endswith(".bin")))
-
-
 def _files_of(profile: Profile, paths: Paths, name: str, shape: Shape) -> list[Need]:
     """Return the harvests and SAEs of a host that do not exist yet."""
 
@@ -77,7 +70,10 @@ def still_needed(profile: Profile, paths: Paths) -> tuple[list[Need], list[str]]
             folder = fetch(section.path, ["config.json"], section.revision, local_files_only=offline)
             needs += _files_of(profile, paths, name, read_shape(folder))
             what = f"the weights of {section.path}"
-            needs.append(Need(what, Path(constants.HF_HUB_CACHE), weight_bytes(section.path, section.revision)))
+            sizes = download_sizes(section.path, {*MODEL_FILES, *PICKLED_FILES}, section.revision)
+            safe = any(file.endswith(".safetensors") for file in sizes)  # else pickles
+            size = sum(size for file, size in sizes.items() if not (safe and file.endswith(".bin")))
+            needs.append(Need(what, Path(constants.HF_HUB_CACHE), size))
         except (OSError, ValueError) as error:
             offline |= isinstance(error, ConnectionError)  # do not ask the Hub again: it takes half a minute
             notes.append(f"The disk space of {what} is not counted: {error}")

@@ -64,8 +64,9 @@ def glance(results, bench) -> str:
         estimate(findings.with_memory(results, amplitude=amplitude), "rho_half_life_median", digits=2, scale=1)
         for amplitude in ("coefficient", "projection")
     ]
-    memory = "where memory is long: rank correlation {}; scaled to fit {}".format(*rhos)
-    again = percent(results.row("scorecard", id="A5", host=MAIN), "value", "ci_low", "ci_high", digits=1)
+    memory = "where half-life is long: rank correlation {}; scaled to fit {}".format(*rhos)
+    small = results.row("atom_match_shares", host=MAIN, target="state", **{"class": "all"})
+    again = percent(small, "share", "ci_low", "ci_high", digits=1)
     of_hosts = listed(findings.atoms_again(results, host) for host in HOSTS)
     again = f"small SAEs: {again}; main SAEs: {of_hosts}"
     closed = listed(f"{r2(results, 'through_layer', 1.0, host):.3f}" for host in HOSTS)
@@ -80,7 +81,7 @@ def glance(results, bench) -> str:
     random = win_rate(results, "write", amplitude="projection", condition="random").win_rate
     fitted_write = f"; scaled to fit the write {scaled[0]:.0%} (of *states* {scaled[1]:.0%}, random {random:.0%})"
     near, far = (findings.in_every_cell(results, "layerwise", distance) for distance in (3, 40))
-    next_token = f"{near} at 3 tokens; {far} at 40 (n = {findings.counts_in_every_cell(results)})"
+    next_token = f"{near} after 3 tokens; {far} after 40 (n = {findings.counts_in_every_cell(results)})"
     words = f"{said.included_native:.1%} → {said.included_edited:.1%}"
     formula = f"R² {papers_value('C1'):.2f}", f"R² {fitted:.2f} (four sizes)"
     rows = [  # question, the paper's number, ours, claim, page
@@ -127,14 +128,14 @@ def trust(results, bench) -> str:
     """How many claims are tested, and how many verdicts turn, are unsettled, and rest on one training."""
     kept, repeated = results.rows("scorecard", counts=True), results.rows("repeats_verdicts")
     every = results.rows("scorecard").query("group != 'extension'")
-    tested = set(every[every.value.notna()].id)
-    changed = sum(bool(read_criteria().claims[claim].was) for claim in tested)
+    judged = set(every[every.value.notna() & (every.group != "cannot_fail")].id)
+    changed = sum(bool(read_criteria().claims[claim].was) for claim in judged)
     on = listed(HOST[host] for host in HOSTS if (repeated.host == host).any())
     return (
-        f"{len(tested)} of the paper's {every.id.nunique()} numbers are tested, by "
+        f"{len(judged)} of the paper's {every.id.nunique()} numbers are judged, by "
         f"[criteria](paper/criteria.yaml) fixed before the run, {changed} of them rewritten after an earlier "
-        f"one. Of {len(repeated)} verdicts on {on} that were repeated, {repeated.turned.sum()} turn at least once. "
-        f"{(kept.trainings == 1).sum()} of all {len(kept)} rest on one training."
+        f"one. Of {len(repeated)} repeated verdicts on {on}, {repeated.turned.sum()} changed at least once. "
+        f"{(kept.trainings == 1).sum()} of {len(kept)} rest on one training."
     )
 
 
@@ -148,7 +149,7 @@ def differ(results, bench) -> str:
 def papers_protocol(results, bench) -> str:
     row = results.rows("causes").iloc[0]
     every = results.row("replacement_summary", host=MAIN, cells="pooled", target="state", amplitude="coefficient")
-    rates = percent(row, "value", "low", "high"), percent(every, "win_rate", "boot_low", "boot_high")
+    rates = percent(row, "value", "low", "high"), percent(every, "win_rate", "passage_low", "passage_high")
     return f"{rates[0]} of {row.n:,.0f} firings, and {rates[1]} of {every.n:,}"
 
 
@@ -163,7 +164,7 @@ def larger(results, bench) -> str:
     """Win rates of the largest and of the smallest SAE of the ladder."""
     small, large = findings.ends_of_ladder(results)
     rates = f"{large.state:.0%} (states) and {large.write:.0%} (writes)"
-    return f"{rates}; {small.n_atoms} atoms, {small.state:.0%} and {small.write:.0%} (seeds: {small.seeds})"
+    return f"{rates}; {small.n_atoms} atoms (retrained), {small.state:.0%} and {small.write:.0%}"
 
 
 @block

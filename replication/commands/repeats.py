@@ -1,4 +1,4 @@
-"""Gather the scorecards and the replacement summaries of repeated runs."""
+"""Gather the scorecards and the replacement summaries of repeated runs, beside those that are there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     study = open_study(options.profile)
-    tables = {kind: gather(options.folders, options.profile, kind) for kind in COLUMNS}
+    stored = {kind: study.kept_table(f"repeats-{kind}") for kind in COLUMNS}
+    tables = {kind: gather(options.folders, options.profile, kind, stored[kind]) for kind in COLUMNS}
     for kind, table in tables.items():
         study.write(f"repeats-{kind}", table, seconds=0.0)
     names = ", ".join(f"repeats-{kind}.csv" for kind in tables)

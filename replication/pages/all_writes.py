@@ -34,10 +34,11 @@ CONDITIONS = {  # in the order of the figure
 TRAININGS = {  # (target, centre) -> name in the figure
     ("write", "none"): "writes, without the mean",
     ("write", "mean"): "writes, with the mean",
+    ("state", "none"): "states, without the mean",
     ("state", "mean"): "states, with the mean",
 }
 NO_SAE = "no SAE"
-COLOURS = dict(zip((*TRAININGS.values(), NO_SAE), (plots.COLOURS[i] for i in (0, 9, 3, 7)), strict=True))
+COLOURS = dict(zip((*TRAININGS.values(), NO_SAE), (plots.COLOURS[i] for i in (0, 9, 3, 1, 7)), strict=True))
 TREND = ["training", "shown", "cells", "median", "worse_than_nothing", "rho", "rho_low", "rho_high"]
 DESCRIPTION = ["target", "centre", "role", "seed"]
 KEYS = ["host", "layer", "head", *DESCRIPTION, "condition"]

@@ -255,7 +255,7 @@ def readable_fates(table: pd.DataFrame) -> pd.DataFrame:
     columns |= {"left by the decay (%)": layout.numbers(table.decay, ".1f", 100)}
     columns |= {"erased of that (%)": layout.estimates(table, "all_erased")}
     columns |= {"erased by one token (%)": layout.numbers(table.erased, ".1f", 100)}
-    columns |= {"it is the same token (%)": layout.estimates(table, "same_token", digits=1)}
+    columns |= {"same token id (%)": layout.estimates(table, "same_token", digits=1)}
     return layout.shown(table, ["host"], columns | {"by chance (%)": layout.numbers(table.by_chance, ".1f", 100)})
 
 

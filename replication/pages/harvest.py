@@ -13,6 +13,7 @@ from replication.study import fingerprint
 from replication.study.study import Study
 from writesae import files
 from writesae.harvesting import Cell, harvest
+from writesae.recurrence import Factors
 
 
 def harvest_cells(study: Study) -> pd.DataFrame:
@@ -25,8 +26,9 @@ def harvest_cells(study: Study) -> pd.DataFrame:
             tokens = states.shape[0] * states.shape[1]
             row = dict(host=name, layer=cell[0], head=cell[1], tokens=tokens)
             row |= dict(numbers_per_token=sum(x.numel() for x in states.tensors().values()) // tokens)
-            row |= dict(numbers_per_state=states.d_k * states.d_v, median_write_norm=_median_norm(factors.added))
-            row |= dict(median_effective_norm=_median_norm(factors.effective), tokens_per_second=tokens / seconds)
+            norms = [float(write_norms(factors, write).median()) for write in ("added", "effective")]
+            row |= dict(numbers_per_state=states.d_k * states.d_v, median_write_norm=norms[0])
+            row |= dict(median_effective_norm=norms[1], tokens_per_second=tokens / seconds)
             rows.append(row)
     return study.write("harvest", pd.DataFrame(rows))
 
@@ -48,8 +50,10 @@ def _harvested(study: Study, name: str) -> dict[Cell, Path]:
     return paths
 
 
-def _median_norm(value: torch.Tensor | None) -> float:
-    return float("nan") if value is None else float(value.norm(dim=-1).median())
+def write_norms(factors: Factors, write: str) -> torch.Tensor:
+    """Return the Frobenius norms [N, T] of the writes by a definition; nan where it has none of rank 1."""
+    value, norm = getattr(factors, write), factors.key.norm(dim=-1)
+    return norm * (torch.nan if value is None else value.norm(dim=-1))
 
 
 def shown(table: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from replication import layout
-from replication.statistics import ci, wilson
+from replication.statistics import ci, share_of_trials
 from replication.study.firings import passage_prompts
 from replication.study.profile import Install
 from replication.study.study import Study
@@ -19,13 +19,13 @@ def _classes(group: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """Return inclusion (Wilson), lift in nats and ranks per (host, direction, class or all, magnitude)."""
+    """Return inclusion, lift in nats and ranks per (host, direction, class or all, magnitude)."""
     rows = []
     for (host, direction, magnitude), group in table.groupby(["host", "direction", "magnitude"]):
         for name, part in _classes(group):
             row = dict(host=host, direction=direction, target_class=name, magnitude=magnitude, n=len(part))
             row |= dict(included_native=part.included_native.mean(), included_edited=part.included_edited.mean())
-            row |= ci(wilson(int(part.included_edited.sum()), len(part)))
+            row |= ci(share_of_trials(part.included_edited, part))
             row["median_lift"] = part.first_step_lift.median()
             row["rank_improved"] = (part.edited_rank < part.native_rank).mean()
             rows.append(row | dict(median_rank_shift=(part.native_rank - part.edited_rank).median()))
@@ -65,14 +65,14 @@ def _trials(distance: int, host, prompts, cell, write, settings, seed, dose: boo
 def summarise_doses(table: pd.DataFrame, settings: Install) -> pd.DataFrame:
     """Return the share of trials that some dose reaches, per (host, direction, target class or all).
 
-    With Wilson's interval, and quartiles of the dose, which are infinite beyond the largest dose."""
+    With its interval, and quartiles of the dose, which are infinite beyond the largest dose."""
     rows = []
     for (host, direction), group in table.groupby(["host", "direction"]):
         for name, part in _classes(group):
-            reached = int(np.isfinite(part.dose).sum())
+            reached = np.isfinite(part.dose)
             quartiles = np.quantile(part.dose.to_numpy(), [0.25, 0.5, 0.75], method="inverted_cdf")
-            row = dict(host=host, direction=direction, target_class=name, n=len(part), reached=reached / len(part))
-            row |= ci(wilson(reached, len(part))) | dict(largest_dose=max(settings.doses))
+            row = dict(host=host, direction=direction, target_class=name, n=len(part), reached=reached.mean())
+            row |= ci(share_of_trials(reached, part)) | dict(largest_dose=max(settings.doses))
             rows.append(row | dict(zip(("dose_p25", "dose_median", "dose_p75"), quartiles, strict=True)))
     return pd.DataFrame(rows)
 

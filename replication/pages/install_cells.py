@@ -18,11 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from statsmodels.stats.proportion import proportion_confint
 from torch import Tensor
 
 from replication import layout
-from replication.statistics import Interval, cluster_bootstrap, per_group, spearman, wider, with_ends
+from replication.statistics import Interval, cluster_bootstrap, per_group, share_of_trials, spearman, with_ends
 from replication.study.firings import passage_prompts
 from replication.study.study import Study
 from writesae.edit import Edits, generate_under
@@ -222,11 +221,6 @@ def _continued(host: Host, goal: Goal, edits: Edits, edited: Tensor, costs: Tens
 # Summaries
 
 
-def share(happened: pd.Series, interval: Interval) -> Interval:
-    """Return the wider of a bootstrap's interval and Clopper and Pearson's, for a share of trials."""
-    return wider(Interval(*proportion_confint(int(happened.sum()), len(happened), method="beta")), interval)
-
-
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Return one row per (host, cells, direction, magnitude, writes, target class or all, distance or all).
 
@@ -246,7 +240,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             if len(rows):
                 low, high = cluster_bootstrap(rows[names].to_numpy(float), rows.prompt, resamples=1000)
                 for name, *ends in zip(names, low, high, strict=True):
-                    interval = share(rows[name], Interval(*ends)) if name in SHARES else Interval(*ends)
+                    interval = share_of_trials(rows[name], rows) if name in SHARES else Interval(*ends)
                     numbers |= with_ends(name, rows[name].mean(), interval)
         return numbers
 
@@ -412,7 +406,7 @@ def summarise_ceilings(table: pd.DataFrame) -> pd.DataFrame:
         names = ["needed", "ceiling", "gain", "enough"]
         numbers = dict(n=len(best), n_cells=len(part) // len(best), exceeded=(part.gain > part.ceiling).mean())
         for name, *ends in zip(names, *cluster_bootstrap(best[names].to_numpy(float), best.prompt), strict=True):
-            interval = share(best.enough, Interval(*ends)) if name == "enough" else Interval(*ends)
+            interval = share_of_trials(best.enough, best) if name == "enough" else Interval(*ends)
             numbers |= with_ends(name, best[name].mean(), interval)
         return numbers
 

@@ -15,7 +15,7 @@ import torch
 from replication import layout
 from replication import statistics as stats
 from replication.study import fingerprint
-from replication.study.firings import saes_on
+from replication.study.firings import firings_of, saes_on
 from replication.study.study import Study
 from replication.study.training import main_role
 from writesae.edit import make_edit
@@ -53,6 +53,7 @@ def residual_sae(study: Study) -> VectorSAE:
     layer = max(study.cell(name, place)[0] for place in study.profile.hosts[name].paper_places)
     inputs = dict(host=study.host_fingerprint(name), windows=study.windows_hash(name, "sae"), count=section.windows)
     inputs |= dict(settings=settings, layer=layer, first=data.first_position)
+    inputs |= dict(heldout=study.windows_hash(name, "heldout"), tested=section.test_windows)
     expected = fingerprint.fingerprint(["replication.pages.residual_features"], **inputs)
     if not up_to_date(path, expected):
         windows, heldout = study.windows(name, "sae")[: section.windows], study.windows(name, "heldout")
@@ -183,8 +184,8 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
 def examples(study: Study, sae: VectorSAE, table: pd.DataFrame, count: int = 3) -> pd.DataFrame:
     """Return the atoms of the middle cell with the largest predicted later rise of a feature, in words.
 
-    The rule: by the prediction through the layer, each with another feature, passage and atom. Atoms and
-    features are named by the tokens at which they are most often active on the held-out windows."""
+    The rule: by the prediction through the layer, each with another feature, passage and atom. An atom is named
+    by the most frequent tokens of its firings, a feature by those of its 50 largest activations."""
     name, section = study.main, study.profile.residual_features
     windows, tokenizer = study.windows(name, "heldout")[: section.test_windows], study.host(name).tokenizer
     layer, head = study.cell(name, "middle")
@@ -192,6 +193,10 @@ def examples(study: Study, sae: VectorSAE, table: pd.DataFrame, count: int = 3) 
     chosen = chosen[chosen.predictor == "through_layer"].sort_values("predicted", ascending=False)
     for column in ("feature", "passage", "atom"):
         chosen = chosen.drop_duplicates(column)
+    (cell_sae,) = saes_on(
+        study, name, windows, [((layer, head), "write", main_role(study, "none", study.profile.seed))]
+    )
+    firings = firings_of(study, cell_sae, windows)
     first, batch = study.profile.data.first_position, study.profile.data.batch_windows
     active = sae.encode(stream(study.host(name), windows, sae.metadata["layer"], batch))
     active[:, :first] = 0
@@ -200,8 +205,7 @@ def examples(study: Study, sae: VectorSAE, table: pd.DataFrame, count: int = 3) 
         strongest = active[..., row.feature].flatten().topk(50)
         window, position = np.unravel_index(strongest.indices[strongest.values > 0].numpy(), active.shape[:2])
         feature = frequent_tokens(tokenizer, windows, pd.DataFrame(dict(window=window, position=position)))
-        atom = table[(table.layer == layer) & (table["head"] == head) & (table.atom == row.atom)]
-        fires = frequent_tokens(tokenizer, windows, atom.drop_duplicates(["window", "position"]))
+        fires = frequent_tokens(tokenizer, windows, firings[firings.atom == row.atom])
         text = tokenizer.decode(windows.tokens[row.window, max(0, row.position - 8) : row.position + 1])
         words = dict(text=text, atom=f"{row.atom}: {fires}", feature=f"{row.feature}: {feature}")
         rows.append(words | dict(later=row.later, predicted=row.predicted, measured=row.measured))

@@ -53,8 +53,8 @@ def read_run(folder: Path, profile: str, kind: str) -> pd.DataFrame:
     return table.assign(**{name: record[name] for name in RUN})[[*RUN, *COLUMNS[kind]]]
 
 
-def gather(folders: list[Path], profile: str, kind: str) -> pd.DataFrame:
-    """Return the rows of `read_run` for all folders.
+def gather(folders: list[Path], profile: str, kind: str, stored: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Return the rows of `read_run` for all folders, after those of other runs in the table `stored`.
 
     Also raises ValueError for a run that is given twice, and if all runs have the seed of the profile.
     """
@@ -65,6 +65,8 @@ def gather(folders: list[Path], profile: str, kind: str) -> pd.DataFrame:
         if run in folder_of:
             raise ValueError(f"{folder_of[run]} and {folder} are the same run: name each once.")
         folder_of[run] = folder
+    if stored is not None:
+        tables.insert(0, stored[[run not in folder_of for run in stored[RUN].itertuples(index=False, name=None)]])
     table, seed = pd.concat(tables, ignore_index=True), load_profile(profile).seed
     if (table.seed == seed).all():
         raise ValueError(f"All runs have {profile}'s own seed, {seed}: give one with another.")
@@ -147,15 +149,15 @@ def spread(summary: pd.DataFrame, repeats: pd.DataFrame) -> pd.DataFrame:
     """Return the win rates of this run's replacement_summary and their range (least, most) over all runs."""
     rates = pd.concat([summary, repeats], ignore_index=True).groupby(KEYS, sort=False).win_rate
     runs = rates.agg(runs="size", least="min", most="max").reset_index()
-    return summary[COLUMNS["replacement"]].merge(runs, on=KEYS, how="left")
+    return summary[[*KEYS, "n", "win_rate", "passage_low", "passage_high"]].merge(runs, on=KEYS, how="left")
 
 
 # For readers
 
 
 def shown_runs(repeats: pd.DataFrame) -> pd.DataFrame:
-    """Return how many claims each other run answers."""
-    return layout.counts(repeats.assign(commit=repeats.commit.str[:8]), RUN, "answers")
+    """Return how many claims each other run measures."""
+    return layout.counts(repeats.assign(commit=repeats.commit.str[:8]), RUN, "claims measured")
 
 
 def shown_turned(verdicts: pd.DataFrame) -> pd.DataFrame:
@@ -179,6 +181,6 @@ def shown_held(held: pd.DataFrame) -> pd.DataFrame:
 def shown_rates(rates: pd.DataFrame) -> pd.DataFrame:
     """Return win rates and their range over the runs, for a reader."""
     columns = {"firings": layout.numbers(rates.n, ",.0f")}
-    columns |= {"beats deletion (%)": layout.estimates(rates, "win_rate", "ci_low", "ci_high")}
+    columns |= {"beats deletion (%)": layout.estimates(rates, "win_rate", "passage_low", "passage_high")}
     columns |= {"runs": rates.runs, "range (%)": layout.ranges(rates.least, rates.most)}
     return layout.shown(rates, ["host", "cells", "target", "amplitude"], columns)

@@ -49,4 +49,4 @@ def test_other_profiles_and_missing_tables_get_a_remark(tmp_path):
 
 def test_a_difference_in_words():
     words = [answers.apart(*ends) for ends in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1))]
-    assert words == ["ahead of", "behind", "not apart from"]
+    assert words == ["ahead of", "behind", "not significantly different from"]

@@ -74,7 +74,7 @@ def test_fates_count_what_all_tokens_erased_and_who_erased_most():
 def test_a_host_that_only_decays_has_no_eraser():
     table = attribution.fates(pd.concat([writes(), writes(host="mamba2", erased=np.nan)]), 50, 1)
     assert table.same_token.isna().tolist() == [False, True]
-    assert attribution.readable_fates(table)["it is the same token (%)"].tolist()[1] == ""
+    assert attribution.readable_fates(table)["same token id (%)"].tolist()[1] == ""
 
 
 def test_classes_weigh_atoms_equally():

@@ -158,6 +158,11 @@ def test_erase_summary_has_every_atom_and_all_of_them():
     summary = erase.summarise_erase(table.assign(native_rank=10, edited_rank=20)).set_index("atom")
     assert summary.loc["1", "median_change"] == pytest.approx(-0.5, abs=0.01)
     assert summary.loc["all", "falls"] == 1 and summary.loc["all", "n"] == 120
+    table["change"] = np.where(table.passage < 10, -1.0, 1.0)  # passages decide, and there are twenty
+    part = erase.summarise_erase(table.assign(native_rank=10, edited_rank=20)).set_index("atom").loc["all"]
+    assert part.falls_low < 0.32 and part.falls_high > 0.68 and part.falls == 0.5
+    table["change"] = np.where(table.atom == 1, -0.5, -0.1)
+    summary = erase.summarise_erase(table.assign(native_rank=10, edited_rank=20)).set_index("atom")
     assert summary.loc["1", "ci_high"] < -0.45
     assert (
         summary.loc["all", "ci_low"] < -0.45 and summary.loc["all", "ci_high"] > -0.15
@@ -216,6 +221,9 @@ def test_single_summary_by_hand():
     assert summary.loc["transport", "pearson"] == pytest.approx(1.0)
     assert summary.loc["exact", "r2_pooled"] == 1.0 and summary.loc["transport", "r2_pooled"] < 1.0
     assert summary.loc["paper", "ci_low"] < 0.5 < summary.loc["paper", "ci_high"]
+    many = pd.concat([table.assign(measured=np.where(table.passage < 3, 1.0, -1.0))] * 50)
+    rose = single_write.summarise_single(many).iloc[0]
+    assert rose.rose == 0.5 and rose.rose_low < 0.2 and rose.rose_high > 0.8  # six passages, three hundred writes
 
 
 # Newlines
@@ -722,8 +730,16 @@ def test_the_paper_and_this_host_are_side_by_side():
     cell = whole.loc["1 · log p of its token, write deleted (millinats)"]
     assert cell["the paper"] == "-116.0" and cell.n == erased.n.iloc[0]
     assert float(cell.here.split()[0]) == pytest.approx(1000 * erased.median_change.iloc[0], abs=0.05)
-    reader = whole.loc["4 · strongest reader, times a random write", "here"]
-    assert float(reader.split()[0]) == pytest.approx(tables["top_readers"].ratio.max(), abs=0.05)
+    reader = whole.loc["4 · strongest reader of a register (ratio)", "here"]
+    registers = rows_with(tables["top_readers"], **{"class": "register"})
+    assert float(reader.split()[0]) == pytest.approx(registers.ratio.max(), abs=0.05)
+    done = shown.erased(tables["cache_erase_summary"].query("atom == 'all'")).index.to_frame(index=False)
+    assert set(done[done["where"] == "its firings"].done) == {
+        "write deleted",
+        "atom taken out",
+        "another atom taken out",
+    }
+    assert set(done[done["where"] == "elsewhere"].done) == {"atom added", "another atom added"}
     newlines_at = tables["newlines_summary"].dose
     fewer = shown.compared(tables | dict(newlines_summary=tables["newlines_summary"][newlines_at != 5]), papers_value)
     assert set(whole.index) - set(fewer.index) == {"3 · newlines, one cell, 5x", "3 · newlines, every head, kept, 5x"}

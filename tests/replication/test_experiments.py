@@ -12,6 +12,7 @@ from helpers import assert_close
 from sklearn.mixture import GaussianMixture
 
 from replication import classes as population
+from replication.pages import harvest as harvest_page
 from replication.pages import hosts
 from replication.pages import replacement as replacement_module_
 from replication.study.profile import HostSection, load_profile
@@ -262,7 +263,17 @@ def test_sizes_that_the_paper_has_not_do_not_enter_its_fit():
     assert fitted[4] == pytest.approx(10 / 3 * fitted[3])
 
 
-# Classes of atoms and installs
+# Norms of writes, classes of atoms, installs
+
+
+def test_norms_of_writes_are_those_of_matrices(host, tokens):
+    factors = harvest(host, tokens, [CELL], 2, progress=False)[CELL]
+    for name in ("added", "effective"):
+        norms, value = harvest_page.write_norms(factors, name), getattr(factors, name)
+        if value is None:
+            assert host.family == "rwkv7" and name == "effective" and norms.isnan().all()
+        else:
+            assert_close(norms, torch.einsum("nti,ntj->ntij", factors.key, value).flatten(2).norm(dim=-1), name, 1e-5)
 
 
 def test_register_is_the_component_of_higher_cosine():

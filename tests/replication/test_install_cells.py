@@ -184,12 +184,12 @@ def test_the_summary_counts_trials():
     rows = pd.DataFrame(dict(target_class=["middle"] * 5 + ["far", "rare"], distance=[3, 3, 9, 9, 20, 3, 3]))
     rows = rows.assign(host="small", cells="all", direction="gamma", magnitude=1.0, writes=3, prompt=[0, 1] * 3 + [2])
     rows = rows.assign(edited_rank=[1, 2, 1, 1, 1, 7, 1], included_edited=[1, 1, 1, 1, 1, 0, 1], included_native=0)
-    rows = rows.assign(first_step_lift=[1.0, 2, 3, 4, 9, 5, 6], kl_elsewhere=0.5, total_size=1.0)
+    rows = rows.assign(first_step_lift=[1.0, 2, 3, 4, 9, 5, 6], kl_elsewhere=0.5, total_size=1.0, target=5)
     rows = rows.assign(delayed=rows.distance == 20, times_said=[2, *[np.nan] * 6], extra_loss=[3, *[np.nan] * 6])
     summary = page.summarise(rows).set_index(["target_class", "distance"])
     middle = summary.loc["middle", "all"]
     assert (middle.n, middle.n_costs, middle.next_token, middle.included_edited) == (4, 1, 0.75, 1.0)
-    low, high = proportion_confint(3, 4, method="beta")
+    low, high = proportion_confint(1.5, 2, method="beta")  # two pairs of prompt and target, four trials
     assert middle.next_token_low <= low and middle.next_token_high >= high and middle.first_step_lift == 2.5
     assert summary.loc["all", "all"].n == 5 and summary.loc["middle", "20"].next_token == 1.0
     assert summary.loc["rare", "3"].n == 1

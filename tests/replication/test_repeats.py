@@ -91,14 +91,14 @@ def test_pairs_are_of_different_seeds_and_of_values_with_an_error():
 def rates(*values) -> pd.DataFrame:
     """Rows of replacement_summary, one per win rate, each with another cell."""
     keys = dict.fromkeys(repeats.KEYS, "x") | dict(cells=[f"c{i}" for i in range(len(values))])
-    return pd.DataFrame(keys | dict(n=9, win_rate=values, ci_low=0.0, ci_high=1.0, kl_atom=0.0))
+    return pd.DataFrame(keys | dict(n=9, win_rate=values, ci_low=0.0, ci_high=1.0, passage_low=0.1, passage_high=0.9))
 
 
 def test_spread_is_over_this_run_and_the_others():
     others = pd.concat([rates(0.4, 0.6).assign(seed=1), rates(0.7).assign(seed=2)])
     found = repeats.spread(rates(0.5, 0.5, 0.9), others).set_index("cells")
     assert found[["win_rate", "least", "most"]].values.tolist() == [[0.5, 0.4, 0.7], [0.5, 0.5, 0.6], [0.9, 0.9, 0.9]]
-    assert found.runs.tolist() == [3, 2, 1]
+    assert found.runs.tolist() == [3, 2, 1] and set(found.passage_high) == {0.9}
 
 
 @pytest.fixture
@@ -124,6 +124,13 @@ def test_runs_are_gathered_into_one_table(runs, capsys):
     assert summary[["seed", "cells", "win_rate"]].values.tolist() == [[1, "c0", 0.25], [2, "c0", 0.5]]
     assert {*table.device, *summary.device} == {stages.environment()["device"]}
     assert all(stages.KEPT.match(path.name) for path in Study(PROFILE).paths.results.glob("[!.]*.csv"))
+
+
+def test_a_run_is_added_to_those_that_are_there(runs):
+    """The same run again takes the place of its rows."""
+    first = repeats.gather(runs[:1], "smoke", "scorecard")
+    assert repeats.gather(runs[1:], "smoke", "scorecard", first).seed.tolist() == [1, 2]
+    assert repeats.gather(runs[:1], "smoke", "scorecard", first.assign(value=7.0)).value.tolist() == [0.1]
 
 
 def test_what_cannot_stand_beside_the_others_is_refused(runs, capsys, monkeypatch):

@@ -1,5 +1,7 @@
 """Page 18: its comparisons by loops over places, and its sentences."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -71,3 +73,24 @@ def test_the_summary():
     assert (row.r2, row.r2_later, row.hits, row.same_token) == pytest.approx((0.9, 0.9, 0.75, 0.5))
     assert row.r2_top == pytest.approx(1 - 1 / 8) and row.r2_low <= row.r2 <= row.r2_high and row.cells == "middle"
     assert page.readable(summary)["R2"].iloc[0].startswith("0.900 [")
+
+
+def test_atoms_are_named_by_all_their_firings(gated_deltanet, tokens, monkeypatch):
+    """The table has one place of the atom; its name comes from its three firings."""
+    table = rows().assign(atom=[7, 8], feature=[0, 1], window=0, position=[40, 50], later=1)
+    firings = pd.DataFrame(dict(window=[0, 1, 2, 0], position=[40, 30, 30, 9], atom=[7, 7, 7, 8]))
+    windows, text = (
+        Windows(tokens.clone(), torch.tensor([4, 4, 6])),
+        SimpleNamespace(decode=lambda x, **_: str(list(x))),
+    )
+    windows.tokens[1:, 30] = 99
+    profile = SimpleNamespace(seed=1, residual_features=SimpleNamespace(test_windows=3))
+    profile.data = SimpleNamespace(first_position=4, batch_windows=2)
+    study = SimpleNamespace(main="gated_deltanet", profile=profile, cell=lambda *_: (2, 1))
+    study.windows, study.host = lambda *_: windows, lambda _: SimpleNamespace(tokenizer=text)
+    sae = SimpleNamespace(metadata=dict(layer=3), encode=lambda x: torch.ones(3, tokens.shape[1], 2))
+    monkeypatch.setattr(page, "stream", lambda *_: None)
+    monkeypatch.setattr(page, "saes_on", lambda *_: ["the SAE"])
+    monkeypatch.setattr(page, "firings_of", lambda _, cell_sae, at: firings)
+    named = page.examples(study, sae, table)["the atom fires on"]
+    assert named.iloc[0].startswith("7: '[99]' 67%, ")

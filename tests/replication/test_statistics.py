@@ -294,6 +294,17 @@ def test_a_zero_count_has_the_exact_bound_over_prompts():
     assert exact.interval(0.9).high == pytest.approx(1 - 0.05 ** (1 / 30))
 
 
+def test_a_share_of_trials_counts_pairs_and_draws_prompts():
+    """Three distances do not make three targets of one; prompts that differ widen the interval."""
+    trials = pd.DataFrame(dict(prompt=np.repeat(np.arange(4), 6), target=np.tile([1, 1, 1, 2, 2, 2], 4)))
+    low, high = statistics.share_of_trials(np.ones(24), trials)
+    assert (low, high) == pytest.approx((0.025 ** (1 / 8), 1.0))
+    trials = pd.DataFrame(dict(prompt=np.repeat(np.arange(20), 50), target=np.arange(1000)))
+    found = statistics.share_of_trials(trials.prompt < 10, trials)
+    drawn = statistics.cluster_bootstrap(trials.prompt < 10, trials.prompt, resamples=1000)
+    assert found == drawn and found.high - found.low > 0.35
+
+
 def test_few_events_are_less_sure_than_none_only_where_they_say_more():
     """The end of one affected prompt of 30 by the binomial distribution; from FEWEST on the bootstrap's error."""
     prompts, errors = np.repeat(np.arange(30), 10), []

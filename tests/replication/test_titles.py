@@ -45,6 +45,7 @@ def test_a_title_takes_at_most_two_lines(name):
     width = Image.open(FIGURES / f"{name}.png").width / 200  # dots per inch
     assert len(plots.wrapped(title, width)) <= 2
     assert len(title) > 40 and not re.search(r"nan|inf\b|True|False|_|  |\.$|-0%", title)
+    assert all(float(share) <= 100 for share in re.findall(r"([\d.]+)%", title))
 
 
 def made_before(page):

@@ -97,15 +97,16 @@ def erase(site: Site, sae: SAE, drawn: pd.DataFrame, preferred: dict, alive, dos
 def summarise_erase(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return changes of log p, tests, ranks per (host, atom or all, where, condition, dose, token_from).
 
-    Bootstrap by passage; for all atoms, the wider of passage and atom. falls: share of decreases (Wilson)."""
+    Bootstrap by passage; for all atoms, the wider of passage and atom. falls: share of decreases (with Wilson's)."""
     rows, keys = [], ["host", "target", "where", "condition", "dose", "token_from"]
     for values, group in table.groupby(keys, sort=False):
         for atom, part in [("all", group), *group.groupby("atom")]:
             by = ["passage", "atom"] if part.atom.nunique() > 1 else ["passage"]
             ends, falls = [interval(part.change, part[name], np.median, seed) for name in by], part.change < 0
+            shares = [interval(falls, part[name], seed=seed) for name in by]
             row = dict(zip(keys, values, strict=True), atom=str(atom), n=len(part), n_passages=part.passage.nunique())
             row |= dict(median_change=part.change.median()) | ci(wider(*ends))
-            row |= with_ends("falls", falls.mean(), wilson(int(falls.sum()), len(part)))
+            row |= with_ends("falls", falls.mean(), wider(wilson(int(falls.sum()), len(part)), *shares))
             row["wilcoxon_p"] = paired_wilcoxon(part.log_p + part.change, part.log_p)
             rows.append(row | {f"median_{n}": part[n].median() for n in ("native_rank", "edited_rank")})
     return pd.DataFrame(rows)

@@ -10,7 +10,8 @@ import pandas as pd
 from replication import layout
 from replication.study.stages import rows_with
 
-DONE = dict(delete="write deleted", subtract="atom taken out", add="atom added", random="another atom added")
+DONE = {"firing delete": "write deleted", "firing subtract": "atom taken out", "elsewhere add": "atom added"}
+DONE |= {"firing random": "another atom taken out", "elsewhere random": "another atom added"}
 ERASED = dict(delete="deleted", atom="atom instead", random="random instead", beside="random beside")
 CHANGE = ("median_change", "ci_low", "ci_high")
 
@@ -31,7 +32,7 @@ def preferred(table: pd.DataFrame) -> pd.DataFrame:
 
 def erased(table: pd.DataFrame) -> pd.DataFrame:
     """Return the changes of log p over all atoms."""
-    rows = table.assign(done=table.condition.map(DONE))
+    rows = table.assign(done=(table["where"] + " " + table.condition).map(DONE))
     return layout.shown(rows, ["where", "done", "dose", "token_from"], _erased(table))
 
 
@@ -107,7 +108,14 @@ def _lines(papers_value: Callable) -> list[Line]:
         Line("2 · logits that rise (%)", None, write, direction, ("rose",), 100),
         Line("3 · newlines, one cell, 5x", fewer, "newlines_summary", five | dict(mode="offset"), ("change",), 1),
         Line("3 · newlines, every head, kept, 5x", None, "newlines_summary", five | dict(mode="kept"), ("change",), 1),
-        Line("4 · strongest reader, times a random write", reader, "top_readers", {}, ("ratio",), 1),
+        Line(
+            "4 · strongest reader of a register (ratio)",
+            reader,
+            "top_readers",
+            {"class": "register"},
+            ("ratio",),
+            1,
+        ),
         Line("5 · loss, deleted (millibits)", deleted, registers, states | dict(condition="delete"), ("rise",)),
         Line("5 · loss, random instead (millibits)", random, registers, states | dict(condition="random"), ("rise",)),
     ]
@@ -120,7 +128,7 @@ def compared(tables: dict[str, pd.DataFrame], papers_value: Callable) -> pd.Data
     lines = []
     for line in _lines(papers_value):
         table = tables[line.table].sort_values(line.columns[0], ascending=False)  # of the readers, the strongest
-        for row in (rows_with(table, **line.where) if line.where else table)[:1].to_dict("records"):
+        for row in rows_with(table, **line.where)[:1].to_dict("records"):
             paper = "" if line.paper is None else f"{line.scale * line.paper:.1f}"
             here = layout.estimate(row, *line.columns, digits=1, scale=line.scale)
             lines.append({"what": line.what, "the paper": paper, "here": here, "n": row["n"]})

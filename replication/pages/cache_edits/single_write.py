@@ -56,11 +56,12 @@ def single_writes(site: Site, rows, t0, targets: torch.Tensor, magnitude: float,
 def summarise_single(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return how well each predictor fits the shifts, one row per (host, direction, predictor).
 
-    Intervals: of sign_agreement, the wider of Wilson's and the bootstrap by passage; of `rose` (the share of
-    increases), Wilson's; of all other columns, the bootstrap by passage."""
+    Intervals: of sign_agreement and of `rose` (the share of increases), the wider of Wilson's and the bootstrap
+    by passage; of all other columns, the bootstrap by passage."""
     rows = []
     for (host, direction), part in table.groupby(["host", "direction"], sort=False):
         measured, rose = part.measured.to_numpy(), part.measured > 0
+        rise = wider(wilson(int(rose.sum()), len(rose)), interval(rose, part.passage, seed=seed))
         for name in PREDICTORS:
             predicted, agree = part[name].to_numpy(), np.sign(part.measured) == np.sign(part[name])
             ends = wider(wilson(int(agree.sum()), len(agree)), interval(agree, part.passage, seed=seed))
@@ -73,5 +74,5 @@ def summarise_single(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
                 ends = interval(of_rows, part.passage, seed=seed)
                 row |= with_ends(label, statistic(measured, predicted), ends)
-            rows.append(row | with_ends("rose", rose.mean(), wilson(int(rose.sum()), len(rose))))
+            rows.append(row | with_ends("rose", rose.mean(), rise))
     return pd.DataFrame(rows)
