@@ -268,10 +268,9 @@ BY = dict(training="SAE trained on", shown="in place of every write")
 
 
 def shown(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the chosen cells for a reader."""
-    columns = {"seeds": rows.seeds, "tokens": layout.numbers(rows.n, ",.0f")}
-    columns |= {"loss recovered": layout.plain(rows, "recovered", "ci_low", "ci_high")}
-    return layout.shown(rows.rename(columns=BY), ["cell", *BY.values()], columns)
+    """Return the share of the loss recovered in the chosen cells, for a reader."""
+    shares = layout.plain(rows, "recovered", "ci_low", "ci_high")
+    return layout.across(rows.rename(columns=BY), ["cell", BY["shown"]], BY["training"], shares)
 
 
 def shown_layer(layer: pd.DataFrame) -> pd.DataFrame:
