@@ -56,9 +56,9 @@ def conclude(opened: DisplayHandle, page: str, study: Study) -> Markdown:
     return Markdown(remark)
 
 
-def apart(low: float, high: float) -> str:
-    """Return in words whether a difference with this interval is above or below 0, e.g. "ahead of"."""
-    return "ahead of" if low > 0 else "behind" if high < 0 else "not significantly different from"
+def apart(low: float, high: float, words: tuple[str, str] = ("ahead of", "behind")) -> str:
+    """Return one of two words if a difference with this interval is above or below 0, else a third."""
+    return words[0] if low > 0 else words[1] if high < 0 else "not significantly different from"
 
 
 def points(row: pd.Series) -> str:
@@ -72,8 +72,8 @@ def hosts(results: Results) -> str:
     worth = listed(f"{(x.cost_low > 0).sum()} of {len(x)}" for x in cells.values())
     return (
         f"On the three hosts {shares} of the cells have a half-life of 4 tokens or more. The cost of removing a "
-        f"cell's writes differs more between cells. Without its writes the loss rises by {costs} millinats per "
-        f"token in the median cell, and certainly rises in {worth} cells."
+        f"cell's writes differs between hosts: without them the loss rises by {costs} millinats per token in "
+        f"the median cell, and certainly rises in {worth} cells."
     )
 
 
@@ -126,7 +126,7 @@ def replacement(results: Results) -> str:
         for amplitude, centre in (("coefficient", "none"), ("coefficient", "mean"), ("projection", "none"))
     )
     state = win_rate(results, "state")
-    words = apart(state.win_rate_low - 0.5, state.win_rate_high - 0.5)
+    words = apart(state.win_rate_low - 0.5, state.win_rate_high - 0.5, ("above", "below"))
     recovered = [percent(win_rate(results, target), "recovered") for target in ("write", "state")]
     return (
         "An atom, at its own coefficient, can stand for a write if its SAE was trained on writes without "
@@ -195,8 +195,8 @@ def population(results: Results) -> str:
         above, below = (low > 0.5).sum(), (high < 0.5).sum()
         sure[target] = f"{above} of {len(part)} have a win rate above one half, and {below} below it"
     return (
-        f"Of the state-trained atoms {sure['state']}; of the write-trained ones {sure['write']} (the 95% "
-        "Clopper-Pearson interval of each atom is beyond one half). The intervals of the others contain it."
+        f"Of the state-trained atoms {sure['state']}; of the write-trained ones {sure['write']} (by the 95% "
+        "Clopper-Pearson interval of each atom). The intervals of the others contain one half."
     )
 
 
@@ -205,17 +205,16 @@ def other_hosts(results: Results) -> str:
         of_hosts(results, "headline_contrasts", cells="middle", amplitude=x, centre="none")[1:]
         for x in ("coefficient", "projection")
     )
-    sides = [apart(row.difference_low, row.difference_high) for row in rows]
     parts = [f"{points(row)} on {HOST[host]}" for row, host in zip(rows, HOSTS[1:], strict=True)]
     layer, paper = (
         listed(f"{r2(results, x, 1.0, host):,{form}}" for host in HOSTS[1:])
         for x, form in (("through_layer", ".3f"), ("paper", ".0f"))
     )
     return (
-        f"Training on writes is {listed(dict.fromkeys(sides))} training on states, by {listed(parts)}; with "
-        f"atoms scaled to fit the write the differences are {listed(points(row) for row in scaled)}. The closed "
-        f"form that takes the edited layer exactly has an R2 of {layer} there without a fit, at the size of a "
-        f"native write, and the paper's formula without its scalar {paper}."
+        f"Training on writes instead of states changes the win rate by {listed(parts)}; with atoms scaled to "
+        f"fit the write by {listed(points(row) for row in scaled)}. The closed form that takes the edited layer "
+        f"exactly has an R2 of {layer} there without a fit, at the size of a native write, and the paper's "
+        f"formula without its scalar {paper}."
     )
 
 
@@ -235,9 +234,9 @@ def cache_edits(results: Results) -> str:
     readers = results.rows("top_readers", **{"host": MAIN, "class": "register"})
     return (
         f"Erasing an atom's write changes the log-probability of its preferred token by {other} millinats, and "
-        f"by {same} if the token is found on the tested firings, as in the paper (-116). Amplified atoms of "
-        f"line ends change newlines by {beyond} per 400 tokens more than random atoms do in a layer, as in the "
-        f"author's code, and by {cell} in one cell, as the paper describes it. The strongest readers of "
+        f"by {same} if the token is found on the tested firings, as in the paper (-116). The change of newlines "
+        f"per 400 tokens by amplified atoms of line ends, minus that by random atoms, is {beyond} in a layer, "
+        f"as in the author's code, and {cell} in one cell, as the paper describes it. The strongest readers of "
         f"register atoms react {listed(f'{x:.1f}' for x in readers.ratio)} times as much as to a random write "
         "(the paper: 5 to 7.5). All of this is on the main host."
     )
@@ -321,11 +320,11 @@ def scorecard(results: Results) -> str:
     kept = results.rows("scorecard", counts=True, host=MAIN)
     first = kept[kept.group == "headline"]
     counts = [f"{(first.status == name).sum()} {name}" for name in first.status.unique()]
-    unsettled = f"{(kept.status == 'unsettled').sum()} of {len(kept)}"
     return (
-        f"The verdicts on the paper's headline claims are {listed(counts)} on the main host. In all, "
-        f"{unsettled} verdicts are unsettled, and {(kept.trainings == 1).sum()} rest on one training of an SAE, "
-        "so their intervals are widened by the spread between trainings in other experiments."
+        f"On the main host, the verdicts on the paper's headline claims are: {listed(counts)}. Of all "
+        f"{len(kept)} verdicts there, {(kept.status == 'unsettled').sum()} are unsettled, and "
+        f"{(kept.trainings == 1).sum()} rest on one training, so their intervals are widened by the spread "
+        "between trainings elsewhere."
     )
 
 
@@ -378,4 +377,5 @@ def recurrence(results: Results) -> str:
 PAGES = {  # the finding and the verdict of each page, which are named after it
     path.stem: (getattr(findings, path.stem[3:]), globals().get(path.stem[3:]))
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+    if hasattr(findings, path.stem[3:])
 }

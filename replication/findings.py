@@ -1,6 +1,6 @@
 """What each page found, in sentences built from its tables, and the numbers of the README and of docs/.
 
-A notebook opens with its sentence (`show`), docs/results.md has all of them, and `python -m replication
+A notebook opens with its sentence (`answers.conclude`), docs/results.md has all of them, and `python -m replication
 readme` writes the same numbers into the README, so that one number is computed in one place.
 """
 
@@ -253,7 +253,7 @@ def install(results: Results) -> str:
         f"{in_every_cell(results, 'layerwise')} of {counts_in_every_cell(results)} trials on the three hosts if "
         f"they are 3 tokens before it, and in {in_every_cell(results, 'layerwise', 40)} if they are 40 tokens "
         "before it (directions taken layer by layer). With a few gradient steps these shares are "
-        f"{in_every_cell(results, 'refined')}, and {in_every_cell(results, 'refined', 40)}."
+        f"{in_every_cell(results, 'refined')} at 3 tokens, and {in_every_cell(results, 'refined', 40)} at 40."
     )
 
 
@@ -389,10 +389,10 @@ def attribution(results: Results) -> str:
     erased = results.row("attribution_fates", host=MAIN).all_erased
     return (
         "The exact attention map of a recurrent head gives the head's output with an error below "
-        f"{np.ceil(1e6 * error.max()):.0f} millionths of the largest, in all {len(error)} cells. A map from "
-        f"decays alone has an error of {decay_errors(results)} times the size of the read, in the median cell "
-        f"of the Gated DeltaNet and of RWKV-7. In the middle cell of the former, erasures take {erased:.0%} of "
-        "what the decay leaves of a write."
+        f"{np.ceil(1e6 * error.max()):.0f} millionths of the largest read, in all {len(error)} cells. A map "
+        f"from decays alone has an error of {decay_errors(results)} times the size of the read, in the median "
+        "cell of the Gated DeltaNet and of RWKV-7. In the middle cell of the former, erasures take "
+        f"{erased:.0%} of what the decay leaves of a write."
     )
 
 
@@ -406,7 +406,9 @@ def recall(results: Results) -> str:
     kept = listed(percent(row, "kept_atom") for row in rows)
     side, smaller = rows[0].side, results.rows("recall_summary", target="state").side.iloc[0]
     states, writes = (
-        listed(f"{row.kept_atom:.0%}" for row in results.rows("recall_summary", target=x, k=4).itertuples())
+        listed(
+            f"{row.kept_atom:.0%}" for row in results.rows("recall_summary", target=x, k=4, side=smaller).itertuples()
+        )
         for x in ("state", "write")
     )
     return (

@@ -104,7 +104,7 @@ def fig01_writes(results: Results) -> str:
 def fig02_saes(results: Results) -> str:
     errors = results.rows("saes", role="main").groupby("target").fvu
     states, writes = (f"{share(errors.min()[x])} to {share(errors.max()[x])}" for x in ("state", "write"))
-    return f"In the chosen cells, SAEs leave {states} of states and {writes} of writes unexplained"
+    return f"With the mean subtracted, SAEs of the chosen cells leave {states} of states and {writes} of writes unexplained"
 
 
 def fig03_classes(results: Results) -> str:
@@ -221,7 +221,7 @@ def fig07_objects(results: Results) -> str:
         word = moves(min(row.rho_low for row in rows), max(row.rho_high for row in rows))
         return f"{word} if the {name} is replaced (rho {numbers(row.rho for row in rows)})"
 
-    return f"Without the mean, with the cosine the win rate {' and '.join(map(with_cosine, ('write', 'state')))}"
+    return f"SAEs without the mean: with the cosine the win rate {' and '.join(map(with_cosine, ('write', 'state')))}"
 
 
 def fig07_objects_kl(results: Results) -> str:

@@ -125,7 +125,7 @@ def rewritten(results, bench) -> str:
 
 @block
 def trust(results, bench) -> str:
-    """How many claims are tested, and how many verdicts turn, are unsettled, and rest on one training."""
+    """How many claims are judged, how many repeated verdicts changed, how many rest on one training."""
     kept, repeated = results.rows("scorecard", counts=True), results.rows("repeats_verdicts")
     every = results.rows("scorecard").query("group != 'extension'")
     judged = set(every[every.value.notna() & (every.group != "cannot_fail")].id)
@@ -135,7 +135,7 @@ def trust(results, bench) -> str:
         f"{len(judged)} of the paper's {every.id.nunique()} numbers are judged, by "
         f"[criteria](paper/criteria.yaml) fixed before the run, {changed} of them rewritten after an earlier "
         f"one. Of {len(repeated)} repeated verdicts on {on}, {repeated.turned.sum()} changed at least once. "
-        f"{(kept.trainings == 1).sum()} of {len(kept)} rest on one training."
+        f"{(kept.trainings == 1).sum()} of all {len(kept)} rest on one training."
     )
 
 

@@ -4,8 +4,8 @@ The protocol is that of `install` (the paper's App. I.6), with these differences
 `steering`; `refined`: where the target does not come next, Adam from there. WIDE conditions have all
 distances. The others, and the targets out of context, have the smallest distance, where the writes are at the
 last tokens; costs are measured there for targets of the class MIDDLE, and NARROW conditions have only these
-targets. Delays are further distances, also for the class MIDDLE. Intervals of shares are the wider of Clopper
-and Pearson's over trials and a bootstrap over prompts; those of means are a bootstrap over prompts.
+targets. Delays are further distances, also for the class MIDDLE. Intervals of shares are
+those of `share_of_trials`; those of means are a bootstrap over prompts.
 """
 
 from __future__ import annotations

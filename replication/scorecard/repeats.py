@@ -54,7 +54,7 @@ def read_run(folder: Path, profile: str, kind: str) -> pd.DataFrame:
 
 
 def gather(folders: list[Path], profile: str, kind: str, stored: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Return the rows of `read_run` for all folders, after those of other runs in the table `stored`.
+    """Return the rows of `read_run` for all folders, after those in the table `stored` with another seed or device.
 
     Also raises ValueError for a run that is given twice, and if all runs have the seed of the profile.
     """
@@ -66,7 +66,8 @@ def gather(folders: list[Path], profile: str, kind: str, stored: pd.DataFrame | 
             raise ValueError(f"{folder_of[run]} and {folder} are the same run: name each once.")
         folder_of[run] = folder
     if stored is not None:
-        tables.insert(0, stored[[run not in folder_of for run in stored[RUN].itertuples(index=False, name=None)]])
+        given = {run[:2] for run in folder_of}
+        tables.insert(0, stored[[run not in given for run in stored[RUN[:2]].itertuples(index=False, name=None)]])
     table, seed = pd.concat(tables, ignore_index=True), load_profile(profile).seed
     if (table.seed == seed).all():
         raise ValueError(f"All runs have {profile}'s own seed, {seed}: give one with another.")

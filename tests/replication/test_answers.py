@@ -12,6 +12,10 @@ from replication.study.paths import ROOT
 MINI = ROOT / "results" / "mini"
 
 
+def test_every_page_has_a_verdict_but_the_one_for_other_models():
+    assert [name for name, (_, answer) in answers.PAGES.items() if not answer] == ["90_your_own_model"]
+
+
 class Opened:
     """Keeps what a page's opening is updated with."""
 

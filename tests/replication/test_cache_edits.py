@@ -158,15 +158,13 @@ def test_erase_summary_has_every_atom_and_all_of_them():
     summary = erase.summarise_erase(table.assign(native_rank=10, edited_rank=20)).set_index("atom")
     assert summary.loc["1", "median_change"] == pytest.approx(-0.5, abs=0.01)
     assert summary.loc["all", "falls"] == 1 and summary.loc["all", "n"] == 120
-    table["change"] = np.where(table.passage < 10, -1.0, 1.0)  # passages decide, and there are twenty
-    part = erase.summarise_erase(table.assign(native_rank=10, edited_rank=20)).set_index("atom").loc["all"]
-    assert part.falls_low < 0.32 and part.falls_high > 0.68 and part.falls == 0.5
-    table["change"] = np.where(table.atom == 1, -0.5, -0.1)
-    summary = erase.summarise_erase(table.assign(native_rank=10, edited_rank=20)).set_index("atom")
     assert summary.loc["1", "ci_high"] < -0.45
     assert (
         summary.loc["all", "ci_low"] < -0.45 and summary.loc["all", "ci_high"] > -0.15
     )  # the bootstrap may draw either atom twice
+    table["change"] = np.where(table.passage < 10, -1.0, 1.0)  # passages decide, and there are twenty
+    part = erase.summarise_erase(table.assign(native_rank=10, edited_rank=20)).set_index("atom").loc["all"]
+    assert part.falls_low < 0.32 and part.falls_high > 0.68 and part.falls == 0.5
 
 
 # Single writes

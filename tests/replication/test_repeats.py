@@ -127,10 +127,11 @@ def test_runs_are_gathered_into_one_table(runs, capsys):
 
 
 def test_a_run_is_added_to_those_that_are_there(runs):
-    """The same run again takes the place of its rows."""
+    """A run of the same seed and device takes the place of its rows, also at another commit."""
     first = repeats.gather(runs[:1], "smoke", "scorecard")
     assert repeats.gather(runs[1:], "smoke", "scorecard", first).seed.tolist() == [1, 2]
-    assert repeats.gather(runs[:1], "smoke", "scorecard", first.assign(value=7.0)).value.tolist() == [0.1]
+    older = first.assign(value=7.0, commit="older")
+    assert repeats.gather(runs[:1], "smoke", "scorecard", older).value.tolist() == [0.1]
 
 
 def test_what_cannot_stand_beside_the_others_is_refused(runs, capsys, monkeypatch):

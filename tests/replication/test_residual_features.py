@@ -79,10 +79,8 @@ def test_atoms_are_named_by_all_their_firings(gated_deltanet, tokens, monkeypatc
     """The table has one place of the atom; its name comes from its three firings."""
     table = rows().assign(atom=[7, 8], feature=[0, 1], window=0, position=[40, 50], later=1)
     firings = pd.DataFrame(dict(window=[0, 1, 2, 0], position=[40, 30, 30, 9], atom=[7, 7, 7, 8]))
-    windows, text = (
-        Windows(tokens.clone(), torch.tensor([4, 4, 6])),
-        SimpleNamespace(decode=lambda x, **_: str(list(x))),
-    )
+    windows = Windows(tokens.clone(), torch.tensor([4, 4, 6]))
+    text = SimpleNamespace(decode=lambda x, **_: str(list(x)))
     windows.tokens[1:, 30] = 99
     profile = SimpleNamespace(seed=1, residual_features=SimpleNamespace(test_windows=3))
     profile.data = SimpleNamespace(first_position=4, batch_windows=2)
@@ -90,7 +88,7 @@ def test_atoms_are_named_by_all_their_firings(gated_deltanet, tokens, monkeypatc
     study.windows, study.host = lambda *_: windows, lambda _: SimpleNamespace(tokenizer=text)
     sae = SimpleNamespace(metadata=dict(layer=3), encode=lambda x: torch.ones(3, tokens.shape[1], 2))
     monkeypatch.setattr(page, "stream", lambda *_: None)
-    monkeypatch.setattr(page, "saes_on", lambda *_: ["the SAE"])
-    monkeypatch.setattr(page, "firings_of", lambda _, cell_sae, at: firings)
+    monkeypatch.setattr(page, "saes_on", lambda *given: given[-1])
+    monkeypatch.setattr(page, "firings_of", lambda _, wanted, at: firings[[wanted[:2] == ((2, 1), "write")] * 4])
     named = page.examples(study, sae, table)["the atom fires on"]
     assert named.iloc[0].startswith("7: '[99]' 67%, ")

@@ -97,7 +97,7 @@ def erase(site: Site, sae: SAE, drawn: pd.DataFrame, preferred: dict, alive, dos
 def summarise_erase(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Return changes of log p, tests, ranks per (host, atom or all, where, condition, dose, token_from).
 
-    Bootstrap by passage; for all atoms, the wider of passage and atom. falls: share of decreases (with Wilson's)."""
+    Bootstrap by passage; for all atoms, the wider of passage and atom. falls: share of decreases, with Wilson's too."""
     rows, keys = [], ["host", "target", "where", "condition", "dose", "token_from"]
     for values, group in table.groupby(keys, sort=False):
         for atom, part in [("all", group), *group.groupby("atom")]:

@@ -108,14 +108,7 @@ def _lines(papers_value: Callable) -> list[Line]:
         Line("2 · logits that rise (%)", None, write, direction, ("rose",), 100),
         Line("3 · newlines, one cell, 5x", fewer, "newlines_summary", five | dict(mode="offset"), ("change",), 1),
         Line("3 · newlines, every head, kept, 5x", None, "newlines_summary", five | dict(mode="kept"), ("change",), 1),
-        Line(
-            "4 · strongest reader of a register (ratio)",
-            reader,
-            "top_readers",
-            {"class": "register"},
-            ("ratio",),
-            1,
-        ),
+        Line("4 · strongest reader of a register (ratio)", reader, "top_readers", {"class": "register"}, ("ratio",), 1),
         Line("5 · loss, deleted (millibits)", deleted, registers, states | dict(condition="delete"), ("rise",)),
         Line("5 · loss, random instead (millibits)", random, registers, states | dict(condition="random"), ("rise",)),
     ]
