@@ -136,13 +136,13 @@ lint: $(ENV)  ## check style, format and the directions of imports
 	$(PY) -m ruff format --check .
 	$(PY) -c 'import sys; from importlinter.cli import lint_imports; sys.exit(lint_imports(no_logo=True, no_cache=True))'
 
-bench: $(ENV)  ## measure speed, memory and storage in 15 minutes (BENCH=--quick: smoke test)
+bench: $(ENV)  ## measure speed, memory and storage in 20 minutes (BENCH=--quick: smoke test)
 	$(PY) benchmarks/run.py $(BENCH)
 
 hosts: $(ENV)  ## retrain the embedded hosts from their recipes (hours; resumable)
 	$(PY) -m replication train-host $(RECIPES:/recipe.yaml=)
 
-browser: $(ENV)  ## write figures/PROFILE/atoms.html, a page with every atom, from the results
+browser: $(ENV)  ## write figures/PROFILE/atoms.html, a page with every atom (after `make all`)
 	$(PY) -m replication browser --profile $(PROFILE)
 
 site: $(ENV)  ## build the site into build/site (first: .venv/bin/pip install -c requirements.lock -e '.[site]')

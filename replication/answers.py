@@ -234,11 +234,11 @@ def cache_edits(results: Results) -> str:
     readers = results.rows("top_readers", **{"host": MAIN, "class": "register"})
     return (
         f"Erasing an atom's write changes the log-probability of its preferred token by {other} millinats, and "
-        f"by {same} if the token is found on the tested firings, as in the paper (-116). The change of newlines "
-        f"per 400 tokens by amplified atoms of line ends, minus that by random atoms, is {beyond} in a layer, "
-        f"as in the author's code, and {cell} in one cell, as the paper describes it. The strongest readers of "
-        f"register atoms react {listed(f'{x:.1f}' for x in readers.ratio)} times as much as to a random write "
-        "(the paper: 5 to 7.5). All of this is on the main host."
+        f"by {same} if the token is found on the tested firings (the paper: -116). The change of newlines per "
+        f"400 tokens by amplified atoms of line ends, minus that by random atoms, is {beyond} in every head of "
+        f"a layer, and {cell} in one cell. The strongest readers of register atoms react "
+        f"{listed(f'{x:.1f}' for x in readers.ratio)} times as much as to a random write (the paper: 5.2 to 7.5 "
+        "times its own baseline). All of this is on the main host."
     )
 
 

@@ -235,10 +235,10 @@ def cache_edits(results: Results) -> str:
     rose = results.row("single_write_summary", host=MAIN, direction="paper", predictor="paper")
     return (
         f"Amplifying the ten atoms of line ends five times changes newlines by {change} per 400 tokens in one "
-        f"cell, as the paper describes it, and by {kept} in a layer, as the author's code does. One write along "
-        f"the paper's direction raises its target's logit in {rose.rose:.0%} of the trials, and the formula's "
-        f"sign, plus or minus, is right in {rose.sign_agreement:.0%} (page 04 asks it of SAE atoms). The "
-        f"paper's {papers_value('I1'):.0%} can be read as either."
+        f"cell, and by {kept} in every head of a layer (the paper edits 32 heads). One write along the paper's "
+        f"direction raises its target's logit in {rose.rose:.0%} of the trials, and the formula's sign, plus or "
+        f"minus, is right in {rose.sign_agreement:.0%} (page 04 asks it of SAE atoms). The paper's "
+        f"{papers_value('I1'):.0%} can be read as either."
     )
 
 

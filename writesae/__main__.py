@@ -62,8 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 1 if a comparison of ours differs, or with one sentence on stderr after an
-    error."""
+    """Return the exit status: 1 if a comparison of ours differs, or after an error, with its sentence."""
     options = parser().parse_args(arguments)
     try:
         return check(options)

@@ -141,8 +141,7 @@ class History(TensorFields):
             yield state
 
     def steps(self) -> Tensor:
-        """Return all X_t, [N, T, d_k, d_v], which is large: the writes, to which the decayed past is added in
-        place."""
+        """Return all X_t, [N, T, d_k, d_v], which is large: writes, to which the decayed past is added."""
         states = self._writes()
         if self.log_decay is not None:
             decay = self.log_decay.exp().view(*self.shape, -1, 1)

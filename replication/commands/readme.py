@@ -92,7 +92,7 @@ def glance(results, bench) -> str:
         ("Does our formula, without a fit?", "–", f"R² {closed} at a write's size", "", "04_logit_shift"),
         ("Do three writes make the model say a word?", papers[1], words, "I4", "12_install"),
         ("Do writes of the native size in every cell?", "–", next_token, "", "12_install"),
-        ("Do rank-1 atoms work in larger states?", "open", recalled, "", "17_recall"),
+        ("Do rank-1 atoms work in larger states?", "–", recalled, "", "17_recall"),
         ("Do atoms come back in another seed?", "under 1%", again, "A5", "19_recurrence"),
     ]
     status = results.rows("scorecard", host=MAIN).set_index("id").status
@@ -407,21 +407,22 @@ def costs(results, bench) -> str:
     for n in (64, 128, 256):
         recipe = "the paper's recipe on states in memory"
         add(f"training step, states of {n} x {n}", recipe, "training_step", case=f"plain {n}")
+        add("the same", "states in memory, active atoms only", "training_step", case=f"dense {n}")
     add("the same, 128 x 128", "the recipe on all 1,024 states at once", "training_step", case="whole 128")
     for host in HOSTS:
-        what, against = f"harvest of all heads of a layer, {HOST[host]}", "the library's forward pass"
+        against = "our own forward pass (transformers has none)" if host == "rwkv7" else "the library's forward pass"
+        what = f"harvest of all heads of the last recurrent layer, {HOST[host]}"
         add(what, against, "harvest_speed", case="forward", host=host)
     for depth, conditions in (("early", 3), ("late", 3), ("late", 16)):
         what, case = f"replacement, {conditions} conditions, {depth} layer", dict(case="plain", depth=depth)
-        add(what, "the paper's protocol, firing by firing", "replacement", **case, conditions=conditions)
-    ways = {"one by one": "one forward pass per atom", "batched": "forward passes in batches"}
-    for case, way in ways.items():
+        add(what, "transformers from a copied cache, firing by firing", "replacement", **case, conditions=conditions)
+    for case, way in {"one by one": "one forward pass per atom", "batched": "forward passes in batches"}.items():
         add("closed form of 256 atoms from one backward pass", way, "closed_form", case=case)
     for side in (64, 128):
         what = f"attention map of a head, 128 tokens, {side} per side"
-        add(what, "one state per write, token by token", "attribution", case="plain", side=side)
-    protocol = "the paper's protocol, trial by trial"
-    add("writes in all 24 cells, 64 trials", protocol, "many_cells", case="plain")
+        add(what, "each write alone, token by token, in Python", "attribution", case="plain", side=side)
+    against = "transformers from a copied cache, trial by trial"
+    add("writes in all 24 cells, 64 trials", against, "many_cells", case="plain")
     return table("what | against | times as fast", rows)
 
 

@@ -97,7 +97,8 @@ class Tolerance(Section):
                 for table, value in ((reference, before), (fresh, after))
             )
             up, down = (high - before) + (after - fresh_low), (fresh_high - after) + (before - low)
-            room = up.where(after > before, down)
+            inside = (fresh_low <= after) & (after <= fresh_high)  # else the interval says nothing of the value
+            room = up.where(after > before, down).where(inside, 0.0)
         else:
             relative = (self.relative or 0) * (before - self.origin).abs()
             room = relative.clip(lower=self.absolute or 0)

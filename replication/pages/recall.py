@@ -256,7 +256,7 @@ def span(table: pd.DataFrame, name: str) -> str:
 
 
 def answer(summary: pd.DataFrame) -> str:
-    """Return the answer to the paper's open question, as Markdown: at what side atoms still keep answers."""
+    """Return the answer to the page's question, as Markdown: at what side atoms still keep answers."""
     main, ceiling = (against_side(of_variant(summary, x)).sort_values("side") for x in (MAIN, TRUTH))
     largest, smallest = (main[main.side == side] for side in (main.side.max(), main.side.min()))
     works = largest.kept_atom_low > WORKS

@@ -52,7 +52,7 @@ def causes() -> list[Cause]:
         where = dict(target="state", centre="mean", cells="pooled") | where
         lines.append(Cause(f"by position, mean subtracted: {cause}", "objects_summary", where))
     choices = {
-        "only atoms that fire most, as the paper's 18": ("pooling", "most_firing"),
+        "few atoms, those that fire most (the paper: 18 selected ones)": ("pooling", "most_firing"),
         "the write as the whole change of the state": ("write", "effective"),
         "the KL from the edited run": ("kl_direction", "patched_native"),
         "only later tokens read the edit": ("reading", "cache, next"),

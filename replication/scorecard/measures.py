@@ -488,9 +488,12 @@ def newlines(tables: Tables, host: str) -> Estimate:
     return _mean(baseline, baseline.index)
 
 
-def newline_change(tables: Tables, host: str) -> Estimate:
-    """Newlines per 400 tokens at 5x minus those without an edit, same prompts."""
-    edited = _newlines(tables, host, mode="offset", role="boundary", dose=5.0)
+def newline_change(tables: Tables, host: str) -> Estimate | None:
+    """Newlines per 400 tokens at 5x in every head of a layer minus those without an edit; None for one head."""
+    where = dict(mode="kept", role="boundary", dose=5.0)
+    if rows_with(tables("newlines"), host=host, **where)["heads"].max() < 2:
+        return None
+    edited = _newlines(tables, host, **where)
     change = edited - _newlines(tables, host, role="baseline")
     return _mean(change, change.index)
 

@@ -215,6 +215,12 @@ def predicted(x, made):
     return shift.predict_shift(x.host, x.tokens, made, 5, layer=LAYER, head=HEAD, steps=2)
 
 
+def replaced_tokens(x):
+    """Replace at a firing in tokens that are not `Windows`."""
+    firings = pd.DataFrame(dict(window=[0], position=[30], atom=[1], coefficient=[1.0]))
+    return replace_writes(x.host, x.tokens, new_sae(12, 20), firings, layer=1, head=2)
+
+
 def replaced_without(x, *columns):
     firings = pd.DataFrame(dict(window=[0], position=[4], atom=[1], coefficient=[0.5])).drop(columns=[*columns])
     return replace_writes(x.host, Windows(x.tokens, torch.arange(3)), new_sae(12, 20), firings, layer=1, head=2)
@@ -745,6 +751,7 @@ CASES = [
     Case("firings: tokens", lambda x: find_firings(x.sae, x.factors, x.tokens), ValueError, "one cell .* and Windows"),
     Case("predict: several", lambda x: predicted(x, {CELL: 1}), ValueError, r"takes one Edit, and .* has a dict"),
     Case("replace: no atom", lambda x: replaced_without(x, "atom"), ValueError, "lack atom: pass rows of find_firings"),
+    Case("replace: tokens", lambda x: replaced_tokens(x), ValueError, "takes windows of cut_windows, not their tokens"),
     Case("states: of a harvest", lambda x: list(x.factors.walk()), ValueError, "A harvest has no queries"),
     Case("Gamma: of a harvest", lambda x: attribution.weights(x.factors), ValueError, "A harvest has no queries"),
     Case("readers: of a harvest", lambda x: attribution.overwriters(x.factors), ValueError, "A harvest has no queries"),

@@ -52,7 +52,9 @@ def test_every_line_reads_its_own_row():
 
 def test_effects_of_choices_have_the_mean_change_for_states_and_deletion_beside_them():
     table = causes.measured(tables_of, "here").set_index("cause")["states_and_deletion"]
-    assert table["only atoms that fire most, as the paper's 18"] == pytest.approx(-0.1), "and not that of both targets"
+    assert table["few atoms, those that fire most (the paper: 18 selected ones)"] == pytest.approx(-0.1), (
+        "and not that of both targets"
+    )
     assert table["the KL as a mean over the next tokens"] == pytest.approx(0.02)
     assert table["the write as the whole change of the state"] == pytest.approx(0, abs=1e-12)
     assert table[causes.measured(tables_of, "here").quantity.to_numpy() == "win rate"].isna().all()

@@ -82,7 +82,7 @@ def test_verify_compares_two_folders_of_the_user(home, monkeypatch, capsys):
 def test_repeats_takes_folders_from_where_the_user_is(home, monkeypatch):
     (home.parent / "here [2]" / "run").mkdir()
     taken = []
-    monkeypatch.setattr(repeats, "gather", lambda folders, profile, kind: taken.append(folders) or pd.DataFrame([[1]]))
+    monkeypatch.setattr(repeats, "gather", lambda folders, *_: taken.append(folders) or pd.DataFrame([[1]]))
     assert main(["repeats", "--profile", "smoke", "run", "~/run"]) == 0
     assert taken[0] == [home.parent / "here [2]" / "run", home / "run"]
 

@@ -93,6 +93,15 @@ def test_an_interval_agrees_with_an_interval_only():
     assert compare(before, before.drop(columns="low"), tolerance) == ["t.csv: the fresh table has no column low"]
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.5), (0.9, 1.0), (1.0, 0.0)])
+def test_a_value_outside_its_own_interval_fails(low, high):
+    """Otherwise a wrong value with a right interval passes, and any value with a reversed one."""
+    before = TABLE.assign(low=0.0, high=1.0)
+    after = before.copy()
+    after.loc[1, ["rate", "low", "high"]] = 0.7, low, high
+    assert len(compare(before, after, _tolerance(overlap=("low", "high")))) == 1
+
+
 def test_two_numbers_without_intervals_are_not_compared():
     bare = TABLE.assign(low=np.nan, high=np.nan)
     tolerance = _tolerance(overlap=("low", "high"))

@@ -311,6 +311,20 @@ def test_the_example_of_the_readme_runs(monkeypatch, capsys):
     assert re.fullmatch(r"amplitude\ncoefficient +[\d.]+\nmatched_norm +[\d.]+\n", capsys.readouterr().out)
 
 
+def test_the_readme_has_what_its_example_prints(monkeypatch, capsys):
+    """As it stands, with 200 firings: another processor moves a rate by less than three standard errors."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], {})
+    printed, stated = (
+        re.findall(r"^(coefficient|matched_norm) +([\d.]+)$", x, re.M) for x in (capsys.readouterr().out, text)
+    )
+    assert len(printed) == 2
+    assert dict(printed).keys() == dict(stated).keys()
+    for name, share in printed:
+        assert float(share) == pytest.approx(float(dict(stated)[name]), abs=0.1)
+
+
 def test_the_example_of_the_guide_runs(monkeypatch):
     monkeypatch.chdir(ROOT)
     names = run_example("docs/own-model.md", "Edit, predict, replace")

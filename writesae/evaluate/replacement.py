@@ -358,7 +358,8 @@ def replace_writes(
 
     Columns: the firing, and `kl_CONDITION` (nats), `nll_CONDITION`, ... as described above. firings: rows of
     `find_firings` on these windows; those without two tokens after them are left out. Cell, target and write
-    are by default those in the SAE's config. batch, batch_rows: windows and edited rows per run.
+    are by default those in the SAE's config. batch, batch_rows: windows and edited rows per run. Conditions that
+    the SAE does not have are left out (`flat_svd` needs the `flat` of a `CellSAE`).
 
     Warns if the host computes in 16 bits: KLs of single writes are then mostly rounding. Raises ValueError for
     an unknown cell, target, condition, scope or amplitude, for firings of other windows or of another SAE, for
@@ -376,6 +377,8 @@ def replace_writes(
     if (dtype := next(host.model.parameters()).dtype).itemsize < 4:
         advice = "KLs of single writes are mostly rounding. Load it with dtype=torch.float32."
         warn(f"The host computes in {dtype}: {advice}", stacklevel=2)
+    if not isinstance(windows, Windows):
+        raise ValueError("The replacement test takes windows of cut_windows, not their tokens.")
     if lacking := {"window", "position", "atom", "coefficient"} - set(firings):
         raise ValueError(f"The firings lack {', '.join(sorted(lacking))}: pass rows of find_firings.")
     firings = firings[firings.position < windows.tokens.shape[1] - STEPS]

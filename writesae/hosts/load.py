@@ -253,7 +253,7 @@ def _tokenizer(folder: Path, name: str | Path, given: str | Path | PreTrainedTok
         )
     advice = "pass another (tokenizer=); where it is of a newer release of tokenizers, install that"
     with reading(f"The tokenizer of {given or name}", advice):
-        return transformers.AutoTokenizer.from_pretrained(place)
+        return transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
 def _check_tokenizer(tokenizer, vocabulary: int, name: str | Path) -> None:

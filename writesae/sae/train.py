@@ -184,8 +184,7 @@ def by_group(sae: SAE, history: History) -> Iterator[Tokens]:
 
 
 def evaluate(sae: SAE, history: History) -> tuple[float, int]:
-    """Return the FVU about the mean (of `Tokens.energy`), and the number of atoms that fire, over a
-    history."""
+    """Return the FVU about the mean (of `Tokens.energy`) and the number of atoms that fire."""
     error, variance, fired = 0.0, 0.0, torch.zeros(sae.n_atoms, dtype=torch.bool)
     for tokens in by_group(sae, history):
         error += tokens.squared.sum().item()
