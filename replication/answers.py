@@ -235,10 +235,10 @@ def cache_edits(results: Results) -> str:
     return (
         f"Erasing an atom's write changes the log-probability of its preferred token by {other} millinats, and "
         f"by {same} if the token is found on the tested firings (the paper: -116). The change of newlines per "
-        f"400 tokens by amplified atoms of line ends, minus that by random atoms, is {beyond} in every head of "
-        f"a layer, and {cell} in one cell. The strongest readers of register atoms react "
-        f"{listed(f'{x:.1f}' for x in readers.ratio)} times as much as to a random write (the paper: 5.2 to 7.5 "
-        "times its own baseline). All of this is on the main host."
+        f"400 tokens by amplified atoms of line ends, minus that by random atoms, is {beyond} if they are added "
+        f"to the states of every head of a layer, and {cell} if one cell is read so. The strongest readers of "
+        f"register atoms react {listed(f'{x:.1f}' for x in readers.ratio)} times as much as to a random write "
+        "(the paper: 5.2 to 7.5 times its own baseline). All of this is on the main host."
     )
 
 

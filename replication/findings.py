@@ -33,7 +33,7 @@ LACKING = (ValueError, LookupError, AttributeError)  # what a sentence raises if
 
 
 def has_words(study: Study) -> bool:
-    """Return whether sentences speak of the tables of a study: those of the profiles mini, not of a dry run."""
+    """Return whether sentences speak of the tables of a study: of the profiles mini, not of a dry run."""
     return study.profile.name.startswith("mini") and not dry_run()
 
 
@@ -234,11 +234,11 @@ def cache_edits(results: Results) -> str:
     )
     rose = results.row("single_write_summary", host=MAIN, direction="paper", predictor="paper")
     return (
-        f"Amplifying the ten atoms of line ends five times changes newlines by {change} per 400 tokens in one "
-        f"cell, and by {kept} in every head of a layer (the paper edits 32 heads). One write along the paper's "
-        f"direction raises its target's logit in {rose.rose:.0%} of the trials, and the formula's sign, plus or "
-        f"minus, is right in {rose.sign_agreement:.0%} (page 04 asks it of SAE atoms). The paper's "
-        f"{papers_value('I1'):.0%} can be read as either."
+        f"Amplifying the ten atoms of line ends five times changes newlines by {change} per 400 tokens if one "
+        f"cell is read so, and by {kept} if it is added to the states of every head of a layer (the paper edits "
+        f"32 heads). One write along the paper's direction raises its target's logit in {rose.rose:.0%} of the "
+        f"trials, and the formula's sign, plus or minus, is right in {rose.sign_agreement:.0%} (page 04 asks it "
+        f"of SAE atoms). The paper's {papers_value('I1'):.0%} can be read as either."
     )
 
 

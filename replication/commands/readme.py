@@ -133,9 +133,9 @@ def trust(results, bench) -> str:
     on = listed(HOST[host] for host in HOSTS if (repeated.host == host).any())
     return (
         f"{len(judged)} of the paper's {every.id.nunique()} numbers are judged, by "
-        f"[criteria](paper/criteria.yaml) fixed before the run, {changed} of them rewritten after an earlier "
+        f"[criteria](paper/criteria.yaml) fixed before the run (but N2, X12), {changed} rewritten after an earlier "
         f"one. Of {len(repeated)} repeated verdicts on {on}, {repeated.turned.sum()} changed at least once. "
-        f"{(kept.trainings == 1).sum()} of all {len(kept)} rest on one training."
+        f"{(kept.trainings == 1).sum()} of {len(kept)} rest on one training."
     )
 
 

@@ -52,8 +52,8 @@ class Tolerance(Section):
     """One entry of tolerances.yaml: how far a metric may differ between rows with equal `keys`.
 
     equal: not at all. absolute, relative: by a number, or by a fraction of the reference value's distance
-    from `origin` (1 for an R2); the larger one counts. overlap: (low, high) columns of an interval; the
-    intervals of the two sides must overlap. Two numbers that both have no interval are not compared.
+    from `origin` (1 for an R2); the larger one counts. overlap: (low, high) columns of an interval; those
+    of both sides must overlap, each value near its own. Two numbers without intervals are not compared.
     """
 
     file: str
@@ -97,8 +97,8 @@ class Tolerance(Section):
                 for table, value in ((reference, before), (fresh, after))
             )
             up, down = (high - before) + (after - fresh_low), (fresh_high - after) + (before - low)
-            inside = (fresh_low <= after) & (after <= fresh_high)  # else the interval says nothing of the value
-            room = up.where(after > before, down).where(inside, 0.0)
+            near = (2 * fresh_low - fresh_high <= after) & (after <= 2 * fresh_high - fresh_low)  # by its width
+            room = up.where(after > before, down).where(near, 0.0)
         else:
             relative = (self.relative or 0) * (before - self.origin).abs()
             room = relative.clip(lower=self.absolute or 0)

@@ -88,7 +88,7 @@ def measured(tables: Tables, host: str) -> pd.DataFrame:
 
 
 def _of_states_and_deletion(tables: Tables, host: str, choice: str, level: str) -> float:
-    """Return the mean change of the win rate from a choice's first level to another one, all else the same."""
+    """Return the mean change of the win rate from a choice's first level to another, all else the same."""
     effects = rows_with(tables("multiverse_effects"), host=host)
     first = effects[effects.choice == choice].level.iloc[0]
     others = sorted(set(effects.choice) - {choice, "target", "control"})

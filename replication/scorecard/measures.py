@@ -2,7 +2,7 @@
 
 Each public function is a measure of paper/criteria.yaml. It takes `tables` (tables(NAME) returns
 results/PROFILE/NAME.csv), a host, and the arguments given there. It returns None if the host has no rows for
-the claim, or too few atoms. Measures of ratios return logarithms, those of R2 -log(1 - R2).
+the claim, too few atoms, or too few edited heads. Measures of ratios return logarithms, those of R2 -log(1 - R2).
 """
 
 from __future__ import annotations
@@ -489,7 +489,7 @@ def newlines(tables: Tables, host: str) -> Estimate:
 
 
 def newline_change(tables: Tables, host: str) -> Estimate | None:
-    """Newlines per 400 tokens at 5x in every head of a layer minus those without an edit; None for one head."""
+    """Newlines per 400 tokens at 5x in every head of a layer minus those without; None for one head."""
     where = dict(mode="kept", role="boundary", dose=5.0)
     if rows_with(tables("newlines"), host=host, **where)["heads"].max() < 2:
         return None

@@ -93,8 +93,8 @@ def test_an_interval_agrees_with_an_interval_only():
     assert compare(before, before.drop(columns="low"), tolerance) == ["t.csv: the fresh table has no column low"]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 0.5), (0.9, 1.0), (1.0, 0.0)])
-def test_a_value_outside_its_own_interval_fails(low, high):
+@pytest.mark.parametrize(("low", "high"), [(0.0, 0.2), (0.9, 1.0), (1.0, 0.0)])
+def test_a_value_far_from_its_own_interval_fails(low, high):
     """Otherwise a wrong value with a right interval passes, and any value with a reversed one."""
     before = TABLE.assign(low=0.0, high=1.0)
     after = before.copy()

@@ -576,3 +576,12 @@ def test_figures_of_the_paper_add_to_its_claims_and_do_not_repeat_them():
     failures = ", ".join(f"{claims.papers_value(x):.1%}" for x in ("R10", *FAILURES))
     assert f"by quartile of KL(delete): {failures};" in table.note["R10"]
     assert "CV 4-12%" in table.note["A5"] and claims.papers_value("counts_cv_low", "counts_cv_high") == [0.04, 0.12]
+
+
+def test_newlines_are_asked_where_several_heads_are_edited():
+    base = pd.DataFrame(dict(host="h", prompt=range(4), newlines=[10.0, 12, 9, 11], mode="baseline", role="baseline"))
+    base = base.assign(dose=0.0, heads=0)
+    kept = base.assign(mode="kept", role="boundary", dose=5.0, heads=4, newlines=base.newlines - [3, 5, 4, 4])
+    offset = kept.assign(mode="offset", heads=1, newlines=0.0)
+    assert measures.newline_change(lambda _: pd.concat([base, kept, offset]), "h").value == pytest.approx(-4)
+    assert measures.newline_change(lambda _: pd.concat([base, kept.assign(heads=1)]), "h") is None
