@@ -7,8 +7,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from replication.pages.cache_edits.site import Site, interval
-from replication.statistics import ci, paired_wilcoxon, wider, wilson, with_ends
+from replication.pages.cache_edits.site import Site, interval, share_interval
+from replication.statistics import ci, paired_wilcoxon, wider, with_ends
 from writesae.edit import make_edit
 from writesae.evaluate.firings import CellSAE, Places
 from writesae.evaluate.install import ranks
@@ -103,10 +103,10 @@ def summarise_erase(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         for atom, part in [("all", group), *group.groupby("atom")]:
             by = ["passage", "atom"] if part.atom.nunique() > 1 else ["passage"]
             ends, falls = [interval(part.change, part[name], np.median, seed) for name in by], part.change < 0
-            shares = [interval(falls, part[name], seed=seed) for name in by]
+            shares = share_interval(falls, *(part[name] for name in by), seed=seed)
             row = dict(zip(keys, values, strict=True), atom=str(atom), n=len(part), n_passages=part.passage.nunique())
             row |= dict(median_change=part.change.median()) | ci(wider(*ends))
-            row |= with_ends("falls", falls.mean(), wider(wilson(int(falls.sum()), len(part)), *shares))
+            row |= with_ends("falls", falls.mean(), shares)
             row["wilcoxon_p"] = paired_wilcoxon(part.log_p + part.change, part.log_p)
             rows.append(row | {f"median_{n}": part[n].median() for n in ("native_rank", "edited_rank")})
     return pd.DataFrame(rows)

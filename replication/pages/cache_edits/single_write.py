@@ -7,8 +7,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from replication.pages.cache_edits.site import Site, interval
-from replication.statistics import ci, r2, wider, wilson, with_ends
+from replication.pages.cache_edits.site import Site, interval, share_interval
+from replication.statistics import ci, r2, with_ends
 from writesae.edit import head_change, make_edit
 from writesae.evaluate.install import ONE_CELL, ranks
 from writesae.shift import cache_gamma, logit_gradient
@@ -61,12 +61,11 @@ def summarise_single(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     rows = []
     for (host, direction), part in table.groupby(["host", "direction"], sort=False):
         measured, rose = part.measured.to_numpy(), part.measured > 0
-        rise = wider(wilson(int(rose.sum()), len(rose)), interval(rose, part.passage, seed=seed))
+        rise = share_interval(rose, part.passage, seed=seed)
         for name in PREDICTORS:
             predicted, agree = part[name].to_numpy(), np.sign(part.measured) == np.sign(part[name])
-            ends = wider(wilson(int(agree.sum()), len(agree)), interval(agree, part.passage, seed=seed))
             row = dict(host=host, direction=direction, predictor=name, n=len(part))
-            row |= dict(sign_agreement=agree.mean()) | ci(ends)
+            row |= dict(sign_agreement=agree.mean()) | ci(share_interval(agree, part.passage, seed=seed))
             for label, statistic in PAIR_STATISTICS.items():
 
                 def of_rows(rows, statistic=statistic, predicted=predicted, measured=measured):

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from replication.statistics import Interval, cluster_bootstrap
+from replication.statistics import Interval, cluster_bootstrap, wider, wilson
 from writesae.edit import Edit, edited_hidden
 from writesae.evaluate.firings import Places
 from writesae.hosts.base import Host, Run
@@ -63,3 +63,9 @@ def unit(*shape: int, generator: torch.Generator) -> torch.Tensor:
 def interval(values, clusters, statistic=np.mean, seed: int = 0) -> Interval:
     """Return the bootstrap interval by cluster, from RESAMPLES resamples."""
     return cluster_bootstrap(values, clusters, statistic, RESAMPLES, seed)
+
+
+def share_interval(happened, *clusters, seed: int) -> Interval:
+    """Return the wider of Wilson's interval of a share and its bootstraps by each kind of cluster."""
+    bootstraps = [interval(happened, labels, seed=seed) for labels in clusters]
+    return wider(wilson(int(happened.sum()), len(happened)), *bootstraps)
