@@ -53,8 +53,7 @@ def harvest(
 
     batch: windows per run. The factors are in fp32 on the CPU: key, added and log_decay; effective for scalar
     decays and KDA; erase and taken for vector decays. Raises ValueError for no cell, for what is no pair, a cell
-    that the host does not have, a batch below 1, and tokens that `Host.run` refuses.
-    """
+    that the host does not have, a batch below 1, and tokens that `Host.run` refuses."""
     one = layer is not None
     if one != (head is not None) or one != (cells is None) or isinstance(cells, int):
         raise ValueError("A harvest is of one cell (layer= and head=) or of a list of cells.")
@@ -125,8 +124,7 @@ def harvest_shards(
 
     identity: plain values that identify the host's weights and the code; a Path counts by its file's content.
     Shards of the same tokens and identity are kept. Raises ValueError for no windows, windows of several
-    lengths, a cell that the host does not have, and values that are not finite.
-    """
+    lengths, a cell that the host does not have, and values that are not finite."""
     if not cells:
         raise ValueError("A harvest needs at least one cell.")
     base = json.dumps(identity, sort_keys=True, default=files._plain)

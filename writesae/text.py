@@ -44,8 +44,7 @@ class Corpus(BaseModel):
     dataset: an id of the Hub, or a folder in the Hub's format; revision, config, split: the part to read.
         Scripts are never run; data sets with a script usually have the revision refs/convert/parquet.
     column: the field or column that has the text.
-    root: the folder that relative paths start from; by default the current folder.
-    """
+    root: the folder that relative paths start from; by default the current folder."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

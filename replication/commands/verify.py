@@ -53,8 +53,7 @@ class Tolerance(Section):
 
     equal: not at all. absolute, relative: by a number, or by a fraction of the reference value's distance
     from `origin` (1 for an R2); the larger one counts. overlap: (low, high) columns of an interval; those
-    of both sides must overlap, each value near its own. Two numbers without intervals are not compared.
-    """
+    of both sides must overlap, each value near its own. Two numbers without intervals are not compared."""
 
     file: str
     keys: list[str] = Field(min_length=1)
@@ -84,8 +83,7 @@ class Tolerance(Section):
     def used(self, reference: pd.DataFrame, fresh: pd.DataFrame) -> pd.Series:
         """Return the difference in each row as a share of what is allowed; the tables have the same index.
 
-        0 for equal values; infinity for text, or if only one value is missing.
-        """
+        0 for equal values; infinity for text, or if only one value is missing."""
         before, after = reference[self.metric], fresh[self.metric]
         same = (before == after) | (before.isna() & after.isna())
         before, after = _numbers(before), _numbers(after)

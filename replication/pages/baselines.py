@@ -132,8 +132,7 @@ def fit_codebooks(
 ) -> Codebooks:
     """Return the Codebooks of training writes [N, T] at tokens [N, T]; ids [u]: tokens that need a mean.
 
-    ids is ascending. entries: the SAE's number of atoms, which is also the number of centroids.
-    """
+    ids is ascending. entries: the SAE's number of atoms, which is also the number of centroids."""
     key, value = writes.key.flatten(0, 1), writes.value.flatten(0, 1)
     order = torch.randperm(len(key), generator=torch.Generator().manual_seed(seed))
     sizes = [entries * times for times in settings.nearest]
@@ -286,8 +285,7 @@ def compare(
 def run(study: Study) -> pd.DataFrame:
     """Return the rows of `compare` for all cells of all hosts, which are kept in build/.
 
-    Trains the SAEs with k = 1, and writes their table, baseline_saes.csv.
-    """
+    Trains the SAEs with k = 1, and writes their table, baseline_saes.csv."""
     train_single_atoms(study)
     return pd.concat([_run_host(study, name) for name in study.profile.hosts], ignore_index=True)
 
@@ -375,8 +373,7 @@ def described(table: pd.DataFrame) -> list[str]:
 def at_projection(summary: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of one host scaled to fit the write, and the ceiling, in order of the KL recovered.
 
-    Floor and ceiling are those of the uncentred SAE of writes.
-    """
+    Floor and ceiling are those of the uncentred SAE of writes."""
     limit = summary.method.isin(["random", "native_rescaled"])
     best = summary.amplitude.isin(["projection", "fitted"]) & ~limit
     of_writes = limit & summary.target.eq("write") & summary.centre.eq("none")

@@ -88,8 +88,7 @@ def run(study: Study) -> pd.DataFrame:
     total_size: the root of the sum of squares of all writes, over that of the native writes of all cells.
     included_edited: among the new tokens. Where costs are measured also: times the target is said, and the
     loss of the continuation in the unedited model minus that of the unedited continuation (extra_loss, nats
-    per token).
-    """
+    per token)."""
     return _gathered(study, "install_cells", lambda _, cells: cells.distances + cells.delays, _trials)
 
 
@@ -226,8 +225,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
     Of n trials: next_token, and the mean lift and KL elsewhere (nats); of n_said: included_edited; of
     n_costs: the mean number of times that the target is said, and extra_loss. Class all: those by rank.
-    Distance all: those that are no delays, for conditions that have several distances.
-    """
+    Distance all: those that are no delays, for conditions that have several distances."""
     table = table.assign(next_token=table.edited_rank == 1)
     measured = dict(n=["next_token", "first_step_lift", "kl_elsewhere"], n_said=["included_edited", "included_native"])
     measured |= dict(n_costs=["times_said", "extra_loss"])
@@ -264,8 +262,7 @@ def least(frontier: pd.DataFrame, wanted: float = 0.95) -> pd.DataFrame:
     """Return, per host and class, what installs a share of the targets: smallest total size, fewest cells.
 
     next_token, n_cells and magnitude are those of the smallest total size; fewest_cells: at any size. Where
-    nothing on the grid is enough, these are those of the largest share, and fewest_cells is missing.
-    """
+    nothing on the grid is enough, these are those of the largest share, and fewest_cells is missing."""
 
     def row(part: pd.DataFrame) -> dict:
         enough = part[part.next_token >= wanted]
@@ -322,8 +319,7 @@ def shown_kept(memory: pd.DataFrame) -> pd.DataFrame:
 def gains(study: Study) -> pd.DataFrame:
     """Write results install_gains.csv: the gain of each cell's best writes to first order, by distance.
 
-    gain: mean over n targets of the class MIDDLE, nats of logit; native-sized writes.
-    """
+    gain: mean over n targets of the class MIDDLE, nats of logit; native-sized writes."""
     return _gathered(study, "install_gains", lambda _, cells: [min(cells.distances), *cells.delays], _gains)
 
 
@@ -337,8 +333,7 @@ def _gains(distance: int, host, prompts, cell, classes, install, settings, write
 def kept_gains(gains: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
     """Add to the gains half_life, and kept: each gain over that of its cell at the smallest distance.
 
-    memory: all_cells.csv.
-    """
+    memory: all_cells.csv."""
     cell = ["host", "layer", "head"]
     nearest = gains[gains.distance == gains.distance.min()].set_index(cell).gain.rename("nearest")
     table = gains.merge(memory[[*cell, "half_life_median"]], on=cell).join(nearest, on=cell)
@@ -348,8 +343,7 @@ def kept_gains(gains: pd.DataFrame, memory: pd.DataFrame) -> pd.DataFrame:
 def summarise_kept(kept: pd.DataFrame) -> pd.DataFrame:
     """Return, per (host, delay), the total gain kept, and rho, Spearman's of `kept` and half-life over cells.
 
-    from_memory: the share of the total of cells whose half-life is at least the delay.
-    """
+    from_memory: the share of the total of cells whose half-life is at least the delay."""
 
     def row(part: pd.DataFrame) -> dict:
         remembers, rho = part.half_life >= part.distance, spearman(part.kept, part.half_life)
@@ -368,8 +362,7 @@ def ceilings(study: Study) -> pd.DataFrame:
 
     ceiling: the largest gain of the target's logit by any writes of any size in the cell, with the path above
     the layer's mixer linearised. gain: the largest that was measured, over ceiling_sizes along gamma, and
-    refined from the second. needed: the distance of the target's logit from the top one.
-    """
+    refined from the second. needed: the distance of the target's logit from the top one."""
     return _gathered(study, "install_ceiling", lambda host, _: host.recurrent_layers, _ceiling)
 
 
@@ -397,8 +390,7 @@ def summarise_ceilings(table: pd.DataFrame) -> pd.DataFrame:
     """Return one row per host: means over trials of what is needed, and of the best cell's gain and ceiling.
 
     Also over cells, exceeded: the share whose gain exceeds the ceiling; enough: the trials with a cell whose
-    gain is as large as what is needed.
-    """
+    gain is as large as what is needed."""
 
     def row(part: pd.DataFrame) -> dict:
         best = part.groupby(["prompt", "target"], as_index=False).agg(dict(gain="max", ceiling="max", needed="first"))

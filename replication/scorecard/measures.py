@@ -63,8 +63,7 @@ def summary(tables: Tables, host: str, table: str, value: str, where: dict, **co
 def _of_row(row: pd.Series, value: str, low="ci_low", high="ci_high", n=("n",), atoms=()) -> Estimate | None:
     """Return the estimate in these columns, or None if a count in `atoms` is low.
 
-    The standard error is that of the interval's width; n: columns of the counts of units.
-    """
+    The standard error is that of the interval's width; n: columns of the counts of units."""
     if any(row[name] < FEWEST_ATOMS for name in atoms):
         return None
     counts = [int(row[name]) for name in n]
@@ -123,8 +122,7 @@ def _places(tables: Tables, host: str, cells: str = "pooled") -> pd.DataFrame:
 def _over_places(values, part: pd.DataFrame) -> Estimate:
     """Return the mean of values, or a statistic of row numbers, over places and trainings.
 
-    The places are drawn by passage. Atoms are not: another training has others.
-    """
+    The places are drawn by passage. Atoms are not: another training has others."""
     return over_trainings(values, part.passage, trainings=part.seed, resamples=RESAMPLES)
 
 
@@ -159,8 +157,7 @@ def chains(tables: Tables, host: str) -> Estimate:
 def failures(tables: Tables, host: str) -> Estimate:
     """How much more the atom fails where KL(deletion) is low than where it is high, minus a random atom's.
 
-    Low and high are the lowest and the highest quarter of the places.
-    """
+    Low and high are the lowest and the highest quarter of the places."""
     part = _places(tables, host)
     deleted = part.kl_delete.to_numpy()
     worse = (beats(part, "random").astype(float) - beats(part)).to_numpy()  # than the random atom
@@ -381,8 +378,7 @@ def _erased(tables: Tables, host: str, condition: str) -> pd.Series:
 def erased_registers(tables: Tables, host: str) -> Estimate | None:
     """Rise of the loss by deletion at all register firings, as a share of what no writes in the cell cost.
 
-    None if no writes cost nothing certain. The error is that of a ratio of independent estimates.
-    """
+    None if no writes cost nothing certain. The error is that of a ratio of independent estimates."""
     cell = _row(tables("cells"), host=host, place="middle")
     if cell.cost_low <= 0:
         return None

@@ -38,8 +38,7 @@ class SaeSpec(NamedTuple):
     """One SAE of a profile: its cell, target, role and training.
 
     windows: the number of windows of the SAE split that it uses; check: how many of these, the last ones, are
-    used only to measure its FVU (0: the FVU is measured on held-out windows).
-    """
+    used only to measure its FVU (0: the FVU is measured on held-out windows)."""
 
     host: str
     layer: int

@@ -61,10 +61,13 @@ def factored_loss(
     energy [N, T]: history.energy(sae.mean), in raw units; dead [D]: silent atoms; bf16: as in History.read.
     """
     encoder, decoder, every = sae.encoder, sae.decoder, sae.activation.every
-    pre = sae.overlaps(encoder, history, encoder.bias, bf16)
-    indices, coefficients = sae.select(pre, ordered=False)
-    if isinstance(history, States) and not every:
-        overlaps, active = None, sae.overlaps(decoder, history, at=indices)
+    at_active = isinstance(history, States) and not every  # skips the gradients of other atoms, all 0
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not at_active):
+        pre = sae.overlaps(encoder, history, encoder.bias, bf16)
+        indices, coefficients = sae.select(pre, ordered=False)
+    if at_active:
+        coefficients = sae.overlaps(encoder, history, encoder.bias, at=indices).relu()
+        active = sae.overlaps(decoder, history, at=indices)
     else:
         overlaps = sae.overlaps(decoder, history, bf16=bf16)
         active = overlaps if every else overlaps.gather(-1, indices)
@@ -85,9 +88,13 @@ def factored_loss(
         squared = scaled - 2 * cross + _quadratic(decoder.key, decoder.value, indices, coefficients)
         fvu = total = squared.mean()
     if dead is not None and len(dead) and aux_weight > 0:
-        firing = top_positive(pre.index_select(-1, dead), k_aux)
-        silent = RankOne(decoder.key[dead], decoder.value[dead])
-        residual = sae.overlaps(silent, history, bf16=bf16) if overlaps is None else overlaps.index_select(-1, dead)
+        readers, silent = (RankOne(part.key[dead], part.value[dead]) for part in (encoder, decoder))
+        if at_active:
+            of_dead = sae.overlaps(readers, history, encoder.bias[dead])
+            residual = sae.overlaps(silent, history)
+        else:
+            of_dead, residual = (x.index_select(-1, dead) for x in (pre, overlaps))
+        firing = top_positive(of_dead, k_aux)
         residual = residual - _explained(sae, indices, coefficients, dead)
         if sae.bias is not None:  # without its gradient
             residual = residual - ((silent.key @ sae.bias.detach()) * silent.value).sum(-1)

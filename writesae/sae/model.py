@@ -94,8 +94,7 @@ class SAE(nn.Module):
     ) -> Tensor:
         """Return <key_i value_i^T, x_t> + bias_i, [N, T, n], for the encoder or decoder, without states.
 
-        at [N, T, k]: of States, only the atoms that it names for each token, [N, T, k].
-        """
+        at [N, T, k]: of States, only the atoms that it names for each token, [N, T, k]."""
         key = part.key / self.scale
         found = history.read(key, part.value, bf16) if at is None else history.read_at(at, key, part.value)
         offset = bias - ((key @ self.mean) * part.value).sum(-1)
@@ -158,8 +157,7 @@ class SAE(nn.Module):
     def decode(self, indices: Tensor, coefficients: Tensor) -> Tensor:
         """Return the reconstruction [..., d_k, d_v], offset included, of active atoms [..., slots].
 
-        Raises ValueError for different shapes, and for indices without an atom.
-        """
+        Raises ValueError for different shapes, and for indices without an atom."""
         if indices.shape != coefficients.shape:
             raise ValueError(f"Each atom takes a coefficient: {list(indices.shape)} and {list(coefficients.shape)}.")
         outside = indices[(indices < 0) | (indices >= self.n_atoms)]
@@ -187,8 +185,7 @@ class SAE(nn.Module):
     def push_to_hub(self, name: str, token: str | None = None, private: bool | None = None) -> None:
         """Upload the SAE and a README to the Hub's repository `name`, which is created if needed.
 
-        Raises ValueError, PermissionError or ConnectionError with what the Hub said.
-        """
+        Raises ValueError, PermissionError or ConnectionError with what the Hub said."""
         with TemporaryDirectory() as folder:
             self.save(folder)
             fields = {field: "unknown" if x is None else x for field, x in self.config.model_dump().items()}
@@ -208,8 +205,7 @@ class SAE(nn.Module):
         expect: required values of SAEConfig's fields. options: of huggingface_hub.snapshot_download. The
         older format, NAME.json and NAME.safetensors, is read as well. Raises FileNotFoundError for missing
         files; ValueError for another format version, damaged files, tensors that do not fit the config,
-        values that are not finite, and other values than expected; and as `writesae.hosts.hub.fetch`.
-        """
+        values that are not finite, and other values than expected; and as `writesae.hosts.hub.fetch`."""
         description, weights = _locate(name, revision, options)
         config, checksum = _read_config(description)
         _refuse_other(config, expect or {}, description)

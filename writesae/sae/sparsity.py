@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-PARTITIONED = 1024  # TopK: maximum length of rows that NumPy partitions
+PARTITIONED = 2048  # TopK: maximum length of rows that NumPy partitions
 FOLLOW = 0.01  # BatchTopK: weight of one batch in the running mean of the threshold
 WIDTH = 0.05  # JumpReLU: width of the kernel that gives thresholds their gradient
 PACE = 10.0  # JumpReLU: speed of log thresholds relative to other parameters, since runs are short

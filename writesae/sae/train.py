@@ -129,8 +129,7 @@ def train(
 
     checkpoint: a file that is written every minute and at the end, and from which a killed run continues, to
     the same result. Raises ValueError for fewer windows than a batch, constant data, validation data of
-    another kind, and a checkpoint of another run; FloatingPointError when the loss is not finite.
-    """
+    another kind, and a checkpoint of another run; FloatingPointError when the loss is not finite."""
     if isinstance(history, Factors):
         raise ValueError('SAEs are trained on a history: cell.history("write"), or cell.history("state").')
     if len(history) < settings.batch_windows:
@@ -294,8 +293,7 @@ class _Run:
 def initialise(sae: SAE, history: History, seed: int, initial: str = "data") -> None:
     """Start each atom, and its encoder, at the unit factors of a random token's write plus noise, or at random.
 
-    An atom of rank r is the sum of r outer products. Sparsity rules set thresholds on a few windows.
-    """
+    An atom of rank r is the sum of r outer products. Sparsity rules set thresholds on a few windows."""
     generator = _generator(seed, "initialise")
     (windows, tokens), count = history.shape, sae.n_atoms * sae.rank
     window = torch.randint(windows, (count,), generator=generator)
