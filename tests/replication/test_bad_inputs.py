@@ -284,7 +284,7 @@ CASES = [
         "profile of that name",
         lambda x: load_profile("minni"),
         ValueError,
-        "no profile 'minni': choose one of full, host-seeds, mini",
+        "no profile 'minni': choose one of full, full-hosts, host-seeds, mini",
     ),
     Case("profile: a list", lambda x: profile(x, content="- 1"), ValueError, NO_MAPPING),
     Case("profile: no YAML", lambda x: profile(x, content="{"), ValueError, NO_MAPPING),
@@ -344,7 +344,7 @@ CASES = [
         "study of no profile",
         lambda x: open_study("huge"),
         ValueError,
-        "no profile 'huge': choose one of full, host-seeds, mini",
+        "no profile 'huge': choose one of full, full-hosts, host-seeds, mini",
     ),
     Case(
         "recipe that is not there", lambda x: read_recipe(x.path / "recipe.yaml"), ValueError, "recipe.yaml is missing"

@@ -53,7 +53,7 @@ def test_a_profile_finds_models_and_tokenizers_by_the_same_rule(home):
 
 @pytest.mark.parametrize("name", ["../profiles/smoke", "sweeps/cells", "", "Übung"])
 def test_a_profile_is_named_by_one_word(name):
-    with pytest.raises(ValueError, match="There is no profile .*: choose one of full, host-seeds, mini, "):
+    with pytest.raises(ValueError, match="There is no profile .*: choose one of full, full-hosts, host-seeds, mini, "):
         load_profile(name)
 
 

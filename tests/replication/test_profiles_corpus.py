@@ -24,7 +24,7 @@ def test_mini_keeps_the_papers_counts():
 
 
 def test_unknown_profile_and_wrong_field_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="no profile 'minni': choose one of full, host-seeds, mini"):
+    with pytest.raises(ValueError, match="no profile 'minni': choose one of full, full-hosts, host-seeds, mini"):
         load_profile("minni")
     text = (docstrings.Path(__file__).parents[2] / "profiles" / "mini.yaml").read_text()
     (tmp_path / "odd.yaml").write_text(text.replace("prompts: 500", "prompts: many"))
