@@ -40,8 +40,7 @@ def bimodality(values: Sequence[float]) -> float:
 def partition(alive: pd.DataFrame, seed: int = 0) -> dict:
     """Return the counts and cosines of the classes of one SAE, and the share of registers among alive atoms.
 
-    alive: the rows of `described_atoms`, with n_atoms.
-    """
+    alive: the rows of `described_atoms`, with n_atoms."""
     registers, bundles = (int((alive["class"] == name).sum()) for name in ("register", "bundle"))
     row = dict(alive=len(alive), registers=registers, bundles=bundles)
     row |= dict(null=int(alive.n_atoms.iloc[0]) - len(alive), register_share=registers / len(alive))
@@ -92,8 +91,7 @@ def registers(cosines: np.ndarray, mixture: GaussianMixture) -> np.ndarray:
     """Return which atoms [n] are registers by their cosines [n] and a mixture of two Gaussians (Sec. 3.1).
 
     Registers belong to the component with the higher mean, and are above the lower mean. Without the second
-    condition, atoms of very low cosine could be registers, because they belong to the wider component.
-    """
+    condition, atoms of very low cosine could be registers, because they belong to the wider component."""
     means = mixture.means_[:, 0]
     return (mixture.predict(cosines[:, None]) == np.argmax(means)) & (cosines > means.min())
 
@@ -132,8 +130,7 @@ def alive_atoms(host: str, cell_sae: CellSAE, firings: pd.DataFrame, seed: int) 
 def described_atoms(host: str, cell_sae: CellSAE, firings: pd.DataFrame, seed: int, tokens: int):
     """Return `alive_atoms` with the median cosines of both sides and the rate of firings over `tokens`.
 
-    elsewhere: the atom's median cosine to the native write at as many random firings, of any atoms.
-    """
+    elsewhere: the atom's median cosine to the native write at as many random firings, of any atoms."""
     table = alive_atoms(host, cell_sae, firings, seed)
     shuffled = np.random.default_rng(seed).permutation(firings.atom.to_numpy())
     elsewhere = alive_atoms(host, cell_sae, firings.assign(atom=shuffled), seed)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 FORMAT_VERSION = 1
-AGAIN = "delete it and build/*/stamps, then run again (finished stages are reused)"
+AGAIN = "delete it and run again (for a notebook, delete build/*/stamps too; finished stages are reused)"
 PARTIAL = f".partial-{platform.node()}-"  # prefix of the files that a process of this machine is writing
 
 
@@ -42,9 +42,9 @@ def reading(
 ) -> Iterator[None]:
     """Turn whatever a library raises while it reads `what` into one sentence, with the error as its cause.
 
-    known: returns the exception to raise for an error whose cause is certain, else None. Raises
-    FileNotFoundError, PermissionError or ConnectionError for an error of that kind, and ValueError, with the
-    advice, for any other.
+    advice: what to do about an unknown error; done: the participle of the message. known: returns the
+    exception to raise for an error whose cause is certain, else None. Raises FileNotFoundError,
+    PermissionError or ConnectionError for an error of that kind, ValueError with the advice for any other.
     """
     try:
         yield

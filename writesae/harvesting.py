@@ -49,7 +49,7 @@ def harvest(
     layer: int | None = None,
     head: int | None = None,
 ) -> Factors | dict[Cell, Factors]:
-    """Return the factors of one cell, or of several by cell, over windows or their tokens [N, T].
+    """Return the factors of a cell (layer, head), or of each of `cells`, over windows or tokens [N, T].
 
     batch: windows per run. The factors are in fp32 on the CPU: key, added and log_decay; effective for scalar
     decays and KDA; erase and taken for vector decays. Raises ValueError for no cell, for what is no pair, a cell
@@ -221,7 +221,7 @@ class ShardedHistory:
         except OSError as error:
             raise files.ArtifactError(f"{path} is missing: no harvest of this cell was completed there.") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise files.ArtifactError(f"{path} is damaged.") from error
+            raise files.ArtifactError(f"{path} is damaged: harvest the cell again.") from error
         if version != FORMAT_VERSION:
             raise files.ArtifactError(f"{path} has format version {version}, and this code reads {FORMAT_VERSION}.")
         for number, shard in enumerate(shards):

@@ -27,7 +27,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from writesae.history import History, Origin
 
-LOWEST = -60.0  # log decay of a channel within a chunk whose inverse is computed
+LOWEST = -60.0  # smallest log decay of a channel over a chunk for which exp(-log decay) is computed
 ERASE_CHUNK = 32
 
 
@@ -91,7 +91,7 @@ class Factors(TensorFields):
     query, key, erase, probe [B, T, d_k]; added, effective, taken [B, T, d_v]; log_decay [B, T, 1], or [B, T,
     d_k] for vector decays. None in a run: taken; effective for RWKV-7; erase and probe for Mamba-2. None in a
     harvest: query and probe; erase and taken for scalar decays; effective for vector decays but KDA's.
-    origin: cell.
+    origin: the cell of a harvest, else None.
     """
 
     query: Tensor | None

@@ -10,9 +10,9 @@
 
 through_layer is exact in the cell and in the edited layer (norm, gate, output projection, MLP, residual), and
 linear in the layers above and the final norm. through_norm is exact in the final norm and the unembedding
-too: of the layers between it takes the residual stream and the linear change of this one logit. In bf16 it is
-rounded as the model's logits are. Both take one backward pass for all writes of all sizes at a place, and one
-pass of the edited layer per write. The same estimate predicts the KL of an edit without a run (`predict_kl`).
+too: it carries the layer's change along the residual stream to the last hidden state, corrected as little as
+makes this logit change as in through_layer. In bf16 it is rounded as the logits are. Both take one backward
+pass for all writes at a place, and one pass of the edited layer per write. `predict_kl` uses it too.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def top_log_probabilities(logits: Tensor, count: int) -> Tensor:
 def logit_gradients(
     host: Host, run: Run, layer: int, head: int, rows: Tensor, starts: Tensor, steps: int, tokens: Tensor
 ) -> Gradients:
-    """Return the gradients of each row's logits of tokens [R, m].
+    """Return the gradients of the logits of tokens [R, m] at the last of `steps` positions from starts[r] on.
 
     Raises ValueError for unknown tokens or another number of rows, and as `Host.branch`.
     """

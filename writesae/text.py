@@ -38,9 +38,8 @@ def split_of(sha256: str, splits: dict[str, range]) -> str:
 class Corpus(BaseModel):
     """Where documents come from: a `path`, or a `dataset` that the library `datasets` reads.
 
-    path: a .jsonl or .parquet file, a folder of .txt files, or a pattern such as docs/**/*.md. Only the part
-    of
-        a path that does not exist is a pattern; patterns and folders skip hidden files and follow links.
+    path: a .jsonl or .parquet file, a folder of .txt files, or a pattern such as docs/**/*.md, of
+        which the part that exists is taken literally. Folders and patterns skip hidden files, follow links.
     dataset: an id of the Hub, or a folder in the Hub's format; revision, config, split: the part to read.
         Scripts are never run; data sets with a script usually have the revision refs/convert/parquet.
     column: the field or column that has the text.
@@ -230,8 +229,8 @@ class Windows:
         """Return the first `length` tokens of each window. Raises ValueError for shorter windows."""
         if not 1 <= length <= self.tokens.shape[1]:
             raise ValueError(
-                f"Prompts of {length} tokens are asked for, and windows have {self.tokens.shape[1]}: lower "
-                "prompt_tokens, or cut longer windows (data.window in a profile)."
+                f"Prompts of {length} tokens are asked for, and windows have {self.tokens.shape[1]}: ask for "
+                "shorter prompts, or cut longer windows."
             )
         return Windows(self.tokens[:, :length], self.passage)
 
@@ -241,7 +240,7 @@ def cut_windows(tokenizer, texts: Iterable[str], length: int, limit: int | None 
     """Cut each text into windows of `length` tokens; the first window of a text begins with end-of-text.
 
     Texts shorter than a window give none. Reads only the texts that `limit` windows need. Raises ValueError
-    for fewer than `limit` windows, or none (`of`: the source, for that message), and as `each_window`.
+    for fewer than `limit` windows, or none, and as `each_window`. of: put after "passages" in that message.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"At least one window must be asked for, not {limit}.")
@@ -290,7 +289,7 @@ def end_of_text(tokenizer) -> int:
 
 
 def token_ids(tokenizer, text: str) -> list[int]:
-    """Return the ids of a text, without end-of-text; what spells a control token is text as well.
+    """Return the ids of a text, without end-of-text; text that spells a control token is ordinary text.
 
     Raises ValueError for a value that is no string, and for a text that the tokenizer refuses.
     """

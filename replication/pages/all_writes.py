@@ -50,8 +50,7 @@ class Case:
 
     together: replace the writes of all heads in the same run, else of one head after another. saes: "ROLE
     TARGET" -> head -> SAE. windows: held-out. training: windows of the SAE split, for mean writes; stored:
-    the factors of the only head over these, if notebook 01 has kept them.
-    """
+    the factors of the only head over these, if notebook 01 has kept them."""
 
     layer: int
     heads: tuple[int, ...]
@@ -94,8 +93,7 @@ def all_writes(study: Study) -> pd.DataFrame:
 def one_per_passage(windows: Windows, count: int, seed: int) -> Windows:
     """Return a random window of each of `count` random passages (or of all, if there are fewer), in order.
 
-    Intervals are by passage; like this each passage counts once.
-    """
+    Intervals are by passage; like this each passage counts once."""
     order = np.random.default_rng(seed).permutation(len(windows))
     passages = pd.Series(windows.passage.numpy()[order], index=order)
     return windows[np.sort(passages.drop_duplicates().index[:count])]
@@ -165,8 +163,7 @@ def mean_writes(host: Host, case: Case, write: str, batch: int) -> dict[int, Mea
 def recovered(losses: pd.DataFrame, tokens: int, resamples: int, seed: int) -> pd.DataFrame:
     """Return a row per SAE and condition: the columns of `_described`, losses, and the share recovered.
 
-    losses: of `replace_all_writes`, with the columns of `_described`. tokens: predicted in each window.
-    """
+    losses: of `replace_all_writes`, with the columns of `_described`. tokens: predicted in each window."""
     none = losses[losses.condition == "none"].set_index("window")
     cost, passages = none.loss - none.loss_native, none.passage
 
@@ -253,8 +250,7 @@ def surveyed(table: pd.DataFrame, all_cells: pd.DataFrame) -> pd.DataFrame:
 def trend(cells: pd.DataFrame) -> pd.DataFrame:
     """Return the median share recovered over surveyed cells, and its rank correlation with the half-life.
 
-    Only cells in which writing nothing costs loss; worse_than_nothing: the number of cells below 0.
-    """
+    Only cells in which writing nothing costs loss; worse_than_nothing: the number of cells below 0."""
 
     def row(part: pd.DataFrame) -> dict:
         share, rho = part.recovered, stats.spearman(part.recovered, part.half_life_median)

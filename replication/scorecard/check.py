@@ -35,8 +35,7 @@ def simulated(scorecard: pd.DataFrame, size: int, same_places: bool, seed: int =
     """Return PAIRS simulated pairs of sets of trainings per claim that counts.
 
     Columns: id, host, status and status_other (the verdicts of a pair), stated (the probability of the first,
-    for STATED pairs).
-    """
+    for STATED pairs)."""
     criteria, generator, parts = read_criteria(), np.random.default_rng(seed), []
     for line in answered(scorecard[scorecard.counts & (scorecard.standard_error > 0)]).itertuples():
         borders, value = criteria.borders(line.id), float(criteria.scale(line.id)[0](line.value))

@@ -1,6 +1,6 @@
 """The scorecard: each claim of paper/claims.csv and our numbers, by its criterion in paper/criteria.yaml.
 
-A claim is supported, contradicted, equivalent (no effect worth the name) or unsettled (`verdicts`). Claims
+A claim is supported, contradicted, equivalent (no effect of interest) or unsettled (`verdicts`). Claims
 that no host can answer are not asked; claims that cannot fail have a value and no verdict; extensions (what
 another method does where the paper has a claim) have a verdict and are not counted. A result on an
 embedded host never replicates a number of another model.

@@ -430,7 +430,7 @@ CASES = [
         "SAE: fewer coefficients than atoms",
         lambda x: x.sae.decode(torch.tensor([3, 1]), torch.ones(1)),
         ValueError,
-        r"Each atom takes a coefficient: \[2\] and \[1\]",
+        r"The shapes differ: \[2\] indices, \[1\] coefficients",
     ),
     Case(
         "SAE: evaluated on other sides",
@@ -550,7 +550,7 @@ CASES = [
         "run: beyond the last layer",
         lambda x: x.host.run(x.tokens, upto=7),
         ValueError,
-        "has 6 layers: upto is at most that, and not 7",
+        "has 6 layers: upto is 0 to 6, not 7",
     ),
     Case(
         "run: a layer that was not run",
@@ -759,8 +759,8 @@ CASES = [
     # Measured shifts
     Case("shifts: past the end", lambda x: shifts(x, (4, 5, 88)), ValueError, "no position 90: it has 0 to 89"),
     Case("shifts: one place", lambda x: shifts(x, (4,)), ValueError, r"3 windows takes one t0; got \[1\]"),
-    Case("shifts: no horizon", lambda x: shifts(x, horizon=0), ValueError, "are from 1 on, not 0"),
-    Case("shifts: rank 0", lambda x: shifts(x, ranks=(0, 1)), ValueError, r"are from 1 on, not 2 and \[0, 1\]"),
+    Case("shifts: no horizon", lambda x: shifts(x, horizon=0), ValueError, "is at least 1 and ranks 1 to 300, not 0"),
+    Case("shifts: rank 0", lambda x: shifts(x, ranks=(0, 1)), ValueError, r"is at least 1 and ranks 1 to 300, not 2, \[0, 1\]"),
     # Install
     Case("goal: past the end", lambda x: goal(x, 89), ValueError, "no position 90: it has 0 to 89"),
     Case("goal: a negative start", lambda x: goal(x, -3), ValueError, "no position -3"),

@@ -191,10 +191,10 @@ def replace_all_writes(
         if None not in (trained := (config.layer, config.head)) and trained != (layer, head):
             raise ValueError(f"An SAE of the cell (layer, head) {trained} is given for {(layer, head)}.")
     if write is None:
-        said = {config.write for _, config in configs if config.write}
-        if len(said) > 1:
+        definitions = {config.write for _, config in configs if config.write}
+        if len(definitions) > 1:
             raise ValueError("These SAEs are of different definitions of the write: pass write.")
-        write = said.pop() if said else "added"
+        write = definitions.pop() if definitions else "added"
     for start in range(0, len(windows), batch):
         part = windows[slice(start, start + batch)]
         run, rows = host.run(part.tokens), torch.arange(len(part))

@@ -41,10 +41,10 @@ def weights(factors: Factors) -> Tensor:
     return torch.stack(columns[::-1], 2)
 
 
-def shares(found: Tensor, factors: Factors) -> Tensor:
-    """Return the share of each write in the read of each token, [B, T, T]: |weight_ts| ||added_s||, over its
-    sum over all s. found: the `weights` of the factors."""
-    sizes = found.abs() * factors.added.norm(dim=-1)[:, None]
+def shares(weight: Tensor, factors: Factors) -> Tensor:
+    """Return the share of each write in the read of each token, [B, T, T]: |weight_ts| ||added_s|| divided
+    by its sum over s. weight [B, T, T]: `weights` of the factors."""
+    sizes = weight.abs() * factors.added.norm(dim=-1)[:, None]
     return sizes / sizes.sum(-1, keepdim=True)
 
 

@@ -1,8 +1,8 @@
 """Examine a model before work is spent on it: `python -m writesae check MODEL`, or `examine(host, windows)`.
 
 Three questions. Does this project compute what the library's model computes, and what does the library do
-with padding, packing and caches (COMPARISONS)? Which cells are worth an SAE: how long do they remember, of
-which rank are states and writes, what do missing writes cost? What will a harvest and a training take?
+with padding, packing and caches (COMPARISONS)? Which cells are worth an SAE: how long do they remember, how
+near are their states and writes to rank 1, what do missing writes cost? What will harvest and training take?
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DECODED = 24  # tokens that are run one by one
 PADS = 7
 PLACES = 32  # deletions per cell
 LISTED = 16  # cells in the printed table
-SECONDS = 40.0  # for the table of cells, from which their number follows
+SECONDS = 40.0  # for the table of cells; sets how many cells are examined
 TRAINING = dict(n_atoms=2048, k=32, batch_windows=1)  # the paper's
 STEPS = 8  # of the trial training
 LARGEST_COPY = 2e9  # parameters of a model that is copied to another dtype
@@ -276,9 +276,9 @@ def as_many_cells_as_time(host: Host, run: Run) -> list[tuple[int, int]]:
 
 
 def rounding(host: Host, run: Run) -> float | None:
-    """Return the median KL in nats between the logits in bfloat16 and those in fp32, of which one is a copy.
+    """Return the median KL in nats from the host's logits to those of a copy in bfloat16.
 
-    None for a model of more than LARGEST_COPY parameters.
+    A host in bfloat16 is compared with a copy in fp32. None for a model of more than LARGEST_COPY parameters.
     """
     if host.model.num_parameters() > LARGEST_COPY:
         return None
@@ -423,7 +423,7 @@ def _left(table: pd.DataFrame) -> str:
 
 
 def _worth(examination: Examination) -> str:
-    """Return the table of cells, those first without whose writes the loss increases most."""
+    """Return the table of cells, sorted by the increase of the loss without the cell's writes."""
     model, cells = examination.model, examination.cells.sort_values("no_writes", ascending=False)
     columns = {"cell": [f"L{layer} H{head}" for layer, head in zip(cells.layer, cells["head"], strict=True)]}
     columns |= {"half-life": cells.half_life_median.map("{:.1f}".format)}

@@ -1,6 +1,6 @@
-"""A write in the words of a residual-stream SAE: which of its features a write or an atom raises, and when.
+"""Which features of a residual-stream SAE a write or an atom raises, and at which tokens.
 
-The SAE reads the residual stream behind a layer L at or above the edited one. The pre-activation of feature i
+The SAE reads the output of a layer L, the edited one or a layer above it. The pre-activation of feature i
 is linear in that stream, so a row of the encoder takes the place of a row of the unembedding in the closed
 form (`writesae.shift`). Changes of the pre-activations, in the order of their approximations:
 
@@ -35,9 +35,9 @@ def feature_changes(
 ) -> dict[str, Tensor]:
     """Return the changes [R, steps, n] of all features' pre-activations, from each row's start on.
 
-    The keys are PREDICTORS and "measured". at: the layer behind which the SAE reads. All predictions take one
-    forward-mode pass each. Raises ValueError for a layer below the edited one, for an SAE of another width, and as
-    `head_change`.
+    The keys are PREDICTORS and "measured". at: the layer whose output the SAE reads. through_layer and exact
+    take one forward-mode pass each. Raises ValueError for a layer below the edited one, for an SAE of another
+    width, and as `head_change`.
     """
     _check_sae(host, run, layer, at, sae)
     change, _ = head_change(host.factors(run, layer, head), edit, steps)

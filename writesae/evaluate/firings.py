@@ -101,8 +101,8 @@ def find_firings(
     """Return all firings of an SAE on a harvested cell: window, passage, position, atom, raw coefficient.
 
     cell: harvested over these windows. first, last: only positions first <= t < last. target, write: of the
-    SAE's training data, by default from its config. Raises ValueError if unknown, for another cell, and
-    for a harvest over windows of another number or length.
+    SAE's training data, by default from its config. Raises ValueError if its config has none, for another
+    cell, for positions outside the windows, and for a harvest over windows of another number or length.
     """
     if not isinstance(cell, Factors) or not isinstance(windows, Windows):
         raise ValueError("Firings are found in the factors of one cell (harvest with layer and head) and Windows.")

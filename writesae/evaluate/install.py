@@ -44,7 +44,7 @@ def ranks(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def word_token(tokenizer, word: str) -> int:
-    """Return the token that a word is inside a text: after a space or, if it is several there, without one.
+    """Return the id of a word that is one token after a space or, if it is not, at the start of a line.
 
     Raises ValueError for several tokens in both places, and for blanks.
     """
@@ -85,10 +85,10 @@ def draw_targets(
 def draw_out_of_context(
     logits: Tensor, prompts: Tensor, classes: Mapping[str, Tensor], beyond: int, per_class: int, seed: int
 ) -> tuple[Tensor, np.ndarray]:
-    """Draw `per_class` tokens per prompt of each class that are not in the prompt and rank below `beyond`.
+    """Draw `per_class` tokens per prompt of each class, neither in the prompt nor among its top `beyond`.
 
-    prompts [prompts, T]; classes: name -> bool [V]. Return targets [prompts, targets] and classes [targets].
-    Raises ValueError where a class has fewer tokens.
+    logits [prompts, V]: native, after each of prompts [prompts, T]; classes: name -> bool [V]. Return targets
+    [prompts, targets] and classes [targets]. Raises ValueError where a class has fewer tokens.
     """
     far = logits.argsort(-1, descending=True).argsort(-1) >= beyond
     far.scatter_(1, prompts, False)

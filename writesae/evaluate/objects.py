@@ -79,7 +79,7 @@ def replace_objects(
     """Return a row per firing and object: firing, cosine, object, offset_kept, kl_atom, kl_delete, kl_random.
 
     cosine: of the atom to the native write. KLs in nats. places: where the firings are in the run, each with
-    two tokens after it. batch_rows: edited rows per run. Random draws depend only on the seed and the place.
+    a token after it. batch_rows: edited rows per run. Random draws depend only on the seed and the place.
     """
     factors, tables = host.factors(run, cell_sae.layer, cell_sae.head), []
     for part, some in places.pieces(len(CONDITIONS) * MOST_OBJECTS, batch_rows):

@@ -39,9 +39,9 @@ def predict_replacements(
     """Return one row per (firing, candidate): `kl` in nats as measured, its predictions, and the cosine.
 
     The candidates are the firing's atom (`own`), `atoms` alive atoms, the same at all firings, and DELETION.
-    kl_M: predicted from M readings, which take M backward passes for all candidates; with none, the change of
-    the layer's output goes straight to the final norm. fisher: the second-order form, from the largest number
-    of readings. cosine: of the atom to the native write. Other arguments: as for `replace`.
+    kl_M, M in `readings`: predicted from the log-probabilities of the M native top tokens, by M backward
+    passes for all candidates (0: the layer's change goes straight to the final norm). fisher: the second-order
+    form for the largest M. cosine: of the atom to the native write. Other arguments: as for `replace`.
     """
     cell, alive = (cell_sae.layer, cell_sae.head), cell_sae.alive
     drawn = alive[torch.from_numpy(np.random.default_rng(seed).permutation(len(alive))[:atoms])]

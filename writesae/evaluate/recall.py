@@ -69,8 +69,8 @@ class Contexts(NamedTuple):
 class Task:
     """Numbers of key and value tokens; token ids are the keys from 0 on, then the values.
 
-    shown: contexts show only the first so many keys (0: all). choices: each key has so many possible values,
-    drawn once (0: all). Association number a is value `a % choices` of key `a // choices`.
+    shown: contexts show only the first `shown` keys (0: all). choices: how many values a key can have, drawn
+    once (0: all). Association number a is value `a % choices` of key `a // choices`.
     """
 
     keys: int
@@ -92,7 +92,7 @@ class Task:
         """Return `count` random contexts. Raises ValueError for too many pairs or queries."""
         possible = self.possible()
         if not 1 <= queries <= pairs <= len(possible):
-            raise ValueError(f"A context has at most {len(possible)} pairs and {pairs} queries, not {queries}.")
+            raise ValueError(f"Give at most {len(possible)} pairs and one query each, not {pairs} and {queries}.")
         keys = torch.rand(count, len(possible), generator=generator).argsort(1)[:, :pairs]
         values = possible[keys, torch.randint(possible.shape[1], keys.shape, generator=generator)]
         order = torch.rand(count, pairs, generator=generator).argsort(1)[:, :queries]

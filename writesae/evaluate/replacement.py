@@ -204,7 +204,7 @@ def replace(
     amplitudes: Sequence[str] = AMPLITUDES,
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Return one row per firing, amplitude and read scope, in the order scope, amplitude, firing.
+    """Return one row per firing, amplitude and read scope; the order of the rows depends on batch_rows.
 
     places: where the firings are in the run, each with two tokens after it. conditions: measured at every
     amplitude, or a mapping from amplitudes to conditions.

@@ -47,16 +47,16 @@ def measure_shifts(
     write: str = "added",
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Return one row per (prompt, atom, eps, native rank of the token): measured and predicted shifts.
+    """Return one row per (row, atom, eps, rank): a logit's shift, `measured` and by all unfitted PREDICTORS.
 
     windows [B, T] are run together; t0 [B]: where the atom is added (scope "cache"). key [n, d_k], value [n,
-    d_v]: unit atoms. eps: in norms of the native write. ranks: 1 is the native top token.
-    """
+    d_v]: unit atoms. eps: in native write norms. ranks: native, of tokens, from 1. Raises ValueError for a
+    t0 of another shape or outside the windows, and for a horizon or ranks out of range."""
     run, rows = host.run(windows.tokens), torch.arange(len(windows))
     if t0.shape != rows.shape:
         raise ValueError(f"Each of the {len(rows)} windows takes one t0; got {list(t0.shape)}.")
     if horizon < 1 or not all(1 <= rank <= host.vocabulary for rank in ranks):
-        raise ValueError(f"A horizon and ranks are from 1 on, not {horizon} and {list(ranks)}.")
+        raise ValueError(f"The horizon is at least 1 and ranks 1 to {host.vocabulary}, not {horizon}, {list(ranks)}.")
     check_places(rows, torch.stack([t0, t0 + horizon]), run.tokens)
     factors = host.factors(run, *cell)
     native_norm = factors.key[rows, t0].norm(dim=-1) * factors.write(write)[rows, t0].norm(dim=-1)

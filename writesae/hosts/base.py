@@ -102,7 +102,7 @@ class Host(ABC):
 
     @abstractmethod
     def mix(self, layer: int, hidden: Tensor, past: Past | None, positions: Tensor) -> Record:
-        """Run a layer up to its heads' outputs. hidden: [B, T, D]; positions [B, T]: in the window."""
+        """Run a layer on hidden [B, T, D] at positions [B, T], after `past`, up to its heads' outputs."""
 
     @abstractmethod
     def finish(self, layer: int, record: Record, past: Past | None) -> Tensor:
@@ -229,7 +229,7 @@ class Host(ABC):
         """
         tokens = self.check_windows(tokens)
         if upto is not None and not 0 <= upto <= self.layers:
-            raise ValueError(f"{self.name} has {self.layers} layers: upto is at most that, and not {upto}.")
+            raise ValueError(f"{self.name} has {self.layers} layers: upto is 0 to {self.layers}, not {upto}.")
         layers = self.layers if upto is None else upto
         return Run(tokens.cpu(), *self._forward(tokens.to(self.device), layers))
 

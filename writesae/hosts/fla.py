@@ -2,7 +2,7 @@
 
 DeltaNet (Yang et al. 2024, arXiv 2406.06484) is a Gated DeltaNet without decay. In GLA (gated linear
 attention, Yang et al. 2024, arXiv 2312.06635) a state decays by one factor per channel and nothing is erased,
-so the added write is the effective write. tests/writesae/test_delta_net_gla.py has the proofs.
+so the added write is the effective write. tests/writesae/test_delta_net_gla.py tests both.
 """
 
 from __future__ import annotations

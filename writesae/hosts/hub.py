@@ -12,7 +12,7 @@ from huggingface_hub import DryRunFileInfo, constants, errors, snapshot_download
 from writesae.files import local_path, reading, said
 
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "vocab*")
-WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # those of the first kind that there is are read
+WEIGHT_FILES = ("model*.safetensors", "pytorch_model*.bin")  # only the first pattern that matches is read
 MODEL_FILES, PICKLED_FILES = ((*TOKENIZER_FILES, pattern) for pattern in WEIGHT_FILES)
 
 

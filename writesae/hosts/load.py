@@ -58,8 +58,8 @@ def load_host(
 ) -> Host:
     """Return the adapter of a model from a local folder, or from a Hub id (at a `revision`).
 
-    A folder is one that save_pretrained wrote, or a Mamba-2 release of its authors. device: by default cuda
-    where there is a GPU, else cpu. tokenizer: a tokenizer, or its folder or Hub id, for models without one.
+    A folder is one that save_pretrained wrote, or a release of the authors of Mamba-2 or RWKV-7. device: by
+    default cuda if there is a GPU. tokenizer: a tokenizer, or its folder or Hub id, for models without one.
     device_map: spreads a model over several GPUs, in place of a device: "auto", or as accelerate takes it.
 
     Raises FileNotFoundError if config.json, weights or tokenizer are missing; ValueError for a class that no
@@ -261,7 +261,7 @@ def _check_tokenizer(tokenizer, vocabulary: int, name: str | Path) -> None:
     count = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if not vocabulary / 2 <= count <= vocabulary:
         problem = f"The tokenizer has {count} ids, and {name} a vocabulary of {vocabulary}"
-        raise ValueError(f"{problem}: it is another model's.")
+        raise ValueError(f"{problem}: it is another model's, so pass the right one with tokenizer=.")
 
 
 def host_name(folder: Path) -> str:

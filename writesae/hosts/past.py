@@ -15,11 +15,11 @@ class Record:
     """What one layer computed in a run over tokens [B, T]: enough to start again at any position.
 
     hidden [B, T, D]: the layer's input. outputs [B, T, heads, d]: of the heads. beside: what else
-    `Host.finish` needs, each [B, T, ...]. Recurrent layers have factors, each [B, T, ...], and the last state
-    end [B, H, d_k, d_v]; layers with attention have keys and values [B, H_kv, T, d]; hybrid layers have both,
-    and layers that only mix channels neither. windows: the inputs of short
-    convolutions and token shifts, name -> ([B, T, C], number of positions they look back). kept: the places
-    of the last `Host.past_at`, and the states or prefixes there, for the next edited run from there."""
+    `Host.finish` needs, each [B, T, ...]. Recurrent layers have factors, each [B, T, ...] (RWKV-7 also
+    "before" [B, H, chunks, d_k, d_v]), and the last state end [B, H, d_k, d_v]; layers with attention have
+    keys and values [B, H_kv, T, d]; hybrid layers have both, layers that only mix channels neither. windows:
+    the inputs of short convolutions and token shifts, name -> ([B, T, C], number of positions looked back).
+    kept: the places of the last `Host.past_at`, and the states or prefixes there, for the next run there."""
 
     hidden: Tensor
     outputs: Tensor

@@ -6,7 +6,7 @@ blend of x_t and x_{t-1} per channel:
 | here                 | RWKV-7                                                                            |
 |----------------------|-----------------------------------------------------------------------------------|
 | query, key           | r = W_r mix_r; k~ = k (1 + (a - 1) k_a), k = W_k mix_k                              |
-| added                | v = W_v mix_v, above layer 0 blended with that layer's own v (v_first)             |
+| added                | v = W_v mix_v; above layer 0, blended with the v of layer 0 (v_first)              |
 | log_decay            | log w = -e^-0.5 sigmoid(w_lora(mix_w)), one per channel, always above -0.61         |
 | erase, probe         | a kk and kk = k k_k / |k k_k|; a = sigmoid(a_lora(mix_a))                           |
 | state                | S_t = diag(w_t) S_{t-1} - (a_t kk_t)(kk_t^T S_{t-1}) + k~_t v_t^T, [d_k, d_v]       |

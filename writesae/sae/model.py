@@ -5,8 +5,8 @@ With x = (X - mean) / scale, of mean ||x||_F^2 = 1, and the parts bilinear + ran
     p_i = enc_key_i^T x enc_value_i + bias_i   c = ReLU(TopK_k(p))   xhat = sum_i c_i dec_key_i dec_value_i^T
 
 The paper's Table 10 has no encoder bias; ours is learnt from zero. `centre` says what the atoms are added to:
-the data's mean; nothing, and then mean = 0 above; or a bias B that the decoder learns, xhat = B + sum_i ...,
-with mean = 0. Returned coefficients are in raw units, c_i * scale."""
+"mean": the data's mean; "none": nothing (mean = 0 above); "bias": a matrix B that the decoder learns, xhat =
+B + sum_i ..., with mean = 0. Returned coefficients are in raw units, c_i * scale."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class SAE(nn.Module):
 
         Raises ValueError for different shapes, and for indices without an atom."""
         if indices.shape != coefficients.shape:
-            raise ValueError(f"Each atom takes a coefficient: {list(indices.shape)} and {list(coefficients.shape)}.")
+            raise ValueError(f"The shapes differ: {[*indices.shape]} indices, {[*coefficients.shape]} coefficients.")
         outside = indices[(indices < 0) | (indices >= self.n_atoms)]
         if len(outside):
             raise ValueError(f"This SAE has no atom {int(outside[0])}: it has 0 to {self.n_atoms - 1}.")

@@ -14,8 +14,8 @@ That is centre = "bias" here. Other rules than the top k of a token:
 | bilinear_jumprelu | p_i + b_enc_i where that is above exp(log_threshold_i)             | jumprelu        |
 | bilinear_gated    | sigmoid((p_i + b_gate_i) / 0.1) ReLU(exp(r_mag_i) p_i + b_mag_i)   | soft_gated      |
 
-A BatchTopK file has no threshold, and which atoms of a token are active depends on the rest of its batch. A
-threshold fitted on held-out states makes a token's atoms its own.
+A BatchTopK file has no threshold, and which atoms of a token are active depends on the rest of its batch.
+With a threshold fitted on held-out states they depend on the token alone.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     p = (x - b_dec) W_enc + b_enc        c = rule(p)        xhat = c W_dec + b_dec
 
-The rule is topk, jumprelu, or ReLU ("standard"). They are read for the words of their features
+The rule is topk, jumprelu, or ReLU ("standard"). They are read to say which features a write raises
 (`writesae.evaluate.features`), and written so that other tools can use the value sides of our atoms.
 """
 
@@ -133,9 +133,9 @@ class VectorSAE:
 def output_side(sae: SAE, projection: Tensor | None = None, **metadata: Any) -> VectorSAE:
     """Return the value sides of the atoms as an SAE of the head's output, [d_v], or of the residual stream.
 
-    A read of an atom changes the head's output along its value, and, before the norm and gate behind the
-    heads, the residual stream along W_O value: projection is `Host.output_projection`, [D, d_v]. Both encoder
-    and decoder are these unit directions, with the SAE's k. The key sides, which say when an atom is read, do
+    Reading an atom changes the head's output along its value and, but for the norm and gate behind the heads,
+    the residual stream along W_O value: projection is `Host.output_projection`, [D, d_v]. Encoder and decoder
+    are these unit directions, with the SAE's k. The key sides, which say when an atom is read, do
     not fit into an SAE of vectors. metadata: SAELens', such as model_name and hook_name.
     """
     values = sae.atoms()[1]
