@@ -130,11 +130,10 @@ def trust(results, bench) -> str:
     every = results.rows("scorecard").query("group != 'extension'")
     judged = set(every[every.value.notna() & (every.group != "cannot_fail")].id)
     changed = sum(bool(read_criteria().claims[claim].was) for claim in judged)
-    on = listed(HOST[host] for host in HOSTS if (repeated.host == host).any())
     return (
         f"{len(judged)} of the paper's {every.id.nunique()} numbers are judged, by "
-        f"[criteria](paper/criteria.yaml) fixed before the run (but N2, X12), {changed} rewritten after an earlier "
-        f"one. Of {len(repeated)} repeated verdicts on {on}, {repeated.turned.sum()} changed at least once. "
+        f"[criteria](paper/criteria.yaml) fixed before the run ([exceptions](docs/scorecard.md)), {changed} rewritten "
+        f"after an earlier one. {repeated.turned.sum()} of {len(repeated)} verdicts changed in another run; "
         f"{(kept.trainings == 1).sum()} of {len(kept)} rest on one training."
     )
 
