@@ -222,13 +222,13 @@ def train_all(study: Study, specs: list[SaeSpec]) -> pd.DataFrame:
 
 
 def _tasks(study: Study, specs: list[SaeSpec]) -> list[list[SaeSpec]]:
-    """Divide specifications into tasks, the longest first: one per cell and kind of role, or several survey
-    layers."""
+    """Divide specifications into tasks, the longest first: one per cell, target and kind of role, or several
+    survey layers."""
     parts = study.workers * (1 if study.profile.workers is None else SURVEY_PARTS)
     layers: dict[tuple[str, int], int] = {}  # the part of each surveyed layer of a host
     tasks: dict[tuple, list[SaeSpec]] = {}
     for spec in specs:
-        place = spec.cell
+        place = *spec.cell, spec.target
         if spec.role == "survey":
             number = sum(host == spec.host for host, _ in layers)
             place = layers.setdefault((spec.host, spec.layer), number % parts)
