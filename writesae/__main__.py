@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 1 if a comparison of ours differs, or after an error, with its sentence."""
+    """Return the exit status: 1 if a comparison of this project differs or after an error, else 0."""
     options = parser().parse_args(arguments)
     try:
         return check(options)

@@ -138,7 +138,7 @@ def _starts(edits: Edits) -> Tensor:
 
 
 def head_change(factors: Factors, edit: Edit, steps: int) -> tuple[Tensor, Tensor]:
-    """Return the change of the head's output [R, steps, d_v] from each row's start, and the key sides then.
+    """Return the head's change [R, steps, d_v] from each row's start, and the key sides after the last step.
 
     factors: the cell's, over the run's [B, T]; the key sides are [R, r, d_k]. Raises ValueError for places
     outside the run, sides of another size or dtype than the cell's, and values that are not finite.
@@ -148,7 +148,7 @@ def head_change(factors: Factors, edit: Edit, steps: int) -> tuple[Tensor, Tenso
 
 
 def transport(factors: Factors, edit: Edit, starts: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Return the change of the head's output [R, steps, d_v] from `starts` [R] on, and the last key sides."""
+    """Return the head's change [R, steps, d_v] from `starts` [R] on and the key sides after the last step."""
     moved, changes = torch.zeros_like(edit.left), []
     for step in range(steps):
         now = factors.at(edit.rows, starts + step)

@@ -42,7 +42,7 @@ def reading(
 ) -> Iterator[None]:
     """Turn whatever a library raises while it reads `what` into one sentence, with the error as its cause.
 
-    advice: what to do about an unknown error; done: the participle of the message. known: returns the
+    advice: what to do about an unknown error; done: the participle in the message. known: returns the
     exception to raise for an error whose cause is certain, else None. Raises FileNotFoundError,
     PermissionError or ConnectionError for an error of that kind, ValueError with the advice for any other.
     """

@@ -49,10 +49,10 @@ def harvest(
     layer: int | None = None,
     head: int | None = None,
 ) -> Factors | dict[Cell, Factors]:
-    """Return the factors of a cell (layer, head), or of each of `cells`, over windows or tokens [N, T].
+    """Return the factors of a cell (layer, head), or {cell: factors} for `cells` on windows or tokens [N, T].
 
     batch: windows per run. The factors are in fp32 on the CPU: key, added and log_decay; effective for scalar
-    decays and KDA; erase and taken for vector decays. Raises ValueError for no cell, for what is no pair, a cell
+    decays and KDA; erase and taken for vector decays. Raises ValueError for no cell, cells not in pairs, one
     that the host does not have, a batch below 1, and tokens that `Host.run` refuses."""
     one = layer is not None
     if one != (head is not None) or one != (cells is None) or isinstance(cells, int):

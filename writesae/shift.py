@@ -10,9 +10,9 @@
 
 through_layer is exact in the cell and in the edited layer (norm, gate, output projection, MLP, residual), and
 linear in the layers above and the final norm. through_norm is exact in the final norm and the unembedding
-too: it carries the layer's change along the residual stream to the last hidden state, corrected as little as
-makes this logit change as in through_layer. In bf16 it is rounded as the logits are. Both take one backward
-pass for all writes at a place, and one pass of the edited layer per write. `predict_kl` uses it too.
+too: it carries the layer's change along the residual stream to the last hidden state, with the smallest
+correction that makes this logit change as in through_layer. In bf16 it is rounded as the logits are. Both
+take one backward pass for all writes at a place, and one run of the edited layer per write.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ def split_of(sha256: str, splits: dict[str, range]) -> str:
 class Corpus(BaseModel):
     """Where documents come from: a `path`, or a `dataset` that the library `datasets` reads.
 
-    path: a .jsonl or .parquet file, a folder of .txt files, or a pattern such as docs/**/*.md, of
-        which the part that exists is taken literally. Folders and patterns skip hidden files, follow links.
+    path: a .jsonl or .parquet file, a folder of .txt files, or a pattern such as docs/**/*.md. The
+        part of it that exists is taken literally. Folders and patterns skip hidden files, follow links.
     dataset: an id of the Hub, or a folder in the Hub's format; revision, config, split: the part to read.
         Scripts are never run; data sets with a script usually have the revision refs/convert/parquet.
     column: the field or column that has the text.
@@ -240,7 +240,7 @@ def cut_windows(tokenizer, texts: Iterable[str], length: int, limit: int | None 
     """Cut each text into windows of `length` tokens; the first window of a text begins with end-of-text.
 
     Texts shorter than a window give none. Reads only the texts that `limit` windows need. Raises ValueError
-    for fewer than `limit` windows, or none, and as `each_window`. of: put after "passages" in that message.
+    for fewer than `limit` windows, or none, and as `each_window`. of: e.g. " of x.jsonl", for that message.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"At least one window must be asked for, not {limit}.")

@@ -382,18 +382,20 @@ def load_profile(name: str, folder: Path = ROOT / "profiles") -> Profile:
         return Profile(name=name, **content)
 
 
-def profile_content(path: Path) -> dict:
+def profile_content(path: Path, above: tuple[Path, ...] = ()) -> dict:
     """Return the fields of a profile's file, on top of those of the profile that it `extends`, if any.
 
-    Raises ValueError if there is no such profile in the same folder, and as `read_mapping`.
-    """
+    above: the files that extend this one. Raises ValueError if there is no such profile in the same folder, if
+    a profile extends itself, and as `read_mapping`."""
     content = read_mapping(path, f"Profile {path.stem}")
     if "extends" not in content:
         return content
     base = path.with_name(f"{content.pop('extends')}.yaml")
     if not base.is_file():
         raise ValueError(f"Profile {path.stem} extends {base.stem!r}: write {base.name} in the same folder.")
-    return read_mapping(base, f"Profile {base.stem}") | content
+    if base in (path, *above):
+        raise ValueError(f"Profile {base.stem} extends itself: remove one `extends`.")
+    return profile_content(base, (path, *above)) | content
 
 
 def lay_over(base: Any, over: Any) -> Any:

@@ -760,7 +760,12 @@ CASES = [
     Case("shifts: past the end", lambda x: shifts(x, (4, 5, 88)), ValueError, "no position 90: it has 0 to 89"),
     Case("shifts: one place", lambda x: shifts(x, (4,)), ValueError, r"3 windows takes one t0; got \[1\]"),
     Case("shifts: no horizon", lambda x: shifts(x, horizon=0), ValueError, "is at least 1 and ranks 1 to 300, not 0"),
-    Case("shifts: rank 0", lambda x: shifts(x, ranks=(0, 1)), ValueError, r"is at least 1 and ranks 1 to 300, not 2, \[0, 1\]"),
+    Case(
+        "shifts: rank 0",
+        lambda x: shifts(x, ranks=(0, 1)),
+        ValueError,
+        r"is at least 1 and ranks 1 to 300, not 2, \[0, 1\]",
+    ),
     # Install
     Case("goal: past the end", lambda x: goal(x, 89), ValueError, "no position 90: it has 0 to 89"),
     Case("goal: a negative start", lambda x: goal(x, -3), ValueError, "no position -3"),

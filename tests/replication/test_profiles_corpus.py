@@ -50,8 +50,10 @@ def test_a_profile_has_the_fields_of_the_one_it_extends_but_for_its_own(tmp_path
     with pytest.raises(ValueError, match=r"Profile odd extends 'even': write even\.yaml in the same folder"):
         load_profile("odd", tmp_path)
     (tmp_path / "even.yaml").write_text("extends: odd\n")
-    with pytest.raises(ValueError, match="Profile odd: hosts: Field required"):
+    with pytest.raises(ValueError, match="Profile odd extends itself"):
         load_profile("odd", tmp_path)
+    full, others = load_profile("full"), load_profile("full-hosts")  # which extends full, which extends mini
+    assert others.saes == full.saes != load_profile("mini").saes and len(others.hosts) == 3
 
 
 def test_docstrings_of_a_file(tmp_path):

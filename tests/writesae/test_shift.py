@@ -155,8 +155,9 @@ def test_through_the_norm_is_exact_in_the_last_layer(host, tokens, monkeypatch, 
     monkeypatch.setattr(host, "layers", LAYER + 1)
     edit, run = write(host, size), host.run(tokens)
     measured = shift(host, run, edit)
-    assert_close(predicted(host, tokens, edit, by="through_norm"), measured, "shift through the norm", 1e-4)
-    assert (predicted(host, tokens, edit) - measured).norm() > 1e-4 * measured.norm()
+    ours = predicted(host, tokens, edit, by="through_norm")
+    assert_close(ours, measured, "shift through the norm", 3e-4)
+    assert (predicted(host, tokens, edit) - measured).norm() > 5 * (ours - measured).norm(), "the layer's is not exact"
     last = edited_hidden(host, run, LAYER, HEAD, edit, STEPS)[:, -1]
     divergence = kl(host.logits(run.final[ROWS, T0 + STEPS - 1]), host.logits(last))
     assert_close(predict_kl(host, tokens, edit, **PLACE), divergence, "KL", 1e-3)

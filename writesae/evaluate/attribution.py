@@ -1,4 +1,4 @@
-"""Who reads what was written: the attention map of a recurrent head, exactly.
+"""The exact attention map of a recurrent head: how each token reads the write of each earlier token.
 
 The output of a head is a sum over earlier writes, o_t = sum_s weight_ts added_s, with
 

@@ -1,6 +1,6 @@
 """Which features of a residual-stream SAE a write or an atom raises, and at which tokens.
 
-The SAE reads the output of a layer L, the edited one or a layer above it. The pre-activation of feature i
+The SAE reads the residual stream after layer L, the edited one or one above. The pre-activation of feature i
 is linear in that stream, so a row of the encoder takes the place of a row of the unembedding in the closed
 form (`writesae.shift`). Changes of the pre-activations, in the order of their approximations:
 

@@ -126,7 +126,7 @@ def answer_loss(host: Host, contexts: Contexts) -> Tensor:
 
 @torch_defaults()
 def writes_of(host: Host, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return key [n, d_k] and value side [n, d_v] of the writes that store key with value tokens [n].
+    """Return key [n, d_k] and value side [n, d_v] of the writes that store token pairs key, value [n].
 
     Raises ValueError for a host with several cells.
     """

@@ -234,7 +234,7 @@ def replace(
 
 
 def _scales(put_in: dict[str, Terms], names, amplitude: str, coefficient, key, write) -> dict[str, Tensor]:
-    """Return the factor [n] of each replacement in NAMES at an amplitude; key, write: of the native write."""
+    """Return the factor [n] of each of `names` at an amplitude; key [n, d_k], write [n, d_v]: native."""
     scales = {}
     for name in names:
         right = put_in[name][1]

@@ -47,10 +47,10 @@ def measure_shifts(
     write: str = "added",
     batch_rows: int = 512,
 ) -> pd.DataFrame:
-    """Return one row per (row, atom, eps, rank): a logit's shift, `measured` and by all unfitted PREDICTORS.
+    """Return one row per (row, atom, eps, rank): the shift `measured` and by PREDICTORS but paper_fitted.
 
     windows [B, T] are run together; t0 [B]: where the atom is added (scope "cache"). key [n, d_k], value [n,
-    d_v]: unit atoms. eps: in native write norms. ranks: native, of tokens, from 1. Raises ValueError for a
+    d_v]: unit atoms. eps: in native write norms. ranks: of native logits, from 1. Raises ValueError for a
     t0 of another shape or outside the windows, and for a horizon or ranks out of range."""
     run, rows = host.run(windows.tokens), torch.arange(len(windows))
     if t0.shape != rows.shape:

@@ -106,7 +106,7 @@ class Host(ABC):
 
     @abstractmethod
     def finish(self, layer: int, record: Record, past: Past | None) -> Tensor:
-        """Return the next layer's input [B, T, D] of a record; may add windows to the record."""
+        """Return the next layer's input [B, T, D] of a record; may add to `record.windows`."""
 
     @abstractmethod
     def unembed(self, final: Tensor) -> Tensor:

@@ -8,8 +8,8 @@
 | gated      | those whose gate is open; a rescaled copy gives the coefficient  | Rajamanoharan et al. 2024a |
 | soft_gated | all, weighted by a sigmoid gate; rescaled in the same way        | the paper author's code    |
 
-On average k atoms per token are active (the paper's JumpReLU: 1,142 of 2,048), only with positive scaled
-pre-activations; in soft_gated, k gates are above 1/2. Rules adapt to the batches in training mode only.
+On average k atoms per token are active (the paper's JumpReLU: 1,142 of 2,048), those with positive
+pre-activations, in scaled units; in soft_gated, k gates exceed 1/2. Rules adapt in training mode only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ WIDTH = 0.05  # JumpReLU: width of the kernel that gives thresholds their gradie
 PACE = 10.0  # JumpReLU: speed of log thresholds relative to other parameters, since runs are short
 L1 = 0.1  # Gated: weight of the sparsity term at the start
 TAU = 0.1  # soft gate: its width
-L1_PACE = 0.05  # Gated: maximum relative change of the weight L1 in one step
+L1_PACE = 0.05  # Gated: maximum relative change of the L1 weight in one step
 
 
 class Active(NamedTuple):

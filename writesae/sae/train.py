@@ -39,7 +39,7 @@ START_WINDOWS = 4  # windows from which initial thresholds are set
 
 
 class TrainingSettings(Architecture):
-    """An architecture and its training. Defaults: the paper's (App. D), which has batches of 256 tokens."""
+    """An architecture and its training. Defaults: the paper's (App. D), except its batches of 256 tokens."""
 
     tokens: PositiveInt = Field(description="training tokens seen in total, rounded up to whole batches")
     batch_windows: PositiveInt = 4
@@ -127,9 +127,9 @@ def train(
 ) -> tuple[SAE, TrainingRecord]:
     """Train an SAE on every X_t of `history`, in memory or on disk. The same seed gives the same bits.
 
-    checkpoint: a file, saved every minute, from which a killed run continues to the same result. validation:
-    for the record's validation_fvu, alive and dead. Raises ValueError for fewer windows than a batch, constant
-    data, validation of another kind, another run's checkpoint; FloatingPointError for a loss not finite."""
+    checkpoint: a file, saved every minute and at the end, from which a killed run continues identically.
+    validation: for the record's validation_fvu, alive, dead. Raises ValueError for less data than a batch,
+    constant data, other validation data, another run's checkpoint; FloatingPointError for a NaN loss."""
     if isinstance(history, Factors):
         raise ValueError('SAEs are trained on a history: cell.history("write"), or cell.history("state").')
     if len(history) < settings.batch_windows:

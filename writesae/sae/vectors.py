@@ -120,7 +120,7 @@ class VectorSAE:
     def of_rows(cls, sae: SAE, **metadata: Any) -> VectorSAE:
         """Return an SAE of 1 x D matrices as one of vectors. Raises ValueError for another shape or rule.
 
-        So the trainer of states trains SAEs of vectors, too: of History(torch.ones(N, T, 1), x [N, T, D]).
+        To train an SAE of vectors x [N, T, D], train one of History(torch.ones(N, T, 1), x).
         """
         if sae.d_k != 1 or sae.config.activation != "topk" or not sae.factored:
             raise ValueError(f"This SAE is {sae.config.variant} of {sae.d_k} x {sae.d_v} matrices, not topk of rows.")
@@ -133,7 +133,7 @@ class VectorSAE:
 def output_side(sae: SAE, projection: Tensor | None = None, **metadata: Any) -> VectorSAE:
     """Return the value sides of the atoms as an SAE of the head's output, [d_v], or of the residual stream.
 
-    Reading an atom changes the head's output along its value and, but for the norm and gate behind the heads,
+    Reading an atom changes the head's output along its value and, up to the norm and gate behind the heads,
     the residual stream along W_O value: projection is `Host.output_projection`, [D, d_v]. Encoder and decoder
     are these unit directions, with the SAE's k. The key sides, which say when an atom is read, do
     not fit into an SAE of vectors. metadata: SAELens', such as model_name and hook_name.
