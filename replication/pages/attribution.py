@@ -180,7 +180,8 @@ def remembered(writes: pd.DataFrame, study: Study, count: int = 6) -> pd.DataFra
             row = dict(host=name, rank=rank + 1, of=len(ratios), token=int(ratios.index[rank]))
             row |= dict(text=text, n=len(rows))
             tables.append(row | stats.with_ends("ratio", ratios.iloc[rank], ends))
-    return study.write("attribution_tokens", pd.DataFrame(tables))
+    columns = ["host", "rank", "of", "token", "text", "n", "ratio", "ratio_low", "ratio_high"]
+    return study.write("attribution_tokens", pd.DataFrame(tables, columns=columns))
 
 
 def fates(writes: pd.DataFrame, resamples: int, seed: int) -> pd.DataFrame:

@@ -77,7 +77,10 @@ def _run_host(study: Study, name: str) -> pd.DataFrame:
     for spec in tied_specs(study, name, place) if name == study.main else ():
         sae = study.sae(name, *cell, "write", f"{TIED}-{spec.settings.seed}")
         saes.setdefault(Kind("tied", "write", "none"), {})[spec.settings.seed] = sae
-    seeds = list(saes[Kind("sae", profile.saes.targets[0], "none")])
+    saes = {kind: trained for kind, trained in saes.items() if len(trained) > 1}
+    if not saes:
+        raise ValueError("This page compares trainings: give saes.trainings of the profile at least 2 of a kind.")
+    seeds = list(next(iter(saes.values())))
     kinds = [*saes, *(Kind(dictionary, "write", "none") for dictionary in ("kmeans", "raw", "random"))]
     given = dict(saes=saes, seeds=seeds, windows=windows, write=profile.saes.write, atoms=settings.atoms)
     given |= dict(training=study.harvested(name, *cell), first=profile.data.first_position, seed=profile.seed)
@@ -96,7 +99,7 @@ def examine(
     the share of other trainings where it exceeds MATCH. auc_VIEW (`detect`): of at most `atoms` random
     entries per training. factors: of the windows; training: of the SAE split."""
     entries, writes = next(iter(saes.values()))[seeds[0]].n_atoms, training.history("write", write)
-    books = {s: saes[kind][s] if kind in saes else codebook(kind, writes, entries, s) for s in seeds}
+    books = saes[kind] if kind in saes else {s: codebook(kind, writes, entries, s) for s in seeds}
     matrices = {s: x.atoms() if isinstance(x, SAE) else x for s, x in books.items()}
     fit = fitting(windows.passage, seed)
     rows = []
